@@ -1,0 +1,1 @@
+"""Rows: reading, rendering, batches."""

@@ -1,0 +1,137 @@
+"""From a row to token ids: one function, used by training, evaluation, generation and export alike.
+
+Prompt and answer are tokenised apart, at the edge where generation will start. So the ids a model is trained on are the
+ids it will meet, whatever the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.data.batch import IGNORE
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of text that is tokenised by itself."""
+
+    text: str
+    supervised: bool
+
+
+class Renderer:
+    """Rows to ids under one tokenizer.
+
+    system    a system message put before rows that have none
+    plain     True: prompt and completion as bare text; False: through the chat template; None: through the template
+              where the tokenizer has one
+    """
+
+    def __init__(self, tokenizer: Any, system: str | None = None, plain: bool | None = None) -> None:
+        self.tokenizer, self.system = tokenizer, system
+        self.plain = (tokenizer.chat_template is None) if plain is None else plain
+        self.stop_ids = stop_ids(tokenizer)
+
+    def messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
+        """The row as a conversation, with our system message where it has none."""
+        turns = row.get("messages")
+        if turns is None:
+            turns = [{"role": "user", "content": row["prompt"]}]
+            if row.get("completion") is not None:
+                turns.append({"role": "assistant", "content": row["completion"]})
+        turns = [dict(t) for t in turns]
+        system = row.get("system") or self.system
+        if system and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": system})
+        return turns
+
+    def _template(self, turns: Sequence[Message], generate: bool) -> str:
+        return self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generate)
+
+    def segments(self, row: Mapping[str, Any]) -> list[Segment]:
+        """The row as text pieces, cut where an answer begins and where its stop token ends."""
+        if "text" in row:
+            return [Segment(row["text"] + self._eos(), True)]
+        if self.plain and "messages" not in row:
+            return [Segment(self._lead(row) + row["prompt"], False), Segment(row["completion"] + self._eos(), True)]
+        turns, out, done = self.messages(row), [], ""
+        for i, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            before, after = self._template(turns[:i], True), self._template(turns[: i + 1], False)
+            if not before.startswith(done) or not after.startswith(before):
+                raise ValueError(
+                    f"the chat template rewrites earlier turns, so turn {i + 1} has no fixed prompt; "
+                    "keep only the last answer of such rows"
+                )
+            answer = after[len(before) :]
+            end = self._answer_end(answer)
+            out += [Segment(before[len(done) :], False), Segment(answer[:end], True)]
+            done = before + answer[:end]
+        rest = self._template(turns, False)[len(done) :]
+        return [s for s in (*out, Segment(rest, False)) if s.text] if rest.strip() else [s for s in out if s.text]
+
+    def _answer_end(self, answer: str) -> int:
+        """Where the stop token ends: what a template puts after it (a newline) is not the answer's."""
+        stops = [self.tokenizer.decode([i]) for i in self.stop_ids]
+        ends = [answer.rfind(s) + len(s) for s in stops if s and s in answer]
+        return max(ends, default=len(answer))
+
+    def _lead(self, row: Mapping[str, Any]) -> str:
+        system = row.get("system") or self.system
+        return f"{system}\n\n" if system else ""
+
+    def _eos(self) -> str:
+        return self.tokenizer.eos_token or ""
+
+    def _ids(self, text: str, first: bool) -> list[int]:
+        """Special tokens are added to bare text only; a chat template brings its own."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        bos = self.tokenizer.bos_token_id
+        adds = first and self.plain and getattr(self.tokenizer, "add_bos_token", False) and bos is not None
+        return [bos, *ids] if adds else ids
+
+    def render(self, row: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """A training row: ids, aligned labels, and the per-token column "prompt"."""
+        ids: list[int] = []
+        labels: list[int] = []
+        for segment in self.segments(row):
+            piece = self._ids(segment.text, first=not ids)
+            ids += piece
+            labels += piece if segment.supervised else [IGNORE] * len(piece)
+        first = next((i for i, y in enumerate(labels) if y != IGNORE), len(labels))
+        prompt = [1 if i < first else 0 for i in range(len(ids))]
+        return {"ids": ids, "labels": labels, "key": key, "token": {"prompt": prompt}}
+
+    def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
+        """What generation starts from: the same ids that stand before the last answer in training."""
+        if self.plain and "messages" not in row:
+            return self._ids(self._lead(row) + row["prompt"], first=True)
+        turns = self.messages(row)
+        if turns[-1]["role"] == "assistant":
+            turns = turns[:-1]
+            segments = self.segments({**row, "messages": [*turns, {"role": "assistant", "content": "x"}]})
+        else:
+            segments = self.segments({"messages": [*turns, {"role": "assistant", "content": "x"}]})
+        ids: list[int] = []
+        for segment in segments[:-1]:
+            ids += self._ids(segment.text, first=not ids)
+        return ids
+
+    def answer(self, row: Mapping[str, Any]) -> str:
+        """The text that generation is compared with."""
+        return row["messages"][-1]["content"] if "messages" in row else row["completion"]
+
+
+def stop_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Tokens that end a turn: the end of text, and the markers templates use for it."""
+    known = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
+    vocabulary = tokenizer.get_vocab()
+    found = {vocabulary[t] for t in known if t in vocabulary}
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    return tuple(sorted(found))

@@ -1,0 +1,17 @@
+"""Errors a user can mend: one sentence that names where, which value, and what to do."""
+
+
+class LuthierError(Exception):
+    """Something the user can change. The command line prints it without a traceback and exits with 2."""
+
+
+class RecipeError(LuthierError):
+    """A recipe key, a row or a file that cannot be used.
+
+    `where` is a recipe key with its line, or a file with its line; `what` is the fault with the value found;
+    `remedy` says what to write instead.
+    """
+
+    def __init__(self, where: str, what: str, remedy: str = "") -> None:
+        self.where, self.what, self.remedy = where, what, remedy
+        super().__init__(f"{where}: {what}" + (f"; {remedy}" if remedy else ""))

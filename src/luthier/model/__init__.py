@@ -1,0 +1,1 @@
+"""Models: loading, anatomy, and the view through which every method meets one."""

@@ -1,0 +1,150 @@
+"""Where things are in a model: blocks, projections, norms, embeddings, head. No method walks modules by itself."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from luthier.errors import LuthierError
+
+# (regular expression on the name within a block, role). The first match wins.
+_ROLES = (
+    (r"(^|\.)(q_proj|query|q_lin|wq)$", "q"),
+    (r"(^|\.)(k_proj|key|k_lin|wk)$", "k"),
+    (r"(^|\.)(v_proj|value|v_lin|wv)$", "v"),
+    (r"(^|\.)(c_attn|query_key_value|qkv_proj|Wqkv)$", "qkv"),
+    (r"(attn|attention).*\.(o_proj|out_proj|c_proj|dense|out_lin|Wo)$", "o"),
+    (r"(^|\.)(gate_proj|w1)$", "gate"),
+    (r"(^|\.)(gate_up_proj|Wi)$", "gate_up"),
+    (r"(^|\.)(up_proj|fc1|c_fc|dense_h_to_4h|w3)$|intermediate\.dense$|lin1$", "up"),
+    (r"(^|\.)(down_proj|fc2|c_proj|dense_4h_to_h|w2)$|output\.dense$|lin2$|mlp\.Wo$", "down"),
+)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matrix. `shape` is (out, in) even where the module stores it transposed."""
+
+    module: str
+    role: str  # q k v qkv o gate gate_up up down head other
+    block: int  # -1 outside the blocks
+    shape: tuple[int, int]
+    transposed: bool
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return f"{self.module}.weight"
+
+
+class Anatomy:
+    """The parts of one model, by module name."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        modules = dict(model.named_modules())
+        self.block_list = _find_block_list(model)
+        self.blocks = tuple(f"{self.block_list}.{i}" for i in range(len(modules[self.block_list])))
+        self.trunk = _name_of(model, model.base_model)
+        self.embedding = _name_of(model, model.get_input_embeddings())
+        head = model.get_output_embeddings()
+        self.head = None if head is None else _name_of(model, head)
+        self.tied = head is not None and head.weight is model.get_input_embeddings().weight
+        self.final_norm = _final_norm(model, self.trunk, self.block_list)
+        config = model.config.get_text_config()
+        self.hidden_size: int = config.hidden_size
+        self.num_heads: int = config.num_attention_heads
+        self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
+        self.head_dim: int = getattr(config, "head_dim", None) or self.hidden_size // self.num_heads
+        self.linears = tuple(self._linears(modules))
+        self.parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
+
+    def _linears(self, modules: dict[str, nn.Module]) -> Iterable[Linear]:
+        for name, module in modules.items():
+            if not isinstance(module, (nn.Linear, Conv1D)):
+                continue
+            transposed = isinstance(module, Conv1D)
+            rows, columns = module.weight.shape
+            shape = (columns, rows) if transposed else (rows, columns)
+            block, role = -1, "head" if name == self.head else "other"
+            if name.startswith(self.block_list + "."):
+                number, _, inner = name[len(self.block_list) + 1 :].partition(".")
+                block, role = int(number), _role(inner)
+            yield Linear(name, role, block, shape, transposed)
+
+    @cached_property
+    def block_linears(self) -> tuple[Linear, ...]:
+        """Matrices inside blocks, by block then in module order."""
+        return tuple(x for x in self.linears if x.block >= 0)
+
+    @property
+    def num_parameters(self) -> int:
+        """Every stored number once, tied weights included once."""
+        total = 0
+        for shape in self.parameters.values():
+            n = 1
+            for s in shape:
+                n *= s
+            total += n
+        return total
+
+    def match(self, targets: str | Iterable[str]) -> tuple[Linear, ...]:
+        """Linear layers meant by `targets`: "all-linear" (every one in the blocks), or patterns.
+
+        A pattern is a glob over the whole module name, or the last parts of one ("q_proj", "mlp.down_proj").
+        Raises LuthierError for a pattern that matches nothing, with the endings there are.
+        """
+        if targets == "all-linear":
+            return self.block_linears
+        chosen: dict[str, Linear] = {}
+        for pattern in [targets] if isinstance(targets, str) else targets:
+            hits = [x for x in self.linears if fnmatch.fnmatch(x.module, pattern) or x.module.endswith("." + pattern)]
+            if not hits:
+                endings = sorted({x.module.rpartition(".")[2] for x in self.linears})
+                raise LuthierError(
+                    f"target {pattern!r} matches 0 of {len(self.linears)} linear layers; they end in {', '.join(endings)}"
+                )
+            chosen.update((x.module, x) for x in hits)
+        return tuple(x for x in self.linears if x.module in chosen)
+
+    def depth(self, parameter: str) -> int:
+        """0 embeddings, i + 1 block i, n + 1 final norm and pooler, n + 2 task head; a tied head is an embedding."""
+        n = len(self.blocks)
+        if parameter.startswith(self.block_list + "."):
+            return int(parameter[len(self.block_list) + 1 :].partition(".")[0]) + 1
+        inside = not self.trunk or parameter.startswith(self.trunk + ".")
+        if not inside or (self.head is not None and parameter.startswith(self.head + ".")):
+            return n + 2
+        after = self.final_norm is not None and parameter.startswith(self.final_norm + ".")
+        return n + 1 if after or ".pooler." in f".{parameter}" else 0
+
+
+def _role(inner: str) -> str:
+    return next((role for pattern, role in _ROLES if re.search(pattern, inner)), "other")
+
+
+def _find_block_list(model: PreTrainedModel) -> str:
+    depth = model.config.get_text_config().num_hidden_layers
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not lists:
+        raise LuthierError(f"{type(model).__name__}: no list of {depth} blocks found; this architecture is not supported")
+    return min(lists, key=lambda n: n.count("."))
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    return next(n for n, m in model.named_modules() if m is part)
+
+
+def _final_norm(model: nn.Module, trunk: str, block_list: str) -> str | None:
+    parent = model.get_submodule(block_list.rpartition(".")[0])
+    prefix = block_list.rpartition(".")[0]
+    for name, _ in parent.named_children():
+        if re.fullmatch(r"norm|ln_f|final_layer_norm|final_layernorm|final_norm", name):
+            return f"{prefix}.{name}" if prefix else name
+    return None

@@ -1,0 +1,40 @@
+"""What a base model is, in a hash: canonical tensors and the tokenizer with its template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+
+class Fingerprint(BaseModel, frozen=True):
+    """The identity of a base. Two bases are the same when both hashes are."""
+
+    name: str
+    weights: str
+    tokenizer: str
+
+    def same_base(self, other: Fingerprint) -> bool:
+        """Equal in weights and tokenizer; the name is only a name."""
+        return (self.weights, self.tokenizer) == (other.weights, other.tokenizer)
+
+
+def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes, in name order."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint(model: nn.Module, tokenizer: Any, name: str) -> Fingerprint:
+    """Hash a model and its tokenizer; about a second for each 500 MB."""
+    parameters = {n: p for n, p in model.named_parameters() if ".luthier_" not in n}
+    words = "" if tokenizer is None else json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    return Fingerprint(name=name, weights=tensor_hash(parameters), tokenizer=hashlib.sha256(words.encode()).hexdigest())

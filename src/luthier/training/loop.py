@@ -1,0 +1,302 @@
+"""The loop: one optimiser step after another over windows of micro-batches."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from luthier.data.batch import Batch, collate
+from luthier.errors import LuthierError
+from luthier.model.view import ModelView
+from luthier.objectives.base import Clock, Forward, Objective, Window
+from luthier.training import checkpoint
+from luthier.training.order import Order, micro_batches
+from luthier.training.probe import Probe
+from luthier.training.settings import TrainSettings
+from luthier.tuners.base import Stats, Trainable, default_optimizer
+
+NAN_STEPS = 10  # skipped steps in a row after which a run that skips stops as well
+Rows = Sequence[Mapping[str, Any]]
+
+
+class Wrapped(nn.Module):
+    """The module processes wrap: its forward *is* the objective, so that gradients are reduced whatever it calls."""
+
+    def __init__(self, view: ModelView, objective: Objective, extra: nn.Module | None) -> None:
+        super().__init__()
+        self.module, self.extra = view.module, extra
+        self._view, self._objective = view, objective
+
+    def forward(self, batch: Batch, denominators: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
+        terms = self._objective.loss(Forward(batch, self._view, self.extra))
+        total, parts = torch.zeros((), device=batch.ids.device), {}
+        for name, term in terms.items():
+            mean = term.sums.sum() / max(denominators[term.over], 1e-9)
+            parts[name] = mean.detach()
+            total = total + term.weight * mean
+        return total, parts
+
+
+@dataclass
+class Progress:
+    """What the loop tells its listener after a step, and what a checkpoint remembers."""
+
+    step: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    seconds: float = 0.0
+    skipped: int = 0
+    best_loss: float | None = None
+    best_step: int | None = None
+    bad_evaluations: int = 0
+    log: list[dict[str, float]] = field(default_factory=list)
+
+
+class Interrupted(Exception):
+    """Asked to stop; the state is saved."""
+
+
+class Loop:
+    """Trains one stage.
+
+    rows      rendered rows: mappings as `collate` takes them
+    evaluate  returns the loss on held-out rows; called every eval_steps
+    on_step   called after each step with (entry, progress)
+    stop      asked between steps; True saves and raises Interrupted
+    """
+
+    def __init__(
+        self, view: ModelView, rows: Rows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
+        lab: Any = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
+        on_step: Callable[[dict[str, float], Progress], None] | None = None, stop: Callable[[], bool] = lambda: False,
+        extra: nn.Module | None = None, compute: Any = None, accelerator: Accelerator | None = None, data_hash: str = "",
+    ) -> None:  # fmt: skip
+        if not rows:
+            raise LuthierError("data.train: no row is left to train on; look at what was dropped with `luthier check`")
+        self.view, self.rows, self.trainable, self.objective, self.settings = view, rows, trainable, objective, settings
+        self.lab, self.folder, self.evaluate, self.on_step, self.stop = lab, folder, evaluate, on_step, stop
+        self.accelerator = accelerator or Accelerator(cpu=view.device.type == "cpu")
+        self.extra = extra if extra is not None else objective.extend(view)
+        self.compute, self.data_hash = compute, data_hash
+        s = settings
+        self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle)
+        self.progress = Progress()
+        self.probe = Probe(view, objective, self.extra)
+        self.optimizer = trainable.optimizer(trainable.groups(), self._default_optimizer)
+        self.scheduler = get_scheduler(
+            s.lr_scheduler_type, self.optimizer, round(s.warmup_fraction * self.order.total), self.order.total
+        )
+        wrapped = Wrapped(view, objective, self.extra)
+        self.wrapped = self.accelerator.prepare_model(wrapped) if self.accelerator.num_processes > 1 else wrapped
+
+    @property
+    def total_steps(self) -> int:
+        return self.order.total
+
+    def _default_optimizer(self, groups: list[Any]) -> torch.optim.Optimizer:
+        s = self.settings
+        return default_optimizer(groups, s.learning_rate, betas=s.adam_betas, eps=s.adam_eps, weight_decay=s.weight_decay)
+
+    # --- one step ---
+
+    def window(self, step: int) -> Window:
+        """The micro-batches of this rank."""
+        chosen = self.order.rows(step)
+        lengths = [len(self.rows[i]["ids"]) for i in chosen]
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        parts = micro_batches(lengths, self.settings.tokens_per_forward, world)[rank]
+        micro = [collate([self.rows[chosen[i]] for i in part]) if part else self._idle(chosen) for part in parts]
+        clock = Clock(step, self.total_steps, self.order.epoch(step))
+        gather = self.accelerator.gather if world > 1 else (lambda x: x)
+        return Window([b.to(self.view.device) for b in micro], clock, self.lab, gather, rank)
+
+    def _idle(self, chosen: list[int]) -> Batch:
+        """A forward without weight, for a rank that has run out: every rank must take part in every backward."""
+        row = self.rows[chosen[0]]
+        batch = collate([row])
+        return batch.select(torch.zeros(1, dtype=torch.long), torch.zeros(batch.num_tokens, dtype=torch.bool))
+
+    def _reduce(self, local: Mapping[str, float]) -> dict[str, float]:
+        if self.accelerator.num_processes == 1:
+            return dict(local)
+        keys = sorted(local)
+        total = self.accelerator.reduce(torch.tensor([local[k] for k in keys], device=self.view.device).double())
+        return dict(zip(keys, total.tolist(), strict=True))
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step; returns what to log."""
+        started, number = time.perf_counter(), self.progress.step
+        window = self.window(number)
+        self.trainable.before_window(window, self.probe)
+        with torch.no_grad():
+            window, local = self.objective.plan(window, self.probe)
+        denominators = self._reduce(local)
+        if not any(denominators.values()):
+            raise LuthierError(f"step {number + 1}: no supervised token is left; look at the rows with `luthier check`")
+        entry = self._closure_step(window, denominators) if self.trainable.steps_by_closure else self._gradient_step(window, denominators)
+        self.scheduler.step()
+        p = self.progress
+        p.step += 1
+        self.trainable.after_step(Clock(p.step, self.total_steps, self.order.epoch(p.step)))
+        counts = self._reduce({"tokens": sum(b.num_tokens for b in window.micro), "supervised": denominators.get("tokens", 0.0)})
+        p.tokens += int(counts["tokens"])
+        p.supervised += int(denominators.get("tokens", 0))
+        seconds = time.perf_counter() - started
+        p.seconds += seconds
+        rate = counts["tokens"] / seconds
+        return {"step": p.step, "epoch": self.order.epoch(p.step), **entry, **self.objective.report(), "num_tokens": p.tokens, "tokens_per_second": rate}  # fmt: skip
+
+    def _losses(self, window: Window, denominators: Mapping[str, float], backward: bool) -> tuple[float, dict[str, float]]:
+        """The step's loss and its named parts, over all micro-batches and ranks."""
+        world, parts, total = self.accelerator.num_processes, {}, 0.0
+        for i, batch in enumerate(window.micro):
+            last = i == len(window.micro) - 1
+            sync = contextlib.nullcontext() if world == 1 or last else self.wrapped.no_sync()
+            with sync, self._patched("train"):
+                loss, named = self.wrapped(batch, denominators)
+                if backward and loss.requires_grad:
+                    # Denominators are global, and the wrapper averages over ranks: undo the average.
+                    self.accelerator.backward(loss * world)
+            total += float(loss.detach())
+            for k, v in named.items():
+                parts[k] = parts.get(k, 0.0) + float(v)
+        summed = self._reduce({"total": total, **{f"part.{k}": v for k, v in parts.items()}})
+        return summed["total"], {k[5:]: v for k, v in summed.items() if k.startswith("part.")}
+
+    def _patched(self, phase: str) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.compute is None else self.compute.patch(self.view, phase)
+
+    def _gradient_step(self, window: Window, denominators: Mapping[str, float]) -> dict[str, float]:
+        self.view.module.train()
+        with self.trainable.phase("train"):
+            loss, parts = self._losses(window, denominators, backward=True)
+        self.trainable.after_backward()
+        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = float(nn.utils.clip_grad_norm_(params, self.settings.max_grad_norm)) if params else 0.0
+        entry = {**parts, "loss": loss, "grad_norm": norm, "learning_rate": self.scheduler.get_last_lr()[0]}
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._not_finite(entry)
+        elif self.trainable.before_step(Stats(loss, norm)):
+            self.optimizer.step()
+            self.progress.skipped = 0
+        self.optimizer.zero_grad(set_to_none=True)
+        return entry
+
+    def _closure_step(self, window: Window, denominators: Mapping[str, float]) -> dict[str, float]:
+        """For optimisers that only ask for losses: dropout off, no graph."""
+        self.view.module.eval()
+
+        def closure() -> float:
+            with torch.no_grad(), self.trainable.phase("train"):
+                return self._losses(window, denominators, backward=False)[0]
+
+        loss = self.optimizer.step(closure)  # type: ignore[call-overload]
+        return {"loss": float(loss), "learning_rate": self.scheduler.get_last_lr()[0]}
+
+    def _not_finite(self, entry: dict[str, float]) -> None:
+        self.progress.skipped += 1
+        if self.settings.on_nan == "stop" or self.progress.skipped >= NAN_STEPS:
+            raise LuthierError(
+                f"step {self.progress.step + 1}: loss {entry['loss']}, gradient norm {entry['grad_norm']}; "
+                "lower learning_rate, or set on_nan: skip to pass over single bad steps"
+            )
+
+    # --- the whole stage ---
+
+    def run(self, deadline: float | None = None) -> Progress:
+        """Train to the end, from the newest whole checkpoint where there is one."""
+        self.resume()
+        p, s = self.progress, self.settings
+        while p.step < self.total_steps:
+            if self.stop() or (deadline is not None and time.monotonic() > deadline):
+                self.save()
+                raise Interrupted(f"stopped after step {p.step} of {self.total_steps}")
+            entry = self.step()
+            if p.step % s.logging_steps == 0 or p.step == self.total_steps:
+                p.log.append(entry)
+            if self.on_step is not None:
+                self.on_step(entry, p)
+            if s.eval_steps and self.evaluate and (p.step % s.eval_steps == 0 or p.step == self.total_steps) and self._evaluated():
+                break
+            if s.save_steps and p.step % s.save_steps == 0:
+                self.save()
+        if s.eval_steps and s.load_best and p.best_step not in (None, p.step) and self.folder is not None:
+            self._restore(self.folder / "best" / f"checkpoint-{p.best_step}", whole=False)
+        return p
+
+    def _evaluated(self) -> bool:
+        """Evaluate, remember the best state, and say whether to stop early."""
+        assert self.evaluate is not None
+        with self.trainable.phase("score"):
+            loss = self.evaluate()
+        p = self.progress
+        p.log.append({"step": p.step, "eval_loss": loss})
+        if p.best_loss is None or loss < p.best_loss:
+            p.best_loss, p.best_step, p.bad_evaluations = loss, p.step, 0
+            if self.folder is not None and self.settings.load_best:
+                self.save(self.folder / "best")
+                checkpoint.prune(self.folder / "best", 1)
+        else:
+            p.bad_evaluations += 1
+        patience = self.settings.early_stopping_patience
+        return patience is not None and p.bad_evaluations >= patience
+
+    # --- checkpoints ---
+
+    def save(self, folder: Path | None = None) -> None:
+        """Write a whole checkpoint; every rank calls, the first writes."""
+        folder = folder or self.folder
+        if folder is None:
+            return
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state = {**vars(self.progress), "global_step": self.progress.step, "data_hash": self.data_hash}
+            tensors = {f"trainable.{k}": v for k, v in self.trainable.state_dict().items()}
+            if self.extra is not None:
+                tensors |= {f"extra.{k}": v for k, v in self.extra.state_dict().items()}
+            checkpoint.save(
+                folder, self.progress.step, tensors, self.optimizer.state_dict(), self.scheduler.state_dict(),
+                {"torch": torch.get_rng_state()}, state,
+            )  # fmt: skip
+            checkpoint.prune(folder, self.settings.save_limit)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> bool:
+        """Take up the newest whole checkpoint; False where there is none."""
+        found = None if self.folder is None else checkpoint.newest(self.folder)
+        if found is None:
+            return False
+        self._restore(found, whole=True)
+        return True
+
+    def _restore(self, folder: Path, whole: bool) -> None:
+        saved = checkpoint.load(folder)
+        if saved["state"]["data_hash"] != self.data_hash:
+            raise LuthierError(f"{folder}: was made on other rows than data.train has now; use --fresh to start over")
+        tensors = saved["tensors"]
+        own = {k.removeprefix("trainable."): v for k, v in tensors.items() if k.startswith("trainable.")}
+        self.trainable.load_state_dict(own)
+        if self.extra is not None:
+            self.extra.load_state_dict({k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")})
+        if whole:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+            torch.set_rng_state(saved["rng"]["torch"])
+            known = Progress.__dataclass_fields__
+            self.progress = Progress(**{k: v for k, v in saved["state"].items() if k in known})
+
+
+def steps_of(loop: Loop) -> Iterator[dict[str, float]]:
+    """The loop's entries one by one, for tests and notebooks."""
+    while loop.progress.step < loop.total_steps:
+        yield loop.step()

@@ -1,0 +1,270 @@
+"""The tuner seam: which weights move, and in which form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from luthier.method import Method
+from luthier.model.view import ModelView, probe_layout
+from luthier.objectives.base import Clock, Window
+from luthier.training.linear import low_rank_linear, stochastic_round
+from luthier.update import Dense, Update
+from luthier.update.parts import Undo
+
+if TYPE_CHECKING:
+    from luthier.training.probe import Probe
+
+
+class ParamGroup(NamedTuple):
+    """Tensors with a learning-rate factor; weight_decay None takes the run's."""
+
+    params: list[nn.Parameter]
+    lr_factor: float = 1.0
+    weight_decay: float | None = None
+    learning_rate: float | None = None  # in place of the run's
+
+
+class Stats(NamedTuple):
+    """Of the window about to be stepped on: mean loss, global gradient norm."""
+
+    loss: float
+    grad_norm: float
+
+
+def default_optimizer(groups: list[ParamGroup], lr: float, **kwargs: Any) -> Optimizer:
+    """AdamW over parameter groups; fused where torch has it."""
+    return torch.optim.AdamW(as_dicts(groups, lr), lr=lr, fused=True, **kwargs)
+
+
+def as_dicts(groups: list[ParamGroup], lr: float) -> list[dict[str, Any]]:
+    """torch's form of the groups: rates multiplied out."""
+    out = []
+    for g in groups:
+        entry: dict[str, Any] = {"params": g.params, "lr": (g.learning_rate or lr) * g.lr_factor}
+        if g.weight_decay is not None:
+            entry["weight_decay"] = g.weight_decay
+        out.append(entry)
+    return out
+
+
+class Tuner(Method):
+    """Chooses what is trained. `attach` is all it takes to use one without the house."""
+
+    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> Trainable:
+        """Prepare the model for training and return what moves.
+
+        total_steps  all optimiser steps of the run; methods with a schedule of their own refuse None
+        """
+        raise NotImplementedError
+
+
+class Trainable:
+    """What moves during training. Subclasses override what they need; the defaults do nothing.
+
+    In a loop of your own: `optimizer(groups(), ...)` or any optimiser over `parameters()`; then, each step,
+    `before_window`, backward, `after_backward`, `before_step`, the optimiser's step, `after_step`.
+    """
+
+    steps_by_closure = False  # True: the optimiser's step gets a closure that evaluates the loss without gradient
+
+    def __init__(self, view: ModelView) -> None:
+        self.view = view
+        self.base = view.base  # before anything moves
+        self._flags = [(p, p.requires_grad) for p in view.module.parameters()]
+        self._undo: list[Undo] = []
+
+    def freeze_base(self) -> None:
+        for p, _ in self._flags:
+            p.requires_grad_(False)
+
+    def groups(self) -> list[ParamGroup]:
+        raise NotImplementedError
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for g in self.groups():
+            yield from g.params
+
+    def optimizer(self, groups: list[ParamGroup], default: Callable[[list[ParamGroup]], Optimizer]) -> Optimizer:
+        return default(groups)
+
+    def before_window(self, window: Window, probe: Probe) -> None:
+        """Before a step's first forward: choose again what trains."""
+
+    def after_backward(self) -> None:
+        """After a step's last backward: put gradients where the optimiser looks."""
+
+    def before_step(self, stats: Stats) -> bool:
+        """False skips the step."""
+        return True
+
+    def after_step(self, clock: Clock) -> None:
+        """After the optimiser moved: write trained values back into the model. clock.step counts this step."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around "train", "score" or "generate"."""
+        yield
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything that a resumed run needs beside the optimiser's own state."""
+        return {str(i): p.detach() for i, p in enumerate(self.parameters())}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for i, p in enumerate(self.parameters()):
+            p.copy_(state[str(i)])
+
+    def update(self) -> Update:
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Take everything out again: the base is bit-identical to what it was."""
+        for step in reversed(self._undo):
+            step()
+        self._undo.clear()
+        for p, flag in self._flags:
+            p.requires_grad_(flag)
+            p.grad = None
+
+
+class DenseTrainable(Trainable):
+    """Whole tensors trained in place: float32 masters beside low-precision weights, written back with seeded
+    stochastic rounding. What was overwritten is kept, so that detaching restores it bit for bit.
+    """
+
+    def __init__(self, view: ModelView, names: list[str], seed: int = 0) -> None:
+        super().__init__(view)
+        self.freeze_base()
+        self.names, self._seed, self._steps = names, seed, 0
+        self._stored = {n: view.weight(n).detach().clone() for n in names}
+        self._masters: dict[str, nn.Parameter] = {}
+        for n in names:
+            p = view.weight(n).requires_grad_(True)
+            self._masters[n] = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+
+    def master(self, name: str) -> nn.Parameter:
+        return self._masters[name]
+
+    def groups(self) -> list[ParamGroup]:
+        """Matrices with the run's weight decay; biases and norms without."""
+        matrices = [p for p in self._masters.values() if p.ndim > 1]
+        vectors = [p for p in self._masters.values() if p.ndim <= 1]
+        return [g for g in (ParamGroup(matrices), ParamGroup(vectors, weight_decay=0.0)) if g.params]
+
+    def after_backward(self) -> None:
+        for n, master in self._masters.items():
+            p = self.view.weight(n)
+            if p is not master:
+                master.grad = None if p.grad is None else p.grad.float()
+                p.grad = None
+
+    @torch.no_grad()
+    def after_step(self, clock: Clock) -> None:
+        self._steps += 1
+        self._write()
+
+    def _write(self) -> None:
+        generator = torch.Generator(device=self.view.device).manual_seed(self._seed * 1_000_003 + self._steps)
+        for n, master in self._masters.items():
+            p = self.view.weight(n)
+            if p is not master:
+                p.copy_(stochastic_round(master, p.dtype, generator))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"master.{n}": m.detach() for n, m in self._masters.items()} | {"steps": torch.tensor(self._steps)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._steps = int(state["steps"])
+        for n, m in self._masters.items():
+            m.copy_(state[f"master.{n}"])
+        self._write()
+
+    @torch.no_grad()
+    def update(self) -> Update:
+        changes = {n: (m.detach() - self._stored[n].float()).cpu() for n, m in self._masters.items()}
+        return Update(self.base, (Dense(changes),))
+
+    @torch.no_grad()
+    def detach(self) -> None:
+        for n, value in self._stored.items():
+            self.view.weight(n).copy_(value)
+        super().detach()
+
+
+# --- things to hang on a layer ---
+
+
+def oriented(module: nn.Module) -> Tensor:
+    """The weight as [out, in]; a view."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Undo:
+    """Give one module object another forward; the class and the parameters stay."""
+    if "forward" in module.__dict__:
+        raise ValueError("this layer already carries an adapter; detach it first")
+    module.forward = forward  # type: ignore[method-assign]
+
+    def undo() -> None:
+        del module.forward
+
+    return undo
+
+
+def register(module: nn.Module, name: str, value: nn.Parameter) -> Undo:
+    """A parameter of ours on a module of the model's, so that processes and trainers find it."""
+    module.register_parameter(f"luthier_{name}", value)
+
+    def undo() -> None:
+        delattr(module, f"luthier_{name}")
+
+    return undo
+
+
+def low_rank_adapter(module: nn.Module, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Undo:
+    """y = x W^T + bias + scale (drop(x) A^T) B^T; a [R, in], b [out, R] float32."""
+    weight, bias = oriented(module), module.bias
+
+    def forward(x: Tensor) -> Tensor:
+        if dropout and module.training:
+            low = nn.functional.dropout(x, dropout) @ a.to(x.dtype).T
+            plain = nn.functional.linear(x, weight, bias)
+            return plain + scale * (low @ b.to(x.dtype).T)
+        return low_rank_linear(x, weight, bias, a, b, scale)
+
+    return replace_forward(module, forward)
+
+
+def output_adapter(module: nn.Module, a: Tensor, b: Tensor) -> Undo:
+    """h' = h + B (A h) on the layer's output h; a [R, out], b [out, R]."""
+    plain = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        h = plain(x)
+        return h + (h @ a.to(h.dtype).T) @ b.to(h.dtype).T
+
+    return replace_forward(module, forward)
+
+
+def as_view(model: ModelView | PreTrainedModel) -> ModelView:
+    """A view of a plain transformers model, with the layout its probe finds."""
+    if isinstance(model, ModelView):
+        return model
+    view = ModelView(model)
+    view.layout, _ = probe_layout(view)
+    return view
+
+
+def bare_clock(step: int, total: int | None) -> Clock:
+    """A clock for loops that do not keep one."""
+    return Clock(step, total or 0)

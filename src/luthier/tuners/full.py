@@ -1,0 +1,37 @@
+"""Full fine-tuning: every weight moves."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from luthier.method import Source, Traits
+from luthier.model.view import ModelView
+from luthier.tuners.base import DenseTrainable, Tuner, as_view
+
+
+class Full(Tuner):
+    """Train every weight, from float32 masters.
+
+    The model keeps its precision; after each step the masters are written into it with seeded stochastic rounding,
+    since rounding to nearest swallows small changes.
+    Cost: about 6 P FLOPs a token; 16 bytes a weight beside the model's own.
+    """
+
+    traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}), linear=True)
+    source: ClassVar[Source] = Source(
+        "Universal Language Model Fine-tuning for Text Classification", 2018, "arXiv:1801.06146"
+    )
+
+    train_embeddings: bool = True
+    """False leaves the token embeddings as they are (and the head, where it is tied to them)."""
+    seed: int = Field(0, ge=0)
+    """For stochastic rounding."""
+
+    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> DenseTrainable:
+        view = as_view(model)
+        skip = "" if self.train_embeddings else view.anatomy.embedding + "."
+        names = [n for n in view.anatomy.parameters if not skip or not n.startswith(skip)]
+        return DenseTrainable(view, names, self.seed)

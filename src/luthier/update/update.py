@@ -1,0 +1,187 @@
+"""What a run changed, as a value tied to its base: it adds, scales, converts, binds to a model, and saves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.errors import LuthierError
+from luthier.model.fingerprint import Fingerprint
+from luthier.update.parts import VECTOR_PARTS, Chart, Dense, LowRank, Modules, Part, Prompt, Replace, Sparse, overwrite
+
+# In a composition these come in this order: deltas first, replaced tensors over them, then what is added around.
+_ORDER = {**dict.fromkeys(VECTOR_PARTS, 0), Replace: 1, Modules: 2, Prompt: 3}
+
+
+@dataclass(frozen=True)
+class Update:
+    """A frozen value: parts over one base."""
+
+    base: Fingerprint
+    parts: tuple[Part, ...]
+    chart: Chart | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(sorted(self.parts, key=lambda p: _ORDER[type(p)])))
+
+    @property
+    def linear(self) -> bool:
+        """True where every part lives in weight space."""
+        return all(isinstance(p, VECTOR_PARTS) for p in self.parts)
+
+    def deltas(self) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, float32 difference in the parameter's shape), one parameter at a time.
+
+        A name may come more than once, from different parts. Raises TypeError for a part outside weight space.
+        """
+        for part in self.parts:
+            if not isinstance(part, VECTOR_PARTS):
+                raise TypeError(f"a {part.kind} part has no difference in weight space")
+            yield from part.deltas()
+
+    def __add__(self, other: Update) -> Update:
+        """The sum in weight space; exact for every sort of part."""
+        if not self.base.same_base(other.base):
+            raise TypeError(f"updates of different bases cannot be added: {self.base.name} and {other.base.name}")
+        merged: dict[type, Any] = {}
+        for part in (*self.parts, *other.parts):
+            if not isinstance(part, VECTOR_PARTS):
+                raise TypeError(f"a {part.kind} part cannot be added: it replaces or surrounds, it is no difference")
+            merged[type(part)] = merged[type(part)].plus(part) if type(part) in merged else part
+        return Update(self.base, tuple(merged.values()))
+
+    def __rmul__(self, c: float) -> Update:
+        for part in self.parts:
+            if not isinstance(part, VECTOR_PARTS):
+                raise TypeError(f"a {part.kind} part cannot be scaled")
+        return Update(self.base, tuple(p.times(c) for p in self.parts))  # type: ignore[union-attr]
+
+    def __mul__(self, c: float) -> Update:
+        return c * self
+
+    def dense(self) -> dict[str, Tensor]:
+        """All differences at once, summed by name."""
+        total: dict[str, Tensor] = {}
+        for name, delta in self.deltas():
+            total[name] = total[name] + delta if name in total else delta
+        return total
+
+    def to(self, form: str, *, rank: int | None = None, density: float | None = None) -> tuple[Update, float]:
+        """Another form and its relative error (Frobenius norm of what is lost over that of the whole).
+
+        form  "dense"; "sparse" with `density` (share of each tensor's largest entries kept); "lowrank" with `rank`
+              (truncated singular values; two-dimensional tensors only)
+        """
+        full = self.dense()
+        if form == "dense":
+            part: Part = Dense(full)
+        elif form == "sparse" and density is not None:
+            part = _sparsest(full, density)
+        elif form == "lowrank" and rank is not None:
+            part = _truncated(full, rank)
+        else:
+            raise ValueError(f"form {form!r}: use 'dense', 'sparse' with density=, or 'lowrank' with rank=")
+        lost = sum(float((full[n] - d).double().square().sum()) for n, d in part.deltas())
+        whole = sum(float(t.double().square().sum()) for t in full.values())
+        return Update(self.base, (part,)), (lost / whole) ** 0.5 if whole else 0.0
+
+    def coordinates(self) -> Tensor:
+        """[layers, d]: the update in factor space, one row a block. Comparable only under one chart.
+
+        See `luthier.collaboration.packing` for the order. Raises TypeError without a chart.
+        """
+        from luthier.collaboration.packing import pack
+
+        if self.chart is None or len(self.parts) != 1 or not isinstance(self.parts[0], LowRank):
+            raise TypeError("coordinates need one low-rank part and the chart it was trained under")
+        return pack(self.parts[0], self.chart).rows
+
+    @contextmanager
+    def bind(self, view: Any, scale: float = 1.0) -> Iterator[Any]:
+        """The tuned model, for the calls inside; afterwards the base has its stored bits back.
+
+        Raises LuthierError where this update belongs to another base or does not fit.
+        """
+        if not self.base.same_base(view.base):
+            raise LuthierError(
+                f"this update was trained on {self.base.name} ({self.base.weights[:12]}), "
+                f"the model is {view.base.name} ({view.base.weights[:12]}); load that base instead"
+            )
+        self.validate(view.anatomy.parameters)
+        undo = []
+        try:
+            for part in self.parts:
+                undo.append(_apply(part, view, scale))
+            yield view
+        finally:
+            for step in reversed(undo):
+                step()
+
+    def validate(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Raises LuthierError with the first thing that does not fit tensors of these shapes."""
+        for part in self.parts:
+            for problem in part.problems(shapes):
+                raise LuthierError(f"{part.kind} part: {problem}")
+
+    @torch.no_grad()
+    def merge_into(self, model: Any) -> None:
+        """Add to the weights for good, in float32 before rounding to their dtype."""
+        for part in self.parts:
+            if isinstance(part, VECTOR_PARTS):
+                for name, delta in part.deltas():
+                    weight = model.get_parameter(name)
+                    weight.copy_(weight.float() + delta.to(weight.device))
+            elif isinstance(part, Replace):
+                for name, value in part.values.items():
+                    model.get_parameter(name).copy_(value)
+            else:
+                raise TypeError(f"a {part.kind} part cannot be merged into weights")
+
+
+def _apply(part: Part, view: Any, scale: float) -> Any:
+    """Bind one part; returns its undo. Low-rank parts stay beside the weight, so that low precision loses nothing."""
+    if isinstance(part, LowRank):
+        from luthier.tuners.base import low_rank_adapter
+
+        undo = []
+        for name, a in part.a.items():
+            module = view.module.get_submodule(name.removesuffix(".weight"))
+            undo.append(
+                low_rank_adapter(module, a.to(view.device), part.b[name].to(view.device), scale * part.scale[name])
+            )
+        return lambda: [u() for u in undo]
+    if isinstance(part, VECTOR_PARTS):
+        return overwrite(view, {n: view.weight(n).float() + scale * d.to(view.device) for n, d in part.deltas()})
+    if scale != 1.0:
+        raise TypeError(f"a {part.kind} part cannot be scaled")
+    return part.apply(view)
+
+
+def _sparsest(full: dict[str, Tensor], density: float) -> Sparse:
+    if not 0 < density <= 1:
+        raise ValueError(f"density = {density}: should lie in (0, 1]")
+    indices = {n: t.abs().view(-1).topk(max(1, int(t.numel() * density))).indices.sort().values for n, t in full.items()}
+    values = {n: full[n].reshape(-1)[i] for n, i in indices.items()}
+    return Sparse(indices, values, {n: tuple(t.shape) for n, t in full.items()})
+
+
+def _truncated(full: dict[str, Tensor], rank: int) -> LowRank:
+    a, b = {}, {}
+    for name, t in full.items():
+        if t.ndim != 2:
+            raise ValueError(f"{name} is not a matrix, so it has no low-rank form")
+        u, s, v = torch.linalg.svd(t.double(), full_matrices=False)
+        root = s[:rank].sqrt()
+        a[name], b[name] = (root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float()
+    return LowRank(a, b, dict.fromkeys(a, 1.0))
+
+
+def add(updates: list[Update]) -> Update:
+    """The sum of several updates."""
+    return reduce(lambda x, y: x + y, updates)
