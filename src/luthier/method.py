@@ -43,6 +43,8 @@ class Facts:
     batch_size: int = 1
     num_rows: int | None = None
     model_config: Any = None
+    settings: Any = None  # TrainSettings
+    num_processes: int = 1
     others: tuple[Method, ...] = ()
 
 
@@ -75,4 +77,6 @@ class Method(BaseModel):
             problems.append(Problem("task", f"{self.key()} does not work on {facts.task}", f"it works on {known}"))
         if facts.layout is not None and facts.layout not in self.traits.layouts:
             problems.append(Problem("layout", f"{self.key()} cannot use the {facts.layout} layout"))
+        if facts.num_processes > 1 and "one_process" in self.traits.needs:
+            problems.append(Problem("num_processes", f"{self.key()} runs in one process, here are {facts.num_processes}"))
         return problems

@@ -1,8 +1,8 @@
 """Attention over sequences laid end to end: each sees itself only, nothing is padded.
 
-Registered with transformers under two names. `luthier` is the fast path: for short sequences on a CPU a custom
-autograd function over batched matrix products (the fused bf16 kernel's backward is slow there), else the fused kernel
-once a sequence. `luthier_plain` is made of ordinary operations, so that forward-mode derivatives pass through it.
+Registered with transformers as `luthier`. Short sequences on a CPU take a custom autograd function over batched matrix
+products (the fused bf16 kernel's backward is slow there), others the fused kernel once a sequence; inside
+`plain_operations` it is made of ordinary ones.
 The lengths travel as a keyword argument of the model call; no mask tensor is ever built.
 """
 
@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
+
+from luthier.model.plain import is_plain
 
 SHORT = 384  # tokens; above this the [H, L, L] probabilities kept for the backward cost more than they save
 
@@ -109,7 +111,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: 
 def flat_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, sequence_lengths: tuple[int, ...] | None = None, plain: bool = False,
+    softcap: float | None = None, sequence_lengths: tuple[int, ...] | None = None,
     is_causal: bool | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface over one flat row: [1, H, T, d] -> [1, T, H, d].
@@ -124,18 +126,13 @@ def flat_attention(
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     window = sliding_window if sliding_window is not None and max(sequence_lengths) > sliding_window else None
     short = max(sequence_lengths) <= SHORT and query.device.type == "cpu" and dropout == 0.0
-    if short and not plain:
+    if short and not is_plain():
         out = _ShortAttention.apply(query, key, value, sequence_lengths, scale, causal, window)
         return out.transpose(1, 2).contiguous(), None
-    one = _plain if plain else _fused
+    one = _plain if is_plain() else _fused
     parts = zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
     out = torch.cat([one(q, k, v, scale, causal, window, dropout) for q, k, v in parts], dim=2)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _plain_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return flat_attention(*args, plain=True, **kwargs)
-
-
 AttentionInterface.register("luthier", flat_attention)
-AttentionInterface.register("luthier_plain", _plain_attention)

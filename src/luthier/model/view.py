@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.data.batch import Batch, pad, unpad
-from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention functions
+from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention function
 from luthier.model.anatomy import Anatomy
 from luthier.model.fingerprint import Fingerprint, fingerprint
+from luthier.model.plain import is_plain
 
 
 class Inputs(NamedTuple):
@@ -87,12 +88,11 @@ class ModelView:
 
     # --- the trunk ---
 
-    def trace(self, batch: Batch, layers: tuple[int, ...] = (-1,), embeds: Tensor | None = None, plain: bool = False) -> Trace:
+    def trace(self, batch: Batch, layers: tuple[int, ...] = (-1,), embeds: Tensor | None = None) -> Trace:
         """Run the trunk once over the batch and keep the hidden states asked for, each [T, D].
 
         layers  -1 is the final state, after the last norm; 0..L-1 is the input of that block
         embeds  [T, D] in place of the ids' embeddings
-        plain   attention from ordinary operations, for forward-mode derivatives
         """
         inputs = Inputs(batch, embeds, None)
         for hook in self.input_hooks:
@@ -103,7 +103,7 @@ class ModelView:
             keep = partial(self._keep, trace, layer, layer == last)
             handles.append(self.block(layer).register_forward_pre_hook(keep, with_kwargs=True))
         try:
-            final = self._call_trunk(inputs, plain)
+            final = self._call_trunk(inputs)
         finally:
             for handle in handles:
                 handle.remove()
@@ -116,7 +116,7 @@ class ModelView:
         if is_last:
             trace.block_kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
-    def _call_trunk(self, inputs: Inputs, plain: bool) -> Tensor:
+    def _call_trunk(self, inputs: Inputs) -> Tensor:
         batch = inputs.batch
         if inputs.embeds is None:
             tokens = {"input_ids": self._shape(batch.ids, batch)}
@@ -125,14 +125,17 @@ class ModelView:
         kwargs: dict[str, Any] = {"use_cache": False}
         if self.layout == "flat":
             kwargs |= {"sequence_lengths": batch.lengths, "position_ids": batch.pos.unsqueeze(0)}
-            implementation = "luthier_plain" if plain else "luthier"
         else:
             kwargs["attention_mask"] = pad(torch.ones_like(batch.ids), batch)
             if not batch.contiguous:  # else the model's own positions are right, whatever they start from
                 kwargs["position_ids"] = pad(batch.pos, batch)
-            implementation = "eager" if plain else self._native_attention
-        with attention_implementation(self.module, implementation):
+        with attention_implementation(self.module, self._attention_name()):
             return self.trunk(**tokens, **_accepted(self.trunk, kwargs)).last_hidden_state
+
+    def _attention_name(self) -> str:
+        if self.layout == "flat":
+            return "luthier"
+        return "eager" if is_plain() else self._native_attention
 
     def _shape(self, values: Tensor, batch: Batch) -> Tensor:
         """[T, ...] -> [1, T, ...] or [S, L, ...]."""
@@ -145,13 +148,12 @@ class ModelView:
     def _to_original(self, values: Tensor, inputs: Inputs) -> Tensor:
         return values if inputs.source is None else values[inputs.source]
 
-    def run_block(self, block: nn.Module, hidden: Tensor, trace: Trace, plain: bool = False) -> Tensor:
+    def run_block(self, block: nn.Module, hidden: Tensor, trace: Trace) -> Tensor:
         """Call a block-like module on [T, D] with the masks and positions the last block of `trace` had."""
         assert trace.inputs is not None
         if trace.inputs.source is not None:
             raise ValueError("an extra block cannot follow inserted soft-prompt tokens")
-        name = ("luthier_plain" if plain else "luthier") if self.layout == "flat" else self._native_attention
-        with attention_implementation(self.module, name):
+        with attention_implementation(self.module, self._attention_name()):
             out = block(self._shape(hidden, trace.inputs.batch), **trace.block_kwargs)
         return self._flatten(out[0] if isinstance(out, tuple) else out, trace.inputs.batch)
 

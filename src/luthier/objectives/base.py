@@ -55,8 +55,11 @@ class Window:
 class Objective(Method):
     """What a step minimises. `plan` may look at the whole window before any gradient; `loss` runs once a micro-batch."""
 
-    def extend(self, view: ModelView) -> nn.Module | None:
-        """Modules trained or used beside the model (heads, critics), dropped on export."""
+    def extend(self, view: ModelView, carried: Mapping[str, Tensor] | None = None) -> nn.Module | None:
+        """Modules trained or used beside the model (heads, critics), dropped on export.
+
+        carried  their state after an earlier stage, where the pipeline carries it here
+        """
         return None
 
     def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
@@ -86,8 +89,8 @@ class Forward:
     batch  the micro-batch; view  the model; extra  the module from `extend`
     """
 
-    def __init__(self, batch: Batch, view: ModelView, extra: nn.Module | None = None, plain: bool = False) -> None:
-        self.batch, self.view, self.extra, self.plain = batch, view, extra, plain
+    def __init__(self, batch: Batch, view: ModelView, extra: nn.Module | None = None) -> None:
+        self.batch, self.view, self.extra = batch, view, extra
         self._traces: dict[tuple[int, tuple[int, ...]], Trace] = {}
 
     def trace(self, *layers: int, embeds: Tensor | None = None, view: ModelView | None = None) -> Trace:
@@ -95,9 +98,9 @@ class Forward:
         view = view or self.view
         key = (id(view), layers)
         if embeds is not None:
-            return view.trace(self.batch, layers, embeds, self.plain)
+            return view.trace(self.batch, layers, embeds)
         if key not in self._traces:
-            self._traces[key] = view.trace(self.batch, layers, None, self.plain)
+            self._traces[key] = view.trace(self.batch, layers)
         return self._traces[key]
 
     def hidden(self, layer: int = -1, embeds: Tensor | None = None, view: ModelView | None = None) -> Tensor:
@@ -118,7 +121,7 @@ class Forward:
         rows = (labels != -100).nonzero().squeeze(1)  # [N]
         view = self.view
         picked = view.head_input(hidden[rows])  # [T, D] -> [N, D]
-        return token_nll(picked, view.head_weight, labels[rows], view.head_bias, view.head_transform(), self.plain)
+        return token_nll(picked, view.head_weight, labels[rows], view.head_bias, view.head_transform())
 
     def scores(self) -> TokenScores:
         """Loss and entropy of every supervised token, without a gradient."""
@@ -130,14 +133,25 @@ class Forward:
         """float32 logits: [N, V] at the given token positions, or [S, C] of the classification head without any."""
         hidden = self.hidden() if hidden is None else hidden
         if rows is None:
-            return self.view.class_logits(hidden, self.batch)
+            return self._class_logits(hidden)
         z = nn.functional.linear(self.view.head_input(hidden[rows]), self.view.head_weight, self.view.head_bias).float()
+        transform = self.view.head_transform()
+        return z if transform is None else transform(z)
+
+    def _class_logits(self, hidden: Tensor) -> Tensor:
+        """[S, C]: the vocabulary's scores of the label words at the answer slot, or the classification head's."""
+        if "slot" not in self.batch.row:
+            return self.view.class_logits(hidden, self.batch)
+        words = self.batch.row["words"][0]  # [C]; a task has one set of label words
+        picked = self.view.head_input(hidden[self.batch.starts + self.batch.row["slot"]])  # [S, D]
+        bias = self.view.head_bias
+        z = nn.functional.linear(picked, self.view.head_weight[words], None if bias is None else bias[words]).float()
         transform = self.view.head_transform()
         return z if transform is None else transform(z)
 
     def run_block(self, block: nn.Module, hidden: Tensor, trace: Trace) -> Tensor:
         """[T, D] -> [T, D] through a block under the masks and positions of the trace's last block."""
-        return self.view.run_block(block, hidden, trace, self.plain)
+        return self.view.run_block(block, hidden, trace)
 
 
 def sequence_sum(values: Tensor, batch: Batch) -> Tensor:

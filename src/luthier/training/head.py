@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from luthier.model.plain import is_plain
+
 CHUNK = 128  # rows; measured: half the time of one piece on a CPU, and the [chunk, V] block stays in cache reach
 
 
@@ -69,21 +71,20 @@ def _minus_onehot(p: Tensor, labels: Tensor) -> Tensor:
 
 def token_nll(
     hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None = None,
-    transform: Callable[[Tensor], Tensor] | None = None, plain: bool = False,
+    transform: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """[N, D], [V, D], [N] -> [N] float32 nats.
 
     transform  what the model does to its logits (soft cap, scale); with it, or a bias, chunks are recomputed in the
                backward instead
-    plain      ordinary operations throughout, for forward-mode derivatives
     """
-    if bias is None and transform is None and not plain:
+    if bias is None and transform is None and not is_plain():
         return _ChunkedNll.apply(hidden, weight, labels)
 
     def chunk(h: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(_logits(h, weight, bias, transform), y, reduction="none")
 
-    if plain or not torch.is_grad_enabled():
+    if is_plain() or not torch.is_grad_enabled():
         pieces = [chunk(h, y) for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)]
     else:
         pieces = [

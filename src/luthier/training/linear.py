@@ -11,7 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from luthier.model.plain import is_plain
 
 
 class _LowRank(torch.autograd.Function):
@@ -45,6 +48,8 @@ class _LowRank(torch.autograd.Function):
 
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """[..., in] -> [..., out]; a [R, in], b [out, R] float32 masters, weight [out, in] frozen."""
+    if is_plain():
+        return F.linear(x, weight, bias) + scale * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
     return _LowRank.apply(x, weight, bias, a, b, scale)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from luthier.training import checkpoint
 from luthier.training.order import Order, micro_batches
 from luthier.training.probe import Probe
 from luthier.training.settings import TrainSettings
-from luthier.tuners.base import Stats, Trainable, default_optimizer
+from luthier.tuners.base import ParamGroup, Stats, Trainable, default_optimizer
 
 NAN_STEPS = 10  # skipped steps in a row after which a run that skips stops as well
 Rows = Sequence[Mapping[str, Any]]
@@ -79,25 +79,34 @@ class Loop:
         self, view: ModelView, rows: Rows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
         lab: Any = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
         on_step: Callable[[dict[str, float], Progress], None] | None = None, stop: Callable[[], bool] = lambda: False,
-        extra: nn.Module | None = None, compute: Any = None, accelerator: Accelerator | None = None, data_hash: str = "",
+        carried: Mapping[str, Tensor] | None = None, compute: Any = None, accelerator: Accelerator | None = None, data_hash: str = "",
     ) -> None:  # fmt: skip
         if not rows:
             raise LuthierError("data.train: no row is left to train on; look at what was dropped with `luthier check`")
         self.view, self.rows, self.trainable, self.objective, self.settings = view, rows, trainable, objective, settings
         self.lab, self.folder, self.evaluate, self.on_step, self.stop = lab, folder, evaluate, on_step, stop
         self.accelerator = accelerator or Accelerator(cpu=view.device.type == "cpu")
-        self.extra = extra if extra is not None else objective.extend(view)
+        self.extra = objective.extend(view, carried)
         self.compute, self.data_hash = compute, data_hash
         s = settings
         self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle)
         self.progress = Progress()
         self.probe = Probe(view, objective, self.extra)
-        self.optimizer = trainable.optimizer(trainable.groups(), self._default_optimizer)
+        groups = trainable.groups()
+        if self.extra is not None and (beside := [p for p in self.extra.parameters() if p.requires_grad]):
+            groups = [*groups, ParamGroup(beside)]
+        self.optimizer = trainable.optimizer(groups, self._default_optimizer)
         self.scheduler = get_scheduler(
             s.lr_scheduler_type, self.optimizer, round(s.warmup_fraction * self.order.total), self.order.total
         )
         wrapped = Wrapped(view, objective, self.extra)
         self.wrapped = self.accelerator.prepare_model(wrapped) if self.accelerator.num_processes > 1 else wrapped
+
+    @staticmethod
+    def length(rows: Rows, settings: TrainSettings) -> int:
+        """Optimiser steps that a run over these rows takes."""
+        s = settings
+        return Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle).total
 
     @property
     def total_steps(self) -> int:
@@ -115,16 +124,19 @@ class Loop:
         lengths = [len(self.rows[i]["ids"]) for i in chosen]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = micro_batches(lengths, self.settings.tokens_per_forward, world)[rank]
-        micro = [collate([self.rows[chosen[i]] for i in part]) if part else self._idle(chosen) for part in parts]
+        micro = [collate([self.rows[chosen[i]] for i in part]) for part in parts]
         clock = Clock(step, self.total_steps, self.order.epoch(step))
         gather = self.accelerator.gather if world > 1 else (lambda x: x)
         return Window([b.to(self.view.device) for b in micro], clock, self.lab, gather, rank)
 
-    def _idle(self, chosen: list[int]) -> Batch:
-        """A forward without weight, for a rank that has run out: every rank must take part in every backward."""
-        row = self.rows[chosen[0]]
-        batch = collate([row])
-        return batch.select(torch.zeros(1, dtype=torch.long), torch.zeros(batch.num_tokens, dtype=torch.bool))
+    def _live(self, window: Window) -> tuple[list[Batch], float]:
+        """The forwards that have tokens, weight 1; a rank without any runs one row at weight 0, since every rank must
+        take part in the last backward."""
+        live = [b for b in window.micro if b.num_tokens]
+        if live:
+            return live, 1.0
+        idle = collate([self.rows[self.order.rows(window.clock.step)[0]]]).to(self.view.device)
+        return self.objective.plan(replace(window, micro=[idle], gather=lambda x: x), self.probe)[0].micro, 0.0
 
     def _reduce(self, local: Mapping[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
@@ -159,17 +171,18 @@ class Loop:
     def _losses(self, window: Window, denominators: Mapping[str, float], backward: bool) -> tuple[float, dict[str, float]]:
         """The step's loss and its named parts, over all micro-batches and ranks."""
         world, parts, total = self.accelerator.num_processes, {}, 0.0
-        for i, batch in enumerate(window.micro):
-            last = i == len(window.micro) - 1
+        micro, weight = self._live(window)
+        for i, batch in enumerate(micro):
+            last = i == len(micro) - 1
             sync = contextlib.nullcontext() if world == 1 or last else self.wrapped.no_sync()
             with sync, self._patched("train"):
                 loss, named = self.wrapped(batch, denominators)
                 if backward and loss.requires_grad:
                     # Denominators are global, and the wrapper averages over ranks: undo the average.
-                    self.accelerator.backward(loss * world)
-            total += float(loss.detach())
+                    self.accelerator.backward(loss * (world * weight))
+            total += weight * float(loss.detach())
             for k, v in named.items():
-                parts[k] = parts.get(k, 0.0) + float(v)
+                parts[k] = parts.get(k, 0.0) + weight * float(v)
         summed = self._reduce({"total": total, **{f"part.{k}": v for k, v in parts.items()}})
         return summed["total"], {k[5:]: v for k, v in summed.items() if k.startswith("part.")}
 

@@ -34,7 +34,7 @@ class Order:
 def micro_batches(lengths: Sequence[int], limit: int, world: int = 1) -> list[list[list[int]]]:
     """Cut a step's rows into forwards of at most `limit` tokens, dealt to ranks: [rank][forward] -> positions.
 
-    Longest first, each into the first forward with room. Every rank gets as many forwards; missing ones are empty.
+    Longest first, each into the first forward with room. A rank may get fewer forwards than another, or none.
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -50,6 +50,4 @@ def micro_batches(lengths: Sequence[int], limit: int, world: int = 1) -> list[li
         fullest = max(range(len(bins)), key=lambda b: sum(lengths[i] for i in bins[b]) if len(bins[b]) > 1 else -1)
         bins.append(bins[fullest][1::2])
         bins[fullest] = bins[fullest][::2]
-    rounds = math.ceil(len(bins) / world)
-    bins = [sorted(b) for b in bins] + [[] for _ in range(rounds * world - len(bins))]
-    return [bins[r::world] for r in range(world)]
+    return [[sorted(b) for b in bins[r::world]] for r in range(world)]

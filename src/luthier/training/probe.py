@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.data.batch import Batch
+from luthier.model.plain import plain_operations
 from luthier.model.view import ModelView
 from luthier.objectives.base import Forward, Objective, Window, count
 from luthier.training.head import TokenScores
@@ -54,9 +55,9 @@ class Probe:
     def __init__(self, view: ModelView, objective: Objective, extra: nn.Module | None = None) -> None:
         self.view, self.objective, self.extra = view, objective, extra
 
-    def forward(self, batch: Batch, plain: bool = False) -> Forward:
+    def forward(self, batch: Batch) -> Forward:
         """A forward to ask for hidden states or logits; use it under `quiet`."""
-        return Forward(batch, self.view, self.extra, plain)
+        return Forward(batch, self.view, self.extra)
 
     @contextmanager
     def quiet(self, eval_mode: bool = True) -> Iterator[None]:
@@ -70,12 +71,12 @@ class Probe:
         with self.quiet():
             return [self.forward(b).scores() for b in batches]
 
-    def mean_loss(self, batches: Sequence[Batch], plain: bool = False) -> Tensor:
+    def mean_loss(self, batches: Sequence[Batch]) -> Tensor:
         """The objective's loss over the batches as one window, differentiable."""
         denominators = count(list(batches))
         total = torch.zeros((), device=self.view.device)
         for b in batches:
-            for term in self.objective.loss(self.forward(b, plain)).values():
+            for term in self.objective.loss(self.forward(b)).values():
                 total = total + term.weight * term.sums.sum() / max(denominators.get(term.over, 1.0), 1e-9)
         return total
 
@@ -123,7 +124,7 @@ class Probe:
     def jvp(self, f: Callable[[], Tensor], along: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """(f, its derivative along a direction in these parameters), in one forward-mode pass.
 
-        f  a function of the model's current weights made of ordinary operations (a `plain` forward)
+        f  a function of the model's current weights
         """
         names = list(along)
         module = self.view.module
@@ -132,7 +133,7 @@ class Probe:
             return _call_with(module, dict(zip(names, values, strict=True)), f)
 
         primals = tuple(module.get_parameter(n).detach() for n in names)
-        with torch.no_grad():
+        with torch.no_grad(), plain_operations():
             return torch.func.jvp(at, primals, tuple(along[n].to(p) for n, p in zip(names, primals, strict=True)))
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.method import Method
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Clock, Window
+from luthier.rng import Streams
 from luthier.training.linear import low_rank_linear, stochastic_round
 from luthier.update import Dense, Update
 from luthier.update.parts import Undo
@@ -143,8 +145,9 @@ class DenseTrainable(Trainable):
     def __init__(self, view: ModelView, names: list[str], seed: int = 0) -> None:
         super().__init__(view)
         self.freeze_base()
-        self.names, self._seed, self._steps = names, seed, 0
+        self.names, self._streams, self._steps = names, Streams(seed), 0
         self._stored = {n: view.weight(n).detach().clone() for n in names}
+        self._moved: set[str] = set()
         self._masters: dict[str, nn.Parameter] = {}
         for n in names:
             p = view.weight(n).requires_grad_(True)
@@ -160,6 +163,7 @@ class DenseTrainable(Trainable):
         return [g for g in (ParamGroup(matrices), ParamGroup(vectors, weight_decay=0.0)) if g.params]
 
     def after_backward(self) -> None:
+        self._moved = {n for n in self._masters if self.view.weight(n).grad is not None}
         for n, master in self._masters.items():
             p = self.view.weight(n)
             if p is not master:
@@ -167,26 +171,31 @@ class DenseTrainable(Trainable):
                 p.grad = None
 
     @torch.no_grad()
-    def after_step(self, clock: Clock) -> None:
+    def after_step(self, clock: Clock | None = None) -> None:
         self._steps += 1
-        self._write()
+        self._write(self._moved)
 
-    def _write(self) -> None:
-        generator = torch.Generator(device=self.view.device).manual_seed(self._seed * 1_000_003 + self._steps)
-        for n, master in self._masters.items():
-            p = self.view.weight(n)
+    def _write(self, names: Iterable[str]) -> None:
+        """Masters into the model. Only those that moved: a frozen tensor must not be rounded anew."""
+        for n in names:
+            p, master = self.view.weight(n), self._masters[n]
             if p is not master:
-                p.copy_(stochastic_round(master, p.dtype, generator))
+                p.copy_(stochastic_round(master, p.dtype, self._streams.torch("round", self._steps, n, device=p.device)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {f"master.{n}": m.detach() for n, m in self._masters.items()} | {"steps": torch.tensor(self._steps)}
+        """Masters, and the rounded weights where they are not the masters themselves."""
+        weights = {n: self.view.weight(n) for n in self._masters}
+        out = {f"master.{n}": m.detach() for n, m in self._masters.items()}
+        out |= {f"weight.{n}": p.detach() for n, p in weights.items() if p is not self._masters[n]}
+        return out | {"steps": torch.tensor(self._steps)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self._steps = int(state["steps"])
         for n, m in self._masters.items():
             m.copy_(state[f"master.{n}"])
-        self._write()
+            if f"weight.{n}" in state:
+                self.view.weight(n).copy_(state[f"weight.{n}"])
 
     @torch.no_grad()
     def update(self) -> Update:
@@ -201,6 +210,8 @@ class DenseTrainable(Trainable):
 
 
 # --- things to hang on a layer ---
+
+Get = Callable[[], Tensor]
 
 
 def oriented(module: nn.Module) -> Tensor:
@@ -221,37 +232,40 @@ def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Undo:
     return undo
 
 
-def register(module: nn.Module, name: str, value: nn.Parameter) -> Undo:
-    """A parameter of ours on a module of the model's, so that processes and trainers find it."""
+def register(module: nn.Module, name: str, value: nn.Parameter) -> tuple[Get, Undo]:
+    """A parameter of ours on a module of the model's, so that processes, trainers and function transforms find it.
+
+    Returns how to read it (through the module, since a transform may have put something else there) and the undo.
+    """
     module.register_parameter(f"luthier_{name}", value)
 
     def undo() -> None:
         delattr(module, f"luthier_{name}")
 
-    return undo
+    return partial(getattr, module, f"luthier_{name}"), undo
 
 
-def low_rank_adapter(module: nn.Module, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0) -> Undo:
-    """y = x W^T + bias + scale (drop(x) A^T) B^T; a [R, in], b [out, R] float32."""
-    weight, bias = oriented(module), module.bias
+def low_rank_adapter(module: nn.Module, a: Get, b: Get, scale: float, dropout: float = 0.0) -> Undo:
+    """y = x W^T + bias + scale (drop(x) A^T) B^T; a() [R, in], b() [out, R] float32, asked for at every call."""
 
     def forward(x: Tensor) -> Tensor:
+        weight, bias = oriented(module), module.bias
         if dropout and module.training:
-            low = nn.functional.dropout(x, dropout) @ a.to(x.dtype).T
+            low = nn.functional.dropout(x, dropout) @ a().to(x.dtype).T
             plain = nn.functional.linear(x, weight, bias)
-            return plain + scale * (low @ b.to(x.dtype).T)
-        return low_rank_linear(x, weight, bias, a, b, scale)
+            return plain + scale * (low @ b().to(x.dtype).T)
+        return low_rank_linear(x, weight, bias, a(), b(), scale)
 
     return replace_forward(module, forward)
 
 
-def output_adapter(module: nn.Module, a: Tensor, b: Tensor) -> Undo:
-    """h' = h + B (A h) on the layer's output h; a [R, out], b [out, R]."""
+def output_adapter(module: nn.Module, a: Get, b: Get) -> Undo:
+    """h' = h + B (A h) on the layer's output h; a() [R, out], b() [out, R], asked for at every call."""
     plain = module.forward
 
     def forward(x: Tensor) -> Tensor:
         h = plain(x)
-        return h + (h @ a.to(h.dtype).T) @ b.to(h.dtype).T
+        return h + (h @ a().to(h.dtype).T) @ b().to(h.dtype).T
 
     return replace_forward(module, forward)
 

@@ -60,8 +60,8 @@ class LoraTrainable(Trainable):
             a = nn.Parameter(initial_a(x, tuner.rank, streams).to(view.device))
             b = nn.Parameter(torch.zeros(x.shape[0], tuner.rank, device=view.device))
             self.a[x.name], self.b[x.name] = a, b
-            self._undo += [register(module, "a", a), register(module, "b", b)]
-            self._undo.append(low_rank_adapter(module, a, b, self.scale, tuner.dropout))
+            (get_a, undo_a), (get_b, undo_b) = register(module, "a", a), register(module, "b", b)
+            self._undo += [undo_a, undo_b, low_rank_adapter(module, get_a, get_b, self.scale, tuner.dropout)]
         self.initial = {f"a.{n}": a.detach().clone() for n, a in self.a.items()}
 
     def groups(self) -> list[ParamGroup]:

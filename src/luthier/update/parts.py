@@ -309,10 +309,11 @@ class Modules:
     def apply(self, view: Any) -> Undo:
         from luthier.tuners.base import output_adapter
 
-        undo = [
-            output_adapter(view.module.get_submodule(m), self.a[m].to(view.device), self.b[m].to(view.device)) for m in self.a
-        ]
-        return lambda: [u() for u in undo] and None
+        undo = []
+        for name in self.a:
+            a, b = self.a[name].to(view.device), self.b[name].to(view.device)
+            undo.append(output_adapter(view.module.get_submodule(name), lambda a=a: a, lambda b=b: b))
+        return in_turn(undo)
 
 
 VECTOR_PARTS = (Dense, Sparse, LowRank, Seeds)
@@ -334,6 +335,16 @@ class Chart:
         from luthier.model.fingerprint import tensor_hash
 
         return tensor_hash(dict(self.initial))
+
+
+def in_turn(undo: list[Undo]) -> Undo:
+    """One undo for several, last first."""
+
+    def all_of_them() -> None:
+        for step in reversed(undo):
+            step()
+
+    return all_of_them
 
 
 def overwrite(view: Any, values: dict[str, Tensor]) -> Undo:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
-from luthier.update.parts import VECTOR_PARTS, Chart, Dense, LowRank, Modules, Part, Prompt, Replace, Sparse, overwrite
+from luthier.update.parts import VECTOR_PARTS, Chart, Dense, LowRank, Modules, Part, Prompt, Replace, Sparse, in_turn, overwrite
 
 # In a composition these come in this order: deltas first, replaced tensors over them, then what is added around.
 _ORDER = {**dict.fromkeys(VECTOR_PARTS, 0), Replace: 1, Modules: 2, Prompt: 3}
@@ -96,11 +96,11 @@ class Update:
 
         See `luthier.collaboration.packing` for the order. Raises TypeError without a chart.
         """
-        from luthier.collaboration.packing import pack
+        from luthier.collaboration.packing import factor_deltas, pack
 
         if self.chart is None or len(self.parts) != 1 or not isinstance(self.parts[0], LowRank):
             raise TypeError("coordinates need one low-rank part and the chart it was trained under")
-        return pack(self.parts[0], self.chart).rows
+        return pack(factor_deltas(self.parts[0], self.chart)).rows
 
     @contextmanager
     def bind(self, view: Any, scale: float = 1.0) -> Iterator[Any]:
@@ -152,10 +152,9 @@ def _apply(part: Part, view: Any, scale: float) -> Any:
         undo = []
         for name, a in part.a.items():
             module = view.module.get_submodule(name.removesuffix(".weight"))
-            undo.append(
-                low_rank_adapter(module, a.to(view.device), part.b[name].to(view.device), scale * part.scale[name])
-            )
-        return lambda: [u() for u in undo]
+            here, there = a.to(view.device), part.b[name].to(view.device)
+            undo.append(low_rank_adapter(module, lambda a=here: a, lambda b=there: b, scale * part.scale[name]))
+        return in_turn(undo)
     if isinstance(part, VECTOR_PARTS):
         return overwrite(view, {n: view.weight(n).float() + scale * d.to(view.device) for n, d in part.deltas()})
     if scale != 1.0:

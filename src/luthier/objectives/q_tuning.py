@@ -1,0 +1,215 @@
+"""Q-Tuning: prune rows and answer tokens of each window by the model's own perplexity and entropy."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+
+from luthier.data.batch import Batch
+from luthier.errors import LuthierError
+from luthier.method import Facts, Problem, Source, Traits
+from luthier.objectives.base import Forward, Objective, Term, Window, count, sequence_sum
+from luthier.training.probe import Probe
+
+NLL_CLAMP = 80.0  # exp overflows float32 above 88 nats
+log = logging.getLogger(__name__)
+
+
+class Rows(NamedTuple):
+    """The rows that stay, which of them have tokens pruned, and why they stayed."""
+
+    keep: np.ndarray  # sorted indices
+    prune_tokens: np.ndarray  # bool for each of keep: a misconception row (Q2)
+    topped_up: np.ndarray  # bool for each of keep: not from a quadrant
+    alpha: float
+
+
+def quantile(values: np.ndarray, share: float) -> float:
+    """Smallest value with at least this share of values at or below it."""
+    return float(np.quantile(values, share, method="inverted_cdf"))
+
+
+def quadrants(perplexity: np.ndarray, entropy: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """(Q2, Q4) as masks: surely wrong (high perplexity, low entropy), and unsurely right (low, high)."""
+    p_lo, p_hi = quantile(perplexity, alpha), quantile(perplexity, 1 - alpha)
+    e_lo, e_hi = quantile(entropy, alpha), quantile(entropy, 1 - alpha)
+    return (perplexity >= p_hi) & (entropy <= e_lo), (perplexity <= p_lo) & (entropy >= e_hi)
+
+
+def kept_share(perplexity: np.ndarray, entropy: np.ndarray, alpha: float) -> float:
+    """Share of rows in Q2 or Q4; non-decreasing in alpha."""
+    q2, q4 = quadrants(perplexity, entropy, alpha)
+    return float((q2 | q4).mean())
+
+
+def bisect(perplexity: np.ndarray, entropy: np.ndarray, target: float, steps: int) -> float:
+    """The last trial alpha in [0, 0.49] that keeps at least `target` of the rows, else 0.49."""
+    lo, hi, found = 0.0, 0.49, 0.49
+    for _ in range(steps):
+        alpha = (lo + hi) / 2
+        if kept_share(perplexity, entropy, alpha) < target:
+            lo = alpha
+        else:
+            hi = found = alpha
+    return found
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    span = values.max() - values.min()
+    return np.zeros_like(values) if span == 0 else (values - values.min()) / span
+
+
+def choose_rows(perplexity: np.ndarray, entropy: np.ndarray, keep_fraction: float, steps: int) -> Rows:
+    """Exactly max(1, floor(keep_fraction * B)) rows: from Q2 and Q4, topped up or cut by |scaled PPL - scaled entropy|."""
+    alpha = bisect(perplexity, entropy, keep_fraction, steps)
+    q2, q4 = quadrants(perplexity, entropy, alpha)
+    q4 = q4 & ~q2  # a row in both (constant values) counts as a misconception
+    wanted = max(1, int(keep_fraction * len(perplexity)))
+    p, e = _scaled(perplexity), _scaled(entropy)
+    # Rows of the quadrants come first; inside each class the larger gap does, and ties go by index.
+    order = np.lexsort((np.arange(len(p)), -np.abs(p - e), ~(q2 | q4)))
+    keep = np.sort(order[:wanted])
+    topped = ~(q2 | q4)[keep]
+    return Rows(keep, np.where(topped, p[keep] >= e[keep], q2[keep]), topped, alpha)
+
+
+def neighbour_score(values: Tensor, turn: Tensor, weight: float) -> Tensor:
+    """(1 - weight) x_i + weight (x_{i-1} + x_{i+1}), eq. 7; at the edge of a turn the token's own value stands in.
+
+    values [n], turn [n] (which run of adjacent answer tokens each belongs to)
+    """
+    same = turn[1:] == turn[:-1]
+    before, after = values.clone(), values.clone()
+    before[1:] = torch.where(same, values[:-1], values[1:])
+    after[:-1] = torch.where(same, values[1:], values[:-1])
+    return (1 - weight) * values + weight * (before + after)
+
+
+def keep_tokens(scores: Tensor, keep_fraction: float) -> Tensor:
+    """[n] bool: the max(1, floor(keep_fraction * n)) smallest scores; ties by position."""
+    keep = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    keep[scores.argsort(stable=True)[: max(1, int(keep_fraction * len(scores)))]] = True
+    return keep
+
+
+class QTuning(Objective):
+    """Train on the rows that teach most, and leave out the tokens of surely-wrong rows that look like noise.
+
+    Every window is scored once without gradient: per row the perplexity and the mean entropy of its answer. Rows both
+    surprising and sure (Q2, misconceptions) or both expected and unsure (Q4, to be calibrated) stay; of Q2's answer
+    tokens those with the highest neighbour-smoothed perplexity leave the loss. All rows of an optimiser step, over all
+    micro-batches and ranks, are chosen from together.
+    Sheet gaps filled here: rows outside the four quadrants may top up; the last alpha that keeps enough is used; a
+    top-up row counts as Q2 where its scaled perplexity is at least its scaled entropy.
+    Cost: one forward over every row, and forward and backward over those kept.
+    """
+
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), claims=frozenset({"token_mask"}))
+    source: ClassVar[Source] = Source(
+        "Winning the Pruning Gamble: Joint Sample and Token Pruning for Efficient SFT", 2025, "arXiv:2509.23873", "eq. 4-7"
+    )
+
+    keep_rows: float = Field(0.25, gt=0, le=1)
+    """Share of a window's rows that stays (r_sample)."""
+    keep_tokens: float = Field(0.7, gt=0, le=1)
+    """Share of a misconception row's answer tokens that stays (r_token)."""
+    neighbour_weight: float = Field(0.5, ge=0, le=1)
+    """Weight of the neighbours' perplexity in a token's score (lambda)."""
+    bisection_steps: int = Field(10, ge=1)
+    """Halvings in the search for the quadrants' edges (K)."""
+    pruned: Literal["mask", "drop"] = "mask"
+    """"mask" takes pruned tokens out of the loss; "drop" also out of the input, keeping the others' positions."""
+    log_domain: bool = False
+    """Smooth losses instead of perplexities, so that one spike does not condemn its neighbours."""
+
+    _report: dict[str, float] = PrivateAttr(default_factory=dict)
+
+    def check(self, facts: Facts) -> list[Problem]:
+        problems = super().check(facts)
+        if facts.batch_size == 1 and self.keep_rows < 1:
+            problems.append(Problem("keep_rows", f"{self.keep_rows} of one row has no meaning", "raise batch_size"))
+        return problems
+
+    def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
+        micro = [_without_empty(b) for b in window.micro]
+        scored = probe.scores(micro)
+        device = probe.view.device
+        per_row = [self._row_values(b, s.nll, s.entropy) for b, s in zip(micro, scored, strict=True)]
+        local = torch.cat([*per_row, torch.zeros(0, 2, device=device)])  # [S_local, 2]
+        sizes = window.gather(torch.tensor([len(local)], device=device)).tolist()
+        everything = window.gather(_padded(local, max(sizes)))  # ranks hold different numbers of rows
+        pooled = torch.cat([part[:n] for part, n in zip(everything.split(max(max(sizes), 1)), sizes, strict=True)])
+        if not pooled.isfinite().all():
+            raise LuthierError(f"q-tuning: a row's loss is not finite: {_bad_rows(micro, per_row)}; lower learning_rate")
+        if not len(pooled):
+            return window, {"tokens": 0.0, "sequences": 0.0}
+        ppl, entropy = (pooled[:, i].double().cpu().numpy() for i in range(2))
+        rows = choose_rows(ppl, entropy, self.keep_rows, self.bisection_steps)
+        first = sum(sizes[: window.rank])
+        kept = self._prune(micro, [s.nll for s in scored], rows, first)
+        self._note(rows, kept, micro)
+        return Window(kept, window.clock, window.lab, window.gather, window.rank), count(kept)
+
+    def _row_values(self, batch: Batch, nll: Tensor, entropy: Tensor) -> Tensor:
+        """[S, 2]: perplexity and mean entropy of each row's answer."""
+        n = sequence_sum(torch.ones_like(nll), batch)
+        mean = sequence_sum(nll, batch) / n
+        return torch.stack([mean.clamp(max=NLL_CLAMP).exp(), sequence_sum(entropy, batch) / n], dim=1)
+
+    def _prune(self, micro: list[Batch], nlls: list[Tensor], rows: Rows, first: int) -> list[Batch]:
+        fate = dict(zip(rows.keep.tolist(), rows.prune_tokens.tolist(), strict=True))
+        out = []
+        for batch, nll in zip(micro, nlls, strict=True):
+            numbers = range(first, first + batch.num_sequences)
+            first += batch.num_sequences
+            stay = torch.tensor([i for i, n in enumerate(numbers) if n in fate], dtype=torch.long, device=batch.ids.device)
+            keep = torch.ones_like(batch.labels, dtype=torch.bool)
+            for i, n in enumerate(numbers):
+                if fate.get(n) and self.keep_tokens < 1:
+                    mine = batch.seq[batch.supervised] == i
+                    at = batch.supervised[mine]
+                    keep[at] = keep_tokens(self._token_scores(nll[mine], at), self.keep_tokens)
+            out.append(batch.select(stay, keep, drop=self.pruned == "drop"))
+        return out
+
+    def _token_scores(self, nll: Tensor, at: Tensor) -> Tensor:
+        turn = torch.cat([at.new_zeros(1), (at[1:] != at[:-1] + 1).long().cumsum(0)])
+        values = nll if self.log_domain else nll.clamp(max=NLL_CLAMP).exp()
+        return neighbour_score(values, turn, self.neighbour_weight)
+
+    def _note(self, rows: Rows, kept: list[Batch], micro: list[Batch]) -> None:
+        before, after = count(micro)["tokens"], count(kept)["tokens"]
+        self._report.update(
+            {
+                "q_tuning/alpha": rows.alpha,
+                "q_tuning/topped_up": float(rows.topped_up.mean()),
+                "q_tuning/kept_tokens": after / before if before else 0.0,
+            }
+        )
+
+    def report(self) -> Mapping[str, float]:
+        return self._report
+
+    def loss(self, fwd: Forward) -> Mapping[str, Term]:
+        return {"loss": Term(fwd.nll().sum(), "tokens")}
+
+
+def _without_empty(batch: Batch) -> Batch:
+    """Rows without a supervised token cannot be scored."""
+    n = torch.bincount(batch.seq[batch.supervised], minlength=batch.num_sequences)
+    return batch.select(n.nonzero().squeeze(1))
+
+
+def _padded(values: Tensor, rows: int) -> Tensor:
+    return torch.cat([values, values.new_zeros(rows - len(values), values.shape[1])])
+
+
+def _bad_rows(micro: list[Batch], per_row: list[Tensor]) -> str:
+    bad = [b.keys[i] for b, v in zip(micro, per_row, strict=True) for i in range(len(v)) if not v[i].isfinite().all()]
+    return ", ".join(bad[:5]) or "on another process"

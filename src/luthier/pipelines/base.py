@@ -1,0 +1,132 @@
+"""The pipeline seam: in which stages. A pipeline is a pure function of the outcomes so far, so it replays after a kill."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from luthier.data.batch import Batch, collate
+from luthier.method import Method
+from luthier.model.view import ModelView
+from luthier.objectives.base import Objective
+from luthier.rng import Streams
+from luthier.training.loop import Loop, Progress, Rows
+from luthier.training.settings import TrainSettings
+from luthier.tuners.base import Tuner
+from luthier.update import Update
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train on rows.
+
+    start  "base", or the name of an earlier stage: its trained state where the tuner is the same, else its Update
+    data   name of a set of rows in the lab, or of an earlier Apply stage
+    carry  name of an earlier stage whose modules beside the model (heads) are taken over
+    """
+
+    name: str
+    tuner: Tuner
+    objective: Objective
+    data: str = "train"
+    start: str = "base"
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    carry: str | None = None
+
+
+@dataclass(frozen=True)
+class Apply:
+    """A stage without training: label a pool, merge, choose a mask. The pipeline's own `apply` does it."""
+
+    name: str
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage left: a trained state, or rows."""
+
+    name: str
+    stage: Train | Apply
+    update: Update | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    beside: Mapping[str, Tensor] | None = None
+    rows: Rows | None = None
+    progress: Progress | None = None
+
+
+class Lab:
+    """What methods may ask of the house: rows by name, and randomness."""
+
+    def __init__(self, rows: Mapping[str, Rows], seed: int = 0) -> None:
+        self.sets, self.streams = dict(rows), Streams(seed)
+
+    def rows(self, name: str) -> Rows:
+        return self.sets[name]
+
+    def batch(self, name: str, limit: int) -> Batch:
+        """The first rows of a set as one batch."""
+        return collate(list(self.sets[name])[:limit])
+
+
+class Pipeline(Method):
+    """Says which stage comes next."""
+
+    def next(self, done: Mapping[str, Outcome]) -> Train | Apply | None:
+        """The next stage after these outcomes, or None at the end. Must depend on nothing else."""
+        raise NotImplementedError
+
+    def apply(self, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Rows:
+        """Carry out an Apply stage."""
+        raise NotImplementedError
+
+
+@contextmanager
+def started(view: ModelView, stage: Train, lab: Lab, done: Mapping[str, Outcome], total_steps: int) -> Iterator[Any]:
+    """The stage's trainable on the model it starts from; afterwards the base is as it was."""
+    with ExitStack() as stack:
+        before = None if stage.start == "base" else done[stage.start]
+        same = before is not None and isinstance(before.stage, Train) and before.stage.tuner == stage.tuner
+        if before is not None and before.update is not None and not same:
+            stack.enter_context(before.update.bind(view))
+        trainable = stage.tuner.attach(view, lab, total_steps)
+        stack.callback(trainable.detach)
+        if before is not None and same:
+            trainable.load_state_dict(dict(before.state))
+        yield trainable
+
+
+def run_pipeline(pipeline: Pipeline, view: ModelView, lab: Lab, folder: Path | None = None, **loop: Any) -> dict[str, Outcome]:
+    """Run every stage in turn; returns the outcomes by name, the last being the result.
+
+    Each stage checkpoints into a folder of its name, so a killed pipeline goes on inside the stage it was in.
+    """
+    done: dict[str, Outcome] = {}
+    while (stage := pipeline.next(done)) is not None:
+        done[stage.name] = run_stage(pipeline, stage, view, lab, done, folder, **loop)
+    return done
+
+
+def run_stage(
+    pipeline: Pipeline, stage: Train | Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome],
+    folder: Path | None = None, **loop: Any,
+) -> Outcome:  # fmt: skip
+    """One stage."""
+    if isinstance(stage, Apply):
+        return Outcome(stage.name, stage, rows=pipeline.apply(stage, view, lab, done))
+    source = done[stage.data].rows if stage.data in done else lab.rows(stage.data)
+    assert source is not None
+    carried = done[stage.carry].beside if stage.carry else None
+    total = Loop.length(source, stage.settings)
+    with started(view, stage, lab, done, total) as trainable:
+        place = None if folder is None else folder / stage.name
+        run = Loop(view, source, trainable, stage.objective, stage.settings, lab=lab, folder=place, carried=carried, **loop)
+        progress = run.run()
+        state = {k: v.detach().cpu().clone() for k, v in trainable.state_dict().items()}
+        beside = None if run.extra is None else {k: v.detach().cpu().clone() for k, v in run.extra.state_dict().items()}
+        return Outcome(stage.name, stage, trainable.update(), state, beside, None, progress)

@@ -1,0 +1,83 @@
+"""Linear adapters behind each block's two output projections, as LiST uses them."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from luthier.method import Source, Traits
+from luthier.model.view import ModelView
+from luthier.rng import Streams
+from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view, oriented, output_adapter, register
+from luthier.update import Modules, Update
+
+
+def folded(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
+    """((I + B A) W, (I + B A) b): the adapter inside the projection. weight [out, in], a [R, out], b [out, R]."""
+    return weight + b @ (a @ weight), None if bias is None else bias + b @ (a @ bias)
+
+
+class Adapter(Tuner):
+    """h' = h + B (A h) on the attention's and the MLP's output, before the residual; no bias, no non-linearity.
+
+    Both matrices start at N(0, init_std^2), so near the identity. Being linear it folds into the projection exactly.
+    Cost: 4 R D numbers a block; activation gradients through all blocks.
+    """
+
+    traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}))
+    source: ClassVar[Source] = Source(
+        "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners", 2021, "arXiv:2110.06274", "official code"
+    )
+
+    rank: int = Field(128, ge=1)
+    """Inner width; at most a quarter of the hidden size is sensible."""
+    init_std: float = Field(0.0002, ge=0)
+    """Standard deviation of both matrices at the start."""
+    seed: int = 0
+    """For the start; give every student its own."""
+
+    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> AdapterTrainable:
+        return AdapterTrainable(self, as_view(model))
+
+
+class AdapterTrainable(Trainable):
+    """a: module -> [R, out], b: module -> [out, R]; float32."""
+
+    def __init__(self, tuner: Adapter, view: ModelView) -> None:
+        super().__init__(view)
+        self.freeze_base()
+        self.a: dict[str, nn.Parameter] = {}
+        self.b: dict[str, nn.Parameter] = {}
+        streams = Streams(tuner.seed)
+        for x in view.anatomy.block_linears:
+            if x.role not in ("o", "down"):
+                continue
+            generator, module = streams.torch("adapter", x.module), view.module.get_submodule(x.module)
+            a = torch.randn(tuner.rank, x.shape[0], generator=generator) * tuner.init_std
+            b = torch.randn(x.shape[0], tuner.rank, generator=generator) * tuner.init_std
+            self.a[x.module], self.b[x.module] = nn.Parameter(a.to(view.device)), nn.Parameter(b.to(view.device))
+            (get_a, undo_a), (get_b, undo_b) = register(module, "a", self.a[x.module]), register(module, "b", self.b[x.module])
+            self._undo += [undo_a, undo_b, output_adapter(module, get_a, get_b)]
+
+    def groups(self) -> list[ParamGroup]:
+        return [ParamGroup([*self.a.values(), *self.b.values()])]
+
+    @torch.no_grad()
+    def merged_weights(self) -> dict[str, Tensor]:
+        """Parameters by name with the adapters folded in."""
+        out: dict[str, Tensor] = {}
+        for name in self.a:
+            module = self.view.module.get_submodule(name)
+            weight, bias = folded(oriented(module), module.bias, self.a[name], self.b[name])
+            out[f"{name}.weight"] = weight if oriented(module) is module.weight else weight.T
+            if bias is not None:
+                out[f"{name}.bias"] = bias
+        return out
+
+    def update(self) -> Update:
+        copy = lambda tensors: {n: t.detach().cpu().clone() for n, t in tensors.items()}  # noqa: E731
+        return Update(self.base, (Modules(copy(self.a), copy(self.b)),))

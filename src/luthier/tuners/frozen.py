@@ -1,0 +1,35 @@
+"""Nothing of the model moves: for stages that train heads beside it, or only measure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from luthier.model.view import ModelView
+from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
+from luthier.update import Update
+
+
+class Frozen(Tuner):
+    """Train no weight of the model; what an objective adds beside it still trains.
+
+    Cost: no weight gradient, no optimiser state for the model.
+    """
+
+    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> FrozenTrainable:
+        return FrozenTrainable(as_view(model))
+
+
+class FrozenTrainable(Trainable):
+    """No parameters."""
+
+    def __init__(self, view: ModelView) -> None:
+        super().__init__(view)
+        self.freeze_base()
+
+    def groups(self) -> list[ParamGroup]:
+        return []
+
+    def update(self) -> Update:
+        return Update(self.base, ())

@@ -1,0 +1,360 @@
+"""SpIEL: a sparse addition to the weights whose positions move while it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from luthier.errors import LuthierError, RecipeError
+from luthier.method import Facts, Problem, Source, Traits
+from luthier.model.anatomy import Linear
+from luthier.model.view import ModelView
+from luthier.objectives.base import Clock, Window
+from luthier.rng import Streams
+from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_dicts, as_view
+from luthier.tuners.sparse import SparseWeights
+from luthier.update import Update
+
+MOMENTS = ("age", "exp_avg", "exp_avg_sq")
+
+
+# --- the mathematics ---
+
+
+def budgets(total: int, sizes: list[int]) -> list[int]:
+    """Entries for each matrix, in proportion to its size, rounded down."""
+    return [total * s // sum(sizes) for s in sizes]
+
+
+def is_event(step: int, every: int, window: int, total: int) -> bool:
+    """True where positions are chosen again after this many completed steps."""
+    return step <= total and (step == window or (step > every and step % every == window))
+
+
+def is_observed(step: int, every: int, window: int) -> bool:
+    """True for a step (counted from 1) whose gradients the next event looks at."""
+    return 1 <= step <= window or (step >= every and step % every <= window)
+
+
+def replaced_share(step: int, total: int, window: int, r0: float, policy: str) -> float:
+    """Share of the entries that an event may replace; all of them at the first event of the linear policy."""
+    if policy == "cosine":
+        return r0 * (1 + math.cos(math.pi * step / total)) / 2
+    return 1.0 if step == window else r0 * (1 - step / total)
+
+
+def smallest(values: Tensor, k: int) -> Tensor:
+    """[k] positions of the smallest magnitudes; ties by position."""
+    return values.abs().argsort(stable=True)[:k]
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """[k] positions of the largest values; ties by position."""
+    return values.argsort(descending=True, stable=True)[:k]
+
+
+def exchange(indices: Tensor, values: Tensor, grown: Tensor, quota: int) -> tuple[Tensor, Tensor]:
+    """(slots to overwrite, positions to put there).
+
+    indices, values  [K] what is active now
+    grown            positions wanted, best first; those that stay active are left out here
+    A position that is both dropped and wanted keeps its slot, its value and its moments.
+    """
+    dropped = smallest(values, quota)
+    kept = torch.ones_like(indices, dtype=torch.bool)
+    kept[dropped] = False
+    wanted = grown[~torch.isin(grown, indices[kept])][:quota]
+    back = torch.isin(indices[dropped], wanted)  # dropped, and chosen again
+    incoming = wanted[~torch.isin(wanted, indices[dropped])]
+    return dropped[~back][: len(incoming)], incoming
+
+
+def outer_top(rows: Tensor, columns: Tensor, active: Tensor, k: int, block: int = 256) -> Tensor:
+    """[k] flat positions of the largest rows[j] * columns[i] that are not active, best first, block by block."""
+    n = len(columns)
+    best_score, best_at = rows.new_empty(0), active.new_empty(0)
+    for start in range(0, len(rows), block):
+        scores = (rows[start : start + block, None] * columns[None, :]).reshape(-1)
+        inside = active[(active >= start * n) & (active < (start + block) * n)] - start * n
+        scores[inside] = -1.0
+        order = largest(scores, k)
+        score, at = torch.cat([best_score, scores[order]]), torch.cat([best_at, order + start * n])
+        keep = largest(score, k)
+        best_score, best_at = score[keep], at[keep]
+    return best_at[best_score >= 0]
+
+
+class AgeAdamW(Optimizer):
+    """AdamW whose bias correction counts each element's own age.
+
+    eps is added to the root of the second moment before its correction, as in the official code; decay acts on the
+    trained difference, that is, towards the pre-trained weight.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            (b1, b2), lr = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state.update({k: torch.zeros_like(p) for k in MOMENTS})
+                age, m, v = (state[k] for k in MOMENTS)
+                age += 1
+                m.lerp_(p.grad, 1 - b1)
+                v.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                corrected = (v.sqrt() + group["eps"]) / (1 - b2**age).sqrt()
+                p.sub_(lr * (m / (1 - b1**age)) / corrected)
+                p.mul_(1 - lr * group["weight_decay"])
+
+
+class SparseSM3(Optimizer):
+    """SM3-II over sparse entries: one accumulator a row and one a column, no momentum.
+
+    where  parameter -> (rows, columns, shape) of its entries, asked for at every step, since entries move
+    """
+
+    def __init__(self, params: Any, lr: float, weight_decay: float, where: Callable[[nn.Parameter], tuple]) -> None:
+        self.where = where
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                rows, columns, shape = self.where(p)
+                state = self.state[p]
+                if not state:
+                    state.update(row=p.new_zeros(shape[0]), column=p.new_zeros(shape[1]))
+                nu = torch.minimum(state["row"][rows], state["column"][columns]) + p.grad.square()
+                state["row"].scatter_reduce_(0, rows, nu, "amax")
+                state["column"].scatter_reduce_(0, columns, nu, "amax")
+                p.sub_(group["lr"] * p.grad / (nu + 1e-8).sqrt())
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+# --- the method ---
+
+
+class Spiel(Tuner):
+    """Train a fixed number of weight entries, drop those that moved least, grow where the gradient is largest.
+
+    Two variants: "ag" accumulates gradients of candidate positions over a short window and trains with an age-aware
+    AdamW; "ma" grows by the outer product of SM3's row and column accumulators and needs no window.
+    Departs from the official code: gradient statistics are taken of whole optimiser steps, and an incoming entry's
+    age counts them as steps already made, so that Adam's bias correction of its seeded moments is exact.
+    Cost: FLOPs of full tuning (the dense weight gradient is taken, one layer at a time); 24 bytes an entry ("ag").
+    Refuses: several processes (the window's candidates are not exchanged yet), tied weights.
+    """
+
+    traits: ClassVar[Traits] = Traits(
+        claims=frozenset({"weight"}), needs=frozenset({"total_steps", "one_process"}), linear=True
+    )
+    source: ClassVar[Source] = Source(
+        "Scaling Sparse Fine-Tuning to Large Language Models", 2024, "arXiv:2401.16405", "official code"
+    )
+
+    density: float = Field(0.01, gt=0, le=1)
+    """Share of all model parameters that is trained; not used where num_weights is set."""
+    num_weights: int | None = Field(None, ge=1)
+    """Number of trained entries, in place of density."""
+    variant: Literal["ag", "ma"] = "ag"
+    """"ag": accumulated gradients and AdamW; "ma": momentum approximation with SM3."""
+    reselect_every: int = Field(20, ge=1)
+    """Steps between two choices of positions (S)."""
+    window: int = Field(5, ge=1)
+    """Steps whose gradients a choice looks at (gamma)."""
+    replace_fraction: float = Field(0.2, ge=0, le=1)
+    """Share replaced at the start of the schedule (r0)."""
+    policy: Literal["linear", "cosine"] = "linear"
+    """How that share falls to 0."""
+    targets: str | tuple[str, ...] = "all-linear"
+    """Matrices to train in."""
+    adam_eps: float = Field(1e-6, gt=0)
+    """Added to the root of the second moment before its correction."""
+    seed: int = 0
+    """For the first positions and for rounding."""
+
+    def check(self, facts: Facts) -> list[Problem]:
+        problems = super().check(facts)
+        if self.window >= self.reselect_every:
+            problems.append(
+                Problem("window", f"{self.window} is not below reselect_every = {self.reselect_every}", "windows would overlap")
+            )
+        return problems
+
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+    ) -> SpielTrainable:
+        if total_steps is None:
+            raise RecipeError("spiel", "needs the total number of steps", "set max_steps")
+        for problem in self.check(Facts()):
+            raise RecipeError(f"spiel.{problem.key}", problem.what, problem.remedy)
+        return SpielTrainable(self, as_view(model), total_steps)
+
+
+class SpielTrainable(Trainable):
+    """Active entries, and the candidates of the open window."""
+
+    def __init__(self, tuner: Spiel, view: ModelView, total_steps: int) -> None:
+        super().__init__(view)
+        self.freeze_base()
+        self.tuner, self.total_steps, self._streams = tuner, total_steps, Streams(tuner.seed)
+        linears = self._with_budget(view)
+        first = {}
+        for x, k in linears:
+            generator = self._streams.torch("spiel", x.module)
+            size = x.shape[0] * x.shape[1]
+            first[x.name] = torch.randperm(size, generator=generator)[:k] if k < size else torch.arange(size)
+        self.sparse = SparseWeights(view, [x for x, _ in linears], first)
+        self.candidates: dict[str, Tensor] = {}
+        self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # s1, s2 over steps
+        self.samples = 0
+        self._step_sum: dict[str, Tensor] = {}
+        self._optimizer: Optimizer | None = None
+        self._steps = 0
+
+    def _with_budget(self, view: ModelView) -> list[tuple[Linear, int]]:
+        t, anatomy = self.tuner, view.anatomy
+        linears = anatomy.match(t.targets)
+        if anatomy.tied and any(x.module == anatomy.head for x in linears):
+            raise RecipeError("spiel.targets", "the head is tied to the embeddings", "leave it out")
+        sizes = [x.shape[0] * x.shape[1] for x in linears]
+        total = t.num_weights if t.num_weights is not None else int(t.density * anatomy.num_parameters)
+        if not 0 < total <= sum(sizes):
+            raise RecipeError(
+                "spiel.density", f"asks for {total} entries of the {sum(sizes)} in the target matrices", "choose fewer, or more targets"
+            )
+        chosen = [(x, k) for x, k in zip(linears, budgets(total, sizes), strict=True) if k > 0]
+        if not chosen:
+            raise RecipeError("spiel.density", f"{total} entries leave none for any of {len(linears)} matrices", "raise it")
+        return chosen
+
+    # --- the loop's calls ---
+
+    def groups(self) -> list[ParamGroup]:
+        return [ParamGroup(list(self.sparse.values.values()))]
+
+    def optimizer(self, groups: list[ParamGroup], default: Callable[[list[ParamGroup]], Optimizer]) -> Optimizer:
+        settings = default(groups).defaults
+        entries, decay = as_dicts(groups, settings["lr"]), settings["weight_decay"]
+        if self.tuner.variant == "ag":
+            self._optimizer = AgeAdamW(entries, settings["lr"], settings["betas"], self.tuner.adam_eps, decay)
+        else:
+            names = {id(p): n for n, p in self.sparse.values.items()}
+
+            def where(p: nn.Parameter) -> tuple:
+                name = names[id(p)]
+                shape = self.sparse.linears[name].shape
+                return self.sparse.indices[name] // shape[1], self.sparse.indices[name] % shape[1], shape
+
+            self._optimizer = SparseSM3(entries, settings["lr"], decay, where)
+        return self._optimizer
+
+    def before_window(self, window: Window | None = None, probe: Any = None) -> None:
+        if self._optimizer is not None and not isinstance(self._optimizer, (AgeAdamW, SparseSM3)):
+            raise TypeError("SpIEL moves its entries: use the optimiser it makes")
+        open_now = self.tuner.variant == "ag" and is_observed(self._steps + 1, self.tuner.reselect_every, self.tuner.window)
+        for name in self.sparse.values:
+            self.sparse.observe[name] = partial(self._see, name) if open_now else None
+
+    def _see(self, name: str, gradient: Tensor) -> None:
+        """Called in the backward with [out, in]."""
+        flat = gradient.reshape(-1)
+        if name not in self.candidates:
+            self.candidates[name] = largest(flat.abs(), len(self.sparse.indices[name]))
+        seen = flat[self.candidates[name]].float()
+        self._step_sum[name] = self._step_sum[name] + seen if name in self._step_sum else seen
+
+    def after_backward(self) -> None:
+        if not self._step_sum:
+            return
+        for name, g in self._step_sum.items():
+            s1, s2 = self.sums.get(name, (torch.zeros_like(g), torch.zeros_like(g)))
+            self.sums[name] = s1 + g, s2 + g.square()
+        self.samples += 1
+        self._step_sum = {}
+
+    def after_step(self, clock: Clock | None = None) -> None:
+        t = self.tuner
+        self._steps += 1
+        if is_event(self._steps, t.reselect_every, t.window, self.total_steps):
+            share = replaced_share(self._steps, self.total_steps, t.window, t.replace_fraction, t.policy)
+            for name in self.sparse.values:
+                self._reselect(name, int(len(self.sparse.indices[name]) * share))
+            self.candidates, self.sums, self.samples = {}, {}, 0
+        self.sparse.write(self._rounding())
+
+    def _rounding(self) -> torch.Generator:
+        return self._streams.torch("spiel-rounding", self._steps, device=self.view.device)
+
+    @torch.no_grad()
+    def _reselect(self, name: str, quota: int) -> None:
+        indices, values = self.sparse.indices[name], self.sparse.values[name]
+        assert self._optimizer is not None
+        state = self._optimizer.state[values]
+        if self.tuner.variant == "ma":
+            if state:
+                slots, incoming = exchange(indices, values, outer_top(state["row"], state["column"], indices, quota), quota)
+                self.sparse.move(name, slots, incoming)
+            return
+        if name not in self.candidates:
+            raise LuthierError("spiel: an event came without observed gradients; call before_window each step")
+        s1, s2 = self.sums[name]
+        order = largest(s1.abs(), len(s1))
+        wanted = self.candidates[name][order]
+        slots, incoming = exchange(indices, values, wanted, quota)
+        self.sparse.move(name, slots, incoming)
+        if state:
+            at = _positions(self.candidates[name], incoming)
+            b1, b2 = self._optimizer.param_groups[0]["betas"]
+            n = self.samples
+            state["exp_avg"][slots] = (1 - b1**n) * s1[at] / n
+            state["exp_avg_sq"][slots] = (1 - b2**n) * s2[at] / n
+            state["age"][slots] = float(n)
+
+    # --- what is kept ---
+
+    def state_dict(self) -> dict[str, Tensor]:
+        out = {f"indices.{n}": i for n, i in self.sparse.indices.items()}
+        out |= {f"values.{n}": v.detach() for n, v in self.sparse.values.items()}
+        out |= {f"candidates.{n}": c for n, c in self.candidates.items()}
+        for n, (s1, s2) in self.sums.items():
+            out |= {f"s1.{n}": s1, f"s2.{n}": s2}
+        return out | {"steps": torch.tensor(self._steps), "samples": torch.tensor(self.samples)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pick = lambda head: {k[len(head) :]: v for k, v in state.items() if k.startswith(head)}  # noqa: E731
+        self._steps, self.samples = int(state["steps"]), int(state["samples"])
+        self.candidates = pick("candidates.")
+        s1, s2 = pick("s1."), pick("s2.")
+        self.sums = {n: (s1[n], s2[n]) for n in s1}
+        self.sparse.load(pick("indices."), pick("values."), self._rounding())
+
+    def update(self) -> Update:
+        return Update(self.base, (self.sparse.part(),))
+
+    def detach(self) -> None:
+        self.sparse.detach()
+        super().detach()
+
+
+def _positions(haystack: Tensor, needles: Tensor) -> Tensor:
+    """Where each needle stands in the haystack; both hold unique values and every needle is there."""
+    order = haystack.argsort()
+    return order[torch.searchsorted(haystack[order], needles)]
