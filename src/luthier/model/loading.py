@@ -22,7 +22,7 @@ from luthier.errors import RecipeError
 from luthier.model.view import ModelView, probe_layout
 
 BUILTIN = "builtin:smollm2-135m"
-_CLASSES = {
+CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "masked-lm": AutoModelForMaskedLM,
     "classification": AutoModelForSequenceClassification,
@@ -122,7 +122,7 @@ def load_model(
     """
     extra: dict[str, Any] = {"num_labels": num_labels} if task == "classification" else {}
     try:
-        model = _CLASSES[task].from_pretrained(
+        model = CLASSES[task].from_pretrained(
             located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True, **extra
         )
     except (OSError, ValueError) as error:

@@ -106,7 +106,7 @@ class Probe:
         first = self.gradients(batches, names)
         before = {n: self.view.weight(n).detach().clone() for n in names}
         try:
-            masters = [nn.Parameter(before[n].float()) for n in names]
+            masters = [nn.Parameter(before[n].float().clone()) for n in names]
             for p, n in zip(masters, names, strict=True):
                 p.grad = first.grads[n].float()
             make(masters).step()

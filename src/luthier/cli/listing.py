@@ -1,0 +1,64 @@
+"""Tables of methods, a method's page in the terminal, and the recipe's schema."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from luthier import manifest
+
+
+def table_of_methods(entries: list[dict[str, Any]]) -> None:
+    """All methods, a line each."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("key", "name", "what it does", "source"):
+        table.add_column(column, overflow="fold")
+    for e in entries:
+        source = e["source"]
+        table.add_row(e["kind"], e["name"], e["summary"], f"{source['year']}, {source['reference']}" if source else "")
+    Console(highlight=False).print(table)
+
+
+def one_method(entry: dict[str, Any]) -> None:
+    """A method's page: its text, its fields with defaults, a recipe to start from."""
+    console = Console(highlight=False)
+    console.print(f"{entry['kind']}: {entry['name']}\n", style="bold", markup=False)
+    console.print(entry["doc"] + "\n", markup=False)
+    if entry["source"]:
+        s = entry["source"]
+        console.print(f"Source: {s['title']} ({s['year']}), {s['reference']}\n", markup=False)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("key", "default", "meaning"):
+        table.add_column(column, overflow="fold")
+    for name, f in entry["fields"].items():
+        table.add_row(name, str(f["default"]), f["about"])
+    console.print(table)
+    console.print("\n" + starter(entry), markup=False)
+
+
+def starter(entry: dict[str, Any]) -> str:
+    """A runnable recipe with this method."""
+    lines = ["luthier: 1", "model: builtin:smollm2-135m", "data: {train: builtin:requests, eval: builtin:requests}"]
+    if entry["kind"] in ("tuner", "objective", "compute"):
+        lines.append(f"{entry['kind']}: {entry['name']}")
+    if "closure" in entry["traits"]["needs"]:
+        lines += ["lr_scheduler_type: constant", "warmup_fraction: 0.0"]
+    return "\n".join(lines)
+
+
+def recipe_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, methods as {name: {fields}} or a bare name."""
+    from luthier.recipe import Recipe
+
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    for kind in ("tuner", "objective", "compute"):
+        options: list[dict[str, Any]] = [{"type": "string", "enum": manifest.names(kind)}]
+        for name in manifest.names(kind):
+            fields = manifest.find(kind, name).model_json_schema()  # type: ignore[attr-defined]
+            schema.setdefault("$defs", {}).update(fields.pop("$defs", {}))
+            options.append({"type": "object", "properties": {name: fields}, "required": [name], "additionalProperties": False})
+        schema["properties"][kind] = {"anyOf": options, "description": schema["properties"][kind].get("description", "")}
+    return schema

@@ -1,0 +1,208 @@
+"""Commands, exit codes and what is said where: results on standard output, progress on standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+# Before torch is imported: on a busy machine waiting threads would burn several times the work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+
+from luthier.errors import LuthierError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tune language models with less.")
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe (.yaml); - reads standard input.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=value sets a key, ~a.b removes it.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Fresh = Annotated[bool, typer.Option(help="Work in a new folder, even where a run could be continued.")]
+MaxTime = Annotated[str | None, typer.Option(help="Save and stop after this time: 90, 30m, 2h.")]
+Debug = Annotated[bool, typer.Option(help="Show tracebacks and what libraries say.")]
+
+
+def main() -> None:
+    """Entry point."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=False, prog_name="luthier")
+    except LuthierError as error:
+        _fail(str(error), 2, debug)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130, debug)
+    except OSError as error:
+        _fail(f"{error.filename or 'the machine'}: {error.strerror or error}", 1, debug)
+    except Exception as error:
+        _fail(*_told(error), debug)
+
+
+def _told(error: Exception) -> tuple[str, int]:
+    """(message, exit code) for what is not ours to phrase; the traceback goes to a file."""
+    import click
+
+    if isinstance(error, click.exceptions.Exit):
+        return "", error.exit_code
+    if isinstance(error, click.ClickException):
+        return error.format_message(), 2
+    if type(error).__name__ == "Interrupted":
+        return str(error), 130
+    file = Path("luthier-error.txt")
+    file.write_text(traceback.format_exc(), encoding="utf-8")
+    return f"{type(error).__name__}: {error} (our fault; the traceback is in {file})", 1
+
+
+def _fail(message: str, code: int, debug: bool) -> None:
+    if debug and code not in (0, 130):
+        traceback.print_exc()
+    if message:
+        print(f"luthier: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _load(path: Path, overrides: list[str] | None) -> Any:
+    from luthier import recipe
+
+    if str(path) == "-":
+        return recipe.load(sys.stdin.read(), "standard input", overrides or [])
+    return recipe.load_file(path, overrides or [])
+
+
+def _quiet(debug: bool) -> None:
+    """Library chatter off."""
+    if debug:
+        return
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    try:
+        return float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
+    except ValueError as error:
+        raise LuthierError(f"--max-time {text!r}: write seconds, or 30m, or 2h") from error
+
+
+@app.command()
+def run(
+    recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False, max_time: MaxTime = None, as_json: Json = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Tune a model as a recipe says, with scores before and after and a report."""
+    _carry_out(_load(recipe, overrides), recipe.stem if str(recipe) != "-" else "run", recipe.parent, fresh, max_time, as_json, debug)
+
+
+@app.command(hidden=True)
+def train(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Another name for run."""
+    print("luthier: `train` is called `run` here", file=sys.stderr)
+    _carry_out(_load(recipe, overrides), recipe.stem, recipe.parent, False, None, False, False)
+
+
+def _carry_out(recipe: Any, name: str, base: Path, fresh: bool, max_time: str | None, as_json: bool, debug: bool) -> None:
+    limit = _seconds(max_time)
+    _quiet(debug)
+    from luthier.cli.progress import Bar
+    from luthier.run import choose_folder
+    from luthier.run import run as carry_out
+    from luthier.training.loop import Interrupted
+
+    folder = choose_folder(recipe, name, fresh, base)
+    with Bar() as bar:
+        try:
+            result = carry_out(recipe, folder, base, say=bar.say, on_step=bar.step, max_seconds=limit)
+        except Interrupted as stopped:
+            bar.say(f"{stopped}; the state is saved in {folder}")
+            bar.say(f"go on with: luthier run {' '.join(sys.argv[2:])}")
+            raise SystemExit(_code(folder)) from stopped
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(folder / "report.html")
+
+
+def _code(folder: Path) -> int:
+    """130 after Ctrl-C, 143 after SIGTERM, 0 after --max-time."""
+    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return {2: 130, 15: 143}.get(state.get("signal"), 0)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[str, typer.Option(help="Folder of the run.")] = "runs/demo",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps; 63 is one pass.")] = 63,
+    fresh: Fresh = False, as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Tune SmolLM2-135M to turn spoken requests into JSON calls, and see what it learnt."""
+    from importlib.resources import files
+
+    from luthier import recipe as recipes
+
+    text = files("luthier").joinpath("recipes/demo.yaml").read_text(encoding="utf-8")
+    recipe = recipes.load(text, "demo.yaml", [f"output_dir={json.dumps(output_dir)}", f"max_steps={steps}"])
+    _carry_out(recipe, "demo", Path("."), fresh, None, as_json, debug)
+
+
+@app.command()
+def check(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Does the recipe hold together, and is the data what you think it is? Loads no weights."""
+    loaded = _load(recipe, overrides)
+    _quiet(debug)
+    from luthier.cli.check import check_recipe, show
+
+    result = check_recipe(loaded, recipe.parent)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        show(result)
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")] = None, as_json: Json = False) -> None:
+    """Which methods are there, where is each from, what does it need?"""
+    from luthier import manifest
+    from luthier.cli.listing import one_method, table_of_methods
+
+    entries = manifest.read()
+    if name is not None:
+        entries = [e for e in entries if e["name"] == name]
+        if not entries:
+            known = ", ".join(sorted({e["name"] for e in manifest.read()}))
+            raise LuthierError(f"there is no method {name!r}; there are {known}")
+    if as_json:
+        print(json.dumps(entries))
+    elif name is not None:
+        one_method(entries[0])
+    else:
+        table_of_methods(entries)
+
+
+@app.command()
+def schema() -> None:
+    """The recipe's JSON Schema, for editors."""
+    from luthier.cli.listing import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=1))
+
+
+@app.command()
+def env() -> None:
+    """Versions and machine, to paste into a bug report."""
+    from luthier.run import environment
+
+    print(environment(), end="")
+
+

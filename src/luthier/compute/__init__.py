@@ -1,0 +1,8 @@
+"""Fewer tokens or pairs in the forward pass."""
+
+from luthier._lazy import lazy
+
+EXPORTS = {
+    "Lemo": "lemo",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

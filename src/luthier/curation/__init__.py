@@ -1,0 +1,3 @@
+"""Which rows, in which words."""
+
+EXPORTS: dict[str, str] = {}

@@ -1,0 +1,82 @@
+"""Greedy answers in batches, from the same prompt ids that training saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from luthier.data.rendering import Renderer
+from luthier.model.view import ModelView
+
+
+
+
+class Completion(NamedTuple):
+    """An answer, and whether the model ended it by itself."""
+
+    text: str
+    stopped: bool
+
+
+@contextmanager
+def _quick_head(view: ModelView) -> Iterator[None]:
+    """Let the head want a gradient while generating under no_grad.
+
+    Where no weight wants one, the sliced hidden state sends the head through a batched product that copies its weight
+    once a row: six times slower and seven times larger, measured.
+    """
+    weight = view.head_weight
+    before = weight.requires_grad
+    weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        weight.requires_grad_(before)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both [S, L]."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[fill] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+@torch.no_grad()
+def generate(
+    view: ModelView, prompts: Sequence[Sequence[int]], renderer: Renderer, max_new_tokens: int, batch_size: int = 25
+) -> list[Completion]:
+    """Greedy completions of tokenised prompts, in their order; longest first inside, so that batches are even."""
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    done: dict[int, Completion] = {}
+    training = view.module.training
+    view.module.eval()
+    fill, stops = renderer.tokenizer.pad_token_id or 0, list(renderer.stop_ids)
+    try:
+        with _quick_head(view):
+            for start in range(0, len(order), batch_size):
+                part = order[start : start + batch_size]
+                ids, mask = left_padded([prompts[i] for i in part], fill)
+                out = view.module.generate(
+                    input_ids=ids.to(view.device), attention_mask=mask.to(view.device), max_new_tokens=max_new_tokens,
+                    do_sample=False, use_cache=True, pad_token_id=fill, eos_token_id=stops,
+                    temperature=None, top_p=None, top_k=None,
+                )  # fmt: skip
+                new = out[:, ids.shape[1] :] if out.shape[1] > max_new_tokens else out
+                for i, tokens in zip(part, new.tolist(), strict=True):
+                    done[i] = _cut(tokens, stops, renderer)
+    finally:
+        view.module.train(training)
+    return [done[i] for i in range(len(prompts))]
+
+
+def _cut(tokens: list[int], stops: list[int], renderer: Renderer) -> Completion:
+    end = next((i for i, t in enumerate(tokens) if t in stops), None)
+    text = renderer.tokenizer.decode(tokens[:end], skip_special_tokens=True)
+    return Completion(text, end is not None)
+
+

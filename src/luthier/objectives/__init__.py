@@ -1,0 +1,11 @@
+"""What each token teaches."""
+
+from luthier._lazy import lazy
+
+EXPORTS = {
+    "Caft": "caft",
+    "Distill": "distill",
+    "QTuning": "q_tuning",
+    "Sft": "sft",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

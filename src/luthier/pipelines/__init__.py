@@ -1,0 +1,8 @@
+"""In which stages."""
+
+from luthier._lazy import lazy
+
+EXPORTS = {
+    "List": "list",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

@@ -1,0 +1,329 @@
+"""The recipe: the one description of a run, as a typed object and as a YAML file.
+
+Unknown keys, wrong types and impossible combinations are refused before anything is loaded, in one sentence with line,
+key, value and remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from luthier import manifest
+from luthier.compute.base import Compute
+from luthier.errors import RecipeError
+from luthier.method import Facts, Method
+from luthier.objectives.base import Objective
+from luthier.objectives.sft import Sft
+from luthier.training.settings import TrainSettings
+from luthier.tuners.base import Tuner
+from luthier.tuners.lora import Lora
+
+MAX_BYTES = 1_000_000
+SECRETS = ("*token", "*api_key*", "*password*", "*secret*")
+NOT_SECRET = frozenset({"keep_tokens", "max_new_tokens"})
+OLD_SPELLINGS = {
+    "model_name_or_path": "model", "base_model": "model", "dataset": "data.train", "train_file": "data.train",
+    "cutoff_len": "data.max_length", "sequence_len": "data.max_length", "max_seq_length": "data.max_length",
+    "max_length": "data.max_length", "num_train_epochs": "epochs", "num_epochs": "epochs", "lora_r": "tuner.lora.rank",
+    "lora_alpha": "tuner.lora.alpha", "warmup_ratio": "warmup_fraction", "warmup_steps": "warmup_fraction",
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "tokens_per_forward",
+    "micro_batch_size": "tokens_per_forward", "lr": "learning_rate", "scheduler": "lr_scheduler_type",
+    "overwrite_output_dir": "the option --fresh", "logging_dir": "output_dir", "r": "rank", "lora_target": "tuner.lora.targets",
+    "target_modules": "targets", "bf16": "dtype", "fp16": "dtype", "eval_file": "data.eval",
+}  # fmt: skip
+
+
+class DataSettings(BaseModel):
+    """Which rows, and how they become tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    train: str
+    """A .jsonl, .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests."""
+    eval: str | None = None
+    """Held-out rows, of the same sort."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name -> the file's name: {prompt: question, completion: answer}."""
+    system: str | None = None
+    """A system message put before rows that have none, in training and in use."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """"auto": the model's chat template where it has one; "plain": bare text."""
+    max_length: int | None = Field(None, ge=2)
+    """Longest row in tokens; None takes what the model can hold."""
+    on_long: Literal["refuse", "drop", "trim_prompt", "trim_end"] = "refuse"
+    """What to do about longer rows."""
+    on_unsupervised: Literal["refuse", "drop"] = "refuse"
+    """What to do about rows without a single supervised token."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first rows, for a try."""
+
+
+class EvaluateSettings(BaseModel):
+    """What is measured before and after, on data.eval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    generate: int = Field(0, ge=0)
+    """Rows whose answers are generated and compared; 0 measures the loss only."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens generated at most."""
+    match: Literal["text", "json"] = "text"
+    """"text": equal after trimming; "json": equal as JSON values."""
+
+
+class Recipe(TrainSettings):
+    """A run."""
+
+    luthier: Literal[1] = 1
+    """Version of the recipe's keys."""
+    model: str
+    """A folder, a .gguf file, a Hub id (org/name, org/name@revision), or builtin:smollm2-135m."""
+    revision: str | None = None
+    """Of a Hub model."""
+    task: Literal["causal-lm", "classification"] = "causal-lm"
+    """What a row is."""
+    data: DataSettings
+    """Rows."""
+    tuner: SerializeAsAny[Tuner] = Lora()
+    """Which weights move."""
+    objective: SerializeAsAny[Objective] = Sft()
+    """What each token teaches."""
+    compute: SerializeAsAny[Compute] | None = None
+    """Fewer tokens in the forward pass."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """What is measured."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of frozen weights; "auto" takes the file's."""
+    output_dir: str | None = None
+    """Where the run goes; None: runs/<recipe>-<time>."""
+    report_to: tuple[str, ...] = ()
+    """Trackers, under Trainer's names."""
+
+    def facts(self, **more: Any) -> Facts:
+        """What methods may know before weights are loaded."""
+        methods = (self.tuner, self.objective, *([self.compute] if self.compute else []))
+        return Facts(task=self.task, batch_size=self.batch_size, settings=self, others=methods, **more)
+
+    def check_methods(self, facts: Facts | None = None) -> None:
+        """Raises RecipeError for the first combination that cannot work."""
+        facts = facts or self.facts()
+        parts: dict[str, Method] = {"tuner": self.tuner, "objective": self.objective}
+        if self.compute is not None:
+            parts["compute"] = self.compute
+        for key, method in parts.items():
+            for problem in method.check(facts):
+                raise RecipeError(f"{key}.{method.key()}.{problem.key}", problem.what, problem.remedy)
+        owners: dict[str, str] = {}
+        for key, method in parts.items():
+            for claim in method.traits.claims:
+                if claim in owners:
+                    raise RecipeError(key, f"{method.key()} and {owners[claim]} both need {claim} for themselves", "choose one")
+                owners[claim] = method.key()
+        if self.early_stopping_patience and not self.eval_steps:
+            raise RecipeError("early_stopping_patience", "needs evaluations during training", "set eval_steps")
+        if self.eval_steps and not self.data.eval:
+            raise RecipeError("eval_steps", "there are no rows to evaluate on", "set data.eval")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, methods as {name: {fields}}; what `recipe.yaml` of a run holds."""
+        out = self.model_dump(mode="json")
+        for key in ("tuner", "objective", "compute"):
+            method = getattr(self, key)
+            if method is not None:
+                out[key] = {method.key(): out[key]}
+        return out
+
+
+# --- from text ---
+
+
+class _Lines:
+    """Line numbers by key path, and what to call the source."""
+
+    def __init__(self, name: str, lines: Mapping[tuple[str, ...], int], overridden: frozenset[tuple[str, ...]]) -> None:
+        self.name, self.lines, self.overridden = name, lines, overridden
+
+    def where(self, path: tuple[str, ...]) -> str:
+        key = ".".join(path) or "recipe"
+        if any(path[: len(o)] == o for o in self.overridden):
+            return f"command line: {key}"
+        line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
+        return f"{self.name}:{line}: {key}" if line is not None else f"{self.name}: {key}"
+
+
+def load(text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from YAML text and `a.b=value` overrides. Raises RecipeError."""
+    values, lines = parse(text, name)
+    changed = apply_overrides(values, overrides)
+    return build(values, _Lines(name, lines, changed))
+
+
+def load_file(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe from a file."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise RecipeError(str(path), f"is larger than {MAX_BYTES} bytes", "a recipe is a short file")
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(str(path), "is not UTF-8 text", "save it as UTF-8") from error
+    except OSError as error:
+        raise RecipeError(str(path), f"cannot be read ({error.strerror})", "check the path") from error
+    return load(text, str(path), overrides)
+
+
+def parse(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """(plain values, line of each key path). No tags, no anchors, no repeated keys."""
+    yaml = YAML(typ="rt")
+    try:
+        tree = yaml.load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        line = "" if mark is None else f":{mark.line + 1}"
+        raise RecipeError(f"{name}{line}", f"is not YAML ({error.problem})", "look at this line and the one before") from error
+    except (YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
+        raise RecipeError(name, f"is not YAML ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+    if not isinstance(tree, CommentedMap):
+        raise RecipeError(name, "holds no keys", "write at least model: and data:")
+    lines: dict[tuple[str, ...], int] = {}
+    return _plain(tree, (), lines, name), lines
+
+
+def _plain(node: Any, path: tuple[str, ...], lines: dict[tuple[str, ...], int], name: str) -> Any:
+    if len(path) > 20:
+        raise RecipeError(name, "is nested more than 20 deep")
+    tag = getattr(node, "tag", None)
+    if tag is not None and tag.value is not None and not str(tag.value).startswith("tag:yaml.org"):
+        raise RecipeError(f"{name}: {'.'.join(path)}", f"carries the tag {tag.value}", "a recipe holds plain values only")
+    anchor = getattr(node, "anchor", None)
+    if anchor is not None and anchor.value is not None:
+        raise RecipeError(f"{name}: {'.'.join(path)}", f"carries the anchor &{anchor.value}", "write the value out")
+    if isinstance(node, CommentedMap):
+        out: dict[str, Any] = {}
+        for key, value in node.items():
+            if not isinstance(key, str):
+                raise RecipeError(f"{name}:{node.lc.key(key)[0] + 1}", f"the key {key!r} is not text", "quote it")
+            lines[(*path, key)] = node.lc.key(key)[0] + 1
+            out[key] = _plain(value, (*path, key), lines, name)
+        return out
+    if isinstance(node, CommentedSeq):
+        return [_plain(v, (*path, str(i)), lines, name) for i, v in enumerate(node)]
+    if isinstance(node, bool) or node is None:
+        return node
+    for kind in (int, float, str):  # ruamel's own number and text classes
+        if isinstance(node, kind):
+            return kind(node)
+    raise RecipeError(f"{name}: {'.'.join(path)}", f"holds a {type(node).__name__}", "a recipe holds plain values only")
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> frozenset[tuple[str, ...]]:
+    """`a.b=value` sets (parsed as YAML 1.2), `~a.b` removes; returns the paths touched."""
+    touched = set()
+    for item in overrides:
+        remove = item.startswith("~")
+        key, equals, text = item.removeprefix("~").partition("=")
+        path = tuple(key.split("."))
+        if not all(path) or (not equals and not remove):
+            raise RecipeError("command line", f"{item!r} is no override", "write key.sub=value, or ~key to remove one")
+        at = values
+        for part in path[:-1]:
+            if isinstance(at.get(part), str):  # tuner: lora, then tuner.lora.rank=8
+                at[part] = {at[part]: {}}
+            at = at.setdefault(part, {})
+            if not isinstance(at, dict):
+                raise RecipeError(f"command line: {key}", f"{part} holds no keys")
+        if remove:
+            at.pop(path[-1], None)
+        else:
+            at[path[-1]] = _value(text, key)
+        touched.add(path)
+    return frozenset(touched)
+
+
+def _value(text: str, key: str) -> Any:
+    try:
+        return _plain(YAML(typ="rt").load(text), (), {}, f"command line: {key}") if text.strip() else text
+    except YAMLError as error:
+        raise RecipeError(f"command line: {key}", f"{text!r} is not YAML", "quote it") from error
+
+
+def build(values: Mapping[str, Any], lines: _Lines) -> Recipe:
+    """Check every key and value, methods first. Raises RecipeError."""
+    out = dict(values)
+    _no_secrets(out, (), lines)
+    for kind in ("tuner", "objective", "compute"):
+        if out.get(kind) is not None:
+            out[kind] = _method(kind, out[kind], lines)
+    known = list(Recipe.model_fields)
+    recipe: Recipe = _validated(Recipe, out, (), lines, known)
+    try:
+        recipe.check_methods()
+    except RecipeError as error:
+        raise RecipeError(lines.where(tuple(error.where.split("."))), error.what, error.remedy) from None
+    return recipe
+
+
+def _no_secrets(values: Any, path: tuple[str, ...], lines: _Lines) -> None:
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            if key not in NOT_SECRET and any(fnmatch.fnmatch(key.lower(), p) for p in SECRETS):
+                raise RecipeError(lines.where((*path, key)), "looks like a secret", "set it in the environment instead")
+            _no_secrets(value, (*path, key), lines)
+
+
+def _method(kind: str, value: Any, lines: _Lines) -> Any:
+    """"lora", {lora: {rank: 8}} or an instance -> an instance."""
+    if isinstance(value, Method):
+        return value
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise RecipeError(lines.where((kind,)), f"is {value!r}", f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}")
+    ((name, fields),) = value.items()
+    if name not in manifest.names(kind):
+        raise RecipeError(lines.where((kind, name)), f"there is no {kind} {name!r}", _nearest(name, manifest.names(kind)))
+    cls: Any = manifest.find(kind, name)
+    if fields is not None and not isinstance(fields, Mapping):
+        raise RecipeError(lines.where((kind, name)), f"holds {fields!r}", "write its fields as keys")
+    return _validated(cls, dict(fields or {}), (kind, name), lines, list(cls.model_fields))
+
+
+def _validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: _Lines, known: list[str]) -> Any:
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        # A misspelt key explains a missing one, so it is told first.
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        where = tuple(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        at = lines.where((*path, *where))
+        if first["type"] == "extra_forbidden":
+            within = known if len(where) == 1 else list(_nested_fields(cls, where[:-1]))
+            raise RecipeError(at, "there is no such key", _nearest(where[-1], within)) from None
+        if first["type"] == "missing":
+            raise RecipeError(at, "is missing", "add it") from None
+        shown = json.dumps(first.get("input"), default=str)
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise RecipeError(at, f"{shown[:80]}: {message}") from None
+
+
+def _nested_fields(cls: Any, where: tuple[str, ...]) -> Sequence[str]:
+    for part in where:
+        annotation = cls.model_fields[part].annotation if part in getattr(cls, "model_fields", {}) else None
+        cls = annotation
+    return list(getattr(cls, "model_fields", {}))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    if name in OLD_SPELLINGS:
+        return f"its name here is {OLD_SPELLINGS[name]}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"

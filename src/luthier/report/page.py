@@ -1,0 +1,118 @@
+"""report.html: what was asked, what was spent, curves, before and after, samples, how to run again.
+
+One file that opens without a network; every text of the user's is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+
+from luthier.data.batch import IGNORE
+from luthier.data.rendering import Renderer
+from luthier.report.curve import Series, line_chart
+from luthier.training.checkpoint import write_text
+
+SAMPLES = 12
+
+
+def write_report(folder: Path, renderer: Renderer | None = None, rows: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """Make the page from what the run folder holds.
+
+    renderer, rows  a few training rows, to show which tokens were supervised
+    """
+    run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    log = [json.loads(line) for line in _lines(folder / "log.jsonl")]
+    samples = [json.loads(line) for line in _lines(folder / "samples.jsonl")]
+    environment = Environment(loader=PackageLoader("luthier.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.get_template("run.html").render(
+        run=run,
+        recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
+        env=(folder / "env.txt").read_text(encoding="utf-8"),
+        name=folder.name,
+        charts=_charts(log),
+        facts=_facts(run),
+        scores=_scores(run),
+        samples=_chosen(samples),
+        counts=_counts(samples),
+        rendered=[_tokens(renderer, r) for r in rows] if renderer else [],
+        again=f"luthier run {os.path.join(folder, 'recipe.yaml')} --fresh",
+    )
+    target = folder / "report.html"
+    write_text(target, page)
+    return target
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+
+
+def _charts(log: list[dict[str, float]]) -> list[dict[str, Any]]:
+    steps = [e for e in log if "loss" in e]
+    loss = [Series("training loss", [(e["step"], e["loss"]) for e in steps])]
+    held = [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
+    if held:
+        loss.append(Series("held-out loss", held))
+    charts = [("Loss, nats a token", loss)]
+    if any("grad_norm" in e for e in steps):
+        charts.append(("Gradient norm", [Series("gradient norm", [(e["step"], e["grad_norm"]) for e in steps if "grad_norm" in e])]))
+    charts.append(("Tokens a second", [Series("tokens a second", [(e["step"], e["tokens_per_second"]) for e in steps])]))
+    return [{"title": t, "svg": line_chart(s, "step", t)} for t, s in charts if any(x.points for x in s)]
+
+
+def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    census = run.get("census", {})
+    out = [
+        ("Base model", run["base"]["name"]),
+        ("Base fingerprint", run["base"]["weights"][:16]),
+        ("Rows", f"{census.get('rows', 0):,} with {census.get('tokens', 0):,} tokens, {census.get('supervised', 0):,} supervised"),
+        ("Dropped, cut, duplicates", f"{census.get('dropped', 0)}, {census.get('cut', 0)}, {census.get('duplicates', 0)}"),
+        ("Trained numbers", f"{run['trained_weights']:,}"),
+        ("Optimiser steps", f"{run['steps']:,}"),
+        ("Training time", f"{run['train_seconds']:.0f} s, {run['tokens'] / max(run['train_seconds'], 1e-9):.0f} tokens a second"),
+        ("Peak memory", f"{run['peak_memory_bytes'] / 1e9:.2f} GB"),
+        ("Saved, reloaded, compared", f"largest difference {run['reload_difference']:.1e}"),
+    ]
+    return out
+
+
+def _scores(run: Mapping[str, Any]) -> list[dict[str, str]]:
+    before, after, out = run.get("before") or {}, run.get("after") or {}, []
+    if not after:
+        return out
+    out.append({"name": "Held-out loss, nats", "before": f"{before['loss']:.4f}", "after": f"{after['loss']:.4f}"})
+    if after.get("of"):
+        shown = lambda s: f"{s['right']} of {s['of']}{_interval(s['right'], s['of'])}"  # noqa: E731
+        out.append({"name": "Answers right", "before": shown(before), "after": shown(after)})
+        stopped = lambda s: f"{s['stopped']} of {s['of']}"  # noqa: E731
+        out.append({"name": "Answers that ended by themselves", "before": stopped(before), "after": stopped(after)})
+    return out
+
+
+def _interval(right: int, of: int) -> str:
+    """95% interval of a share (Wilson)."""
+    z, p = 1.96, right / of
+    middle, half = (p + z * z / (2 * of)), z * (p * (1 - p) / of + z * z / (4 * of * of)) ** 0.5
+    low, high = ((middle + s * half) / (1 + z * z / of) for s in (-1, 1))
+    return f" ({max(0.0, low):.0%} to {min(1.0, high):.0%})"
+
+
+def _chosen(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Misses first, at most half; then what was learnt."""
+    misses = [s for s in samples if not s["after_right"]][: SAMPLES // 2]
+    return misses + [s for s in samples if s["after_right"]][: SAMPLES - len(misses)]
+
+
+def _counts(samples: list[dict[str, Any]]) -> dict[str, int]:
+    return {"shown": min(SAMPLES, len(samples)), "of": len(samples), "wrong": sum(not s["after_right"] for s in samples)}
+
+
+def _tokens(renderer: Renderer, row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Token texts with whether each is supervised."""
+    decode = renderer.tokenizer.decode
+    return [{"text": decode([i]), "on": y != IGNORE} for i, y in zip(row["ids"], row["labels"], strict=True)]

@@ -1,0 +1,14 @@
+"""Which weights move, and in which form."""
+
+from luthier._lazy import lazy
+
+EXPORTS = {
+    "Adapter": "adapter",
+    "Dept": "dept",
+    "Frozen": "frozen",
+    "Full": "full",
+    "GreenTrainer": "green_trainer",
+    "Lora": "lora",
+    "Spiel": "spiel",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

@@ -1,0 +1,151 @@
+"""Updates on disk: peft's folder for a plain low-rank one, update.json with update.safetensors for the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from luthier.data.batch import collate
+from luthier.errors import LuthierError
+from luthier.model.fingerprint import Fingerprint
+from luthier.update.parts import KINDS, Chart, LowRank, Part
+from luthier.update.update import Update
+
+PREFIX = "base_model.model."
+MAX_HEADER = 50_000_000  # bytes; a JSON header larger than this is no header of ours
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}  # of logits, after a reload
+
+
+def save_update(update: Update, folder: Path, view: Any = None) -> None:
+    """Write an update. A plain low-rank one opens with `PeftModel.from_pretrained`; its chart is kept beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(update.parts) == 1 and isinstance(update.parts[0], LowRank):
+        _save_peft(update.parts[0], update.base, folder, view)
+        _save_house(Update(update.base, (), update.chart), folder)
+    else:
+        _save_house(update, folder)
+
+
+def load(folder: str | Path) -> Update:
+    """The update in a folder. Raises LuthierError, naming the file, for one that cannot be trusted."""
+    folder = Path(folder)
+    header = _header(folder / "update.json")
+    tensors = _tensors(folder / "update.safetensors") if (folder / "update.safetensors").exists() else {}
+    try:
+        base = Fingerprint(**header["base"])
+        parts: list[Part] = []
+        for i, entry in enumerate(header["parts"]):
+            own = {k.removeprefix(f"{i}."): t for k, t in tensors.items() if k.startswith(f"{i}.")}
+            parts.append(KINDS[entry["kind"]].restore(own, entry["header"]))
+        chart = None
+        if header.get("chart"):
+            initial = {k.removeprefix("chart."): t for k, t in tensors.items() if k.startswith("chart.")}
+            chart = Chart(header["chart"], initial)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise LuthierError(f"{folder / 'update.json'}: is no update of ours ({error!r})") from error
+    if (folder / "adapter_model.safetensors").exists():
+        parts.append(_load_peft(folder))
+    return Update(base, tuple(parts), chart)
+
+
+def _save_house(update: Update, folder: Path) -> None:
+    header: dict[str, Any] = {"format": 1, "base": update.base.model_dump(), "parts": [], "chart": None}
+    tensors: dict[str, Tensor] = {}
+    for i, part in enumerate(update.parts):
+        header["parts"].append({"kind": part.kind, "header": part.header()})
+        tensors |= {f"{i}.{k}": t.contiguous() for k, t in part.tensors().items()}
+    if update.chart is not None:
+        header["chart"] = update.chart.form
+        tensors |= {f"chart.{k}": t.contiguous() for k, t in update.chart.initial.items()}
+    if tensors:
+        save_file(tensors, folder / "update.safetensors")
+    (folder / "update.json").write_text(json.dumps(header), encoding="utf-8")
+
+
+def _save_peft(part: LowRank, base: Fingerprint, folder: Path, view: Any) -> None:
+    from peft import LoraConfig
+
+    modules = [n.removesuffix(".weight") for n in part.a]
+    ranks = {m: part.a[f"{m}.weight"].shape[0] for m in modules}
+    scales = {m: part.scale[f"{m}.weight"] for m in modules}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    alpha = scales[next(m for m in modules if ranks[m] == common)] * common
+    config = LoraConfig(
+        r=common, lora_alpha=alpha, target_modules=sorted(modules), task_type="CAUSAL_LM", bias="none", inference_mode=True,  # type: ignore[arg-type]
+        base_model_name_or_path=base.name, fan_in_fan_out=bool(part.transposed),
+        rank_pattern={m: r for m, r in ranks.items() if r != common},
+        alpha_pattern={m: scales[m] * ranks[m] for m in modules if scales[m] * ranks[m] != alpha},
+    )  # fmt: skip
+    if view is not None and getattr(view.module.config, "_name_or_path", ""):
+        config.base_model_name_or_path = view.module.config._name_or_path
+    tensors = {f"{PREFIX}{n.removesuffix('.weight')}.lora_A.weight": t.contiguous() for n, t in part.a.items()}
+    tensors |= {f"{PREFIX}{n.removesuffix('.weight')}.lora_B.weight": t.contiguous() for n, t in part.b.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def _load_peft(folder: Path) -> LowRank:
+    config = _header(folder / "adapter_config.json")
+    a, b, scale = {}, {}, {}
+    try:
+        for key, t in _tensors(folder / "adapter_model.safetensors").items():
+            module, _, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+            (a if which == "A" else b)[f"{module}.weight"] = t
+        for name in a:
+            module = name.removesuffix(".weight")
+            r, alpha = config["rank_pattern"].get(module, config["r"]), config["alpha_pattern"].get(module, config["lora_alpha"])
+            scale[name] = alpha / r
+        return LowRank(a, b, scale, frozenset(a) if config.get("fan_in_fan_out") else frozenset())
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise LuthierError(f"{folder / 'adapter_config.json'}: is no adapter configuration ({error!r})") from error
+
+
+def _header(file: Path) -> dict[str, Any]:
+    try:
+        if file.stat().st_size > MAX_HEADER:
+            raise LuthierError(f"{file}: is larger than {MAX_HEADER} bytes, so it is no header of ours")
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise LuthierError(f"{file}: cannot be read ({error})") from error
+    if not isinstance(value, dict):
+        raise LuthierError(f"{file}: holds no object")
+    return value
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise LuthierError(f"{file}: is no safetensors file ({error})") from error
+
+
+@torch.no_grad()
+def verify_update(folder: Path, trainable: Any, view: Any, row: Mapping[str, Any]) -> float:
+    """Largest difference between the live model's last-row states and those of the reloaded update on the base.
+
+    Takes the trainable off the model. Raises LuthierError where the difference is too large, or where tuning changed
+    nothing at all.
+    """
+    batch = collate([row]).to(view.device)
+    training = view.module.training
+    view.module.eval()
+    live = view.trace(batch).hidden[-1].float()
+    trainable.detach()
+    base = view.trace(batch).hidden[-1].float()
+    with load(folder).bind(view):
+        reloaded = view.trace(batch).hidden[-1].float()
+    view.module.train(training)
+    worst, moved = float((live - reloaded).abs().max()), float((live - base).abs().max())
+    scale = float(live.abs().max().clamp_min(1.0))
+    if worst > TOLERANCE[view.dtype] * scale:
+        raise LuthierError(f"{folder}: what was saved is not what was trained (states differ by {worst:.3g}); keep the checkpoints")
+    if moved == 0.0:
+        raise LuthierError(f"{folder}: the tuned model equals the base on {row['key']}; nothing was learnt")
+    return worst
