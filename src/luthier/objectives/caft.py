@@ -47,7 +47,9 @@ class Heads(nn.Module):
     def __init__(self, view: ModelView, count: int) -> None:
         super().__init__()
         last = len(view.anatomy.blocks) - 1
-        self.blocks = nn.ModuleList(copy.deepcopy(view.block(last)) for _ in range(count))
+        # The configuration is shared, not copied: which attention runs is decided there, for trunk and heads alike.
+        shared = {id(c): c for c in (view.module.config, view.module.config.get_text_config())}
+        self.blocks = nn.ModuleList(copy.deepcopy(view.block(last), dict(shared)) for _ in range(count))
         # A cache index of its own, should anyone ever cache: nothing of the trunk's is overwritten.
         for i, block in enumerate(self.blocks):
             for module in block.modules():
