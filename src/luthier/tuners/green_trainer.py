@@ -141,6 +141,9 @@ def select(costs: CostModel, importance: dict[str, float], budget: float, resolu
     """
     if budget <= 0:
         return []
+    helpful = [x.name for x in costs.items if importance.get(x.name, 0.0) > 0]
+    if costs.backward(helpful) <= budget:  # rounding up must not cost the last tensor when all fit
+        return helpful
     unit = budget / resolution
     best, answer = 0.0, []
     table = np.zeros(resolution + 1)

@@ -1,0 +1,170 @@
+"""The exact checks of the sheet; numbers in names are the sheet's."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import rows_of, view_of
+
+from luthier.collaboration.fedkseed import (
+    FedKSeed,
+    aggregate,
+    projected_gradient,
+    rebuild,
+    seed_pool,
+    seed_probabilities,
+)
+from luthier.errors import RecipeError
+from luthier.objectives.base import Forward
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.update.parts import noise
+
+SETTINGS = TrainSettings(max_steps=200, batch_size=4, learning_rate=1e-3, lr_scheduler_type="constant", warmup_fraction=0.0)
+
+
+def client(steps, seed=0, rows_seed=0, num_seeds=64, **fields):
+    view = view_of()
+    trainable = FedKSeed(num_seeds=num_seeds, seed=seed, **fields).attach(view)
+    loop = Loop(view, rows_of(seed=rows_seed), trainable, Sft(), SETTINGS)
+    for _ in range(steps):
+        loop.step()
+    return view, trainable, loop
+
+
+def test_1_replay_identity():
+    view, trainable, _ = client(200)
+    rebuilt = rebuild(trainable.start, trainable.seeds.tolist(), trainable.scalars, SETTINGS.learning_rate)
+    moved = max(float((view.weight(n) - trainable.start[n]).abs().max()) for n in rebuilt)
+    worst = max(float((view.weight(n) - rebuilt[n]).abs().max()) for n in rebuilt)
+    assert moved > 1e-3 and worst <= 2e-5
+    update = trainable.update()
+    live = {n: view.weight(n).detach().clone() for n in rebuilt}
+    trainable.detach()
+    with update.bind(view):
+        assert max(float((view.weight(n) - live[n]).abs().max()) for n in live) <= 2e-5
+
+
+def test_2_aggregation_is_linear():
+    parts = [client(20, seed=s, rows_seed=s) for s in (1, 2)]
+    weights = [3.0, 1.0]
+    a = aggregate([t.scalars for _, t, _ in parts], weights)
+    start = parts[0][1].start
+    rebuilt = rebuild(start, parts[0][1].seeds.tolist(), a, SETTINGS.learning_rate)
+    for n, w in rebuilt.items():
+        mixed = sum(c / 4 * v.weight(n).detach() for c, (v, _, _) in zip(weights, parts, strict=True))
+        torch.testing.assert_close(w, mixed, atol=1e-5, rtol=0)
+    updates = [t.update() for _, t, _ in parts]
+    total = (0.75 * updates[0] + 0.25 * updates[1]).dense()
+    for n in total:
+        torch.testing.assert_close(start[n] + total[n], rebuilt[n], atol=1e-5, rtol=0)
+
+
+def test_3_restore():
+    view, trainable, _ = client(0)
+    for scale in (5e-4, -1e-3, 5e-4):
+        with torch.no_grad():
+            trainable.add_noise(3, scale)
+    worst = max(float((view.weight(n) - t).abs().max()) for n, t in trainable.start.items())
+    assert worst <= 5e-7
+
+
+def test_4_directional_derivative():
+    view = view_of(seed=3)
+    trainable = FedKSeed(num_seeds=8).attach(view)
+    from conftest import batch_of
+
+    batch = batch_of()
+    for p in view.module.parameters():
+        p.requires_grad_(True)
+    grads = torch.autograd.grad(Forward(batch, view).nll().mean(), [view.weight(n) for n in trainable.names])
+    good = 0
+    with torch.no_grad():
+        for j in range(8):
+            z = [noise(int(trainable.seeds[j]), i, tuple(view.weight(n).shape)) for i, n in enumerate(trainable.names)]
+            exact = sum(float((g.double() * x.double()).sum()) for g, x in zip(grads, z, strict=True))
+            trainable.add_noise(j, 5e-4)
+            plus = float(Forward(batch, view).nll().double().mean())
+            trainable.add_noise(j, -1e-3)
+            minus = float(Forward(batch, view).nll().double().mean())
+            trainable.add_noise(j, 5e-4)
+            good += abs(projected_gradient(plus, minus, 5e-4) - exact) / abs(exact) < 0.02
+    assert good >= 7
+
+
+def test_5_central_difference_of_a_quadratic_is_exact():
+    generator = torch.Generator().manual_seed(0)
+    w, target, z = (torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(3))
+    f = lambda x: float(0.5 * (x - target).square().sum())  # noqa: E731
+    for e in (1e-3, 0.1, 1.0):
+        assert projected_gradient(f(w + e * z), f(w - e * z), e) == pytest.approx(float((w - target) @ z), rel=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_6_weights_move_in_a_k_dimensional_space(k):
+    view, trainable, loop = client(0, num_seeds=k)
+    path = []
+    for _ in range(5):
+        loop.step()
+        path.append(torch.cat([(view.weight(n) - t).detach().reshape(-1) for n, t in trainable.start.items()]))
+    singular = torch.linalg.svdvals(torch.stack(path).double())
+    assert int((singular > 1e-4 * singular[0]).sum()) <= k
+
+
+def test_7_pro_probabilities():
+    p = seed_probabilities([[0.0]] * 16)
+    assert np.all(p == 1 / 16)
+    generator = np.random.default_rng(0)
+    p = seed_probabilities([[0.0, *generator.normal(scale=500, size=5)] for _ in range(64)])
+    assert p.max() / p.min() <= math.e + 1e-9
+    assert abs(p.sum() - 1) < 1e-12
+    _, trainable, _ = client(0, num_seeds=4)
+    only = np.array([0.0, 0.0, 1.0, 0.0])
+    trainable.probabilities = only
+    trainable.learning_rate = 1e-3
+    trainable.zo_step(lambda: 1.0, 1e-3)
+    assert trainable.observed[0][0] == 2
+
+
+def test_the_pool_is_distinct_and_agreed():
+    seeds = seed_pool(4096, 7)
+    assert len(set(seeds.tolist())) == 4096 and seeds.min() >= 1 and seeds.max() < 10**11
+    assert np.array_equal(seeds, seed_pool(4096, 7)) and not np.array_equal(seeds, seed_pool(4096, 8))
+
+
+def test_low_precision_keeps_float32_weights():
+    view = view_of()
+    view.module.to(torch.bfloat16)
+    trainable = FedKSeed(num_seeds=8).attach(view)
+    loop = Loop(view, rows_of(), trainable, Sft(), SETTINGS)
+    for _ in range(20):
+        loop.step()
+    rebuilt = rebuild(trainable.start, trainable.seeds.tolist(), trainable.scalars, SETTINGS.learning_rate)
+    assert max(float((trainable.masters[n] - rebuilt[n]).abs().max()) for n in rebuilt) <= 2e-5
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="party 1: a scalar is not finite"):
+        aggregate([torch.zeros(3), torch.tensor([0.0, float("nan"), 0.0])], [1, 1])
+    with pytest.raises(ValueError, match="party 1: 2 scalars where 3"):
+        aggregate([torch.zeros(3), torch.zeros(2)], [1, 1])
+    for fields in ({"num_seeds": 0}, {"epsilon": 0.0}):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            FedKSeed(**fields)
+    from luthier.method import Facts
+
+    assert "constant lr and zero decay" in FedKSeed().check(Facts(settings=TrainSettings()))[0].what
+    view = view_of()
+    with pytest.raises(RecipeError, match="weight_decay = 0.1"):
+        Loop(view, rows_of(), FedKSeed().attach(view), Sft(), SETTINGS.model_copy(update={"weight_decay": 0.1}))
+
+
+def test_a_loss_that_is_not_finite_is_skipped():
+    view, trainable, _ = client(0)
+    trainable.learning_rate = 1e-3
+    with torch.no_grad():
+        assert math.isnan(trainable.zo_step(lambda: float("nan"), 1e-3))
+    assert float(trainable.scalars.abs().sum()) == 0 and not trainable.observed
+    assert max(float((view.weight(n) - t).abs().max()) for n, t in trainable.start.items()) <= 5e-7

@@ -1,0 +1,164 @@
+"""The exact checks of the sheet; numbers in names are the sheet's."""
+
+import pytest
+import torch
+from conftest import batch_of, rows_of, tiny, view_of
+
+from luthier.data.batch import collate
+from luthier.errors import RecipeError
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.dept import Dept, budget_rank
+
+SMALL = {"budget_length": 12, "length": 4, "max_length": 16}
+
+
+def moved(view, **fields):
+    trainable = Dept(**{**SMALL, **fields}).attach(view)
+    with torch.no_grad():
+        trainable.b.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+    return trainable
+
+
+def states(view, batch):
+    with torch.no_grad():
+        return view.trace(batch).hidden[-1]
+
+
+def test_1_zero_offset_is_plain_prompt_tuning():
+    view, batch = view_of(), batch_of()
+    dept = Dept(**SMALL).attach(view)
+    with_zero = states(view, batch)
+    vectors = dept.vectors.detach().clone()
+    dept.detach()
+    plain = Dept(**SMALL, rank=0).attach(view)
+    with torch.no_grad():
+        plain.vectors.copy_(vectors)
+    assert torch.equal(with_zero, states(view, batch))
+
+
+def test_2_rank_zero_is_prompt_tuning_and_length_zero_is_the_bare_model():
+    view, batch = view_of(), batch_of()
+    bare = states(view, batch)
+    plain = Dept(budget_length=12, length=12, rank=0).attach(view)
+    assert [p.numel() for p in plain.parameters()] == [12 * 32]
+    plain.detach()
+    Dept(budget_length=12, length=0, max_length=16).attach(view)
+    assert torch.equal(bare, states(view, batch))
+
+
+@pytest.mark.parametrize(("s", "m", "r"), [(256, 80, 15), (256, 60, 30), (256, 40, 45), (512, 60, 24)])
+def test_3_official_budgets(s, m, r):
+    assert budget_rank(100, m, 768, s) == r
+
+
+def test_3_budget_is_kept_and_tight():
+    for d in (32, 576, 768):
+        for length in (20, 100):
+            for s in (16, 64, 256):
+                for m in range(1, length, 7):
+                    r = budget_rank(length, m, d, s)
+                    assert m * d + (s + d) * r <= length * d < m * d + (s + d) * (r + 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3"])
+def test_4_padding_changes_nothing(kind):
+    view = view_of(kind)
+    moved(view)
+    ids = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(1))
+    reference = view.module(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_mask=torch.ones_like(ids)).logits[0, -1]
+    for left, right in ((3, 0), (17, 0), (0, 5), (3, 5)):
+        padded = torch.nn.functional.pad(ids, (left, right))
+        mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right))
+        logits = view.module(input_ids=padded, attention_mask=mask, prompt_mask=mask).logits[0, left + 8]
+        torch.testing.assert_close(logits, reference, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_4_our_layouts_equal_the_plain_model_call(layout):
+    view, rows = view_of(), rows_of()
+    view.layout = layout
+    moved(view)
+    together = states(view, collate(rows))
+    start = 0
+    for row in rows:
+        ids = torch.tensor([row["ids"]])
+        prompt = torch.tensor([row["token"]["prompt"]])
+        logits = view.module(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_mask=prompt).logits[0]
+        ours = together[start : start + ids.shape[1]] @ view.head_weight.T
+        torch.testing.assert_close(ours, logits, atol=1e-5, rtol=0)
+        start += ids.shape[1]
+
+
+def test_5_gradients_and_rates():
+    view = view_of()
+    trainable = Dept(**SMALL, prompt_learning_rate=0.02, offset_learning_rate=0.003).attach(view)
+    settings = TrainSettings(max_steps=3, batch_size=4, warmup_fraction=0, lr_scheduler_type="constant")
+    loop = Loop(view, rows_of(), trainable, Sft(), settings)
+    assert [g["lr"] for g in loop.optimizer.param_groups] == [0.02, 0.003]
+
+    def backward():
+        window = loop.window(loop.progress.step)
+        loss = loop._losses(window, loop.objective.plan(window, loop.probe)[1], backward=True)
+        assert loss[0] > 0
+        grads = trainable.a.grad.abs().sum(), trainable.b.grad.abs().sum()
+        loop.optimizer.zero_grad()
+        return [float(g) for g in grads]
+
+    at_zero = backward()
+    loop.step()
+    later = backward()
+    assert at_zero[0] == 0 and at_zero[1] > 0 and later[0] > 0
+    assert all(p.grad is None for n, p in view.module.named_parameters() if "luthier_" not in n)
+
+
+def test_6_exported_offsets_equal_the_factors_and_the_cache_changes_nothing():
+    view, batch = view_of(), batch_of()
+    trainable = moved(view)
+    live = states(view, batch)
+    update = trainable.update()
+    ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    texts = [
+        view.module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=cache, eos_token_id=None)
+        for cache in (True, False)
+    ]
+    assert torch.equal(texts[0], texts[1])
+    trainable.detach()
+    with update.bind(view):
+        torch.testing.assert_close(states(view, batch), live, atol=1e-6, rtol=0)
+    assert not view.input_hooks
+
+
+def test_7_training_and_generation_see_the_same_inputs():
+    view = view_of()
+    moved(view)
+    row = rows_of((11,), answer=4)[0]
+    forced = states(view, collate([row])) @ view.head_weight.T
+    prompt = torch.tensor([row["ids"][:7]])
+    out = view.module.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=1, do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    torch.testing.assert_close(out.logits[0][0], forced[6], atol=1e-5, rtol=0)
+
+
+def test_bad_input():
+    with pytest.raises(RecipeError, match="leaves no rank: l = 12, m = 12"):
+        Dept(budget_length=12, length=12).attach(view_of())
+    view = view_of()
+    moved(view)
+    ids = torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="prompt_mask"):
+        view.module(input_ids=ids)
+    with pytest.raises(ValueError, match="column 'prompt'"):
+        view.trace(collate([{"ids": [3, 4], "labels": [3, 4]}]))
+
+
+def test_base_is_untouched():
+    view, reference = view_of(), tiny()
+    trainable = moved(view)
+    trainable.detach()
+    assert all(torch.equal(p, reference.get_parameter(n)) for n, p in view.module.named_parameters())
+    assert "forward" not in vars(view.module) and "generate" not in vars(view.module)
