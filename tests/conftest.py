@@ -36,7 +36,16 @@ def tiny(kind: str = "llama", seed: int = 0, layers: int = 3, **more: object) ->
         )
     if kind == "gpt2":
         return tf.GPT2LMHeadModel(
-            tf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, **TOKENS, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0)
+            tf.GPT2Config(
+                vocab_size=VOCABULARY,
+                n_embd=32,
+                n_layer=layers,
+                n_head=4,
+                **TOKENS,
+                resid_pdrop=0,
+                attn_pdrop=0,
+                embd_pdrop=0,
+            )
         )
     if kind == "opt":
         return tf.OPTForCausalLM(
@@ -69,7 +78,14 @@ def rows_of(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, answer: int
         ids = torch.randint(3, VOCABULARY, (n,), generator=generator).tolist()
         k = min(answer, n - 1)
         prompt = [1] * (n - k) + [0] * k
-        out.append({"ids": ids, "labels": [IGNORE] * (n - k) + ids[n - k :], "key": str(key), "token": {"prompt": prompt}})
+        out.append(
+            {
+                "ids": ids,
+                "labels": [IGNORE] * (n - k) + ids[n - k :],
+                "key": str(key),
+                "token": {"prompt": prompt},
+            }
+        )
     return out
 
 

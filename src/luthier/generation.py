@@ -13,8 +13,6 @@ from luthier.data.rendering import Renderer
 from luthier.model.view import ModelView
 
 
-
-
 class Completion(NamedTuple):
     """An answer, and whether the model ended it by itself."""
 
@@ -48,7 +46,11 @@ def left_padded(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Te
 
 @torch.no_grad()
 def generate(
-    view: ModelView, prompts: Sequence[Sequence[int]], renderer: Renderer, max_new_tokens: int, batch_size: int = 25
+    view: ModelView,
+    prompts: Sequence[Sequence[int]],
+    renderer: Renderer,
+    max_new_tokens: int,
+    batch_size: int = 25,
 ) -> list[Completion]:
     """Greedy completions of tokenised prompts, in their order; longest first inside, so that batches are even."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -61,7 +63,7 @@ def generate(
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
                 ids, mask = left_padded([prompts[i] for i in part], fill)
-                out = view.module.generate(
+                out = view.module.generate(  # type: ignore[operator]
                     input_ids=ids.to(view.device), attention_mask=mask.to(view.device), max_new_tokens=max_new_tokens,
                     do_sample=False, use_cache=True, pad_token_id=fill, eos_token_id=stops,
                     temperature=None, top_p=None, top_k=None,
@@ -78,5 +80,3 @@ def _cut(tokens: list[int], stops: list[int], renderer: Renderer) -> Completion:
     end = next((i for i, t in enumerate(tokens) if t in stops), None)
     text = renderer.tokenizer.decode(tokens[:end], skip_special_tokens=True)
     return Completion(text, end is not None)
-
-

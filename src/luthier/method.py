@@ -78,5 +78,7 @@ class Method(BaseModel):
         if facts.layout is not None and facts.layout not in self.traits.layouts:
             problems.append(Problem("layout", f"{self.key()} cannot use the {facts.layout} layout"))
         if facts.num_processes > 1 and "one_process" in self.traits.needs:
-            problems.append(Problem("num_processes", f"{self.key()} runs in one process, here are {facts.num_processes}"))
+            problems.append(
+                Problem("num_processes", f"{self.key()} runs in one process, here are {facts.num_processes}")
+            )
         return problems

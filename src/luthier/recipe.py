@@ -127,7 +127,11 @@ class Recipe(TrainSettings):
         for key, method in parts.items():
             for claim in method.traits.claims:
                 if claim in owners:
-                    raise RecipeError(key, f"{method.key()} and {owners[claim]} both need {claim} for themselves", "choose one")
+                    raise RecipeError(
+                        key,
+                        f"{method.key()} and {owners[claim]} both need {claim} for themselves",
+                        "choose one",
+                    )
                 owners[claim] = method.key()
         if self.early_stopping_patience and not self.eval_steps:
             raise RecipeError("early_stopping_patience", "needs evaluations during training", "set eval_steps")
@@ -189,9 +193,13 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], i
     except MarkedYAMLError as error:
         mark = error.problem_mark
         line = "" if mark is None else f":{mark.line + 1}"
-        raise RecipeError(f"{name}{line}", f"is not YAML ({error.problem})", "look at this line and the one before") from error
+        raise RecipeError(
+            f"{name}{line}", f"is not YAML ({error.problem})", "look at this line and the one before"
+        ) from error
     except (YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
-        raise RecipeError(name, f"is not YAML ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from error
+        raise RecipeError(
+            name, f"is not YAML ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from error
     if not isinstance(tree, CommentedMap):
         raise RecipeError(name, "holds no keys", "write at least model: and data:")
     lines: dict[tuple[str, ...], int] = {}
@@ -203,7 +211,9 @@ def _plain(node: Any, path: tuple[str, ...], lines: dict[tuple[str, ...], int], 
         raise RecipeError(name, "is nested more than 20 deep")
     tag = getattr(node, "tag", None)
     if tag is not None and tag.value is not None and not str(tag.value).startswith("tag:yaml.org"):
-        raise RecipeError(f"{name}: {'.'.join(path)}", f"carries the tag {tag.value}", "a recipe holds plain values only")
+        raise RecipeError(
+            f"{name}: {'.'.join(path)}", f"carries the tag {tag.value}", "a recipe holds plain values only"
+        )
     anchor = getattr(node, "anchor", None)
     if anchor is not None and anchor.value is not None:
         raise RecipeError(f"{name}: {'.'.join(path)}", f"carries the anchor &{anchor.value}", "write the value out")
@@ -281,16 +291,22 @@ def _no_secrets(values: Any, path: tuple[str, ...], lines: _Lines) -> None:
 
 
 def _method(kind: str, value: Any, lines: _Lines) -> Any:
-    """"lora", {lora: {rank: 8}} or an instance -> an instance."""
+    """ "lora", {lora: {rank: 8}} or an instance -> an instance."""
     if isinstance(value, Method):
         return value
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
-        raise RecipeError(lines.where((kind,)), f"is {value!r}", f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}")
+        raise RecipeError(
+            lines.where((kind,)),
+            f"is {value!r}",
+            f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}",
+        )
     ((name, fields),) = value.items()
     if name not in manifest.names(kind):
-        raise RecipeError(lines.where((kind, name)), f"there is no {kind} {name!r}", _nearest(name, manifest.names(kind)))
+        raise RecipeError(
+            lines.where((kind, name)), f"there is no {kind} {name!r}", _nearest(name, manifest.names(kind))
+        )
     cls: Any = manifest.find(kind, name)
     if fields is not None and not isinstance(fields, Mapping):
         raise RecipeError(lines.where((kind, name)), f"holds {fields!r}", "write its fields as keys")

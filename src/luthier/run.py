@@ -81,7 +81,9 @@ class RunFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise LuthierError(f"{self.path}: another process is working in this folder; wait for it, or use --fresh") from error
+                raise LuthierError(
+                    f"{self.path}: another process is working in this folder; wait for it, or use --fresh"
+                ) from error
             yield
 
     def log(self, entry: dict[str, Any]) -> None:
@@ -117,7 +119,9 @@ def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
         path = base / recipe.output_dir
         there = RunFolder(path).state()
         if there and there.get("recipe_hash") != mine and not fresh:
-            raise LuthierError(f"output_dir: {path} holds the run of another recipe; choose another folder, or use --fresh")
+            raise LuthierError(
+                f"output_dir: {path} holds the run of another recipe; choose another folder, or use --fresh"
+            )
         return _unused(path) if fresh and there else path
     runs = Path("runs")
     if not fresh:
@@ -135,7 +139,9 @@ def _unused(path: Path) -> Path:
     return candidate
 
 
-def prepare_rows(recipe: Recipe, renderer: Renderer, config: Any, base: Path) -> tuple[Prepared, Prepared | None, list[Row], dict]:
+def prepare_rows(
+    recipe: Recipe, renderer: Renderer, config: Any, base: Path
+) -> tuple[Prepared, Prepared | None, list[Row], dict]:
     """(training rows, evaluation rows, their sources, label indices)."""
     d = recipe.data
     rows = read(d.train, d.columns, base, recipe.task, "train")[: d.limit]
@@ -146,10 +152,24 @@ def prepare_rows(recipe: Recipe, renderer: Renderer, config: Any, base: Path) ->
         labels = {n: i for i, n in enumerate(names)}
         for r in held:
             if r.values["label"] not in labels:
-                raise RecipeError(r.key, f"label {r.values['label']!r} occurs in no training row", "mend the label or drop the row")
+                raise RecipeError(
+                    r.key,
+                    f"label {r.values['label']!r} occurs in no training row",
+                    "mend the label or drop the row",
+                )
     room = d.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    how: dict[str, Any] = {"max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "labels": labels}
-    return prepare(rows, renderer, **how), prepare(held, renderer, **how) if held else None, held, labels or {}
+    how: dict[str, Any] = {
+        "max_length": room,
+        "on_long": d.on_long,
+        "on_unsupervised": d.on_unsupervised,
+        "labels": labels,
+    }
+    return (
+        prepare(rows, renderer, **how),
+        prepare(held, renderer, **how) if held else None,
+        held,
+        labels or {},
+    )
 
 
 def _tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
@@ -235,7 +255,10 @@ def evaluate(ready: Ready) -> tuple[Scores, list[Completion]]:
         rows = [r.values for r in ready.eval_rows[:wanted]]
         prompts = [ready.renderer.prompt_ids(r) for r in rows]
         answers = generate(ready.view, prompts, ready.renderer, ready.recipe.evaluate.max_new_tokens)
-        matches = [matched(a.text, ready.renderer.answer(r), ready.recipe.evaluate.match) for a, r in zip(answers, rows, strict=True)]
+        matches = [
+            matched(a.text, ready.renderer.answer(r), ready.recipe.evaluate.match)
+            for a, r in zip(answers, rows, strict=True)
+        ]
         scores.right, scores.of, scores.stopped = sum(matches), wanted, sum(a.stopped for a in answers)
     scores.seconds = time.perf_counter() - started
     return scores, answers
@@ -294,10 +317,14 @@ def run(
         say(f"model   {recipe.model}")
         ready = make_ready(recipe, folder, base)
         census = ready.train.census
-        say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
+        say(
+            f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}"
+        )
         place.note(base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=_census(ready.train))
         result = _before(ready, place, say)
-        progress = _train(ready, place, result, stop, on_step, None if max_seconds is None else started + max_seconds, say)
+        progress = _train(
+            ready, place, result, stop, on_step, None if max_seconds is None else started + max_seconds, say
+        )
         _finish(ready, place, result, progress, say)
         return place.state()
 
@@ -306,7 +333,12 @@ def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
     with (place.path / "recipe.yaml").open("w", encoding="utf-8") as file:
         YAML().dump(recipe.as_dict(), file)
     (place.path / "env.txt").write_text(environment(), encoding="utf-8")
-    place.note(state="running", recipe_hash=recipe_hash(recipe), luthier=__version__, recipe_folder=str(base.resolve()))
+    place.note(
+        state="running",
+        recipe_hash=recipe_hash(recipe),
+        luthier=__version__,
+        recipe_folder=str(base.resolve()),
+    )
 
 
 def _census(prepared: Prepared) -> dict[str, Any]:
@@ -334,7 +366,13 @@ def shown(scores: Scores) -> str:
 
 
 def _train(
-    ready: Ready, place: RunFolder, result: dict[str, Any], stop: StopRequest, on_step: Any, deadline: float | None, say: Say
+    ready: Ready,
+    place: RunFolder,
+    result: dict[str, Any],
+    stop: StopRequest,
+    on_step: Any,
+    deadline: float | None,
+    say: Say,
 ) -> Progress:
     recipe = ready.recipe
     total = Loop.length(ready.train.rows, recipe)
@@ -379,7 +417,9 @@ def _finish(ready: Ready, place: RunFolder, result: dict[str, Any], progress: Pr
         reload_difference=worst,
     )  # fmt: skip
     _write_samples(ready, place, result, after)
-    checkpoint.write_text(place.path / "all_results.json", json.dumps({"before": _scores(result), "after": _scores(after)}))
+    checkpoint.write_text(
+        place.path / "all_results.json", json.dumps({"before": _scores(result), "after": _scores(after)})
+    )
     write_report(place.path, ready.renderer, ready.train.rows[:3])
 
 
@@ -394,8 +434,9 @@ def _write_samples(ready: Ready, place: RunFolder, before: dict[str, Any], after
         row = ready.eval_rows[i]
         wanted = ready.renderer.answer(row.values)
         how = ready.recipe.evaluate.match
+        turns = ready.renderer.messages(row.values)
         entry = {
-            "key": row.key, "prompt": ready.renderer.messages(row.values)[-2]["content"] if not ready.renderer.plain else row.values["prompt"],
+            "key": row.key, "prompt": turns[-2]["content"],
             "wanted": wanted, "before": before["answers"][i], "after": text,
             "before_right": matched(before["answers"][i], wanted, how), "after_right": matched(text, wanted, how),
         }  # fmt: skip
@@ -412,7 +453,12 @@ def peak_memory() -> int:
 
 def environment() -> str:
     """A block to paste into a bug report."""
-    lines = [f"luthier {__version__}", f"python {platform.python_version()}", f"platform {platform.platform()}", f"cores {os.cpu_count()}"]
+    lines = [
+        f"luthier {__version__}",
+        f"python {platform.python_version()}",
+        f"platform {platform.platform()}",
+        f"cores {os.cpu_count()}",
+    ]
     for name in PACKAGES:
         try:
             lines.append(f"{name} {version(name)}")

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import rows_of, view_of
 
+from conftest import rows_of, view_of
 from luthier.collaboration.fedkseed import (
     FedKSeed,
     aggregate,
@@ -22,7 +22,9 @@ from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.update.parts import noise
 
-SETTINGS = TrainSettings(max_steps=200, batch_size=4, learning_rate=1e-3, lr_scheduler_type="constant", warmup_fraction=0.0)
+SETTINGS = TrainSettings(
+    max_steps=200, batch_size=4, learning_rate=1e-3, lr_scheduler_type="constant", warmup_fraction=0.0
+)
 
 
 def client(steps, seed=0, rows_seed=0, num_seeds=64, **fields):
@@ -157,7 +159,7 @@ def test_bad_input():
 
     assert "constant lr and zero decay" in FedKSeed().check(Facts(settings=TrainSettings()))[0].what
     view = view_of()
-    with pytest.raises(RecipeError, match="weight_decay = 0.1"):
+    with pytest.raises(RecipeError, match=r"weight_decay = 0\.1"):
         Loop(view, rows_of(), FedKSeed().attach(view), Sft(), SETTINGS.model_copy(update={"weight_decay": 0.1}))
 
 

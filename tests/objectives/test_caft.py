@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch_of, rows_of, view_of
 
+from conftest import batch_of, rows_of, view_of
 from luthier.data.batch import IGNORE, collate
 from luthier.errors import LuthierError
 from luthier.objectives.base import Clock, Forward, Window
@@ -120,7 +120,14 @@ def test_6_stage_one_leaves_the_model_and_stage_two_the_heads():
     assert any(not torch.equal(start[n], carried[n]) for n in start)
 
     trainable = Full().attach(view)
-    tune = Loop(view, rows_of(), trainable, Caft(weight=0.5), TrainSettings(max_steps=3, batch_size=4), carried=carried)
+    tune = Loop(
+        view,
+        rows_of(),
+        trainable,
+        Caft(weight=0.5),
+        TrainSettings(max_steps=3, batch_size=4),
+        carried=carried,
+    )
     for _ in range(3):
         tune.step()
     assert all(torch.equal(carried[n], p) for n, p in tune.extra.state_dict().items())
@@ -134,7 +141,13 @@ def test_6_stage_one_leaves_the_model_and_stage_two_the_heads():
 def test_7_the_update_is_of_the_model_alone():
     view = view_of()
     trainable = Full().attach(view)
-    loop = Loop(view, rows_of(), trainable, Caft(weight=0.5, allow_untrained_heads=True), TrainSettings(max_steps=2, batch_size=4))
+    loop = Loop(
+        view,
+        rows_of(),
+        trainable,
+        Caft(weight=0.5, allow_untrained_heads=True),
+        TrainSettings(max_steps=2, batch_size=4),
+    )
     for _ in range(2):
         loop.step()
     live = view.trace(batch_of()).hidden[-1]

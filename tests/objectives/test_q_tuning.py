@@ -1,12 +1,13 @@
 """The exact checks of the sheet; numbers in names are the sheet's."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, rows_of, view_of
 
+from conftest import batch_of, rows_of, view_of
 from luthier.data.batch import IGNORE, collate
 from luthier.method import Facts
 from luthier.objectives.base import Clock, Forward, Window
@@ -63,7 +64,7 @@ def test_3_exact_count_for_any_values_and_monotone_share():
         rows = choose_rows(ppl, ent, share, 10)
         assert len(rows.keep) == max(1, int(share * b)) == len(set(rows.keep.tolist()))
         shares = [kept_share(ppl, ent, a) for a in np.linspace(0, 0.49, 50)]
-        assert all(x <= y for x, y in zip(shares, shares[1:], strict=False))
+        assert all(x <= y for x, y in itertools.pairwise(shares))
 
 
 def planned(batch, objective, view):
@@ -146,14 +147,25 @@ def test_rows_are_chosen_from_the_whole_window_whatever_its_micro_batches():
     losses = []
     for limit in (1000, 30, 1):
         view = view_of()
-        loop = Loop(view, rows, Lora(rank=2).attach(view), QTuning(keep_rows=0.5), TrainSettings(max_steps=4, batch_size=8, tokens_per_forward=limit))
+        loop = Loop(
+            view,
+            rows,
+            Lora(rank=2).attach(view),
+            QTuning(keep_rows=0.5),
+            TrainSettings(max_steps=4, batch_size=8, tokens_per_forward=limit),
+        )
         losses.append([loop.step()["loss"] for _ in range(4)])
     for other in losses[1:]:
         assert losses[0] == pytest.approx(other, abs=1e-5)
 
 
 def test_bad_input():
-    for fields in ({"keep_rows": 0.0}, {"keep_tokens": 1.5}, {"neighbour_weight": -0.1}, {"bisection_steps": 0}):
+    for fields in (
+        {"keep_rows": 0.0},
+        {"keep_tokens": 1.5},
+        {"neighbour_weight": -0.1},
+        {"bisection_steps": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(fields))):
             QTuning(**fields)
     assert QTuning().check(Facts(batch_size=1))[0].key == "keep_rows"

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import batch_of, rows_of, tiny, view_of
 
+from conftest import batch_of, rows_of, tiny, view_of
 from luthier.data.batch import collate
 from luthier.errors import RecipeError
 from luthier.objectives.sft import Sft
@@ -67,7 +67,9 @@ def test_4_padding_changes_nothing(kind):
     view = view_of(kind)
     moved(view)
     ids = torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(1))
-    reference = view.module(input_ids=ids, attention_mask=torch.ones_like(ids), prompt_mask=torch.ones_like(ids)).logits[0, -1]
+    reference = view.module(
+        input_ids=ids, attention_mask=torch.ones_like(ids), prompt_mask=torch.ones_like(ids)
+    ).logits[0, -1]
     for left, right in ((3, 0), (17, 0), (0, 5), (3, 5)):
         padded = torch.nn.functional.pad(ids, (left, right))
         mask = torch.nn.functional.pad(torch.ones_like(ids), (left, right))
@@ -121,7 +123,14 @@ def test_6_exported_offsets_equal_the_factors_and_the_cache_changes_nothing():
     ids = torch.randint(3, 90, (2, 6), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     texts = [
-        view.module.generate(input_ids=ids, attention_mask=mask, max_new_tokens=8, do_sample=False, use_cache=cache, eos_token_id=None)
+        view.module.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=8,
+            do_sample=False,
+            use_cache=cache,
+            eos_token_id=None,
+        )
         for cache in (True, False)
     ]
     assert torch.equal(texts[0], texts[1])

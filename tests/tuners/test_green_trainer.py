@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import batch_of, rows_of, tiny, view_of
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import batch_of, rows_of, tiny, view_of
 from luthier.errors import LuthierError
 from luthier.model.anatomy import Anatomy
 from luthier.objectives.base import Clock, Window
@@ -31,7 +31,14 @@ def random_costs(generator, levels=4):
             size = int(generator.integers(1, 60))
             items.append(Item(f"{level}w", level, size))
             through[level] = size
-    return CostModel(tuple(items), through, int(generator.integers(1, 10)), frozenset(attention), int(generator.integers(0, 20)), 100)
+    return CostModel(
+        tuple(items),
+        through,
+        int(generator.integers(1, 10)),
+        frozenset(attention),
+        int(generator.integers(0, 20)),
+        100,
+    )
 
 
 def test_1_knapsack_equals_brute_force():
@@ -122,7 +129,9 @@ def test_5_the_probe_leaves_no_trace(dtype):
     view = view_of()
     view.module.to(dtype)
     trainable = GreenTrainer().attach(view, total_steps=9)
-    optimizer = trainable.optimizer(trainable.groups(), lambda g: torch.optim.AdamW([p for x in g for p in x.params], lr=1e-2))
+    optimizer = trainable.optimizer(
+        trainable.groups(), lambda g: torch.optim.AdamW([p for x in g for p in x.params], lr=1e-2)
+    )
     before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
     masters = {n: trainable.dense.master(n).detach().clone() for n in trainable.dense.names}
     state = torch.get_rng_state()
@@ -163,7 +172,13 @@ def test_7_frozen_tensors_do_not_move_under_weight_decay(dtype):
     view = view_of()
     view.module.to(dtype)
     trainable = GreenTrainer(flops_share=0.5, reselect_every=100).attach(view, total_steps=9)
-    loop = Loop(view, rows_of(), trainable, Sft(), TrainSettings(max_steps=6, batch_size=4, weight_decay=0.01, warmup_fraction=0))
+    loop = Loop(
+        view,
+        rows_of(),
+        trainable,
+        Sft(),
+        TrainSettings(max_steps=6, batch_size=4, weight_decay=0.01, warmup_fraction=0),
+    )
     before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
     for _ in range(4):
         loop.step()

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import batch_of, rows_of, tiny, view_of
 
+from conftest import batch_of, rows_of, tiny, view_of
 from luthier.errors import RecipeError
 from luthier.objectives.sft import Sft
 from luthier.training.loop import Loop
@@ -32,7 +32,15 @@ def test_1_events_and_shares():
 
 
 def test_windows_are_the_steps_up_to_each_event():
-    assert [t for t in range(1, 50) if is_observed(t, 20, 5)] == [1, 2, 3, 4, 5, *range(20, 26), *range(40, 46)]
+    assert [t for t in range(1, 50) if is_observed(t, 20, 5)] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        *range(20, 26),
+        *range(40, 46),
+    ]
 
 
 def test_budgets_follow_size_and_stay_within_the_total():
@@ -57,7 +65,7 @@ def test_2_counts_are_constant_and_indices_unique_through_events(variant):
         for name, index in trainable.sparse.indices.items():
             rows, columns = trainable.sparse.linears[name].shape
             assert len(index) == sizes[name] == len(index.unique())
-            assert 0 <= int(index.min()) and int(index.max()) < rows * columns
+            assert int(index.min()) >= 0 and int(index.max()) < rows * columns
     assert any(not torch.equal(before[n], i) for n, i in trainable.sparse.indices.items())
     assert sum(sizes.values()) <= int(0.05 * trainable.view.anatomy.num_parameters)
 
@@ -83,7 +91,9 @@ def test_3_gradient_is_the_gathered_dense_one_and_the_forward_is_the_merged_one(
     ours.backward()
     theirs.backward()
     dense = other.weight(name).grad
-    torch.testing.assert_close(trainable.sparse.values[name].grad, dense.reshape(-1)[trainable.sparse.indices[name]], atol=0, rtol=0)
+    torch.testing.assert_close(
+        trainable.sparse.values[name].grad, dense.reshape(-1)[trainable.sparse.indices[name]], atol=0, rtol=0
+    )
 
 
 def test_4_exchange_leaves_a_dropped_and_rechosen_position_alone():
@@ -102,7 +112,10 @@ def test_4_incoming_deltas_are_zero_and_only_dropped_deltas_leave_the_weights():
     original = trainable._reselect
 
     def spy(which, quota):
-        before = {n: (view.weight(n).detach().clone(), trainable.sparse.values[n].detach().clone()) for n in trainable.sparse.values}
+        before = {
+            n: (view.weight(n).detach().clone(), trainable.sparse.values[n].detach().clone())
+            for n in trainable.sparse.values
+        }
         original(which, quota)
         seen[which] = before[which]
 
@@ -127,8 +140,18 @@ def test_5_every_entry_active_equals_adam_on_dense_weights():
     view, rows = view_of(), rows_of()
     name = f"{target}.weight"
     size = view.weight(name).numel()
-    trainable = Spiel(num_weights=size, targets=(target,), reselect_every=50, window=40, adam_eps=1e-8).attach(view, total_steps=10)
-    settings = TrainSettings(max_steps=10, batch_size=4, learning_rate=1e-2, max_grad_norm=1e9, shuffle=False, lr_scheduler_type="constant", warmup_fraction=0)
+    trainable = Spiel(num_weights=size, targets=(target,), reselect_every=50, window=40, adam_eps=1e-8).attach(
+        view, total_steps=10
+    )
+    settings = TrainSettings(
+        max_steps=10,
+        batch_size=4,
+        learning_rate=1e-2,
+        max_grad_norm=1e9,
+        shuffle=False,
+        lr_scheduler_type="constant",
+        warmup_fraction=0,
+    )
     loop = Loop(view, rows, trainable, Sft(), settings)
     for _ in range(10):
         loop.step()
@@ -166,7 +189,11 @@ def test_6_seeded_moments_are_unbiased_after_one_more_step():
     g, n = torch.tensor([0.3, -2.0], dtype=torch.float64), 5
     p = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
     optimizer = AgeAdamW([p], lr=0.0, betas=(0.9, 0.999), eps=0.0, weight_decay=0.0)
-    optimizer.state[p].update(age=torch.full((2,), float(n), dtype=torch.float64), exp_avg=(1 - 0.9**n) * g, exp_avg_sq=(1 - 0.999**n) * g * g)
+    optimizer.state[p].update(
+        age=torch.full((2,), float(n), dtype=torch.float64),
+        exp_avg=(1 - 0.9**n) * g,
+        exp_avg_sq=(1 - 0.999**n) * g * g,
+    )
     p.grad = g.clone()
     optimizer.step()
     state = optimizer.state[p]
@@ -235,8 +262,16 @@ def test_8_planted_entries_are_found():
             with torch.no_grad():
                 module.weight.copy_(base)
             every = 20 if arm == "moving" else 10_000
-            trainable = Spiel(num_weights=90, targets=("q_proj",), seed=seed, reselect_every=every, window=5 if arm == "moving" else 9_999).attach(view, total_steps=300)
-            optimizer = trainable.optimizer(trainable.groups(), lambda g: torch.optim.AdamW(g[0].params, lr=0.03, weight_decay=0.0))
+            trainable = Spiel(
+                num_weights=90,
+                targets=("q_proj",),
+                seed=seed,
+                reselect_every=every,
+                window=5 if arm == "moving" else 9_999,
+            ).attach(view, total_steps=300)
+            optimizer = trainable.optimizer(
+                trainable.groups(), lambda g: torch.optim.AdamW(g[0].params, lr=0.03, weight_decay=0.0)
+            )
             for step in range(300):
                 for group in optimizer.param_groups:
                     group["lr"] = 0.03 * (1 - step / 300)

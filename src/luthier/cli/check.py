@@ -51,8 +51,18 @@ def matched_modules(recipe: Recipe, anatomy: Any) -> dict[str, int]:
 def destinations(recipe: Recipe) -> list[str]:
     """Every place this recipe would contact."""
     out = []
-    for what, name in (("model", recipe.model), ("data.train", recipe.data.train), ("data.eval", recipe.data.eval)):
-        local = name is None or name == BUILTIN_MODEL or name.startswith("builtin:") or Path(name).suffix != "" or Path(name).exists()
+    for what, name in (
+        ("model", recipe.model),
+        ("data.train", recipe.data.train),
+        ("data.eval", recipe.data.eval),
+    ):
+        local = (
+            name is None
+            or name == BUILTIN_MODEL
+            or name.startswith("builtin:")
+            or Path(name).suffix != ""
+            or Path(name).exists()
+        )
         if not local:
             out.append(f"{what}: the Hub, to download {name}")
     return out + [f"report_to: {t}" for t in recipe.report_to if t != "none"]

@@ -40,7 +40,11 @@ def one_method(entry: dict[str, Any]) -> None:
 
 def starter(entry: dict[str, Any]) -> str:
     """A runnable recipe with this method."""
-    lines = ["luthier: 1", "model: builtin:smollm2-135m", "data: {train: builtin:requests, eval: builtin:requests}"]
+    lines = [
+        "luthier: 1",
+        "model: builtin:smollm2-135m",
+        "data: {train: builtin:requests, eval: builtin:requests}",
+    ]
     if entry["kind"] in ("tuner", "objective", "compute"):
         lines.append(f"{entry['kind']}: {entry['name']}")
     if "closure" in entry["traits"]["needs"]:
@@ -59,6 +63,16 @@ def recipe_schema() -> dict[str, Any]:
         for name in manifest.names(kind):
             fields = manifest.find(kind, name).model_json_schema()  # type: ignore[attr-defined]
             schema.setdefault("$defs", {}).update(fields.pop("$defs", {}))
-            options.append({"type": "object", "properties": {name: fields}, "required": [name], "additionalProperties": False})
-        schema["properties"][kind] = {"anyOf": options, "description": schema["properties"][kind].get("description", "")}
+            options.append(
+                {
+                    "type": "object",
+                    "properties": {name: fields},
+                    "required": [name],
+                    "additionalProperties": False,
+                }
+            )
+        schema["properties"][kind] = {
+            "anyOf": options,
+            "description": schema["properties"][kind].get("description", ""),
+        }
     return schema

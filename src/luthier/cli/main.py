@@ -18,10 +18,17 @@ import typer
 
 from luthier.errors import LuthierError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tune language models with less.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models with less.",
+)
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe (.yaml); - reads standard input.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="a.b=value sets a key, ~a.b removes it.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="a.b=value sets a key, ~a.b removes it.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Fresh = Annotated[bool, typer.Option(help="Work in a new folder, even where a run could be continued.")]
 MaxTime = Annotated[str | None, typer.Option(help="Save and stop after this time: 90, 30m, 2h.")]
@@ -102,7 +109,15 @@ def run(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Tune a model as a recipe says, with scores before and after and a report."""
-    _carry_out(_load(recipe, overrides), recipe.stem if str(recipe) != "-" else "run", recipe.parent, fresh, max_time, as_json, debug)
+    _carry_out(
+        _load(recipe, overrides),
+        recipe.stem if str(recipe) != "-" else "run",
+        recipe.parent,
+        fresh,
+        max_time,
+        as_json,
+        debug,
+    )
 
 
 @app.command(hidden=True)
@@ -112,7 +127,9 @@ def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     _carry_out(_load(recipe, overrides), recipe.stem, recipe.parent, False, None, False, False)
 
 
-def _carry_out(recipe: Any, name: str, base: Path, fresh: bool, max_time: str | None, as_json: bool, debug: bool) -> None:
+def _carry_out(
+    recipe: Any, name: str, base: Path, fresh: bool, max_time: str | None, as_json: bool, debug: bool
+) -> None:
     limit = _seconds(max_time)
     _quiet(debug)
     from luthier.cli.progress import Bar
@@ -204,5 +221,3 @@ def env() -> None:
     from luthier.run import environment
 
     print(environment(), end="")
-
-

@@ -46,7 +46,11 @@ class Bar:
         elif time.monotonic() - self._last >= EVERY or entry["step"] == total:
             self._last = time.monotonic()
             left = (total - entry["step"]) * progress.seconds / max(progress.step, 1)
-            print(f"step {int(entry['step'])}/{total}  loss {loss:.4f}  {rate:.0f} tokens/s  {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"step {int(entry['step'])}/{total}  loss {loss:.4f}  {rate:.0f} tokens/s  {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
         if entry["step"] == total:
             self._close()
 

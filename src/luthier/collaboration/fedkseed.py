@@ -60,7 +60,11 @@ def seed_probabilities(history: Sequence[Sequence[float]]) -> np.ndarray:
 
 def rebuild(base: dict[str, Tensor], seeds: Sequence[int], scalars: Tensor, learning_rate: float) -> dict[str, Tensor]:
     """w0 - learning_rate * sum_j scalars[j] z(seed_j), in float32; [name] in the agreed order."""
-    part = Seeds(torch.as_tensor(seeds), -learning_rate * scalars.double(), {n: tuple(t.shape) for n, t in base.items()})
+    part = Seeds(
+        torch.as_tensor(seeds),
+        -learning_rate * scalars.double(),
+        {n: tuple(t.shape) for n, t in base.items()},
+    )
     return {n: base[n].float() + d.to(base[n].device) for n, d in part.deltas()}
 
 

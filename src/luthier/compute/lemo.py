@@ -65,7 +65,7 @@ class _PrunedMlp(torch.autograd.Function):
     """silu(x Wg^T) * (x Wu^T) Wd^T, exact forward; the backward only knows the neurons with the largest activations."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_w: Tensor, up_w: Tensor, down_w: Tensor, keep: int) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, gate_w: Tensor, up_w: Tensor, down_w: Tensor, keep: int) -> Tensor:
         gate, up = x @ gate_w.T, x @ up_w.T
         act = nn.functional.silu(gate)
         flat_act, flat_up = act.reshape(-1, act.shape[-1]), up.reshape(-1, up.shape[-1])
@@ -107,9 +107,14 @@ class Lemo(Compute):
     Refuses: the padded layout; trained MLP weights together with mlp_prune_fraction.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), layouts=frozenset({"flat"}), needs=frozenset({"frozen_mlp"}))
+    traits: ClassVar[Traits] = Traits(
+        tasks=frozenset({"causal-lm"}), layouts=frozenset({"flat"}), needs=frozenset({"frozen_mlp"})
+    )
     source: ClassVar[Source] = Source(
-        "JENGA: Enhancing LLM Long-Context Fine-tuning with Contextual Token Sparsity", 2025, "arXiv:2501.09767", "eq. 1-2"
+        "JENGA: Enhancing LLM Long-Context Fine-tuning with Contextual Token Sparsity",
+        2025,
+        "arXiv:2501.09767",
+        "eq. 1-2",
     )
 
     keep_fraction: float = Field(0.5, gt=0, le=1)
@@ -128,7 +133,11 @@ class Lemo(Compute):
         trains_mlp = [m.key() for m in facts.others if m.key() in ("full", "layerwise", "green-trainer")]
         if self.mlp_prune_fraction and trains_mlp:
             problems.append(
-                Problem("mlp_prune_fraction", f"its backward has no weight gradients, and {trains_mlp[0]} trains MLP weights", "set it to 0")
+                Problem(
+                    "mlp_prune_fraction",
+                    f"its backward has no weight gradients, and {trains_mlp[0]} trains MLP weights",
+                    "set it to 0",
+                )
             )
         return problems
 
@@ -137,7 +146,9 @@ class Lemo(Compute):
         state, undo = LemoState(), []
         if phase == "train" and (self.keep_fraction < 1 or self.mlp_prune_fraction):
             if view.layout != "flat":
-                raise LuthierError(f"compute.lemo: {view.name} needs the padded layout, where blocks of tokens cannot be left out")
+                raise LuthierError(
+                    f"compute.lemo: {view.name} needs the padded layout, where blocks of tokens cannot be left out"
+                )
             for layer in range(len(view.anatomy.blocks)):
                 undo += self._patch_layer(view, layer, state)
         try:
@@ -151,14 +162,16 @@ class Lemo(Compute):
         keep = layer_keep(layer, len(view.anatomy.blocks), self.keep_fraction)
         attention, mlp = _parts(view, layer)
         if keep < 1:
-            attention.forward = partial(self._attend, attention, attention.forward, view, layer, keep, state)  # type: ignore[method-assign]
+            attention.forward = partial(self._attend, attention, attention.forward, view, layer, keep, state)
             patched.append(attention)
         if self.mlp_prune_fraction:
             weights = [getattr(mlp, n).weight for n in ("gate_proj", "up_proj", "down_proj")]
             if any(w.requires_grad for w in weights) or any("forward" in m.__dict__ for m in mlp.modules()):
-                raise LuthierError("compute.lemo.mlp_prune_fraction: something in the MLP is trained; set it to 0, or train attention only")
+                raise LuthierError(
+                    "compute.lemo.mlp_prune_fraction: something in the MLP is trained; set it to 0, or train attention only"
+                )
             count = max(1, int(weights[0].shape[0] * (1 - self.mlp_prune_fraction)))
-            mlp.forward = partial(pruned_mlp, gate_w=weights[0], up_w=weights[1], down_w=weights[2], keep=count)  # type: ignore[method-assign]
+            mlp.forward = partial(pruned_mlp, gate_w=weights[0], up_w=weights[1], down_w=weights[2], keep=count)
             patched.append(mlp)
         return patched
 
@@ -180,9 +193,11 @@ class Lemo(Compute):
         return full, out[1]
 
     @torch.no_grad()
-    def choose(self, module: nn.Module, hidden: Tensor, lengths: tuple[int, ...], keep: float) -> tuple[Tensor, tuple[int, ...]]:
+    def choose(
+        self, module: nn.Module, hidden: Tensor, lengths: tuple[int, ...], keep: float
+    ) -> tuple[Tensor, tuple[int, ...]]:
         """(token indices [K] of the flat batch, kept lengths by sequence); hidden [1, T, D]."""
-        dim = module.head_dim  # type: ignore[attr-defined]
+        dim = module.head_dim
         q = module.q_proj(hidden)[0].unflatten(-1, (-1, dim)).transpose(0, 1)  # type: ignore[operator]  # [H, T, d]
         k = module.k_proj(hidden)[0].unflatten(-1, (-1, dim)).transpose(0, 1)  # type: ignore[operator]
         kept, short, start = [], [], 0

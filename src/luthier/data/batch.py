@@ -83,7 +83,9 @@ class Batch:
             row={k: v.to(device) for k, v in self.row.items()},
         )
 
-    def with_columns(self, *, token: Mapping[str, Tensor] | None = None, row: Mapping[str, Tensor] | None = None) -> Batch:
+    def with_columns(
+        self, *, token: Mapping[str, Tensor] | None = None, row: Mapping[str, Tensor] | None = None
+    ) -> Batch:
         """The same batch with more columns."""
         return replace(self, token={**self.token, **(token or {})}, row={**self.row, **(row or {})})
 
@@ -139,7 +141,12 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
     is supervised, else IGNORE), optionally `key`, `token` (named per-token lists) and `row` (named values).
     The shift happens here, once, for the whole library.
     """
-    ids, labels, seq, pos, lengths, keys = [], [], [], [], [], []
+    ids: list[int] = []
+    labels: list[int] = []
+    seq: list[int] = []
+    pos: list[int] = []
+    lengths: list[int] = []
+    keys: list[str] = []
     for index, item in enumerate(sequences):
         n = len(item["ids"])
         ids.extend(item["ids"])

@@ -63,16 +63,19 @@ def prepare(
         census.longest = max(census.longest, n)
         if n > max_length:
             census.too_long += 1
-            item = _shortened(item, max_length, on_long)
-            if item is None:
+            shorter = _shortened(item, max_length, on_long)
+            if shorter is None:
                 census.dropped += on_long == "drop"
                 continue
             census.cut += 1
+            item = shorter
         if labels is None and all(y == IGNORE for y in item["labels"]):
             census.unsupervised += 1
             if on_unsupervised == "refuse":
                 raise RecipeError(
-                    row.key, f"has no supervised token ({_why(row, item)})", "mend the row, or set data.on_unsupervised: drop"
+                    row.key,
+                    f"has no supervised token ({_why(row, item)})",
+                    "mend the row, or set data.on_unsupervised: drop",
                 )
             census.dropped += 1
             continue
@@ -100,7 +103,12 @@ def prepare(
 def _rendered(row: Row, renderer: Renderer, labels: dict[str | int, int] | None) -> dict[str, Any]:
     if labels is not None:
         ids = renderer.tokenizer(row.values["text"])["input_ids"]
-        return {"ids": ids, "labels": [IGNORE] * len(ids), "key": row.key, "row": {"label": labels[row.values["label"]]}}
+        return {
+            "ids": ids,
+            "labels": [IGNORE] * len(ids),
+            "key": row.key,
+            "row": {"label": labels[row.values["label"]]},
+        }
     try:
         return renderer.render(row.values, row.key)
     except ValueError as error:

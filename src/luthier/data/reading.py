@@ -59,7 +59,9 @@ def _raw(source: str, folder: Path, split: str) -> Iterator[tuple[str, dict[str,
         yield from _hub(source, split)
     else:
         raise RecipeError(
-            f"data.{split}", f"{source!r} is no .jsonl, .json, .csv or .parquet file and no Hub id", f"or use {BUILTIN}"
+            f"data.{split}",
+            f"{source!r} is no .jsonl, .json, .csv or .parquet file and no Hub id",
+            f"or use {BUILTIN}",
         )
 
 
@@ -78,7 +80,9 @@ def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if line.strip():
                     yield f"{path}:{number}", _object(line, f"{path}:{number}")
     except UnicodeDecodeError as error:
-        raise RecipeError(str(path), f"is not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8") from error
+        raise RecipeError(
+            str(path), f"is not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8"
+        ) from error
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
@@ -87,7 +91,11 @@ def _object(line: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise RecipeError(where, f"is not JSON ({error})", "write one object a line") from error
     if not isinstance(value, dict):
-        raise RecipeError(where, f"holds a {type(value).__name__}, not an object", 'write {"prompt": ..., "completion": ...}')
+        raise RecipeError(
+            where,
+            f"holds a {type(value).__name__}, not an object",
+            'write {"prompt": ..., "completion": ...}',
+        )
     return value
 
 
@@ -138,7 +146,11 @@ def _hub(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         table = datasets.load_dataset(name, config or None, split=split)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"data.{split}", f"{source}: {str(error).splitlines()[0]}", "use a file, or check name and network") from error
+        raise RecipeError(
+            f"data.{split}",
+            f"{source}: {str(error).splitlines()[0]}",
+            "use a file, or check name and network",
+        ) from error
     for number, row in enumerate(table, start=1):
         yield f"{source}:{split}:{number}", dict(row)
 
@@ -147,7 +159,9 @@ def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> di
     out = dict(values)
     for ours, theirs in columns.items():
         if theirs not in values:
-            raise RecipeError(key, f"has no field {theirs!r}, which data.columns.{ours} names; it has {_listed(values)}")
+            raise RecipeError(
+                key, f"has no field {theirs!r}, which data.columns.{ours} names; it has {_listed(values)}"
+            )
         out[ours] = values[theirs]
     return out
 
@@ -180,8 +194,16 @@ def _check_messages(key: str, messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise RecipeError(key, "messages is not a list of turns", 'write [{"role": "user", "content": ...}, ...]')
     for i, turn in enumerate(messages):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not isinstance(turn.get("content"), str):
-            raise RecipeError(key, f"turn {i + 1} has no role and content as text", 'write {"role": "user", "content": "..."}')
+        if (
+            not isinstance(turn, dict)
+            or not isinstance(turn.get("role"), str)
+            or not isinstance(turn.get("content"), str)
+        ):
+            raise RecipeError(
+                key,
+                f"turn {i + 1} has no role and content as text",
+                'write {"role": "user", "content": "..."}',
+            )
 
 
 def _listed(names: Iterable[str]) -> str:

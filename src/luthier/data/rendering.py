@@ -57,7 +57,10 @@ class Renderer:
         if "text" in row:
             return [Segment(row["text"] + self._eos(), True)]
         if self.plain and "messages" not in row:
-            return [Segment(self._lead(row) + row["prompt"], False), Segment(row["completion"] + self._eos(), True)]
+            return [
+                Segment(self._lead(row) + row["prompt"], False),
+                Segment(row["completion"] + self._eos(), True),
+            ]
         turns, out, done = self.messages(row), [], ""
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant":

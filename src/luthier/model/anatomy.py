@@ -133,7 +133,9 @@ def _find_block_list(model: PreTrainedModel) -> str:
     depth = model.config.get_text_config().num_hidden_layers
     lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
-        raise LuthierError(f"{type(model).__name__}: no list of {depth} blocks found; this architecture is not supported")
+        raise LuthierError(
+            f"{type(model).__name__}: no list of {depth} blocks found; this architecture is not supported"
+        )
     return min(lists, key=lambda n: n.count("."))
 
 

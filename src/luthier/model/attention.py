@@ -51,8 +51,14 @@ class _ShortAttention(torch.autograd.Function):
     """Per-sequence attention that keeps its probabilities; [1, H, T, d] in and out."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float, causal: bool,
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lengths: Sequence[int],
+        scale: float,
+        causal: bool,
         window: int | None,
     ) -> Tensor:
         num_kv, out, kept, masks = key.shape[1], torch.empty_like(query), [], {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ class Fingerprint(BaseModel, frozen=True):
         return (self.weights, self.tokenizer) == (other.weights, other.tokenizer)
 
 
-def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:
+def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bytes, in name order."""
     digest = hashlib.sha256()
     for name in sorted(tensors):

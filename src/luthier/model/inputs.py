@@ -62,7 +62,9 @@ def soft_prompt(
             inside = batch.pos < len(table)
             if scope == PROMPT:
                 if PROMPT not in batch.token:
-                    raise ValueError("offsets on the prompt need to know it: the batch has no per-token column 'prompt'")
+                    raise ValueError(
+                        "offsets on the prompt need to know it: the batch has no per-token column 'prompt'"
+                    )
                 inside = inside & batch.token[PROMPT].bool()
             rows = table[batch.pos.clamp(max=len(table) - 1)].to(embeds.dtype)  # [T, D]
             embeds = embeds + rows * inside[:, None]
@@ -93,7 +95,14 @@ def patch_model(view: Any, hook: InputHook, num_vectors: int) -> Callable[[], No
         lengths = real.sum(1)
         rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
         where = (mask.cumsum(1) - 1)[real]
-        flat = Batch(ids[real], torch.full_like(ids[real], IGNORE), rows[real], where, tuple(lengths.tolist()), {PROMPT: prompt[real]})
+        flat = Batch(
+            ids[real],
+            torch.full_like(ids[real], IGNORE),
+            rows[real],
+            where,
+            tuple(lengths.tolist()),
+            {PROMPT: prompt[real]},
+        )
         out = hook(Inputs(flat, None, None), view)
         assert out.embeds is not None and out.source is not None
         width = out.embeds.shape[1]
@@ -118,7 +127,9 @@ def patch_model(view: Any, hook: InputHook, num_vectors: int) -> Callable[[], No
         embeds, longer, positions = widen(input_ids, attention_mask, prompt_mask)
         if labels is not None:
             labels = torch.cat([labels.new_full((len(labels), num_vectors), IGNORE), labels], dim=1)
-        out = plain_forward(inputs_embeds=embeds, attention_mask=longer, position_ids=positions, labels=labels, **kwargs)
+        out = plain_forward(
+            inputs_embeds=embeds, attention_mask=longer, position_ids=positions, labels=labels, **kwargs
+        )
         out.logits = out.logits[:, num_vectors:]
         return out
 

@@ -62,7 +62,11 @@ def locate(name: str, revision: str | None = None) -> Located:
         return Located(name, None, name)
     hub, _, pinned = name.partition("@")
     if hub.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise RecipeError("model", f"{name!r} is no folder, no .gguf file and no Hub id", f"write org/name, a folder, or {BUILTIN}")
+        raise RecipeError(
+            "model",
+            f"{name!r} is no folder, no .gguf file and no Hub id",
+            f"write org/name, a folder, or {BUILTIN}",
+        )
     return Located(hub, pinned or revision, name)
 
 
@@ -129,7 +133,9 @@ def load_model(
         raise _unreachable(located, error) from error
     model.config.use_cache = False
     if model.config.pad_token_id is None and tokenizer is not None:
-        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        model.config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     view = ModelView(model, tokenizer, name=located.shown)
     view.layout, _ = probe_layout(view)

@@ -99,7 +99,10 @@ class ModelView:
             inputs = hook(inputs, self)
         trace, handles = Trace(inputs=inputs), []
         last = len(self.anatomy.blocks) - 1
-        for layer in {*(x % (last + 2) for x in layers if x not in (-1, last + 1)), *([last] if len(layers) > 1 else [])}:
+        for layer in {
+            *(x % (last + 2) for x in layers if x not in (-1, last + 1)),
+            *([last] if len(layers) > 1 else []),
+        }:
             keep = partial(self._keep, trace, layer, layer == last)
             handles.append(self.block(layer).register_forward_pre_hook(keep, with_kwargs=True))
         try:
@@ -163,7 +166,8 @@ class ModelView:
     def head_weight(self) -> Tensor:
         """[V, D] weight of the language-model head."""
         assert self.anatomy.head is not None, "this model has no language-model head"
-        return self.module.get_submodule(self.anatomy.head).weight
+        weight: Tensor = self.module.get_submodule(self.anatomy.head).weight  # type: ignore[assignment]
+        return weight
 
     @property
     def head_bias(self) -> Tensor | None:
@@ -174,10 +178,12 @@ class ModelView:
         """What the model does to its logits outside the head matrix: a scale, a soft cap."""
         config = self.module.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None)
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
+            getattr(config, "logits_scaling", None) or 1.0
+        )
         if cap is None and scale == 1.0:
             return None
-        return lambda z: (z * scale if cap is None else torch.tanh(z * scale / cap) * cap)
+        return lambda z: z * scale if cap is None else torch.tanh(z * scale / cap) * cap
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, D]: what stands between the trunk and the vocabulary matrix (a masked-LM transform)."""
@@ -193,13 +199,12 @@ class ModelView:
 
     def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [S, C] through the model's own classification head."""
-        if hasattr(self.module, "score"):  # decoders: a matrix over the last token
-            return self.module.score(hidden[batch.ends]).float()
-        first = hidden[batch.starts]  # encoders read their first token
+        parts = dict(self.module.named_children())
+        if "score" in parts:  # decoders: a matrix over the last token
+            return parts["score"](hidden[batch.ends]).float()
+        first = hidden[batch.starts].unsqueeze(1)  # encoders read their first token
         pooler = getattr(self.trunk, "pooler", None)
-        if pooler is not None:
-            return self.module.classifier(self._dropout(pooler(first.unsqueeze(1)))).float()
-        return self.module.classifier(first.unsqueeze(1)).float()
+        return parts["classifier"](first if pooler is None else self._dropout(pooler(first))).float()
 
     def _dropout(self, pooled: Tensor) -> Tensor:
         drop = getattr(self.module, "dropout", None)

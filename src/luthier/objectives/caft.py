@@ -26,7 +26,11 @@ def schedule_weight(schedule: Schedule, clock: Clock) -> float:
     if schedule == "constant" or clock.total == 0:
         return 1.0
     done = clock.step / clock.total
-    return {"rsine": math.sin((1 - done) * math.pi / 2), "linear": done, "sine": math.sin(done * math.pi / 2)}[schedule]
+    return {
+        "rsine": math.sin((1 - done) * math.pi / 2),
+        "linear": done,
+        "sine": math.sin(done * math.pi / 2),
+    }[schedule]
 
 
 def further_labels(batch: Batch, ahead: int) -> Tensor:
@@ -54,7 +58,7 @@ class Heads(nn.Module):
         for i, block in enumerate(self.blocks):
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
-                    module.layer_idx = last + 1 + i
+                    module.layer_idx = last + 1 + i  # type: ignore[assignment]
         shape = torch.tensor([view.anatomy.hidden_size, len(view.anatomy.blocks), view.embedding.num_embeddings, count])
         self.register_buffer("copied_from", shape)
         self.trained = False
@@ -62,7 +66,11 @@ class Heads(nn.Module):
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take up trained heads. Raises LuthierError, listing what differs, for heads of another base."""
         theirs, names = state["copied_from"].tolist(), ("hidden size", "blocks", "vocabulary", "heads")
-        differ = [f"{n} {t}, here {o}" for n, t, o in zip(names, theirs, self.copied_from.tolist(), strict=True) if t != o]
+        differ = [
+            f"{n} {t}, here {o}"
+            for n, t, o in zip(names, theirs, self.get_buffer("copied_from").tolist(), strict=True)
+            if t != o
+        ]
         if differ:
             raise LuthierError(f"caft: these heads belong to another base: {'; '.join(differ)}")
         self.load_state_dict(dict(state), strict=True)
@@ -81,7 +89,10 @@ class Caft(Objective):
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"hidden", "heads"}))
     source: ClassVar[Source] = Source(
-        "Improving large language models with concept-aware fine-tuning", 2025, "arXiv:2506.07833", "official code"
+        "Improving large language models with concept-aware fine-tuning",
+        2025,
+        "arXiv:2506.07833",
+        "official code",
     )
 
     stage: Literal["heads", "tune"] = "tune"
@@ -114,11 +125,19 @@ class Caft(Objective):
                 "objective.caft: the heads are untrained; run a stage with stage: heads first, or set allow_untrained_heads"
             )
         gamma = 1.0 if self.stage == "heads" else self.weight * schedule_weight(self.schedule, window.clock)
-        micro = [b.with_columns(row={"caft": torch.full((b.num_sequences,), gamma, device=b.ids.device)}) for b in window.micro]
+        micro = [
+            b.with_columns(row={"caft": torch.full((b.num_sequences,), gamma, device=b.ids.device)})
+            for b in window.micro
+        ]
         targets = {
-            f"ahead.{i}": float(sum(int((further_labels(b, i) != IGNORE).sum()) for b in micro)) for i in range(self.ahead)
+            f"ahead.{i}": float(sum(int((further_labels(b, i) != IGNORE).sum()) for b in micro))
+            for i in range(self.ahead)
         }
-        counts = {**targets, "tokens": targets["ahead.0"], "sequences": float(sum(b.num_sequences for b in micro))}
+        counts = {
+            **targets,
+            "tokens": targets["ahead.0"],
+            "sequences": float(sum(b.num_sequences for b in micro)),
+        }
         return Window(micro, window.clock, window.lab, window.gather, window.rank), counts
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
@@ -133,7 +152,9 @@ class Caft(Objective):
         for i, block in enumerate(fwd.extra.blocks, start=1):  # one at a time: one [chunk, V] lives at once
             labels = further_labels(batch, i)
             if bool((labels != IGNORE).any()):
-                terms[f"ahead_{i}"] = Term(fwd.nll(self._state(fwd, block, last), labels).sum(), f"ahead.{i}", gamma * self.decay**i)
+                terms[f"ahead_{i}"] = Term(
+                    fwd.nll(self._state(fwd, block, last), labels).sum(), f"ahead.{i}", gamma * self.decay**i
+                )
         return terms
 
     def _head_zero(self, fwd: Forward, last: int, gamma: float) -> Tensor:

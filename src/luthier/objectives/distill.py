@@ -42,7 +42,10 @@ class Distill(Objective):
 
     traits: ClassVar[Traits] = Traits(needs=frozenset({"jvp", "grad"}))
     source: ClassVar[Source] = Source(
-        "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners", 2021, "arXiv:2110.06274", "official code"
+        "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners",
+        2021,
+        "arXiv:2110.06274",
+        "official code",
     )
 
     warmup_share: float = Field(0.6, ge=0, le=1)
@@ -70,7 +73,10 @@ class Distill(Objective):
         micro = [b.with_columns(row={"weight": w}) for b, w in zip(window.micro, raw, strict=True)]
         total = float(sum(w.sum() for w in raw))
         self._report["distill/helpful"] = float(torch.cat(raw).gt(0).float().mean())
-        return Window(micro, window.clock, window.lab, window.gather, window.rank), {"weight": total, "sequences": 1.0}
+        return Window(micro, window.clock, window.lab, window.gather, window.rank), {
+            "weight": total,
+            "sequences": 1.0,
+        }
 
     def helpfulness(self, window: Window, probe: Probe) -> list[Tensor]:
         """[S] for each micro-batch: <grad of the labelled loss, grad l_i>."""

@@ -112,7 +112,10 @@ class QTuning(Objective):
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), claims=frozenset({"token_mask"}))
     source: ClassVar[Source] = Source(
-        "Winning the Pruning Gamble: Joint Sample and Token Pruning for Efficient SFT", 2025, "arXiv:2509.23873", "eq. 4-7"
+        "Winning the Pruning Gamble: Joint Sample and Token Pruning for Efficient SFT",
+        2025,
+        "arXiv:2509.23873",
+        "eq. 4-7",
     )
 
     keep_rows: float = Field(0.25, gt=0, le=1)
@@ -146,7 +149,9 @@ class QTuning(Objective):
         everything = window.gather(_padded(local, max(sizes)))  # ranks hold different numbers of rows
         pooled = torch.cat([part[:n] for part, n in zip(everything.split(max(max(sizes), 1)), sizes, strict=True)])
         if not pooled.isfinite().all():
-            raise LuthierError(f"q-tuning: a row's loss is not finite: {_bad_rows(micro, per_row)}; lower learning_rate")
+            raise LuthierError(
+                f"q-tuning: a row's loss is not finite: {_bad_rows(micro, per_row)}; lower learning_rate"
+            )
         if not len(pooled):
             return window, {"tokens": 0.0, "sequences": 0.0}
         ppl, entropy = (pooled[:, i].double().cpu().numpy() for i in range(2))
@@ -168,7 +173,9 @@ class QTuning(Objective):
         for batch, nll in zip(micro, nlls, strict=True):
             numbers = range(first, first + batch.num_sequences)
             first += batch.num_sequences
-            stay = torch.tensor([i for i, n in enumerate(numbers) if n in fate], dtype=torch.long, device=batch.ids.device)
+            stay = torch.tensor(
+                [i for i, n in enumerate(numbers) if n in fate], dtype=torch.long, device=batch.ids.device
+            )
             keep = torch.ones_like(batch.labels, dtype=torch.bool)
             for i, n in enumerate(numbers):
                 if fate.get(n) and self.keep_tokens < 1:

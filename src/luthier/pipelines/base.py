@@ -101,7 +101,9 @@ def started(view: ModelView, stage: Train, lab: Lab, done: Mapping[str, Outcome]
         yield trainable
 
 
-def run_pipeline(pipeline: Pipeline, view: ModelView, lab: Lab, folder: Path | None = None, **loop: Any) -> dict[str, Outcome]:
+def run_pipeline(
+    pipeline: Pipeline, view: ModelView, lab: Lab, folder: Path | None = None, **loop: Any
+) -> dict[str, Outcome]:
     """Run every stage in turn; returns the outcomes by name, the last being the result.
 
     Each stage checkpoints into a folder of its name, so a killed pipeline goes on inside the stage it was in.
@@ -125,7 +127,17 @@ def run_stage(
     total = Loop.length(source, stage.settings)
     with started(view, stage, lab, done, total) as trainable:
         place = None if folder is None else folder / stage.name
-        run = Loop(view, source, trainable, stage.objective, stage.settings, lab=lab, folder=place, carried=carried, **loop)
+        run = Loop(
+            view,
+            source,
+            trainable,
+            stage.objective,
+            stage.settings,
+            lab=lab,
+            folder=place,
+            carried=carried,
+            **loop,
+        )
         progress = run.run()
         state = {k: v.detach().cpu().clone() for k, v in trainable.state_dict().items()}
         beside = None if run.extra is None else {k: v.detach().cpu().clone() for k, v in run.extra.state_dict().items()}

@@ -33,7 +33,10 @@ class List(Pipeline):
 
     traits: ClassVar[Traits] = Traits(needs=frozenset({"jvp"}))
     source: ClassVar[Source] = Source(
-        "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners", 2021, "arXiv:2110.06274", "official code"
+        "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners",
+        2021,
+        "arXiv:2110.06274",
+        "official code",
     )
 
     rounds: int = Field(3, ge=1)
@@ -77,13 +80,21 @@ class List(Pipeline):
 
     def _labelled(self, name: str, start: str, m: int) -> Train:
         settings = TrainSettings(
-            learning_rate=self.learning_rate, epochs=self.labelled_epochs, batch_size=self.labelled_batch, warmup_fraction=0.0, seed=self.seed + m
+            learning_rate=self.learning_rate,
+            epochs=self.labelled_epochs,
+            batch_size=self.labelled_batch,
+            warmup_fraction=0.0,
+            seed=self.seed + m,
         )
         return Train(name, self._adapter(m), Sft(), data="labelled", start=start, settings=settings)
 
     def _student(self, m: int) -> Train:
         settings = TrainSettings(
-            learning_rate=self.learning_rate, max_steps=self.unlabelled_steps, batch_size=self.unlabelled_batch, warmup_fraction=0.0, seed=self.seed + m
+            learning_rate=self.learning_rate,
+            max_steps=self.unlabelled_steps,
+            batch_size=self.unlabelled_batch,
+            warmup_fraction=0.0,
+            seed=self.seed + m,
         )
         objective = Distill(warmup_share=self.warmup_share, reweight=self.reweight)
         return Train(f"student-{m}", self._adapter(m), objective, data=f"labels-{m}", settings=settings)

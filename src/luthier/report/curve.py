@@ -49,5 +49,7 @@ def line_chart(series: list[Series], x_name: str, title: str) -> Markup:
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in s.points)
         out.append(f'<polyline class="line{i}" points="{path}"/>')
         if len(clean) > 1:
-            out.append(f'<text class="name{i}" x="{WIDTH - RIGHT}" y="{TOP + 12 + 16 * i}" text-anchor="end">{escape(s.name)}</text>')
+            out.append(
+                f'<text class="name{i}" x="{WIDTH - RIGHT}" y="{TOP + 12 + 16 * i}" text-anchor="end">{escape(s.name)}</text>'
+            )
     return Markup("".join([*out, "</svg>"]))

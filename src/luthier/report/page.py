@@ -29,7 +29,9 @@ def write_report(folder: Path, renderer: Renderer | None = None, rows: Sequence[
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in _lines(folder / "log.jsonl")]
     samples = [json.loads(line) for line in _lines(folder / "samples.jsonl")]
-    environment = Environment(loader=PackageLoader("luthier.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=PackageLoader("luthier.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     page = environment.get_template("run.html").render(
         run=run,
         recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
@@ -60,8 +62,15 @@ def _charts(log: list[dict[str, float]]) -> list[dict[str, Any]]:
         loss.append(Series("held-out loss", held))
     charts = [("Loss, nats a token", loss)]
     if any("grad_norm" in e for e in steps):
-        charts.append(("Gradient norm", [Series("gradient norm", [(e["step"], e["grad_norm"]) for e in steps if "grad_norm" in e])]))
-    charts.append(("Tokens a second", [Series("tokens a second", [(e["step"], e["tokens_per_second"]) for e in steps])]))
+        charts.append(
+            (
+                "Gradient norm",
+                [Series("gradient norm", [(e["step"], e["grad_norm"]) for e in steps if "grad_norm" in e])],
+            )
+        )
+    charts.append(
+        ("Tokens a second", [Series("tokens a second", [(e["step"], e["tokens_per_second"]) for e in steps])])
+    )
     return [{"title": t, "svg": line_chart(s, "step", t)} for t, s in charts if any(x.points for x in s)]
 
 
@@ -70,11 +79,20 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     out = [
         ("Base model", run["base"]["name"]),
         ("Base fingerprint", run["base"]["weights"][:16]),
-        ("Rows", f"{census.get('rows', 0):,} with {census.get('tokens', 0):,} tokens, {census.get('supervised', 0):,} supervised"),
-        ("Dropped, cut, duplicates", f"{census.get('dropped', 0)}, {census.get('cut', 0)}, {census.get('duplicates', 0)}"),
+        (
+            "Rows",
+            f"{census.get('rows', 0):,} with {census.get('tokens', 0):,} tokens, {census.get('supervised', 0):,} supervised",
+        ),
+        (
+            "Dropped, cut, duplicates",
+            f"{census.get('dropped', 0)}, {census.get('cut', 0)}, {census.get('duplicates', 0)}",
+        ),
         ("Trained numbers", f"{run['trained_weights']:,}"),
         ("Optimiser steps", f"{run['steps']:,}"),
-        ("Training time", f"{run['train_seconds']:.0f} s, {run['tokens'] / max(run['train_seconds'], 1e-9):.0f} tokens a second"),
+        (
+            "Training time",
+            f"{run['train_seconds']:.0f} s, {run['tokens'] / max(run['train_seconds'], 1e-9):.0f} tokens a second",
+        ),
         ("Peak memory", f"{run['peak_memory_bytes'] / 1e9:.2f} GB"),
         ("Saved, reloaded, compared", f"largest difference {run['reload_difference']:.1e}"),
     ]
@@ -82,7 +100,8 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _scores(run: Mapping[str, Any]) -> list[dict[str, str]]:
-    before, after, out = run.get("before") or {}, run.get("after") or {}, []
+    before, after = run.get("before") or {}, run.get("after") or {}
+    out: list[dict[str, str]] = []
     if not after:
         return out
     out.append({"name": "Held-out loss, nats", "before": f"{before['loss']:.4f}", "after": f"{after['loss']:.4f}"})
@@ -109,7 +128,11 @@ def _chosen(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _counts(samples: list[dict[str, Any]]) -> dict[str, int]:
-    return {"shown": min(SAMPLES, len(samples)), "of": len(samples), "wrong": sum(not s["after_right"] for s in samples)}
+    return {
+        "shown": min(SAMPLES, len(samples)),
+        "of": len(samples),
+        "wrong": sum(not s["after_right"] for s in samples),
+    }
 
 
 def _tokens(renderer: Renderer, row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -43,7 +43,10 @@ def save(
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, temporary / "trainable.safetensors")
+    save_file(
+        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+        temporary / "trainable.safetensors",
+    )
     torch.save(optimizer, temporary / "optimizer.pt")
     torch.save(scheduler, temporary / "scheduler.pt")
     torch.save(rng, temporary / "rng_state.pth")
@@ -60,7 +63,9 @@ def save(
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint; half-written ones are passed over."""
-    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / MARKER).exists()]
+    found = [
+        p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / MARKER).exists()
+    ]
     return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
 
 

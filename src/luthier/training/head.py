@@ -30,7 +30,7 @@ class _ChunkedNll(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         eager = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         grad = torch.empty_like(hidden) if eager else None
@@ -105,7 +105,10 @@ def token_scores(
     transform: Callable[[Tensor], Tensor] | None = None,
 ) -> TokenScores:  # fmt: skip
     """Loss and entropy of every row in one pass over the head, without a gradient."""
-    nll, entropy = hidden.new_empty(len(labels), dtype=torch.float32), hidden.new_empty(len(labels), dtype=torch.float32)
+    nll, entropy = (
+        hidden.new_empty(len(labels), dtype=torch.float32),
+        hidden.new_empty(len(labels), dtype=torch.float32),
+    )
     start = 0
     for h, y in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
         log_p = _logits(h, weight, bias, transform).log_softmax(-1)

@@ -21,9 +21,7 @@ class _LowRank(torch.autograd.Function):
     """x W^T + b + scale (x A^T) B^T; W frozen, A and B float32 masters computed with in x's dtype."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, in]
         low = flat @ a.to(x.dtype).T  # [T, R]
         out = torch.addmm(bias, flat, weight.T) if bias is not None else flat @ weight.T  # [T, out]
@@ -57,7 +55,7 @@ class _Sparse(torch.autograd.Function):
     """x W^T + b where W already holds the trained entries; only their gradient leaves the backward."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, indices: Tensor,
         observe: Callable[[Tensor], None] | None,
     ) -> Tensor:  # fmt: skip

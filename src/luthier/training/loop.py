@@ -79,11 +79,18 @@ class Loop:
         self, view: ModelView, rows: Rows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
         lab: Any = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
         on_step: Callable[[dict[str, float], Progress], None] | None = None, stop: Callable[[], bool] = lambda: False,
-        carried: Mapping[str, Tensor] | None = None, compute: Any = None, accelerator: Accelerator | None = None, data_hash: str = "",
+        carried: Mapping[str, Tensor] | None = None, compute: Any = None, accelerator: Accelerator | None = None,
+        data_hash: str = "",
     ) -> None:  # fmt: skip
         if not rows:
             raise LuthierError("data.train: no row is left to train on; look at what was dropped with `luthier check`")
-        self.view, self.rows, self.trainable, self.objective, self.settings = view, rows, trainable, objective, settings
+        self.view, self.rows, self.trainable, self.objective, self.settings = (
+            view,
+            rows,
+            trainable,
+            objective,
+            settings,
+        )
         self.lab, self.folder, self.evaluate, self.on_step, self.stop = lab, folder, evaluate, on_step, stop
         self.accelerator = accelerator or Accelerator(cpu=view.device.type == "cpu")
         self.extra = objective.extend(view, carried)
@@ -114,7 +121,9 @@ class Loop:
 
     def _default_optimizer(self, groups: list[Any]) -> torch.optim.Optimizer:
         s = self.settings
-        return default_optimizer(groups, s.learning_rate, betas=s.adam_betas, eps=s.adam_eps, weight_decay=s.weight_decay)
+        return default_optimizer(
+            groups, s.learning_rate, betas=s.adam_betas, eps=s.adam_eps, weight_decay=s.weight_decay
+        )
 
     # --- one step ---
 
@@ -155,26 +164,36 @@ class Loop:
         denominators = self._reduce(local)
         if not any(denominators.values()):
             raise LuthierError(f"step {number + 1}: no supervised token is left; look at the rows with `luthier check`")
-        entry = self._closure_step(window, denominators) if self.trainable.steps_by_closure else self._gradient_step(window, denominators)
+        entry = (
+            self._closure_step(window, denominators)
+            if self.trainable.steps_by_closure
+            else self._gradient_step(window, denominators)
+        )
         self.scheduler.step()
         p = self.progress
         p.step += 1
         self.trainable.after_step(Clock(p.step, self.total_steps, self.order.epoch(p.step)))
-        counts = self._reduce({"tokens": sum(b.num_tokens for b in window.micro), "supervised": denominators.get("tokens", 0.0)})
+        counts = self._reduce(
+            {"tokens": sum(b.num_tokens for b in window.micro), "supervised": denominators.get("tokens", 0.0)}
+        )
         p.tokens += int(counts["tokens"])
         p.supervised += int(denominators.get("tokens", 0))
         seconds = time.perf_counter() - started
         p.seconds += seconds
         rate = counts["tokens"] / seconds
-        return {"step": p.step, "epoch": self.order.epoch(p.step), **entry, **self.objective.report(), "num_tokens": p.tokens, "tokens_per_second": rate}  # fmt: skip
+        clock = {"step": p.step, "epoch": self.order.epoch(p.step)}
+        return {**clock, **entry, **self.objective.report(), "num_tokens": p.tokens, "tokens_per_second": rate}
 
-    def _losses(self, window: Window, denominators: Mapping[str, float], backward: bool) -> tuple[float, dict[str, float]]:
+    def _losses(
+        self, window: Window, denominators: Mapping[str, float], backward: bool
+    ) -> tuple[float, dict[str, float]]:
         """The step's loss and its named parts, over all micro-batches and ranks."""
-        world, parts, total = self.accelerator.num_processes, {}, 0.0
+        world, total = self.accelerator.num_processes, 0.0
+        parts: dict[str, float] = {}
         micro, weight = self._live(window)
         for i, batch in enumerate(micro):
             last = i == len(micro) - 1
-            sync = contextlib.nullcontext() if world == 1 or last else self.wrapped.no_sync()
+            sync = contextlib.nullcontext() if world == 1 or last else self.accelerator.no_sync(self.wrapped)
             with sync, self._patched("train"):
                 loss, named = self.wrapped(batch, denominators)
                 if backward and loss.requires_grad:
@@ -213,7 +232,7 @@ class Loop:
             with torch.no_grad(), self.trainable.phase("train"):
                 return self._losses(window, denominators, backward=False)[0]
 
-        loss = self.optimizer.step(closure)  # type: ignore[call-overload]
+        loss = self.optimizer.step(closure)
         return {"loss": float(loss), "learning_rate": self.scheduler.get_last_lr()[0]}
 
     def _not_finite(self, entry: dict[str, float]) -> None:
@@ -239,7 +258,12 @@ class Loop:
                 p.log.append(entry)
             if self.on_step is not None:
                 self.on_step(entry, p)
-            if s.eval_steps and self.evaluate and (p.step % s.eval_steps == 0 or p.step == self.total_steps) and self._evaluated():
+            if (
+                s.eval_steps
+                and self.evaluate
+                and (p.step % s.eval_steps == 0 or p.step == self.total_steps)
+                and self._evaluated()
+            ):
                 break
             if s.save_steps and p.step % s.save_steps == 0:
                 self.save()
@@ -300,7 +324,9 @@ class Loop:
         own = {k.removeprefix("trainable."): v for k, v in tensors.items() if k.startswith("trainable.")}
         self.trainable.load_state_dict(own)
         if self.extra is not None:
-            self.extra.load_state_dict({k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")})
+            self.extra.load_state_dict(
+                {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
+            )
         if whole:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])

@@ -11,7 +11,9 @@ from luthier.rng import Streams
 class Order:
     """Rows of every optimiser step."""
 
-    def __init__(self, num_rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, num_rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int, shuffle: bool
+    ) -> None:
         self.num_rows, self.batch_size = num_rows, min(batch_size, num_rows)
         self.steps_per_epoch = math.ceil(num_rows / self.batch_size)
         self.total = max_steps or max(1, round(epochs * self.steps_per_epoch))
@@ -25,7 +27,9 @@ class Order:
         """Row indices of one step; the last step of an epoch may be smaller."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._cached[0] != epoch:
-            order = self._streams.at("order", epoch).permutation(self.num_rows) if self._shuffle else range(self.num_rows)
+            order = (
+                self._streams.at("order", epoch).permutation(self.num_rows) if self._shuffle else range(self.num_rows)
+            )
             self._cached = (epoch, order)  # type: ignore[assignment]
         part = self._cached[1][within * self.batch_size : (within + 1) * self.batch_size]
         return [int(i) for i in part]

@@ -31,7 +31,10 @@ def no_trace(module: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     """Restore the training mode, requires_grad flags, gradients and the global generators afterwards."""
     modes = {n: m.training for n, m in module.named_modules()}
     saved = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    generators = torch.get_rng_state(), [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())]
+    generators = (
+        torch.get_rng_state(),
+        [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())],
+    )
     for p, _, _ in saved:
         p.grad = None
     if eval_mode:
@@ -97,7 +100,10 @@ class Probe:
         return Probed(float(value.detach()), dict(zip(names, grads, strict=True)), {})
 
     def trial_step(
-        self, batches: Sequence[Batch], names: Sequence[str], make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+        self,
+        batches: Sequence[Batch],
+        names: Sequence[str],
+        make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     ) -> Probed:
         """One optimiser step on these parameters and the gradients after it, then everything put back.
 
@@ -134,7 +140,10 @@ class Probe:
 
         primals = tuple(module.get_parameter(n).detach() for n in names)
         with torch.no_grad(), plain_operations():
-            return torch.func.jvp(at, primals, tuple(along[n].to(p) for n, p in zip(names, primals, strict=True)))
+            value, change = torch.func.jvp(  # type: ignore[misc]
+                at, primals, tuple(along[n].to(p) for n, p in zip(names, primals, strict=True))
+            )
+        return value, change
 
 
 def _call_with(module: nn.Module, values: Mapping[str, Tensor], f: Callable[[], Tensor]) -> Tensor:

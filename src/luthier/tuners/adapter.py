@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from luthier.method import Source, Traits
 from luthier.model.view import ModelView
 from luthier.rng import Streams
-from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view, oriented, output_adapter, register
+from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view, bias_of, oriented, output_adapter, register
 from luthier.update import Modules, Update
 
 
@@ -30,7 +30,10 @@ class Adapter(Tuner):
 
     traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}))
     source: ClassVar[Source] = Source(
-        "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners", 2021, "arXiv:2110.06274", "official code"
+        "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners",
+        2021,
+        "arXiv:2110.06274",
+        "official code",
     )
 
     rank: int = Field(128, ge=1)
@@ -40,7 +43,9 @@ class Adapter(Tuner):
     seed: int = 0
     """For the start; give every student its own."""
 
-    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> AdapterTrainable:
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+    ) -> AdapterTrainable:
         return AdapterTrainable(self, as_view(model))
 
 
@@ -59,8 +64,14 @@ class AdapterTrainable(Trainable):
             generator, module = streams.torch("adapter", x.module), view.module.get_submodule(x.module)
             a = torch.randn(tuner.rank, x.shape[0], generator=generator) * tuner.init_std
             b = torch.randn(x.shape[0], tuner.rank, generator=generator) * tuner.init_std
-            self.a[x.module], self.b[x.module] = nn.Parameter(a.to(view.device)), nn.Parameter(b.to(view.device))
-            (get_a, undo_a), (get_b, undo_b) = register(module, "a", self.a[x.module]), register(module, "b", self.b[x.module])
+            self.a[x.module], self.b[x.module] = (
+                nn.Parameter(a.to(view.device)),
+                nn.Parameter(b.to(view.device)),
+            )
+            (get_a, undo_a), (get_b, undo_b) = (
+                register(module, "a", self.a[x.module]),
+                register(module, "b", self.b[x.module]),
+            )
             self._undo += [undo_a, undo_b, output_adapter(module, get_a, get_b)]
 
     def groups(self) -> list[ParamGroup]:
@@ -72,7 +83,7 @@ class AdapterTrainable(Trainable):
         out: dict[str, Tensor] = {}
         for name in self.a:
             module = self.view.module.get_submodule(name)
-            weight, bias = folded(oriented(module), module.bias, self.a[name], self.b[name])
+            weight, bias = folded(oriented(module), bias_of(module), self.a[name], self.b[name])
             out[f"{name}.weight"] = weight if oriented(module) is module.weight else weight.T
             if bias is not None:
                 out[f"{name}.bias"] = bias

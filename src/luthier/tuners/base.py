@@ -150,7 +150,8 @@ class DenseTrainable(Trainable):
         self._moved: set[str] = set()
         self._masters: dict[str, nn.Parameter] = {}
         for n in names:
-            p = view.weight(n).requires_grad_(True)
+            p = view.weight(n)
+            p.requires_grad_(True)
             self._masters[n] = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
 
     def master(self, name: str) -> nn.Parameter:
@@ -180,7 +181,9 @@ class DenseTrainable(Trainable):
         for n in names:
             p, master = self.view.weight(n), self._masters[n]
             if p is not master:
-                p.copy_(stochastic_round(master, p.dtype, self._streams.torch("round", self._steps, n, device=p.device)))
+                p.copy_(
+                    stochastic_round(master, p.dtype, self._streams.torch("round", self._steps, n, device=p.device))
+                )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masters, and the rounded weights where they are not the masters themselves."""
@@ -211,6 +214,13 @@ class DenseTrainable(Trainable):
 
 # --- things to hang on a layer ---
 
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The layer's bias, where it has one."""
+    bias: Tensor | None = getattr(module, "bias", None)
+    return bias
+
+
 Get = Callable[[], Tensor]
 
 
@@ -224,7 +234,7 @@ def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Undo:
     """Give one module object another forward; the class and the parameters stay."""
     if "forward" in module.__dict__:
         raise ValueError("this layer already carries an adapter; detach it first")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
     def undo() -> None:
         del module.forward
@@ -249,7 +259,7 @@ def low_rank_adapter(module: nn.Module, a: Get, b: Get, scale: float, dropout: f
     """y = x W^T + bias + scale (drop(x) A^T) B^T; a() [R, in], b() [out, R] float32, asked for at every call."""
 
     def forward(x: Tensor) -> Tensor:
-        weight, bias = oriented(module), module.bias
+        weight, bias = oriented(module), bias_of(module)
         if dropout and module.training:
             low = nn.functional.dropout(x, dropout) @ a().to(x.dtype).T
             plain = nn.functional.linear(x, weight, bias)

@@ -41,7 +41,10 @@ class Dept(Tuner):
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), claims=frozenset({"inputs_embeds"}))
     source: ClassVar[Source] = Source(
-        "DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning", 2023, "arXiv:2309.05173", "official code"
+        "DePT: Decomposed Prompt Tuning for Parameter-Efficient Fine-tuning",
+        2023,
+        "arXiv:2309.05173",
+        "official code",
     )
 
     budget_length: int = Field(20, ge=1)
@@ -77,7 +80,9 @@ class Dept(Tuner):
                 )
         return problems
 
-    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> DeptTrainable:
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+    ) -> DeptTrainable:
         view = as_view(model)
         for problem in self.check(Facts(model_config=view.module.config)):
             raise RecipeError(f"dept.{problem.key}", problem.what, problem.remedy)
@@ -91,7 +96,11 @@ class DeptTrainable(Trainable):
         super().__init__(view)
         self.freeze_base()
         self.tuner, width = tuner, view.anatomy.hidden_size
-        rank = budget_rank(tuner.budget_length, tuner.length, width, tuner.max_length) if tuner.rank is None else tuner.rank
+        rank = (
+            budget_rank(tuner.budget_length, tuner.length, width, tuner.max_length)
+            if tuner.rank is None
+            else tuner.rank
+        )
         self.rank, self.scale = rank, scale(tuner.alpha, rank)
         streams = Streams(tuner.seed)
         self.vectors = nn.Parameter(self._start(view, streams))

@@ -17,7 +17,9 @@ class Frozen(Tuner):
     Cost: no weight gradient, no optimiser state for the model.
     """
 
-    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> FrozenTrainable:
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+    ) -> FrozenTrainable:
         return FrozenTrainable(as_view(model))
 
 

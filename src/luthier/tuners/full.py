@@ -30,7 +30,9 @@ class Full(Tuner):
     seed: int = Field(0, ge=0)
     """For stochastic rounding."""
 
-    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> DenseTrainable:
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+    ) -> DenseTrainable:
         view = as_view(model)
         skip = "" if self.train_embeddings else view.anatomy.embedding + "."
         names = [n for n in view.anatomy.parameters if not skip or not n.startswith(skip)]

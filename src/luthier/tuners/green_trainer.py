@@ -30,7 +30,17 @@ _NORMS = (
     (r"post_feedforward_layernorm$", _NORM_END),
     (r"[qk]_norm$", _QKV),
 )
-_ROLE_PLACE = {"q": _QKV, "k": _QKV, "v": _QKV, "qkv": _QKV, "o": _OUT, "gate": _UP, "gate_up": _UP, "up": _UP, "down": _DOWN}
+_ROLE_PLACE = {
+    "q": _QKV,
+    "k": _QKV,
+    "v": _QKV,
+    "qkv": _QKV,
+    "o": _OUT,
+    "gate": _UP,
+    "gate_up": _UP,
+    "up": _UP,
+    "down": _DOWN,
+}
 
 
 class Item(NamedTuple):
@@ -211,7 +221,10 @@ class GreenTrainer(Tuner):
         claims=frozenset({"weight"}), needs=frozenset({"grad", "total_steps", "one_process"}), linear=True
     )
     source: ClassVar[Source] = Source(
-        "Towards Green AI in Fine-tuning LLMs via Adaptive Backpropagation", 2023, "arXiv:2309.13192", "eq. 1, official code"
+        "Towards Green AI in Fine-tuning LLMs via Adaptive Backpropagation",
+        2023,
+        "arXiv:2309.13192",
+        "eq. 1, official code",
     )
 
     flops_share: float = Field(0.6, gt=0, le=1)
@@ -229,7 +242,11 @@ class GreenTrainer(Tuner):
         every = self.reselect_every
         if every is None:
             if total_steps is None:
-                raise RecipeError("green-trainer.reselect_every", "is unset and the run has no known length", "set one of them")
+                raise RecipeError(
+                    "green-trainer.reselect_every",
+                    "is unset and the run has no known length",
+                    "set one of them",
+                )
             every = max(1, total_steps // 3)
         return GreenTrainable(self, as_view(model), every)
 
@@ -267,7 +284,9 @@ class GreenTrainable(Trainable):
         pairs = sum(n * n for b in window.micro for n in b.lengths)
         costs = cost_model(self.view.anatomy, tokens, pairs)
         budget = self.tuner.flops_share * (costs.forward + costs.full_backward) - costs.forward
-        reachable = [x.name for x in costs.items if costs.prefix(x.level, frozenset({x.part})) + x.weight_cost <= budget]
+        reachable = [
+            x.name for x in costs.items if costs.prefix(x.level, frozenset({x.part})) + x.weight_cost <= budget
+        ]
         if not reachable:
             least = min(costs.prefix(x.level, frozenset({x.part})) + x.weight_cost for x in costs.items)
             feasible = (costs.forward + least) / (costs.forward + costs.full_backward)
@@ -284,7 +303,10 @@ class GreenTrainable(Trainable):
             return self.selected
         chosen = select(costs, importance, budget, self.tuner.resolution)
         full = costs.forward + costs.full_backward
-        self.spent = {"flops_share": (costs.forward + costs.backward(chosen)) / full, "tensors": float(len(chosen))}
+        self.spent = {
+            "flops_share": (costs.forward + costs.backward(chosen)) / full,
+            "tensors": float(len(chosen)),
+        }
         return chosen
 
     def _importance(self, window: Window, probe: Probe, names: list[str]) -> dict[str, float]:

@@ -27,7 +27,9 @@ class Lora(Tuner):
     """
 
     traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}), linear=True)
-    source: ClassVar[Source] = Source("LoRA: Low-Rank Adaptation of Large Language Models", 2021, "arXiv:2106.09685", "eq. 3")
+    source: ClassVar[Source] = Source(
+        "LoRA: Low-Rank Adaptation of Large Language Models", 2021, "arXiv:2106.09685", "eq. 3"
+    )
 
     rank: int = Field(16, ge=1)
     """Inner width R."""
@@ -40,7 +42,9 @@ class Lora(Tuner):
     seed: int = 0
     """For the start of A."""
 
-    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> LoraTrainable:
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+    ) -> LoraTrainable:
         return LoraTrainable(self, as_view(model))
 
 
@@ -68,7 +72,10 @@ class LoraTrainable(Trainable):
         return [ParamGroup([*self.a.values(), *self.b.values()])]
 
     def state_dict(self) -> dict[str, Tensor]:
-        a, b = {f"a.{n}": t.detach() for n, t in self.a.items()}, {f"b.{n}": t.detach() for n, t in self.b.items()}
+        a, b = (
+            {f"a.{n}": t.detach() for n, t in self.a.items()},
+            {f"b.{n}": t.detach() for n, t in self.b.items()},
+        )
         return a | b | {f"initial.{n}": t for n, t in self.initial.items()}
 
     @torch.no_grad()

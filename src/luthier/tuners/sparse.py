@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
 from luthier.training.linear import sparse_linear, stochastic_round
-from luthier.tuners.base import oriented, register, replace_forward
+from luthier.tuners.base import bias_of, oriented, register, replace_forward
 from luthier.update import Sparse
 from luthier.update.parts import Undo
 
@@ -39,7 +39,7 @@ class SparseWeights:
             self.undo.append(replace_forward(module, self._forward(name, module)))
 
     def _forward(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        weight, bias = oriented(module), module.bias
+        weight, bias = oriented(module), bias_of(module)
 
         def forward(x: Tensor) -> Tensor:
             return sparse_linear(x, weight, bias, self.values[name], self.indices[name], self.observe[name])

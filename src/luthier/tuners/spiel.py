@@ -194,7 +194,11 @@ class Spiel(Tuner):
         problems = super().check(facts)
         if self.window >= self.reselect_every:
             problems.append(
-                Problem("window", f"{self.window} is not below reselect_every = {self.reselect_every}", "windows would overlap")
+                Problem(
+                    "window",
+                    f"{self.window} is not below reselect_every = {self.reselect_every}",
+                    "windows would overlap",
+                )
             )
         return problems
 
@@ -238,11 +242,15 @@ class SpielTrainable(Trainable):
         total = t.num_weights if t.num_weights is not None else int(t.density * anatomy.num_parameters)
         if not 0 < total <= sum(sizes):
             raise RecipeError(
-                "spiel.density", f"asks for {total} entries of the {sum(sizes)} in the target matrices", "choose fewer, or more targets"
+                "spiel.density",
+                f"asks for {total} entries of the {sum(sizes)} in the target matrices",
+                "choose fewer, or more targets",
             )
         chosen = [(x, k) for x, k in zip(linears, budgets(total, sizes), strict=True) if k > 0]
         if not chosen:
-            raise RecipeError("spiel.density", f"{total} entries leave none for any of {len(linears)} matrices", "raise it")
+            raise RecipeError(
+                "spiel.density", f"{total} entries leave none for any of {len(linears)} matrices", "raise it"
+            )
         return chosen
 
     # --- the loop's calls ---
@@ -269,7 +277,9 @@ class SpielTrainable(Trainable):
     def before_window(self, window: Window | None = None, probe: Any = None) -> None:
         if self._optimizer is not None and not isinstance(self._optimizer, (AgeAdamW, SparseSM3)):
             raise TypeError("SpIEL moves its entries: use the optimiser it makes")
-        open_now = self.tuner.variant == "ag" and is_observed(self._steps + 1, self.tuner.reselect_every, self.tuner.window)
+        open_now = self.tuner.variant == "ag" and is_observed(
+            self._steps + 1, self.tuner.reselect_every, self.tuner.window
+        )
         for name in self.sparse.values:
             self.sparse.observe[name] = partial(self._see, name) if open_now else None
 
@@ -310,7 +320,9 @@ class SpielTrainable(Trainable):
         state = self._optimizer.state[values]
         if self.tuner.variant == "ma":
             if state:
-                slots, incoming = exchange(indices, values, outer_top(state["row"], state["column"], indices, quota), quota)
+                slots, incoming = exchange(
+                    indices, values, outer_top(state["row"], state["column"], indices, quota), quota
+                )
                 self.sparse.move(name, slots, incoming)
             return
         if name not in self.candidates:

@@ -3,4 +3,16 @@
 from luthier.update.parts import Chart, Dense, LowRank, Modules, Part, Prompt, Replace, Seeds, Sparse
 from luthier.update.update import Update, add
 
-__all__ = ["Chart", "Dense", "LowRank", "Modules", "Part", "Prompt", "Replace", "Seeds", "Sparse", "Update", "add"]
+__all__ = [
+    "Chart",
+    "Dense",
+    "LowRank",
+    "Modules",
+    "Part",
+    "Prompt",
+    "Replace",
+    "Seeds",
+    "Sparse",
+    "Update",
+    "add",
+]

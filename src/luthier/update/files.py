@@ -70,7 +70,7 @@ def _save_house(update: Update, folder: Path) -> None:
 
 
 def _save_peft(part: LowRank, base: Fingerprint, folder: Path, view: Any) -> None:
-    from peft import LoraConfig
+    from peft import LoraConfig, TaskType
 
     modules = [n.removesuffix(".weight") for n in part.a]
     ranks = {m: part.a[f"{m}.weight"].shape[0] for m in modules}
@@ -78,12 +78,13 @@ def _save_peft(part: LowRank, base: Fingerprint, folder: Path, view: Any) -> Non
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     alpha = scales[next(m for m in modules if ranks[m] == common)] * common
     config = LoraConfig(
-        r=common, lora_alpha=alpha, target_modules=sorted(modules), task_type="CAUSAL_LM", bias="none", inference_mode=True,  # type: ignore[arg-type]
+        r=common, lora_alpha=alpha, target_modules=sorted(modules), task_type=TaskType.CAUSAL_LM,
+        bias="none", inference_mode=True,
         base_model_name_or_path=base.name, fan_in_fan_out=bool(part.transposed),
         rank_pattern={m: r for m, r in ranks.items() if r != common},
         alpha_pattern={m: scales[m] * ranks[m] for m in modules if scales[m] * ranks[m] != alpha},
     )  # fmt: skip
-    if view is not None and getattr(view.module.config, "_name_or_path", ""):
+    if view is not None and view.module.config._name_or_path:
         config.base_model_name_or_path = view.module.config._name_or_path
     tensors = {f"{PREFIX}{n.removesuffix('.weight')}.lora_A.weight": t.contiguous() for n, t in part.a.items()}
     tensors |= {f"{PREFIX}{n.removesuffix('.weight')}.lora_B.weight": t.contiguous() for n, t in part.b.items()}
@@ -93,14 +94,19 @@ def _save_peft(part: LowRank, base: Fingerprint, folder: Path, view: Any) -> Non
 
 def _load_peft(folder: Path) -> LowRank:
     config = _header(folder / "adapter_config.json")
-    a, b, scale = {}, {}, {}
+    a: dict[str, Tensor] = {}
+    b: dict[str, Tensor] = {}
+    scale: dict[str, float] = {}
     try:
         for key, t in _tensors(folder / "adapter_model.safetensors").items():
             module, _, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
             (a if which == "A" else b)[f"{module}.weight"] = t
         for name in a:
             module = name.removesuffix(".weight")
-            r, alpha = config["rank_pattern"].get(module, config["r"]), config["alpha_pattern"].get(module, config["lora_alpha"])
+            r, alpha = (
+                config["rank_pattern"].get(module, config["r"]),
+                config["alpha_pattern"].get(module, config["lora_alpha"]),
+            )
             scale[name] = alpha / r
         return LowRank(a, b, scale, frozenset(a) if config.get("fan_in_fan_out") else frozenset())
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
@@ -145,7 +151,9 @@ def verify_update(folder: Path, trainable: Any, view: Any, row: Mapping[str, Any
     worst, moved = float((live - reloaded).abs().max()), float((live - base).abs().max())
     scale = float(live.abs().max().clamp_min(1.0))
     if worst > TOLERANCE[view.dtype] * scale:
-        raise LuthierError(f"{folder}: what was saved is not what was trained (states differ by {worst:.3g}); keep the checkpoints")
+        raise LuthierError(
+            f"{folder}: what was saved is not what was trained (states differ by {worst:.3g}); keep the checkpoints"
+        )
     if moved == 0.0:
         raise LuthierError(f"{folder}: the tuned model equals the base on {row['key']}; nothing was learnt")
     return worst

