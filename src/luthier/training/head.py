@@ -34,8 +34,8 @@ class _ChunkedNll(torch.autograd.Function):
         nll = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         eager = ctx.needs_input_grad[0] and not ctx.needs_input_grad[1]
         grad = torch.empty_like(hidden) if eager else None
-        for part in torch.arange(len(labels)).split(CHUNK):
-            s = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(labels), CHUNK):
+            s = slice(start, start + CHUNK)
             log_p = (hidden[s] @ weight.T).float().log_softmax(-1)  # [n, V]
             nll[s] = -log_p.gather(1, labels[s, None]).squeeze(1)
             if grad is not None:
@@ -55,8 +55,8 @@ class _ChunkedNll(torch.autograd.Function):
         hidden, weight, labels = ctx.saved_tensors
         gh = torch.empty_like(hidden)
         gw = torch.zeros_like(weight, dtype=torch.float32)
-        for part in torch.arange(len(labels)).split(CHUNK):
-            s = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(labels), CHUNK):
+            s = slice(start, start + CHUNK)
             p = (hidden[s] @ weight.T).float().softmax(-1)
             d = (_minus_onehot(p, labels[s]) * g[s, None]).to(weight.dtype)  # [n, V]
             gh[s] = d @ weight

@@ -1,0 +1,116 @@
+"""grad-transformer's exact checks on packing, order and chart; numbers in names are the sheet's."""
+
+import copy
+import random
+
+import pytest
+import torch
+from conftest import batch_of, rows_of, view_of
+
+from luthier.collaboration.packing import factor_deltas, from_deltas, pack, slots, unpack, widths
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.lora import Lora
+from luthier.update import Update
+
+
+def trained(layers=3, seed=0, rows_seed=0, targets=("q_proj", "v_proj")):
+    view = view_of(layers=layers)
+    trainable = Lora(rank=2, alpha=32, targets=targets, seed=seed).attach(view)
+    loop = Loop(view, rows_of(seed=rows_seed), trainable, Sft(), TrainSettings(max_steps=4, batch_size=4))
+    for _ in range(4):
+        loop.step()
+    return view, trainable
+
+
+def test_1_round_trip_is_exact_and_order_free():
+    _, trainable = trained()
+    update = trainable.update()
+    values = factor_deltas(update.parts[0], update.chart)
+    packed = pack(values)
+    shapes = {k: tuple(t.shape) for k, t in values.items()}
+    back = unpack(packed.rows, shapes)
+    assert back.keys() == values.keys() and all(torch.equal(back[k], values[k]) for k in values)
+    shuffled = list(values.items())
+    random.Random(0).shuffle(shuffled)
+    assert torch.equal(pack(dict(shuffled)).rows, packed.rows)
+    assert torch.equal(update.coordinates(), packed.rows)
+    other = trained(rows_seed=1)[1].update()
+    assert not torch.equal(other.coordinates(), update.coordinates())
+
+
+@pytest.mark.parametrize(("hidden", "kv", "layers", "width"), [(2048, 256, 36, 12800), (3584, 512, 28, 22528)])
+def test_1_widths_of_the_two_published_shapes(hidden, kv, layers, width):
+    shapes = {}
+    for i in range(layers):
+        name = f"model.layers.{i}.self_attn"
+        shapes |= {f"a.{name}.q_proj.weight": (2, hidden), f"b.{name}.q_proj.weight": (hidden, 2)}
+        shapes |= {f"a.{name}.v_proj.weight": (2, hidden), f"b.{name}.v_proj.weight": (kv, 2)}
+    order = slots(shapes)
+    assert set(widths(order).values()) == {width}
+    assert [s.layer for s in order] == sorted(s.layer for s in order)  # layer 10 comes after 9
+    first = [s.key.rpartition("self_attn.")[0][:2] + s.key.rpartition("self_attn.")[2] for s in order[:4]]
+    assert first == ["a.q_proj.weight", "b.q_proj.weight", "a.v_proj.weight", "b.v_proj.weight"]
+
+
+def test_unequal_layers_are_padded_and_masked():
+    values = {
+        "a.m.0.x.weight": torch.ones(2, 3),
+        "b.m.0.x.weight": torch.ones(4, 2),
+        "a.m.1.x.weight": torch.ones(2, 2),
+    }
+    packed = pack(values)
+    assert packed.rows.shape == (2, 14) and packed.mask.sum(1).tolist() == [14, 4]
+    assert bool((packed.rows[~packed.mask] == 0).all())
+    back = unpack(packed.rows, {k: tuple(t.shape) for k, t in values.items()})
+    assert all(torch.equal(back[k], values[k]) for k in values)
+
+
+def test_2_zero_update_changes_nothing_and_the_true_one_reproduces_the_run():
+    view, trainable = trained()
+    batch = batch_of()
+    live = view.trace(batch).hidden[-1].detach()
+    update = trainable.update()
+    trainable.detach()
+    base = view.trace(batch).hidden[-1].detach()
+    values = factor_deltas(update.parts[0], update.chart)
+    scale = update.parts[0].scale
+    zero = from_deltas({k: torch.zeros_like(t) for k, t in values.items()}, update.chart, scale)
+    with Update(update.base, (zero,)).bind(view):
+        assert torch.equal(view.trace(batch).hidden[-1], base)
+    rows = pack(values).rows
+    again = from_deltas(unpack(rows, {k: tuple(t.shape) for k, t in values.items()}), update.chart, scale)
+    with Update(update.base, (again,)).bind(view):
+        torch.testing.assert_close(view.trace(batch).hidden[-1], live, atol=1e-5, rtol=0)
+
+
+def test_6_the_mean_of_equal_clients_is_one_client():
+    _, trainable = trained()
+    rows = trainable.update().coordinates()
+    assert torch.equal(torch.stack([rows] * 4).mean(0), rows)
+
+
+def test_9_another_start_has_another_digest():
+    charts = [trained(seed=s)[1].update().chart for s in (0, 0, 1)]
+    assert charts[0].digest == charts[1].digest != charts[2].digest
+
+
+def test_bad_input():
+    _, trainable = trained()
+    update = trainable.update()
+    values = factor_deltas(update.parts[0], update.chart)
+    shapes = {k: tuple(t.shape) for k, t in values.items()}
+    with pytest.raises(ValueError, match="these shapes need"):
+        unpack(pack(values).rows[:2], shapes)
+    broken = {**values, next(iter(values)): torch.full_like(next(iter(values.values())), float("nan"))}
+    with pytest.raises(ValueError, match="not finite"):
+        pack(broken)
+    wider = trained(targets=("q_proj", "k_proj"))[1].update()
+    with pytest.raises(ValueError, match="other matrices than the chart"):
+        factor_deltas(wider.parts[0], update.chart)
+    with pytest.raises(TypeError, match="coordinates need"):
+        (2.0 * update).coordinates()
+    with pytest.raises(ValueError, match="lies in no block"):
+        pack({"a.lm_head.weight": torch.ones(2, 2)})
+    assert copy.copy(update) == update

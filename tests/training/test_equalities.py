@@ -1,0 +1,254 @@
+"""What must be equal: one batch of eight, eight of one, two processes; interrupted and uninterrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import rows_of, view_of
+
+from luthier.errors import LuthierError
+from luthier.objectives.caft import Caft
+from luthier.objectives.q_tuning import QTuning
+from luthier.objectives.sft import Sft
+from luthier.training import checkpoint
+from luthier.training.loop import Interrupted, Loop
+from luthier.training.order import Order, micro_batches
+from luthier.training.settings import TrainSettings
+from luthier.tuners.adapter import Adapter
+from luthier.tuners.dept import Dept
+from luthier.tuners.full import Full
+from luthier.tuners.green_trainer import GreenTrainer
+from luthier.tuners.lora import Lora
+from luthier.tuners.spiel import Spiel
+
+SETTINGS = TrainSettings(max_steps=4, batch_size=8, learning_rate=1e-2, tokens_per_forward=30)
+CASES = {
+    "lora-sft": (Lora(rank=4), Sft()),
+    "full-q-tuning": (Full(), QTuning(keep_rows=0.5)),
+    "lora-caft": (Lora(rank=4), Caft(allow_untrained_heads=True, weight=0.3)),
+    "dept-sft": (Dept(budget_length=12, length=4, max_length=16), Sft()),
+}
+
+
+def rows():
+    return rows_of((14, 6, 13, 15, 11, 8, 12, 9, 7, 10), answer=5)
+
+
+def tuned(trainable):
+    return {str(i): p.detach().reshape(-1).tolist() for i, p in enumerate(trainable.parameters())}
+
+
+def trained(tuner, objective, **changes):
+    view = view_of()
+    settings = SETTINGS.model_copy(update=changes)
+    trainable = tuner.attach(view, total_steps=settings.max_steps)
+    loop = Loop(view, rows(), trainable, objective, settings)
+    losses = [loop.step()["loss"] for _ in range(settings.max_steps)]
+    return {"losses": losses, "weights": tuned(trainable)}
+
+
+def assert_equal(a, b):
+    assert a["losses"] == pytest.approx(b["losses"], abs=1e-5)
+    for name in a["weights"]:
+        torch.testing.assert_close(
+            torch.tensor(a["weights"][name]), torch.tensor(b["weights"][name]), atol=1e-5, rtol=0
+        )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eight_of_one_equal_one_of_eight(name):
+    assert_equal(trained(*CASES[name], tokens_per_forward=10_000), trained(*CASES[name], tokens_per_forward=1))
+
+
+def test_two_processes_equal_one(tmp_path):
+    target = tmp_path / "out.json"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    script = str(Path(__file__).with_name("two_ranks.py"))
+    done = subprocess.run(
+        [*command, script, str(target)], env=env, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert target.exists(), done.stderr[-3000:]
+    together = json.loads(target.read_text())
+    for name, case in CASES.items():
+        assert_equal(trained(*case), together[name])
+
+
+def test_order_is_a_pure_function_of_seed_and_step():
+    order = Order(10, 4, 2, None, 7, True)
+    assert order.total == 6
+    first = [order.rows(s) for s in range(6)]
+    assert [Order(10, 4, 2, None, 7, True).rows(s) for s in reversed(range(6))] == first[::-1]
+    assert sorted(sum(first[:3], [])) == sorted(sum(first[3:], [])) == list(range(10))
+    assert first[:3] != first[3:]
+
+
+def test_micro_batches_hold_every_row_once_within_the_limit():
+    lengths = [14, 6, 13, 40, 11, 8, 12, 9]
+    for world in (1, 2, 3):
+        ranks = micro_batches(lengths, 30, world)
+        assert len(ranks) == world
+        everything = sorted(i for rank in ranks for part in rank for i in part)
+        assert everything == list(range(8))
+        assert all(sum(lengths[i] for i in p) <= 30 or len(p) == 1 for rank in ranks for p in rank)
+    assert [len(r) for r in micro_batches([3, 3], 30, 4)] == [1, 1, 0, 0]
+
+
+RESUMED = {
+    "lora": Lora(rank=4),
+    "full": Full(),
+    "spiel": Spiel(density=0.05, reselect_every=4, window=2),
+    "spiel-ma": Spiel(density=0.05, reselect_every=4, window=2, variant="ma"),
+    "green-trainer": GreenTrainer(reselect_every=4),
+    "adapter": Adapter(rank=4),
+    "dept": Dept(budget_length=12, length=4, max_length=16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RESUMED)
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(name, dtype, tmp_path):
+    settings = SETTINGS.model_copy(update={"max_steps": 9})
+
+    def make(folder=None, stop=lambda: False):
+        view = view_of()
+        view.module.to(dtype)
+        trainable = RESUMED[name].attach(view, total_steps=9)
+        return Loop(view, rows(), trainable, Sft(), settings, folder=folder, stop=stop, data_hash="x")
+
+    whole = make()
+    whole.run()
+    for at in (3, 7):  # inside a window, and after an event
+        counter = iter(range(100))
+        with pytest.raises(Interrupted):
+            make(tmp_path, stop=lambda c=counter, at=at: next(c) >= (at if at == 3 else 4)).run()
+    again = make(tmp_path)
+    again.run()
+    assert [e["loss"] for e in again.progress.log] == [e["loss"] for e in whole.progress.log]
+    mine, theirs = again.trainable.state_dict(), whole.trainable.state_dict()
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+    for (n, p), (_, q) in zip(again.view.module.named_parameters(), whole.view.module.named_parameters(), strict=True):
+        assert torch.equal(p, q), n
+
+
+def test_other_rows_and_damaged_checkpoints_are_refused_and_half_written_ones_passed_over(tmp_path):
+    def make(data_hash="x"):
+        view = view_of()
+        return Loop(view, rows(), Lora(rank=2).attach(view), Sft(), SETTINGS, folder=tmp_path, data_hash=data_hash)
+
+    loop = make()
+    loop.step()
+    loop.save()
+    loop.step()
+    loop.save()
+    assert make().resume()
+    with pytest.raises(LuthierError, match="other rows than data.train"):
+        make("y").resume()
+    (tmp_path / "checkpoint-2" / checkpoint.MARKER).unlink()
+    again = make()
+    again.resume()
+    assert again.progress.step == 1
+    (tmp_path / "checkpoint-1" / "optimizer.pt").write_bytes(b"garbage")
+    with pytest.raises(LuthierError, match=r"optimizer\.pt: cannot be read as a checkpoint"):
+        make().resume()
+
+
+def test_a_malicious_checkpoint_runs_nothing(tmp_path):
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return (os.system, (f"touch {tmp_path / 'boom'}",))
+
+    view = view_of()
+    loop = Loop(view, rows(), Lora(rank=2).attach(view), Sft(), SETTINGS, folder=tmp_path)
+    loop.save()
+    for file in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        with (tmp_path / "checkpoint-0" / file).open("wb") as handle:
+            pickle.dump(Bomb(), handle)
+        with pytest.raises(LuthierError, match="cannot be read as a checkpoint"):
+            loop.resume()
+    assert not (tmp_path / "boom").exists()
+
+
+def test_best_state_and_early_stopping(tmp_path):
+    view, losses = view_of(), iter([3.0, 2.0, 2.5, 2.6, 2.7])
+    settings = SETTINGS.model_copy(update={"max_steps": 20, "eval_steps": 1, "early_stopping_patience": 2})
+    trainable = Lora(rank=2).attach(view)
+    states = []
+
+    def evaluate():
+        states.append({k: t.clone() for k, t in trainable.state_dict().items()})
+        return next(losses)
+
+    loop = Loop(view, rows(), trainable, Sft(), settings, folder=tmp_path, evaluate=evaluate)
+    progress = loop.run()
+    assert progress.step == 4 and progress.best_step == 2
+    assert all(torch.equal(t, states[1][k]) for k, t in trainable.state_dict().items())
+
+
+def test_nan_stops_with_a_sentence_or_is_skipped():
+    def make(**changes):
+        view = view_of()
+        trainable = Lora(rank=2).attach(view)
+        with torch.no_grad():
+            next(iter(trainable.b.values())).fill_(float("nan"))
+        return Loop(view, rows(), trainable, Sft(), SETTINGS.model_copy(update=changes))
+
+    with pytest.raises(LuthierError, match="step 1: loss nan.*lower learning_rate"):
+        make().step()
+    loop = make(on_nan="skip")
+    before = {k: t.clone() for k, t in loop.trainable.state_dict().items()}
+    loop.step()
+    assert loop.progress.skipped == 1
+    assert all(torch.equal(t.nan_to_num(), before[k].nan_to_num()) for k, t in loop.trainable.state_dict().items())
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from pathlib import Path
+from conftest import view_of
+from training.test_equalities import RESUMED, SETTINGS, rows
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+import torch
+
+view = view_of()
+settings = SETTINGS.model_copy(update={{"max_steps": 60, "save_steps": 1}})
+loop = Loop(view, rows(), RESUMED[{name!r}].attach(view, total_steps=60), Sft(), settings, folder=Path({folder!r}))
+loop.run()
+torch.save(loop.trainable.state_dict(), {target!r})
+"""
+
+
+@pytest.mark.parametrize("name", ["lora", "spiel", "full"])
+def test_killed_by_sigkill_and_resumed_ends_on_the_same_weights(name, tmp_path):
+    def start(folder, target):
+        code = KILLED.format(tests=str(Path(__file__).parents[1]), name=name, folder=str(folder), target=str(target))
+        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    whole = start(tmp_path / "whole", tmp_path / "whole.pt")
+    folder, target = tmp_path / "killed", tmp_path / "killed.pt"
+    for wanted in (5, 20):
+        process = start(folder, target)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:
+            newest = checkpoint.newest(folder) if folder.exists() else None
+            if newest is not None and int(newest.name.split("-")[1]) >= wanted:
+                break
+            time.sleep(0.002)
+        assert process.poll() is None, process.stderr.read().decode()[-2000:]
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not target.exists()
+    last = start(folder, target)
+    assert last.wait(120) == 0 and whole.wait(120) == 0
+    a, b = torch.load(tmp_path / "whole.pt"), torch.load(target)
+    assert all(torch.equal(a[k], b[k]) for k in a)
