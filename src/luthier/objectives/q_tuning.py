@@ -72,8 +72,9 @@ def choose_rows(perplexity: np.ndarray, entropy: np.ndarray, keep_fraction: floa
     q4 = q4 & ~q2  # a row in both (constant values) counts as a misconception
     wanted = max(1, int(keep_fraction * len(perplexity)))
     p, e = _scaled(perplexity), _scaled(entropy)
-    # Rows of the quadrants come first; inside each class the larger gap does, and ties go by index.
-    order = np.lexsort((np.arange(len(p)), -np.abs(p - e), ~(q2 | q4)))
+    # Rows of the quadrants come first; inside each class the larger gap does. Ties (two rows always tie) go by
+    # perplexity, not by index: the choice must not depend on how a window was cut into micro-batches.
+    order = np.lexsort((np.arange(len(p)), -perplexity, -np.abs(p - e), ~(q2 | q4)))
     keep = np.sort(order[:wanted])
     topped = ~(q2 | q4)[keep]
     return Rows(keep, np.where(topped, p[keep] >= e[keep], q2[keep]), topped, alpha)

@@ -145,7 +145,7 @@ class Loop:
         if live:
             return live, 1.0
         idle = collate([self.rows[self.order.rows(window.clock.step)[0]]]).to(self.view.device)
-        return self.objective.plan(replace(window, micro=[idle], gather=lambda x: x), self.probe)[0].micro, 0.0
+        return self.objective.plan(replace(window, micro=[idle], gather=lambda x: x, rank=0), self.probe)[0].micro, 0.0
 
     def _reduce(self, local: Mapping[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:
