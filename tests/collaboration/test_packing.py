@@ -5,8 +5,8 @@ import random
 
 import pytest
 import torch
-from conftest import batch_of, rows_of, view_of
 
+from conftest import batch_of, rows_of, view_of
 from luthier.collaboration.packing import factor_deltas, from_deltas, pack, slots, unpack, widths
 from luthier.objectives.sft import Sft
 from luthier.training.loop import Loop

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch_of, rows_of, view_of
 
+from conftest import batch_of, rows_of, view_of
 from luthier.compute.lemo import Lemo, block_scores, kept_blocks, layer_keep, pruned_mlp, tokens_of
 from luthier.errors import LuthierError
 from luthier.objectives.base import Forward

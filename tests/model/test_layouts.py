@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import batch_of, tiny, view_of
 
+from conftest import batch_of, tiny, view_of
 from luthier.data.batch import IGNORE, collate, pad, unpad
 from luthier.model.attention import _fused, _plain, flat_attention
 from luthier.model.plain import plain_operations

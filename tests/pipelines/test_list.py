@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import view_of
 
+from conftest import view_of
 from luthier.data.batch import collate
 from luthier.errors import LuthierError
 from luthier.model.plain import plain_operations

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows_of, view_of
 
+from conftest import rows_of, view_of
 from luthier.errors import LuthierError
 from luthier.objectives.caft import Caft
 from luthier.objectives.q_tuning import QTuning

@@ -8,10 +8,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from conftest import view_of
-from training.test_equalities import CASES, SETTINGS, rows, tuned
 
+from conftest import view_of
 from luthier.training.loop import Loop
+from training.test_equalities import CASES, SETTINGS, rows, tuned
 
 
 def main() -> None:

@@ -102,6 +102,10 @@ class Loop:
         groups = trainable.groups()
         if self.extra is not None and (beside := [p for p in self.extra.parameters() if p.requires_grad]):
             groups = [*groups, ParamGroup(beside)]
+        if not any(g.params for g in groups):
+            raise LuthierError(
+                f"nothing trains: {objective.key()} adds no modules beside the frozen model; choose a tuner"
+            )
         self.optimizer = trainable.optimizer(groups, self._default_optimizer)
         self.scheduler = get_scheduler(
             s.lr_scheduler_type, self.optimizer, round(s.warmup_fraction * self.order.total), self.order.total

@@ -1,0 +1,229 @@
+"""What every exported method keeps. Exporting a class enrols it; one without an example here fails collection."""
+
+import importlib
+import inspect
+import json
+
+import pytest
+import torch
+
+from conftest import batch_of, rows_of, tiny, view_of
+from luthier import manifest, recipe
+from luthier.data.batch import collate
+from luthier.errors import LuthierError, RecipeError
+from luthier.method import Facts, Method
+from luthier.objectives.sft import Sft
+from luthier.pipelines.base import Lab
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.update.files import load, save_update
+from pipelines.test_list import cloze, with_soft
+
+SETTINGS = TrainSettings(max_steps=3, batch_size=4, learning_rate=1e-2)
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_fraction": 0.0}
+# A small instance of every method: fields away from their defaults where the tiny model needs it.
+EXAMPLES = {
+    "adapter": {"rank": 4, "init_std": 0.05},
+    "caft": {"allow_untrained_heads": True, "weight": 0.5},
+    "dept": {"budget_length": 12, "length": 4, "max_length": 16},
+    "distill": {"warmup_share": 0.0},
+    "fedkseed": {"num_seeds": 8},
+    "frozen": {},
+    "full": {},
+    "green-trainer": {"flops_share": 0.7},
+    "lemo": {"block_size": 2},
+    "list": {"rounds": 1, "unlabelled_steps": 2, "labelled_epochs": 1, "rank": 2},
+    "lora": {"rank": 4},
+    "q-tuning": {"keep_rows": 0.5},
+    "sft": {},
+    "spiel": {"density": 0.05, "reselect_every": 4, "window": 2},
+}
+ALL = [(kind, name, cls) for kind in manifest.KINDS for name, cls in manifest.classes(kind).items()]
+IDS = [name for _, name, _ in ALL]
+TUNERS = [(name, cls) for kind, name, cls in ALL if kind == "tuner"]
+OBJECTIVES = [(name, cls) for kind, name, cls in ALL if kind == "objective"]
+
+
+def example(name, cls):
+    return cls(**EXAMPLES[name])
+
+
+def rows_for(objective):
+    return with_soft(cloze(8, 0)) if objective.key() == "distill" else rows_of((14, 12, 9, 11), answer=5)
+
+
+def loop_for(tuner, objective, view=None, **changes):
+    view = view or view_of()
+    closure = "closure" in tuner.traits.needs
+    settings = SETTINGS.model_copy(update={**(CONSTANT if closure else {}), **changes})
+    lab = Lab({"labelled": cloze(6, 5)})
+    return Loop(
+        view, rows_for(objective), tuner.attach(view, total_steps=settings.max_steps), objective, settings, lab=lab
+    )
+
+
+def test_every_method_has_an_example_and_no_example_is_left_over():
+    assert set(IDS) == set(EXAMPLES)
+
+
+@pytest.mark.parametrize(("kind", "name", "cls"), ALL, ids=IDS)
+def test_page_source_and_documented_fields(kind, name, cls):
+    assert issubclass(cls, Method) and cls.__module__.rpartition(".")[2].replace("_", "-") == name
+    doc = inspect.getdoc(cls)
+    assert doc and "Cost:" in doc, "a page says what the method costs"
+    assert name == "frozen" or cls.source is not None
+    for field, info in cls.model_fields.items():
+        assert info.description, f"{field} has no documentation"
+
+
+@pytest.mark.parametrize(("kind", "name", "cls"), ALL, ids=IDS)
+def test_recipe_round_trip_and_wrong_fields_name_their_key(kind, name, cls):
+    method = example(name, cls)
+    assert cls(**json.loads(method.model_dump_json())) == method
+    with pytest.raises(ValueError, match="no_such_field"):
+        cls(no_such_field=1)
+    if kind not in ("tuner", "objective", "compute"):
+        return
+    text = f"model: a/b\ndata: {{train: x.jsonl}}\n{kind}: {{{name}: {{no_such_field: 1}}}}\n"
+    with pytest.raises(RecipeError, match=rf"r\.yaml:3: {kind}\.{name}\.no_such_field: there is no such key"):
+        recipe.load(text, "r.yaml")
+    settings = "".join(f"{k}: {v}\n" for k, v in CONSTANT.items()) if "closure" in cls.traits.needs else ""
+    loaded = recipe.load(
+        f"model: a/b\ndata: {{train: x.jsonl}}\n{settings}{kind}: {json.dumps({name: EXAMPLES[name]})}\n"
+    )
+    assert getattr(loaded, kind) == method
+    assert recipe.load(json.dumps(loaded.as_dict())) == loaded
+
+
+def test_the_manifest_is_what_the_classes_say():
+    assert manifest.read() == json.loads(json.dumps(manifest.build())), "run python -m luthier.manifest"
+
+
+@pytest.mark.parametrize(("name", "cls"), TUNERS, ids=[n for n, _ in TUNERS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_detach_gives_back_the_base_bit_for_bit(name, cls, dtype):
+    view = view_of()
+    view.module.to(dtype)
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    flags = {n: p.requires_grad for n, p in view.module.named_parameters()}
+    if name == "frozen":
+        trainable = example(name, cls).attach(view)
+        with pytest.raises(LuthierError, match="nothing trains"):
+            loop_for(example(name, cls), Sft(), view)
+    else:
+        loop = loop_for(example(name, cls), Sft(), view)
+        trainable = loop.trainable
+        for _ in range(3):
+            loop.step()
+    trainable.detach()
+    after = dict(view.module.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[n], p) and p.requires_grad == flags[n] and p.grad is None for n, p in after.items())
+    assert not view.input_hooks and not any("forward" in vars(m) for m in view.module.modules())
+
+
+@pytest.mark.parametrize(("name", "cls"), TUNERS, ids=[n for n, _ in TUNERS])
+def test_the_saved_update_in_a_fresh_base_gives_the_same_states(name, cls, tmp_path):
+    view, batch = view_of(), batch_of()
+    if name == "frozen":
+        trainable = example(name, cls).attach(view)
+    else:
+        loop = loop_for(example(name, cls), Sft(), view)
+        trainable = loop.trainable
+        for _ in range(3):
+            loop.step()
+    view.module.eval()
+    live, plain = view.trace(batch).hidden[-1].detach(), view_of().trace(batch).hidden[-1]
+    assert torch.equal(live, plain) == (name == "frozen")
+    update = trainable.update()
+    save_update(update, tmp_path, view)
+    fresh = view_of()
+    with load(tmp_path).bind(fresh):
+        torch.testing.assert_close(fresh.trace(batch).hidden[-1], live, atol=2e-5, rtol=1e-4)
+    assert update.linear == cls.traits.linear or name == "frozen"
+
+
+@pytest.mark.parametrize(("name", "cls"), TUNERS, ids=[n for n, _ in TUNERS])
+def test_same_seed_same_numbers(name, cls):
+    if name == "frozen":
+        assert list(example(name, cls).attach(view_of()).parameters()) == []
+        return
+    runs = []
+    for _ in range(2):
+        loop = loop_for(example(name, cls), Sft())
+        runs.append([loop.step()["loss"] for _ in range(3)])
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize(("name", "cls"), OBJECTIVES, ids=[n for n, _ in OBJECTIVES])
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_packed_alone_and_padded_give_the_same_loss(name, cls, layout):
+    from luthier.tuners.adapter import Adapter
+
+    results = []
+    for limit in (10_000, 1):
+        view = view_of()
+        view.layout = layout
+        tuner = Adapter(rank=2, init_std=0.05)
+        loop = loop_for(tuner, example(name, cls), view, tokens_per_forward=limit, adam_eps=1e-5)
+        results.append([loop.step()["loss"] for _ in range(3)])
+    assert results[0] == pytest.approx(results[1], abs=1e-5)
+    if layout == "padded":
+        view = view_of()
+        loop = loop_for(Adapter(rank=2, init_std=0.05), example(name, cls), view, adam_eps=1e-5)
+        assert [loop.step()["loss"] for _ in range(3)] == pytest.approx(results[0], abs=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "name", "cls"), ALL, ids=IDS)
+def test_refusals_are_those_the_traits_declare(kind, name, cls):
+    method = example(name, cls)
+    for task in ("causal-lm", "classification", "audio"):
+        refused = any(p.key == "task" for p in method.check(Facts(task=task, batch_size=4)))
+        assert refused == (task not in cls.traits.tasks)
+    for layout in ("flat", "padded"):
+        refused = any(p.key == "layout" for p in method.check(Facts(layout=layout, batch_size=4)))
+        assert refused == (layout not in cls.traits.layouts)
+    refused = any(p.key == "num_processes" for p in method.check(Facts(num_processes=2, batch_size=4)))
+    assert refused == ("one_process" in cls.traits.needs)
+
+
+BARE = [(n, c) for n, c in TUNERS if n != "frozen" and "grad" not in c.traits.needs and "closure" not in c.traits.needs]
+
+
+@pytest.mark.parametrize(("name", "cls"), BARE, ids=[n for n, _ in BARE])
+def test_five_lines_in_a_bare_loop(name, cls):
+    """The plain transformers model, a plain optimiser loop: no house but the tuner."""
+    model, batch = tiny().eval(), batch_of((9,), answer=5)
+    ids = batch.ids.unsqueeze(0)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    tuned = example(name, cls).attach(model, total_steps=8)
+    optimizer = tuned.optimizer(
+        tuned.groups(), lambda groups: torch.optim.AdamW([p for g in groups for p in g.params], lr=1e-2)
+    )
+    losses = []
+    for _ in range(8):
+        tuned.before_window(None, None)
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss.backward()
+        tuned.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tuned.after_step(None)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert tuned.update().parts
+
+
+def test_collate_of_examples_is_what_loops_see():
+    assert collate(rows_of()).num_sequences == 4
+
+
+@pytest.mark.parametrize(("kind", "name", "cls"), ALL, ids=IDS)
+def test_imports_of_a_method_never_touch_another(kind, name, cls):
+    """Methods know their kind and never each other; a pipeline may name the methods it is made of."""
+    if kind == "pipeline":
+        return
+    source = inspect.getsource(importlib.import_module(cls.__module__))
+    others = [c.__module__ for _, _, c in ALL if c is not cls and c.__module__ != cls.__module__]
+    assert not [o for o in others if f"from {o} import" in source or f"import {o}" in source]

@@ -1,0 +1,247 @@
+"""The algebra of updates, their files, and what refuses."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import batch_of, rows_of, tiny, view_of
+from luthier.errors import LuthierError
+from luthier.model.fingerprint import Fingerprint
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.full import Full
+from luthier.tuners.lora import Lora
+from luthier.update import Dense, LowRank, Prompt, Replace, Seeds, Sparse, Update, add
+from luthier.update.files import load, save_update
+
+NAME = "model.layers.0.self_attn.q_proj.weight"
+
+
+def parts(seed):
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda *s: torch.randn(*s, generator=g)  # noqa: E731
+    k = torch.randperm(32 * 32, generator=g)[:50].sort().values
+    return {
+        "dense": Dense({NAME: rand(32, 32)}),
+        "sparse": Sparse({NAME: k}, {NAME: rand(50)}, {NAME: (32, 32)}),
+        "lowrank": LowRank({NAME: rand(2, 32)}, {NAME: rand(32, 2)}, {NAME: 0.5}),
+        "seeds": Seeds(torch.tensor([seed + 3, 8]), torch.tensor([0.1, -0.2], dtype=torch.float64), {NAME: (32, 32)}),
+    }
+
+
+@pytest.fixture(scope="module")
+def base():
+    return view_of().base
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "lowrank", "seeds"])
+def test_sum_and_scale_are_those_of_the_weights(kind, base):
+    u, v = (Update(base, (parts(s)[kind],)) for s in (0, 1))
+    total = (0.5 * u + 2.0 * v).dense()[NAME]
+    torch.testing.assert_close(total, 0.5 * u.dense()[NAME] + 2.0 * v.dense()[NAME], atol=1e-5, rtol=1e-5)
+    assert type((u + v).parts[0]) is type(u.parts[0])
+    torch.testing.assert_close(
+        add([u, v, u]).dense()[NAME], 2 * u.dense()[NAME] + v.dense()[NAME], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_mixed_sorts_add_in_weight_space(base):
+    mixed = Update(base, (parts(0)["sparse"],)) + Update(base, (parts(0)["lowrank"],))
+    expected = Update(base, (parts(0)["sparse"],)).dense()[NAME] + Update(base, (parts(0)["lowrank"],)).dense()[NAME]
+    torch.testing.assert_close(mixed.dense()[NAME], expected)
+
+
+@pytest.mark.parametrize("part", [Replace({NAME: torch.zeros(32, 32)}), Prompt(torch.zeros(2, 32))])
+def test_compositions_refuse_plus_and_scale_by_name(part, base):
+    u = Update(base, (part,))
+    with pytest.raises(TypeError, match=f"a {part.kind} part cannot be added"):
+        u + u
+    with pytest.raises(TypeError, match=f"a {part.kind} part cannot be scaled"):
+        2.0 * u
+    with pytest.raises(TypeError, match="no difference in weight space"):
+        list(u.deltas())
+
+
+def test_other_bases_do_not_add(base):
+    other = Fingerprint(name="other", weights="0", tokenizer="0")
+    with pytest.raises(TypeError, match="different bases"):
+        Update(base, (parts(0)["dense"],)) + Update(other, (parts(0)["dense"],))
+
+
+def test_forms_convert_with_their_error(base):
+    u = Update(base, (parts(0)["lowrank"],))
+    same, error = u.to("lowrank", rank=2)
+    assert error < 1e-5
+    torch.testing.assert_close(same.dense()[NAME], u.dense()[NAME], atol=1e-4, rtol=0)
+    less, error = u.to("lowrank", rank=1)
+    singular = torch.linalg.svdvals(u.dense()[NAME].double())
+    assert error == pytest.approx(float(singular[1] / singular.square().sum().sqrt()), rel=1e-4)
+    few, error = u.to("sparse", density=0.1)
+    assert 0 < error < 1 and len(few.parts[0].indices[NAME]) == 102
+    assert u.to("sparse", density=1.0)[1] == 0.0
+    with pytest.raises(ValueError, match="form 'sparse'"):
+        u.to("sparse")
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "lowrank", "seeds"])
+def test_bind_is_the_sum_and_leaves_the_stored_bits(kind):
+    view, batch = view_of(), batch_of()
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    u = Update(view.base, (parts(0)[kind],))
+    reference = tiny()
+    with torch.no_grad():
+        reference.get_parameter(NAME).add_(0.5 * u.dense()[NAME])
+    expected = reference.model(input_ids=batch.select(torch.tensor([0])).ids.unsqueeze(0)).last_hidden_state[0]
+    with u.bind(view, scale=0.5) as tuned:
+        torch.testing.assert_close(tuned.trace(batch).hidden[-1][: batch.lengths[0]], expected, atol=1e-5, rtol=1e-4)
+    assert all(torch.equal(before[n], p) for n, p in view.module.named_parameters())
+    merged = tiny()
+    (0.5 * u).merge_into(merged)
+    torch.testing.assert_close(merged.get_parameter(NAME), reference.get_parameter(NAME), atol=1e-5, rtol=0)
+
+
+def test_a_strangers_update_is_refused_in_a_sentence():
+    view = view_of()
+    with (
+        pytest.raises(LuthierError, match=r"was trained on .* load that base"),
+        Update(view_of(seed=1).base, (parts(0)["dense"],)).bind(view),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("part", "match"),
+    [
+        (Dense({NAME: torch.zeros(3, 3)}), "has shape"),
+        (Dense({"nowhere": torch.zeros(3)}), "no such tensor"),
+        (Dense({NAME: torch.full((32, 32), float("nan"))}), "not finite"),
+        (Sparse({NAME: torch.tensor([5, 5])}, {NAME: torch.ones(2)}, {NAME: (32, 32)}), "occurs twice"),
+        (Sparse({NAME: torch.tensor([-1])}, {NAME: torch.ones(1)}, {NAME: (32, 32)}), "outside"),
+        (Sparse({NAME: torch.tensor([1 << 40])}, {NAME: torch.ones(1)}, {NAME: (32, 32)}), "outside"),
+        (Sparse({NAME: torch.tensor([1])}, {NAME: torch.ones(2)}, {NAME: (32, 32)}), "do not pair"),
+        (LowRank({NAME: torch.zeros(2, 31)}, {NAME: torch.zeros(32, 2)}, {NAME: 1.0}), "the base"),
+        (LowRank({NAME: torch.zeros(2, 32)}, {}, {NAME: 1.0}), "names of A, B"),
+        (Seeds(torch.tensor([1, 1]), torch.zeros(2, dtype=torch.float64), {}), "seed occurs twice"),
+        (Seeds(torch.tensor([1]), torch.tensor([float("inf")], dtype=torch.float64), {}), "not finite"),
+    ],
+)
+def test_values_are_checked_before_anything_is_touched(part, match):
+    view = view_of()
+    with pytest.raises(LuthierError, match=match), Update(view.base, (part,)).bind(view):
+        pass
+
+
+def tuned(tuner, steps=3):
+    view = view_of()
+    trainable = tuner.attach(view)
+    loop = Loop(view, rows_of(), trainable, Sft(), TrainSettings(max_steps=steps, batch_size=4, learning_rate=1e-2))
+    for _ in range(steps):
+        loop.step()
+    return view, trainable
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "seeds"])
+def test_files_give_back_the_same_update(kind, tmp_path, base):
+    u = Update(base, (parts(0)[kind],))
+    save_update(u, tmp_path)
+    again = load(tmp_path)
+    assert again.base == u.base
+    assert torch.equal(again.dense()[NAME], u.dense()[NAME])
+
+
+def test_a_lora_folder_opens_with_peft_and_keeps_its_chart(tmp_path):
+    from peft import PeftModel
+
+    view, trainable = tuned(Lora(rank=4, targets=("q_proj", "down_proj")))
+    batch = batch_of((9,))
+    live = view.trace(batch).hidden[-1].detach()
+    update = trainable.update()
+    save_update(update, tmp_path, view)
+    trainable.detach()
+    model = PeftModel.from_pretrained(tiny().eval(), str(tmp_path))
+    theirs = model.base_model.model.model(input_ids=batch.ids.unsqueeze(0)).last_hidden_state[0]
+    torch.testing.assert_close(theirs, live, atol=1e-5, rtol=1e-4)
+    again = load(tmp_path)
+    assert again.chart.digest == update.chart.digest
+    assert torch.equal(again.coordinates(), update.coordinates())
+    with again.bind(view):
+        torch.testing.assert_close(view.trace(batch).hidden[-1], live, atol=1e-6, rtol=0)
+
+
+def test_stacked_updates_open_with_peft_too(tmp_path):
+    from peft import PeftModel
+
+    a, b = (
+        tuned(Lora(rank=r, targets=t, seed=r))[1].update() for r, t in ((4, ("q_proj",)), (2, ("q_proj", "v_proj")))
+    )
+    total = 0.3 * a + 0.7 * b
+    save_update(total, tmp_path)
+    model = PeftModel.from_pretrained(tiny().eval(), str(tmp_path))
+    view, batch = view_of(), batch_of((9,))
+    theirs = model.base_model.model.model(input_ids=batch.ids.unsqueeze(0)).last_hidden_state[0]
+    with total.bind(view):
+        torch.testing.assert_close(view.trace(batch).hidden[-1], theirs, atol=1e-5, rtol=1e-4)
+
+
+def test_damaged_files_are_named(tmp_path, base):
+    save_update(Update(base, (parts(0)["sparse"],)), tmp_path)
+    header = tmp_path / "update.json"
+    good = header.read_text()
+    for text in (
+        "",
+        "[]",
+        "{",
+        json.dumps({"base": {}}),
+        good.replace("sparse", "spares"),
+        good.replace("shapes", "x"),
+    ):
+        header.write_text(text)
+        with pytest.raises(LuthierError, match=r"update\.json"):
+            load(tmp_path)
+    header.write_text(good)
+    tensors = load_file(tmp_path / "update.safetensors")
+    save_file({k: v for k, v in tensors.items() if "values" not in k}, tmp_path / "update.safetensors")
+    with pytest.raises(LuthierError, match="do not pair"):
+        load(tmp_path).validate(view_of().anatomy.parameters)
+    (tmp_path / "update.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(LuthierError, match=r"update\.safetensors: is no safetensors"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_tuning_gives_back_the_base_bit_for_bit(dtype):
+    view = view_of()
+    view.module.to(dtype)
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    trainable = Full().attach(view)
+    loop = Loop(view, rows_of(), trainable, Sft(), TrainSettings(max_steps=4, batch_size=4))
+    for _ in range(4):
+        loop.step()
+    assert any(not torch.equal(before[n], p) for n, p in view.module.named_parameters())
+    trainable.detach()
+    assert all(torch.equal(before[n], p) and p.dtype == dtype for n, p in view.module.named_parameters())
+
+
+def test_masters_keep_what_rounding_to_nearest_would_lose():
+    """At a rate far below a bf16 step, weights still move in the mean, and the update says so exactly."""
+    view = view_of()
+    view.module.to(torch.bfloat16)
+    trainable = Full().attach(view)
+    settings = TrainSettings(
+        max_steps=20, batch_size=4, learning_rate=2e-7, lr_scheduler_type="constant", warmup_fraction=0
+    )
+    loop = Loop(view, rows_of(), trainable, Sft(), settings)
+    for _ in range(20):
+        loop.step()
+    delta = trainable.update().dense()["model.layers.0.mlp.up_proj.weight"]
+    assert 2e-7 < float(delta.abs().mean()) < 1e-5
+    stored = trainable._stored["model.layers.0.mlp.up_proj.weight"].float()
+    nearest = (stored + delta).to(torch.bfloat16).float() - stored
+    live = view.weight("model.layers.0.mlp.up_proj.weight").float() - stored
+    sign = delta.sign()
+    # Along its own direction the stochastic copy holds what the masters moved; the rounded one holds almost nothing.
+    moved, kept, lost = (float((x * sign).mean()) for x in (delta, live, nearest))
+    assert abs(kept - moved) < 0.5 * moved and lost < 0.5 * moved
