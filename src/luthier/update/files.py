@@ -78,7 +78,8 @@ def _save_peft(part: LowRank, base: Fingerprint, folder: Path, view: Any) -> Non
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     alpha = scales[next(m for m in modules if ranks[m] == common)] * common
     config = LoraConfig(
-        r=common, lora_alpha=alpha, target_modules=sorted(modules), task_type=TaskType.CAUSAL_LM,
+        r=common, target_modules=sorted(modules), task_type=TaskType.CAUSAL_LM,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it as a float
         bias="none", inference_mode=True,
         base_model_name_or_path=base.name, fan_in_fan_out=bool(part.transposed),
         rank_pattern={m: r for m, r in ranks.items() if r != common},
