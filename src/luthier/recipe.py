@@ -20,6 +20,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from luthier import manifest
 from luthier.compute.base import Compute
+from luthier.curation.base import Curator
 from luthier.errors import RecipeError
 from luthier.method import Facts, Method
 from luthier.objectives.base import Objective
@@ -98,6 +99,8 @@ class Recipe(TrainSettings):
     """Which weights move."""
     objective: SerializeAsAny[Objective] = Sft()
     """What each token teaches."""
+    curate: list[SerializeAsAny[Curator]] = Field(default_factory=list)
+    """Steps that choose rows, in order."""
     compute: SerializeAsAny[Compute] | None = None
     """Fewer tokens in the forward pass."""
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -145,6 +148,7 @@ class Recipe(TrainSettings):
             method = getattr(self, key)
             if method is not None:
                 out[key] = {method.key(): out[key]}
+        out["curate"] = [{m.key(): fields} for m, fields in zip(self.curate, out["curate"], strict=True)]
         return out
 
 
@@ -272,7 +276,11 @@ def build(values: Mapping[str, Any], lines: _Lines) -> Recipe:
     _no_secrets(out, (), lines)
     for kind in ("tuner", "objective", "compute"):
         if out.get(kind) is not None:
-            out[kind] = _method(kind, out[kind], lines)
+            out[kind] = _method(kind, out[kind], lines, (kind,))
+    steps = out.get("curate")
+    if steps is not None:
+        steps = steps if isinstance(steps, list) else [steps]
+        out["curate"] = [_method("curate", step, lines, ("curate", str(i))) for i, step in enumerate(steps)]
     known = list(Recipe.model_fields)
     recipe: Recipe = _validated(Recipe, out, (), lines, known)
     try:
@@ -290,7 +298,7 @@ def _no_secrets(values: Any, path: tuple[str, ...], lines: _Lines) -> None:
             _no_secrets(value, (*path, key), lines)
 
 
-def _method(kind: str, value: Any, lines: _Lines) -> Any:
+def _method(kind: str, value: Any, lines: _Lines, path: tuple[str, ...]) -> Any:
     """ "lora", {lora: {rank: 8}} or an instance -> an instance."""
     if isinstance(value, Method):
         return value
@@ -298,19 +306,19 @@ def _method(kind: str, value: Any, lines: _Lines) -> Any:
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
         raise RecipeError(
-            lines.where((kind,)),
+            lines.where(path),
             f"is {value!r}",
             f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}",
         )
     ((name, fields),) = value.items()
     if name not in manifest.names(kind):
         raise RecipeError(
-            lines.where((kind, name)), f"there is no {kind} {name!r}", _nearest(name, manifest.names(kind))
+            lines.where((*path, name)), f"there is no {kind} {name!r}", _nearest(name, manifest.names(kind))
         )
     cls: Any = manifest.find(kind, name)
     if fields is not None and not isinstance(fields, Mapping):
-        raise RecipeError(lines.where((kind, name)), f"holds {fields!r}", "write its fields as keys")
-    return _validated(cls, dict(fields or {}), (kind, name), lines, list(cls.model_fields))
+        raise RecipeError(lines.where((*path, name)), f"holds {fields!r}", "write its fields as keys")
+    return _validated(cls, dict(fields or {}), (*path, name), lines, list(cls.model_fields))
 
 
 def _validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: _Lines, known: list[str]) -> Any:

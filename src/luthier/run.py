@@ -33,9 +33,11 @@ from luthier.model.view import ModelView
 from luthier.objectives.base import Forward
 from luthier.recipe import Recipe
 from luthier.report.page import write_report
+from luthier.rng import Streams
 from luthier.training import checkpoint
 from luthier.training.loop import Interrupted, Loop, Progress
 from luthier.training.order import micro_batches
+from luthier.tuners.base import with_head
 from luthier.update.files import save_update, verify_update
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
@@ -144,7 +146,7 @@ def prepare_rows(
 ) -> tuple[Prepared, Prepared | None, list[Row], dict]:
     """(training rows, evaluation rows, their sources, label indices)."""
     d = recipe.data
-    rows = read(d.train, d.columns, base, recipe.task, "train")[: d.limit]
+    rows = curated(recipe, read(d.train, d.columns, base, recipe.task, "train")[: d.limit])
     held = read(d.eval, d.columns, base, recipe.task, "eval") if d.eval else []
     labels = None
     if recipe.task == "classification":
@@ -170,6 +172,14 @@ def prepare_rows(
         held,
         labels or {},
     )
+
+
+def curated(recipe: Recipe, rows: list[Row]) -> list[Row]:
+    """The rows that every step of `curate` keeps, in their order."""
+    streams = Streams(recipe.seed)
+    for step in recipe.curate:
+        rows = [rows[i] for i in step.select(rows, streams).keep]
+    return rows
 
 
 def _tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
@@ -376,7 +386,7 @@ def _train(
 ) -> Progress:
     recipe = ready.recipe
     total = Loop.length(ready.train.rows, recipe)
-    trainable = recipe.tuner.attach(ready.view, None, total)
+    trainable = with_head(recipe.tuner.attach(ready.view, None, total), ready.view.anatomy.task_head)
 
     def listen(entry: dict[str, float], progress: Progress) -> None:
         place.log(entry)

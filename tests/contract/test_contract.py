@@ -33,8 +33,11 @@ EXAMPLES = {
     "green-trainer": {"flops_share": 0.7},
     "lemo": {"block_size": 2},
     "list": {"rounds": 1, "unlabelled_steps": 2, "labelled_epochs": 1, "rank": 2},
+    "layerwise": {"decay": 0.9, "reinit_blocks": 1},
     "lora": {"rank": 4},
     "q-tuning": {"keep_rows": 0.5},
+    "random": {"keep_fraction": 0.5},
+    "scdp": {"keep_fraction": 0.5},
     "sft": {},
     "spiel": {"density": 0.05, "reselect_every": 4, "window": 2},
 }

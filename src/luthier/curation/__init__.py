@@ -1,3 +1,9 @@
 """Which rows, in which words."""
 
-EXPORTS: dict[str, str] = {}
+from luthier._lazy import lazy
+
+EXPORTS = {
+    "Random": "random",
+    "Scdp": "scdp",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

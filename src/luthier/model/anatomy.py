@@ -79,6 +79,13 @@ class Anatomy:
             yield Linear(name, role, block, shape, transposed)
 
     @cached_property
+    def task_head(self) -> list[str]:
+        """Parameters outside the trunk of a model without a language-model head: a classifier."""
+        if self.head is not None:
+            return []
+        return [n for n in self.parameters if not n.startswith(self.trunk + ".")]
+
+    @cached_property
     def block_linears(self) -> tuple[Linear, ...]:
         """Matrices inside blocks, by block then in module order."""
         return tuple(x for x in self.linears if x.block >= 0)

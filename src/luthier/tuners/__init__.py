@@ -8,6 +8,7 @@ EXPORTS = {
     "Frozen": "frozen",
     "Full": "full",
     "GreenTrainer": "green_trainer",
+    "Layerwise": "layerwise",
     "Lora": "lora",
     "Spiel": "spiel",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +18,7 @@ from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Clock, Window
 from luthier.rng import Streams
 from luthier.training.linear import low_rank_linear, stochastic_round
-from luthier.update import Dense, Update
+from luthier.update import Dense, Replace, Update
 from luthier.update.parts import Undo
 
 if TYPE_CHECKING:
@@ -110,10 +110,9 @@ class Trainable:
     def after_step(self, clock: Clock) -> None:
         """After the optimiser moved: write trained values back into the model. clock.step counts this step."""
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> AbstractContextManager[None]:
         """Around "train", "score" or "generate"."""
-        yield
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Everything that a resumed run needs beside the optimiser's own state."""
@@ -142,9 +141,10 @@ class DenseTrainable(Trainable):
     stochastic rounding. What was overwritten is kept, so that detaching restores it bit for bit.
     """
 
-    def __init__(self, view: ModelView, names: list[str], seed: int = 0) -> None:
+    def __init__(self, view: ModelView, names: list[str], seed: int = 0, freeze: bool = True) -> None:
         super().__init__(view)
-        self.freeze_base()
+        if freeze:
+            self.freeze_base()
         self.names, self._streams, self._steps = names, Streams(seed), 0
         self._stored = {n: view.weight(n).detach().clone() for n in names}
         self._moved: set[str] = set()
@@ -210,6 +210,66 @@ class DenseTrainable(Trainable):
         for n, value in self._stored.items():
             self.view.weight(n).copy_(value)
         super().detach()
+
+
+class WithHead(Trainable):
+    """A tuner's trainable beside a task head that has no pre-trained weights, and so must be learnt by any tuner.
+
+    The head is part of the Update as a replaced tensor.
+    """
+
+    def __init__(self, inner: Trainable, names: list[str]) -> None:
+        super().__init__(inner.view)
+        self.inner = inner
+        self.head = DenseTrainable(inner.view, names, freeze=False)
+
+    def groups(self) -> list[ParamGroup]:
+        return [*self.inner.groups(), *self.head.groups()]
+
+    def optimizer(self, groups: list[ParamGroup], default: Callable[[list[ParamGroup]], Optimizer]) -> Optimizer:
+        return self.inner.optimizer(groups, default)
+
+    def before_window(self, window: Window, probe: Probe) -> None:
+        self.inner.before_window(window, probe)
+
+    def after_backward(self) -> None:
+        self.inner.after_backward()
+        self.head.after_backward()
+
+    def before_step(self, stats: Stats) -> bool:
+        return self.inner.before_step(stats)
+
+    def after_step(self, clock: Clock) -> None:
+        self.inner.after_step(clock)
+        self.head.after_step(clock)
+
+    def phase(self, name: str) -> AbstractContextManager[None]:
+        return self.inner.phase(name)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        inner = {f"inner.{k}": t for k, t in self.inner.state_dict().items()}
+        return inner | {f"head.{k}": t for k, t in self.head.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pick = lambda start: {k.removeprefix(start): t for k, t in state.items() if k.startswith(start)}  # noqa: E731
+        self.inner.load_state_dict(pick("inner."))
+        self.head.load_state_dict(pick("head."))
+
+    def update(self) -> Update:
+        learnt = {n: self.head.master(n).detach().cpu().clone() for n in self.head.names}
+        return Update(self.base, (*self.inner.update().parts, Replace(learnt)))
+
+    def detach(self) -> None:
+        self.head.detach()
+        self.inner.detach()
+
+
+def with_head(trainable: Trainable, head: list[str]) -> Trainable:
+    """The same, learning the task head too where the tuner does not already."""
+    trained = {id(p) for p in trainable.parameters()}
+    view = trainable.view
+    missing = [n for n in head if id(view.weight(n)) not in trained and not view.weight(n).requires_grad]
+    return WithHead(trainable, missing) if missing else trainable
 
 
 # --- things to hang on a layer ---

@@ -1,0 +1,41 @@
+"""A random subset: the baseline that every other choice of rows has to beat."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from luthier.curation.base import Curator, Selection
+from luthier.data.reading import Row
+from luthier.errors import RecipeError
+from luthier.method import Source
+from luthier.rng import Streams
+
+
+class Random(Curator):
+    """Keep a share of the rows, drawn uniformly without replacement.
+
+    Each row's draw depends on the seed and its own key, so that adding rows elsewhere does not change its fate's order.
+    Cost: none.
+    """
+
+    source: ClassVar[Source] = Source(
+        "Theory of the sampling of finite populations", 1934, "https://doi.org/10.2307/2342192"
+    )
+
+    keep_fraction: float = Field(gt=0, le=1)
+    """Share of the rows kept."""
+
+    def select(self, rows: Sequence[Row], streams: Streams) -> Selection:
+        count = int(self.keep_fraction * len(rows))
+        if not count:
+            raise RecipeError(
+                "random.keep_fraction", f"{self.keep_fraction} of {len(rows)} rows keeps none", "raise it"
+            )
+        draws = np.array([streams.at("random", r.key).random() for r in rows])
+        keep = np.sort(np.argsort(draws, kind="stable")[:count])
+        inside = set(keep.tolist())
+        return Selection(keep, draws, ["drawn" if i in inside else "not drawn" for i in range(len(rows))])

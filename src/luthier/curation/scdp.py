@@ -1,0 +1,172 @@
+"""SCDP: choose a subset of a labelled set by TF-IDF distance from its geometric median, in seconds and without a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from luthier.curation.base import Curator, Selection, text_of
+from luthier.data.reading import Row
+from luthier.errors import RecipeError
+from luthier.method import Source
+from luthier.rng import Streams
+
+NUM_STRATA = 100
+FAR_LIMIT = 1500  # kept rows up to which the farthest are taken
+log = logging.getLogger(__name__)
+
+# --- the mathematics ---
+
+
+def distances(x: Any, y: np.ndarray) -> np.ndarray:
+    """[N] Euclidean distances of sparse rows [N, V] to y [V], without making them dense."""
+    squares = np.asarray(x.multiply(x).sum(1)).ravel() - 2 * (x @ y) + y @ y
+    return np.sqrt(np.clip(squares, 0, None))
+
+
+def geometric_median(x: Any, eps: float = 1e-5, max_iter: int = 200) -> np.ndarray:
+    """[V] minimiser of the summed distances to the rows of x [N, V]: Weiszfeld's iteration with Vardi and Zhang's
+    correction where the current point lies on a row.
+
+    Warns where `max_iter` ends it.
+    """
+    y = np.asarray(x.mean(0)).ravel()
+    for _ in range(max_iter):
+        d = distances(x, y)
+        on = d < 1e-12
+        if on.all():
+            return y
+        w = np.where(on, 0.0, 1 / np.where(on, 1.0, d))
+        t = np.asarray(x.T @ w).ravel() / w.sum()
+        following = t
+        if on.any():
+            r = np.linalg.norm((t - y) * w.sum())
+            c = on.sum() / r if r else 0.0
+            following = max(0.0, 1 - c) * t + min(1.0, c) * y
+        if np.linalg.norm(y - following) < eps:
+            return y
+        y = following
+    log.warning("scdp: the geometric median had not settled after %d iterations", max_iter)
+    return y
+
+
+def strata_of(scores: np.ndarray, count: int = NUM_STRATA) -> np.ndarray:
+    """[N] stratum of each score among `count` of equal width; the largest falls into the last."""
+    low, high = scores.min(), 1.0001 * scores.max()
+    step = (high - low) / count
+    return (
+        np.zeros(len(scores), dtype=np.int64)
+        if step == 0
+        else np.minimum(((scores - low) / step).astype(np.int64), count - 1)
+    )
+
+
+def water_fill(sizes: np.ndarray, total: int) -> np.ndarray:
+    """How many to draw from each stratum: the same from all, or all of a smaller one; sums to `total` <= sum(sizes)."""
+    budgets, left = np.zeros(len(sizes), dtype=np.int64), total
+    for visited, k in enumerate(np.argsort(sizes, kind="stable")):
+        budgets[k] = min(sizes[k], left // (len(sizes) - visited))
+        left -= budgets[k]
+    return budgets
+
+
+def farthest(scores: np.ndarray, count: int) -> np.ndarray:
+    """[count] positions of the largest scores; ties by position."""
+    return np.argsort(-scores, kind="stable")[:count]
+
+
+def stratified(scores: np.ndarray, count: int, generator: np.random.Generator) -> np.ndarray:
+    """[count] positions, drawn evenly over the strata."""
+    strata = strata_of(scores)
+    sizes = np.bincount(strata, minlength=NUM_STRATA)
+    budgets = water_fill(sizes, count)
+    picked = [generator.choice(np.flatnonzero(strata == k), b, replace=False) for k, b in enumerate(budgets) if b]
+    return np.concatenate(picked)
+
+
+def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
+    """Whole numbers in proportion to sizes that sum to `total`, by largest remainder."""
+    exact = total * sizes / sizes.sum()
+    out = np.floor(exact).astype(np.int64)
+    rest = np.argsort(-(exact - out), kind="stable")[: total - out.sum()]
+    out[rest] += 1
+    return out
+
+
+# --- the method ---
+
+
+class Scdp(Curator):
+    """Rank rows by their TF-IDF distance from the set's geometric median; keep the farthest, or a spread over distances.
+
+    Up to 1500 kept rows the farthest ("hardest") stay, above that an even draw over 100 strata of distance: the switch
+    is on the kept count, so a curve over keep_fraction is not one method. "Far" means rare words: look at the farthest
+    rows before trusting them, and remove duplicates first, which pull the median and are kept together.
+    Rows without a word of two letters have no direction; they are dropped before the farthest are taken.
+    Cost: one TF-IDF pass and a few sparse products; no model.
+    """
+
+    source: ClassVar[Source] = Source(
+        "Swift Cross-Dataset Pruning: Enhancing Fine-Tuning Efficiency in NLU",
+        2025,
+        "arXiv:2501.02432",
+        "official code",
+    )
+
+    keep_fraction: float = Field(gt=0, le=1)
+    """Share of the rows kept."""
+    class_balanced: bool = False
+    """Apply the rule within each class, with its share of the rows."""
+    max_features: int | None = Field(None, ge=1)
+    """Words counted at most; for pools beyond two million rows."""
+
+    def select(self, rows: Sequence[Row], streams: Streams) -> Selection:
+        count = int(self.keep_fraction * len(rows))
+        if not count:
+            raise RecipeError(
+                "scdp.keep_fraction", f"{self.keep_fraction} of {len(rows)} rows keeps no example", "raise it"
+            )
+        scores, empty = self.scores([text_of(r) for r in rows])
+        rule = "far" if self.keep_fraction * len(rows) <= FAR_LIMIT else "stratified"
+        if empty.any():
+            log.warning("scdp: %d rows hold no word and cannot be ranked", int(empty.sum()))
+        usable = np.where(empty, -np.inf, scores) if rule == "far" else scores
+        keep = self._keep(usable, count, rule, self._classes(rows), streams.at("scdp"))
+        inside = set(keep.tolist())
+        why = {True: f"kept by rule {rule}", False: f"left out by rule {rule}"}
+        return Selection(np.sort(keep), scores, [why[i in inside] for i in range(len(rows))])
+
+    def scores(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """([N] distance from the median, [N] True for rows without a word)."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        try:
+            x = TfidfVectorizer(max_features=self.max_features).fit_transform(texts)
+        except ValueError as error:
+            raise RecipeError("curate.scdp", f"the rows hold no words ({error})", "look at data.columns") from error
+        return distances(x, geometric_median(x)), np.diff(x.indptr) == 0
+
+    def _classes(self, rows: Sequence[Row]) -> np.ndarray:
+        if not self.class_balanced:
+            return np.zeros(len(rows), dtype=np.int64)
+        if any("label" not in r.values for r in rows):
+            raise RecipeError("scdp.class_balanced", "a row has no label", "set it to false, or give labelled rows")
+        names = sorted({str(r.values["label"]) for r in rows})
+        return np.array([names.index(str(r.values["label"])) for r in rows])
+
+    def _keep(
+        self, scores: np.ndarray, count: int, rule: str, classes: np.ndarray, generator: np.random.Generator
+    ) -> np.ndarray:
+        picked = []
+        for c, quota in enumerate(quotas(np.bincount(classes), count)):
+            mine = np.flatnonzero(classes == c)
+            if not quota:
+                log.warning("scdp: class %d keeps no row", c)
+                continue
+            chosen = farthest(scores[mine], quota) if rule == "far" else stratified(scores[mine], quota, generator)
+            picked.append(mine[chosen])
+        return np.concatenate(picked)

@@ -1,0 +1,124 @@
+"""The exact checks of biomed-stability's sheet; numbers in names are the sheet's."""
+
+import pytest
+import torch
+
+from conftest import batch_of, rows_of, tiny, view_of
+from luthier.errors import RecipeError
+from luthier.model.view import ModelView
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.layerwise import Layerwise, rate_factor, reinitialised
+
+
+def test_1_decay_table():
+    contiguous = [rate_factor(d, 12, 0.8, "contiguous") for d in (14, 13, 12, 1, 0)]
+    assert contiguous == pytest.approx([1.0, 1.0, 0.8, 0.8**12, 0.8**13], abs=1e-12)
+    head_gap = [rate_factor(d, 12, 0.8, "head_gap") for d in (14, 12, 1, 0)]
+    assert head_gap == pytest.approx([1.0, 0.8**2, 0.8**13, 0.8**14], abs=1e-12)
+
+
+def test_1_no_decay_is_an_ungrouped_optimiser():
+    view, plain = view_of(), view_of()
+    trainable = Layerwise(decay=1.0).attach(view)
+    grouped = torch.optim.SGD([{"params": g.params, "lr": 0.1 * g.lr_factor} for g in trainable.groups()])
+    flat = torch.optim.SGD(plain.module.parameters(), lr=0.1)
+    from luthier.objectives.base import Forward
+
+    for _ in range(3):
+        for v, o in ((view, grouped), (plain, flat)):
+            Forward(batch_of(), v).nll().mean().backward()
+            o.step()
+            o.zero_grad()
+    for (n, p), (_, q) in zip(view.module.named_parameters(), plain.module.named_parameters(), strict=True):
+        assert torch.equal(p, q), n
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "bert-classifier"])
+@pytest.mark.parametrize("freeze", [0, 1])
+def test_2_groups_are_a_partition_of_what_trains(kind, freeze):
+    view = ModelView(tiny(kind))
+    trainable = Layerwise(freeze_blocks=freeze).attach(view)
+    ids = [id(p) for g in trainable.groups() for p in g.params]
+    assert len(ids) == len(set(ids))
+    assert set(ids) == {id(p) for p in view.module.parameters() if p.requires_grad}
+    if view.anatomy.tied:
+        assert view.anatomy.depth(f"{view.anatomy.embedding}.weight") == 0
+
+
+def test_2_depths():
+    anatomy = ModelView(tiny("bert-classifier")).anatomy
+    depth = anatomy.depth
+    assert depth("bert.embeddings.LayerNorm.weight") == 0
+    assert depth("bert.encoder.layer.2.output.dense.weight") == 3
+    assert depth("bert.pooler.dense.weight") == 4 and depth("classifier.weight") == 5
+    llama = ModelView(tiny("llama")).anatomy
+    assert llama.depth("model.norm.weight") == 4 and llama.depth("lm_head.weight") == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_3_frozen_tensors_stay_under_weight_decay(dtype):
+    view = view_of()
+    view.module.to(dtype)
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    trainable = Layerwise(freeze_blocks=2, decay=0.9).attach(view)
+    settings = TrainSettings(max_steps=5, batch_size=4, learning_rate=1e-2, weight_decay=0.1, warmup_fraction=0)
+    loop = Loop(view, rows_of(), trainable, Sft(), settings)
+    for _ in range(5):
+        loop.step()
+    for n, p in view.module.named_parameters():
+        frozen = view.anatomy.depth(n) <= 2
+        assert torch.equal(before[n], p) == frozen, n
+        assert not frozen or p.grad is None
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_5_reinitialised_blocks(kind):
+    view = ModelView(tiny(kind, hidden_size=64, intermediate_size=128))
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    Layerwise(reinit_blocks=1).attach(view)
+    fresh = set(reinitialised(view.anatomy, 1))
+    std = view.module.config.initializer_range
+    for n, p in view.module.named_parameters():
+        if n not in fresh:
+            assert torch.equal(before[n], p), n
+        elif n.endswith(".bias"):
+            assert bool((p == 0).all())
+        elif p.ndim == 2 and p.numel() > 4000:
+            assert float(p.std()) == pytest.approx(std, rel=0.05)
+        elif p.ndim == 1:
+            assert bool((p == 1).all())
+    assert any(view.anatomy.depth(n) == 3 for n in fresh)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_5_zero_residual_starts_as_the_identity(kind):
+    view, batch = view_of(kind), batch_of()
+    without = view.trace(batch, (2, -1)).hidden[2].detach()
+    norm = view.module.get_submodule(view.anatomy.final_norm)
+    Layerwise(reinit_blocks=1, reinit_style="zero_residual").attach(view)
+    torch.testing.assert_close(view.trace(batch).hidden[-1], norm(without), atol=1e-6, rtol=0)
+
+
+def test_reinitialised_updates_replace_and_detach_restores():
+    view, batch = view_of(), batch_of()
+    base = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    trainable = Layerwise(reinit_blocks=1).attach(view)
+    loop = Loop(view, rows_of(), trainable, Sft(), TrainSettings(max_steps=2, batch_size=4))
+    loop.step()
+    live, update = view.trace(batch).hidden[-1].detach(), trainable.update()
+    assert [p.kind for p in update.parts] == ["dense", "replace"]
+    trainable.detach()
+    assert all(torch.equal(base[n], p) for n, p in view.module.named_parameters())
+    with update.bind(view):
+        torch.testing.assert_close(view.trace(batch).hidden[-1], live, atol=1e-6, rtol=0)
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="decay"):
+        Layerwise(decay=0.0)
+    with pytest.raises(RecipeError, match=r"freeze_blocks: 3 of 3 blocks; at most 2"):
+        Layerwise(freeze_blocks=3).attach(view_of())
+    with pytest.raises(RecipeError, match=r"reinit_blocks: 2 of 3 blocks with 2 frozen"):
+        Layerwise(freeze_blocks=2, reinit_blocks=2).attach(view_of())
