@@ -101,3 +101,36 @@ def view() -> ModelView:
 @pytest.fixture
 def batch() -> Batch:
     return batch_of()
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def byte_tokenizer(template: str | None = TEMPLATE) -> tf.PreTrainedTokenizerFast:
+    """Bytes as tokens, with SmolLM2's markers and template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {t: i for i, t in enumerate([*marks, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(marks)
+    fast = tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    fast.chat_template = template
+    return fast
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model with a tokenizer, saved as users have them."""
+    folder = tmp_path_factory.mktemp("model")
+    tiny(
+        "llama", vocab_size=259, layers=2, max_position_embeddings=512, eos_token_id=2, bos_token_id=0
+    ).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return str(folder)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from luthier.data.batch import Batch
+from luthier.data.batch import IGNORE, Batch
 from luthier.method import Method
 from luthier.model.view import ModelView, Trace
 from luthier.training.head import TokenScores, token_nll, token_scores
@@ -76,11 +76,15 @@ class Objective(Method):
 
 
 def count(micro: list[Batch]) -> dict[str, float]:
-    """The two denominators every objective can use: supervised tokens, and sequences."""
-    return {
-        "tokens": float(sum(int((b.labels != -100).sum()) for b in micro)),
-        "sequences": float(sum(b.num_sequences for b in micro)),
-    }
+    """The two denominators every objective can use: supervised tokens, and sequences with any supervision."""
+    tokens = sum(int((b.labels != IGNORE).sum()) for b in micro)
+    return {"tokens": float(tokens), "sequences": float(sum(_supervised_sequences(b) for b in micro))}
+
+
+def _supervised_sequences(batch: Batch) -> int:
+    if "label" in batch.row or "soft" in batch.row:
+        return batch.num_sequences
+    return int(batch.seq[batch.supervised].unique().numel())
 
 
 class Forward:
@@ -118,7 +122,7 @@ class Forward:
         """
         hidden = self.hidden() if hidden is None else hidden
         labels = self.batch.labels if labels is None else labels
-        rows = (labels != -100).nonzero().squeeze(1)  # [N]
+        rows = (labels != IGNORE).nonzero().squeeze(1)  # [N]
         view = self.view
         picked = view.head_input(hidden[rows])  # [T, D] -> [N, D]
         return token_nll(picked, view.head_weight, labels[rows], view.head_bias, view.head_transform())

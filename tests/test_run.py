@@ -1,0 +1,229 @@
+"""A run from the command line: what it leaves, how it goes on, what it says."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jsonschema
+import pytest
+import torch
+from ruamel.yaml import YAML
+from transformers import AutoModelForCausalLM
+
+from conftest import byte_tokenizer, tiny
+
+LUTHIER = [sys.executable, "-c", "from luthier.cli import main; main()"]
+
+
+def rows(n, start=0):
+    return [{"prompt": f"say {i}", "completion": f"{i} {i}"} for i in range(start, start + n)]
+
+
+def write(folder, model, train=None, held=None, **keys):
+    folder.mkdir(exist_ok=True)
+    lines = lambda items: "".join(json.dumps(x) + "\n" for x in items)  # noqa: E731
+    (folder / "train.jsonl").write_text(lines(train if train is not None else rows(24)))
+    (folder / "eval.jsonl").write_text(lines(held if held is not None else rows(6, 100)))
+    recipe = {
+        "model": model, "data": {"train": "train.jsonl", "eval": "eval.jsonl"}, "batch_size": 4, "learning_rate": 0.01,
+        "tuner": {"lora": {"rank": 4}}, "output_dir": "out", "evaluate": {"generate": 3, "max_new_tokens": 6}, **keys,
+    }  # fmt: skip
+    with (folder / "r.yaml").open("w") as file:
+        YAML().dump(recipe, file)
+    return folder / "r.yaml"
+
+
+def luthier(*args, cwd, timeout=120, **env):
+    return subprocess.run(
+        [*LUTHIER, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    recipe = write(folder, model_folder)
+    return folder, luthier("run", recipe, cwd=folder)
+
+
+def test_a_run_leaves_what_was_promised(finished):
+    folder, done = finished
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("report.html")
+    names = {p.name for p in (folder / "out").iterdir()}
+    assert {
+        "recipe.yaml", "run.json", "log.jsonl", "report.html", "samples.jsonl", "env.txt", "adapter_config.json",
+        "adapter_model.safetensors", "update.json", "all_results.json",
+    } <= names  # fmt: skip
+    run = json.loads((folder / "out" / "run.json").read_text())
+    assert run["state"] == "done" and run["steps"] == 6 and run["after"]["loss"] < run["before"]["loss"]
+    log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in log] == list(range(1, 7))
+    assert {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens"} <= log[0].keys()
+
+
+def test_its_recipe_holds_every_default_and_runs_again(finished):
+    folder, _ = finished
+    from luthier import recipe
+
+    loaded = recipe.load_file(folder / "out" / "recipe.yaml")
+    assert loaded.learning_rate == 0.01 and loaded.tuner.rank == 4 and loaded.adam_eps == 1e-8
+    assert loaded == recipe.load_file(folder / "r.yaml")
+
+
+def test_a_lora_run_opens_with_peft(finished, model_folder):
+    from peft import PeftModel
+
+    folder, _ = finished
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = base(input_ids=ids).logits
+    tuned = PeftModel.from_pretrained(base, str(folder / "out"))
+    assert not torch.equal(plain, tuned(input_ids=ids).logits)
+
+
+def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(finished):
+    folder, _ = finished
+    again = luthier("run", folder / "r.yaml", cwd=folder)
+    assert again.returncode == 0 and "finished already" in again.stderr
+    other = luthier("run", folder / "r.yaml", "learning_rate=0.02", cwd=folder)
+    assert other.returncode == 2 and "holds the run of another recipe" in other.stderr
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_saves_and_goes_on_to_the_same_weights(sent, code, model_folder, tmp_path):
+    from luthier.update.files import load
+
+    ends = []
+    for name in ("whole", "stopped"):
+        recipe = write(tmp_path / name, model_folder, epochs=40)
+        if name == "stopped":
+            child = subprocess.Popen(
+                [*LUTHIER, "run", str(recipe)], cwd=tmp_path / name, stderr=subprocess.PIPE, text=True
+            )
+            log = tmp_path / name / "out" / "log.jsonl"
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 5):
+                time.sleep(0.01)
+            child.send_signal(sent)
+            _, said = child.communicate(timeout=60)
+            assert child.returncode == code, said
+            assert "go on with: luthier run" in said and "Traceback" not in said
+            assert json.loads((tmp_path / name / "out" / "run.json").read_text())["state"] == "stopped"
+        done = luthier("run", recipe, cwd=tmp_path / name)
+        assert done.returncode == 0, done.stderr
+        ends.append(load(tmp_path / name / "out").dense())
+    assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+def test_max_time_saves_and_goes_on(model_folder, tmp_path):
+    recipe = write(tmp_path, model_folder, epochs=2)
+    first = luthier("run", recipe, "--max-time", "0", cwd=tmp_path)
+    assert first.returncode == 0 and "stopped after step 0 of 12" in first.stderr
+    assert luthier("run", recipe, cwd=tmp_path).returncode == 0
+
+
+def test_a_second_process_in_the_same_folder_is_refused(model_folder, tmp_path):
+    import fcntl
+
+    recipe = write(tmp_path, model_folder)
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        done = luthier("run", recipe, cwd=tmp_path)
+    assert done.returncode == 2 and "another process is working in this folder" in done.stderr
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora", "adapter", "layerwise"])
+def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_path):
+    train = [{"text": f"{'good' if i % 2 else 'poor'} thing {i}", "label": "yes" if i % 2 else "no"} for i in range(32)]
+    recipe = write(tmp_path, model_folder, train=train, held=train[:8], task="classification", tuner=tuner, epochs=6)
+    done = luthier("run", recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["after"]["loss"] < 0.5 * run["before"]["loss"]
+
+
+def test_curated_rows_are_fewer(model_folder, tmp_path):
+    recipe = write(
+        tmp_path, model_folder, curate=[{"random": {"keep_fraction": 0.5}}, {"scdp": {"keep_fraction": 0.5}}]
+    )
+    done = luthier("run", recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["census"]["rows"] == 6
+
+
+def test_hostile_text_stays_text_in_the_report(model_folder, tmp_path):
+    bad = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    held = [{"prompt": bad, "completion": bad}]
+    recipe = write(tmp_path, model_folder, train=[*held, *rows(7)], held=held)
+    done = luthier("run", recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page
+    assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
+
+
+def test_no_traceback_without_debug(model_folder, tmp_path):
+    recipe = write(tmp_path, model_folder)
+    (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n')
+    plain, debug = luthier("run", recipe, cwd=tmp_path), luthier("run", recipe, "--debug", cwd=tmp_path)
+    assert plain.returncode == debug.returncode == 2
+    assert "train.jsonl:2: has the fields prompt, expected" in plain.stderr and "Traceback" not in plain.stderr
+    assert "Traceback" in debug.stderr
+
+
+def test_help_and_listing_load_no_torch(tmp_path):
+    code = (
+        "import sys; sys.argv = ['luthier', *sys.argv[1:]]\nfrom luthier.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules, file=sys.stderr)"
+    )
+    for args in (["--help"], ["methods"], ["methods", "lora"], ["methods", "--json"], ["env", "--help"]):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+        assert done.stderr.strip().endswith("False"), (args, done.stderr)
+    listed = json.loads(luthier("methods", "--json", cwd=tmp_path).stdout)
+    assert {"lora", "sft", "scdp", "lemo"} <= {m["name"] for m in listed}
+    assert luthier("methods", "lroa", cwd=tmp_path).returncode == 2
+
+
+def test_the_starter_recipe_of_every_method_loads():
+    from luthier import manifest, recipe
+    from luthier.cli.listing import starter
+
+    for entry in manifest.read():
+        if entry["kind"] in ("tuner", "objective", "compute"):
+            assert getattr(recipe.load(starter(entry)), entry["kind"]).key() == entry["name"]
+
+
+def test_schema_accepts_recipes_and_refuses_unknown_keys(tmp_path):
+    schema = json.loads(luthier("schema", cwd=tmp_path).stdout)
+    assert "tuner" in schema["properties"] and schema["additionalProperties"] is False
+    jsonschema.validate({"model": "a/b", "data": {"train": "x"}, "tuner": {"lora": {"rank": 3}}}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"model": "a/b", "data": {"train": "x"}, "tuner": {"lora": {"rnk": 3}}}, schema)
+
+
+def test_check_reports_rows_targets_and_destinations(model_folder, tmp_path):
+    recipe = write(tmp_path, model_folder)
+    result = json.loads(luthier("check", recipe, "--json", cwd=tmp_path).stdout)
+    assert result["train"]["rows"] == 24 and result["train"]["without_stop"] == 0
+    assert result["matched"] == {"all-linear": 14} and result["destinations"] == []
+    supervised = "".join(t for t, on in result["rows"][0] if on)
+    assert supervised == "0 0<|im_end|>"
+    remote = luthier("check", recipe, "model=org/name", cwd=tmp_path)
+    assert remote.returncode == 2 and "cannot be loaded" in remote.stderr
+
+
+def test_a_model_without_a_template_is_trained_on_plain_text(tmp_path):
+    folder = tmp_path / "plain"
+    tiny("llama", vocab_size=259, layers=2).save_pretrained(folder)
+    byte_tokenizer(None).save_pretrained(folder)
+    recipe = write(tmp_path, str(folder))
+    result = json.loads(luthier("check", recipe, "--json", cwd=tmp_path).stdout)
+    assert "".join(t for t, _ in result["rows"][0]) == "say 00 0<|im_end|>"
+    refused = luthier("check", recipe, "data.template=chat", cwd=tmp_path)
+    assert refused.returncode == 2 and "no chat template" in refused.stderr
