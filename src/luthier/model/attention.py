@@ -8,8 +8,8 @@ The lengths travel as a keyword argument of the model call; no mask tensor is ev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,82 +21,134 @@ from luthier.model.plain import is_plain
 SHORT = 384  # tokens; above this the [H, L, L] probabilities kept for the backward cost more than they save
 
 
-def _groups(query: Tensor, num_kv_heads: int) -> Tensor:
-    """[1, H, L, d] -> [H_kv, G*L, d]: query heads that share a key head sit in one matrix product."""
-    _, heads, length, dim = query.shape
-    return query.reshape(num_kv_heads, heads // num_kv_heads * length, dim)
+class _Bins(NamedTuple):
+    """Sequences of similar length side by side, so that each layer makes a few large products instead of many small.
+
+    index    [S, L] position in the flat row of every token; padding points at position 0
+    valid    [S, L] bool, False for padding
+    where    positions of the real tokens in the padded rectangle, in the flat order of this bin
+    tokens   the flat positions of this bin, in the same order
+    blocked  [S, 1, L, L] or [1, 1, L, L] bool, True where a query may not look
+    """
+
+    index: Tensor
+    valid: Tensor
+    where: Tensor
+    tokens: Tensor
+    blocked: Tensor
 
 
-def _blocked(length: int, groups: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """[G*L, L] bool, True where a query may not look; None where all may."""
-    if not causal and window is None:
-        return None
-    i = torch.arange(length, device=device)
-    away = i[:, None] - i[None, :]  # [L, L]
+@lru_cache(maxsize=64)
+def _bins(lengths: tuple[int, ...], causal: bool, window: int | None, device: torch.device) -> tuple[_Bins, ...]:
+    """Cut a flat row into bins whose padding wastes at most half of the scores."""
+    starts = [0]
+    for n in lengths:
+        starts.append(starts[-1] + n)
+    order, groups = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for i in order:
+        if groups and lengths[i] ** 2 * 2 >= lengths[groups[-1][0]] ** 2:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return tuple(_one_bin([(starts[i], lengths[i]) for i in group], causal, window, device) for group in groups)
+
+
+def _one_bin(pieces: list[tuple[int, int]], causal: bool, window: int | None, device: torch.device) -> _Bins:
+    width = max(n for _, n in pieces)
+    start = torch.tensor([s for s, _ in pieces], device=device)[:, None]
+    length = torch.tensor([n for _, n in pieces], device=device)[:, None]
+    column = torch.arange(width, device=device)[None, :]
+    valid = column < length  # [S, L]
+    index = torch.where(valid, start + column, 0)
+    away = column.T - column  # [L, L]
     blocked = away < 0 if causal else torch.zeros_like(away, dtype=torch.bool)
     if window is not None:
         blocked = blocked | (away.abs() >= window)
-    return blocked.repeat(groups, 1)
+    # Padding keys are hidden from real queries; a padding query sees its own place, so that no row is all blocked.
+    blocked = (blocked[None] | ~valid[:, None, :]) & ~torch.eye(width, dtype=torch.bool, device=device)
+    where = valid.reshape(-1).nonzero().squeeze(1)
+    return _Bins(index, valid, where, index.reshape(-1)[where], blocked[:, None])
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float, blocked: Tensor | None) -> Tensor:
-    """[H_kv, G*L, d] x [H_kv, L, d] -> [H_kv, G*L, L], softmax taken in float32."""
-    scores = torch.bmm(q, k.transpose(1, 2)).float().mul_(scale)
-    if blocked is not None:
-        scores.masked_fill_(blocked, float("-inf"))
-    return scores.softmax(-1).to(q.dtype)
+def _gathered(x: Tensor, bins: _Bins, groups: int) -> Tensor:
+    """[1, H, T, d] -> [S * H / groups, groups * L, d]: heads that share a key head sit in one product."""
+    s, width = bins.index.shape
+    heads, dim = x.shape[1], x.shape[3]
+    rows = x[0].transpose(0, 1).index_select(0, bins.index.reshape(-1))  # [S * L, H, d]
+    return rows.view(s, width, heads, dim).transpose(1, 2).reshape(s * heads // groups, groups * width, dim)
+
+
+def _scattered(out: Tensor, x: Tensor, bins: _Bins) -> None:
+    """[S * H / groups, groups * L, d] into the flat out [T, H, d]."""
+    s, width = bins.index.shape
+    heads, dim = out.shape[1], out.shape[2]
+    rows = x.view(s, heads, width, dim).transpose(1, 2).reshape(s * width, heads, dim)
+    out.index_copy_(0, bins.tokens, rows.index_select(0, bins.where))
+
+
+def _softmax(scores: Tensor, bins: _Bins, scale: float) -> Tensor:
+    """[S * H_kv, G * L, L] scores -> probabilities in their dtype, taken in float32."""
+    s, width = bins.index.shape
+    shaped = scores.float().view(s, -1, width, width).mul_(scale)  # [S, H, L, L]
+    return shaped.masked_fill_(bins.blocked, float("-inf")).softmax(-1).to(scores.dtype).view_as(scores)
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Per-sequence attention that keeps its probabilities; [1, H, T, d] in and out."""
+    """Attention of short sequences that keeps its probabilities; [1, H, T, d] in, [1, T, H, d] out."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        lengths: Sequence[int],
-        scale: float,
-        causal: bool,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scale: float, causal: bool,
         window: int | None,
-    ) -> Tensor:
-        num_kv, out, kept, masks = key.shape[1], torch.empty_like(query), [], {}
-        groups, start = query.shape[1] // num_kv, 0
-        for length in lengths:
-            part = slice(start, start + length)
-            if length not in masks:
-                masks[length] = _blocked(length, groups, causal, window, query.device)
-            p = _probabilities(_groups(query[:, :, part], num_kv), key[0, :, part], scale, masks[length])
-            out[:, :, part] = torch.bmm(p, value[0, :, part]).view(1, query.shape[1], length, -1)
+    ) -> Tensor:  # fmt: skip
+        groups = query.shape[1] // key.shape[1]
+        out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])  # [T, H, d]
+        kept, ctx.bins = [], _bins(lengths, causal, window, query.device)
+        for bins in ctx.bins:
+            q, k, v = (_gathered(x, bins, g) for x, g in ((query, groups), (key, 1), (value, 1)))
+            p = _softmax(torch.bmm(q, k.transpose(1, 2)), bins, scale)
+            _scattered(out, torch.bmm(p, v), bins)
             kept.append(p)
-            start += length
         ctx.save_for_backward(query, key, value, *kept)
-        ctx.lengths, ctx.scale = lengths, scale
-        return out
+        ctx.scale, ctx.groups = scale, groups
+        return out.unsqueeze(0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         query, key, value, *kept = ctx.saved_tensors
-        num_kv, start = key.shape[1], 0
-        gq, gk, gv = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
-        for length, p in zip(ctx.lengths, kept, strict=True):
-            part = slice(start, start + length)
-            g = _groups(grad[:, :, part], num_kv)  # [H_kv, G*L, d]
-            gv[0, :, part] = torch.bmm(p.transpose(1, 2), g)
-            gp = torch.bmm(g, value[0, :, part].transpose(1, 2)).float()  # [H_kv, G*L, L]
+        grad = grads[0].transpose(1, 2)  # [1, T, H, d] -> [1, H, T, d]
+        gq, gk, gv = (x.new_empty(x.shape[2], x.shape[1], x.shape[3]) for x in (query, key, value))
+        for bins, p in zip(ctx.bins, kept, strict=True):
+            q, k, v = (_gathered(x, bins, g) for x, g in ((query, ctx.groups), (key, 1), (value, 1)))
+            g = _gathered(grad, bins, ctx.groups) * _rows(bins, ctx.groups, query.shape[1])
+            _scattered(gv, torch.bmm(p.transpose(1, 2), g), bins)
+            gp = torch.bmm(g, v.transpose(1, 2)).float()  # [S * H_kv, G * L, L]
             pf = p.float()
-            gs = gp.sub_((gp * pf).sum(-1, keepdim=True)).mul_(pf).mul_(ctx.scale).to(query.dtype)
-            gq[:, :, part] = torch.bmm(gs, key[0, :, part]).view(1, query.shape[1], length, -1)
-            gk[0, :, part] = torch.bmm(gs.transpose(1, 2), _groups(query[:, :, part], num_kv))
-            start += length
-        return gq, gk, gv, None, None, None, None
+            gs = gp.sub_((gp * pf).sum(-1, keepdim=True)).mul_(pf).mul_(ctx.scale).to(p.dtype)
+            _scattered(gq, torch.bmm(gs, k), bins)
+            _scattered(gk, torch.bmm(gs.transpose(1, 2), q), bins)
+        return (*(g.transpose(0, 1).unsqueeze(0) for g in (gq, gk, gv)), None, None, None, None)
+
+
+def _rows(bins: _Bins, groups: int, heads: int) -> Tensor:
+    """[S * H / groups, groups * L, 1]: 0 for padding queries, whose gathered gradient is another token's."""
+    s, width = bins.index.shape
+    return bins.valid[:, None, :].expand(s, heads, width).reshape(s * heads // groups, groups * width, 1)
+
+
+def _blocked(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """[L, L] bool, True where a query may not look; None where all may."""
+    if not causal and window is None:
+        return None
+    i = torch.arange(length, device=device)
+    away = i[:, None] - i[None, :]
+    blocked = away < 0 if causal else torch.zeros_like(away, dtype=torch.bool)
+    return blocked if window is None else blocked | (away.abs() >= window)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, dropout: float) -> Tensor:
     """One sequence through torch's fused kernel; [1, H, L, d]."""
-    blocked = None if window is None else _blocked(q.shape[2], 1, causal, window, q.device)
+    blocked = None if window is None else _blocked(q.shape[2], causal, window, q.device)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=None if blocked is None else ~blocked, dropout_p=dropout, scale=scale,
         is_causal=causal and blocked is None, enable_gqa=q.shape[1] != k.shape[1],
@@ -108,7 +160,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: 
     groups, length = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.transpose(2, 3)).float() * scale
-    blocked = _blocked(length, 1, causal, window, q.device)
+    blocked = _blocked(length, causal, window, q.device)
     if blocked is not None:
         scores = scores.masked_fill(blocked, float("-inf"))
     return F.dropout(scores.softmax(-1).to(q.dtype), dropout) @ v
@@ -133,8 +185,7 @@ def flat_attention(
     window = sliding_window if sliding_window is not None and max(sequence_lengths) > sliding_window else None
     short = max(sequence_lengths) <= SHORT and query.device.type == "cpu" and dropout == 0.0
     if short and not is_plain():
-        out = _ShortAttention.apply(query, key, value, sequence_lengths, scale, causal, window)
-        return out.transpose(1, 2).contiguous(), None
+        return _ShortAttention.apply(query, key, value, sequence_lengths, scale, causal, window), None
     one = _plain if is_plain() else _fused
     parts = zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
     out = torch.cat([one(q, k, v, scale, causal, window, dropout) for q, k, v in parts], dim=2)
