@@ -34,7 +34,7 @@ unit: $(VENV)/dev.done
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/dev.done
-	$(PIP) trl
+	$(PIP) --no-deps trl==1.16.0
 	$(BIN)/python benchmarks/sft_against_trl.py
 
 clean:

@@ -24,8 +24,12 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, in]
         low = flat @ a.to(x.dtype).T  # [T, R]
-        out = torch.addmm(bias, flat, weight.T) if bias is not None else flat @ weight.T  # [T, out]
-        out.addmm_(low, b.to(x.dtype).T, alpha=scale)
+        # The small term first: the large product then adds to it before its one rounding. The other way round, a bf16
+        # result already on its grid swallows most of what a young adapter says.
+        out = (low * scale) @ b.to(x.dtype).T  # [T, out]
+        out.addmm_(flat, weight.T)
+        if bias is not None:
+            out += bias
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
         return out.view(*x.shape[:-1], -1)
@@ -41,7 +45,7 @@ class _LowRank(torch.autograd.Function):
         grad_b = (low.T @ g).T.float().mul_(ctx.scale) if ctx.needs_input_grad[4] else None
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.addmm(g @ weight, g_low, a.to(g.dtype), alpha=ctx.scale).view(x.shape)
+            grad_x = ((g_low * ctx.scale) @ a.to(g.dtype)).addmm_(g, weight).view(x.shape)
         return grad_x, None, None, grad_a, grad_b, None
 
 

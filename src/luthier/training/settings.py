@@ -20,7 +20,7 @@ class TrainSettings(BaseModel):
     """Optimiser steps, in place of epochs."""
     batch_size: int = Field(8, ge=1)
     """Rows an optimiser step, over all processes."""
-    tokens_per_forward: int = Field(2048, ge=1)
+    tokens_per_forward: int = Field(1024, ge=1)
     """Upper limit of tokens in one forward pass; a longer row goes alone. Lower it to save memory: the result is the same."""
     lr_scheduler_type: str = "linear"
     """A schedule of transformers by its name (linear, cosine, constant, constant_with_warmup, ...)."""
