@@ -115,8 +115,8 @@ def byte_tokenizer(template: str | None = TEMPLATE) -> tf.PreTrainedTokenizerFas
 
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {t: i for i, t in enumerate([*marks, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {t: i for i, t in enumerate([*marks, *alphabet, "th"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("t", "h")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(marks)
@@ -130,7 +130,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny model with a tokenizer, saved as users have them."""
     folder = tmp_path_factory.mktemp("model")
     tiny(
-        "llama", vocab_size=259, layers=2, max_position_embeddings=512, eos_token_id=2, bos_token_id=0
+        "llama", vocab_size=260, layers=2, max_position_embeddings=512, eos_token_id=2, bos_token_id=0
     ).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return str(folder)

@@ -219,7 +219,7 @@ def test_pain_13_an_update_of_another_base_is_refused(tmp_path):
 def test_generation_equals_one_prompt_at_a_time():
     from luthier.model.view import ModelView
 
-    model = tiny("llama", vocab_size=259, layers=2).eval()
+    model = tiny("llama", vocab_size=260, layers=2).eval()
     r = renderer()
     view = ModelView(model, r.tokenizer)
     prompts = [r.prompt_ids({"prompt": "x" * n}) for n in (1, 9, 4, 6)]

@@ -220,7 +220,7 @@ def test_check_reports_rows_targets_and_destinations(model_folder, tmp_path):
 
 def test_a_model_without_a_template_is_trained_on_plain_text(tmp_path):
     folder = tmp_path / "plain"
-    tiny("llama", vocab_size=259, layers=2).save_pretrained(folder)
+    tiny("llama", vocab_size=260, layers=2).save_pretrained(folder)
     byte_tokenizer(None).save_pretrained(folder)
     recipe = write(tmp_path, str(folder))
     result = json.loads(luthier("check", recipe, "--json", cwd=tmp_path).stdout)

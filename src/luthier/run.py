@@ -182,7 +182,7 @@ def curated(recipe: Recipe, rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
+def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     """(where the model is, renderer, configuration)."""
     located = locate(recipe.model if ":" in recipe.model else str(_beside(base, recipe.model)), recipe.revision)
     tokenizer = load_tokenizer(located)
@@ -197,7 +197,7 @@ def _tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
 
 def outline(recipe: Recipe, base: Path) -> tuple[Renderer, Any, Prepared, Prepared | None, Anatomy]:
     """What `check` looks at: rows, configuration and the anatomy of a model without weights."""
-    _, renderer, config = _tokens_and_config(recipe, base)
+    _, renderer, config = tokens_and_config(recipe, base)
     train, held, _, labels = prepare_rows(recipe, renderer, config, base)
     _check(recipe, config, train, None)
     if labels:
@@ -213,7 +213,7 @@ def _check(recipe: Recipe, config: Any, train: Prepared, layout: str | None) -> 
 
 def make_ready(recipe: Recipe, folder: Path, base: Path) -> Ready:
     """Load and check everything; the first fault is a RecipeError, before any training."""
-    located, renderer, config = _tokens_and_config(recipe, base)
+    located, renderer, config = tokens_and_config(recipe, base)
     train, held, held_rows, labels = prepare_rows(recipe, renderer, config, base)
     _check(recipe, config, train, None)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
@@ -331,6 +331,11 @@ def run(
             f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}"
         )
         place.note(base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=_census(ready.train))
+        place.note(
+            num_labels=getattr(ready.view.module.config, "num_labels", None)
+            if recipe.task == "classification"
+            else None
+        )
         result = _before(ready, place, say)
         progress = _train(
             ready, place, result, stop, on_step, None if max_seconds is None else started + max_seconds, say

@@ -201,6 +201,70 @@ def check(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False
         show(result)
 
 
+RunPath = Annotated[Path, typer.Argument(help="The folder of a finished run.")]
+
+
+@app.command()
+def generate(
+    folder: RunPath,
+    prompts: Annotated[list[str], typer.Argument(help="What to ask.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    base: Annotated[bool, typer.Option("--base", help="Show the untouched model's answer too.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Ask a tuned model."""
+    _quiet(debug)
+    from luthier.tuned import answers
+
+    result = answers(folder, prompts, max_new_tokens, base)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for entry in result:
+        if base:
+            print(f"base:  {entry['base']}")
+        print(f"tuned: {entry['answer']}" if base else entry["answer"])
+
+
+@app.command()
+def evaluate(
+    folder: RunPath,
+    data: Annotated[str | None, typer.Option(help="Rows to score; those of the recipe's data.eval by default.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score a tuned model on held-out rows."""
+    _quiet(debug)
+    from luthier.tuned import scores
+
+    result = scores(folder, data, Path("."))
+    if as_json:
+        print(json.dumps(result))
+    else:
+        for key, value in result.items():
+            if value is not None:
+                print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+
+
+@app.command()
+def export(
+    folder: RunPath,
+    output: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[str, typer.Option(help="hf (merged folder), peft (adapter), gguf (Llama-type models).")] = "hf",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a tuned model in another form; it is read back and compared."""
+    _quiet(debug)
+    from luthier.export import export as write
+
+    result = write(folder, to, output)
+    print(
+        json.dumps(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}"
+    )
+
+
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")] = None, as_json: Json = False) -> None:
     """Which methods are there, where is each from, what does it need?"""

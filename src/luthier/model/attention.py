@@ -24,14 +24,14 @@ SHORT = 384  # tokens; above this the [H, L, L] probabilities kept for the backw
 class _Bins(NamedTuple):
     """Sequences of similar length side by side, so that each layer makes a few large products instead of many small.
 
-    index    [S, L] position in the flat row of every token; padding points at position 0
+    source   [S, L] position in the flat row of every token; padding points at position 0
     valid    [S, L] bool, False for padding
     where    positions of the real tokens in the padded rectangle, in the flat order of this bin
     tokens   the flat positions of this bin, in the same order
     blocked  [S, 1, L, L] or [1, 1, L, L] bool, True where a query may not look
     """
 
-    index: Tensor
+    source: Tensor
     valid: Tensor
     where: Tensor
     tokens: Tensor
@@ -44,7 +44,8 @@ def _bins(lengths: tuple[int, ...], causal: bool, window: int | None, device: to
     starts = [0]
     for n in lengths:
         starts.append(starts[-1] + n)
-    order, groups = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    groups: list[list[int]] = []
     for i in order:
         if groups and lengths[i] ** 2 * 2 >= lengths[groups[-1][0]] ** 2:
             groups[-1].append(i)
@@ -72,15 +73,15 @@ def _one_bin(pieces: list[tuple[int, int]], causal: bool, window: int | None, de
 
 def _gathered(x: Tensor, bins: _Bins, groups: int) -> Tensor:
     """[1, H, T, d] -> [S * H / groups, groups * L, d]: heads that share a key head sit in one product."""
-    s, width = bins.index.shape
+    s, width = bins.source.shape
     heads, dim = x.shape[1], x.shape[3]
-    rows = x[0].transpose(0, 1).index_select(0, bins.index.reshape(-1))  # [S * L, H, d]
+    rows = x[0].transpose(0, 1).index_select(0, bins.source.reshape(-1))  # [S * L, H, d]
     return rows.view(s, width, heads, dim).transpose(1, 2).reshape(s * heads // groups, groups * width, dim)
 
 
 def _scattered(out: Tensor, x: Tensor, bins: _Bins) -> None:
     """[S * H / groups, groups * L, d] into the flat out [T, H, d]."""
-    s, width = bins.index.shape
+    s, width = bins.source.shape
     heads, dim = out.shape[1], out.shape[2]
     rows = x.view(s, heads, width, dim).transpose(1, 2).reshape(s * width, heads, dim)
     out.index_copy_(0, bins.tokens, rows.index_select(0, bins.where))
@@ -88,7 +89,7 @@ def _scattered(out: Tensor, x: Tensor, bins: _Bins) -> None:
 
 def _softmax(scores: Tensor, bins: _Bins, scale: float) -> Tensor:
     """[S * H_kv, G * L, L] scores -> probabilities in their dtype, taken in float32."""
-    s, width = bins.index.shape
+    s, width = bins.source.shape
     shaped = scores.float().view(s, -1, width, width).mul_(scale)  # [S, H, L, L]
     return shaped.masked_fill_(bins.blocked, float("-inf")).softmax(-1).to(scores.dtype).view_as(scores)
 
@@ -132,7 +133,7 @@ class _ShortAttention(torch.autograd.Function):
 
 def _rows(bins: _Bins, groups: int, heads: int) -> Tensor:
     """[S * H / groups, groups * L, 1]: 0 for padding queries, whose gathered gradient is another token's."""
-    s, width = bins.index.shape
+    s, width = bins.source.shape
     return bins.valid[:, None, :].expand(s, heads, width).reshape(s * heads // groups, groups * width, 1)
 
 

@@ -1,0 +1,205 @@
+"""Exports: a merged Hugging Face folder, a peft adapter, a GGUF file; each read back and compared before it counts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GgufConfig, PreTrainedModel
+
+from luthier.errors import LuthierError
+from luthier.tuned import Tuned, open_run, state_of
+
+FORMS = ("hf", "peft", "gguf")
+# Largest accepted difference of logits, relative to their largest, between what was tuned and what was written.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+def export(folder: Path, to: str, output: Path) -> dict[str, Any]:
+    """Write a finished run in another form; returns where and how far off it is.
+
+    Raises LuthierError where the form cannot hold the update, or what was written differs from what was tuned.
+    """
+    if to not in FORMS:
+        raise LuthierError(f"--to {to!r}: there are {', '.join(FORMS)}")
+    if output.exists() and any(output.iterdir()):
+        raise LuthierError(f"{output}: exists and is not empty; choose another folder")
+    if to == "peft":
+        return _peft(folder, output)
+    run = open_run(folder)
+    kinds = [p.kind for p in run.update.parts if p.kind in ("prompt", "modules")]
+    if kinds:
+        raise LuthierError(f"{folder}: a {kinds[0]} part cannot be merged into weights; use the run folder itself")
+    probe = torch.tensor([run.renderer.tokenizer("The quick brown fox jumps over it.")["input_ids"]])
+    with run.update.bind(run.view):
+        tuned = _logits(run.view.module, probe)
+    base = _logits(run.view.module, probe)
+    run.update.merge_into(run.view.module)
+    output.mkdir(parents=True, exist_ok=True)
+    again = _hf(run, output) if to == "hf" else _gguf(run, output)
+    off = _difference(_logits(again, probe), tuned)
+    limit = TOLERANCE[torch.float16 if to == "gguf" else run.view.dtype]
+    if off > limit:
+        raise LuthierError(
+            f"{output}: what was written differs from what was tuned by {off:.3g} of the largest logit; do not use it"
+        )
+    if _difference(_logits(again, probe), base) == 0.0:
+        raise LuthierError(f"{output}: what was written equals the base; nothing was exported")
+    return {"folder": str(output), "form": to, "difference": off}
+
+
+def _peft(folder: Path, output: Path) -> dict[str, Any]:
+    state_of(folder)
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    if not all((folder / n).exists() for n in names):
+        raise LuthierError(f"{folder}: holds no low-rank adapter, the only form peft shares; use --to hf")
+    output.mkdir(parents=True, exist_ok=True)
+    for name in (*names, "README.md"):
+        if (folder / name).exists():
+            shutil.copy(folder / name, output / name)
+    return {"folder": str(output), "form": "peft", "difference": 0.0}
+
+
+@torch.no_grad()
+def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    model.eval()
+    return model(input_ids=ids.to(model.device)).logits.float().cpu()
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-9))
+
+
+def _hf(run: Tuned, output: Path) -> PreTrainedModel:
+    run.view.module.save_pretrained(output)
+    run.renderer.tokenizer.save_pretrained(output)
+    (output / "README.md").write_text(card(run, "merge"), encoding="utf-8")
+    cls = AutoModelForSequenceClassification if run.recipe.task == "classification" else AutoModelForCausalLM
+    return cls.from_pretrained(output, dtype=run.view.dtype)
+
+
+# --- GGUF, Llama-type models ---
+
+_NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+
+
+def gguf_name(name: str) -> str:
+    """llama.cpp's name of a Llama parameter. Raises LuthierError for one it has none for."""
+    fixed = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    if name in fixed:
+        return fixed[name]
+    number, _, rest = name.removeprefix("model.layers.").partition(".")
+    inner, _, kind = rest.rpartition(".")
+    if not number.isdigit() or inner not in _NAMES:
+        raise LuthierError(f"export: {name} has no place in a Llama GGUF")
+    return f"blk.{number}.{_NAMES[inner]}.{kind}"
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's order of rotary rows: [heads, 2, d / 2] -> [heads, d / 2, 2]."""
+    return (
+        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
+    )
+
+
+def _gguf(run: Tuned, output: Path) -> PreTrainedModel:
+    import gguf
+
+    model, config = run.view.module, run.view.module.config
+    if config.model_type != "llama":
+        raise LuthierError(
+            f"export --to gguf: {config.model_type} models are not supported, only llama-type ones; use --to hf"
+        )
+    file = output / "model.gguf"
+    writer = gguf.GGUFWriter(str(file), "llama")
+    writer.add_name(output.name)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(run.view.anatomy.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    _add_tokenizer(writer, run.renderer.tokenizer, config.vocab_size)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, p in model.named_parameters():
+        value = p.detach().float().cpu().numpy()
+        role = name.split(".")[-2]
+        value = permuted(value, heads[role]) if role in heads else value
+        writer.add_tensor(gguf_name(name), value.astype(np.float16 if p.ndim > 1 else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (output / "README.md").write_text(card(run, "merge"), encoding="utf-8")
+    stops = "\n".join(f'PARAMETER stop "{run.renderer.tokenizer.decode([i])}"' for i in run.renderer.stop_ids)
+    (output / "Modelfile").write_text(f"FROM ./model.gguf\n{stops}\n", encoding="utf-8")
+    return AutoModelForCausalLM.from_pretrained(
+        str(output), gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
+    import gguf
+
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    if raw["model"]["type"] != "BPE":
+        raise LuthierError(
+            f"export --to gguf: {raw['model']['type']} tokenizers are not supported, only byte-level BPE"
+        )
+    by_id = {i: t for t, i in tokenizer.get_vocab().items()}
+    special = {t["id"] for t in raw["added_tokens"]}
+    tokens = [by_id.get(i, f"[PAD{i}]") for i in range(vocab_size)]
+    control, normal, unused = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.UNUSED
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([control if i in special else normal if i in by_id else unused for i in range(vocab_size)])
+    merges = raw["model"]["merges"]
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
+    if tokenizer.chat_template:
+        writer.add_chat_template(tokenizer.chat_template)
+
+
+# --- the card ---
+
+
+def card(run: Tuned, relation: str) -> str:
+    """A model card: front matter for the Hub, how to load, recipe, scores, cost. No licence is guessed."""
+    state = state_of(run.folder)
+    before, after = state.get("before") or {}, state.get("after") or {}
+    rows = [f"| {k} | {before.get(k, '')} | {v} |" for k, v in after.items() if k in ("loss", "right", "of", "stopped")]
+    recipe = (run.folder / "recipe.yaml").read_text(encoding="utf-8")
+    return "\n".join(
+        [
+            "---", f"base_model: {run.view.name}", f"base_model_relation: {relation}", "library_name: transformers",
+            f"tags: [luthier, {run.recipe.tuner.key()}, {run.recipe.objective.key()}]", "---", "",
+            f"# {run.folder.name}", "",
+            f"Tuned by luthier {state['luthier']} from {run.view.name} (weights {state['base']['weights'][:16]}) on "
+            f"{state['census']['rows']} rows (data {state['data_hash'][:16]}), {state['steps']} steps, "
+            f"{state['tokens']} tokens, {state['train_seconds']:.0f} s.", "",
+            "| measure | before | after |", "|---|---|---|", *rows, "",
+            "The base's licence applies; check it before you share this.", "",
+            "<details><summary>Recipe</summary>", "", "```yaml", recipe, "```", "</details>", "",
+        ]
+    )  # fmt: skip

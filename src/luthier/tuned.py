@@ -1,0 +1,94 @@
+"""A finished run as something to use: load it, ask it, score it, export it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.data.rendering import Renderer
+from luthier.errors import LuthierError
+from luthier.generation import generate
+from luthier.model.view import ModelView
+from luthier.recipe import Recipe, load_file
+from luthier.run import Ready, evaluate, make_ready, tokens_and_config
+from luthier.update import Update
+from luthier.update.files import load
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A run's recipe, its base model, and what it learnt."""
+
+    recipe: Recipe
+    folder: Path
+    base_folder: Path
+    view: ModelView
+    renderer: Renderer
+    update: Update
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """run.json of a finished run. Raises LuthierError for a folder that is none."""
+    file = folder / "run.json"
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LuthierError(
+            f"{folder}: is no run of ours ({file.name} cannot be read); give the folder a run ended in"
+        ) from error
+    if state.get("state") != "done":
+        raise LuthierError(f"{folder}: this run is {state.get('state')}, not done; finish it with luthier run")
+    return state
+
+
+def open_run(folder: Path) -> Tuned:
+    """Load a finished run: its base model and its update."""
+    from luthier.model.loading import load_model
+
+    state = state_of(folder)
+    recipe, base = load_file(folder / "recipe.yaml"), Path(state["recipe_folder"])
+    located, renderer, _ = tokens_and_config(recipe, base)
+    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    view = load_model(located, recipe.task, dtype, tokenizer=renderer.tokenizer, num_labels=state.get("num_labels"))
+    return Tuned(recipe, folder, base, view, renderer, load(folder))
+
+
+def answers(folder: Path, prompts: list[str], max_new_tokens: int, base_too: bool = False) -> list[dict[str, Any]]:
+    """What the tuned model says to each prompt; with `base_too` also what the base says."""
+    run = open_run(folder)
+    ids = [run.renderer.prompt_ids({"prompt": p}) for p in prompts]
+    before = generate(run.view, ids, run.renderer, max_new_tokens) if base_too else []
+    with run.update.bind(run.view):
+        after = generate(run.view, ids, run.renderer, max_new_tokens)
+    out = []
+    for i, prompt in enumerate(prompts):
+        entry = {"prompt": prompt, "answer": after[i].text, "stopped": after[i].stopped}
+        out.append({**entry, "base": before[i].text} if base_too else entry)
+    return out
+
+
+def scores(folder: Path, data: str | None, split_base: Path) -> dict[str, Any]:
+    """The tuned model on rows: those of the recipe's data.eval, or `data`."""
+    with _ready(folder, data, split_base) as (ready, run):
+        if ready.eval is None:
+            raise LuthierError(f"{folder}: its recipe has no data.eval; name rows with --data")
+        with run.update.bind(ready.view):
+            result, _ = evaluate(ready)
+    return {k: v for k, v in asdict(result).items() if k != "per_row"}
+
+
+@contextmanager
+def _ready(folder: Path, data: str | None, split_base: Path) -> Iterator[tuple[Ready, Tuned]]:
+    state = state_of(folder)
+    recipe, base = load_file(folder / "recipe.yaml"), Path(state["recipe_folder"])
+    if data is not None:
+        where = data if data.startswith("builtin:") else str((split_base / data).resolve())
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": where})})
+    ready = make_ready(recipe, folder, base)
+    yield ready, Tuned(recipe, folder, base, ready.view, ready.renderer, load(folder))

@@ -1,0 +1,93 @@
+"""What a finished run can become, and that it is still the same model."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from luthier.errors import LuthierError
+from luthier.export import export, gguf_name, permuted
+from luthier.tuned import answers, open_run, scores
+from test_run import luthier, write
+
+
+@pytest.fixture(scope="module", params=["lora", "full", "spiel"])
+def run_folder(request, model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    recipe = write(folder, model_folder, tuner=request.param, epochs=2)
+    done = luthier("run", recipe, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "out"
+
+
+def test_merged_folder_opens_with_transformers_and_equals_the_run(run_folder, tmp_path):
+    result = export(run_folder, "hf", tmp_path / "m")
+    assert result["difference"] < 1e-5
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
+        AutoTokenizer.from_pretrained(tmp_path / "m"),
+    )
+    run = open_run(run_folder)
+    ids = torch.tensor([run.renderer.prompt_ids({"prompt": "say 7"})])
+    assert (
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "say 7"}], add_generation_prompt=True, return_dict=False
+        )
+        == ids[0].tolist()
+    )
+    with run.update.bind(run.view):
+        torch.testing.assert_close(
+            model(input_ids=ids).logits, run.view.module(input_ids=ids).logits, atol=1e-5, rtol=1e-4
+        )
+    text = (tmp_path / "m" / "README.md").read_text()
+    assert text.startswith("---\nbase_model: ") and "license" not in text.split("---")[1]
+
+
+def test_gguf_reads_back_as_the_run(run_folder, tmp_path):
+    result = export(run_folder, "gguf", tmp_path / "g")
+    assert result["difference"] < 0.02
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "g", gguf_file="model.gguf")
+    run = open_run(run_folder)
+    text = "say 7 <|im_end|> ok"
+    assert tokenizer(text)["input_ids"] == run.renderer.tokenizer(text)["input_ids"]
+    assert tokenizer.chat_template == run.renderer.tokenizer.chat_template
+    assert 'PARAMETER stop "<|im_end|>"' in (tmp_path / "g" / "Modelfile").read_text()
+
+
+def test_evaluate_and_generate_see_the_tuned_model(run_folder):
+    state = json.loads((run_folder / "run.json").read_text())
+    again = scores(run_folder, None, run_folder)
+    assert (
+        again["loss"] == pytest.approx(state["after"]["loss"], rel=1e-4) and again["right"] == state["after"]["right"]
+    )
+    samples = [json.loads(line) for line in (run_folder / "samples.jsonl").read_text().splitlines()]
+    said = answers(run_folder, [s["prompt"] for s in samples], 6, base_too=True)
+    assert [s["answer"] for s in said] == [s["after"] for s in samples]
+    assert [s["base"] for s in said] == [s["before"] for s in samples]
+
+
+def test_what_cannot_be_is_said(run_folder, tmp_path):
+    with pytest.raises(LuthierError, match="there are hf, peft, gguf"):
+        export(run_folder, "onnx", tmp_path / "x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_text("x")
+    with pytest.raises(LuthierError, match="exists and is not empty"):
+        export(run_folder, "hf", tmp_path / "full")
+    with pytest.raises(LuthierError, match="is no run of ours"):
+        open_run(tmp_path)
+    if "lora" in str(run_folder):
+        assert export(run_folder, "peft", tmp_path / "p")["form"] == "peft"
+    else:
+        with pytest.raises(LuthierError, match="holds no low-rank adapter"):
+            export(run_folder, "peft", tmp_path / "p")
+
+
+def test_names_and_rotary_order():
+    assert gguf_name("model.layers.12.self_attn.q_proj.weight") == "blk.12.attn_q.weight"
+    with pytest.raises(LuthierError, match="no place in a Llama GGUF"):
+        gguf_name("model.layers.0.experts.weight")
+    import numpy as np
+
+    w = np.arange(8)[:, None]
+    assert permuted(w, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
