@@ -1,3 +1,18 @@
 """luthier: fine-tune language models with less."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from luthier.update import Update
+
 __version__ = "0.1.0.dev0"
+
+
+def load(folder: str | Path) -> Update:
+    """The update a run left in a folder. Raises LuthierError for a folder that holds none."""
+    from luthier.update.files import load as read  # keeps torch out of `import luthier`
+
+    return read(folder)

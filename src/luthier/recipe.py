@@ -200,7 +200,7 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], i
         raise RecipeError(
             f"{name}{line}", f"is not YAML ({error.problem})", "look at this line and the one before"
         ) from error
-    except (YAMLError, ValueError, RecursionError, AttributeError, TypeError) as error:
+    except (YAMLError, ValueError, RecursionError, AttributeError, TypeError, IndexError, KeyError) as error:
         raise RecipeError(
             name, f"is not YAML ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         ) from error

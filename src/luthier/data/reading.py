@@ -169,6 +169,12 @@ def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> di
 def shape_of(row: Row, task: str) -> str:
     """Which of the known shapes a row has. Raises RecipeError naming the fields found and the fields expected."""
     values = row.values
+    try:
+        json.dumps(values, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            row.key, f"holds half a character ({error.object[error.start]!r})", "write it as UTF-8 text"
+        ) from error
     names = ["text and label"] if task == "classification" else ["messages", "prompt and completion", "text"]
     for name in names:
         if all(field in values for field in SHAPES[name]):

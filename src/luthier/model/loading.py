@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,7 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
     if (folder / "COMPLETE").exists():
         return folder
+    _check_header(gguf, stat.st_size)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     source = {"gguf_file": gguf.name, "local_files_only": True}
     try:
@@ -93,7 +95,7 @@ def _converted(gguf: Path) -> Path:
         model = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
         )
-    except (ValueError, OSError, KeyError, IndexError, RuntimeError, UnicodeDecodeError) as error:
+    except (ValueError, OSError, LookupError, RuntimeError, TypeError, OverflowError, EOFError, struct.error) as error:
         raise RecipeError("model", f"{gguf}: cannot be read as GGUF ({error})", "download the file again") from error
     temporary.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(temporary)
@@ -104,6 +106,17 @@ def _converted(gguf: Path) -> Path:
     except OSError:  # another process was faster
         shutil.rmtree(temporary)
     return folder
+
+
+def _check_header(gguf: Path, size: int) -> None:
+    """Magic, version and counts, before a reader allocates by them."""
+    with gguf.open("rb") as file:
+        head = file.read(24)
+    plausible = len(head) == 24 and head[:4] == b"GGUF"
+    version, tensors, entries = struct.unpack("<IQQ", head[4:]) if plausible else (0, 0, 0)
+    # A tensor's description takes at least 24 bytes, a metadata entry at least 13.
+    if version not in (2, 3) or tensors * 24 + entries * 13 > size:
+        raise RecipeError("model", f"{gguf}: cannot be read as GGUF (its header is damaged)", "download the file again")
 
 
 def load_tokenizer(located: Located) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -324,6 +324,12 @@ class Loop:
         saved = checkpoint.load(folder)
         if saved["state"]["data_hash"] != self.data_hash:
             raise LuthierError(f"{folder}: was made on other rows than data.train has now; use --fresh to start over")
+        try:
+            self._take_up(saved, whole)
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise LuthierError(f"{folder}: does not fit this run ({error}); use --fresh to start over") from error
+
+    def _take_up(self, saved: dict[str, Any], whole: bool) -> None:
         tensors = saved["tensors"]
         own = {k.removeprefix("trainable."): v for k, v in tensors.items() if k.startswith("trainable.")}
         self.trainable.load_state_dict(own)
@@ -337,9 +343,3 @@ class Loop:
             torch.set_rng_state(saved["rng"]["torch"])
             known = Progress.__dataclass_fields__
             self.progress = Progress(**{k: v for k, v in saved["state"].items() if k in known})
-
-
-def steps_of(loop: Loop) -> Iterator[dict[str, float]]:
-    """The loop's entries one by one, for tests and notebooks."""
-    while loop.progress.step < loop.total_steps:
-        yield loop.step()
