@@ -9,22 +9,9 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
+from luthier import machine
 
-def _waiting_threads() -> None:
-    """How idle threads wait, set before torch is imported; results do not depend on it.
-
-    Measured on two cores: sleeping at once costs a third of a step on a quiet machine (1.5 s against 1.05), spinning
-    costs as much on a busy one (2.7 s against 2.0).
-    """
-    if "OMP_WAIT_POLICY" in os.environ or "GOMP_SPINCOUNT" in os.environ:
-        return
-    if os.getloadavg()[0] > 0.75 * (os.cpu_count() or 1):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-    else:
-        os.environ["GOMP_SPINCOUNT"] = "10000"
-
-
-_waiting_threads()
+machine.prepare()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
