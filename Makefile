@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test check unit bench clean
+.PHONY: demo test check unit docs bench soak clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,14 @@ unit: $(VENV)/dev.done
 bench: $(VENV)/dev.done
 	$(PIP) --no-deps trl==1.16.0
 	$(BIN)/python benchmarks/sft_against_trl.py
+
+docs: $(VENV)/dev.done
+	$(BIN)/python -m luthier.manifest
+	$(BIN)/python -m luthier.docs
+
+# Hours, not minutes: fuzzing at length.
+soak: $(VENV)/dev.done
+	LUTHIER_FUZZ=40 $(BIN)/python -m pytest tests/test_fuzz.py --timeout 7200
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -64,3 +64,25 @@ def test_architecture_stays_short():
 def test_benchmark_results_carry_machine_and_commit(name):
     result = json.loads((ROOT / "benchmarks/results" / name).read_text())
     assert result["machine"] and result["commit"]
+
+
+def test_pages_are_generated_from_the_classes():
+    from luthier import docs
+
+    stored = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "docs/methods").glob("*.md")}
+    assert stored == docs.pages(), "run make docs"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/methods").glob("*.md")), ids=lambda p: p.stem)
+def test_a_pages_snippets_run(page, model_folder):
+    from transformers import AutoModelForCausalLM
+
+    from luthier import recipe
+
+    text = page.read_text(encoding="utf-8")
+    for snippet in re.findall(r"```yaml\n(.*?)```", text, re.S):
+        assert recipe.load(snippet)
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
+        scope = {"model": AutoModelForCausalLM.from_pretrained(model_folder), "torch": torch}
+        exec(compile(snippet, page.name, "exec"), scope)
+        scope["tuned"].detach()

@@ -57,7 +57,7 @@ def test_a_run_leaves_what_was_promised(finished):
     names = {p.name for p in (folder / "out").iterdir()}
     assert {
         "recipe.yaml", "run.json", "log.jsonl", "report.html", "samples.jsonl", "env.txt", "adapter_config.json",
-        "adapter_model.safetensors", "update.json", "all_results.json",
+        "adapter_model.safetensors", "update.json", "all_results.json", "README.md", "tokenizer.json",
     } <= names  # fmt: skip
     run = json.loads((folder / "out" / "run.json").read_text())
     assert run["state"] == "done" and run["steps"] == 6 and run["after"]["loss"] < run["before"]["loss"]
@@ -84,6 +84,49 @@ def test_a_lora_run_opens_with_peft(finished, model_folder):
     plain = base(input_ids=ids).logits
     tuned = PeftModel.from_pretrained(base, str(folder / "out"))
     assert not torch.equal(plain, tuned(input_ids=ids).logits)
+
+
+def test_a_full_run_opens_with_transformers(model_folder, tmp_path):
+    recipe = write(tmp_path, model_folder, tuner="full", epochs=2)
+    assert luthier("run", recipe, cwd=tmp_path).returncode == 0
+    from luthier.tuned import open_run
+
+    run, ids = open_run(tmp_path / "out"), torch.tensor([[5, 6, 7, 8]])
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with run.update.bind(run.view):
+        torch.testing.assert_close(
+            whole(input_ids=ids).logits, run.view.module(input_ids=ids).logits, atol=1e-5, rtol=1e-4
+        )
+
+
+def test_trackers_are_fed_and_never_stop_a_run(monkeypatch, model_folder, tmp_path):
+    from transformers import TrainerCallback
+    from transformers.integrations import integration_utils
+
+    from luthier import recipe as recipes
+    from luthier import tracking
+    from luthier.errors import RecipeError
+    from luthier.run import run
+
+    seen = []
+
+    class Good(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append((state.global_step, logs["loss"]))
+
+    class Bad(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            raise RuntimeError("server gone")
+
+    monkeypatch.setattr(integration_utils, "INTEGRATION_TO_CALLBACK", {"good": Good, "bad": Bad, "wandb": Good})
+    with pytest.raises(RecipeError, match="there is no tracker 'wandbb'"):
+        tracking.check(["wandbb"])
+    with pytest.raises(RecipeError, match="package of wandb is not installed"):
+        tracking.check(["wandb"])
+    monkeypatch.setattr(tracking, "check", lambda names: None)
+    path = write(tmp_path, model_folder, report_to=["good", "bad"])
+    done = run(recipes.load_file(path), tmp_path / "out", tmp_path)
+    assert done["state"] == "done" and [s for s, _ in seen] == list(range(1, 7))
 
 
 def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(finished):

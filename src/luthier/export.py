@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GgufConfig, PreTrainedModel
 
 from luthier.errors import LuthierError
+from luthier.report.card import card
 from luthier.tuned import Tuned, open_run, state_of
 
 FORMS = ("hf", "peft", "gguf")
@@ -78,9 +79,13 @@ def _difference(a: Tensor, b: Tensor) -> float:
 def _hf(run: Tuned, output: Path) -> PreTrainedModel:
     run.view.module.save_pretrained(output)
     run.renderer.tokenizer.save_pretrained(output)
-    (output / "README.md").write_text(card(run, "merge"), encoding="utf-8")
+    (output / "README.md").write_text(_card(run), encoding="utf-8")
     cls = AutoModelForSequenceClassification if run.recipe.task == "classification" else AutoModelForCausalLM
     return cls.from_pretrained(output, dtype=run.view.dtype)
+
+
+def _card(run: Tuned) -> str:
+    return card(run.folder, state_of(run.folder), run.recipe, run.view.name, "merge")
 
 
 # --- GGUF, Llama-type models ---
@@ -148,7 +153,7 @@ def _gguf(run: Tuned, output: Path) -> PreTrainedModel:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    (output / "README.md").write_text(card(run, "merge"), encoding="utf-8")
+    (output / "README.md").write_text(_card(run), encoding="utf-8")
     stops = "\n".join(f'PARAMETER stop "{run.renderer.tokenizer.decode([i])}"' for i in run.renderer.stop_ids)
     (output / "Modelfile").write_text(f"FROM ./model.gguf\n{stops}\n", encoding="utf-8")
     return AutoModelForCausalLM.from_pretrained(
@@ -179,27 +184,3 @@ def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
         writer.add_bos_token_id(tokenizer.bos_token_id)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
-
-
-# --- the card ---
-
-
-def card(run: Tuned, relation: str) -> str:
-    """A model card: front matter for the Hub, how to load, recipe, scores, cost. No licence is guessed."""
-    state = state_of(run.folder)
-    before, after = state.get("before") or {}, state.get("after") or {}
-    rows = [f"| {k} | {before.get(k, '')} | {v} |" for k, v in after.items() if k in ("loss", "right", "of", "stopped")]
-    recipe = (run.folder / "recipe.yaml").read_text(encoding="utf-8")
-    return "\n".join(
-        [
-            "---", f"base_model: {run.view.name}", f"base_model_relation: {relation}", "library_name: transformers",
-            f"tags: [luthier, {run.recipe.tuner.key()}, {run.recipe.objective.key()}]", "---", "",
-            f"# {run.folder.name}", "",
-            f"Tuned by luthier {state['luthier']} from {run.view.name} (weights {state['base']['weights'][:16]}) on "
-            f"{state['census']['rows']} rows (data {state['data_hash'][:16]}), {state['steps']} steps, "
-            f"{state['tokens']} tokens, {state['train_seconds']:.0f} s.", "",
-            "| measure | before | after |", "|---|---|---|", *rows, "",
-            "The base's licence applies; check it before you share this.", "",
-            "<details><summary>Recipe</summary>", "", "```yaml", recipe, "```", "</details>", "",
-        ]
-    )  # fmt: skip

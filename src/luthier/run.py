@@ -20,7 +20,7 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoConfig
 
-from luthier import __version__
+from luthier import __version__, tracking
 from luthier.data.batch import collate
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.reading import Row, read
@@ -32,12 +32,15 @@ from luthier.model.loading import CLASSES, load_model, load_tokenizer, locate
 from luthier.model.view import ModelView
 from luthier.objectives.base import Forward
 from luthier.recipe import Recipe
+from luthier.report.card import card
 from luthier.report.page import write_report
 from luthier.rng import Streams
+from luthier.tracking import Trackers
 from luthier.training import checkpoint
 from luthier.training.loop import Interrupted, Loop, Progress
 from luthier.training.order import micro_batches
 from luthier.tuners.base import with_head
+from luthier.update import Update
 from luthier.update.files import save_update, verify_update
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
@@ -324,6 +327,7 @@ def run(
             say(f"{folder} is finished already")
             return before
         _begin(place, recipe, base)
+        tracking.check(recipe.report_to)
         say(f"model   {recipe.model}")
         ready = make_ready(recipe, folder, base)
         census = ready.train.census
@@ -393,8 +397,11 @@ def _train(
     total = Loop.length(ready.train.rows, recipe)
     trainable = with_head(recipe.tuner.attach(ready.view, None, total), ready.view.anatomy.task_head)
 
+    trackers = Trackers(recipe.report_to, place.path, place.path.name, total, ready.view.module)
+
     def listen(entry: dict[str, float], progress: Progress) -> None:
         place.log(entry)
+        trackers.step(entry)
         if on_step is not None:
             on_step(entry, progress, total)
 
@@ -410,6 +417,8 @@ def _train(
     except Interrupted:
         place.note(state="stopped", signal=stop.signal)
         raise
+    finally:
+        trackers.close()
     result["trainable"], result["trained_weights"] = trainable, trained
     return progress
 
@@ -435,7 +444,22 @@ def _finish(ready: Ready, place: RunFolder, result: dict[str, Any], progress: Pr
     checkpoint.write_text(
         place.path / "all_results.json", json.dumps({"before": _scores(result), "after": _scores(after)})
     )
+    _leave_model(ready, place, update)
     write_report(place.path, ready.renderer, ready.train.rows[:3])
+
+
+def _leave_model(ready: Ready, place: RunFolder, update: Update) -> None:
+    """What other tools open: tokenizer and card; where most weights changed, the whole model too."""
+    ready.renderer.tokenizer.save_pretrained(place.path)
+    anatomy = ready.view.anatomy
+    touched = {n for part in update.parts if part.kind in ("dense", "replace") for n in part.tensors()}
+    whole = 2 * len(touched) > len(anatomy.parameters)
+    if whole:
+        update.merge_into(ready.view.module)
+        ready.view.module.save_pretrained(place.path)
+    relation = "finetune" if whole else "adapter"
+    text = card(place.path, place.state(), ready.recipe, ready.view.name, relation)
+    checkpoint.write_text(place.path / "README.md", text)
 
 
 def _scores(result: dict[str, Any]) -> dict[str, Any]:

@@ -122,3 +122,52 @@ def test_bad_input():
         Layerwise(freeze_blocks=3).attach(view_of())
     with pytest.raises(RecipeError, match=r"reinit_blocks: 2 of 3 blocks with 2 frozen"):
         Layerwise(freeze_blocks=2, reinit_blocks=2).attach(view_of())
+
+
+class BiasedAdamW(torch.optim.Optimizer):
+    """Adam as BERT's original code had it, without bias correction: a baseline for tests only."""
+
+    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6):
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for p in group["params"]:
+                m, v = (
+                    self.state[p].setdefault("m", torch.zeros_like(p)),
+                    self.state[p].setdefault("v", torch.zeros_like(p)),
+                )
+                m.lerp_(p.grad, 1 - b1)
+                v.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+                p.sub_(group["lr"] * m / (v.sqrt() + group["eps"]))
+
+
+def test_6_without_bias_correction_a_short_run_hides_a_larger_rate():
+    """What the tuner's optimiser avoids: step t is (1 - b1^t) / sqrt(1 - b2^t) times as long."""
+    p, q = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
+    biased, corrected = BiasedAdamW([p], 1e-3, eps=0.0), torch.optim.AdamW([q], 1e-3, eps=0.0, weight_decay=0.0)
+    expected = {1: 3.162, 5: 5.797, 12: 6.569, 100: 3.241}
+    for t in range(1, 101):
+        before = p.item(), q.item()
+        for x, optimizer in ((p, biased), (q, corrected)):
+            x.grad = torch.full_like(x, 0.7)
+            optimizer.step()
+        ratio = (p.item() - before[0]) / (q.item() - before[1])
+        assert ratio == pytest.approx((1 - 0.9**t) / (1 - 0.999**t) ** 0.5, rel=1e-6)
+        if t in expected:
+            assert ratio == pytest.approx(expected[t], abs=1e-3)
+
+
+def test_the_tuners_optimiser_is_the_corrected_one():
+    view = view_of()
+    trainable = Layerwise(decay=1.0).attach(view)
+    settings = TrainSettings(
+        max_steps=2, batch_size=4, learning_rate=1e-3, warmup_fraction=0, lr_scheduler_type="constant"
+    )
+    loop = Loop(view, rows_of(), trainable, Sft(), settings)
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    loop.step()
+    largest = max(float((p.detach() - before[n]).abs().max()) for n, p in view.module.named_parameters())
+    assert largest == pytest.approx(1e-3, rel=0.02)  # three times that without the correction

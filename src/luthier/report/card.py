@@ -1,0 +1,54 @@
+"""The model card: what the Hub shows, from what the run measured. No licence is guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from luthier.recipe import Recipe
+
+MEASURES = {
+    "loss": "held-out loss, nats",
+    "right": "answers right",
+    "of": "answers asked for",
+    "stopped": "ended by themselves",
+}
+
+
+def card(folder: Path, state: Mapping[str, Any], recipe: Recipe, base_name: str, relation: str) -> str:
+    """Front matter, how it came about, scores before and after, cost, and the recipe in a fold.
+
+    relation  the Hub's word: "adapter", "finetune" or "merge"
+    """
+    before, after = state.get("before") or {}, state.get("after") or {}
+    rows = [f"| {name} | {before.get(k)} | {after[k]} |" for k, name in MEASURES.items() if after.get(k) is not None]
+    census, peft = state["census"], (folder / "adapter_config.json").exists() and relation == "adapter"
+    library = "peft" if peft else "transformers"
+    lines = [
+        "---",
+        f"base_model: {recipe.model if recipe.model.count('/') == 1 else base_name}",
+        f"base_model_relation: {relation}",
+        f"library_name: {library}",
+        f"tags: [luthier, {recipe.tuner.key()}, {recipe.objective.key()}]",
+        "---",
+        "",
+        f"# {folder.name}",
+        "",
+        f"Tuned by luthier {state['luthier']} from {base_name} (weights {state['base']['weights'][:16]}) "
+        f"on {census['rows']} rows "
+        f"(data {state['data_hash'][:16]}; {census['dropped']} dropped, {census['cut']} cut): {state['steps']} steps, "
+        f"{state['tokens']} tokens, {state['train_seconds']:.0f} s, {state['peak_memory_bytes'] / 1e9:.1f} GB at most.",
+        "",
+        *(["| measure | before | after |", "|---|---|---|", *rows, ""] if rows else []),
+        "The licence is the base model's; read it before you share this.",
+        "",
+        "<details><summary>Recipe</summary>",
+        "",
+        "```yaml",
+        (folder / "recipe.yaml").read_text(encoding="utf-8").rstrip(),
+        "```",
+        "</details>",
+        "",
+    ]
+    return "\n".join(lines)
