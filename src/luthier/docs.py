@@ -12,7 +12,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "methods"
 USE = """```python
 from {package} import {cls}
 
-tuned = {cls}({required}).attach(model{steps})   # a transformers model, nothing else
+tuned = {cls}({required}).attach(model{steps})  # a transformers model, nothing else
 optimizer = tuned.optimizer(tuned.groups(), lambda g: torch.optim.AdamW([p for x in g for p in x.params], lr=1e-3))
 ```
 
