@@ -14,6 +14,8 @@ from luthier import machine
 machine.prepare()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "--debug" not in sys.argv:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; read when tqdm is imported
 
 import typer  # noqa: E402
 
