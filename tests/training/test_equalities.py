@@ -1,5 +1,6 @@
 """What must be equal: one batch of eight, eight of one, two processes; interrupted and uninterrupted."""
 
+import contextlib
 import json
 import os
 import signal
@@ -69,13 +70,17 @@ def test_eight_of_one_equal_one_of_eight(name):
 
 def test_two_processes_equal_one(tmp_path):
     target = tmp_path / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     script = str(Path(__file__).with_name("two_ranks.py"))
-    done = subprocess.run(
-        [*command, script, str(target)], env=env, capture_output=True, text=True, timeout=240, check=False
-    )
-    assert target.exists(), done.stderr[-3000:]
+    for _ in range(2):  # gloo's rendezvous on a busy machine may stall: once more, then it is a failure
+        child = subprocess.Popen([*command, script, str(target)], env=env, start_new_session=True)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(100)
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+        if target.exists():
+            break
     together = json.loads(target.read_text())
     for name, case in CASES.items():
         assert_equal(trained(*case), together[name])

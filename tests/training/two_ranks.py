@@ -1,6 +1,7 @@
 """Run under torchrun by test_equalities: the same steps on two ranks, printed by the first."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def main() -> None:
         Path(sys.argv[1]).write_text(json.dumps(out))
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may hang at interpreter exit
 
 
 if __name__ == "__main__":
