@@ -155,6 +155,7 @@ def loads(folder: Path, ours: bool) -> bool:
     try:
         load_file(chosen / "trainable.safetensors")
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            # Files this script's own child wrote a moment ago; Trainer's rng_state.pth holds NumPy objects.
             torch.load(chosen / name, weights_only=False)
         json.loads((chosen / "trainer_state.json").read_text())
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -273,14 +273,3 @@ def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
     difference = float((flat - single).abs().max() / single.abs().max().clamp_min(1e-9))
     limit = tolerance * max(1.0, torch.finfo(view.dtype).eps / torch.finfo(torch.float32).eps / 4)
     return ("flat" if difference <= limit else "padded"), difference
-
-
-def with_layout(view: ModelView) -> ModelView:
-    """Set the layout the probe finds."""
-    view.layout, _ = probe_layout(view)
-    return view
-
-
-def relabel(batch: Batch, labels: Tensor) -> Batch:
-    """The same inputs with other labels [T]."""
-    return replace(batch, labels=labels)
