@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["LUTHIER_CACHE"] = tempfile.mkdtemp(prefix="luthier-tests-")  # the user's own cache is left alone
+atexit.register(shutil.rmtree, os.environ["LUTHIER_CACHE"], ignore_errors=True)
 
-import pytest
-import torch
-import transformers as tf
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers as tf  # noqa: E402
 
-from luthier.data.batch import IGNORE, Batch, collate
-from luthier.model.view import ModelView, probe_layout
+from luthier.data.batch import IGNORE, Batch, collate  # noqa: E402
+from luthier.model.view import ModelView, probe_layout  # noqa: E402
 
 VOCABULARY = 97
 SIZES = {

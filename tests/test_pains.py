@@ -10,8 +10,9 @@ from conftest import byte_tokenizer, rows_of, tiny, view_of
 from luthier import recipe
 from luthier.data.batch import IGNORE
 from luthier.data.prepare import prepare
-from luthier.data.reading import Row, read
+from luthier.data.reading import read
 from luthier.data.rendering import Renderer
+from luthier.data.store import Row
 from luthier.errors import LuthierError, RecipeError
 from luthier.generation import generate
 from luthier.objectives.sft import Sft
@@ -146,7 +147,9 @@ def test_pain_08_data_faults_name_file_line_field_and_remedy(tmp_path):
         read("d.jsonl", {}, tmp_path, "causal-lm")
     (tmp_path / "d.jsonl").write_text('{"question": "a", "answer": "b"}\n')
     assert (
-        read("d.jsonl", {"prompt": "question", "completion": "answer"}, tmp_path, "causal-lm")[0].values["completion"]
+        read("d.jsonl", {"prompt": "question", "completion": "answer"}, tmp_path, "causal-lm")[0][0].values[
+            "completion"
+        ]
         == "b"
     )
 
@@ -161,7 +164,7 @@ def test_pain_08_every_format_reads_the_same_rows(tmp_path):
     (tmp_path / "d.csv").write_text('prompt,completion\n"a, b","c ""d"""\ne,f\n')
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     for name in ("d.jsonl", "d.json", "d.csv", "d.parquet"):
-        assert [r.values for r in read(name, {}, tmp_path, "causal-lm")] == rows, name
+        assert [r.values for r in read(name, {}, tmp_path, "causal-lm")[0]] == rows, name
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(RecipeError, match="not a Parquet"):
         read("bad.parquet", {}, tmp_path, "causal-lm")

@@ -65,6 +65,12 @@ class DataSettings(BaseModel):
     """What to do about longer rows."""
     on_unsupervised: Literal["refuse", "drop"] = "refuse"
     """What to do about rows without a single supervised token."""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """What to do about rows that cannot be read: stop at the first, or leave them out, counted and listed."""
+    train_split: str = "train"
+    """Split of a Hub data set that is trained on."""
+    eval_split: str = "test"
+    """Split of a Hub data set that is held out."""
     limit: int | None = Field(None, ge=1)
     """Use only the first rows, for a try."""
 

@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import hashlib
 import json
 import os
 import platform
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ruamel.yaml import YAML
 from transformers import AutoConfig
 
 from luthier import __version__, tracking
-from luthier.data.batch import collate
 from luthier.data.prepare import Prepared, prepare
-from luthier.data.reading import Row, read
+from luthier.data.reading import Tick, no_tick, read
 from luthier.data.rendering import Renderer
-from luthier.errors import LuthierError, RecipeError
-from luthier.generation import Completion, generate
+from luthier.data.store import Rows
+from luthier.errors import RecipeError
+from luthier.generation import Completion
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import CLASSES, load_model, load_tokenizer, locate
 from luthier.model.view import ModelView
-from luthier.objectives.base import Forward
 from luthier.recipe import Recipe
 from luthier.report.card import card
 from luthier.report.page import write_report
 from luthier.rng import Streams
+from luthier.run_folder import RunFolder, recipe_hash
+from luthier.scorer import Scores, evaluate, matched, mean_loss
 from luthier.tracking import Trackers
 from luthier.training import checkpoint
 from luthier.training.loop import Interrupted, Loop, Progress
-from luthier.training.order import micro_batches
 from luthier.tuners.base import with_head
 from luthier.update import Update
 from luthier.update.files import save_update, verify_update
@@ -47,16 +46,24 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetens
 Say = Callable[[str], None]
 
 
-@dataclass
-class Scores:
-    """Of a set of rows: mean loss in nats a token (or a row), and where answers were generated, the share right."""
+class Data(NamedTuple):
+    """The rows of a recipe."""
 
-    loss: float
-    right: int | None = None
-    of: int | None = None
-    stopped: int | None = None
-    seconds: float = 0.0
-    per_row: list[float] = field(default_factory=list)
+    train: Prepared
+    held: Prepared | None
+    held_rows: Rows | None
+    labels: dict[str | int, int]  # class index by label; empty for other tasks
+    skipped: list[str]
+    kept: list[Kept]
+
+
+class Kept(NamedTuple):
+    """What one step of `curate` left."""
+
+    step: str
+    rows: int
+    of: int
+    reasons: dict[str, int]
 
 
 @dataclass
@@ -67,122 +74,67 @@ class Ready:
     folder: Path
     view: ModelView
     renderer: Renderer
-    train: Prepared
-    eval: Prepared | None
-    eval_rows: list[Row]
+    data: Data
+
+    @property
+    def train(self) -> Prepared:
+        return self.data.train
+
+    def held_out_loss(self) -> float:
+        assert self.data.held is not None
+        return mean_loss(self.view, self.data.held.rows, 2 * self.recipe.tokens_per_forward, self.recipe.task)[0]
+
+    def scores(self) -> tuple[Scores, list[Completion]]:
+        """Of the model as it stands, on the held-out rows."""
+        assert self.data.held is not None and self.data.held_rows is not None
+        return evaluate(
+            self.view, self.data.held.rows, self.data.held_rows, self.renderer, self.recipe.evaluate,
+            tokens_per_forward=2 * self.recipe.tokens_per_forward, task=self.recipe.task,
+        )  # fmt: skip
 
 
-class RunFolder:
-    """The folder of one run: lock, log, state."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Only one process works in a folder. Raises LuthierError where another does."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise LuthierError(
-                    f"{self.path}: another process is working in this folder; wait for it, or use --fresh"
-                ) from error
-            yield
-
-    def log(self, entry: dict[str, Any]) -> None:
-        """Append one line to log.jsonl."""
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-    def state(self) -> dict[str, Any]:
-        """What run.json says; empty for a new folder."""
-        file = self.path / "run.json"
-        try:
-            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        except ValueError as error:
-            raise LuthierError(f"{file}: is damaged ({error}); use --fresh to start in a new folder") from error
-
-    def note(self, **more: Any) -> None:
-        """Merge into run.json, as one act."""
-        checkpoint.write_text(self.path / "run.json", json.dumps({**self.state(), **more}, indent=1))
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """Equal for recipes that ask for the same run."""
-    return hashlib.sha256(json.dumps(recipe.as_dict(), sort_keys=True).encode()).hexdigest()
-
-
-def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
-    """The folder to work in: output_dir, or the newest unfinished run of the same recipe, or a new one.
-
-    Raises LuthierError where output_dir holds the run of another recipe.
-    """
-    mine = recipe_hash(recipe)
-    if recipe.output_dir is not None:
-        path = base / recipe.output_dir
-        there = RunFolder(path).state()
-        if there and there.get("recipe_hash") != mine and not fresh:
-            raise LuthierError(
-                f"output_dir: {path} holds the run of another recipe; choose another folder, or use --fresh"
-            )
-        return _unused(path) if fresh and there else path
-    runs = Path("runs")
-    if not fresh:
-        for path in sorted(runs.glob(f"{name}-*"), reverse=True):
-            state = RunFolder(path).state()
-            if state.get("recipe_hash") == mine and state.get("state") != "done":
-                return path
-    return _unused(runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-
-
-def _unused(path: Path) -> Path:
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
-
-
-def prepare_rows(
-    recipe: Recipe, renderer: Renderer, config: Any, base: Path
-) -> tuple[Prepared, Prepared | None, list[Row], dict]:
-    """(training rows, evaluation rows, their sources, label indices)."""
+def prepare_rows(recipe: Recipe, renderer: Renderer, config: Any, base: Path, tick: Tick = no_tick) -> Data:
+    """Read, curate and render."""
     d = recipe.data
-    rows = curated(recipe, read(d.train, d.columns, base, recipe.task, "train")[: d.limit])
-    held = read(d.eval, d.columns, base, recipe.task, "eval") if d.eval else []
-    labels = None
-    if recipe.task == "classification":
-        names = sorted({r.values["label"] for r in rows}, key=str)
-        labels = {n: i for i, n in enumerate(names)}
-        for r in held:
-            if r.values["label"] not in labels:
-                raise RecipeError(
-                    r.key,
-                    f"label {r.values['label']!r} occurs in no training row",
-                    "mend the label or drop the row",
-                )
+    how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
+    rows, skipped = read(d.train, d.columns, base, recipe.task, "train", part=d.train_split, limit=d.limit, **how)
+    rows, kept = curated(recipe, rows)
+    held = None
+    if d.eval:
+        held, more = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, **how)
+        skipped += more
+    labels = _labels(rows, held) if recipe.task == "classification" else {}
     room = d.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    how: dict[str, Any] = {
-        "max_length": room,
-        "on_long": d.on_long,
-        "on_unsupervised": d.on_unsupervised,
-        "labels": labels,
-    }
-    return (
-        prepare(rows, renderer, **how),
-        prepare(held, renderer, **how) if held else None,
+    fit: dict[str, Any] = {
+        "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "labels": labels or None, "tick": tick,
+    }  # fmt: skip
+    return Data(
+        prepare(rows, renderer, **fit),
+        prepare(held, renderer, **fit) if held is not None else None,
         held,
-        labels or {},
+        labels,
+        skipped,
+        kept,
     )
 
 
-def curated(recipe: Recipe, rows: list[Row]) -> list[Row]:
-    """The rows that every step of `curate` keeps, in their order."""
-    streams = Streams(recipe.seed)
+def _labels(rows: Rows, held: Rows | None) -> dict[str | int, int]:
+    names = sorted({r.values["label"] for r in rows}, key=str)
+    for r in held or ():
+        if r.values["label"] not in names:
+            what = f"label {r.values['label']!r} occurs in no training row"
+            raise RecipeError(r.key, what, "mend the label or drop the row")
+    return {n: i for i, n in enumerate(names)}
+
+
+def curated(recipe: Recipe, rows: Rows) -> tuple[Rows, list[Kept]]:
+    """The rows that every step of `curate` keeps, in their order, and a count of the reasons by step."""
+    streams, told = Streams(recipe.seed), []
     for step in recipe.curate:
-        rows = [rows[i] for i in step.select(rows, streams).keep]
-    return rows
+        chosen = step.select(rows, streams)
+        told.append(Kept(step.key(), len(chosen.keep), len(rows), dict(Counter(chosen.reason))))
+        rows = rows.take(chosen.keep)
+    return rows, told
 
 
 def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
@@ -198,15 +150,24 @@ def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     return located, Renderer(tokenizer, recipe.data.system, plain), config
 
 
-def outline(recipe: Recipe, base: Path) -> tuple[Renderer, Any, Prepared, Prepared | None, Anatomy]:
+def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
     """What `check` looks at: rows, configuration and the anatomy of a model without weights."""
     _, renderer, config = tokens_and_config(recipe, base)
-    train, held, _, labels = prepare_rows(recipe, renderer, config, base)
-    _check(recipe, config, train, None)
-    if labels:
-        config.num_labels = len(labels)
+    data = prepare_rows(recipe, renderer, config, base, tick)
+    _check(recipe, config, data.train, None)
+    if data.labels:
+        config.num_labels = len(data.labels)
     with torch.device("meta"):
-        return renderer, config, train, held, Anatomy(CLASSES[recipe.task].from_config(config))
+        return Outline(renderer, config, data, Anatomy(CLASSES[recipe.task].from_config(config)))
+
+
+class Outline(NamedTuple):
+    """A recipe with its rows, and its model without weights."""
+
+    renderer: Renderer
+    config: Any
+    data: Data
+    anatomy: Anatomy
 
 
 def _check(recipe: Recipe, config: Any, train: Prepared, layout: str | None) -> None:
@@ -214,77 +175,20 @@ def _check(recipe: Recipe, config: Any, train: Prepared, layout: str | None) -> 
     recipe.check_methods(recipe.facts(model_config=config, total_steps=total, num_rows=len(train.rows), layout=layout))
 
 
-def make_ready(recipe: Recipe, folder: Path, base: Path) -> Ready:
+def make_ready(recipe: Recipe, folder: Path, base: Path, tick: Tick = no_tick) -> Ready:
     """Load and check everything; the first fault is a RecipeError, before any training."""
     located, renderer, config = tokens_and_config(recipe, base)
-    train, held, held_rows, labels = prepare_rows(recipe, renderer, config, base)
-    _check(recipe, config, train, None)
+    data = prepare_rows(recipe, renderer, config, base, tick)
+    _check(recipe, config, data.train, None)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    view = load_model(located, recipe.task, dtype, num_labels=len(labels) or None, tokenizer=renderer.tokenizer)
-    _check(recipe, config, train, view.layout)
-    return Ready(recipe, folder, view, renderer, train, held, held_rows)
+    view = load_model(located, recipe.task, dtype, num_labels=len(data.labels) or None, tokenizer=renderer.tokenizer)
+    _check(recipe, config, data.train, view.layout)
+    return Ready(recipe, folder, view, renderer, data)
 
 
 def _beside(base: Path, name: str) -> Path | str:
     """A model path relative to the recipe where there is one."""
     return base / name if (base / name).exists() else name
-
-
-@torch.no_grad()
-def mean_loss(ready: Ready, prepared: Prepared) -> tuple[float, list[float]]:
-    """(mean loss over all supervised tokens, or rows; per row means). One forward at a time, running sums only."""
-    view, per_row = ready.view, [0.0] * len(prepared.rows)
-    total, count, training = 0.0, 0.0, view.module.training
-    view.module.eval()
-    lengths = [len(r["ids"]) for r in prepared.rows]
-    try:
-        for part in micro_batches(lengths, 2 * ready.recipe.tokens_per_forward)[0]:
-            batch = collate([prepared.rows[i] for i in part]).to(view.device)
-            fwd = Forward(batch, view)
-            if ready.recipe.task == "classification":
-                values = torch.nn.functional.cross_entropy(fwd.logits(), batch.row["label"], reduction="none")
-                sums, n = values, torch.ones_like(values)
-            else:
-                where = batch.seq[batch.supervised]
-                nll = fwd.nll()
-                sums = torch.zeros(len(part), device=nll.device).index_add(0, where, nll)
-                n = torch.bincount(where, minlength=len(part)).float()
-            total, count = total + float(sums.sum()), count + float(n.sum())
-            for i, value in zip(part, (sums / n.clamp_min(1)).tolist(), strict=True):
-                per_row[i] = value
-    finally:
-        view.module.train(training)
-    return total / max(count, 1.0), per_row
-
-
-def evaluate(ready: Ready) -> tuple[Scores, list[Completion]]:
-    """Loss on the held-out rows, and answers where the recipe asks for them."""
-    assert ready.eval is not None
-    started = time.perf_counter()
-    loss, per_row = mean_loss(ready, ready.eval)
-    scores, answers = Scores(loss, per_row=per_row), []
-    wanted = min(ready.recipe.evaluate.generate, len(ready.eval_rows))
-    if wanted and ready.recipe.task == "causal-lm":
-        rows = [r.values for r in ready.eval_rows[:wanted]]
-        prompts = [ready.renderer.prompt_ids(r) for r in rows]
-        answers = generate(ready.view, prompts, ready.renderer, ready.recipe.evaluate.max_new_tokens)
-        matches = [
-            matched(a.text, ready.renderer.answer(r), ready.recipe.evaluate.match)
-            for a, r in zip(answers, rows, strict=True)
-        ]
-        scores.right, scores.of, scores.stopped = sum(matches), wanted, sum(a.stopped for a in answers)
-    scores.seconds = time.perf_counter() - started
-    return scores, answers
-
-
-def matched(output: str, answer: str, how: str) -> bool:
-    """True for an answer that counts as right."""
-    if how == "text":
-        return output.strip() == answer.strip()
-    try:
-        return json.loads(output) == json.loads(answer)
-    except (ValueError, RecursionError):
-        return False
 
 
 class StopRequest:
@@ -361,17 +265,17 @@ def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
 
 
 def _census(prepared: Prepared) -> dict[str, Any]:
-    return {k: v for k, v in asdict(prepared.census).items() if k != "lengths"}
+    return asdict(prepared.census)
 
 
 def _before(ready: Ready, place: RunFolder, say: Say) -> dict[str, Any]:
     """Scores of the untouched model; read back where an earlier attempt has them."""
-    if ready.eval is None:
+    if ready.data.held is None:
         return {}
     file = place.path / "before.json"
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
-    scores, answers = evaluate(ready)
+    scores, answers = ready.scores()
     result = {"scores": asdict(scores), "answers": [a.text for a in answers]}
     checkpoint.write_text(file, json.dumps(result))
     say(f"before  {shown(scores)}")
@@ -407,7 +311,7 @@ def _train(
 
     loop = Loop(
         ready.view, ready.train.rows, trainable, recipe.objective, recipe, folder=place.path, compute=recipe.compute,
-        evaluate=None if ready.eval is None else lambda: mean_loss(ready, ready.eval)[0],  # type: ignore[arg-type]
+        evaluate=None if ready.data.held is None else ready.held_out_loss,
         on_step=listen, stop=stop, data_hash=ready.train.digest,
     )  # fmt: skip
     trained = sum(p.numel() for p in trainable.parameters())
@@ -427,8 +331,8 @@ def _finish(ready: Ready, place: RunFolder, result: dict[str, Any], progress: Pr
     trainable = result.pop("trainable")
     after: dict[str, Any] = {}
     with trainable.phase("score"):
-        if ready.eval is not None:
-            scores, answers = evaluate(ready)
+        if ready.data.held is not None:
+            scores, answers = ready.scores()
             say(f"after   {shown(scores)}")
             after = {"scores": asdict(scores), "answers": [a.text for a in answers]}
         update = trainable.update()
@@ -467,10 +371,11 @@ def _scores(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_samples(ready: Ready, place: RunFolder, before: dict[str, Any], after: dict[str, Any]) -> None:
-    answers = after.get("answers", [])
+    answers, rows = after.get("answers", []), ready.data.held_rows
     lines = []
     for i, text in enumerate(answers):
-        row = ready.eval_rows[i]
+        assert rows is not None
+        row = rows[i]
         wanted = ready.renderer.answer(row.values)
         how = ready.recipe.evaluate.match
         turns = ready.renderer.messages(row.values)

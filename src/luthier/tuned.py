@@ -16,7 +16,7 @@ from luthier.errors import LuthierError
 from luthier.generation import generate
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe, load_file
-from luthier.run import Ready, evaluate, make_ready, tokens_and_config
+from luthier.run import Ready, make_ready, tokens_and_config
 from luthier.update import Update
 from luthier.update.files import load
 
@@ -76,10 +76,10 @@ def answers(folder: Path, prompts: list[str], max_new_tokens: int, base_too: boo
 def scores(folder: Path, data: str | None, split_base: Path) -> dict[str, Any]:
     """The tuned model on rows: those of the recipe's data.eval, or `data`."""
     with _ready(folder, data, split_base) as (ready, run):
-        if ready.eval is None:
+        if ready.data.held is None:
             raise LuthierError(f"{folder}: its recipe has no data.eval; name rows with --data")
         with run.update.bind(ready.view):
-            result, _ = evaluate(ready)
+            result, _ = ready.scores()
     return {k: v for k, v in asdict(result).items() if k != "per_row"}
 
 

@@ -16,7 +16,7 @@ from luthier.curation.scdp import (
     stratified,
     water_fill,
 )
-from luthier.data.reading import Row
+from luthier.data.store import Row
 from luthier.errors import RecipeError
 from luthier.rng import Streams
 

@@ -20,7 +20,8 @@ def check_recipe(recipe: Recipe, base: Path) -> dict[str, Any]:
     """Everything that can be said before weights are loaded. Raises RecipeError for what would stop the run."""
     from luthier.run import outline
 
-    renderer, config, train, held, anatomy = outline(recipe, base)
+    renderer, config, data, anatomy = outline(recipe, base)
+    train, held = data.train, data.held
     targets = matched_modules(recipe, anatomy)
     return {
         "recipe": recipe.as_dict(),
@@ -35,8 +36,7 @@ def check_recipe(recipe: Recipe, base: Path) -> dict[str, Any]:
 
 
 def _census(prepared: Any) -> dict[str, Any]:
-    out = {k: v for k, v in asdict(prepared.census).items() if k != "lengths"}
-    return out | {"lengths_that_keep": prepared.census.limits()}
+    return asdict(prepared.census)
 
 
 def matched_modules(recipe: Recipe, anatomy: Any) -> dict[str, int]:

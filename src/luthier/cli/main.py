@@ -136,8 +136,8 @@ def _carry_out(
     limit = _seconds(max_time)
     _quiet(debug)
     from luthier.cli.progress import Bar
-    from luthier.run import choose_folder
     from luthier.run import run as carry_out
+    from luthier.run_folder import choose_folder
     from luthier.training.loop import Interrupted
 
     folder = choose_folder(recipe, name, fresh, base)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from luthier.data.reading import Row
+from luthier.data.store import Row
 from luthier.method import Method
 from luthier.rng import Streams
 

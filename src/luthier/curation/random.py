@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.curation.base import Curator, Selection
-from luthier.data.reading import Row
+from luthier.data.store import Row
 from luthier.errors import RecipeError
 from luthier.method import Source
 from luthier.rng import Streams

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.curation.base import Curator, Selection, text_of
-from luthier.data.reading import Row
+from luthier.data.store import Row
 from luthier.errors import RecipeError
 from luthier.method import Source
 from luthier.rng import Streams

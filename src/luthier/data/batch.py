@@ -170,6 +170,11 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
     )
 
 
+def front_of(labels: Sequence[int]) -> int:
+    """Tokens before the first supervised one."""
+    return next((i for i, y in enumerate(labels) if y != IGNORE), len(labels))
+
+
 def pad(values: Tensor, batch: Batch, fill: float = 0) -> Tensor:
     """[T, ...] -> [S, L, ...], right-padded."""
     width = max(batch.lengths, default=0)

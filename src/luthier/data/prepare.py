@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass, field
-from typing import Any
+import sys
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from typing import Any, NamedTuple
 
-from luthier.data.batch import IGNORE
-from luthier.data.reading import Row
+import numpy as np
+import pyarrow as pa
+
+from luthier.cache import code_of, key_of
+from luthier.data import batch, rendering, store
+from luthier.data.batch import IGNORE, front_of
+from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
+from luthier.data.store import Row, Rows, TokenRows
 from luthier.errors import RecipeError
+
+Labels = Mapping[str | int, int]
 
 
 @dataclass
@@ -21,6 +32,7 @@ class Census:
     tokens: int = 0
     supervised: int = 0
     longest: int = 0
+    length_99: int = 0  # tokens that would hold 99% of the rows whole
     too_long: int = 0
     cut: int = 0
     dropped: int = 0
@@ -29,122 +41,176 @@ class Census:
     without_stop: int = 0
     doubled_bos: int = 0
     prompt_no_prefix: int = 0
-    lengths: list[int] = field(default_factory=list)
-
-    def limits(self) -> dict[str, int]:
-        """Lengths that would keep 99% and 100% of the rows."""
-        ordered = sorted(self.lengths)
-        return {"99%": ordered[max(0, int(len(ordered) * 0.99) - 1)], "100%": ordered[-1]} if ordered else {}
 
 
 @dataclass(frozen=True)
 class Prepared:
     """Training rows with their census and a hash of their content."""
 
-    rows: list[dict[str, Any]]
+    rows: TokenRows
     census: Census
     digest: str
 
 
+class Fit(NamedTuple):
+    """What a row must fit into, and what to do where it does not."""
+
+    max_length: int
+    on_long: str = "refuse"
+    on_unsupervised: str = "refuse"
+
+
 def prepare(
-    rows: list[Row], renderer: Renderer, *, max_length: int, on_long: str = "refuse", on_unsupervised: str = "refuse",
-    labels: dict[str | int, int] | None = None,
+    rows: Rows | Sequence[Row], renderer: Renderer, *, max_length: int, on_long: str = "refuse", on_unsupervised: str = "refuse",
+    labels: Labels | None = None, tick: Tick = no_tick,
 ) -> Prepared:  # fmt: skip
     """Render every row and deal with the ones that do not fit.
 
+    rows    from a file: the result is kept in the cache; a plain list: it stays in memory
     labels  class index by label, for classification rows
     Raises RecipeError naming the first row and the remedy where a fault is to be refused.
     """
-    census, out, seen, digest = Census(), [], set(), hashlib.sha256()
-    for row in rows:
-        item = _rendered(row, renderer, labels)
-        n = len(item["ids"])
-        census.lengths.append(n)
-        census.longest = max(census.longest, n)
-        if n > max_length:
+    fit = Fit(max_length, on_long, on_unsupervised)
+    work = _Preparation(renderer, fit, labels, tick)
+    key = None
+    if isinstance(rows, Rows):
+        code = code_of(sys.modules[__name__], rendering, batch, store)
+        shape = sorted(labels.items(), key=str) if labels is not None else None
+        key = key_of("tokens", rows.digest, _tokenizer_key(renderer), renderer.system, renderer.plain, fit, shape, code)
+    made = store.stored(key, store.TOKEN_SCHEMA, work.batches(rows), work.notes)
+    census = Census(**made.notes["census"])
+    _refuse_long(census, fit, made.notes["seen"])
+    if census.rows and labels is None and census.without_stop == census.rows:
+        raise RecipeError(
+            "data.train", "no answer ends in a stop token, so the tuned model would never stop",
+            "use a chat template or a tokenizer with an end token",
+        )  # fmt: skip
+    return Prepared(TokenRows(made.table), census, made.notes["digest"])
+
+
+def _tokenizer_key(renderer: Renderer) -> str:
+    t = renderer.tokenizer
+    return key_of(t.backend_tokenizer.to_str(), t.chat_template, str(t.special_tokens_map), renderer.stop_ids)
+
+
+def _refuse_long(census: Census, fit: Fit, seen: int) -> None:
+    if census.too_long and fit.on_long == "refuse":
+        raise RecipeError(
+            "data.max_length",
+            f"{census.too_long} of {seen} rows are longer than {fit.max_length} tokens, the longest has {census.longest}",
+            f"{census.length_99} would keep 99% whole and {census.longest} all; "
+            "or set data.on_long: drop, trim_prompt or trim_end",
+        )
+
+
+class _Preparation:
+    """One pass over rows: batches of training rows come out, counts stay."""
+
+    def __init__(self, renderer: Renderer, fit: Fit, labels: Labels | None, tick: Tick) -> None:
+        self.renderer, self.fit, self.labels, self.tick = renderer, fit, labels, tick
+        self.census, self.digest = Census(), hashlib.sha256()
+        self.lengths, self.hashes = array("q"), array("Q")
+
+    def batches(self, rows: Sequence[Row]) -> Iterator[pa.RecordBatch]:
+        source, done = iter(rows), 0
+        while part := list(islice(source, store.BATCH)):
+            self.tick("rendering", done, part[0].key)
+            done += len(part)
+            kept = [x for x in map(self._fitted, part, self._rendered(part)) if x is not None]
+            self._measure(kept)
+            if kept:
+                yield store.token_batch(kept)
+
+    def notes(self) -> dict[str, Any]:
+        lengths = np.sort(np.frombuffer(self.lengths, dtype=np.int64))
+        found = replace(
+            self.census,
+            longest=int(lengths[-1]) if len(lengths) else 0,
+            length_99=int(lengths[max(0, int(len(lengths) * 0.99) - 1)]) if len(lengths) else 0,
+            duplicates=len(self.hashes) - len(np.unique(np.frombuffer(self.hashes, dtype=np.uint64))),
+        )
+        return {"census": asdict(found), "digest": self.digest.hexdigest(), "seen": len(lengths)}
+
+    def _rendered(self, rows: list[Row]) -> list[dict[str, Any]]:
+        if self.labels is not None:
+            ids = self.renderer.tokenizer([r.values["text"] for r in rows])["input_ids"]
+            return [
+                {"ids": i, "labels": [IGNORE] * len(i), "key": r.key, "row": {"label": self.labels[r.values["label"]]}}
+                for r, i in zip(rows, ids, strict=True)
+            ]
+        segments = [self._segments(r) for r in rows]
+        pieces = self.renderer.encode(segments)
+        return [self.renderer.training_row(s, p, r.key) for r, s, p in zip(rows, segments, pieces, strict=True)]
+
+    def _segments(self, row: Row) -> list[rendering.Segment]:
+        try:
+            return self.renderer.segments(row.values)
+        except ValueError as error:
+            raise RecipeError(row.key, str(error)) from error
+        except Exception as error:
+            if type(error).__module__.startswith("jinja2"):  # a template's own refusal: roles out of order, say
+                raise RecipeError(row.key, f"the chat template refuses it ({error})") from error
+            raise
+
+    def _fitted(self, row: Row, item: dict[str, Any]) -> dict[str, Any] | None:
+        """The row as it will be trained on, or None where it is left out."""
+        census, n = self.census, len(item["ids"])
+        self.lengths.append(n)
+        if n > self.fit.max_length:
             census.too_long += 1
-            shorter = _shortened(item, max_length, on_long)
-            if shorter is None:
-                census.dropped += on_long == "drop"
-                continue
+            if self.fit.on_long in ("refuse", "drop"):
+                census.dropped += self.fit.on_long == "drop"
+                return None
             census.cut += 1
-            item = shorter
-        if labels is None and all(y == IGNORE for y in item["labels"]):
+            item = shortened(item, self.fit.max_length, self.fit.on_long)
+        if self.labels is None and all(y == IGNORE for y in item["labels"]):
             census.unsupervised += 1
-            if on_unsupervised == "refuse":
+            if self.fit.on_unsupervised == "refuse":
                 raise RecipeError(
                     row.key,
                     f"has no supervised token ({_why(row, item)})",
                     "mend the row, or set data.on_unsupervised: drop",
                 )
             census.dropped += 1
-            continue
-        _measure(item, renderer, census, labels is not None)
-        text = json.dumps(item["ids"])
-        census.duplicates += text in seen
-        seen.add(text)
-        digest.update(text.encode())
-        out.append(item)
-    if census.too_long and on_long == "refuse":
-        limits = census.limits()
-        raise RecipeError(
-            "data.max_length",
-            f"{census.too_long} of {len(rows)} rows are longer than {max_length} tokens, the longest has {census.longest}",
-            f"{limits['99%']} would keep 99% whole and {limits['100%']} all; or set data.on_long: drop, trim_prompt or trim_end",
-        )
-    if out and labels is None and census.without_stop == len(out):
-        raise RecipeError(
-            "data.train", "no answer ends in a stop token, so the tuned model would never stop",
-            "use a chat template or a tokenizer with an end token",
-        )  # fmt: skip
-    return Prepared(out, census, digest.hexdigest())
+            return None
+        return item
+
+    def _measure(self, items: list[dict[str, Any]]) -> None:
+        census, bos = self.census, self.renderer.tokenizer.bos_token_id
+        for item in items:
+            ids, labels = item["ids"], item["labels"]
+            supervised = [y for y in labels if y != IGNORE]
+            census.rows += 1
+            census.tokens += len(ids)
+            census.supervised += 1 if self.labels is not None else len(supervised)
+            census.doubled_bos += bos is not None and ids[:2] == [bos, bos]
+            if self.labels is None:
+                census.without_stop += supervised[-1] not in self.renderer.stop_ids
+            content = array("i", ids).tobytes()
+            self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
+            self.digest.update(content)
+        if self.labels is None and items:
+            self._count_moved_edges(items)
+
+    def _count_moved_edges(self, items: list[dict[str, Any]]) -> None:
+        """Rows whose prompt would have other ids if prompt and answer were tokenised in one piece."""
+        t = self.renderer.tokenizer
+        whole = t(t.batch_decode([x["ids"] for x in items]), add_special_tokens=False)["input_ids"]
+        for item, other in zip(items, whole, strict=True):
+            front = front_of(item["labels"])
+            self.census.prompt_no_prefix += other[:front] != item["ids"][:front]
 
 
-def _rendered(row: Row, renderer: Renderer, labels: dict[str | int, int] | None) -> dict[str, Any]:
-    if labels is not None:
-        ids = renderer.tokenizer(row.values["text"])["input_ids"]
-        return {
-            "ids": ids,
-            "labels": [IGNORE] * len(ids),
-            "key": row.key,
-            "row": {"label": labels[row.values["label"]]},
-        }
-    try:
-        return renderer.render(row.values, row.key)
-    except ValueError as error:
-        raise RecipeError(row.key, str(error)) from error
-    except Exception as error:
-        if type(error).__module__.startswith("jinja2"):  # a template's own refusal: roles out of order, say
-            raise RecipeError(row.key, f"the chat template refuses it ({error})") from error
-        raise
-
-
-def _shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any] | None:
-    if how in ("refuse", "drop"):
-        return None
+def shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
+    """The row cut to `limit` tokens: "trim_prompt" before its answer, "trim_end" behind."""
     over = len(item["ids"]) - limit
     front = sum(item["token"]["prompt"]) if "token" in item else 0
     # trim_prompt takes from the middle of what stands before the answer: its end holds the turn's opening.
     start = max(0, front - over - 8) if how == "trim_prompt" and front >= over else limit
-    cut = slice(start, start + over) if start != limit else slice(limit, None)
-    keep = lambda values: values[: cut.start] + (values[cut.stop :] if cut.stop is not None else [])  # noqa: E731
-    token = {k: keep(list(v)) for k, v in item.get("token", {}).items()}
-    return {**item, "ids": keep(item["ids"]), "labels": keep(item["labels"]), "token": token}
-
-
-def _measure(item: dict[str, Any], renderer: Renderer, census: Census, classes: bool) -> None:
+    stop = start + over
+    token = {k: [*v[:start], *v[stop:]] for k, v in item.get("token", {}).items()}
     ids, labels = item["ids"], item["labels"]
-    census.rows += 1
-    census.tokens += len(ids)
-    supervised = [y for y in labels if y != IGNORE]
-    census.supervised += 1 if classes else len(supervised)
-    bos = renderer.tokenizer.bos_token_id
-    census.doubled_bos += len(ids) > 1 and bos is not None and ids[0] == bos and ids[1] == bos
-    if not classes:
-        census.without_stop += not supervised or supervised[-1] not in renderer.stop_ids
-        whole = renderer.tokenizer(renderer.tokenizer.decode(ids), add_special_tokens=False)["input_ids"]
-        first = next((i for i, y in enumerate(labels) if y != IGNORE), len(ids))
-        census.prompt_no_prefix += whole[:first] != ids[:first]
+    return {**item, "ids": ids[:start] + ids[stop:], "labels": labels[:start] + labels[stop:], "token": token}
 
 
 def _why(row: Row, item: dict[str, Any]) -> str:

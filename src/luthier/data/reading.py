@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from luthier.cache import code_of, content_of, key_of
+from luthier.data import demo_requests, store
+from luthier.data.store import Row, Rows
 from luthier.errors import RecipeError
 
 SHAPES = {
@@ -17,142 +22,198 @@ SHAPES = {
     "text": ("text",),
 }
 BUILTIN = "builtin:requests"
+LISTED = 20  # bad rows named when they are skipped
+Raw = Iterator[tuple[int, "dict[str, Any] | RecipeError"]]
+Tick = Callable[[str, int, str], None]  # (what is done, rows so far, the row at work)
 
 
-class Row(NamedTuple):
-    """A row and where it stands, for every message about it."""
-
-    key: str
-    values: dict[str, Any]
+def no_tick(stage: str, done: int, at: str) -> None:
+    """Nobody watches."""
 
 
-def read(source: str, columns: Mapping[str, str], folder: Path, task: str, split: str = "train") -> list[Row]:
-    """All rows of a source, with columns renamed to ours and checked for shape.
+def read(
+    source: str, columns: Mapping[str, str], folder: Path, task: str, split: str = "train", *, part: str | None = None,
+    limit: int | None = None, on_bad: str = "refuse", tick: Tick = no_tick,
+) -> tuple[Rows, list[str]]:  # fmt: skip
+    """(all rows of a source, with columns renamed to ours and checked for shape; what was wrong with the skipped ones).
 
     source   a .jsonl, .json, .csv or .parquet file (relative to `folder`), "builtin:requests", or a Hub id
     columns  our name -> name in the file
+    split    "train" or "eval": the recipe's key, for messages
+    part     split of a Hub data set
+    limit    only the first rows
+    on_bad   "refuse": the first bad row is an error; "skip": it is left out and listed (the first 20, then a count)
+    Rows are checked once, then kept memory-mapped in the cache under a key of everything that went into them.
     Raises RecipeError with file and line for the first row that cannot be used.
     """
-    rows = [Row(key, _renamed(values, columns, key)) for key, values in _raw(source, folder, split)]
-    if not rows:
+    prefix, content, raw = _opened(source, folder, split, part)
+    code = code_of(sys.modules[__name__], store, demo_requests)
+    key = key_of("rows", content, sorted(columns.items()), task, limit, on_bad, code)
+    skipped = _Skipped(on_bad)
+    rows = _checked(itertools.islice(raw(), limit), prefix, columns, task, skipped, tick)
+    made = store.stored(
+        key, store.ROW_SCHEMA, store.row_batches(rows), lambda: {"skipped": skipped.told(), "of": prefix}
+    )
+    if not made.table.num_rows:
         raise RecipeError(f"data.{split}", f"{source} holds no rows", "give a file with at least one")
-    first: tuple[str, str] | None = None
-    for row in rows:
-        shape = shape_of(row, task)
-        if first is not None and shape != first[1]:
-            raise RecipeError(row.key, f"holds {shape}, but {first[0]} holds {first[1]}", "keep one shape a file")
-        first = first or (row.key, shape)
-    return rows
+    return Rows(made.table, prefix, key), [f"{prefix}:{text}" for text in made.notes["skipped"]]
 
 
-def _raw(source: str, folder: Path, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+class _Skipped:
+    """Refuses bad rows, or counts and lists them."""
+
+    def __init__(self, how: str) -> None:
+        self.how, self.count = how, 0
+        self.listed: list[str] = []
+
+    def take(self, number: int, error: RecipeError) -> None:
+        if self.how == "refuse":
+            raise error
+        self.count += 1
+        if len(self.listed) < LISTED:
+            self.listed.append(f"{number}: {error.what}")
+
+    def told(self) -> list[str]:
+        more = self.count - len(self.listed)
+        return [*self.listed, f" and {more} more"] if more else self.listed
+
+
+def _checked(
+    raw: Raw, prefix: str, columns: Mapping[str, str], task: str, skipped: _Skipped, tick: Tick
+) -> Iterator[tuple[int, bytes]]:
+    first: tuple[int, str] | None = None
+    for count, (number, values) in enumerate(raw):
+        key = f"{prefix}:{number}"
+        if count % store.BATCH == 0:
+            tick("reading", count, key)
+        try:
+            if isinstance(values, RecipeError):
+                raise values
+            row = Row(key, _renamed(values, columns, key))
+            shape = shape_of(row, task)
+            if first is not None and shape != first[1]:
+                raise RecipeError(
+                    key, f"holds {shape}, but {prefix}:{first[0]} holds {first[1]}", "keep one shape a file"
+                )
+            text = _as_json(row)
+        except RecipeError as error:
+            skipped.take(number, error)
+            continue
+        first = first or (number, shape)
+        yield number, text
+
+
+def _as_json(row: Row) -> bytes:
+    try:
+        return json.dumps(row.values, ensure_ascii=False, default=str).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecipeError(
+            row.key, f"holds half a character ({error.object[error.start]!r})", "write it as UTF-8 text"
+        ) from error
+
+
+def _opened(source: str, folder: Path, split: str, part: str | None) -> tuple[str, str, Callable[[], Raw]]:
+    """(what rows are called, key of the content, how to read them)."""
     if source == BUILTIN:
-        yield from _builtin(split)
-        return
+        return f"{BUILTIN}:{split}", split, lambda: _builtin(split)
     path = folder / source
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     if path.suffix in readers:
         if not path.is_file():
             raise RecipeError(f"data.{split}", f"there is no file {path}", "paths are relative to the recipe's folder")
-        yield from readers[path.suffix](path)
-    elif source.count("/") == 1 and not source.startswith((".", "/")):
-        yield from _hub(source, split)
-    else:
-        raise RecipeError(
-            f"data.{split}",
-            f"{source!r} is no .jsonl, .json, .csv or .parquet file and no Hub id",
-            f"or use {BUILTIN}",
-        )
+        return str(path), f"{content_of(path)}{path.suffix}", lambda: readers[path.suffix](path)
+    if source.count("/") == 1 and not source.startswith((".", "/")):
+        return _hub(source, split, part or "train")
+    raise RecipeError(
+        f"data.{split}",
+        f"{source!r} is no .jsonl, .json, .csv or .parquet file and no Hub id",
+        f"or use {BUILTIN}",
+    )
 
 
-def _builtin(split: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    from luthier.data.demo_requests import demo_rows
-
-    train, test = demo_rows()
+def _builtin(split: str) -> Raw:
+    train, test = demo_requests.demo_rows()
     for i, row in enumerate(train if split == "train" else test, start=1):
-        yield f"{BUILTIN}:{split}:{i}", {"prompt": row["prompt"], "completion": row["answer"]}
+        yield i, {"prompt": row["prompt"], "completion": row["answer"]}
 
 
-def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl(path: Path) -> Raw:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, _object(line, f"{path}:{number}")
+
+
+def _object(line: bytes, where: str) -> dict[str, Any] | RecipeError:
     try:
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _object(line, f"{path}:{number}")
+        value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise RecipeError(
-            str(path), f"is not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8"
-        ) from error
-
-
-def _object(line: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
+        return RecipeError(where, f"is not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8")
     except (ValueError, RecursionError) as error:
-        raise RecipeError(where, f"is not JSON ({error})", "write one object a line") from error
-    if not isinstance(value, dict):
-        raise RecipeError(
-            where,
-            f"holds a {type(value).__name__}, not an object",
-            'write {"prompt": ..., "completion": ...}',
-        )
-    return value
+        return RecipeError(where, f"is not JSON ({error})", "write one object a line")
+    return value if isinstance(value, dict) else _no_object(value, where)
 
 
-def _json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _no_object(value: Any, where: str) -> RecipeError:
+    what = f"holds a {type(value).__name__}, not an object"
+    return RecipeError(where, what, 'write {"prompt": ..., "completion": ...}')
+
+
+def _json(path: Path) -> Raw:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise RecipeError(str(path), f"is not JSON ({error})", "write a list of objects") from error
     if not isinstance(values, list):
         raise RecipeError(str(path), f"holds a {type(values).__name__}, not a list", "write a list of objects")
     for number, value in enumerate(values, start=1):
-        if not isinstance(value, dict):
-            raise RecipeError(f"{path}: item {number}", f"is a {type(value).__name__}, not an object")
-        yield f"{path}:{number}", value
+        yield number, value if isinstance(value, dict) else _no_object(value, f"{path}: item {number}")
 
 
-def _csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as file:
+def _csv(path: Path) -> Raw:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
             for row in reader:
-                if None in row or None in row.values():
-                    raise RecipeError(f"{path}:{reader.line_num}", "has another number of fields than the header")
-                yield f"{path}:{reader.line_num}", dict(row)
+                whole = None not in row and None not in row.values()
+                fault = RecipeError(f"{path}:{reader.line_num}", "has another number of fields than the header")
+                yield reader.line_num, dict(row) if whole else fault
         except csv.Error as error:
             raise RecipeError(f"{path}:{reader.line_num}", f"is not CSV ({error})") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(str(path), f"is not UTF-8 text ({error.reason})", "save it as UTF-8") from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet(path: Path) -> Raw:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
         number = 0
-        for batch in file.iter_batches():
+        for batch in file.iter_batches(batch_size=store.BATCH):
             for row in batch.to_pylist():
                 number += 1
-                yield f"{path}:{number}", row
+                yield number, row
     except pyarrow.ArrowInvalid as error:
         raise RecipeError(str(path), f"is not a Parquet file ({error})") from error
 
 
-def _hub(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _hub(source: str, split: str, part: str) -> tuple[str, str, Callable[[], Raw]]:
     import datasets
 
     name, _, config = source.partition(":")
+    name, _, revision = name.partition("@")
     try:
-        table = datasets.load_dataset(name, config or None, split=split)
+        table = datasets.load_dataset(name, config or None, split=part, revision=revision or None)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"data.{split}",
             f"{source}: {str(error).splitlines()[0]}",
-            "use a file, or check name and network",
+            "use a file, or check name, split and network",
         ) from error
-    for number, row in enumerate(table, start=1):
-        yield f"{source}:{split}:{number}", dict(row)
+    numbered = ((i, dict(row)) for i, row in enumerate(table, start=1))
+    return f"{source}:{part}", table._fingerprint, lambda: numbered
 
 
 def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> dict[str, Any]:
@@ -169,12 +230,6 @@ def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> di
 def shape_of(row: Row, task: str) -> str:
     """Which of the known shapes a row has. Raises RecipeError naming the fields found and the fields expected."""
     values = row.values
-    try:
-        json.dumps(values, ensure_ascii=False, default=str).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RecipeError(
-            row.key, f"holds half a character ({error.object[error.start]!r})", "write it as UTF-8 text"
-        ) from error
     names = ["text and label"] if task == "classification" else ["messages", "prompt and completion", "text"]
     for name in names:
         if all(field in values for field in SHAPES[name]):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.data.batch import IGNORE
+from luthier.data.batch import IGNORE, front_of
 
 Message = Mapping[str, str]
 
@@ -91,39 +91,47 @@ class Renderer:
     def _eos(self) -> str:
         return self.tokenizer.eos_token or ""
 
-    def _ids(self, text: str, first: bool) -> list[int]:
-        """Special tokens are added to bare text only; a chat template brings its own."""
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        bos = self.tokenizer.bos_token_id
-        adds = first and self.plain and getattr(self.tokenizer, "add_bos_token", False) and bos is not None
-        return [bos, *ids] if adds else ids
+    def encode(self, rows: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
+        """Token ids of every segment of every row; one call of the tokenizer, which works in threads.
 
-    def render(self, row: Mapping[str, Any], key: str) -> dict[str, Any]:
-        """A training row: ids, aligned labels, and the per-token column "prompt"."""
+        Special tokens are added to bare text only; a chat template brings its own.
+        """
+        texts = [segment.text for row in rows for segment in row]
+        ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
+        bos = self.tokenizer.bos_token_id
+        adds = self.plain and getattr(self.tokenizer, "add_bos_token", False) and bos is not None
+        out = [[next(ids) for _ in row] for row in rows]
+        for pieces in out if adds else []:
+            if pieces:
+                pieces[0] = [bos, *pieces[0]]
+        return out
+
+    def training_row(self, segments: Sequence[Segment], pieces: Sequence[Sequence[int]], key: str) -> dict[str, Any]:
+        """ids, aligned labels, and the per-token column "prompt" of a row's encoded segments."""
         ids: list[int] = []
         labels: list[int] = []
-        for segment in self.segments(row):
-            piece = self._ids(segment.text, first=not ids)
+        for segment, piece in zip(segments, pieces, strict=True):
             ids += piece
             labels += piece if segment.supervised else [IGNORE] * len(piece)
-        first = next((i for i, y in enumerate(labels) if y != IGNORE), len(labels))
-        prompt = [1 if i < first else 0 for i in range(len(ids))]
-        return {"ids": ids, "labels": labels, "key": key, "token": {"prompt": prompt}}
+        front = front_of(labels)
+        return {"ids": ids, "labels": labels, "key": key, "token": {"prompt": [1] * front + [0] * (len(ids) - front)}}
+
+    def render(self, row: Mapping[str, Any], key: str) -> dict[str, Any]:
+        """A training row."""
+        segments = self.segments(row)
+        return self.training_row(segments, self.encode([segments])[0], key)
 
     def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
         """What generation starts from: the same ids that stand before the last answer in training."""
         if self.plain and "messages" not in row:
-            return self._ids(self._lead(row) + row["prompt"], first=True)
+            return self.encode([[Segment(self._lead(row) + row["prompt"], False)]])[0][0]
         turns = self.messages(row)
         if turns[-1]["role"] == "assistant":
             turns = turns[:-1]
             segments = self.segments({**row, "messages": [*turns, {"role": "assistant", "content": "x"}]})
         else:
             segments = self.segments({"messages": [*turns, {"role": "assistant", "content": "x"}]})
-        ids: list[int] = []
-        for segment in segments[:-1]:
-            ids += self._ids(segment.text, first=not ids)
-        return ids
+        return [i for piece in self.encode([segments[:-1]])[0] for i in piece]
 
     def answer(self, row: Mapping[str, Any]) -> str:
         """The text that generation is compared with."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import os
-import shutil
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +16,7 @@ from transformers import (
     GgufConfig,
 )
 
+from luthier.cache import cache_folder, key_of, made
 from luthier.errors import RecipeError
 from luthier.model.view import ModelView, probe_layout
 
@@ -36,11 +34,6 @@ class Located(NamedTuple):
     path: str
     revision: str | None
     shown: str
-
-
-def cache_folder() -> Path:
-    """LUTHIER_CACHE, else ~/.cache/luthier."""
-    return Path(os.environ.get("LUTHIER_CACHE") or Path.home() / ".cache" / "luthier")
 
 
 def locate(name: str, revision: str | None = None) -> Located:
@@ -83,12 +76,11 @@ def _converted(gguf: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise RecipeError("model", f"{gguf.name} needs the package gguf", "pip install 'luthier[gguf]'")
     stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.resolve()}|{stat.st_size}|{stat.st_mtime_ns}".encode()).hexdigest()[:16]
+    key = key_of(gguf.resolve(), stat.st_size, stat.st_mtime_ns)
     folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
-    if (folder / "COMPLETE").exists():
+    if folder.is_dir():
         return folder
     _check_header(gguf, stat.st_size)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     source = {"gguf_file": gguf.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
@@ -97,14 +89,9 @@ def _converted(gguf: Path) -> Path:
         )
     except (ValueError, OSError, LookupError, RuntimeError, TypeError, OverflowError, EOFError, struct.error) as error:
         raise RecipeError("model", f"{gguf}: cannot be read as GGUF ({error})", "download the file again") from error
-    temporary.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "COMPLETE").write_text("1", encoding="utf-8")
-    try:
-        temporary.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(temporary)
+    with made(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
     return folder
 
 

@@ -133,11 +133,11 @@ class Loop:
 
     def window(self, step: int) -> Window:
         """The micro-batches of this rank."""
-        chosen = self.order.rows(step)
-        lengths = [len(self.rows[i]["ids"]) for i in chosen]
+        chosen = [self.rows[i] for i in self.order.rows(step)]
+        lengths = [len(row["ids"]) for row in chosen]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = micro_batches(lengths, self.settings.tokens_per_forward, world)[rank]
-        micro = [collate([self.rows[chosen[i]] for i in part]) for part in parts]
+        micro = [collate([chosen[i] for i in part]) for part in parts]
         clock = Clock(step, self.total_steps, self.order.epoch(step))
         gather = self.accelerator.gather if world > 1 else (lambda x: x)
         return Window([b.to(self.view.device) for b in micro], clock, self.lab, gather, rank)

@@ -1,0 +1,65 @@
+"""The cache folder: things that can be made again, each under a key of all that went into it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+
+
+def cache_folder() -> Path:
+    """LUTHIER_CACHE, else ~/.cache/luthier."""
+    return Path(os.environ.get("LUTHIER_CACHE") or Path.home() / ".cache" / "luthier")
+
+
+def key_of(*parts: object) -> str:
+    """A name for what follows from these parts alone."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(repr(part).encode("utf-8", "surrogatepass") + b"\0")
+    return digest.hexdigest()[:32]
+
+
+def code_of(*modules: ModuleType) -> str:
+    """Changes with the source of these modules, so that no result of older code is ever taken up."""
+    return key_of(*(Path(str(m.__file__)).read_bytes() for m in modules))
+
+
+def content_of(path: Path) -> str:
+    """Hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` as one act; on any error it is removed.
+
+    Where another process was faster, its folder stays.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder.parent)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what killed processes left half made."""
+    for path in parent.glob(".*.*"):
+        number = path.name.rpartition(".")[2]
+        if number.isdigit() and not Path("/proc", number).exists() and Path("/proc").is_dir():
+            shutil.rmtree(path, ignore_errors=True)

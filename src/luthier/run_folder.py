@@ -1,0 +1,88 @@
+"""The folder of one run: its lock, log and state, and which folder a recipe gets."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from luthier.errors import LuthierError
+from luthier.recipe import Recipe
+from luthier.training import checkpoint
+
+
+class RunFolder:
+    """The folder of one run: lock, log, state."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process works in a folder. Raises LuthierError where another does."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise LuthierError(
+                    f"{self.path}: another process is working in this folder; wait for it, or use --fresh"
+                ) from error
+            yield
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one line to log.jsonl."""
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def state(self) -> dict[str, Any]:
+        """What run.json says; empty for a new folder."""
+        file = self.path / "run.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except ValueError as error:
+            raise LuthierError(f"{file}: is damaged ({error}); use --fresh to start in a new folder") from error
+
+    def note(self, **more: Any) -> None:
+        """Merge into run.json, as one act."""
+        checkpoint.write_text(self.path / "run.json", json.dumps({**self.state(), **more}, indent=1))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Equal for recipes that ask for the same run."""
+    return hashlib.sha256(json.dumps(recipe.as_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
+    """The folder to work in: output_dir, or the newest unfinished run of the same recipe, or a new one.
+
+    Raises LuthierError where output_dir holds the run of another recipe.
+    """
+    mine = recipe_hash(recipe)
+    if recipe.output_dir is not None:
+        path = base / recipe.output_dir
+        there = RunFolder(path).state()
+        if there and there.get("recipe_hash") != mine and not fresh:
+            raise LuthierError(
+                f"output_dir: {path} holds the run of another recipe; choose another folder, or use --fresh"
+            )
+        return _unused(path) if fresh and there else path
+    runs = Path("runs")
+    if not fresh:
+        for path in sorted(runs.glob(f"{name}-*"), reverse=True):
+            state = RunFolder(path).state()
+            if state.get("recipe_hash") == mine and state.get("state") != "done":
+                return path
+    return _unused(runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def _unused(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
