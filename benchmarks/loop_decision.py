@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -24,6 +23,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
 
 import torch
 import transformers
+from machine_note import machine_note
 from trainer_loop import train
 
 from conftest import rows_of, view_of
@@ -170,10 +170,7 @@ def main() -> None:
     kills = 10
     with tempfile.TemporaryDirectory() as folder:
         result = {
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-            "commit": subprocess.run(
-                ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-            ).stdout.strip(),
+            **machine_note(),
             "largest difference of trained values": equal_numbers(),
             "Trainer's time over ours, median of 5": speed(),
             "lines of code, our loop": code_lines(HERE.parent / "src/luthier/training/loop.py"),

@@ -12,7 +12,6 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -20,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from machine_note import machine_note
 
 HERE = Path(__file__).parent
 LR, ALPHA, RANK = 1e-3, 32, 16
@@ -197,12 +198,6 @@ def measured(arm: str, args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def commit() -> str:
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
-    ).stdout.strip()
-
-
 def matrix_rate() -> float:
     """bf16 multiply-adds this machine makes at these shapes, FLOP/s: 512 x 576 x 1536, both directions, best of 5."""
     import torch
@@ -261,18 +256,16 @@ def main() -> None:
     if args.arm:
         child(args.arm, args.data, args.rows)
         return
-    rate, load = matrix_rate(), os.getloadavg()[0]
+    note, rate = machine_note(), matrix_rate()
     runs: dict[str, list[dict[str, Any]]] = {REFERENCE: [measured(REFERENCE, args)]}
     for _ in range(args.rounds):
         for arm in [*OURS, *TRL]:
             runs.setdefault(arm, []).append(measured(arm, args))
-    head = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load before {load:.1f}",
-        "commit": commit(),
-        "rows": args.rows, "rounds": args.rounds, "tokens": runs["luthier"][0]["tokens"],
-    }  # fmt: skip
     result = {
-        **head,
+        **note,
+        "rows": args.rows,
+        "rounds": args.rounds,
+        "tokens": runs["luthier"][0]["tokens"],
         **summary(runs, rate),
         "runs": {a: [{k: r[k] for k in ("seconds", "peak_bytes", "losses")} for r in v] for a, v in runs.items()},
     }

@@ -200,14 +200,14 @@ def test_pain_12_a_run_that_learnt_nothing_is_an_error(tmp_path):
     trainable = Lora().attach(view)
     save_update(trainable.update(), tmp_path, view)
     with pytest.raises(LuthierError, match="equals the base"):
-        verify_update(tmp_path, trainable, view, rows_of()[0])
+        verify_update(tmp_path, trainable.detach, view, rows_of()[0])
     trainable = Lora().attach(view)
     save_update(trainable.update(), tmp_path, view)
     with torch.no_grad():
         for b in trainable.b.values():
             b.fill_(0.5)
     with pytest.raises(LuthierError, match="what was saved is not what was trained"):
-        verify_update(tmp_path, trainable, view, rows_of()[0])
+        verify_update(tmp_path, trainable.detach, view, rows_of()[0])
 
 
 def test_pain_13_an_update_of_another_base_is_refused(tmp_path):

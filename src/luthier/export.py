@@ -21,7 +21,7 @@ FORMS = ("hf", "peft", "gguf")
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
-def export(folder: Path, to: str, output: Path) -> dict[str, Any]:
+def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dict[str, Any]:
     """Write a finished run in another form; returns where and how far off it is.
 
     Raises LuthierError where the form cannot hold the update, or what was written differs from what was tuned.
@@ -32,7 +32,7 @@ def export(folder: Path, to: str, output: Path) -> dict[str, Any]:
         raise LuthierError(f"{output}: exists and is not empty; choose another folder")
     if to == "peft":
         return _peft(folder, output)
-    run = open_run(folder)
+    run = open_run(folder, allow_code)
     kinds = [p.kind for p in run.update.parts if p.kind in ("prompt", "modules")]
     if kinds:
         raise LuthierError(f"{folder}: a {kinds[0]} part cannot be merged into weights; use the run folder itself")

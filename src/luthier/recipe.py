@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import importlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,15 +23,20 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from luthier import manifest
 from luthier.compute.base import Compute
 from luthier.curation.base import Curator
+from luthier.data.reading import on_hub
 from luthier.errors import RecipeError
 from luthier.method import Facts, Method
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
+from luthier.pipelines.base import Pipeline
 from luthier.training.settings import TrainSettings
 from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora
 
 MAX_BYTES = 1_000_000
+BASES: dict[str, type[Method]] = {
+    "tuner": Tuner, "objective": Objective, "compute": Compute, "pipeline": Pipeline, "curate": Curator,
+}  # fmt: skip
 SECRETS = ("*token", "*api_key*", "*password*", "*secret*")
 NOT_SECRET = frozenset({"keep_tokens", "max_new_tokens"})
 OLD_SPELLINGS = {
@@ -53,6 +60,8 @@ class DataSettings(BaseModel):
     """A .jsonl, .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests."""
     eval: str | None = None
     """Held-out rows, of the same sort."""
+    pool: str | None = None
+    """Rows without labels, for pipelines that make their own."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Our name -> the file's name: {prompt: question, completion: answer}."""
     system: str | None = None
@@ -97,6 +106,8 @@ class Recipe(TrainSettings):
     """A folder, a .gguf file, a Hub id (org/name, org/name@revision), or builtin:smollm2-135m."""
     revision: str | None = None
     """Of a Hub model."""
+    trust_remote_code: bool = False
+    """Run the model's own Python code; needs --allow-code on the command line as well."""
     task: Literal["causal-lm", "classification"] = "causal-lm"
     """What a row is."""
     data: DataSettings
@@ -109,6 +120,8 @@ class Recipe(TrainSettings):
     """Steps that choose rows, in order."""
     compute: SerializeAsAny[Compute] | None = None
     """Fewer tokens in the forward pass."""
+    pipeline: SerializeAsAny[Pipeline] | None = None
+    """Several stages, each with a tuner and an objective of its own, in place of one."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """What is measured."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -118,22 +131,25 @@ class Recipe(TrainSettings):
     report_to: tuple[str, ...] = ()
     """Trackers, under Trainer's names."""
 
+    def methods(self) -> dict[str, Method]:
+        """The methods that take part, by key. A pipeline's stages bring their own."""
+        if self.pipeline is not None:
+            return {"pipeline": self.pipeline}
+        parts: dict[str, Method] = {"tuner": self.tuner, "objective": self.objective}
+        return parts if self.compute is None else {**parts, "compute": self.compute}
+
     def facts(self, **more: Any) -> Facts:
         """What methods may know before weights are loaded."""
-        methods = (self.tuner, self.objective, *([self.compute] if self.compute else []))
-        return Facts(task=self.task, batch_size=self.batch_size, settings=self, others=methods, **more)
+        others = tuple(self.methods().values())
+        return Facts(task=self.task, batch_size=self.batch_size, settings=self, others=others, **more)
 
     def check_methods(self, facts: Facts | None = None) -> None:
         """Raises RecipeError for the first combination that cannot work."""
         facts = facts or self.facts()
-        parts: dict[str, Method] = {"tuner": self.tuner, "objective": self.objective}
-        if self.compute is not None:
-            parts["compute"] = self.compute
-        for key, method in parts.items():
+        owners: dict[str, str] = {}
+        for key, method in self.methods().items():
             for problem in method.check(facts):
                 raise RecipeError(f"{key}.{method.key()}.{problem.key}", problem.what, problem.remedy)
-        owners: dict[str, str] = {}
-        for key, method in parts.items():
             for claim in method.traits.claims:
                 if claim in owners:
                     raise RecipeError(
@@ -142,20 +158,67 @@ class Recipe(TrainSettings):
                         "choose one",
                     )
                 owners[claim] = method.key()
-        if self.early_stopping_patience and not self.eval_steps:
-            raise RecipeError("early_stopping_patience", "needs evaluations during training", "set eval_steps")
-        if self.eval_steps and not self.data.eval:
-            raise RecipeError("eval_steps", "there are no rows to evaluate on", "set data.eval")
+
+    def check_unread(self) -> None:
+        """Raises RecipeError for a key that was set and that nothing in this run would read."""
+        data, asked = set_in(self.data), set_in(self.evaluate) - {"generate"}
+        if self.pipeline is not None:
+            stages = {"tuner", "objective", "compute", *TrainSettings.model_fields} - {"seed", "tokens_per_forward"}
+            for key in sorted(set_in(self) & stages):
+                raise RecipeError(key, f"is not read beside pipeline {self.pipeline.key()}", "set it in the stages")
+        hub = [on_hub(source) for source in (self.data.train, self.data.eval or "")]
+        held, labels = self.data.eval is not None, self.task == "classification"
+        during = ("needs evaluations during training", "set eval_steps")
+        rows = ("has no rows to evaluate on", "set data.eval")
+        rules = [
+            ("epochs", {"epochs", "max_steps"} <= set_in(self), "is not read beside max_steps", "set one of the two"),
+            ("eval_steps", self.eval_steps and not held, *rows),
+            ("early_stopping_patience", self.early_stopping_patience and not self.eval_steps, *during),
+            ("load_best", not self.load_best and not self.eval_steps, *during),
+            ("evaluate.generate", self.evaluate.generate and not held, *rows),
+            (
+                "evaluate",
+                asked and not self.evaluate.generate,
+                "is read where answers are generated",
+                "set its generate",
+            ),
+            ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
+            ("data.pool", self.data.pool and not labels, "is for task: classification", "remove it"),
+            ("data.train_split", "train_split" in data and not hub[0], "is for Hub data sets", "remove it"),
+            ("data.eval_split", "eval_split" in data and not hub[1], "is for Hub data sets", "remove it"),
+            ("revision", self.revision and self.model.count("/") != 1, "is for Hub models", "remove it"),
+        ]
+        for key, wrong, what, remedy in rules:
+            if wrong:
+                raise RecipeError(str(key), str(what), str(remedy))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, methods as {name: {fields}}; what `recipe.yaml` of a run holds."""
-        out = self.model_dump(mode="json")
-        for key in ("tuner", "objective", "compute"):
-            method = getattr(self, key)
-            if method is not None:
-                out[key] = {method.key(): out[key]}
-        out["curate"] = [{m.key(): fields} for m, fields in zip(self.curate, out["curate"], strict=True)]
-        return out
+        return {name: _written(getattr(self, name)) for name in type(self).model_fields}
+
+
+def set_in(model: BaseModel) -> set[str]:
+    """Names of the fields that differ from their defaults."""
+    fields = type(model).model_fields.items()
+    return {n for n, f in fields if getattr(model, n) != f.get_default(call_default_factory=True)}
+
+
+def _written(value: Any) -> Any:
+    """A value as YAML has it; a method becomes {name: {fields}}."""
+    if isinstance(value, Method):
+        return {_name_of(value): {n: _written(getattr(value, n)) for n in type(value).model_fields}}
+    if isinstance(value, BaseModel):
+        return {n: _written(getattr(value, n)) for n in type(value).model_fields}
+    if isinstance(value, (list, tuple)):
+        return [_written(v) for v in value]
+    return {k: _written(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _name_of(method: Method) -> str:
+    """The name of a method of ours, or module:Class."""
+    cls = type(method)
+    ours = any(m["module"] == cls.__module__ and m["class"] == cls.__name__ for m in manifest.read())
+    return cls.key() if ours else f"{cls.__module__}:{cls.__qualname__}"
 
 
 # --- from text ---
@@ -175,14 +238,17 @@ class _Lines:
         return f"{self.name}:{line}: {key}" if line is not None else f"{self.name}: {key}"
 
 
-def load(text: str, name: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from YAML text and `a.b=value` overrides. Raises RecipeError."""
+def load(text: str, name: str = "recipe", overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
+    """A recipe from YAML text and `a.b=value` overrides. Raises RecipeError.
+
+    code  a folder whose Python modules the recipe may name (module:Class); None refuses all code
+    """
     values, lines = parse(text, name)
     changed = apply_overrides(values, overrides)
-    return build(values, _Lines(name, lines, changed))
+    return build(values, _Lines(name, lines, changed), code)
 
 
-def load_file(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_file(path: Path, overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
     """A recipe from a file."""
     try:
         if path.stat().st_size > MAX_BYTES:
@@ -192,7 +258,7 @@ def load_file(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(str(path), "is not UTF-8 text", "save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(str(path), f"cannot be read ({error.strerror})", "check the path") from error
-    return load(text, str(path), overrides)
+    return load(text, str(path), overrides, code)
 
 
 def parse(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -276,24 +342,35 @@ def _value(text: str, key: str) -> Any:
         raise RecipeError(f"command line: {key}", f"{text!r} is not YAML", "quote it") from error
 
 
-def build(values: Mapping[str, Any], lines: _Lines) -> Recipe:
+def build(values: Mapping[str, Any], lines: _Lines, code: Path | None = None) -> Recipe:
     """Check every key and value, methods first. Raises RecipeError."""
     out = dict(values)
     _no_secrets(out, (), lines)
-    for kind in ("tuner", "objective", "compute"):
-        if out.get(kind) is not None:
-            out[kind] = _method(kind, out[kind], lines, (kind,))
+    _build_methods(out, (), ("tuner", "objective", "compute", "pipeline"), lines, code)
     steps = out.get("curate")
     if steps is not None:
         steps = steps if isinstance(steps, list) else [steps]
-        out["curate"] = [_method("curate", step, lines, ("curate", str(i))) for i, step in enumerate(steps)]
-    known = list(Recipe.model_fields)
-    recipe: Recipe = _validated(Recipe, out, (), lines, known)
+        out["curate"] = [_method("curate", step, lines, ("curate", str(i)), code) for i, step in enumerate(steps)]
+    recipe: Recipe = _validated(Recipe, out, (), lines, list(Recipe.model_fields))
+    if recipe.trust_remote_code and code is None:
+        raise RecipeError(
+            lines.where(("trust_remote_code",)), "would run the model's own code", "add --allow-code if you trust it"
+        )
     try:
         recipe.check_methods()
+        recipe.check_unread()
     except RecipeError as error:
         raise RecipeError(lines.where(tuple(error.where.split("."))), error.what, error.remedy) from None
     return recipe
+
+
+def _build_methods(
+    values: dict[str, Any], path: tuple[str, ...], kinds: Sequence[str], lines: _Lines, code: Path | None
+) -> None:
+    """Put instances in place of names."""
+    for kind in kinds:
+        if values.get(kind) is not None:
+            values[kind] = _method(kind, values[kind], lines, (*path, kind), code)
 
 
 def _no_secrets(values: Any, path: tuple[str, ...], lines: _Lines) -> None:
@@ -304,8 +381,8 @@ def _no_secrets(values: Any, path: tuple[str, ...], lines: _Lines) -> None:
             _no_secrets(value, (*path, key), lines)
 
 
-def _method(kind: str, value: Any, lines: _Lines, path: tuple[str, ...]) -> Any:
-    """ "lora", {lora: {rank: 8}} or an instance -> an instance."""
+def _method(kind: str, value: Any, lines: _Lines, path: tuple[str, ...], code: Path | None) -> Any:
+    """ "lora", {lora: {rank: 8}}, "module:Class" or an instance -> an instance."""
     if isinstance(value, Method):
         return value
     if isinstance(value, str):
@@ -317,14 +394,39 @@ def _method(kind: str, value: Any, lines: _Lines, path: tuple[str, ...]) -> Any:
             f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}",
         )
     ((name, fields),) = value.items()
-    if name not in manifest.names(kind):
-        raise RecipeError(
-            lines.where((*path, name)), f"there is no {kind} {name!r}", _nearest(name, manifest.names(kind))
-        )
-    cls: Any = manifest.find(kind, name)
     if fields is not None and not isinstance(fields, Mapping):
         raise RecipeError(lines.where((*path, name)), f"holds {fields!r}", "write its fields as keys")
-    return _validated(cls, dict(fields or {}), (*path, name), lines, list(cls.model_fields))
+    cls: Any = _foreign(kind, name, lines.where((*path, name)), code) if ":" in name else None
+    if cls is None:
+        if name not in manifest.names(kind):
+            raise RecipeError(
+                lines.where((*path, name)), f"there is no {kind} {name!r}", _nearest(name, manifest.names(kind))
+            )
+        cls = manifest.find(kind, name)
+    fields = dict(fields or {})
+    if kind == "pipeline" and isinstance(fields.get("stages"), list):  # methods within a method
+        fields["stages"] = [dict(s) if isinstance(s, Mapping) else s for s in fields["stages"]]
+        for i, stage in enumerate(fields["stages"]):
+            if isinstance(stage, dict):
+                _build_methods(stage, (*path, name, "stages", str(i)), ("tuner", "objective"), lines, code)
+    return _validated(cls, fields, (*path, name), lines, list(cls.model_fields))
+
+
+def _foreign(kind: str, name: str, where: str, code: Path | None) -> Any:
+    """A method of somebody else's: module:Class, from the recipe's folder or the environment."""
+    if code is None:
+        raise RecipeError(where, "names code, which a recipe may not bring", "add --allow-code if you trust it")
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(code.resolve()))
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(where, f"cannot be imported ({error})", "write module:Class") from error
+    finally:
+        sys.path.pop(0)
+    if not (isinstance(cls, type) and issubclass(cls, BASES[kind])):
+        raise RecipeError(where, f"is no {BASES[kind].__name__}", f"derive it from luthier's {BASES[kind].__name__}")
+    return cls
 
 
 def _validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: _Lines, known: list[str]) -> Any:

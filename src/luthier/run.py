@@ -6,9 +6,9 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -16,27 +16,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ruamel.yaml import YAML
-from transformers import AutoConfig
+from accelerate import Accelerator
 
 from luthier import __version__, tracking
-from luthier.data.prepare import Prepared, prepare
-from luthier.data.reading import Tick, no_tick, read
+from luthier.data.prepare import Prepared
+from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
-from luthier.data.store import Rows
-from luthier.errors import RecipeError
+from luthier.errors import LuthierError, RecipeError
+from luthier.forecast import disk_needed, in_time, in_words, miss, peak_memory, resolved
 from luthier.generation import Completion
 from luthier.model.anatomy import Anatomy
-from luthier.model.loading import CLASSES, load_model, load_tokenizer, locate
+from luthier.model.loading import CLASSES, Located, load_config, load_model, load_tokenizer, locate
 from luthier.model.view import ModelView
+from luthier.pipelines.base import Apply, Lab, Train, run_pipeline
 from luthier.recipe import Recipe
 from luthier.report.card import card
 from luthier.report.page import write_report
-from luthier.rng import Streams
+from luthier.rows import Data, prepare_rows
 from luthier.run_folder import RunFolder, recipe_hash
 from luthier.scorer import Scores, evaluate, matched, mean_loss
 from luthier.tracking import Trackers
-from luthier.training import checkpoint
 from luthier.training.loop import Interrupted, Loop, Progress
 from luthier.tuners.base import with_head
 from luthier.update import Update
@@ -44,26 +43,6 @@ from luthier.update.files import save_update, verify_update
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
 Say = Callable[[str], None]
-
-
-class Data(NamedTuple):
-    """The rows of a recipe."""
-
-    train: Prepared
-    held: Prepared | None
-    held_rows: Rows | None
-    labels: dict[str | int, int]  # class index by label; empty for other tasks
-    skipped: list[str]
-    kept: list[Kept]
-
-
-class Kept(NamedTuple):
-    """What one step of `curate` left."""
-
-    step: str
-    rows: int
-    of: int
-    reasons: dict[str, int]
 
 
 @dataclass
@@ -75,6 +54,7 @@ class Ready:
     view: ModelView
     renderer: Renderer
     data: Data
+    accelerator: Accelerator
 
     @property
     def train(self) -> Prepared:
@@ -93,57 +73,14 @@ class Ready:
         )  # fmt: skip
 
 
-def prepare_rows(recipe: Recipe, renderer: Renderer, config: Any, base: Path, tick: Tick = no_tick) -> Data:
-    """Read, curate and render."""
-    d = recipe.data
-    how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
-    rows, skipped = read(d.train, d.columns, base, recipe.task, "train", part=d.train_split, limit=d.limit, **how)
-    rows, kept = curated(recipe, rows)
-    held = None
-    if d.eval:
-        held, more = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, **how)
-        skipped += more
-    labels = _labels(rows, held) if recipe.task == "classification" else {}
-    room = d.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    fit: dict[str, Any] = {
-        "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "labels": labels or None, "tick": tick,
-    }  # fmt: skip
-    return Data(
-        prepare(rows, renderer, **fit),
-        prepare(held, renderer, **fit) if held is not None else None,
-        held,
-        labels,
-        skipped,
-        kept,
-    )
-
-
-def _labels(rows: Rows, held: Rows | None) -> dict[str | int, int]:
-    names = sorted({r.values["label"] for r in rows}, key=str)
-    for r in held or ():
-        if r.values["label"] not in names:
-            what = f"label {r.values['label']!r} occurs in no training row"
-            raise RecipeError(r.key, what, "mend the label or drop the row")
-    return {n: i for i, n in enumerate(names)}
-
-
-def curated(recipe: Recipe, rows: Rows) -> tuple[Rows, list[Kept]]:
-    """The rows that every step of `curate` keeps, in their order, and a count of the reasons by step."""
-    streams, told = Streams(recipe.seed), []
-    for step in recipe.curate:
-        chosen = step.select(rows, streams)
-        told.append(Kept(step.key(), len(chosen.keep), len(rows), dict(Counter(chosen.reason))))
-        rows = rows.take(chosen.keep)
-    return rows, told
-
-
 def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     """(where the model is, renderer, configuration)."""
     located = locate(recipe.model if ":" in recipe.model else str(_beside(base, recipe.model)), recipe.revision)
+    located = located._replace(trust_code=recipe.trust_remote_code)
     tokenizer = load_tokenizer(located)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
-    config = AutoConfig.from_pretrained(located.path, revision=located.revision)
+    config = load_config(located)
     plain = {"auto": None, "chat": False, "plain": True}[recipe.data.template]
     if plain is False and tokenizer.chat_template is None:
         raise RecipeError("data.template", "this model has no chat template", "set data.template: plain")
@@ -152,11 +89,7 @@ def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
 
 def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
     """What `check` looks at: rows, configuration and the anatomy of a model without weights."""
-    _, renderer, config = tokens_and_config(recipe, base)
-    data = prepare_rows(recipe, renderer, config, base, tick)
-    _check(recipe, config, data.train, None)
-    if data.labels:
-        config.num_labels = len(data.labels)
+    _, renderer, config, data = gather(recipe, base, tick)
     with torch.device("meta"):
         return Outline(renderer, config, data, Anatomy(CLASSES[recipe.task].from_config(config)))
 
@@ -170,20 +103,41 @@ class Outline(NamedTuple):
     anatomy: Anatomy
 
 
-def _check(recipe: Recipe, config: Any, train: Prepared, layout: str | None) -> None:
+def _check(recipe: Recipe, config: Any, train: Prepared, layout: str | None, processes: int = 1) -> None:
     total = Loop.length(train.rows, recipe) if train.rows else None
-    recipe.check_methods(recipe.facts(model_config=config, total_steps=total, num_rows=len(train.rows), layout=layout))
+    known: dict[str, Any] = {"model_config": config, "total_steps": total, "num_rows": len(train.rows)}
+    recipe.check_methods(recipe.facts(**known, layout=layout, num_processes=processes))
 
 
-def make_ready(recipe: Recipe, folder: Path, base: Path, tick: Tick = no_tick) -> Ready:
-    """Load and check everything; the first fault is a RecipeError, before any training."""
+class Gathered(NamedTuple):
+    """Everything but the weights."""
+
+    located: Located
+    renderer: Renderer
+    config: Any
+    data: Data
+
+
+def gather(recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1) -> Gathered:
+    """Rows and configuration, checked against each other."""
     located, renderer, config = tokens_and_config(recipe, base)
     data = prepare_rows(recipe, renderer, config, base, tick)
-    _check(recipe, config, data.train, None)
+    if data.labels:
+        config.num_labels = len(data.labels)
+    _check(recipe, config, data.train, None, processes)
+    return Gathered(located, renderer, config, data)
+
+
+def make_ready(
+    recipe: Recipe, folder: Path, base: Path, gathered: Gathered | None = None, accelerator: Accelerator | None = None
+) -> Ready:
+    """Load and check everything; the first fault is a RecipeError, before any training."""
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    located, renderer, config, data = gathered or gather(recipe, base)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     view = load_model(located, recipe.task, dtype, num_labels=len(data.labels) or None, tokenizer=renderer.tokenizer)
-    _check(recipe, config, data.train, view.layout)
-    return Ready(recipe, folder, view, renderer, data)
+    _check(recipe, config, data.train, view.layout, accelerator.num_processes)
+    return Ready(recipe, folder, view, renderer, data, accelerator)
 
 
 def _beside(base: Path, name: str) -> Path | str:
@@ -217,14 +171,20 @@ class StopRequest:
 
 def run(
     recipe: Recipe, folder: Path, base: Path, *, say: Say = lambda _: None, on_step: Any = None, max_seconds: float | None = None,
+    tick: Tick = no_tick,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out a recipe; returns what run.json holds at the end.
 
     base      the folder that paths in the recipe are relative to
     on_step   called with (log entry, progress, total steps)
+    tick      called with (what is done, rows so far, the row at work) while rows are read and rendered
+    Under `torchrun` or `accelerate launch` every process calls; the first writes and speaks.
     Raises Interrupted after Ctrl-C, SIGTERM or max_seconds, with everything saved.
     """
-    place, started = RunFolder(folder), time.monotonic()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    place, started = RunFolder(folder, writes=accelerator.is_main_process), time.monotonic()
+    if not accelerator.is_main_process:
+        say, on_step = (lambda _: None), None
     with place.locked(), StopRequest().listening() as stop:
         before = place.state()
         if before.get("state") == "done":
@@ -233,29 +193,22 @@ def run(
         _begin(place, recipe, base)
         tracking.check(recipe.report_to)
         say(f"model   {recipe.model}")
-        ready = make_ready(recipe, folder, base)
-        census = ready.train.census
-        say(
-            f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}"
-        )
-        place.note(base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=_census(ready.train))
-        place.note(
-            num_labels=getattr(ready.view.module.config, "num_labels", None)
-            if recipe.task == "classification"
-            else None
-        )
+        gathered = gather(recipe, base, tick, accelerator.num_processes)
+        recipe = _foreseen(recipe, gathered, accelerator, place, say)
+        ready = make_ready(recipe, folder, base, gathered, accelerator)
+        _tell_rows(ready, place, say)
         result = _before(ready, place, say)
-        progress = _train(
-            ready, place, result, stop, on_step, None if max_seconds is None else started + max_seconds, say
-        )
-        _finish(ready, place, result, progress, say)
+        deadline = None if max_seconds is None else started + max_seconds
+        run = _pipeline if recipe.pipeline is not None else _train
+        trained = run(ready, place, stop, on_step, deadline, say)
+        _finish(ready, place, result, trained, say)
+        accelerator.wait_for_everyone()
         return place.state()
 
 
 def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
-    with (place.path / "recipe.yaml").open("w", encoding="utf-8") as file:
-        YAML().dump(recipe.as_dict(), file)
-    (place.path / "env.txt").write_text(environment(), encoding="utf-8")
+    place.write_yaml("recipe.yaml", recipe.as_dict())
+    place.write("env.txt", environment())
     place.note(
         state="running",
         recipe_hash=recipe_hash(recipe),
@@ -264,8 +217,40 @@ def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
     )
 
 
-def _census(prepared: Prepared) -> dict[str, Any]:
-    return asdict(prepared.census)
+def _foreseen(recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say) -> Recipe:
+    """Forecast memory, time and disk; refuse what cannot fit; decide on checkpointing where the recipe leaves it open.
+
+    Not for several processes or stages: a miniature of one process's step would not be theirs.
+    """
+    if accelerator.num_processes > 1 or recipe.pipeline is not None:
+        left_open = recipe.gradient_checkpointing == "auto"
+        return recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
+    recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.train)
+    place.note(forecast=asdict(expected))
+    say(f"expect  {in_words(expected.memory_bytes)} of memory, {in_time(expected.seconds)} of training")
+    if recipe.gradient_checkpointing:
+        say("memory  is short: activations are computed again in the backward pass (gradient_checkpointing)")
+    need, free = disk_needed(recipe, expected), shutil.disk_usage(place.path).free
+    if need > free:
+        raise LuthierError(
+            f"output_dir: {place.path} needs about {in_words(need)}, {in_words(free)} are free; "
+            "choose a folder on another disk, or lower save_limit"
+        )
+    return recipe
+
+
+def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
+    census, data = ready.train.census, ready.data
+    for kept in data.kept:
+        say(f"curate  {kept.step} kept {kept.rows} of {kept.of} rows")
+    if data.skipped:
+        say(f"skipped {len(data.skipped)} entries of rows that cannot be read; the first: {data.skipped[0]}")
+    say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
+    classes = getattr(ready.view.module.config, "num_labels", None)
+    place.note(
+        base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
+        curated=[k._asdict() for k in data.kept], num_labels=classes if ready.recipe.task == "classification" else None,
+    )  # fmt: skip
 
 
 def _before(ready: Ready, place: RunFolder, say: Say) -> dict[str, Any]:
@@ -277,7 +262,7 @@ def _before(ready: Ready, place: RunFolder, say: Say) -> dict[str, Any]:
         return json.loads(file.read_text(encoding="utf-8"))
     scores, answers = ready.scores()
     result = {"scores": asdict(scores), "answers": [a.text for a in answers]}
-    checkpoint.write_text(file, json.dumps(result))
+    place.write("before.json", json.dumps(result))
     say(f"before  {shown(scores)}")
     return result
 
@@ -288,67 +273,117 @@ def shown(scores: Scores) -> str:
     return text if scores.of is None else f"{text}, {scores.right} of {scores.of} right ({scores.seconds:.0f} s)"
 
 
+@dataclass
+class Trained:
+    """What training left on the model."""
+
+    update: Update
+    live: Callable[[], contextlib.AbstractContextManager[Any]]  # around evaluations of the tuned model
+    detach: Callable[[], None]  # gives the base back
+    weights: int
+    progress: Progress
+
+
 def _train(
-    ready: Ready,
-    place: RunFolder,
-    result: dict[str, Any],
-    stop: StopRequest,
-    on_step: Any,
-    deadline: float | None,
-    say: Say,
-) -> Progress:
+    ready: Ready, place: RunFolder, stop: StopRequest, on_step: Any, deadline: float | None, say: Say
+) -> Trained:
+    """One stage: the recipe's own tuner and objective."""
     recipe = ready.recipe
     total = Loop.length(ready.train.rows, recipe)
     trainable = with_head(recipe.tuner.attach(ready.view, None, total), ready.view.anatomy.task_head)
+    weights = sum(p.numel() for p in trainable.parameters())
+    with _listening(ready, place, on_step, total) as listen:
+        loop = Loop(
+            ready.view, ready.train.rows, trainable, recipe.objective, recipe, folder=place.path, compute=recipe.compute,
+            evaluate=None if ready.data.held is None else ready.held_out_loss, accelerator=ready.accelerator,
+            on_step=listen, stop=stop, data_hash=ready.train.digest,
+        )  # fmt: skip
+        say(f"train   {weights:,} of {ready.view.anatomy.num_parameters:,} weights, {total} steps")
+        try:
+            progress = loop.run(deadline)
+        except Interrupted:
+            place.note(state="stopped", signal=stop.signal)
+            raise
+    return Trained(trainable.update(), lambda: trainable.phase("score"), trainable.detach, weights, progress)
 
-    trackers = Trackers(recipe.report_to, place.path, place.path.name, total, ready.view.module)
 
-    def listen(entry: dict[str, float], progress: Progress) -> None:
+def _pipeline(
+    ready: Ready, place: RunFolder, stop: StopRequest, on_step: Any, deadline: float | None, say: Say
+) -> Trained:
+    """Several stages; the last one's Update is the result."""
+    assert ready.recipe.pipeline is not None
+    sets = {"train": ready.train.rows, "labelled": ready.train.rows}
+    if ready.data.pool is not None:
+        sets["unlabelled"] = ready.data.pool.rows
+    lab = Lab(sets, ready.recipe.seed)
+    held = None if ready.data.held is None else ready.held_out_loss
+
+    def told(stage: Train | Apply) -> None:
+        say(f"stage   {stage.name}")
+
+    with _listening(ready, place, on_step, None) as listen:
+        try:
+            done = run_pipeline(
+                ready.recipe.pipeline, ready.view, lab, place.path, deadline=deadline, before_stage=told, evaluate=held,
+                on_step=listen, stop=stop, accelerator=ready.accelerator, data_hash=ready.train.digest,
+            )  # fmt: skip
+        except Interrupted:
+            place.note(state="stopped", signal=stop.signal)
+            raise
+    last = list(done.values())[-1]
+    assert last.update is not None and last.progress is not None
+    update = last.update
+    stack = contextlib.ExitStack()
+    stack.enter_context(update.bind(ready.view))
+    weights = sum(t.numel() for part in update.parts for t in part.tensors().values())
+    return Trained(update, contextlib.nullcontext, stack.close, weights, last.progress)
+
+
+@contextlib.contextmanager
+def _listening(ready: Ready, place: RunFolder, on_step: Any, total: int | None) -> Iterator[Any]:
+    """What is called after each step: the log, the trackers, the bar."""
+    names = ready.recipe.report_to if ready.accelerator.is_main_process else ()
+    trackers = Trackers(names, place.path, place.path.name, total or 0, ready.view.module)
+
+    def listen(entry: dict[str, float], progress: Progress, of: int) -> None:
         place.log(entry)
         trackers.step(entry)
         if on_step is not None:
-            on_step(entry, progress, total)
+            on_step(entry, progress, of)
 
-    loop = Loop(
-        ready.view, ready.train.rows, trainable, recipe.objective, recipe, folder=place.path, compute=recipe.compute,
-        evaluate=None if ready.data.held is None else ready.held_out_loss,
-        on_step=listen, stop=stop, data_hash=ready.train.digest,
-    )  # fmt: skip
-    trained = sum(p.numel() for p in trainable.parameters())
-    say(f"train   {trained:,} of {ready.view.anatomy.num_parameters:,} weights, {total} steps")
     try:
-        progress = loop.run(deadline)
-    except Interrupted:
-        place.note(state="stopped", signal=stop.signal)
-        raise
+        yield listen
     finally:
         trackers.close()
-    result["trainable"], result["trained_weights"] = trainable, trained
-    return progress
 
 
-def _finish(ready: Ready, place: RunFolder, result: dict[str, Any], progress: Progress, say: Say) -> None:
-    trainable = result.pop("trainable")
-    after: dict[str, Any] = {}
-    with trainable.phase("score"):
+def _finish(ready: Ready, place: RunFolder, before: dict[str, Any], trained: Trained, say: Say) -> None:
+    """Score, save, read back, report; the first process alone."""
+    trained_peak, after = peak_memory(), {}
+    if not ready.accelerator.is_main_process:
+        return
+    with trained.live():
         if ready.data.held is not None:
             scores, answers = ready.scores()
             say(f"after   {shown(scores)}")
             after = {"scores": asdict(scores), "answers": [a.text for a in answers]}
-        update = trainable.update()
-        save_update(update, place.path, ready.view)
-        worst = verify_update(place.path, trainable, ready.view, ready.train.rows[0])
+        save_update(trained.update, place.path, ready.view)
+        worst = verify_update(place.path, trained.detach, ready.view, ready.train.rows[0])
     say(f"saved   {place.path}, reloaded and compared: largest difference {worst:.1e}")
+    progress, peak = trained.progress, max(trained_peak, peak_memory())
     place.note(
         state="done", steps=progress.step, tokens=progress.tokens, train_seconds=progress.seconds,
-        trained_weights=result["trained_weights"], before=_scores(result), after=_scores(after), peak_memory_bytes=peak_memory(),
+        trained_weights=trained.weights, before=_scores(before), after=_scores(after), peak_memory_bytes=peak,
         reload_difference=worst,
     )  # fmt: skip
-    _write_samples(ready, place, result, after)
-    checkpoint.write_text(
-        place.path / "all_results.json", json.dumps({"before": _scores(result), "after": _scores(after)})
-    )
-    _leave_model(ready, place, update)
+    expected = place.state().get("forecast")
+    if expected and not progress.resumed:
+        off = miss(expected, peak, progress.seconds)
+        place.note(forecast_miss=off)
+        say(f"forecast off by {off['memory']:+.0%} in memory and {off['seconds']:+.0%} in time")
+    _write_samples(ready, place, before, after)
+    place.write("all_results.json", json.dumps({"before": _scores(before), "after": _scores(after)}))
+    _leave_model(ready, place, trained.update)
     write_report(place.path, ready.renderer, ready.train.rows[:3])
 
 
@@ -362,8 +397,7 @@ def _leave_model(ready: Ready, place: RunFolder, update: Update) -> None:
         update.merge_into(ready.view.module)
         ready.view.module.save_pretrained(place.path)
     relation = "finetune" if whole else "adapter"
-    text = card(place.path, place.state(), ready.recipe, ready.view.name, relation)
-    checkpoint.write_text(place.path / "README.md", text)
+    place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
 
 
 def _scores(result: dict[str, Any]) -> dict[str, Any]:
@@ -385,14 +419,7 @@ def _write_samples(ready: Ready, place: RunFolder, before: dict[str, Any], after
             "before_right": matched(before["answers"][i], wanted, how), "after_right": matched(text, wanted, how),
         }  # fmt: skip
         lines.append(json.dumps(entry, ensure_ascii=False))
-    checkpoint.write_text(place.path / "samples.jsonl", "".join(line + "\n" for line in lines))
-
-
-def peak_memory() -> int:
-    """Bytes this process held at most."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    place.write("samples.jsonl", "".join(line + "\n" for line in lines))
 
 
 def environment() -> str:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from ruamel.yaml import YAML
 
 from luthier.errors import LuthierError
 from luthier.recipe import Recipe
@@ -17,14 +24,17 @@ from luthier.training import checkpoint
 
 
 class RunFolder:
-    """The folder of one run: lock, log, state."""
+    """The folder of one run: lock, log, state. Of several processes on one run, only the first `writes`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Only one process works in a folder. Raises LuthierError where another does."""
+        if not self.writes:
+            yield
+            return
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as handle:
             try:
@@ -37,6 +47,8 @@ class RunFolder:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
+        if not self.writes:
+            return
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
@@ -50,7 +62,17 @@ class RunFolder:
 
     def note(self, **more: Any) -> None:
         """Merge into run.json, as one act."""
-        checkpoint.write_text(self.path / "run.json", json.dumps({**self.state(), **more}, indent=1))
+        self.write("run.json", json.dumps({**self.state(), **more}, indent=1))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file, as one act."""
+        if self.writes:
+            checkpoint.write_text(self.path / name, text)
+
+    def write_yaml(self, name: str, values: dict[str, Any]) -> None:
+        text = io.StringIO()
+        YAML().dump(values, text)
+        self.write(name, text.getvalue())
 
 
 def recipe_hash(recipe: Recipe) -> str:
@@ -79,6 +101,16 @@ def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
             if state.get("recipe_hash") == mine and state.get("state") != "done":
                 return path
     return _unused(runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def shared_folder(choose: Callable[[], Path]) -> Path:
+    """The folder that the first of several processes chooses."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return choose()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    chosen: list[Any] = [str(choose()) if state.is_main_process else None]
+    broadcast_object_list(chosen)
+    return Path(chosen[0])
 
 
 def _unused(path: Path) -> Path:

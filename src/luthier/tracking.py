@@ -10,6 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+
 from luthier.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,7 @@ class Trackers:
         self._model = model
         if wanted:
             self._args = TrainingArguments(output_dir=str(folder), run_name=run_name, report_to="none", use_cpu=True)
+            Accelerator(cpu=not torch.cuda.is_available())  # the line before has reset the state that every one shares
             self._state = TrainerState(max_steps=total_steps, is_local_process_zero=True, is_world_process_zero=True)
             self._control = TrainerControl()
         self._call("on_train_begin")

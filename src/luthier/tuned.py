@@ -47,21 +47,29 @@ def state_of(folder: Path) -> dict[str, Any]:
     return state
 
 
-def open_run(folder: Path) -> Tuned:
+def recipe_of(folder: Path, state: dict[str, Any], allow_code: bool) -> tuple[Recipe, Path]:
+    """(recipe as run, the folder its paths are relative to)."""
+    base = Path(state["recipe_folder"])
+    return load_file(folder / "recipe.yaml", code=base if allow_code else None), base
+
+
+def open_run(folder: Path, allow_code: bool = False) -> Tuned:
     """Load a finished run: its base model and its update."""
     from luthier.model.loading import load_model
 
     state = state_of(folder)
-    recipe, base = load_file(folder / "recipe.yaml"), Path(state["recipe_folder"])
+    recipe, base = recipe_of(folder, state, allow_code)
     located, renderer, _ = tokens_and_config(recipe, base)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     view = load_model(located, recipe.task, dtype, tokenizer=renderer.tokenizer, num_labels=state.get("num_labels"))
     return Tuned(recipe, folder, base, view, renderer, load(folder))
 
 
-def answers(folder: Path, prompts: list[str], max_new_tokens: int, base_too: bool = False) -> list[dict[str, Any]]:
+def answers(
+    folder: Path, prompts: list[str], max_new_tokens: int, base_too: bool = False, allow_code: bool = False
+) -> list[dict[str, Any]]:
     """What the tuned model says to each prompt; with `base_too` also what the base says."""
-    run = open_run(folder)
+    run = open_run(folder, allow_code)
     ids = [run.renderer.prompt_ids({"prompt": p}) for p in prompts]
     before = generate(run.view, ids, run.renderer, max_new_tokens) if base_too else []
     with run.update.bind(run.view):
@@ -73,9 +81,9 @@ def answers(folder: Path, prompts: list[str], max_new_tokens: int, base_too: boo
     return out
 
 
-def scores(folder: Path, data: str | None, split_base: Path) -> dict[str, Any]:
+def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = False) -> dict[str, Any]:
     """The tuned model on rows: those of the recipe's data.eval, or `data`."""
-    with _ready(folder, data, split_base) as (ready, run):
+    with _ready(folder, data, split_base, allow_code) as (ready, run):
         if ready.data.held is None:
             raise LuthierError(f"{folder}: its recipe has no data.eval; name rows with --data")
         with run.update.bind(ready.view):
@@ -84,9 +92,9 @@ def scores(folder: Path, data: str | None, split_base: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _ready(folder: Path, data: str | None, split_base: Path) -> Iterator[tuple[Ready, Tuned]]:
+def _ready(folder: Path, data: str | None, split_base: Path, allow_code: bool) -> Iterator[tuple[Ready, Tuned]]:
     state = state_of(folder)
-    recipe, base = load_file(folder / "recipe.yaml"), Path(state["recipe_folder"])
+    recipe, base = recipe_of(folder, state, allow_code)
     if data is not None:
         where = data if data.startswith("builtin:") else str((split_base / data).resolve())
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": where})})

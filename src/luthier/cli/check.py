@@ -11,60 +11,64 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.data.batch import IGNORE
+from luthier.data.reading import Tick, no_tick, on_hub
 from luthier.data.rendering import Renderer
-from luthier.model.loading import BUILTIN as BUILTIN_MODEL
+from luthier.forecast import in_time, in_words, resolved
 from luthier.recipe import Recipe
+from luthier.run import outline
 
 
-def check_recipe(recipe: Recipe, base: Path) -> dict[str, Any]:
-    """Everything that can be said before weights are loaded. Raises RecipeError for what would stop the run."""
-    from luthier.run import outline
+def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool = True) -> dict[str, Any]:
+    """Everything that can be said before weights are loaded. Raises RecipeError for what would stop the run.
 
-    renderer, config, data, anatomy = outline(recipe, base)
+    measure  forecast memory and time on a miniature of the model
+    """
+    renderer, config, data, anatomy = outline(recipe, base, tick)
     train, held = data.train, data.held
-    targets = matched_modules(recipe, anatomy)
+    matched, left_out = matched_modules(recipe, anatomy)
+    measure = measure and recipe.pipeline is None
+    expected = resolved(recipe, config, renderer.tokenizer, train)[1] if measure else None
     return {
         "recipe": recipe.as_dict(),
-        "train": _census(train),
-        "eval": None if held is None else _census(held),
-        "matched": targets,
+        "train": asdict(train.census),
+        "eval": None if held is None else asdict(held.census),
+        "skipped": data.skipped,
+        "curated": [k._asdict() for k in data.kept],
+        "matched": matched,
+        "left_out": left_out,
         "weights": anatomy.num_parameters,
-        "destinations": destinations(recipe),
+        "forecast": None if expected is None else asdict(expected),
+        "destinations": destinations(recipe, base),
         "rows": [_tokens(renderer, r) for r in train.rows[:3]],
         "model_type": config.model_type,
     }
 
 
-def _census(prepared: Any) -> dict[str, Any]:
-    return asdict(prepared.census)
+def matched_modules(recipe: Recipe, anatomy: Any) -> tuple[dict[str, int], list[str]]:
+    """(linear layers by target pattern, kinds of linear layers that no pattern matches).
 
-
-def matched_modules(recipe: Recipe, anatomy: Any) -> dict[str, int]:
-    """Linear layers by target pattern. Raises LuthierError for a pattern that matches none."""
+    Raises LuthierError for a pattern that matches none.
+    """
     patterns = getattr(recipe.tuner, "targets", None)
-    if patterns is None:
-        return {}
+    if patterns is None or recipe.pipeline is not None:
+        return {}, []
     listed = [patterns] if isinstance(patterns, str) else list(patterns)
-    return {p: len(anatomy.match(p if p == "all-linear" else [p])) for p in listed}
+    found = {p: anatomy.match(p if p == "all-linear" else [p]) for p in listed}
+    names = {x.module for layers in found.values() for x in layers}
+    others = {x.module.rpartition(".")[2] for x in anatomy.linears if x.module not in names}
+    return {p: len(layers) for p, layers in found.items()}, sorted(others)
 
 
-def destinations(recipe: Recipe) -> list[str]:
+def destinations(recipe: Recipe, base: Path) -> list[str]:
     """Every place this recipe would contact."""
     out = []
-    for what, name in (
-        ("model", recipe.model),
-        ("data.train", recipe.data.train),
-        ("data.eval", recipe.data.eval),
-    ):
-        local = (
-            name is None
-            or name == BUILTIN_MODEL
-            or name.startswith("builtin:")
-            or Path(name).suffix != ""
-            or Path(name).exists()
-        )
-        if not local:
-            out.append(f"{what}: the Hub, to download {name}")
+    model = recipe.model
+    if not (model.startswith("builtin:") or model.endswith(".gguf") or (base / model).exists() or Path(model).exists()):
+        out.append(f"model: the Hub, to download {model}")
+    for key in ("train", "eval", "pool"):
+        source = getattr(recipe.data, key)
+        if source is not None and on_hub(source):
+            out.append(f"data.{key}: the Hub, to download {source}")
     return out + [f"report_to: {t}" for t in recipe.report_to if t != "none"]
 
 
@@ -83,9 +87,9 @@ def show(result: dict[str, Any]) -> None:
     for key, value in result["train"].items():
         table.add_row(key.replace("_", " "), _text(value), _text(held.get(key, "")))
     console.print(table)
-    for pattern, count in result["matched"].items():
-        console.print(f"target {pattern}: {count} layers", markup=False)
-    console.print(f"weights: {result['weights']:,}", markup=False)
+    for lines in (_about_data(result), _about_model(result)):
+        for line in lines:
+            console.print(line, markup=False)
     console.print("sent: " + ("nothing leaves this machine" if not result["destinations"] else ""), markup=False)
     for line in result["destinations"]:
         console.print(f"  {line}", markup=False)
@@ -94,6 +98,26 @@ def show(result: dict[str, Any]) -> None:
         for piece, on in row:
             text.append(piece, style="green" if on else "dim")
         console.print(text)
+
+
+def _about_data(result: dict[str, Any]) -> list[str]:
+    kept = [f"curate {k['step']}: {k['rows']:,} of {k['of']:,} rows stay" for k in result["curated"]]
+    return kept + [f"skipped {line}" for line in result["skipped"]]
+
+
+def _about_model(result: dict[str, Any]) -> list[str]:
+    out = [f"target {pattern}: {count} layers" for pattern, count in result["matched"].items()]
+    if result["left_out"]:
+        out.append(f"linear layers left out: {', '.join(result['left_out'])}")
+    f = result["forecast"]
+    if f is None:
+        return [*out, f"weights: {result['weights']:,}"]
+    share = f["trained_weights"] / result["weights"]
+    out.append(f"weights: {result['weights']:,}, trained {f['trained_weights']:,} ({share:.2%})")
+    parts = ", ".join(f"{n.replace('_', ' ')} {in_words(f[n])}" for n in ("weights", "trained_state", "activations"))
+    out.append(f"memory: {in_words(f['memory_bytes'])} at most ({parts}, the rest libraries and buffers)")
+    out.append(f"time: {in_time(f['seconds'])} of training, beside evaluation")
+    return out
 
 
 def _text(value: Any) -> str:

@@ -13,7 +13,7 @@ from luthier import machine
 
 machine.prepare()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # threads; nothing here forks a worker
 if "--debug" not in sys.argv:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; read when tqdm is imported
 
@@ -35,6 +35,9 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Fresh = Annotated[bool, typer.Option(help="Work in a new folder, even where a run could be continued.")]
 MaxTime = Annotated[str | None, typer.Option(help="Save and stop after this time: 90, 30m, 2h.")]
+AllowCode = Annotated[
+    bool, typer.Option("--allow-code", help="Run Python code that the recipe names or its model brings.")
+]
 Debug = Annotated[bool, typer.Option(help="Show tracebacks and what libraries say.")]
 
 
@@ -76,12 +79,13 @@ def _fail(message: str, code: int, debug: bool) -> None:
     raise SystemExit(code)
 
 
-def _load(path: Path, overrides: list[str] | None) -> Any:
+def _load(path: Path, overrides: list[str] | None, allow_code: bool = False) -> Any:
     from luthier import recipe
 
+    code = path.parent if allow_code else None
     if str(path) == "-":
-        return recipe.load(sys.stdin.read(), "standard input", overrides or [])
-    return recipe.load_file(path, overrides or [])
+        return recipe.load(sys.stdin.read(), "standard input", overrides or [], code)
+    return recipe.load_file(path, overrides or [], code)
 
 
 def _quiet(debug: bool) -> None:
@@ -109,11 +113,11 @@ def _seconds(text: str | None) -> float | None:
 @app.command()
 def run(
     recipe: RecipePath, overrides: Overrides = None, fresh: Fresh = False, max_time: MaxTime = None, as_json: Json = False,
-    debug: Debug = False,
+    allow_code: AllowCode = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Tune a model as a recipe says, with scores before and after and a report."""
     _carry_out(
-        _load(recipe, overrides),
+        _load(recipe, overrides, allow_code),
         recipe.stem if str(recipe) != "-" else "run",
         recipe.parent,
         fresh,
@@ -137,21 +141,21 @@ def _carry_out(
     _quiet(debug)
     from luthier.cli.progress import Bar
     from luthier.run import run as carry_out
-    from luthier.run_folder import choose_folder
+    from luthier.run_folder import choose_folder, shared_folder
     from luthier.training.loop import Interrupted
 
-    folder = choose_folder(recipe, name, fresh, base)
+    folder = shared_folder(lambda: choose_folder(recipe, name, fresh, base))
+    first = os.environ.get("RANK", "0") == "0"
     with Bar() as bar:
         try:
-            result = carry_out(recipe, folder, base, say=bar.say, on_step=bar.step, max_seconds=limit)
+            result = carry_out(recipe, folder, base, say=bar.say, on_step=bar.step, max_seconds=limit, tick=bar.tick)
         except Interrupted as stopped:
-            bar.say(f"{stopped}; the state is saved in {folder}")
-            bar.say(f"go on with: luthier run {' '.join(sys.argv[2:])}")
+            if first:
+                bar.say(f"{stopped}; the state is saved in {folder}")
+                bar.say(f"go on with: luthier run {' '.join(sys.argv[2:])}")
             raise SystemExit(_code(folder)) from stopped
-    if as_json:
-        print(json.dumps(result))
-    else:
-        print(folder / "report.html")
+    if first:
+        print(json.dumps(result) if as_json else folder / "report.html")
 
 
 def _code(folder: Path) -> int:
@@ -177,13 +181,22 @@ def demo(
 
 
 @app.command()
-def check(recipe: RecipePath, overrides: Overrides = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Does the recipe hold together, and is the data what you think it is? Loads no weights."""
-    loaded = _load(recipe, overrides)
+def check(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    forecast: Annotated[bool, typer.Option(help="Measure a miniature of the model for memory and time.")] = True,
+    as_json: Json = False,
+    allow_code: AllowCode = False,
+    debug: Debug = False,
+) -> None:
+    """Does the recipe hold together, is the data what you think it is, will it fit? Loads no weights."""
+    loaded = _load(recipe, overrides, allow_code)
     _quiet(debug)
     from luthier.cli.check import check_recipe, show
+    from luthier.cli.progress import Bar
 
-    result = check_recipe(loaded, recipe.parent)
+    with Bar() as bar:
+        result = check_recipe(loaded, recipe.parent, bar.tick, forecast)
     if as_json:
         print(json.dumps(result))
     else:
@@ -200,13 +213,14 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     base: Annotated[bool, typer.Option("--base", help="Show the untouched model's answer too.")] = False,
     as_json: Json = False,
+    allow_code: AllowCode = False,
     debug: Debug = False,
 ) -> None:
     """Ask a tuned model."""
     _quiet(debug)
     from luthier.tuned import answers
 
-    result = answers(folder, prompts, max_new_tokens, base)
+    result = answers(folder, prompts, max_new_tokens, base, allow_code)
     if as_json:
         print(json.dumps(result))
         return
@@ -221,13 +235,14 @@ def evaluate(
     folder: RunPath,
     data: Annotated[str | None, typer.Option(help="Rows to score; those of the recipe's data.eval by default.")] = None,
     as_json: Json = False,
+    allow_code: AllowCode = False,
     debug: Debug = False,
 ) -> None:
     """Score a tuned model on held-out rows."""
     _quiet(debug)
     from luthier.tuned import scores
 
-    result = scores(folder, data, Path("."))
+    result = scores(folder, data, Path("."), allow_code)
     if as_json:
         print(json.dumps(result))
     else:
@@ -242,13 +257,14 @@ def export(
     output: Annotated[Path, typer.Argument(help="A new folder.")],
     to: Annotated[str, typer.Option(help="hf (merged folder), peft (adapter), gguf (Llama-type models).")] = "hf",
     as_json: Json = False,
+    allow_code: AllowCode = False,
     debug: Debug = False,
 ) -> None:
     """Write a tuned model in another form; it is read back and compared."""
     _quiet(debug)
     from luthier.export import export as write
 
-    result = write(folder, to, output)
+    result = write(folder, to, output, allow_code)
     print(
         json.dumps(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,34 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 EVERY = 10.0  # seconds between plain lines
+STALL = 60.0  # seconds without a sign of life after which the place is named
+
+
+class Watch:
+    """Says where work stands still: nothing moved for a minute."""
+
+    def __init__(self, console: Console, patience: float = STALL) -> None:
+        self.console, self.patience = console, patience
+        self._where, self._moved, self._told = "start", time.monotonic(), False
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._over.set()
+
+    def at(self, where: str) -> None:
+        """Work has moved on to here."""
+        self._where, self._moved, self._told = where, time.monotonic(), False
+
+    def _look(self) -> None:
+        while not self._over.wait(self.patience / 10):
+            if not self._told and time.monotonic() - self._moved > self.patience:
+                self._told = True
+                text = f"nothing has moved for {self.patience:.0f} s; the last thing begun: {self._where}"
+                self.console.print(text, markup=False, soft_wrap=True)
 
 
 class Bar:
@@ -20,12 +49,15 @@ class Bar:
         self.console = Console(stderr=True, highlight=False)
         self._progress: Progress | None = None
         self._task: Any = None
-        self._started, self._last, self._first = time.monotonic(), 0.0, None
+        self._last, self._stage, self._stage_began = 0.0, "", 0.0
+        self._watch = Watch(self.console)
 
     def __enter__(self) -> Bar:
+        self._watch.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._watch.stop()
         self._close()
 
     def _close(self) -> None:
@@ -33,13 +65,26 @@ class Bar:
             self._progress.stop()
             self._progress = None
 
+    def tick(self, stage: str, done: int, at: str) -> None:
+        """While rows are read and rendered: how many, and which one is at work."""
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._stage_began = stage, now
+        if done and now - self._last >= EVERY:
+            self._last = now
+            rate = done / max(now - self._stage_began, 1e-9)
+            print(f"{stage}  {done:,} rows, {rate:,.0f} a second", file=sys.stderr, flush=True)
+        self._watch.at(f"{stage} {at}")
+
     def say(self, text: str) -> None:
         """A line that stays."""
+        self._watch.at(text)
         self._close()
         self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, entry: Mapping[str, float], progress: Any, total: int) -> None:
         """After each optimiser step."""
+        self._watch.at(f"step {int(entry['step']) + 1}")
         rate, loss = progress.tokens / max(progress.seconds, 1e-9), entry["loss"]
         if sys.stderr.isatty():
             self._draw(entry, rate, loss, total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,10 +22,16 @@ log = logging.getLogger(__name__)
 # --- the mathematics ---
 
 
-def distances(x: Any, y: np.ndarray) -> np.ndarray:
-    """[N] Euclidean distances of sparse rows [N, V] to y [V], without making them dense."""
-    squares = np.asarray(x.multiply(x).sum(1)).ravel() - 2 * (x @ y) + y @ y
-    return np.sqrt(np.clip(squares, 0, None))
+def squares(x: Any, block: int = 1 << 16) -> np.ndarray:
+    """[N] squared norms of sparse rows [N, V], block by block: a whole squared copy would double the memory."""
+    parts = [x[start : start + block] for start in range(0, x.shape[0], block)]
+    return np.concatenate([np.asarray(p.multiply(p).sum(1), dtype=np.float64).ravel() for p in parts])
+
+
+def distances(x: Any, y: np.ndarray, of_x: np.ndarray | None = None) -> np.ndarray:
+    """[N] Euclidean distances of sparse rows [N, V] to y [V], without making them dense; of_x are squares(x)."""
+    of_x = squares(x) if of_x is None else of_x
+    return np.sqrt(np.clip(of_x - 2 * (x @ y) + y @ y, 0, None))
 
 
 def geometric_median(x: Any, eps: float = 1e-5, max_iter: int = 200) -> np.ndarray:
@@ -34,9 +40,9 @@ def geometric_median(x: Any, eps: float = 1e-5, max_iter: int = 200) -> np.ndarr
 
     Warns where `max_iter` ends it.
     """
-    y = np.asarray(x.mean(0)).ravel()
+    y, of_x = np.asarray(x.mean(0), dtype=np.float64).ravel(), squares(x)
     for _ in range(max_iter):
-        d = distances(x, y)
+        d = distances(x, y, of_x)
         on = d < 1e-12
         if on.all():
             return y
@@ -130,22 +136,23 @@ class Scdp(Curator):
             raise RecipeError(
                 "scdp.keep_fraction", f"{self.keep_fraction} of {len(rows)} rows keeps no example", "raise it"
             )
-        scores, empty = self.scores([text_of(r) for r in rows])
+        scores, empty = self.scores(map(text_of, rows))
         rule = "far" if self.keep_fraction * len(rows) <= FAR_LIMIT else "stratified"
         if empty.any():
             log.warning("scdp: %d rows hold no word and cannot be ranked", int(empty.sum()))
         usable = np.where(empty, -np.inf, scores) if rule == "far" else scores
         keep = self._keep(usable, count, rule, self._classes(rows), streams.at("scdp"))
-        inside = set(keep.tolist())
+        inside = np.zeros(len(rows), dtype=bool)
+        inside[keep] = True
         why = {True: f"kept by rule {rule}", False: f"left out by rule {rule}"}
-        return Selection(np.sort(keep), scores, [why[i in inside] for i in range(len(rows))])
+        return Selection(np.sort(keep), scores, [why[i] for i in inside.tolist()])
 
-    def scores(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def scores(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
         """([N] distance from the median, [N] True for rows without a word)."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         try:
-            x = TfidfVectorizer(max_features=self.max_features).fit_transform(texts)
+            x = TfidfVectorizer(max_features=self.max_features, dtype=np.float32).fit_transform(texts)
         except ValueError as error:
             raise RecipeError("curate.scdp", f"the rows hold no words ({error})", "look at data.columns") from error
         return distances(x, geometric_median(x)), np.diff(x.indptr) == 0

@@ -67,7 +67,7 @@ def prepare(
     """Render every row and deal with the ones that do not fit.
 
     rows    from a file: the result is kept in the cache; a plain list: it stays in memory
-    labels  class index by label, for classification rows
+    labels  class index by label, for classification rows; empty for rows without labels
     Raises RecipeError naming the first row and the remedy where a fault is to be refused.
     """
     fit = Fit(max_length, on_long, on_unsupervised)
@@ -135,7 +135,12 @@ class _Preparation:
         if self.labels is not None:
             ids = self.renderer.tokenizer([r.values["text"] for r in rows])["input_ids"]
             return [
-                {"ids": i, "labels": [IGNORE] * len(i), "key": r.key, "row": {"label": self.labels[r.values["label"]]}}
+                {
+                    "ids": i,
+                    "labels": [IGNORE] * len(i),
+                    "key": r.key,
+                    "row": {"label": self.labels.get(r.values.get("label", ""))},
+                }
                 for r, i in zip(rows, ids, strict=True)
             ]
         segments = [self._segments(r) for r in rows]

@@ -22,6 +22,7 @@ SHAPES = {
     "text": ("text",),
 }
 BUILTIN = "builtin:requests"
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 LISTED = 20  # bad rows named when they are skipped
 Raw = Iterator[tuple[int, "dict[str, Any] | RecipeError"]]
 Tick = Callable[[str, int, str], None]  # (what is done, rows so far, the row at work)
@@ -57,6 +58,11 @@ def read(
     if not made.table.num_rows:
         raise RecipeError(f"data.{split}", f"{source} holds no rows", "give a file with at least one")
     return Rows(made.table, prefix, key), [f"{prefix}:{text}" for text in made.notes["skipped"]]
+
+
+def on_hub(source: str) -> bool:
+    """True for what can only be a Hub id."""
+    return Path(source).suffix not in SUFFIXES and source.count("/") == 1 and not source.startswith((".", "/"))
 
 
 class _Skipped:
@@ -117,12 +123,12 @@ def _opened(source: str, folder: Path, split: str, part: str | None) -> tuple[st
     if source == BUILTIN:
         return f"{BUILTIN}:{split}", split, lambda: _builtin(split)
     path = folder / source
-    readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
+    readers = dict(zip(SUFFIXES, (_jsonl, _json, _csv, _parquet), strict=True))
     if path.suffix in readers:
         if not path.is_file():
             raise RecipeError(f"data.{split}", f"there is no file {path}", "paths are relative to the recipe's folder")
         return str(path), f"{content_of(path)}{path.suffix}", lambda: readers[path.suffix](path)
-    if source.count("/") == 1 and not source.startswith((".", "/")):
+    if on_hub(source):
         return _hub(source, split, part or "train")
     raise RecipeError(
         f"data.{split}",
@@ -230,7 +236,9 @@ def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> di
 def shape_of(row: Row, task: str) -> str:
     """Which of the known shapes a row has. Raises RecipeError naming the fields found and the fields expected."""
     values = row.values
-    names = ["text and label"] if task == "classification" else ["messages", "prompt and completion", "text"]
+    names = {"classification": ["text and label"], "unlabelled": ["text"]}.get(
+        task, ["messages", "prompt and completion", "text"]
+    )
     for name in names:
         if all(field in values for field in SHAPES[name]):
             _check_types(row, name)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -34,6 +35,7 @@ class Located(NamedTuple):
     path: str
     revision: str | None
     shown: str
+    trust_code: bool = False  # may transformers run Python that comes with the model?
 
 
 def locate(name: str, revision: str | None = None) -> Located:
@@ -109,7 +111,17 @@ def _check_header(gguf: Path, size: int) -> None:
 def load_tokenizer(located: Located) -> Any:
     """The model's own tokenizer."""
     try:
-        return AutoTokenizer.from_pretrained(located.path, revision=located.revision)
+        return AutoTokenizer.from_pretrained(
+            located.path, revision=located.revision, trust_remote_code=located.trust_code
+        )
+    except (OSError, ValueError) as error:
+        raise _unreachable(located, error) from error
+
+
+def load_config(located: Located) -> Any:
+    """The model's configuration."""
+    try:
+        return AutoConfig.from_pretrained(located.path, revision=located.revision, trust_remote_code=located.trust_code)
     except (OSError, ValueError) as error:
         raise _unreachable(located, error) from error
 
@@ -127,8 +139,9 @@ def load_model(
     extra: dict[str, Any] = {"num_labels": num_labels} if task == "classification" else {}
     try:
         model = CLASSES[task].from_pretrained(
-            located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True, **extra
-        )
+            located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True,
+            trust_remote_code=located.trust_code, **extra,
+        )  # fmt: skip
     except (OSError, ValueError) as error:
         raise _unreachable(located, error) from error
     model.config.use_cache = False
@@ -144,6 +157,11 @@ def load_model(
 
 def _unreachable(located: Located, error: Exception) -> RecipeError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return RecipeError(
+            "model", f"{located.shown}: brings Python code of its own, which is not run unasked",
+            "read that code; then set trust_remote_code: true and add --allow-code",
+        )  # fmt: skip
     return RecipeError(
         "model", f"{located.shown}: cannot be loaded ({first})",
         "check the name; for a gated model run `hf auth login`; without a network use a folder",

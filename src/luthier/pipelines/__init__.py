@@ -4,5 +4,6 @@ from luthier._lazy import lazy
 
 EXPORTS = {
     "List": "list",
+    "Stages": "stages",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

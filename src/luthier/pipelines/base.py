@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,21 +102,24 @@ def started(view: ModelView, stage: Train, lab: Lab, done: Mapping[str, Outcome]
 
 
 def run_pipeline(
-    pipeline: Pipeline, view: ModelView, lab: Lab, folder: Path | None = None, **loop: Any
-) -> dict[str, Outcome]:
+    pipeline: Pipeline, view: ModelView, lab: Lab, folder: Path | None = None, *, deadline: float | None = None,
+    before_stage: Callable[[Train | Apply], None] = lambda _: None, **loop: Any,
+) -> dict[str, Outcome]:  # fmt: skip
     """Run every stage in turn; returns the outcomes by name, the last being the result.
 
-    Each stage checkpoints into a folder of its name, so a killed pipeline goes on inside the stage it was in.
+    Each stage checkpoints into a folder of its name, its end included: a killed pipeline replays, finished stages are
+    taken up as they ended, and the one it was in goes on inside.
     """
     done: dict[str, Outcome] = {}
     while (stage := pipeline.next(done)) is not None:
-        done[stage.name] = run_stage(pipeline, stage, view, lab, done, folder, **loop)
+        before_stage(stage)
+        done[stage.name] = run_stage(pipeline, stage, view, lab, done, folder, deadline, **loop)
     return done
 
 
 def run_stage(
     pipeline: Pipeline, stage: Train | Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome],
-    folder: Path | None = None, **loop: Any,
+    folder: Path | None = None, deadline: float | None = None, **loop: Any,
 ) -> Outcome:  # fmt: skip
     """One stage."""
     if isinstance(stage, Apply):
@@ -125,20 +128,14 @@ def run_stage(
     assert source is not None
     carried = done[stage.carry].beside if stage.carry else None
     total = Loop.length(source, stage.settings)
+    place = None if folder is None else folder / stage.name
     with started(view, stage, lab, done, total) as trainable:
-        place = None if folder is None else folder / stage.name
         run = Loop(
-            view,
-            source,
-            trainable,
-            stage.objective,
-            stage.settings,
-            lab=lab,
-            folder=place,
-            carried=carried,
-            **loop,
+            view, source, trainable, stage.objective, stage.settings, lab=lab, folder=place, carried=carried, **loop
         )
-        progress = run.run()
+        progress = run.run(deadline)
+        if progress.step > progress.saved_step:
+            run.save()
         state = {k: v.detach().cpu().clone() for k, v in trainable.state_dict().items()}
         beside = None if run.extra is None else {k: v.detach().cpu().clone() for k, v in run.extra.state_dict().items()}
         return Outcome(stage.name, stage, trainable.update(), state, beside, None, progress)

@@ -59,6 +59,8 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     bad_evaluations: int = 0
+    resumed: bool = False
+    saved_step: int = -1
     log: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -71,14 +73,14 @@ class Loop:
 
     rows      rendered rows: mappings as `collate` takes them
     evaluate  returns the loss on held-out rows; called every eval_steps
-    on_step   called after each step with (entry, progress)
+    on_step   called after each step with (entry, progress, total steps)
     stop      asked between steps; True saves and raises Interrupted
     """
 
     def __init__(
         self, view: ModelView, rows: Rows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
         lab: Any = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
-        on_step: Callable[[dict[str, float], Progress], None] | None = None, stop: Callable[[], bool] = lambda: False,
+        on_step: Callable[[dict[str, float], Progress, int], None] | None = None, stop: Callable[[], bool] = lambda: False,
         carried: Mapping[str, Tensor] | None = None, compute: Any = None, accelerator: Accelerator | None = None,
         data_hash: str = "",
     ) -> None:  # fmt: skip
@@ -110,6 +112,11 @@ class Loop:
         self.scheduler = get_scheduler(
             s.lr_scheduler_type, self.optimizer, round(s.warmup_fraction * self.order.total), self.order.total
         )
+        if s.gradient_checkpointing is True:
+            view.module.gradient_checkpointing_enable({"use_reentrant": False})
+        if s.torch_compile:
+            for i in range(len(view.anatomy.blocks)):
+                view.block(i).compile(dynamic=True)
         wrapped = Wrapped(view, objective, self.extra)
         self.wrapped = self.accelerator.prepare_model(wrapped) if self.accelerator.num_processes > 1 else wrapped
 
@@ -254,14 +261,14 @@ class Loop:
         self.resume()
         p, s = self.progress, self.settings
         while p.step < self.total_steps:
-            if self.stop() or (deadline is not None and time.monotonic() > deadline):
+            if self._asked_to_stop(deadline):
                 self.save()
                 raise Interrupted(f"stopped after step {p.step} of {self.total_steps}")
             entry = self.step()
             if p.step % s.logging_steps == 0 or p.step == self.total_steps:
                 p.log.append(entry)
             if self.on_step is not None:
-                self.on_step(entry, p)
+                self.on_step(entry, p, self.total_steps)
             if (
                 s.eval_steps
                 and self.evaluate
@@ -274,6 +281,11 @@ class Loop:
         if s.eval_steps and s.load_best and p.best_step not in (None, p.step) and self.folder is not None:
             self._restore(self.folder / "best" / f"checkpoint-{p.best_step}", whole=False)
         return p
+
+    def _asked_to_stop(self, deadline: float | None) -> bool:
+        """True on every rank as soon as one was asked: they must leave after the same step."""
+        asked = self.stop() or (deadline is not None and time.monotonic() > deadline)
+        return self._reduce({"stop": float(asked)})["stop"] > 0
 
     def _evaluated(self) -> bool:
         """Evaluate, remember the best state, and say whether to stop early."""
@@ -300,6 +312,8 @@ class Loop:
         if folder is None:
             return
         self.accelerator.wait_for_everyone()
+        if folder == self.folder:
+            self.progress.saved_step = self.progress.step
         if self.accelerator.is_main_process:
             state = {**vars(self.progress), "global_step": self.progress.step, "data_hash": self.data_hash}
             tensors = {f"trainable.{k}": v for k, v in self.trainable.state_dict().items()}
@@ -343,3 +357,4 @@ class Loop:
             torch.set_rng_state(saved["rng"]["torch"])
             known = Progress.__dataclass_fields__
             self.progress = Progress(**{k: v for k, v in saved["state"].items() if k in known})
+            self.progress.resumed = True

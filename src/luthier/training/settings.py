@@ -52,3 +52,8 @@ class TrainSettings(BaseModel):
     """Log every so many steps."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What to do about a loss or gradient that is not finite: stop with an error, or skip the step and count it."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Keep only each block's input and compute the rest again: less memory, about a third more time; "auto": where the
+    forecast says that memory would not do without."""
+    torch_compile: bool = False
+    """Compile every block; pays off in long runs on GPUs. Needs a C++ compiler."""

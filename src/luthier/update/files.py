@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,17 +134,17 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def verify_update(folder: Path, trainable: Any, view: Any, row: Mapping[str, Any]) -> float:
+def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapping[str, Any]) -> float:
     """Largest difference between the live model's last-row states and those of the reloaded update on the base.
 
-    Takes the trainable off the model. Raises LuthierError where the difference is too large, or where tuning changed
+    detach  takes what was trained off the model. Raises LuthierError where the difference is too large, or where tuning changed
     nothing at all.
     """
     batch = collate([row]).to(view.device)
     training = view.module.training
     view.module.eval()
     live = view.trace(batch).hidden[-1].float()
-    trainable.detach()
+    detach()
     base = view.trace(batch).hidden[-1].float()
     with load(folder).bind(view):
         reloaded = view.trace(batch).hidden[-1].float()
