@@ -61,7 +61,7 @@ class Renderer:
                 Segment(self._lead(row) + row["prompt"], False),
                 Segment(row["completion"] + self._eos(), True),
             ]
-        turns, out, done = self.messages(row), [], ""
+        turns, out, done, whole = self.messages(row), [], "", None
         for i, turn in enumerate(turns):
             if turn["role"] != "assistant":
                 continue
@@ -75,7 +75,8 @@ class Renderer:
             end = self._answer_end(answer)
             out += [Segment(before[len(done) :], False), Segment(answer[:end], True)]
             done = before + answer[:end]
-        rest = self._template(turns, False)[len(done) :]
+            whole = after if i == len(turns) - 1 else None
+        rest = (self._template(turns, False) if whole is None else whole)[len(done) :]
         return [s for s in (*out, Segment(rest, False)) if s.text] if rest.strip() else [s for s in out if s.text]
 
     def _answer_end(self, answer: str) -> int:
