@@ -73,16 +73,31 @@ def test_pages_are_generated_from_the_classes():
     assert stored == docs.pages(), "run make docs"
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs/methods").glob("*.md")), ids=lambda p: p.stem)
-def test_a_pages_snippets_run(page, model_folder):
-    from transformers import AutoModelForCausalLM
+PAGES = sorted(p.name for p in (ROOT / "docs/methods").glob("*.md") if p.name != "index.md")
 
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from conftest import tiny
+    from contract.test_contract import PADDED, Four, soft_batch
     from luthier import recipe
 
-    text = page.read_text(encoding="utf-8")
-    for snippet in re.findall(r"```yaml\n(.*?)```", text, re.S):
-        assert recipe.load(snippet)
-    for snippet in re.findall(r"```python\n(.*?)```", text, re.S):
-        scope = {"model": AutoModelForCausalLM.from_pretrained(model_folder), "torch": torch}
-        exec(compile(snippet, page.name, "exec"), scope)
-        scope["tuned"].detach()
+    for text in blocks(f"docs/methods/{page}", "yaml"):
+        assert recipe.load(text)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
+    )
+    model = tiny()
+    batch = soft_batch() if page == "distill.md" else PADDED
+    scope = {
+        "torch": torch, "Trainer": Trainer, "arguments": arguments, "rows": Four(), "model": model, "batches": [batch] * 2,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+    }  # fmt: skip
+    for code in blocks(f"docs/methods/{page}", "python"):
+        exec(compile(code, page, "exec"), scope)
+    if "tuned" in scope and "Tuning" in scope:
+        assert scope["tuned"].update().parts
+    if "kept" in scope:
+        assert len(scope["kept"]) == 1

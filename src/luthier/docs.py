@@ -9,15 +9,75 @@ from luthier import manifest
 from luthier.cli.listing import starter
 
 FOLDER = Path(__file__).parents[2] / "docs" / "methods"
-USE = """```python
+TUNER = """```python
 from {package} import {cls}
+from luthier.standalone import Tuning
 
 tuned = {cls}({required}).attach(model{steps})  # a transformers model, nothing else
 optimizer = tuned.optimizer(tuned.groups(), lambda g: torch.optim.AdamW([p for x in g for p in x.params], lr=1e-3))
+Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None), callbacks=[Tuning(tuned)]).train()
 ```
 
-Then, each step: `tuned.before_window(None, None)`, backward, `tuned.after_backward()`, the optimiser's step,
-`tuned.after_step(None)`; at the end `tuned.update()`, and `tuned.detach()` gives the base back bit for bit."""
+In a loop of your own, each step: `tuned.before_window(None, None)`, backward, `tuned.after_backward()`, the optimiser's
+step, `tuned.after_step(None)`. At the end `tuned.update()`, and `tuned.detach()` gives the base back bit for bit."""
+PROBING = """```python
+from {package} import {cls}
+from luthier.objectives import Sft
+from luthier.standalone import Loss
+
+loss, tuned = Loss(Sft(), model), {cls}({required}).attach(model{steps})
+optimizer = tuned.optimizer(tuned.groups(), lambda g: torch.optim.SGD([p for x in g for p in x.params], lr=1e-3))
+```
+
+{turn}"""
+GRADIENT = """Each step: `tuned.before_window(loss.window(batch), loss.probe)`, `loss(batch).backward()`,
+`tuned.after_backward()`, the optimiser's step, `tuned.after_step(None)`."""
+CLOSURE = """Each step: `optimizer.step(lambda: float(loss(batch)))` under `torch.no_grad()`, then `tuned.after_step(None)`."""
+OBJECTIVE = """```python
+from {package} import {cls}
+from luthier.standalone import Loss
+
+loss = Loss({cls}({required}), model, total_steps=100)  # a transformers model, nothing else
+for batch in batches:  # as transformers collates them: input_ids, labels, attention_mask
+    loss(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+```
+
+With transformers' Trainer, let `compute_loss(self, model, inputs, **_)` of a subclass return `loss(inputs)`."""
+COMPUTE = """```python
+from {package} import {cls}
+from luthier.objectives import Sft
+from luthier.standalone import Loss
+
+loss = Loss(Sft(), model, compute={cls}({required}))  # a transformers model, nothing else
+for batch in batches:
+    with loss.thinned():
+        loss(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+```"""
+CURATOR = """```python
+from {package} import {cls}
+
+rows = [{{"prompt": "bread in French", "completion": "pain"}}, {{"prompt": "milk in French", "completion": "lait"}}]
+kept = {cls}({required}).choose(rows)  # positions
+```"""
+
+
+def use(entry: dict[str, Any]) -> str | None:
+    """The lines that use a method without the house."""
+    needs = set(entry["traits"]["needs"])
+    steps = ", total_steps=100" if needs & {"total_steps", "closure", "grad"} else ""
+    required = ", ".join(f"{n}=0.5" for n, f in entry["fields"].items() if f["required"])
+    required = {"caft": 'stage="heads"'}.get(entry["name"], required)  # the stage that comes first
+    words = {"package": entry["module"].rpartition(".")[0], "cls": entry["class"], "required": required, "steps": steps}
+    if entry["name"] == "frozen" or entry["kind"] == "pipeline":
+        return None
+    if entry["kind"] == "tuner":
+        turn = CLOSURE if "closure" in needs else GRADIENT
+        return PROBING.format(**words, turn=turn) if needs & {"closure", "grad"} else TUNER.format(**words)
+    return {"objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR}[entry["kind"]].format(**words)
 
 
 def page(entry: dict[str, Any]) -> str:
@@ -28,27 +88,24 @@ def page(entry: dict[str, Any]) -> str:
         equation = f", {s['equation']}" if s["equation"] else ""
         lines += [f"Source: {s['title']} ({s['year']}), {s['reference']}{equation}.", ""]
     lines += ["| key | default | meaning |", "|---|---|---|"]
-    lines += [f"| `{n}` | {_shown(f['default'])} | {f['about']} |" for n, f in entry["fields"].items()]
+    lines += [
+        f"| `{n}` | {'required' if f['required'] else _shown(f['default'])} | {f['about']} |"
+        for n, f in entry["fields"].items()
+    ]
     traits = entry["traits"]
     lines += ["", f"Tasks: {', '.join(traits['tasks'])}. Layouts: {', '.join(traits['layouts'])}."]
     if traits["claims"]:
         lines.append(f"Owns alone: {', '.join(traits['claims'])}.")
-    if entry["kind"] in ("tuner", "objective", "compute"):
+    if entry["kind"] != "pipeline":
         lines += ["", "## In a recipe", "", "```yaml", starter(entry), "```"]
-    if entry["kind"] == "tuner" and not {"closure", "grad"} & set(traits["needs"]) and entry["name"] != "frozen":
-        steps = ", total_steps=100" if "total_steps" in traits["needs"] else ""
-        package = entry["module"].rpartition(".")[0]
-        lines += [
-            "",
-            "## Without the house",
-            "",
-            USE.format(package=package, cls=entry["class"], required="", steps=steps),
-        ]
+    lines_of_use = use(entry)
+    if lines_of_use is not None:
+        lines += ["", "## Without the house", "", lines_of_use]
     return "\n".join(lines) + "\n"
 
 
 def _shown(value: Any) -> str:
-    return "required" if value is None else f"`{value}`"
+    return "" if value is None else f"`{value}`"
 
 
 def pages() -> dict[str, str]:

@@ -155,10 +155,11 @@ def measure(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prep
     with activations_of(loop.wrapped) as saved:
         loop.step()
     state = live_bytes() - weights + _gradients(trainable)
-    for _ in range(quick.max_steps - 1):  # type: ignore[operator]
-        before, at = loop.progress.tokens, time.perf_counter()
+    for step in range(1, quick.max_steps):  # type: ignore[arg-type]
+        at = time.perf_counter()
         loop.step()
-        seconds, tokens = seconds + time.perf_counter() - at, tokens + loop.progress.tokens - before
+        seconds += time.perf_counter() - at
+        tokens += sum(len(rows[i]["ids"]) for i in loop.order.rows(step))  # those it was given, pruned or not
         if time.perf_counter() - started > PATIENCE:
             break
     update = sum(_bytes(part.tensors().values()) for part in trainable.update().parts)

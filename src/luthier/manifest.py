@@ -59,8 +59,12 @@ def build() -> list[dict[str, Any]]:
 
 def _entry(kind: str, key: str, cls: Any) -> dict[str, Any]:
     doc = inspect.getdoc(cls) or ""
-    schema = cls.model_json_schema().get("properties", {})
-    fields = {n: {"default": f.get("default"), "about": f.get("description", "")} for n, f in schema.items()}
+    schema = cls.model_json_schema()
+    required = schema.get("required", [])
+    fields = {
+        n: {"default": f.get("default"), "about": f.get("description", ""), "required": n in required}
+        for n, f in schema.get("properties", {}).items()
+    }
     source = None if cls.source is None else cls.source._asdict()
     traits = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in cls.traits._asdict().items()}
     return {

@@ -35,6 +35,7 @@ EXAMPLES = {
     "list": {"rounds": 1, "unlabelled_steps": 2, "labelled_epochs": 1, "rank": 2},
     "layerwise": {"decay": 0.9, "reinit_blocks": 1},
     "lora": {"rank": 4},
+    "peft": {"type": "LORA", "options": {"use_dora": True, "r": 4}},
     "q-tuning": {"keep_rows": 0.5},
     "random": {"keep_fraction": 0.5},
     "scdp": {"keep_fraction": 0.5},
@@ -218,6 +219,133 @@ def test_five_lines_in_a_bare_loop(name, cls):
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     assert tuned.update().parts
+
+
+PADDED = {
+    "input_ids": torch.arange(5, 41).view(4, 9),
+    "attention_mask": torch.tensor([[1] * 9, [1] * 7 + [0] * 2, [1] * 8 + [0], [1] * 9]),
+}
+PADDED["labels"] = torch.where(
+    (torch.arange(9) >= 4) & (PADDED["attention_mask"] == 1), PADDED["input_ids"], torch.tensor(-100)
+)
+
+
+def soft_batch():
+    rows = with_soft(cloze(4, 0))
+    columns = {k: torch.stack([torch.as_tensor(r["row"][k]) for r in rows]) for k in rows[0]["row"]}
+    return {"input_ids": torch.tensor([r["ids"] for r in rows]), **columns}
+
+
+class Four(torch.utils.data.Dataset):
+    """Rows for transformers' Trainer."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return {k: v[i] for k, v in PADDED.items()}
+
+
+@pytest.mark.parametrize(("name", "cls"), BARE, ids=[n for n, _ in BARE])
+def test_five_lines_with_transformers_trainer(name, cls, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    from luthier.standalone import Tuning
+
+    model = tiny()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
+        use_cpu=True, logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    tuned = example(name, cls).attach(model, total_steps=8)
+    optimizer = tuned.optimizer(tuned.groups(), lambda g: torch.optim.AdamW([p for x in g for p in x.params], lr=1e-2))
+    trainer = Trainer(model, arguments, train_dataset=Four(), optimizers=(optimizer, None), callbacks=[Tuning(tuned)])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert tuned.update().parts
+
+
+@pytest.mark.parametrize(("name", "cls"), OBJECTIVES, ids=[n for n, _ in OBJECTIVES])
+def test_an_objective_in_a_bare_loop_is_the_houses(name, cls):
+    """The same loss and gradient as a step of the loop on the same rows."""
+    from luthier.standalone import Loss
+    from luthier.tuners.full import Full
+
+    if name == "distill":
+        rows, inputs = with_soft(cloze(4, 0)), soft_batch()
+    else:
+        inputs, ids = PADDED, PADDED["input_ids"]
+        rows = [
+            {"ids": i[m].tolist(), "labels": y[m].tolist(), "key": str(k), "token": {"prompt": [1] * 4 + [0] * int(m.sum() - 4)}}
+            for k, (i, y, m) in enumerate(zip(ids, inputs["labels"], inputs["attention_mask"].bool(), strict=True))
+        ]  # fmt: skip
+    lab = Lab({"labelled": cloze(6, 5)})
+    model = tiny()
+    loss = Loss(example(name, cls), model, total_steps=3, lab=lab)
+    value = loss(inputs)
+    value.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    view = view_of()
+    settings = SETTINGS.model_copy(update={"max_grad_norm": 1e9, "shuffle": False})
+    loop = Loop(view, rows, Full().attach(view), example(name, cls), settings, lab=lab)
+    seen = {}
+    loop.trainable.before_step = lambda stats: seen.update(
+        {n: p.grad.clone() for n, p in view.module.named_parameters() if p.grad is not None}
+    )
+    assert loop.step()["loss"] == pytest.approx(float(value.detach()), abs=1e-6)
+    assert seen.keys() == gradients.keys()
+    assert all(torch.allclose(seen[n], gradients[n], atol=1e-6) for n in seen)
+
+
+def test_a_compute_method_in_a_bare_loop():
+    from luthier.compute.lemo import Lemo
+    from luthier.standalone import Loss
+
+    model = tiny()
+    plain, thin = Loss(Sft(), model), Loss(Sft(), model, compute=Lemo(block_size=2))
+    with thin.thinned():
+        loss = thin(PADDED)
+        loss.backward()
+    assert float(loss.detach()) > 0 and all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert float(plain(PADDED).detach()) > 0
+
+
+def test_tuners_that_probe_and_step_by_closure_in_a_bare_loop():
+    from luthier.collaboration.fedkseed import FedKSeed
+    from luthier.standalone import Loss
+    from luthier.tuners.green_trainer import GreenTrainer
+
+    model = tiny()
+    loss, tuned = Loss(Sft(), model, total_steps=6), GreenTrainer(flops_share=0.7).attach(model, total_steps=6)
+    optimizer = tuned.optimizer(tuned.groups(), lambda g: torch.optim.AdamW([p for x in g for p in x.params], lr=1e-2))
+    losses = []
+    for _ in range(6):
+        tuned.before_window(loss.window(PADDED), loss.probe)
+        value = loss(PADDED)
+        value.backward()
+        tuned.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tuned.after_step(None)
+        losses.append(float(value.detach()))
+    assert losses[-1] < losses[0]
+    model = tiny()
+    loss, tuned = Loss(Sft(), model), FedKSeed(num_seeds=8).attach(model, total_steps=30)
+    optimizer = tuned.optimizer(tuned.groups(), lambda g: torch.optim.SGD([p for x in g for p in x.params], lr=1e-2))
+    for _ in range(3):
+        optimizer.step(lambda: float(loss(PADDED).detach()))
+        tuned.after_step(None)
+    assert tuned.update().parts
+
+
+def test_curators_choose_among_plain_dictionaries():
+    from luthier.curation import Random, Scdp
+
+    rows = [{"prompt": f"word{i} number{i}", "completion": "same answer"} for i in range(10)]
+    for method in (Scdp(keep_fraction=0.5), Random(keep_fraction=0.5)):
+        kept = method.choose(rows)
+        assert len(set(kept)) == 5 and set(kept) <= set(range(10))
 
 
 def test_collate_of_examples_is_what_loops_see():

@@ -12,13 +12,13 @@ from accelerate import Accelerator
 
 from conftest import view_of
 from luthier.training.loop import Loop
-from training.test_equalities import CASES, SETTINGS, rows, tuned
+from training.test_equalities import RANKS, SETTINGS, rows, tuned
 
 
 def main() -> None:
     accelerator = Accelerator(cpu=True)
     out = {}
-    for name, (tuner, objective) in CASES.items():
+    for name, (tuner, objective) in RANKS.items():
         view = view_of()
         trainable = tuner.attach(view, total_steps=SETTINGS.max_steps)
         loop = Loop(view, rows(), trainable, objective, SETTINGS, accelerator=accelerator)

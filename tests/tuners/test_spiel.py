@@ -7,10 +7,10 @@ import torch
 
 from conftest import batch_of, rows_of, tiny, view_of
 from luthier.errors import RecipeError
+from luthier.objectives.base import Clock
 from luthier.objectives.sft import Sft
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
-from luthier.tuners.base import bare_clock
 from luthier.tuners.spiel import (
     AgeAdamW,
     SparseSM3,
@@ -282,7 +282,7 @@ def test_8_planted_entries_are_found():
                 trainable.after_backward()
                 optimizer.step()
                 optimizer.zero_grad()
-                trainable.after_step(bare_clock(step + 1, 300))
+                trainable.after_step(Clock(step + 1, 300))
             index = trainable.sparse.indices["model.layers.0.self_attn.q_proj.weight"]
             found[arm].append(float(torch.isin(places, index).float().mean()))
     assert min(found["moving"]) >= 0.95 and max(found["fixed"]) < 0.10, found

@@ -45,8 +45,9 @@ def starter(entry: dict[str, Any]) -> str:
         "model: builtin:smollm2-135m",
         "data: {train: builtin:requests, eval: builtin:requests}",
     ]
-    if entry["kind"] in ("tuner", "objective", "compute"):
-        lines.append(f"{entry['kind']}: {entry['name']}")
+    required = ", ".join(f"{n}: 0.5" for n, f in entry["fields"].items() if f["required"])
+    method = f"{{{entry['name']}: {{{required}}}}}" if required else entry["name"]
+    lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] == "curate" else f"{entry['kind']}: {method}")
     if "closure" in entry["traits"]["needs"]:
         lines += ["lr_scheduler_type: constant", "warmup_fraction: 0.0"]
     return "\n".join(lines)
@@ -58,7 +59,7 @@ def recipe_schema() -> dict[str, Any]:
 
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for kind in ("tuner", "objective", "compute"):
+    for kind in manifest.KINDS:
         options: list[dict[str, Any]] = [{"type": "string", "enum": manifest.names(kind)}]
         for name in manifest.names(kind):
             fields = manifest.find(kind, name).model_json_schema()  # type: ignore[attr-defined]
@@ -71,8 +72,8 @@ def recipe_schema() -> dict[str, Any]:
                     "additionalProperties": False,
                 }
             )
-        schema["properties"][kind] = {
-            "anyOf": options,
-            "description": schema["properties"][kind].get("description", ""),
-        }
+        one = {"anyOf": options}
+        about = schema["properties"][kind].get("description", "")
+        several = {"anyOf": [*options, {"type": "array", "items": one}]}
+        schema["properties"][kind] = {**(several if kind == "curate" else one), "description": about}
     return schema

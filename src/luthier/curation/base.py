@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,11 @@ class Curator(Method):
     def select(self, rows: Sequence[Row], streams: Streams) -> Selection:
         """Decide about every row. Raises RecipeError where nothing would be left."""
         raise NotImplementedError
+
+    def choose(self, rows: Sequence[dict[str, Any]], seed: int = 0) -> list[int]:
+        """Positions of the rows to keep among plain dictionaries; for use without a recipe."""
+        named = [Row(str(i), values) for i, values in enumerate(rows)]
+        return [int(i) for i in self.select(named, Streams(seed)).keep]
 
 
 def text_of(row: Row) -> str:

@@ -167,6 +167,7 @@ def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: 
     return F.dropout(scores.softmax(-1).to(q.dtype), dropout) @ v
 
 
+@torch.compiler.disable(recursive=True)  # its loops follow the lengths of every batch: each would be compiled anew
 def flat_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -139,6 +139,14 @@ class ModelView:
         if self.layout == "flat":
             return "luthier"
         return "eager" if is_plain() else self._native_attention
+
+    def checkpoint_blocks(self) -> None:
+        """Keep only each block's input for the backward pass, and compute the rest again then."""
+
+        def contexts() -> tuple[Any, Any]:  # of the forward, which is inside one already, and of the recomputation
+            return nullcontext(), attention_implementation(self.module, self._attention_name())
+
+        self.module.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
     def _shape(self, values: Tensor, batch: Batch) -> Tensor:
         """[T, ...] -> [1, T, ...] or [S, L, ...]."""

@@ -43,12 +43,14 @@ class Window:
     """All micro-batches of one optimiser step on this rank.
 
     gather  [S_local] -> [S_global] over ranks, in rank order; the identity in one process
+    total   the sum of a tensor over ranks; the identity in one process
     """
 
     micro: list[Batch]
     clock: Clock
     lab: Any = None
     gather: Callable[[Tensor], Tensor] = field(default=lambda x: x)
+    total: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     rank: int = 0
 
 

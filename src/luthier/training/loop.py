@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -100,7 +100,7 @@ class Loop:
         s = settings
         self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle)
         self.progress = Progress()
-        self.probe = Probe(view, objective, self.extra)
+        self.probe = Probe(view, objective, self.extra, self._total)
         groups = trainable.groups()
         if self.extra is not None and (beside := [p for p in self.extra.parameters() if p.requires_grad]):
             groups = [*groups, ParamGroup(beside)]
@@ -113,12 +113,17 @@ class Loop:
             s.lr_scheduler_type, self.optimizer, round(s.warmup_fraction * self.order.total), self.order.total
         )
         if s.gradient_checkpointing is True:
-            view.module.gradient_checkpointing_enable({"use_reentrant": False})
+            view.checkpoint_blocks()
         if s.torch_compile:
             for i in range(len(view.anatomy.blocks)):
                 view.block(i).compile(dynamic=True)
         wrapped = Wrapped(view, objective, self.extra)
-        self.wrapped = self.accelerator.prepare_model(wrapped) if self.accelerator.num_processes > 1 else wrapped
+        if self.accelerator.num_processes > 1:
+            # Where other weights train from window to window, a backward does not reach them all.
+            self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=trainable.reselects)
+            self.wrapped = self.accelerator.prepare_model(wrapped)
+        else:
+            self.wrapped = wrapped
 
     @staticmethod
     def length(rows: Rows, settings: TrainSettings) -> int:
@@ -147,7 +152,7 @@ class Loop:
         micro = [collate([chosen[i] for i in part]) for part in parts]
         clock = Clock(step, self.total_steps, self.order.epoch(step))
         gather = self.accelerator.gather if world > 1 else (lambda x: x)
-        return Window([b.to(self.view.device) for b in micro], clock, self.lab, gather, rank)
+        return Window([b.to(self.view.device) for b in micro], clock, self.lab, gather, self._total, rank)
 
     def _live(self, window: Window) -> tuple[list[Batch], float]:
         """The forwards that have tokens, weight 1; a rank without any runs one row at weight 0, since every rank must
@@ -156,7 +161,13 @@ class Loop:
         if live:
             return live, 1.0
         idle = collate([self.rows[self.order.rows(window.clock.step)[0]]]).to(self.view.device)
-        return self.objective.plan(replace(window, micro=[idle], gather=lambda x: x, rank=0), self.probe)[0].micro, 0.0
+        return self.objective.plan(
+            replace(window, micro=[idle], gather=lambda x: x, total=lambda x: x, rank=0), self.probe
+        )[0].micro, 0.0
+
+    def _total(self, value: Tensor) -> Tensor:
+        """The sum over ranks."""
+        return value if self.accelerator.num_processes == 1 else self.accelerator.reduce(value, "sum")
 
     def _reduce(self, local: Mapping[str, float]) -> dict[str, float]:
         if self.accelerator.num_processes == 1:

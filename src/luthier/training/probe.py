@@ -53,10 +53,16 @@ def no_trace(module: nn.Module, eval_mode: bool = True) -> Iterator[None]:
 
 
 class Probe:
-    """Handed to `Objective.plan` and `Trainable.before_window`."""
+    """Handed to `Objective.plan` and `Trainable.before_window`.
 
-    def __init__(self, view: ModelView, objective: Objective, extra: nn.Module | None = None) -> None:
-        self.view, self.objective, self.extra = view, objective, extra
+    total  sums a tensor over ranks; batches are then this rank's, losses and gradients those of all
+    """
+
+    def __init__(
+        self, view: ModelView, objective: Objective, extra: nn.Module | None = None,
+        total: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:  # fmt: skip
+        self.view, self.objective, self.extra, self.total = view, objective, extra, total
 
     def forward(self, batch: Batch) -> Forward:
         """A forward to ask for hidden states or logits; use it under `quiet`."""
@@ -75,8 +81,10 @@ class Probe:
             return [self.forward(b).scores() for b in batches]
 
     def mean_loss(self, batches: Sequence[Batch]) -> Tensor:
-        """The objective's loss over the batches as one window, differentiable."""
-        denominators = count(list(batches))
+        """This rank's share of the objective's loss over the batches as one window, differentiable."""
+        local = count(list(batches))
+        sums = self.total(torch.tensor([local[k] for k in sorted(local)], device=self.view.device).double()).tolist()
+        denominators = dict(zip(sorted(local), sums, strict=True))
         total = torch.zeros((), device=self.view.device)
         for b in batches:
             for term in self.objective.loss(self.forward(b)).values():
@@ -96,8 +104,9 @@ class Probe:
                     value = self.mean_loss(batches)
                 else:
                     value = sum((loss(self.forward(b)) for b in batches), torch.zeros((), device=self.view.device))
-                grads = torch.autograd.grad(value, wanted)
-        return Probed(float(value.detach()), dict(zip(names, grads, strict=True)), {})
+                here = torch.autograd.grad(value, wanted) if batches else [torch.zeros_like(p) for p in wanted]
+            grads = [self.total(g) for g in here]
+        return Probed(float(self.total(value.detach())), dict(zip(names, grads, strict=True)), {})
 
     def trial_step(
         self,

@@ -10,6 +10,7 @@ EXPORTS = {
     "GreenTrainer": "green_trainer",
     "Layerwise": "layerwise",
     "Lora": "lora",
+    "Peft": "peft",
     "Spiel": "spiel",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

@@ -76,6 +76,7 @@ class Trainable:
     """
 
     steps_by_closure = False  # True: the optimiser's step gets a closure that evaluates the loss without gradient
+    reselects = False  # True: which tensors want a gradient changes from window to window
 
     def __init__(self, view: ModelView) -> None:
         self.view = view
@@ -347,8 +348,3 @@ def as_view(model: ModelView | PreTrainedModel) -> ModelView:
     view = ModelView(model)
     view.layout, _ = probe_layout(view)
     return view
-
-
-def bare_clock(step: int, total: int | None) -> Clock:
-    """A clock for loops that do not keep one."""
-    return Clock(step, total or 0)

@@ -214,11 +214,11 @@ class GreenTrainer(Tuner):
     Departs from the official code: exact costs by level instead of a chain, exact selection instead of a truncated
     table, no polluted moments.
     Cost: within the stated share, plus two forwards and backwards a selection; masters of all weights.
-    Refuses: several processes, a share at or below what the forward pass alone takes.
+    Refuses: a share at or below what the forward pass alone takes.
     """
 
     traits: ClassVar[Traits] = Traits(
-        claims=frozenset({"weight"}), needs=frozenset({"grad", "total_steps", "one_process"}), linear=True
+        claims=frozenset({"weight"}), needs=frozenset({"grad", "total_steps"}), linear=True
     )
     source: ClassVar[Source] = Source(
         "Towards Green AI in Fine-tuning LLMs via Adaptive Backpropagation",
@@ -254,6 +254,8 @@ class GreenTrainer(Tuner):
 class GreenTrainable(Trainable):
     """All weights with masters, of which the selected train."""
 
+    reselects = True
+
     def __init__(self, tuner: GreenTrainer, view: ModelView, every: int) -> None:
         super().__init__(view)
         self.tuner, self.every = tuner, every
@@ -282,7 +284,8 @@ class GreenTrainable(Trainable):
     def _select(self, window: Window, probe: Probe) -> list[str]:
         tokens = sum(b.num_tokens for b in window.micro)
         pairs = sum(n * n for b in window.micro for n in b.lengths)
-        costs = cost_model(self.view.anatomy, tokens, pairs)
+        everywhere = window.total(torch.tensor([tokens, pairs], device=self.view.device))
+        costs = cost_model(self.view.anatomy, *everywhere.tolist())
         budget = self.tuner.flops_share * (costs.forward + costs.full_backward) - costs.forward
         reachable = [
             x.name for x in costs.items if costs.prefix(x.level, frozenset({x.part})) + x.weight_cost <= budget

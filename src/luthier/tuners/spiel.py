@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -159,12 +160,11 @@ class Spiel(Tuner):
     Departs from the official code: gradient statistics are taken of whole optimiser steps, and an incoming entry's
     age counts them as steps already made, so that Adam's bias correction of its seeded moments is exact.
     Cost: FLOPs of full tuning (the dense weight gradient is taken, one layer at a time); 24 bytes an entry ("ag").
-    Refuses: several processes (the window's candidates are not exchanged yet), tied weights.
+    In several processes the first one's first forward chooses a window's candidates; their sums are over all ranks.
+    Refuses: tied weights.
     """
 
-    traits: ClassVar[Traits] = Traits(
-        claims=frozenset({"weight"}), needs=frozenset({"total_steps", "one_process"}), linear=True
-    )
+    traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}), needs=frozenset({"total_steps"}), linear=True)
     source: ClassVar[Source] = Source(
         "Scaling Sparse Fine-Tuning to Large Language Models", 2024, "arXiv:2401.16405", "official code"
     )
@@ -230,6 +230,8 @@ class SpielTrainable(Trainable):
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # s1, s2 over steps
         self.samples = 0
         self._step_sum: dict[str, Tensor] = {}
+        # Candidates are agreed on inside the backward pass, so not on the group that reduces gradients.
+        self._ranks = dist.new_group() if dist.is_initialized() and dist.get_world_size() > 1 else None
         self._optimizer: Optimizer | None = None
         self._steps = 0
 
@@ -287,7 +289,10 @@ class SpielTrainable(Trainable):
         """Called in the backward with [out, in]."""
         flat = gradient.reshape(-1)
         if name not in self.candidates:
-            self.candidates[name] = largest(flat.abs(), len(self.sparse.indices[name]))
+            best = largest(flat.abs(), len(self.sparse.indices[name]))
+            if self._ranks is not None:
+                dist.broadcast(best, 0, group=self._ranks)
+            self.candidates[name] = best
         seen = flat[self.candidates[name]].float()
         self._step_sum[name] = self._step_sum[name] + seen if name in self._step_sum else seen
 
@@ -295,6 +300,9 @@ class SpielTrainable(Trainable):
         if not self._step_sum:
             return
         for name, g in self._step_sum.items():
+            if self._ranks is not None:  # the loop scales losses for a mean over ranks
+                dist.all_reduce(g, group=self._ranks)
+                g /= dist.get_world_size()
             s1, s2 = self.sums.get(name, (torch.zeros_like(g), torch.zeros_like(g)))
             self.sums[name] = s1 + g, s2 + g.square()
         self.samples += 1

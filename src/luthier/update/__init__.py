@@ -1,6 +1,6 @@
 """Updates: frozen values that say what a run changed."""
 
-from luthier.update.parts import Chart, Dense, LowRank, Modules, Part, Prompt, Replace, Seeds, Sparse
+from luthier.update.parts import Chart, Dense, LowRank, Modules, Part, PeftPart, Prompt, Replace, Seeds, Sparse
 from luthier.update.update import Update, add
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "LowRank",
     "Modules",
     "Part",
+    "PeftPart",
     "Prompt",
     "Replace",
     "Seeds",

@@ -15,7 +15,7 @@ from torch import Tensor
 from luthier.data.batch import collate
 from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
-from luthier.update.parts import KINDS, Chart, LowRank, Part
+from luthier.update.parts import KINDS, Chart, LowRank, Part, PeftPart
 from luthier.update.update import Update
 
 PREFIX = "base_model.model."
@@ -29,6 +29,9 @@ def save_update(update: Update, folder: Path, view: Any = None) -> None:
     if len(update.parts) == 1 and isinstance(update.parts[0], LowRank):
         _save_peft(update.parts[0], update.base, folder, view)
         _save_house(Update(update.base, (), update.chart), folder)
+    elif len(update.parts) == 1 and isinstance(update.parts[0], PeftPart):
+        _save_other_peft(update.parts[0], folder, view)
+        _save_house(Update(update.base, (), None), folder)
     else:
         _save_house(update, folder)
 
@@ -93,8 +96,19 @@ def _save_peft(part: LowRank, base: Fingerprint, folder: Path, view: Any) -> Non
     config.save_pretrained(str(folder))
 
 
-def _load_peft(folder: Path) -> LowRank:
+def _save_other_peft(part: PeftPart, folder: Path, view: Any) -> None:
+    config = part.header()["config"]
+    if view is not None and view.module.config._name_or_path:
+        config = {**config, "base_model_name_or_path": view.module.config._name_or_path}
+    tensors = {n: t.contiguous() for n, t in part.state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "inference_mode": True}), encoding="utf-8")
+
+
+def _load_peft(folder: Path) -> LowRank | PeftPart:
     config = _header(folder / "adapter_config.json")
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
+        return PeftPart(config, _tensors(folder / "adapter_model.safetensors"))
     a: dict[str, Tensor] = {}
     b: dict[str, Tensor] = {}
     scale: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """What an Update is made of.
 
 A vector space over the base's weights: Dense, Sparse, LowRank, Seeds. They add and scale.
-Compositions: Replace, Prompt, Modules. They only follow one another, and refuse `+`.
+Compositions: Replace, Prompt, Modules, PeftPart. They only follow one another, and refuse `+`.
 Every part knows its tensors (for the file), its numbers (for the JSON header), and how to apply itself to a view.
 """
 
@@ -318,11 +318,68 @@ class Modules:
         return in_turn(undo)
 
 
+@dataclass(frozen=True)
+class PeftPart:
+    """An adapter of peft's that is no plain low-rank difference: its configuration and its tensors, under peft's names."""
+
+    kind: ClassVar[str] = "peft"
+    config: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.state)
+
+    def header(self) -> dict[str, Any]:
+        return {"config": {k: sorted(v) if isinstance(v, set) else v for k, v in self.config.items()}}
+
+    @classmethod
+    def restore(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> PeftPart:
+        return cls(header["config"], tensors)
+
+    def problems(self, shapes: Shapes) -> Iterator[str]:
+        targets = self.config.get("target_modules")  # whole names, or their ends
+        ends = tuple(f".{name}" for name in shapes)
+        if not isinstance(targets, (list, set)) or not all(
+            any(e.endswith(f".{n}.weight") for e in ends) for n in targets
+        ):
+            yield "it adapts layers that the base has not"
+        for name, t in self.state.items():
+            if not t.isfinite().all():
+                yield f"{name}: a value is not finite"
+
+    def attach(self, module: Any) -> Any:
+        """peft's model around this one. Raises LuthierError where configuration and tensors do not fit each other."""
+        from peft import get_peft_model, set_peft_model_state_dict
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        known = {k: v for k, v in self.config.items() if k not in ("peft_type", "auto_mapping", "peft_version")}
+        try:
+            kind = PEFT_TYPE_TO_CONFIG_MAPPING[self.config["peft_type"]]
+            wrapped = get_peft_model(module, kind(**known))
+            result: Any = set_peft_model_state_dict(wrapped, dict(self.state))
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise LuthierError(f"this adapter cannot be put on the base ({error})") from error
+        if result.unexpected_keys:
+            peft_unload(wrapped)
+            raise LuthierError(f"this adapter holds tensors the base has no place for: {result.unexpected_keys[0]}")
+        return wrapped
+
+    def apply(self, view: Any) -> Undo:
+        return partial(peft_unload, self.attach(view.module))
+
+
+def peft_unload(wrapped: Any) -> None:
+    """Take peft's modules out again; the model is the object it was."""
+    module = wrapped.unload()
+    for name in ("peft_config", "_hf_peft_config_loaded"):
+        module.__dict__.pop(name, None)
+
+
 VECTOR_PARTS = (Dense, Sparse, LowRank, Seeds)
 Vector = Dense | Sparse | LowRank | Seeds
-Composition = Replace | Prompt | Modules
+Composition = Replace | Prompt | Modules | PeftPart
 Part = Vector | Composition
-KINDS: dict[str, type[Part]] = {p.kind: p for p in (*VECTOR_PARTS, Replace, Prompt, Modules)}
+KINDS: dict[str, type[Part]] = {p.kind: p for p in (*VECTOR_PARTS, Replace, Prompt, Modules, PeftPart)}
 
 
 @dataclass(frozen=True)

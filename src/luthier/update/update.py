@@ -20,6 +20,7 @@ from luthier.update.parts import (
     LowRank,
     Modules,
     Part,
+    PeftPart,
     Prompt,
     Replace,
     Sparse,
@@ -29,7 +30,7 @@ from luthier.update.parts import (
 )
 
 # In a composition these come in this order: deltas first, replaced tensors over them, then what is added around.
-_ORDER = {**dict.fromkeys(VECTOR_PARTS, 0), Replace: 1, Modules: 2, Prompt: 3}
+_ORDER = {**dict.fromkeys(VECTOR_PARTS, 0), Replace: 1, Modules: 2, PeftPart: 2, Prompt: 3}
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ class Update:
             elif isinstance(part, Replace):
                 for name, value in part.values.items():
                     model.get_parameter(name).copy_(value)
+            elif isinstance(part, PeftPart):
+                part.attach(model).merge_and_unload()
             else:
                 raise TypeError(f"a {part.kind} part cannot be merged into weights")
 

@@ -1,0 +1,194 @@
+"""Rows on disk: checked once, keyed by all that went into them, never taken up when something changed."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import TEMPLATE, byte_tokenizer
+from luthier.cache import cache_folder
+from luthier.data import reading
+from luthier.data.prepare import prepare
+from luthier.data.reading import read
+from luthier.data.rendering import Renderer
+from luthier.data.store import Row
+from luthier.errors import RecipeError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+
+
+def values(n):
+    return [{"prompt": f"say {i}", "completion": f"{i}", "tag": {"deep": [i, None, 1.5]}} for i in range(n)]
+
+
+def write(path, items):
+    path.write_text("".join(json.dumps(x) + "\n" for x in items))
+    return path
+
+
+def rows_of(path, **more):
+    return read(path.name, {}, path.parent, "causal-lm", **more)
+
+
+def stored():
+    return sorted(p.name for p in (cache_folder() / "rows").iterdir())
+
+
+def test_rows_come_back_as_they_were_with_their_lines(tmp_path):
+    rows, skipped = rows_of(write(tmp_path / "d.jsonl", values(3000)))
+    assert not skipped and len(rows) == 3000
+    assert rows[2047] == Row(f"{tmp_path}/d.jsonl:2048", values(2048)[-1])
+    assert [r.values["prompt"] for r in rows[2998:]] == ["say 2998", "say 2999"]
+    some = rows.take(np.array([5, 2, 2999])).take(np.array([2, 0]))
+    assert [r.key.rpartition(":")[2] for r in some] == ["3000", "6"]
+    assert len({rows.digest, some.digest, rows.take(np.array([2, 5])).digest, rows.take(np.array([5, 2])).digest}) == 4
+    assert rows[-1].key.endswith(":3000")
+    with pytest.raises(IndexError):
+        rows[3000]
+
+
+def test_a_file_is_read_once_and_again_when_anything_changed(tmp_path, monkeypatch):
+    path, seen = write(tmp_path / "d.jsonl", values(5)), []
+    reader = reading._jsonl
+    monkeypatch.setattr(reading, "_jsonl", lambda p: (seen.append(1), reader(p))[1])
+    rows_of(path)
+    rows_of(path)
+    os.utime(path, (1, 1))
+    rows_of(path)
+    assert len(seen) == 1
+    rows_of(path, limit=3)
+    write(path, values(6))
+    assert len(rows_of(path)[0]) == 6
+    assert len(rows_of(path, on_bad="skip")[0]) == 6
+    assert len(seen) == 4
+
+
+def test_pain_09_tokens_of_another_tokenizer_template_or_length_are_never_taken_up(tmp_path):
+    rows, _ = rows_of(write(tmp_path / "d.jsonl", values(4)))
+    first = prepare(rows, Renderer(byte_tokenizer()), max_length=100)
+    before = len(stored())
+    assert prepare(rows, Renderer(byte_tokenizer()), max_length=100).digest == first.digest
+    assert len(stored()) == before
+    other = byte_tokenizer(TEMPLATE.replace("assistant", "helper"))
+    variants = [
+        prepare(rows, Renderer(other), max_length=100),
+        prepare(rows, Renderer(byte_tokenizer(), system="Be brief."), max_length=100),
+        prepare(rows, Renderer(byte_tokenizer(), plain=True), max_length=100),
+        prepare(rows[:2], Renderer(byte_tokenizer()), max_length=100),
+    ]
+    assert len({first.digest, *(v.digest for v in variants)}) == 5
+    with pytest.raises(RecipeError, match="longer than 30 tokens"):
+        prepare(rows, Renderer(byte_tokenizer()), max_length=30)
+    bigger = byte_tokenizer()
+    bigger.add_tokens(["say"])
+    assert prepare(rows, Renderer(bigger), max_length=100).digest != first.digest
+
+
+def test_stored_and_in_memory_rows_are_prepared_alike(tmp_path):
+    rows, _ = rows_of(write(tmp_path / "d.jsonl", values(7)))
+    renderer = Renderer(byte_tokenizer())
+    one, other = prepare(rows, renderer, max_length=100), prepare(list(rows), renderer, max_length=100)
+    assert one.digest == other.digest and one.census == other.census
+    assert (
+        [one.rows[i] for i in range(7)]
+        == [other.rows[i] for i in range(7)]
+        == [renderer.render(r.values, r.key) for r in rows]
+    )
+    assert one.rows.lengths.tolist() == [len(x["ids"]) for x in one.rows]
+
+
+def test_a_damaged_or_half_made_entry_is_made_again(tmp_path):
+    path = write(tmp_path / "d.jsonl", values(5))
+    rows_of(path)
+    (name,) = stored()
+    arrow = cache_folder() / "rows" / name / "rows.arrow"
+    arrow.write_bytes(arrow.read_bytes()[:100])
+    assert [r.values for r in rows_of(path)[0]] == values(5)
+    left = cache_folder() / "rows" / ".half.999999999"  # of a process that was killed
+    left.mkdir()
+    write(path, values(6))
+    rows_of(path)
+    assert not left.exists()
+    with pytest.raises(RecipeError):  # a refusal leaves nothing behind
+        rows_of(write(tmp_path / "bad.jsonl", [{"prompt": 1}]))
+    assert not [n for n in stored() if n.startswith(".")]
+
+
+def test_bad_rows_are_refused_by_line_or_skipped_counted_and_listed(tmp_path):
+    path = tmp_path / "d.jsonl"
+    good = json.dumps(values(1)[0]).encode()
+    bad = [
+        b"{",
+        b"[1]",
+        b'{"prompt": "x"}',
+        b'{"prompt": "x", "completion": 3}',
+        b'{"text": "\xff"}',
+        b'{"text": "other shape"}',
+    ]
+    path.write_bytes(b"\n".join([good, *bad, good]) + b"\n")
+    with pytest.raises(RecipeError, match=r"d\.jsonl:2: is not JSON"):
+        rows_of(path)
+    for _ in range(2):  # read, and taken from the cache
+        rows, skipped = rows_of(path, on_bad="skip")
+        assert [r.key.rpartition(":")[2] for r in rows] == ["1", "8"]
+        assert [s.removeprefix(str(path)).split(":")[1] for s in skipped] == ["2", "3", "4", "5", "6", "7"]
+        assert "is not UTF-8" in skipped[4] and "holds text, but" in skipped[5]
+    path.write_bytes(b"\n".join([good, *[b"{"] * 30]) + b"\n")
+    skipped = rows_of(path, on_bad="skip")[1]
+    assert len(skipped) == 21 and skipped[-1].endswith("and 10 more")
+
+
+def test_a_hub_set_is_read_by_name_configuration_revision_and_split(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name, config, split, revision):
+        asked.append((name, config, split, revision))
+        if name == "a/gone":
+            raise ValueError("no such set\nat all")
+        return datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows, _ = read("a/b@v1:easy", {}, Path("."), "causal-lm", "eval", part="test")
+    assert asked == [("a/b", "easy", "test", "v1")] and [r.key for r in rows][1] == "a/b@v1:easy:test:2"
+    with pytest.raises(RecipeError, match=r"data\.train: a/gone: no such set"):
+        read("a/gone", {}, Path("."), "causal-lm")
+
+
+def test_memory_stays_flat_in_rows(tmp_path):
+    """Anonymous memory of reading and rendering 30,000 rows is that of 3,000."""
+    import subprocess
+    import sys
+
+    grown = {}
+    for n in (3_000, 30_000):
+        path = write(tmp_path / f"{n}.jsonl", [{**x, "prompt": x["prompt"] * 20} for x in values(n)])
+        code = (
+            "import sys, threading, time\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[2])\n"
+            "from conftest import byte_tokenizer\nfrom luthier.data.prepare import prepare\n"
+            "from luthier.data.reading import read\nfrom luthier.data.rendering import Renderer\n"
+            "def anonymous():\n"
+            "    lines = Path('/proc/self/status').read_text().splitlines()\n"
+            "    return next(int(x.split()[1]) for x in lines if x.startswith('RssAnon'))\n"
+            "renderer, most = Renderer(byte_tokenizer()), [0]\n"
+            "def watch():\n"
+            "    while True:\n        most[0] = max(most[0], anonymous())\n        time.sleep(0.002)\n"
+            "base = anonymous()\nthreading.Thread(target=watch, daemon=True).start()\n"
+            "path = Path(sys.argv[1])\nrows, _ = read(path.name, {}, path.parent, 'causal-lm')\n"
+            "done = prepare(rows, renderer, max_length=2000)\n"
+            "for i in range(0, len(done.rows), 7):\n    done.rows[i]\n"
+            "print(most[0] - base)\n"
+        )
+        tests = os.path.dirname(os.path.dirname(__file__))
+        environment = {**os.environ, "LUTHIER_CACHE": str(tmp_path / f"cache-{n}")}
+        out = subprocess.run(
+            [sys.executable, "-c", code, str(path), tests], capture_output=True, text=True, check=True, env=environment
+        )
+        grown[n] = int(out.stdout) / 1024  # MB
+    assert grown[30_000] < grown[3_000] + 15, grown

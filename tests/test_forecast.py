@@ -1,0 +1,97 @@
+"""The forecast: depths and lists it cuts, what it counts, what follows from it."""
+
+import json
+
+import pytest
+import torch
+
+from conftest import byte_tokenizer, rows_of, tiny, view_of
+from luthier import forecast as fc
+from luthier import recipe as recipes
+from luthier.data.prepare import prepare
+from luthier.data.rendering import Renderer
+from luthier.data.store import Row
+from luthier.errors import LuthierError
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.full import Full
+
+
+def a_recipe(**keys):
+    return recipes.load(json.dumps({"model": "a/b", "data": {"train": "x.jsonl"}, "batch_size": 4, **keys}))
+
+
+@pytest.fixture(scope="module")
+def data():
+    rows = [Row(str(i), {"prompt": "p" * (10 + i % 7), "completion": "c" * (5 + i % 3)}) for i in range(40)]
+    return prepare(rows, Renderer(byte_tokenizer()), max_length=200)
+
+
+def test_depths_are_whole_periods_and_lists_are_cut():
+    assert fc.depths(tiny("llama", layers=12).config) == (1, 4)
+    assert fc.depths(tiny("llama", layers=4).config) == (4, 4)
+    assert fc.depths(tiny("gemma3", layers=12).config) == (2, 4)
+    assert fc.depths(tiny("gpt2", layers=9).config) == (1, 4)
+    cut = fc.with_layers(tiny("gemma3", layers=12).config, 4)
+    assert cut.num_hidden_layers == 4 and len(cut.layer_types) == 4
+    assert type(tiny("gemma3"))(cut).model.layers[3].self_attn.is_sliding is False
+
+
+@pytest.mark.parametrize("tuner", ["full", {"lora": {"rank": 4}}, {"spiel": {"num_weights": 500}}])
+def test_weights_state_and_activations_of_a_deep_model_follow_from_a_shallow_one(tuner, data):
+    """The extrapolated bytes are those of the whole model, measured with the same counters."""
+    config = tiny("llama", layers=12, vocab_size=300).config
+    recipe = a_recipe(tuner=tuner, gradient_checkpointing=False)
+    got = fc.forecast(recipe, config, byte_tokenizer(), data)
+    whole = fc.measure(recipe, config, byte_tokenizer(), data, 12)
+    assert got.weights == whole.weights and got.activations == whole.activations
+    if tuner != {"spiel": {"num_weights": 500}}:  # whose entries do not grow with depth
+        assert got.trained_weights == whole.trained and got.update == whole.update
+        assert got.trained_state == pytest.approx(whole.state, rel=0.02, abs=20_000)
+
+
+def test_live_bytes_are_weights_masters_moments_and_what_is_kept():
+    before = fc.live_bytes()
+    view = view_of()
+    view.module.to(torch.bfloat16)
+    n = view.anatomy.num_parameters
+    loop = Loop(view, rows_of(), Full().attach(view), Sft(), TrainSettings(max_steps=2, batch_size=4))
+    loop.step()
+    # bf16 weights and their stored base, float32 masters and two moments
+    assert fc.live_bytes() - before == pytest.approx(n * (2 + 2 + 4 + 8), rel=0.05)
+
+
+def test_checkpointing_is_chosen_only_where_memory_would_not_do(monkeypatch, data):
+    config, recipe = tiny("llama", layers=3, vocab_size=300).config, a_recipe()
+    monkeypatch.setattr(fc, "available_memory", lambda: 10**15)
+    chosen, plain = fc.resolved(recipe, config, byte_tokenizer(), data)
+    assert chosen.gradient_checkpointing is False
+    monkeypatch.setattr(fc, "available_memory", lambda: 1)
+    chosen, saving = fc.resolved(recipe, config, byte_tokenizer(), data)
+    assert chosen.gradient_checkpointing is True and saving.activations < 0.6 * plain.activations
+    assert (
+        fc.resolved(a_recipe(gradient_checkpointing=False), config, byte_tokenizer(), data)[0].gradient_checkpointing
+        is False
+    )
+
+
+def test_a_full_disk_is_foreseen(monkeypatch, model_folder, tmp_path):
+    import shutil
+    from types import SimpleNamespace
+
+    from luthier.run import run
+
+    rows = [{"prompt": "a", "completion": "b"}] * 4
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe = a_recipe(model=str(model_folder), max_steps=1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(
+        LuthierError, match=r"output_dir: .* needs about .* 0 MB are free; choose a folder on another disk"
+    ):
+        run(recipe, tmp_path / "out", tmp_path)
+
+
+def test_numbers_as_people_say_them():
+    assert [fc.in_words(x) for x in (2.5e9, 3.2e6)] == ["2.5 GB", "3 MB"]
+    assert [fc.in_time(x) for x in (90, 600, 9000)] == ["90 s", "10 min", "2.5 h"]

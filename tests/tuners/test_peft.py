@@ -1,0 +1,111 @@
+"""peft's tuners: they train, go back bit for bit, and what they leave opens with PeftModel."""
+
+import pytest
+import torch
+
+from conftest import batch_of, rows_of, tiny, view_of
+from luthier.errors import LuthierError, RecipeError
+from luthier.method import Facts
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners import Peft
+from luthier.update import PeftPart, Update
+from luthier.update.files import load, save_update
+
+KINDS = {
+    "dora": Peft(type="LORA", options={"r": 4, "use_dora": True}),
+    "rslora": Peft(type="LORA", options={"r": 4, "use_rslora": True}),
+    "ia3": Peft(type="IA3"),
+    "loha": Peft(type="LOHA", options={"r": 4}),
+    "lokr": Peft(type="LOKR", options={"r": 4}),
+    "vera": Peft(type="VERA", options={"r": 8}, targets=("q_proj", "o_proj")),
+    "oft": Peft(type="OFT", options={"oft_block_size": 4}),
+    "hra": Peft(type="HRA", options={"r": 4}),
+}
+
+
+def trained(tuner, steps=4):
+    view = view_of()
+    loop = Loop(
+        view, rows_of(), tuner.attach(view), Sft(), TrainSettings(max_steps=steps, batch_size=4, learning_rate=1e-2)
+    )
+    losses = [loop.step()["loss"] for _ in range(steps)]
+    view.module.eval()
+    return view, loop.trainable, losses
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_it_trains_saves_opens_with_peft_merges_and_goes(name, tmp_path):
+    from peft import PeftModel
+
+    plain = {n: p.detach().clone() for n, p in tiny().named_parameters()}
+    view, trainable, losses = trained(KINDS[name])
+    assert losses[-1] < losses[0]
+    batch, update = batch_of(), trainable.update()
+    live = view.trace(batch).hidden[-1].detach()
+    save_update(update, tmp_path, view)
+    trainable.detach()
+    assert {n: p for n, p in view.module.named_parameters()}.keys() == plain.keys()
+    assert all(torch.equal(p, plain[n]) for n, p in view.module.named_parameters())
+    base = view.trace(batch).hidden[-1]
+    assert not torch.equal(base, live)
+    with load(tmp_path).bind(view):
+        torch.testing.assert_close(view.trace(batch).hidden[-1], live, atol=1e-5, rtol=1e-4)
+    assert torch.equal(view.trace(batch).hidden[-1], base)
+    ids = batch.ids[:9].unsqueeze(0)
+    with update.bind(view):
+        ours = view.module(ids).logits
+    theirs = PeftModel.from_pretrained(tiny(), str(tmp_path)).eval()
+    torch.testing.assert_close(theirs(ids).logits, ours, atol=1e-5, rtol=1e-4)
+    merged = view_of()
+    update.merge_into(merged.module)
+    torch.testing.assert_close(merged.module(ids).logits, ours, atol=1e-4, rtol=1e-3)
+    assert {n for n, _ in merged.module.named_parameters()} == plain.keys()
+
+
+def test_peft_lora_is_our_lora():
+    """The same start gives the same losses, so wrapping costs no meaning."""
+    from luthier.tuners import Lora
+
+    view, trainable, losses = trained(Peft(type="LORA", options={"r": 4, "lora_alpha": 8}))
+    other = view_of()
+    ours = Lora(rank=4, alpha=8).attach(other)
+    started = view_of()
+    Peft(type="LORA", options={"r": 4, "lora_alpha": 8}).attach(started)
+    theirs = dict(started.module.named_parameters())
+    with torch.no_grad():
+        for module, a in ours.a.items():
+            a.copy_(theirs[f"{module.removesuffix('.weight')}.lora_A.default.weight"])
+    loop = Loop(other, rows_of(), ours, Sft(), TrainSettings(max_steps=4, batch_size=4, learning_rate=1e-2))
+    assert [loop.step()["loss"] for _ in range(4)] == pytest.approx(losses, abs=1e-5)
+
+
+def test_wrong_options_are_named():
+    for options, words in (
+        ({"rang": 4}, "options.rang: peft's LORA has no such option"),
+        ({"init_lora_weights": "pissa"}, "'pissa' rewrites the base"),
+        ({"target_modules": ["q_proj"]}, "options.target_modules"),
+    ):
+        with pytest.raises(RecipeError, match=words):
+            Peft(options=options).attach(view_of())
+    assert [p.key for p in Peft(options={"rang": 4}).check(Facts())] == ["options.rang"]
+    with pytest.raises(RecipeError, match=r"tuner\.peft\.options"):
+        Peft(options={"r": 0}).attach(view_of())
+
+
+def test_a_hostile_adapter_is_refused_by_name():
+    view, trainable, _ = trained(KINDS["dora"])
+    (part,) = trainable.update().parts
+    trainable.detach()
+    name = next(iter(part.state))
+    for broken, words in (
+        (PeftPart({**part.config, "peft_type": "EVIL"}, part.state), "cannot be put on the base"),
+        (PeftPart({**part.config, "target_modules": ["no.such"]}, part.state), "layers that the base has not"),
+        (PeftPart({**part.config, "surprise": 1}, part.state), "cannot be put on the base"),
+        (PeftPart(part.config, {**part.state, name: part.state[name] * float("nan")}), "not finite"),
+        (PeftPart(part.config, {**part.state, name: part.state[name][:1]}), "cannot be put on the base"),
+        (PeftPart(part.config, {**part.state, "base_model.model.extra.lora_A.weight": torch.zeros(2)}), "no place for"),
+    ):
+        with pytest.raises(LuthierError, match=words), Update(view.base, (broken,)).bind(view):
+            pass
