@@ -48,7 +48,7 @@ def test_weights_state_and_activations_of_a_deep_model_follow_from_a_shallow_one
     assert got.weights == whole.weights and got.activations == whole.activations
     if tuner != {"spiel": {"num_weights": 500}}:  # whose entries do not grow with depth
         assert got.trained_weights == whole.trained and got.update == whole.update
-        assert got.trained_state == pytest.approx(whole.state, rel=0.02, abs=20_000)
+        assert got.trained_state == pytest.approx(whole.state, rel=0.06, abs=20_000)
 
 
 def test_live_bytes_are_weights_masters_moments_and_what_is_kept():
