@@ -270,3 +270,160 @@ def test_a_model_without_a_template_is_trained_on_plain_text(tmp_path):
     assert "".join(t for t, _ in result["rows"][0]) == "say 00 0<|im_end|>"
     refused = luthier("check", recipe, "data.template=chat", cwd=tmp_path)
     assert refused.returncode == 2 and "no chat template" in refused.stderr
+
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "luthier"]
+
+
+def test_two_processes_leave_one_run_equal_to_that_of_one(model_folder, tmp_path):
+    """The same recipe under torchrun: the first process writes and speaks, and the weights are the same."""
+    from safetensors.torch import load_file
+
+    keys = {"evaluate": {}, "tokens_per_forward": 60, "adam_eps": 1e-5}
+    one, two = write(tmp_path / "one", model_folder, **keys), write(tmp_path / "two", model_folder, **keys)
+    assert luthier("run", one, cwd=tmp_path).returncode == 0
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*TWO, "run", str(two)], capture_output=True, text=True, timeout=200, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report.html") == 1 and done.stderr.count("saved   ") == 1
+    weights = [load_file(tmp_path / x / "out/adapter_model.safetensors") for x in ("one", "two")]
+    assert all(torch.allclose(weights[0][n], weights[1][n], atol=1e-4) for n in weights[0])
+    log = (tmp_path / "two/out/log.jsonl").read_text().splitlines()
+    assert len(log) == 6
+
+
+def test_check_forecasts_and_the_run_says_how_far_off_it_was(finished):
+    folder, done = finished
+    run = json.loads((folder / "out/run.json").read_text())
+    assert run["forecast"]["trained_weights"] == run["trained_weights"]
+    assert abs(run["forecast_miss"]["memory"]) < 0.25
+    assert "forecast off by" in done.stderr and "Forecast, and how far off" in (folder / "out/report.html").read_text()
+    said = luthier("check", folder / "r.yaml", cwd=folder).stdout
+    assert "memory: " in said and " of training" in said and "trained " in said
+    assert "memory: " not in luthier("check", folder / "r.yaml", "--no-forecast", cwd=folder).stdout
+
+
+FOREIGN = '''
+from typing import ClassVar
+from luthier.objectives.base import Objective, Term
+class Half(Objective):
+    """Half the loss."""
+    share: float = 0.5
+    def loss(self, fwd):
+        return {"half": Term(fwd.nll().sum(), "tokens", self.share)}
+class Other: pass
+'''
+
+
+def test_code_from_a_recipe_runs_only_where_the_command_line_allows_it(model_folder, tmp_path):
+    recipe = write(tmp_path, model_folder, objective={"mine:Half": {"share": 0.25}})
+    (tmp_path / "mine.py").write_text(FOREIGN)
+    refused = luthier("run", recipe, cwd=tmp_path)
+    assert refused.returncode == 2 and "add --allow-code if you trust it" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = luthier("run", recipe, "--allow-code", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "mine:Half" in (tmp_path / "out/recipe.yaml").read_text()
+    assert luthier("evaluate", tmp_path / "out", cwd=tmp_path).returncode == 2
+    assert luthier("evaluate", tmp_path / "out", "--allow-code", cwd=tmp_path).returncode == 0
+    for objective, words in (
+        ("mine:Other", "is no Objective"), ("mine:Nobody", "cannot be imported"), ("no.such:Half", "cannot be imported"),
+        ({"mine:Half": {"shar": 1}}, "did you mean share?"),
+    ):  # fmt: skip
+        said = luthier("check", write(tmp_path, model_folder, objective=objective), "--allow-code", cwd=tmp_path)
+        assert said.returncode == 2 and words in said.stderr, said.stderr
+
+
+def test_a_models_own_code_is_not_run_unasked(model_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "surprise", "auto_map": {"AutoConfig": "configuration_surprise.Surprise"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    marker = tmp_path / "ran"
+    code = (
+        f"from transformers import LlamaConfig\nopen({str(marker)!r}, 'w').close()\n"
+        "class Surprise(LlamaConfig):\n    model_type = 'surprise'\n"
+    )
+    (folder / "configuration_surprise.py").write_text(code)
+    said = luthier("check", write(tmp_path / "a", str(folder)), cwd=tmp_path)
+    assert said.returncode == 2 and "brings Python code of its own, which is not run unasked" in said.stderr, (
+        said.stderr
+    )
+    recipe = write(tmp_path / "a", str(folder), trust_remote_code=True)
+    said = luthier("check", recipe, cwd=tmp_path)
+    assert said.returncode == 2 and "add --allow-code" in said.stderr and not marker.exists()
+    luthier("check", recipe, "--allow-code", cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert marker.exists()
+
+
+BRISK = {"learning_rate": 0.01, "max_steps": 3}
+HEADS = {"name": "heads", "tuner": "frozen", "objective": {"caft": {"stage": "heads", "ahead": 2}}, **BRISK}
+TUNE = {"tuner": {"lora": {"rank": 4}}, "objective": {"caft": {"ahead": 2, "weight": 0.5}}, **BRISK}
+STAGES = {"stages": [HEADS, {"name": "tune", "carry": "heads", **TUNE}]}
+
+
+def staged(folder, model, **more):
+    path = write(folder, model, pipeline={"stages": STAGES}, **more)
+    values = YAML().load(path.read_text())
+    for key in ("tuner", "batch_size", "learning_rate"):
+        values.pop(key)
+    YAML().dump(values, path)
+    return path
+
+
+def test_stages_run_hand_on_and_are_taken_up_after_a_kill(model_folder, tmp_path):
+    from safetensors.torch import load_file
+
+    done = luthier("run", staged(tmp_path / "a", model_folder), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "stage   heads" in done.stderr and "stage   tune" in done.stderr
+    for extra in (["--max-time", "0"], []):  # stopped at once, inside the first stage; then to the end
+        path = staged(tmp_path / "b", model_folder)
+        again = luthier("run", path, *extra, cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+    assert (tmp_path / "b/out/heads/checkpoint-3/COMPLETE").exists()
+    a, b = (load_file(tmp_path / x / "out/adapter_model.safetensors") for x in ("a", "b"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_what_a_pipeline_would_not_read_is_refused(model_folder, tmp_path):
+    for change, words in (
+        ("learning_rate=0.1", "learning_rate: is not read beside pipeline stages; set it in the stages"),
+        ("tuner=full", "tuner: is not read beside pipeline stages"),
+        ("data.pool=x.jsonl", "data.pool: is for task: classification"),
+    ):
+        said = luthier("check", staged(tmp_path, model_folder), change, cwd=tmp_path)
+        assert said.returncode == 2 and words in said.stderr, said.stderr
+    stages = [{"name": "a", "start": "b"}]
+    said = luthier("check", write(tmp_path, model_folder, pipeline={"stages": {"stages": stages}}), cwd=tmp_path)
+    assert said.returncode == 2 and "start of a names 'b', which is no earlier stage" in said.stderr, said.stderr
+
+
+def test_keys_that_nothing_reads_are_refused(model_folder, tmp_path):
+    for change, words in (
+        (["max_steps=2", "epochs=3"], "epochs: is not read beside max_steps"),
+        (["~data.eval"], "evaluate.generate: has no rows to evaluate on"),
+        (["evaluate.generate=0", "evaluate.max_new_tokens=9"], "evaluate: is read where answers are generated"),
+        (["data.train_split=all"], "data.train_split: is for Hub data sets"),
+        (["load_best=false"], "load_best: needs evaluations during training"),
+        (["revision=main"], "revision: is for Hub models"),
+        (["data.pool=x.jsonl"], "data.pool: is read by pipelines only"),
+    ):
+        said = luthier("check", write(tmp_path, "nowhere"), *change, cwd=tmp_path)
+        assert said.returncode == 2 and words in said.stderr, said.stderr
+
+
+def test_standing_still_is_said_once_with_the_place(capsys):
+    from rich.console import Console
+
+    from luthier.cli.progress import Watch
+
+    watch = Watch(Console(stderr=True, width=200), patience=0.2)
+    watch.start()
+    watch.at("rendering f.jsonl:7")
+    time.sleep(0.6)
+    watch.stop()
+    assert capsys.readouterr().err.count("the last thing begun: rendering f.jsonl:7") == 1

@@ -180,3 +180,28 @@ def test_heads_without_targets_are_skipped():
 def test_bad_fields_are_named(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Caft(**fields)
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter", "spiel", "peft"])
+def test_heads_copy_the_base_whatever_hangs_on_it(name):
+    """A copied adapter would compute with the trunk's layer, and train or freeze what is the tuner's."""
+    from luthier.tuners import Adapter, Lora, Peft, Spiel
+
+    tuners = {
+        "lora": Lora(rank=4), "adapter": Adapter(rank=4, init_std=0.05), "spiel": Spiel(density=0.05),
+        "peft": Peft(options={"r": 4, "use_dora": True}),
+    }  # fmt: skip
+    plain, view = view_of(), view_of()
+    reference = Caft().extend(plain)
+    trainable = tuners[name].attach(view, total_steps=50)
+    heads = Caft().extend(view)
+    assert {n for n, _ in heads.named_parameters()} == {n for n, _ in reference.named_parameters()}
+    with torch.no_grad():
+        for p in view.module.parameters():  # the trunk moves on; the heads must not follow
+            p.add_(0.1)
+    batch = batch_of()
+    trace = plain.trace(batch, (2, -1))
+    there = plain.run_block(reference.blocks[0], trace.hidden[2], trace)
+    here = view.run_block(heads.blocks[0], trace.hidden[2], trace)
+    torch.testing.assert_close(here, there)
+    assert trainable.update().parts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import ClassVar, Literal
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from luthier.data.batch import IGNORE, Batch
 from luthier.errors import LuthierError
 from luthier.method import Source, Traits
+from luthier.model.additions import bare_copy
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Term, Window
 from luthier.training.probe import Probe
@@ -53,7 +53,7 @@ class Heads(nn.Module):
         last = len(view.anatomy.blocks) - 1
         # The configuration is shared, not copied: which attention runs is decided there, for trunk and heads alike.
         shared = {id(c): c for c in (view.module.config, view.module.config.get_text_config())}
-        self.blocks = nn.ModuleList(copy.deepcopy(view.block(last), dict(shared)) for _ in range(count))
+        self.blocks = nn.ModuleList(bare_copy(view.block(last), shared) for _ in range(count))
         # A cache index of its own, should anyone ever cache: nothing of the trunk's is overwritten.
         for i, block in enumerate(self.blocks):
             for module in block.modules():

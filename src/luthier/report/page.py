@@ -96,6 +96,17 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Peak memory", f"{run['peak_memory_bytes'] / 1e9:.2f} GB"),
         ("Saved, reloaded, compared", f"largest difference {run['reload_difference']:.1e}"),
     ]
+    if run.get("forecast_miss"):
+        f, off = run["forecast"], run["forecast_miss"]
+        out.append(
+            (
+                "Forecast, and how far off",
+                f"{f['memory_bytes'] / 1e9:.2f} GB ({off['memory']:+.0%}), {f['seconds']:.0f} s ({off['seconds']:+.0%})",
+            )
+        )
+    out += [(f"Curated by {k['step']}", f"{k['rows']:,} of {k['of']:,} rows stayed") for k in run.get("curated", [])]
+    if run.get("skipped"):
+        out.append(("Rows that could not be read", "; ".join(run["skipped"])))
     return out
 
 

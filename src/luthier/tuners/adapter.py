@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.method import Source, Traits
+from luthier.model.additions import bias_of, oriented, output_adapter, register
 from luthier.model.view import ModelView
 from luthier.rng import Streams
-from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view, bias_of, oriented, output_adapter, register
+from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Modules, Update
 
 

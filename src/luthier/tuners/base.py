@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from luthier.method import Method
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Clock, Window
 from luthier.rng import Streams
-from luthier.training.linear import low_rank_linear, stochastic_round
+from luthier.training.linear import stochastic_round
 from luthier.update import Dense, Replace, Update
 from luthier.update.parts import Undo
 
@@ -271,74 +269,6 @@ def with_head(trainable: Trainable, head: list[str]) -> Trainable:
     view = trainable.view
     missing = [n for n in head if id(view.weight(n)) not in trained and not view.weight(n).requires_grad]
     return WithHead(trainable, missing) if missing else trainable
-
-
-# --- things to hang on a layer ---
-
-
-def bias_of(module: nn.Module) -> Tensor | None:
-    """The layer's bias, where it has one."""
-    bias: Tensor | None = getattr(module, "bias", None)
-    return bias
-
-
-Get = Callable[[], Tensor]
-
-
-def oriented(module: nn.Module) -> Tensor:
-    """The weight as [out, in]; a view."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Undo:
-    """Give one module object another forward; the class and the parameters stay."""
-    if "forward" in module.__dict__:
-        raise ValueError("this layer already carries an adapter; detach it first")
-    module.forward = forward
-
-    def undo() -> None:
-        del module.forward
-
-    return undo
-
-
-def register(module: nn.Module, name: str, value: nn.Parameter) -> tuple[Get, Undo]:
-    """A parameter of ours on a module of the model's, so that processes, trainers and function transforms find it.
-
-    Returns how to read it (through the module, since a transform may have put something else there) and the undo.
-    """
-    module.register_parameter(f"luthier_{name}", value)
-
-    def undo() -> None:
-        delattr(module, f"luthier_{name}")
-
-    return partial(getattr, module, f"luthier_{name}"), undo
-
-
-def low_rank_adapter(module: nn.Module, a: Get, b: Get, scale: float, dropout: float = 0.0) -> Undo:
-    """y = x W^T + bias + scale (drop(x) A^T) B^T; a() [R, in], b() [out, R] float32, asked for at every call."""
-
-    def forward(x: Tensor) -> Tensor:
-        weight, bias = oriented(module), bias_of(module)
-        if dropout and module.training:
-            low = nn.functional.dropout(x, dropout) @ a().to(x.dtype).T
-            plain = nn.functional.linear(x, weight, bias)
-            return plain + scale * (low @ b().to(x.dtype).T)
-        return low_rank_linear(x, weight, bias, a(), b(), scale)
-
-    return replace_forward(module, forward)
-
-
-def output_adapter(module: nn.Module, a: Get, b: Get) -> Undo:
-    """h' = h + B (A h) on the layer's output h; a() [R, out], b() [out, R], asked for at every call."""
-    plain = module.forward
-
-    def forward(x: Tensor) -> Tensor:
-        h = plain(x)
-        return h + (h @ a().to(h.dtype).T) @ b().to(h.dtype).T
-
-    return replace_forward(module, forward)
 
 
 def as_view(model: ModelView | PreTrainedModel) -> ModelView:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from luthier.model.additions import bias_of, oriented, register, replace_forward
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
 from luthier.training.linear import sparse_linear, stochastic_round
-from luthier.tuners.base import bias_of, oriented, register, replace_forward
 from luthier.update import Sparse
 from luthier.update.parts import Undo
 

@@ -309,7 +309,7 @@ class Modules:
                 yield f"{module}: a factor is not finite"
 
     def apply(self, view: Any) -> Undo:
-        from luthier.tuners.base import output_adapter
+        from luthier.model.additions import output_adapter
 
         undo = []
         for name in self.a:

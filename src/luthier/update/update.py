@@ -163,7 +163,7 @@ class Update:
 def _apply(part: Part, view: Any, scale: float) -> Any:
     """Bind one part; returns its undo. Low-rank parts stay beside the weight, so that low precision loses nothing."""
     if isinstance(part, LowRank):
-        from luthier.tuners.base import low_rank_adapter
+        from luthier.model.additions import low_rank_adapter
 
         undo = []
         for name, a in part.a.items():
