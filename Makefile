@@ -35,14 +35,19 @@ unit: $(VENV)/dev.done
 
 bench: $(VENV)/dev.done
 	$(PIP) --no-deps trl==1.16.0
-	$(BIN)/python benchmarks/sft_against_trl.py
+	$(BIN)/python benchmarks/forecast.py
+	$(BIN)/python benchmarks/rows.py
+	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/sft_against_trl.py --rounds 3
 
+# Pages that are made from the classes: docs/methods, docs/api.md.
 docs: $(VENV)/dev.done
 	$(BIN)/python -m luthier.manifest
 	$(BIN)/python -m luthier.docs
 
-# Hours, not minutes: fuzzing at length.
+# Hours, not minutes: fuzzing at length, kills at random moments.
 soak: $(VENV)/dev.done
+	$(BIN)/python -m pytest tests/test_soak.py -m soak --timeout 3600
 	LUTHIER_FUZZ=40 $(BIN)/python -m pytest tests/test_fuzz.py --timeout 7200
 
 clean:

@@ -101,3 +101,66 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path):
         assert scope["tuned"].update().parts
     if "kept" in scope:
         assert len(scope["kept"]) == 1
+
+
+GUIDES = [
+    "docs/quickstart.md",
+    "docs/concepts.md",
+    *sorted(f"docs/howto/{p.name}" for p in (ROOT / "docs/howto").glob("*.md")),
+]
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_a_guides_recipes_load_its_commands_exist_and_its_links_lead_somewhere(guide, tmp_path):
+    from typer.main import get_command
+
+    from luthier import recipe
+    from luthier.cli.main import app
+
+    (tmp_path / "mine.py").write_text(blocks("CONTRIBUTING.md", "python")[0])
+    for text in blocks(guide, "yaml"):
+        sys.modules.pop("mine", None)
+        assert recipe.load(text, code=tmp_path)
+    text = (ROOT / guide).read_text()
+    commands = get_command(app).commands
+    for line in re.findall(r"^    (?:torchrun .* -m )?luthier (.+)$", text, re.M):
+        name, *words = line.split()
+        options = {o for p in commands[name].params for o in (*p.opts, *p.secondary_opts)}
+        assert {w for w in words if w.startswith("--")} <= options, line
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert link.startswith("http") or ((ROOT / guide).parent / link).exists(), link
+
+
+def test_the_guides_python_runs(model_folder, tmp_path):
+    from luthier import recipe
+    from luthier.run import run
+    from luthier.tuned import open_run
+
+    rows = [{"prompt": f"say {i}", "completion": str(i)} for i in range(8)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = json.dumps({"model": str(model_folder), "data": {"train": "x.jsonl"}, "max_steps": 2, "learning_rate": 0.01})
+    run(recipe.load(text), tmp_path / "out", tmp_path)
+    scope = {"run": tmp_path / "out", "view": open_run(tmp_path / "out").view, "ids": torch.tensor([[5, 6, 7]])}
+    ran = 0
+    for guide in GUIDES:
+        for code in blocks(guide, "python"):
+            exec(compile(code, guide, "exec"), scope)
+            ran += 1
+    assert ran >= 2 and 0 < scope["error"] < 1 and scope["logits"].shape[:2] == (1, 3)
+
+
+def test_the_api_page_is_what_the_docstrings_say():
+    from luthier import docs
+
+    assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == docs.api(), "run make docs"
+
+
+def test_every_extra_resolves_with_every_other():
+    """One resolution of all extras under the tested pins; nothing is installed."""
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--no-build-isolation", "--constraint"]
+    wanted = f"{ROOT}[{','.join(extras)}]"
+    done = subprocess.run([*command, str(ROOT / "constraints.txt"), wanted], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -237,3 +237,109 @@ def test_generation_equals_one_prompt_at_a_time():
         )
         assert done.text == text
     assert not any(p.requires_grad is False and n == "lm_head.weight" for n, p in model.named_parameters())
+
+
+def test_pain_05_neighbours_in_a_batch_change_nothing():
+    """Packed, alone and accumulated: the same loss and the same step (all models and methods: the contract suite)."""
+    results = []
+    for limit in (10_000, 40, 1):
+        view = view_of()
+        settings = TrainSettings(max_steps=3, batch_size=4, tokens_per_forward=limit, learning_rate=1e-2, adam_eps=1e-6)
+        loop = Loop(view, rows_of((30, 9, 21, 14)), Lora(rank=4).attach(view), Sft(), settings)
+        results.append([loop.step()["loss"] for _ in range(3)])
+    assert results[0] == pytest.approx(results[1], abs=1e-5) and results[0] == pytest.approx(results[2], abs=1e-5)
+
+
+def test_pain_10_memory_that_ends_keeps_the_steps_and_names_the_keys(tmp_path):
+    from luthier.training import checkpoint
+
+    class Greedy(Sft):
+        def loss(self, fwd):
+            if loop.progress.step == 2 and not done:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().loss(fwd)
+
+    done, view = [], view_of()
+    settings = TrainSettings(max_steps=4, batch_size=4, tokens_per_forward=64)
+    trainable = Lora(rank=4).attach(view)
+    loop = Loop(view, rows_of(), trainable, Greedy(), settings, folder=tmp_path)
+    with pytest.raises(LuthierError, match=r"memory ended in step 3.* 64 tokens.*lower tokens_per_forward"):
+        loop.run()
+    assert checkpoint.newest(tmp_path).name == "checkpoint-2"
+    done.append(True)
+    assert loop.run().step == 4
+    broken = Loop(view_of(), rows_of(), Lora().attach(view_of()), Sft(), settings)
+    broken.step = lambda: (_ for _ in ()).throw(RuntimeError("a shape is wrong"))
+    with pytest.raises(RuntimeError, match="a shape is wrong"):
+        broken.run()
+
+
+def test_pain_10_evaluation_keeps_running_sums_only():
+    """Peak of live tensors while scoring 400 rows is that of 40."""
+    from luthier.forecast import live_bytes
+    from luthier.scorer import mean_loss
+
+    view, most = view_of(), {}
+    for count in (40, 400):
+        rows, seen = rows_of(tuple([20] * count)), []
+        hook = view.block(0).register_forward_hook(lambda *_, seen=seen: seen.append(live_bytes()))
+        loss, per_row = mean_loss(view, rows, 64, "causal-lm")
+        hook.remove()
+        most[count] = max(seen) - min(seen)
+        assert len(per_row) == count and loss > 0
+    assert most[400] < most[40] + 50_000
+
+
+def test_pain_11_resume_walks_back_to_a_whole_checkpoint(tmp_path):
+    from luthier.training import checkpoint
+
+    view = view_of()
+    settings = TrainSettings(max_steps=6, batch_size=4, save_steps=2, save_limit=3)
+    Loop(view, rows_of(), Lora(rank=4).attach(view), Sft(), settings, folder=tmp_path, data_hash="a").run()
+    (tmp_path / "checkpoint-6" / "COMPLETE").unlink()  # as a power cut leaves it
+    assert checkpoint.newest(tmp_path).name == "checkpoint-4"
+    again = view_of()
+    loop = Loop(again, rows_of(), Lora(rank=4).attach(again), Sft(), settings, folder=tmp_path, data_hash="a")
+    assert loop.resume() and loop.progress.step == 4
+    other = Loop(again, rows_of(), loop.trainable, Sft(), settings, folder=tmp_path, data_hash="b")
+    with pytest.raises(LuthierError, match="made on other rows"):
+        other.resume()
+
+
+def test_pain_14_and_18_unchanged_logits_are_an_error_everywhere(tmp_path, model_folder):
+    """A run that learnt nothing ends in an error (12), and so does the export of one; both use the run's own prompts."""
+    from luthier.export import export
+    from luthier.run import run
+
+    rows = [{"prompt": f"say {i}", "completion": str(i)} for i in range(8)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    text = {
+        "model": str(model_folder),
+        "data": {"train": "x.jsonl", "eval": "x.jsonl"},
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+    }
+    out = tmp_path / "out"
+    run(recipe.load(json.dumps({**text, "evaluate": {"generate": 2, "max_new_tokens": 4}})), out, tmp_path)
+    before = json.loads((out / "before.json").read_text())
+    samples = [json.loads(x) for x in (out / "samples.jsonl").read_text().splitlines()]
+    assert [s["before"] for s in samples] == before["answers"] and [s["prompt"] for s in samples] == ["say 0", "say 1"]
+    from safetensors.torch import load_file, save_file
+
+    factors = {n: t * 0 if "lora_B" in n else t for n, t in load_file(out / "adapter_model.safetensors").items()}
+    save_file(factors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LuthierError, match="equals the base; nothing was exported"):
+        export(out, "hf", tmp_path / "merged")
+
+
+def test_pain_15_recipe_keys_are_ours_versioned_and_old_names_are_translated():
+    base = "model: a/b\ndata: {train: x.jsonl}\n"
+    with pytest.raises(RecipeError, match="luthier"):
+        recipe.load("luthier: 2\n" + base)
+    for old, new in (
+        ("num_train_epochs: 3", "epochs"),
+        ("lora_r: 8", r"tuner\.lora\.rank"),
+        ("warmup_ratio: 0.1", "warmup_fraction"),
+    ):
+        with pytest.raises(RecipeError, match=f"its name here is {new}"):
+            recipe.load(base + old)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,69 @@ def _shown(value: Any) -> str:
     return "" if value is None else f"`{value}`"
 
 
+# What a reader of the API page may rely on: module -> names.
+API = {
+    "luthier": ("load",),
+    "luthier.recipe": ("load", "load_file", "Recipe"),
+    "luthier.run": ("run",),
+    "luthier.tuned": ("open_run", "answers", "scores"),
+    "luthier.export": ("export",),
+    "luthier.standalone": ("Loss", "Tuning"),
+    "luthier.update": ("Update", "add"),
+    "luthier.model.loading": ("locate", "load_model"),
+    "luthier.model.view": ("ModelView",),
+    "luthier.data.batch": ("Batch", "collate"),
+    "luthier.data.reading": ("read",),
+    "luthier.data.prepare": ("prepare",),
+    "luthier.data.rendering": ("Renderer",),
+    "luthier.method": ("Method", "Traits", "Facts", "Problem", "Source"),
+    "luthier.tuners.base": ("Tuner", "Trainable"),
+    "luthier.objectives.base": ("Objective", "Window", "Forward", "Term", "Clock"),
+    "luthier.compute.base": ("Compute",),
+    "luthier.curation.base": ("Curator", "Selection"),
+    "luthier.pipelines.base": ("Pipeline", "Train", "Apply", "Outcome", "run_pipeline"),
+    "luthier.training.loop": ("Loop",),
+    "luthier.training.probe": ("Probe",),
+    "luthier.training.settings": ("TrainSettings",),
+    "luthier.sandbox": ("execute", "Limits", "Verdict"),
+}
+
+
+def api() -> str:
+    """The API page: signatures and docstrings of public names, methods of classes with their first line."""
+    out = [
+        "# API",
+        "",
+        "Methods have pages of their own: [methods](methods/index.md). Recipe keys: `luthier schema`.",
+        "",
+    ]
+    for module, names in API.items():
+        out += [f"## {module}", ""]
+        for name in names:
+            out += _entry(name, getattr(importlib.import_module(module), name))
+    return "\n".join(out).rstrip() + "\n"
+
+
+def _entry(name: str, thing: Any) -> list[str]:
+    doc = inspect.getdoc(thing) or ""
+    head = [f"### {name}{_signature(thing)}", "", "```text", doc, "```", ""]
+    if not inspect.isclass(thing):
+        return head
+    rows = []
+    for n, member in vars(thing).items():
+        inner = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
+        about = inspect.getdoc(inner.fget if isinstance(inner, property) else inner)
+        if not n.startswith("_") and about and (inspect.isfunction(inner) or isinstance(inner, property)):
+            shown = n if isinstance(inner, property) else f"{n}{_signature(inner)}"
+            rows.append(f"- `{shown}`: {about.splitlines()[0]}")
+    return [*head, *rows, ""] if rows else head
+
+
+def _signature(thing: Any) -> str:
+    names = [p for p in inspect.signature(thing).parameters if p not in ("self", "cls")]
+    return f"({', '.join(names)})" if len(names) < 12 else "(...)"
+
+
 def pages() -> dict[str, str]:
     """File name to text, with an index of all."""
     entries = manifest.read()
@@ -118,6 +183,7 @@ def pages() -> dict[str, str]:
 
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER.parent / "api.md").write_text(api(), encoding="utf-8")
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
 

@@ -22,6 +22,12 @@ from luthier.errors import LuthierError
 from luthier.recipe import Recipe
 from luthier.training import checkpoint
 
+# Keys that say how a run goes, not what comes out of it.
+HOW = frozenset(
+    {"tokens_per_forward", "gradient_checkpointing", "torch_compile", "save_steps", "save_limit", "logging_steps",
+     "report_to", "output_dir"}
+)  # fmt: skip
+
 
 class RunFolder:
     """The folder of one run: lock, log, state. Of several processes on one run, only the first `writes`."""
@@ -76,8 +82,9 @@ class RunFolder:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Equal for recipes that ask for the same run."""
-    return hashlib.sha256(json.dumps(recipe.as_dict(), sort_keys=True).encode()).hexdigest()
+    """Equal for recipes that ask for the same numbers; a run may go on with other keys of HOW."""
+    asked = {k: v for k, v in recipe.as_dict().items() if k not in HOW}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:

@@ -171,3 +171,42 @@ def test_the_tuners_optimiser_is_the_corrected_one():
     loop.step()
     largest = max(float((p.detach() - before[n]).abs().max()) for n, p in view.module.named_parameters())
     assert largest == pytest.approx(1e-3, rel=0.02)  # three times that without the correction
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert-classifier", "gpt2", "lfm2"])
+def test_4_cached_features_give_the_same_weights_without_running_the_frozen_blocks(kind):
+    weights, calls = [], []
+    for cached in (False, True):
+        view, counted = view_of(kind), []
+        rows = rows_of((9, 5, 12, 7))
+        if kind == "bert-classifier":
+            rows = [{**r, "labels": [-100] * len(r["ids"]), "row": {"label": i % 3}} for i, r in enumerate(rows)]
+        tuner = Layerwise(freeze_blocks=2, cache_features=cached)
+        attention = next(m for n, m in view.block(1).named_modules() if n.endswith(("q_proj", "query", "c_attn")))
+        attention.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        settings = TrainSettings(max_steps=6, batch_size=2, learning_rate=1e-3)
+        loop = Loop(view, rows, tuner.attach(view), Sft(), settings)
+        loop.run()
+        weights.append({n: p.detach().clone() for n, p in view.module.named_parameters()})
+        calls.append(len(counted))
+        loop.trainable.detach()
+        assert not view.input_hooks
+    assert all(torch.allclose(weights[0][n], weights[1][n], atol=1e-6) for n in weights[0])
+    assert calls == [6, 2], "two forwards see every row once; the other four take what was kept"
+
+
+def test_4_features_are_known_by_tokens_and_positions_and_kept_in_training_only():
+    from luthier.model.features import keys_of
+
+    view, batch = view_of(), batch_of((5, 6))
+    trainable = Layerwise(freeze_blocks=1, cache_features=True).attach(view)
+    view.trace(batch)
+    assert not trainable.features.states
+    with trainable.phase("train"):
+        once = view.trace(batch).hidden[-1]
+        assert set(trainable.features.states) == set(keys_of(batch)) and len(set(keys_of(batch))) == 2
+        torch.testing.assert_close(view.trace(batch).hidden[-1], once)
+        other = batch_of((5, 6), seed=3)
+        torch.testing.assert_close(view.trace(other).hidden[-1], view_of().trace(other).hidden[-1])
+    with pytest.raises(RecipeError, match=r"layerwise\.cache_features: no block is frozen"):
+        Layerwise(cache_features=True).attach(view_of())

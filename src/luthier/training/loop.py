@@ -275,7 +275,7 @@ class Loop:
             if self._asked_to_stop(deadline):
                 self.save()
                 raise Interrupted(f"stopped after step {p.step} of {self.total_steps}")
-            entry = self.step()
+            entry = self._step_within_memory()
             if p.step % s.logging_steps == 0 or p.step == self.total_steps:
                 p.log.append(entry)
             if self.on_step is not None:
@@ -292,6 +292,22 @@ class Loop:
         if s.eval_steps and s.load_best and p.best_step not in (None, p.step) and self.folder is not None:
             self._restore(self.folder / "best" / f"checkpoint-{p.best_step}", whole=False)
         return p
+
+    def _step_within_memory(self) -> dict[str, float]:
+        """A step; where memory ends, the steps before it are saved and the keys that need less of it named."""
+        try:
+            return self.step()
+        except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
+            ended = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+            if not ended:
+                raise
+            self.optimizer.zero_grad(set_to_none=True)
+            self.save()
+            raise LuthierError(
+                f"memory ended in step {self.progress.step + 1}, in the activations of up to "
+                f"{self.settings.tokens_per_forward} tokens; the steps before it are saved: lower tokens_per_forward "
+                "or set gradient_checkpointing: true, and go on"
+            ) from error
 
     def _asked_to_stop(self, deadline: float | None) -> bool:
         """True on every rank as soon as one was asked: they must leave after the same step."""

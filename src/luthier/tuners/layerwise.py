@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -14,8 +15,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import RecipeError
-from luthier.method import Source, Traits
+from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Anatomy
+from luthier.model.features import FeatureCache
 from luthier.model.view import ModelView
 from luthier.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
@@ -42,7 +44,8 @@ class Layerwise(Tuner):
     `reinit_blocks` top blocks start anew. Adam's bias correction is on, and short runs should take far more than three
     epochs: both matter more than the rest. "Decay 0.9" means different things in the two published conventions.
     Frozen blocks have their dropout off.
-    Cost: the backward stops at the lowest trained block; masters and moments of trained weights only.
+    Cost: the backward stops at the lowest trained block; masters and moments of trained weights only. With
+    `cache_features` the frozen forward is paid once, for one hidden state a token of memory.
     Refuses: freezing all blocks, re-initialising frozen ones, quantised bases.
     """
 
@@ -61,13 +64,25 @@ class Layerwise(Tuner):
     """Top blocks that start from random weights (and the pooler, where there is one)."""
     reinit_style: Literal["normal", "zero_residual"] = "normal"
     """"normal" is the published rule; "zero_residual" lets a block start as the identity."""
+    cache_features: bool = False
+    """Keep what the frozen blocks put out for every row, and compute it once instead of in every epoch."""
     seed: int = Field(0, ge=0)
     """For new weights and stochastic rounding."""
+
+    def check(self, facts: Facts) -> list[Problem]:
+        found = super().check(facts)
+        if self.cache_features and not self.freeze_blocks:
+            found.append(
+                Problem("cache_features", "no block is frozen, so nothing stays the same", "set freeze_blocks")
+            )
+        return found
 
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
     ) -> LayerwiseTrainable:
         view = as_view(model)
+        for problem in self.check(Facts()):
+            raise RecipeError(f"layerwise.{problem.key}", problem.what, problem.remedy)
         n = len(view.anatomy.blocks)
         if self.freeze_blocks >= n:
             raise RecipeError(
@@ -100,6 +115,20 @@ class LayerwiseTrainable(Trainable):
         self.dense = DenseTrainable(view, [n for n in anatomy.parameters if n not in self.frozen], tuner.seed)
         for i in range(tuner.freeze_blocks):
             self._without_dropout(view.block(i))
+        self.features = FeatureCache(view, tuner.freeze_blocks) if tuner.cache_features else None
+        if self.features is not None:
+            self._undo += self.features.install()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Rows of training come again; others would only fill the cache."""
+        if self.features is not None:
+            self.features.active = name == "train"
+        try:
+            yield
+        finally:
+            if self.features is not None:
+                self.features.active = False
 
     def _without_dropout(self, block: nn.Module) -> None:
         for module in block.modules():

@@ -7,7 +7,7 @@ Every part knows its tensors (for the file), its numbers (for the JSON header), 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -241,7 +241,7 @@ class Replace:
             yield from _misfit(name, t, shapes)
 
     def apply(self, view: Any) -> Undo:
-        return overwrite(view, dict(self.values))
+        return overwrite(view, self.values.items())
 
 
 @dataclass(frozen=True)
@@ -410,17 +410,38 @@ def in_turn(undo: list[Undo]) -> Undo:
     return all_of_them
 
 
-def overwrite(view: Any, values: dict[str, Tensor]) -> Undo:
-    """Write tensors over parameters; the returned function puts the stored bits back."""
-    stored = {name: view.weight(name).detach().clone() for name in values}
+def overwrite(view: Any, values: Iterable[tuple[str, Tensor]]) -> Undo:
+    """Write tensors over parameters, one at a time; the returned function puts the stored bits back."""
+    stored: dict[str, Tensor] = {}
     with torch.no_grad():
-        for name, value in values.items():
-            view.weight(name).copy_(value)
+        for name, value in values:
+            weight = view.weight(name)
+            stored.setdefault(name, weight.detach().clone())
+            weight.copy_(value)
 
     def undo() -> None:
         with torch.no_grad():
             for name, value in stored.items():
                 view.weight(name).copy_(value)
+
+    return undo
+
+
+def overwrite_entries(view: Any, part: Sparse, scale: float) -> Undo:
+    """Add a sparse part to the weights in float32; only the entries it touches are kept for the undo."""
+    stored: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, index in part.indices.items():
+            weight = view.weight(name)
+            here, value = index.to(weight.device), part.values[name].to(weight.device)
+            stored[name] = weight.view(-1)[here]
+            weight.view(-1)[here] = (stored[name].float() + scale * value).to(weight.dtype)
+
+    def undo() -> None:
+        with torch.no_grad():
+            for name, value in stored.items():
+                weight = view.weight(name)
+                weight.view(-1)[part.indices[name].to(weight.device)] = value
 
     return undo
 

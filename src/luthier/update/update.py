@@ -27,6 +27,7 @@ from luthier.update.parts import (
     constant,
     in_turn,
     overwrite,
+    overwrite_entries,
 )
 
 # In a composition these come in this order: deltas first, replaced tensors over them, then what is added around.
@@ -173,8 +174,10 @@ def _apply(part: Part, view: Any, scale: float) -> Any:
                 low_rank_adapter(module, partial(constant, here), partial(constant, there), scale * part.scale[name])
             )
         return in_turn(undo)
+    if isinstance(part, Sparse):
+        return overwrite_entries(view, part, scale)
     if isinstance(part, VECTOR_PARTS):
-        return overwrite(view, {n: view.weight(n).float() + scale * d.to(view.device) for n, d in part.deltas()})
+        return overwrite(view, ((n, view.weight(n).float() + scale * d.to(view.device)) for n, d in part.deltas()))
     if scale != 1.0:
         raise TypeError(f"a {part.kind} part cannot be scaled")
     return part.apply(view)
