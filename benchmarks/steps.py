@@ -130,7 +130,8 @@ def main() -> None:
         for n, r in lengths.items()
     }
     result = {
-        **note, "rounds": options.rounds, "bars": "sparse at 5%: step 1.25, memory 1.10", "tuners": table, "against LoRA": against,
+        **note, "rounds": options.rounds, "bars": "sparse at 5%: step 1.25, memory 1.10",
+        "tuners": table, "against LoRA": against,
         "LoRA by sequence length, 2048 tokens a forward": scaling, "start": startup(),
     }  # fmt: skip
     (HERE / "results/steps.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

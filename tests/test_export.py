@@ -91,3 +91,28 @@ def test_names_and_rotary_order():
 
     w = np.arange(8)[:, None]
     assert permuted(w, 1)[:, 0].tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+
+
+def test_a_push_happens_only_when_asked_and_says_what_went_wrong(monkeypatch, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    from luthier.export import push_to_hub
+
+    calls = []
+
+    class Api:
+        def create_repo(self, name, private, exist_ok):
+            calls.append((name, private))
+            if name == "no/token":
+                raise LocalTokenNotFoundError("Token is required\nmore")
+            return f"https://huggingface.co/{name}"
+
+        def upload_folder(self, repo_id, folder_path):
+            calls.append((repo_id, folder_path))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    assert push_to_hub(tmp_path, "me/mine") == "https://huggingface.co/me/mine"
+    assert calls == [("me/mine", True), ("me/mine", str(tmp_path))]
+    with pytest.raises(LuthierError, match=r"--push no/token: Token is required; .* log in with `hf auth login`"):
+        push_to_hub(tmp_path, "no/token")

@@ -189,6 +189,20 @@ def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["after"]["loss"] < 0.5 * run["before"]["loss"]
+    if tuner == "lora":
+        from peft import PeftModel
+        from transformers import AutoModelForSequenceClassification
+
+        from luthier.tuned import open_run
+
+        tuned, ids = open_run(tmp_path / "out"), torch.tensor([[40, 41, 42, 43]])
+        with tuned.update.bind(tuned.view), torch.no_grad():
+            ours = tuned.view.module.eval()(input_ids=ids).logits
+        base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2, dtype=tuned.view.dtype)
+        base.config.pad_token_id = tuned.view.module.config.pad_token_id
+        theirs = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(theirs(input_ids=ids).logits.float(), ours.float(), atol=1e-4, rtol=1e-3)
 
 
 def test_curated_rows_are_fewer(model_folder, tmp_path):

@@ -54,6 +54,21 @@ def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dic
     return {"folder": str(output), "form": to, "difference": off}
 
 
+def push_to_hub(folder: Path, name: str) -> str:
+    """Upload an export to a Hub id, private until its owner says otherwise; returns its address."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        api = HfApi()
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=str(folder))
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise LuthierError(f"--push {name}: {first}; {folder} is written, log in with `hf auth login`") from error
+    return str(url)
+
+
 def _peft(folder: Path, output: Path) -> dict[str, Any]:
     state_of(folder)
     names = ("adapter_config.json", "adapter_model.safetensors")

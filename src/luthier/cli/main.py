@@ -256,15 +256,21 @@ def export(
     folder: RunPath,
     output: Annotated[Path, typer.Argument(help="A new folder.")],
     to: Annotated[str, typer.Option(help="hf (merged folder), peft (adapter), gguf (Llama-type models).")] = "hf",
+    push: Annotated[
+        str | None, typer.Option(help="Upload it to this Hub id (org/name), as a private repository.")
+    ] = None,
     as_json: Json = False,
     allow_code: AllowCode = False,
     debug: Debug = False,
 ) -> None:
-    """Write a tuned model in another form; it is read back and compared."""
+    """Write a tuned model in another form; it is read back and compared. Nothing is uploaded unless --push says so."""
     _quiet(debug)
     from luthier.export import export as write
+    from luthier.export import push_to_hub
 
     result = write(folder, to, output, allow_code)
+    if push is not None:
+        result["pushed"] = push_to_hub(output, push)
     print(
         json.dumps(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}"
     )

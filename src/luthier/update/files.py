@@ -15,25 +15,36 @@ from torch import Tensor
 from luthier.data.batch import collate
 from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
-from luthier.update.parts import KINDS, Chart, LowRank, Part, PeftPart
+from luthier.update.parts import KINDS, Chart, LowRank, Part, PeftPart, Replace
 from luthier.update.update import Update
 
 PREFIX = "base_model.model."
 MAX_HEADER = 50_000_000  # bytes; a JSON header larger than this is no header of ours
+HEADS = ("score", "classifier")  # what transformers calls a classification head
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}  # of logits, after a reload
 
 
 def save_update(update: Update, folder: Path, view: Any = None) -> None:
     """Write an update. A plain low-rank one opens with `PeftModel.from_pretrained`; its chart is kept beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    if len(update.parts) == 1 and isinstance(update.parts[0], LowRank):
-        _save_peft(update.parts[0], update.base, folder, view)
+    factors, head = _low_rank_and_head(update)
+    if factors is not None:
+        _save_peft(factors, head, update.base, folder, view)
         _save_house(Update(update.base, (), update.chart), folder)
     elif len(update.parts) == 1 and isinstance(update.parts[0], PeftPart):
         _save_other_peft(update.parts[0], folder, view)
         _save_house(Update(update.base, (), None), folder)
     else:
         _save_house(update, folder)
+
+
+def _low_rank_and_head(update: Update) -> tuple[LowRank | None, dict[str, Tensor]]:
+    """What peft's folder can hold: low-rank factors, alone or with replaced heads of one name in the model."""
+    parts = {type(p): p for p in update.parts}
+    factors, head = parts.pop(LowRank, None), parts.pop(Replace, None)
+    values = dict(head.values) if isinstance(head, Replace) else {}
+    fits = isinstance(factors, LowRank) and not parts and all(n.split(".")[0] in HEADS for n in values)
+    return (factors if fits else None), values  # type: ignore[return-value]
 
 
 def load(folder: str | Path) -> Update:
@@ -54,7 +65,7 @@ def load(folder: str | Path) -> Update:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise LuthierError(f"{folder / 'update.json'}: is no update of ours ({error!r})") from error
     if (folder / "adapter_model.safetensors").exists():
-        parts.append(_load_peft(folder))
+        parts += _load_peft(folder)
     return Update(base, tuple(parts), chart)
 
 
@@ -72,7 +83,7 @@ def _save_house(update: Update, folder: Path) -> None:
     (folder / "update.json").write_text(json.dumps(header), encoding="utf-8")
 
 
-def _save_peft(part: LowRank, base: Fingerprint, folder: Path, view: Any) -> None:
+def _save_peft(part: LowRank, head: Mapping[str, Tensor], base: Fingerprint, folder: Path, view: Any) -> None:
     from peft import LoraConfig, TaskType
 
     modules = [n.removesuffix(".weight") for n in part.a]
@@ -81,7 +92,8 @@ def _save_peft(part: LowRank, base: Fingerprint, folder: Path, view: Any) -> Non
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     alpha = scales[next(m for m in modules if ranks[m] == common)] * common
     config = LoraConfig(
-        r=common, target_modules=sorted(modules), task_type=TaskType.CAUSAL_LM,
+        r=common, target_modules=sorted(modules), task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
+        modules_to_save=sorted({n.split(".")[0] for n in head}) or None,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it as a float
         bias="none", inference_mode=True,
         base_model_name_or_path=base.name, fan_in_fan_out=bool(part.transposed),
@@ -92,6 +104,7 @@ def _save_peft(part: LowRank, base: Fingerprint, folder: Path, view: Any) -> Non
         config.base_model_name_or_path = view.module.config._name_or_path
     tensors = {f"{PREFIX}{n.removesuffix('.weight')}.lora_A.weight": t.contiguous() for n, t in part.a.items()}
     tensors |= {f"{PREFIX}{n.removesuffix('.weight')}.lora_B.weight": t.contiguous() for n, t in part.b.items()}
+    tensors |= {PREFIX + n: t.contiguous() for n, t in head.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 
@@ -105,16 +118,20 @@ def _save_other_peft(part: PeftPart, folder: Path, view: Any) -> None:
     (folder / "adapter_config.json").write_text(json.dumps({**config, "inference_mode": True}), encoding="utf-8")
 
 
-def _load_peft(folder: Path) -> LowRank | PeftPart:
-    config = _header(folder / "adapter_config.json")
+def _load_peft(folder: Path) -> list[Part]:
+    config, tensors = _header(folder / "adapter_config.json"), _tensors(folder / "adapter_model.safetensors")
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-        return PeftPart(config, _tensors(folder / "adapter_model.safetensors"))
+        return [PeftPart(config, tensors)]
     a: dict[str, Tensor] = {}
     b: dict[str, Tensor] = {}
+    head: dict[str, Tensor] = {}
     scale: dict[str, float] = {}
     try:
-        for key, t in _tensors(folder / "adapter_model.safetensors").items():
+        for key, t in tensors.items():
             module, _, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
+            if not module:
+                head[key.removeprefix(PREFIX)] = t
+                continue
             (a if which == "A" else b)[f"{module}.weight"] = t
         for name in a:
             module = name.removesuffix(".weight")
@@ -123,7 +140,8 @@ def _load_peft(folder: Path) -> LowRank | PeftPart:
                 config["alpha_pattern"].get(module, config["lora_alpha"]),
             )
             scale[name] = alpha / r
-        return LowRank(a, b, scale, frozenset(a) if config.get("fan_in_fan_out") else frozenset())
+        low_rank = LowRank(a, b, scale, frozenset(a) if config.get("fan_in_fan_out") else frozenset())
+        return [low_rank, Replace(head)] if head else [low_rank]
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise LuthierError(f"{folder / 'adapter_config.json'}: is no adapter configuration ({error!r})") from error
 

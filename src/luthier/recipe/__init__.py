@@ -1,0 +1,10 @@
+"""The recipe: the one description of a run, as a typed object and as a YAML file.
+
+Unknown keys, wrong types and impossible combinations are refused before anything is loaded, in one sentence with line,
+key, value and remedy.
+"""
+
+from luthier.recipe.settings import DataSettings, EvaluateSettings, Recipe
+from luthier.recipe.text import build, load, load_file, parse
+
+__all__ = ["DataSettings", "EvaluateSettings", "Recipe", "build", "load", "load_file", "parse"]

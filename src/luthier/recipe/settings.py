@@ -1,0 +1,190 @@
+"""The recipe as a typed object: its keys, and which of them cannot stand together."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+
+from luthier import manifest
+from luthier.compute.base import Compute
+from luthier.curation.base import Curator
+from luthier.data.reading import on_hub
+from luthier.errors import RecipeError
+from luthier.method import Facts, Method
+from luthier.objectives.base import Objective
+from luthier.objectives.sft import Sft
+from luthier.pipelines.base import Pipeline
+from luthier.training.settings import TrainSettings
+from luthier.tuners.base import Tuner
+from luthier.tuners.lora import Lora
+
+
+class DataSettings(BaseModel):
+    """Which rows, and how they become tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    train: str
+    """A .jsonl, .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests."""
+    eval: str | None = None
+    """Held-out rows, of the same sort."""
+    pool: str | None = None
+    """Rows without labels, for pipelines that make their own."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Our name -> the file's name: {prompt: question, completion: answer}."""
+    system: str | None = None
+    """A system message put before rows that have none, in training and in use."""
+    template: Literal["auto", "chat", "plain"] = "auto"
+    """"auto": the model's chat template where it has one; "plain": bare text."""
+    max_length: int | None = Field(None, ge=2)
+    """Longest row in tokens; None takes what the model can hold."""
+    on_long: Literal["refuse", "drop", "trim_prompt", "trim_end"] = "refuse"
+    """What to do about longer rows."""
+    on_unsupervised: Literal["refuse", "drop"] = "refuse"
+    """What to do about rows without a single supervised token."""
+    on_bad_row: Literal["refuse", "skip"] = "refuse"
+    """What to do about rows that cannot be read: stop at the first, or leave them out, counted and listed."""
+    train_split: str = "train"
+    """Split of a Hub data set that is trained on."""
+    eval_split: str = "test"
+    """Split of a Hub data set that is held out."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first rows, for a try."""
+
+
+class EvaluateSettings(BaseModel):
+    """What is measured before and after, on data.eval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    generate: int = Field(0, ge=0)
+    """Rows whose answers are generated and compared; 0 measures the loss only."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens generated at most."""
+    match: Literal["text", "json"] = "text"
+    """"text": equal after trimming; "json": equal as JSON values."""
+
+
+class Recipe(TrainSettings):
+    """A run."""
+
+    luthier: Literal[1] = 1
+    """Version of the recipe's keys."""
+    model: str
+    """A folder, a .gguf file, a Hub id (org/name, org/name@revision), or builtin:smollm2-135m."""
+    revision: str | None = None
+    """Of a Hub model."""
+    trust_remote_code: bool = False
+    """Run the model's own Python code; needs --allow-code on the command line as well."""
+    task: Literal["causal-lm", "classification"] = "causal-lm"
+    """What a row is."""
+    data: DataSettings
+    """Rows."""
+    tuner: SerializeAsAny[Tuner] = Lora()
+    """Which weights move."""
+    objective: SerializeAsAny[Objective] = Sft()
+    """What each token teaches."""
+    curate: list[SerializeAsAny[Curator]] = Field(default_factory=list)
+    """Steps that choose rows, in order."""
+    compute: SerializeAsAny[Compute] | None = None
+    """Fewer tokens in the forward pass."""
+    pipeline: SerializeAsAny[Pipeline] | None = None
+    """Several stages, each with a tuner and an objective of its own, in place of one."""
+    evaluate: EvaluateSettings = EvaluateSettings()
+    """What is measured."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Precision of frozen weights; "auto" takes the file's."""
+    output_dir: str | None = None
+    """Where the run goes; None: runs/<recipe>-<time>."""
+    report_to: tuple[str, ...] = ()
+    """Trackers, under Trainer's names."""
+
+    def methods(self) -> dict[str, Method]:
+        """The methods that take part, by key. A pipeline's stages bring their own."""
+        if self.pipeline is not None:
+            return {"pipeline": self.pipeline}
+        parts: dict[str, Method] = {"tuner": self.tuner, "objective": self.objective}
+        return parts if self.compute is None else {**parts, "compute": self.compute}
+
+    def facts(self, **more: Any) -> Facts:
+        """What methods may know before weights are loaded."""
+        others = tuple(self.methods().values())
+        return Facts(task=self.task, batch_size=self.batch_size, settings=self, others=others, **more)
+
+    def check_methods(self, facts: Facts | None = None) -> None:
+        """Raises RecipeError for the first combination that cannot work."""
+        facts = facts or self.facts()
+        owners: dict[str, str] = {}
+        for key, method in self.methods().items():
+            for problem in method.check(facts):
+                raise RecipeError(f"{key}.{method.key()}.{problem.key}", problem.what, problem.remedy)
+            for claim in method.traits.claims:
+                if claim in owners:
+                    raise RecipeError(
+                        key,
+                        f"{method.key()} and {owners[claim]} both need {claim} for themselves",
+                        "choose one",
+                    )
+                owners[claim] = method.key()
+
+    def check_unread(self) -> None:
+        """Raises RecipeError for a key that was set and that nothing in this run would read."""
+        data, asked = set_in(self.data), set_in(self.evaluate) - {"generate"}
+        if self.pipeline is not None:
+            stages = {"tuner", "objective", "compute", *TrainSettings.model_fields} - {"seed", "tokens_per_forward"}
+            for key in sorted(set_in(self) & stages):
+                raise RecipeError(key, f"is not read beside pipeline {self.pipeline.key()}", "set it in the stages")
+        hub = [on_hub(source) for source in (self.data.train, self.data.eval or "")]
+        held, labels = self.data.eval is not None, self.task == "classification"
+        during = ("needs evaluations during training", "set eval_steps")
+        rows = ("has no rows to evaluate on", "set data.eval")
+        rules = [
+            ("epochs", {"epochs", "max_steps"} <= set_in(self), "is not read beside max_steps", "set one of the two"),
+            ("eval_steps", self.eval_steps and not held, *rows),
+            ("early_stopping_patience", self.early_stopping_patience and not self.eval_steps, *during),
+            ("load_best", not self.load_best and not self.eval_steps, *during),
+            ("evaluate.generate", self.evaluate.generate and not held, *rows),
+            (
+                "evaluate",
+                asked and not self.evaluate.generate,
+                "is read where answers are generated",
+                "set its generate",
+            ),
+            ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
+            ("data.pool", self.data.pool and not labels, "is for task: classification", "remove it"),
+            ("data.train_split", "train_split" in data and not hub[0], "is for Hub data sets", "remove it"),
+            ("data.eval_split", "eval_split" in data and not hub[1], "is for Hub data sets", "remove it"),
+            ("revision", self.revision and self.model.count("/") != 1, "is for Hub models", "remove it"),
+        ]
+        for key, wrong, what, remedy in rules:
+            if wrong:
+                raise RecipeError(str(key), str(what), str(remedy))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, methods as {name: {fields}}; what `recipe.yaml` of a run holds."""
+        return {name: _written(getattr(self, name)) for name in type(self).model_fields}
+
+
+def set_in(model: BaseModel) -> set[str]:
+    """Names of the fields that differ from their defaults."""
+    fields = type(model).model_fields.items()
+    return {n for n, f in fields if getattr(model, n) != f.get_default(call_default_factory=True)}
+
+
+def _written(value: Any) -> Any:
+    """A value as YAML has it; a method becomes {name: {fields}}."""
+    if isinstance(value, Method):
+        return {_name_of(value): {n: _written(getattr(value, n)) for n in type(value).model_fields}}
+    if isinstance(value, BaseModel):
+        return {n: _written(getattr(value, n)) for n in type(value).model_fields}
+    if isinstance(value, (list, tuple)):
+        return [_written(v) for v in value]
+    return {k: _written(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _name_of(method: Method) -> str:
+    """The name of a method of ours, or module:Class."""
+    cls = type(method)
+    ours = any(m["module"] == cls.__module__ and m["class"] == cls.__name__ for m in manifest.read())
+    return cls.key() if ours else f"{cls.__module__}:{cls.__qualname__}"
