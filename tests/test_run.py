@@ -189,6 +189,9 @@ def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["after"]["loss"] < 0.5 * run["before"]["loss"]
+    said = luthier("evaluate", tmp_path / "out", "--json", cwd=tmp_path)  # the new head starts as it did
+    assert said.returncode == 0, said.stderr
+    assert json.loads(said.stdout)["loss"] == pytest.approx(run["after"]["loss"], abs=1e-3)
     if tuner == "lora":
         from peft import PeftModel
         from transformers import AutoModelForSequenceClassification
@@ -441,3 +444,27 @@ def test_standing_still_is_said_once_with_the_place(capsys):
     time.sleep(0.6)
     watch.stop()
     assert capsys.readouterr().err.count("the last thing begun: rendering f.jsonl:7") == 1
+
+
+def test_self_training_from_the_command_line_uses_the_pool(model_folder, tmp_path):
+    words = lambda i: f"{'good' if i % 2 else 'poor'} thing {i}"  # noqa: E731
+    train = [{"text": words(i), "label": "yes" if i % 2 else "no"} for i in range(12)]
+    method = {"list": {"rounds": 1, "unlabelled_steps": 6, "labelled_epochs": 3, "rank": 4, "learning_rate": 0.01}}
+    path = write(tmp_path, model_folder, train=train, held=train[:4], task="classification", pipeline=method)
+    (tmp_path / "pool.jsonl").write_text("".join(json.dumps({"text": words(i)}) + "\n" for i in range(40, 60)))
+    values = YAML().load(path.read_text())
+    for key in ("tuner", "batch_size", "learning_rate", "evaluate"):
+        values.pop(key)
+    values["data"]["pool"] = "pool.jsonl"
+    YAML().dump(values, path)
+    done = luthier("run", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [x for x in done.stderr.splitlines() if x.startswith("stage")] == [
+        "stage   teacher", "stage   labels-1", "stage   student-1", "stage   round-1",
+    ]  # fmt: skip
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["state"] == "done" and run["after"]["loss"] < run["before"]["loss"]
+    values["data"].pop("pool")
+    YAML().dump(values, path)
+    said = luthier("run", path, "output_dir=other", cwd=tmp_path)
+    assert said.returncode == 2 and "data.pool: is missing, and the pipeline labels its rows" in said.stderr, said.stderr

@@ -22,7 +22,7 @@ class Traits(NamedTuple):
 
     claims   what it must own alone: "weight" (it moves base weights), "inputs_embeds", "kv_prefix", "token_mask",
              "vocab", "loop"
-    needs    what it uses: "hidden", "grad", "jvp", "closure", "generation", "base_view", "frozen_mlp"
+    needs    what it uses: "hidden", "grad", "jvp", "closure", "generation", "base_view", "frozen_mlp", "pool"
     linear   its Update adds and scales in weight space
     """
 

@@ -135,7 +135,8 @@ def make_ready(
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     located, renderer, config, data = gathered or gather(recipe, base)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    view = load_model(located, recipe.task, dtype, num_labels=len(data.labels) or None, tokenizer=renderer.tokenizer)
+    labels, tokenizer = len(data.labels) or None, renderer.tokenizer
+    view = load_model(located, recipe.task, dtype, num_labels=labels, tokenizer=tokenizer, seed=recipe.seed)
     _check(recipe, config, data.train, view.layout, accelerator.num_processes)
     return Ready(recipe, folder, view, renderer, data, accelerator)
 

@@ -61,7 +61,9 @@ def open_run(folder: Path, allow_code: bool = False) -> Tuned:
     recipe, base = recipe_of(folder, state, allow_code)
     located, renderer, _ = tokens_and_config(recipe, base)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    view = load_model(located, recipe.task, dtype, tokenizer=renderer.tokenizer, num_labels=state.get("num_labels"))
+    view = load_model(
+        located, recipe.task, dtype, tokenizer=renderer.tokenizer, num_labels=state.get("num_labels"), seed=recipe.seed
+    )
     return Tuned(recipe, folder, base, view, renderer, load(folder))
 
 

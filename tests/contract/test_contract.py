@@ -94,8 +94,9 @@ def test_recipe_round_trip_and_wrong_fields_name_their_key(kind, name, cls):
     with pytest.raises(RecipeError, match=rf"r\.yaml:3: {kind}\.{name}\.no_such_field: there is no such key"):
         recipe.load(text, "r.yaml")
     settings = "".join(f"{k}: {v}\n" for k, v in CONSTANT.items()) if "closure" in cls.traits.needs else ""
+    pool = "task: classification\ndata: {train: x.jsonl, pool: y.jsonl}" if "pool" in cls.traits.needs else ""
     loaded = recipe.load(
-        f"model: a/b\ndata: {{train: x.jsonl}}\n{settings}{kind}: {json.dumps({name: EXAMPLES[name]})}\n"
+        f"model: a/b\n{pool or 'data: {train: x.jsonl}'}\n{settings}{kind}: {json.dumps({name: EXAMPLES[name]})}\n"
     )
     assert getattr(loaded, kind) == method
     assert recipe.load(json.dumps(loaded.as_dict())) == loaded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -34,8 +34,11 @@ def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(model: nn.Module, tokenizer: Any, name: str) -> Fingerprint:
-    """Hash a model and its tokenizer; about a second for each 500 MB."""
-    parameters = {n: p for n, p in model.named_parameters() if ".luthier_" not in n}
+def fingerprint(model: nn.Module, tokenizer: Any, name: str, without: Collection[str] = ()) -> Fingerprint:
+    """Hash a model and its tokenizer; about a second for each 500 MB.
+
+    without  parameters that do not belong to the base: a new head, drawn at random at every load
+    """
+    parameters = {n: p for n, p in model.named_parameters() if ".luthier_" not in n and n not in without}
     words = "" if tokenizer is None else json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
     return Fingerprint(name=name, weights=tensor_hash(parameters), tokenizer=hashlib.sha256(words.encode()).hexdigest())

@@ -128,20 +128,23 @@ def load_config(located: Located) -> Any:
 
 def load_model(
     located: Located, task: str = "causal-lm", dtype: torch.dtype | None = None, device: str | None = None,
-    num_labels: int | None = None, tokenizer: Any = None,
+    num_labels: int | None = None, tokenizer: Any = None, seed: int = 0,
 ) -> ModelView:  # fmt: skip
     """Load weights (safetensors only) and find the layout.
 
     dtype   None takes the file's
     device  None takes a GPU where there is one
+    seed    for weights the file has not: a new classification head
     Raises RecipeError where the name leads nowhere.
     """
     extra: dict[str, Any] = {"num_labels": num_labels} if task == "classification" else {}
     try:
-        model = CLASSES[task].from_pretrained(
-            located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True,
-            trust_remote_code=located.trust_code, **extra,
-        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = CLASSES[task].from_pretrained(
+                located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True,
+                trust_remote_code=located.trust_code, **extra,
+            )  # fmt: skip
     except (OSError, ValueError) as error:
         raise _unreachable(located, error) from error
     model.config.use_cache = False

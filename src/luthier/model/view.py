@@ -60,7 +60,7 @@ class ModelView:
     def base(self) -> Fingerprint:
         """Fingerprint of the base weights; taken once, before anything is trained into them."""
         if self._base is None:
-            self._base = fingerprint(self.module, self.tokenizer, self.name)
+            self._base = fingerprint(self.module, self.tokenizer, self.name, self.anatomy.task_head)
         return self._base
 
     @property

@@ -17,7 +17,7 @@ from luthier.objectives.base import Objective
 from luthier.rng import Streams
 from luthier.training.loop import Loop, Progress, Rows
 from luthier.training.settings import TrainSettings
-from luthier.tuners.base import Tuner
+from luthier.tuners.base import Tuner, with_head
 from luthier.update import Update
 
 
@@ -94,7 +94,7 @@ def started(view: ModelView, stage: Train, lab: Lab, done: Mapping[str, Outcome]
         same = before is not None and isinstance(before.stage, Train) and before.stage.tuner == stage.tuner
         if before is not None and before.update is not None and not same:
             stack.enter_context(before.update.bind(view))
-        trainable = stage.tuner.attach(view, lab, total_steps)
+        trainable = with_head(stage.tuner.attach(view, lab, total_steps), view.anatomy.task_head)
         stack.callback(trainable.detach)
         if before is not None and same:
             trainable.load_state_dict(dict(before.state))

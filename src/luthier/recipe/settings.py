@@ -139,7 +139,9 @@ class Recipe(TrainSettings):
         held, labels = self.data.eval is not None, self.task == "classification"
         during = ("needs evaluations during training", "set eval_steps")
         rows = ("has no rows to evaluate on", "set data.eval")
+        asks = self.pipeline is not None and "pool" in self.pipeline.traits.needs
         rules = [
+            ("data.pool", asks and not self.data.pool, "is missing, and the pipeline labels its rows", "name rows"),
             ("epochs", {"epochs", "max_steps"} <= set_in(self), "is not read beside max_steps", "set one of the two"),
             ("eval_steps", self.eval_steps and not held, *rows),
             ("early_stopping_patience", self.early_stopping_patience and not self.eval_steps, *during),
