@@ -467,4 +467,6 @@ def test_self_training_from_the_command_line_uses_the_pool(model_folder, tmp_pat
     values["data"].pop("pool")
     YAML().dump(values, path)
     said = luthier("run", path, "output_dir=other", cwd=tmp_path)
-    assert said.returncode == 2 and "data.pool: is missing, and the pipeline labels its rows" in said.stderr, said.stderr
+    assert said.returncode == 2 and "data.pool: is missing, and the pipeline labels its rows" in said.stderr, (
+        said.stderr
+    )

@@ -57,7 +57,7 @@ def read(
     )
     if not made.table.num_rows:
         raise RecipeError(f"data.{split}", f"{source} holds no rows", "give a file with at least one")
-    return Rows(made.table, prefix, key), [f"{prefix}:{text}" for text in made.notes["skipped"]]
+    return Rows(made.table, prefix, key, file=made.file), [f"{prefix}:{text}" for text in made.notes["skipped"]]
 
 
 def on_hub(source: str) -> bool:

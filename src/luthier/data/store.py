@@ -36,6 +36,7 @@ class Made(NamedTuple):
 
     table: pa.Table
     notes: dict[str, Any]
+    file: Path | None = None
 
 
 def stored(
@@ -73,14 +74,16 @@ def _opened(folder: Path) -> Made | None:
     except (ValueError, OSError):  # cut off by a crash of the machine: make it again
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    return Made(table, notes)
+    return Made(table, notes, folder / "rows.arrow")
 
 
 class Rows(Sequence[Row]):
     """Rows as they came, each stored as one JSON object."""
 
-    def __init__(self, table: pa.Table, prefix: str, digest: str, index: np.ndarray | None = None) -> None:
-        self._table, self._prefix, self._digest, self._index = table, prefix, digest, index
+    def __init__(
+        self, table: pa.Table, prefix: str, digest: str, index: np.ndarray | None = None, file: Path | None = None
+    ) -> None:
+        self._table, self._prefix, self._digest, self._index, self._file = table, prefix, digest, index, file
 
     def __len__(self) -> int:
         return self._table.num_rows if self._index is None else len(self._index)
@@ -96,10 +99,23 @@ class Rows(Sequence[Row]):
         values = self._table.column("values")[at].as_py()
         return Row(f"{self._prefix}:{self._table.column('number')[at].as_py()}", json.loads(values))
 
+    def __iter__(self) -> Iterator[Row]:
+        """In order. All rows are read batch by batch and let go: pages of a map would stay in the process's memory."""
+        if self._index is not None or self._file is None:
+            yield from (self[i] for i in range(len(self)))
+            return
+        with pa.OSFile(str(self._file)) as source, pa.ipc.open_file(source) as reader:
+            for i in range(reader.num_record_batches):
+                batch = reader.get_batch(i)
+                for number, values in zip(batch["number"].to_pylist(), batch["values"].to_pylist(), strict=True):
+                    yield Row(f"{self._prefix}:{number}", json.loads(values))
+
     def take(self, positions: np.ndarray) -> Rows:
         """Some of these rows, in this order; nothing is copied."""
         index = np.asarray(positions, dtype=np.int64)
-        return Rows(self._table, self._prefix, self._digest, index if self._index is None else self._index[index])
+        return Rows(
+            self._table, self._prefix, self._digest, index if self._index is None else self._index[index], self._file
+        )
 
     @property
     def digest(self) -> str:

@@ -1,0 +1,41 @@
+"""LiST's linear adapters: where they sit, and that they fold away exactly (more in tests/pipelines/test_list.py)."""
+
+import pytest
+import torch
+
+from conftest import batch_of, view_of
+from luthier.tuners import Adapter
+from luthier.tuners.adapter import folded
+
+
+def test_two_a_block_on_the_output_projections():
+    view = view_of()
+    trainable = Adapter(rank=4).attach(view)
+    assert {n.rpartition(".")[2] for n in trainable.a} == {"o_proj", "down_proj"} and len(trainable.a) == 6
+    width = view.anatomy.hidden_size
+    assert sum(p.numel() for p in trainable.parameters()) == 3 * 2 * 2 * 4 * width
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_folded_into_the_projection_it_is_the_same_model(kind):
+    view, batch = view_of(kind), batch_of()
+    trainable = Adapter(rank=4, init_std=0.2).attach(view)
+    live, merged = view.trace(batch).hidden[-1].detach(), trainable.merged_weights()
+    trainable.detach()
+    with torch.no_grad():
+        for name, value in merged.items():
+            view.weight(name).copy_(value)
+    torch.testing.assert_close(view.trace(batch).hidden[-1], live, atol=1e-5, rtol=1e-4)
+
+
+def test_folding_by_hand():
+    w, b = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, -1.0])
+    down, up = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5], [2.0]])
+    weight, bias = folded(w, b, down, up)
+    assert weight.tolist() == [[1.5, 3.0], [5.0, 8.0]] and bias.tolist() == [1.5, 1.0]
+
+
+@pytest.mark.parametrize("fields", [{"rank": 0}, {"init_std": -1.0}])
+def test_bad_fields_are_named(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        Adapter(**fields)

@@ -1,0 +1,67 @@
+"""Full tuning: plain AdamW in float32, masters and stochastic rounding in bf16, and the way back."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from conftest import rows_of, tiny, view_of
+from luthier.objectives.sft import Sft
+from luthier.training.linear import stochastic_round
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners import Full
+
+SETTINGS = TrainSettings(
+    max_steps=4, batch_size=4, learning_rate=1e-3, shuffle=False, lr_scheduler_type="constant", weight_decay=0.1
+)
+
+
+def test_float32_is_plain_adamw_with_decay_on_matrices_only():
+    view, model, rows = view_of(), tiny(), rows_of()
+    loop = Loop(view, rows, Full().attach(view), Sft(), SETTINGS)
+    groups = [[p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-3, weight_decay=0.1
+    )
+    for _ in range(4):
+        total = sum(sum(y != -100 for y in r["labels"][1:]) for r in rows)
+        for r in rows:
+            logits = model(torch.tensor([r["ids"]])).logits[0, :-1]
+            (F.cross_entropy(logits, torch.tensor(r["labels"][1:]), reduction="sum") / total).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loop.step()
+    theirs = dict(model.named_parameters())
+    for n, p in view.module.named_parameters():
+        torch.testing.assert_close(p, theirs[n], atol=1e-5, rtol=1e-5)  # of steps of 1e-3
+
+
+def test_in_bf16_the_masters_keep_what_rounding_to_nearest_would_swallow():
+    """A change of a hundredth of a bf16 step: the master has all of it, the weight its expected value."""
+    generator = torch.Generator().manual_seed(0)
+    master = torch.full((200_000,), 1.0) + 2**-7 / 100
+    rounded = stochastic_round(master, torch.bfloat16, generator).float()
+    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
+    assert float((rounded - 1).mean()) == pytest.approx(2**-7 / 100, rel=0.1)
+    assert float((master.to(torch.bfloat16).float() - 1).abs().max()) == 0.0
+    view = view_of()
+    view.module.to(torch.bfloat16)
+    start = {n: p.detach().float() for n, p in view.module.named_parameters()}
+    loop = Loop(view, rows_of(), Full().attach(view), Sft(), SETTINGS.model_copy(update={"learning_rate": 1e-6}))
+    for _ in range(4):
+        loop.step()
+    (part,) = loop.trainable.update().parts
+    moved = torch.cat([d.abs().flatten() for d in part.changes.values()])
+    assert 0 < float(moved.median()) < 1e-5, "far below a bf16 step of these weights"
+    rounding = torch.cat([(p.detach().float() - start[n]).abs().flatten() for n, p in view.module.named_parameters()])
+    assert 0 < float((rounding > 0).float().mean()) < 0.2
+
+
+def test_frozen_rows_of_nothing():
+    """Full trains every parameter once, tied ones included."""
+    view = view_of()
+    trainable = Full().attach(view)
+    assert sum(p.numel() for p in trainable.parameters()) == view.anatomy.num_parameters
+    tied = view_of("gpt2")
+    assert sum(p.numel() for p in Full().attach(tied).parameters()) == tied.anatomy.num_parameters

@@ -1,0 +1,89 @@
+"""The one sparse mechanism: equal to the dense gather bit for bit, and it gives the base back."""
+
+import pytest
+import torch
+
+from conftest import rows_of, tiny, view_of
+from luthier.data.batch import collate
+from luthier.objectives.base import Forward
+from luthier.objectives.sft import Sft
+from luthier.tuners.sparse import SparseWeights
+
+
+def sparse_view(kind="llama", share=0.1, dtype=torch.float32):
+    view = view_of(kind)
+    view.module.to(dtype).requires_grad_(False)
+    generator, linears = torch.Generator().manual_seed(1), view.anatomy.match("all-linear")
+    first = {}
+    for x in linears:
+        size = x.shape[0] * x.shape[1]
+        first[x.name] = torch.randperm(size, generator=generator)[: max(1, int(share * size))]
+    return view, SparseWeights(view, list(linears), first)
+
+
+def loss_of(view):
+    return Sft().loss(Forward(collate(rows_of()), view))["loss"].sums.sum()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_gradient_is_the_dense_one_at_its_entries(kind):
+    view, sparse = sparse_view(kind)
+    whole = {}
+    for name in sparse.values:
+        sparse.observe[name] = lambda g, name=name: whole.update({name: g.clone()})
+    loss_of(view).backward()
+    dense = view_of(kind)
+    module = dense.module.requires_grad_(True)
+    loss_of(dense).backward()
+    for name, x in sparse.linears.items():
+        grad = module.get_parameter(name).grad
+        grad = grad.T if x.transposed else grad  # [out, in]
+        seen, wanted = sparse.values[name].grad, grad.reshape(-1)[sparse.indices[name]]
+        torch.testing.assert_close(seen, wanted, atol=1e-6, rtol=1e-4)
+        assert torch.equal(seen, whole[name].reshape(-1)[sparse.indices[name]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_written_moved_and_taken_out_the_base_has_its_bits_back(dtype):
+    plain = {n: p.detach().to(dtype) for n, p in tiny().named_parameters()}
+    view, sparse = sparse_view(dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for v in sparse.values.values():
+            v.normal_()
+    sparse.write(generator)
+    name = next(iter(sparse.values))
+    live = view.weight(name).reshape(-1)[sparse.indices[name]].float()
+    expected = plain[name].reshape(-1)[sparse.indices[name]].float() + sparse.values[name]
+    torch.testing.assert_close(live, expected.detach(), atol=0.05 if dtype == torch.bfloat16 else 1e-6, rtol=0)
+    slots = torch.tensor([0, 3])
+    old, new = sparse.indices[name][slots].clone(), free_positions(view, sparse, name, 2)
+    sparse.move(name, slots, new)
+    flat = view.weight(name).reshape(-1)
+    assert torch.equal(flat[old], plain[name].reshape(-1)[old]) and torch.equal(flat[new], plain[name].reshape(-1)[new])
+    assert sparse.values[name][slots].tolist() == [0.0, 0.0]
+    sparse.detach()
+    assert all(torch.equal(p, plain[n]) for n, p in view.module.named_parameters())
+
+
+def free_positions(view, sparse, name, count):
+    everywhere = torch.arange(view.weight(name).numel())
+    return everywhere[~torch.isin(everywhere, sparse.indices[name])][:count]
+
+
+def test_the_part_is_in_stored_order_and_binds_to_the_same_model():
+    view, sparse = sparse_view("gpt2")
+    with torch.no_grad():
+        for v in sparse.values.values():
+            v.normal_(std=0.1)
+    sparse.write(torch.Generator())
+    live = {n: p.detach().clone() for n, p in view.module.named_parameters() if "luthier" not in n}
+    part = sparse.part()
+    sparse.detach()
+    assert all((i[1:] > i[:-1]).all() for i in part.indices.values())
+    from luthier.update import Update
+
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    with Update(view.base, (part,)).bind(view):
+        assert all(torch.allclose(p, live[n], atol=1e-6) for n, p in view.module.named_parameters())
+    assert all(torch.equal(p, before[n]) for n, p in view.module.named_parameters())
