@@ -239,6 +239,24 @@ def test_generation_equals_one_prompt_at_a_time():
     assert not any(p.requires_grad is False and n == "lm_head.weight" for n, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("soft", [False, True])
+def test_an_answer_shorter_than_its_prompt_does_not_repeat_it(soft):
+    from luthier.model.view import ModelView
+    from luthier.tuners import Dept
+
+    model = tiny("llama", vocab_size=260, layers=2).eval()
+    r = renderer()
+    view = ModelView(model, r.tokenizer)
+    trainable = Dept(budget_length=12, length=4, max_length=64).attach(view) if soft else None
+    prompts = [r.prompt_ids({"prompt": "x"}), r.prompt_ids({"prompt": "xyz"})]
+    first = model.generate(input_ids=torch.tensor([prompts[0]]), max_new_tokens=1, do_sample=False)[0, -1]
+    r.stop_ids = (int(first),)
+    assert len(prompts[0]) > 4
+    done = generate(view, prompts[:1], r, 200)[0]
+    assert done.stopped and done.text == ""
+    assert trainable is None or trainable.update().parts
+
+
 def test_pain_05_neighbours_in_a_batch_change_nothing():
     """Packed, alone and accumulated: the same loss and the same step (all models and methods: the contract suite)."""
     results = []

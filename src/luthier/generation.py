@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.model.view import ModelView
 
@@ -51,6 +52,7 @@ def generate(
     renderer: Renderer,
     max_new_tokens: int,
     batch_size: int = 25,
+    tick: Tick = no_tick,
 ) -> list[Completion]:
     """Greedy completions of tokenised prompts, in their order; longest first inside, so that batches are even."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -62,14 +64,14 @@ def generate(
         with _quick_head(view):
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
+                tick("answering", start, f"prompts {start + 1} to {start + len(part)}")
                 ids, mask = left_padded([prompts[i] for i in part], fill)
                 out = view.module.generate(  # type: ignore[operator]
                     input_ids=ids.to(view.device), attention_mask=mask.to(view.device), max_new_tokens=max_new_tokens,
                     do_sample=False, use_cache=True, pad_token_id=fill, eos_token_id=stops,
                     temperature=None, top_p=None, top_k=None,
                 )  # fmt: skip
-                new = out[:, ids.shape[1] :] if out.shape[1] > max_new_tokens else out
-                for i, tokens in zip(part, new.tolist(), strict=True):
+                for i, tokens in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
                     done[i] = _cut(tokens, stops, renderer)
     finally:
         view.module.train(training)

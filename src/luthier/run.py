@@ -55,6 +55,7 @@ class Ready:
     renderer: Renderer
     data: Data
     accelerator: Accelerator
+    tick: Tick = no_tick
 
     @property
     def train(self) -> Prepared:
@@ -69,7 +70,7 @@ class Ready:
         assert self.data.held is not None and self.data.held_rows is not None
         return evaluate(
             self.view, self.data.held.rows, self.data.held_rows, self.renderer, self.recipe.evaluate,
-            tokens_per_forward=2 * self.recipe.tokens_per_forward, task=self.recipe.task,
+            tokens_per_forward=2 * self.recipe.tokens_per_forward, task=self.recipe.task, tick=self.tick,
         )  # fmt: skip
 
 
@@ -197,6 +198,7 @@ def run(
         gathered = gather(recipe, base, tick, accelerator.num_processes)
         recipe = _foreseen(recipe, gathered, accelerator, place, say)
         ready = make_ready(recipe, folder, base, gathered, accelerator)
+        ready.tick = tick
         _tell_rows(ready, place, say)
         result = _before(ready, place, say)
         deadline = None if max_seconds is None else started + max_seconds

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from luthier.data.batch import Batch, collate
+from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.generation import Completion, generate
@@ -36,7 +37,9 @@ class Scores:
 
 
 @torch.no_grad()
-def mean_loss(view: ModelView, rows: Sequence[Any], tokens_per_forward: int, task: str) -> tuple[float, list[float]]:
+def mean_loss(
+    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, task: str, tick: Tick = no_tick
+) -> tuple[float, list[float]]:
     """(mean loss over all supervised tokens, or rows; per row means). One forward at a time, running sums only."""
     per_row: list[float] = []
     total, count, training = 0.0, 0.0, view.module.training
@@ -44,6 +47,7 @@ def mean_loss(view: ModelView, rows: Sequence[Any], tokens_per_forward: int, tas
     try:
         for start in range(0, len(rows), WINDOW):
             part = rows[start : start + WINDOW]
+            tick("scoring", start, f"rows {start + 1} to {start + len(part)}")
             means = [0.0] * len(part)
             for places in micro_batches([len(r["ids"]) for r in part], tokens_per_forward)[0]:
                 batch = collate([part[i] for i in places]).to(view.device)
@@ -68,27 +72,27 @@ def _row_losses(fwd: Forward, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
 
 
 def answers(
-    view: ModelView, rows: Sequence[Row], renderer: Renderer, settings: EvaluateSettings
+    view: ModelView, rows: Sequence[Row], renderer: Renderer, settings: EvaluateSettings, tick: Tick = no_tick
 ) -> tuple[list[Completion], list[bool]]:
     """Generated answers, and which of them count as right."""
     prompts = [renderer.prompt_ids(r.values) for r in rows]
-    out = generate(view, prompts, renderer, settings.max_new_tokens)
+    out = generate(view, prompts, renderer, settings.max_new_tokens, tick=tick)
     wanted = [renderer.answer(r.values) for r in rows]
     return out, [matched(a.text, w, settings.match) for a, w in zip(out, wanted, strict=True)]
 
 
 def evaluate(
     view: ModelView, rows: Sequence[Any], sources: Sequence[Row], renderer: Renderer, settings: EvaluateSettings, *,
-    tokens_per_forward: int, task: str,
+    tokens_per_forward: int, task: str, tick: Tick = no_tick,
 ) -> tuple[Scores, list[Completion]]:  # fmt: skip
     """Loss on held-out rows, and answers to the first `settings.generate` of them."""
     started = time.perf_counter()
-    loss, per_row = mean_loss(view, rows, tokens_per_forward, task)
+    loss, per_row = mean_loss(view, rows, tokens_per_forward, task, tick)
     scores = Scores(loss, per_row=per_row)
     out: list[Completion] = []
     wanted = min(settings.generate, len(sources))
     if wanted and task == "causal-lm":
-        out, right = answers(view, sources[:wanted], renderer, settings)
+        out, right = answers(view, sources[:wanted], renderer, settings, tick)
         scores.right, scores.of, scores.stopped = sum(right), wanted, sum(a.stopped for a in out)
     scores.seconds = time.perf_counter() - started
     return scores, out

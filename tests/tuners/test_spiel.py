@@ -21,6 +21,7 @@ from luthier.tuners.spiel import (
     is_observed,
     outer_top,
     replaced_share,
+    top,
 )
 
 
@@ -99,7 +100,7 @@ def test_3_gradient_is_the_gathered_dense_one_and_the_forward_is_the_merged_one(
 def test_4_exchange_leaves_a_dropped_and_rechosen_position_alone():
     indices, values = torch.tensor([10, 11, 12, 13]), torch.tensor([0.1, -5.0, 0.2, 4.0])
     # Quota 2 drops 10 and 12. 12 is wanted again, 11 is still active, so 20 is the only newcomer and takes 10's slot.
-    slots, incoming = exchange(indices, values, torch.tensor([12, 11, 20]), 2)
+    slots, incoming = exchange(indices, values, torch.tensor([12, 11, 20]), torch.tensor([3.0, 2.0, 1.0]), 2)
     assert slots.tolist() == [0] and incoming.tolist() == [20]
 
 
@@ -241,7 +242,9 @@ def test_outer_top_in_blocks_equals_the_whole_outer_product():
     active = torch.randperm(37 * 11, generator=generator)[:50]
     scores = (r[:, None] * c[None, :]).reshape(-1).clone()
     scores[active] = -1
-    assert outer_top(r, c, active, 20, block=5).tolist() == scores.argsort(descending=True)[:20].tolist()
+    at, products = outer_top(r, c, active, 20, block=5)
+    assert sorted(at.tolist()) == sorted(scores.argsort(descending=True)[:20].tolist())
+    assert torch.equal(products, scores[at])
 
 
 def test_8_planted_entries_are_found():
@@ -307,3 +310,12 @@ def test_bad_input_is_named(fields, match):
 def test_unknown_length_is_refused():
     with pytest.raises(RecipeError, match="total number of steps"):
         Spiel().attach(view_of())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_is_a_stable_sorts_head_with_ties_by_position(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for n, k in ((1000, 50), (1000, 999), (7, 7), (5, 0), (300, 299)):
+        values = torch.randint(0, 40, (n,), generator=generator).to(dtype)
+        wanted = values.float().argsort(descending=True, stable=True)[:k].sort().values
+        assert torch.equal(top(values, k), wanted)

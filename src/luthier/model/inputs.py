@@ -135,7 +135,8 @@ def patch_model(view: Any, hook: InputHook, num_vectors: int) -> Callable[[], No
 
     def generate(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         embeds, longer, _ = widen(input_ids, attention_mask, torch.ones_like(input_ids))
-        return plain_generate(inputs_embeds=embeds, attention_mask=longer, **kwargs)
+        new = plain_generate(inputs_embeds=embeds, attention_mask=longer, **kwargs)
+        return torch.cat([input_ids, new], dim=1)  # as without a prompt of ours
 
     model.forward, model.generate = forward, generate
 

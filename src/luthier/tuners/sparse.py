@@ -54,23 +54,31 @@ class SparseWeights:
         columns = self.linears[name].shape[1]
         return indices // columns, indices % columns
 
+    def _put(self, name: str, values: Tensor, indices: Tensor | None = None) -> None:
+        """Write entries of the layer's weight; a flat view where the weight is stored as it is computed with."""
+        indices = self.indices[name] if indices is None else indices
+        weight = self._weight(name)
+        if weight.is_contiguous():
+            weight.view(-1)[indices] = values
+        else:
+            weight[self._at(name, indices)] = values
+
     def _read(self, name: str, indices: Tensor | None = None) -> Tensor:
-        return self._weight(name)[self._at(name, self.indices[name] if indices is None else indices)].clone()
+        indices, weight = self.indices[name] if indices is None else indices, self._weight(name)
+        return weight.view(-1)[indices] if weight.is_contiguous() else weight[self._at(name, indices)]
 
     @torch.no_grad()
     def write(self, generator: torch.Generator) -> None:
         """Put base + values into the layers."""
         for name, values in self.values.items():
             whole = self.stored[name].float() + values
-            weight = self._weight(name)
-            weight[self._at(name, self.indices[name])] = stochastic_round(whole, weight.dtype, generator)
+            self._put(name, stochastic_round(whole, self.stored[name].dtype, generator))
 
     @torch.no_grad()
     def move(self, name: str, slots: Tensor, indices: Tensor) -> None:
         """Give the entries at `slots` new positions: the old ones get their base value back, the new start at 0."""
-        weight = self._weight(name)
-        weight[self._at(name, self.indices[name][slots])] = self.stored[name][slots]
-        self.stored[name][slots] = weight[self._at(name, indices)]
+        self._put(name, self.stored[name][slots], self.indices[name][slots])
+        self.stored[name][slots] = self._read(name, indices)
         self.indices[name][slots] = indices
         self.values[name][slots] = 0.0
 
@@ -78,7 +86,7 @@ class SparseWeights:
     def load(self, indices: dict[str, Tensor], values: dict[str, Tensor], generator: torch.Generator) -> None:
         """Take up saved positions and values."""
         for name in self.values:
-            self._weight(name)[self._at(name, self.indices[name])] = self.stored[name]
+            self._put(name, self.stored[name])
             self.indices[name] = indices[name].to(self.view.device)
             self.stored[name] = self._read(name)
             self.values[name].copy_(values[name])
@@ -100,7 +108,7 @@ class SparseWeights:
     @torch.no_grad()
     def detach(self) -> None:
         for name in self.values:
-            self._weight(name)[self._at(name, self.indices[name])] = self.stored[name]
+            self._put(name, self.stored[name])
         for step in reversed(self.undo):
             step()
         self.undo.clear()

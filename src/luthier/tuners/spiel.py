@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from pydantic import Field
@@ -52,45 +53,68 @@ def replaced_share(step: int, total: int, window: int, r0: float, policy: str) -
     return 1.0 if step == window else r0 * (1 - step / total)
 
 
-def smallest(values: Tensor, k: int) -> Tensor:
-    """[k] positions of the smallest magnitudes; ties by position."""
-    return values.abs().argsort(stable=True)[:k]
+def top(values: Tensor, k: int) -> Tensor:
+    """[k] positions of the largest values, in ascending order of position; of equal values the first ones.
+
+    Twenty times faster on a CPU than a stable sort, which costs 0.1 s for every matrix of a small model.
+    """
+    n = len(values)
+    if k >= n:
+        return torch.arange(n, device=values.device)
+    if k == 0:
+        return torch.empty(0, dtype=torch.long, device=values.device)
+    if values.device.type == "cpu":
+        v = values.detach().float().numpy()
+        least = np.partition(v, n - k)[n - k]
+        more, equal = np.flatnonzero(v > least), np.flatnonzero(v == least)
+        return torch.from_numpy(np.sort(np.concatenate([more, equal[: k - len(more)]])))
+    limit = values.topk(k, sorted=False).values.min()
+    above, ties = (values > limit).nonzero().squeeze(1), (values == limit).nonzero().squeeze(1)
+    return torch.cat([above, ties[: k - len(above)]]).sort().values
 
 
-def largest(values: Tensor, k: int) -> Tensor:
-    """[k] positions of the largest values; ties by position."""
-    return values.argsort(descending=True, stable=True)[:k]
-
-
-def exchange(indices: Tensor, values: Tensor, grown: Tensor, quota: int) -> tuple[Tensor, Tensor]:
+def exchange(indices: Tensor, values: Tensor, candidates: Tensor, scores: Tensor, quota: int) -> tuple[Tensor, Tensor]:
     """(slots to overwrite, positions to put there).
 
-    indices, values  [K] what is active now
-    grown            positions wanted, best first; those that stay active are left out here
+    indices, values     [K] what is active now
+    candidates, scores  [C] positions that could be, and how much each is wanted; those that stay active are left out
     A position that is both dropped and wanted keeps its slot, its value and its moments.
     """
-    dropped = smallest(values, quota)
+    dropped = top(-values.abs(), quota)
     kept = torch.ones_like(indices, dtype=torch.bool)
     kept[dropped] = False
-    wanted = grown[~torch.isin(grown, indices[kept])][:quota]
-    back = torch.isin(indices[dropped], wanted)  # dropped, and chosen again
-    incoming = wanted[~torch.isin(wanted, indices[dropped])]
-    return dropped[~back][: len(incoming)], incoming
+    size = int(max(indices.max(), candidates.max())) + 1 if len(candidates) else 1
+    taken = torch.zeros(size, dtype=torch.bool, device=indices.device)
+    taken[indices[kept]] = True
+    free = (~taken[candidates]).nonzero().squeeze(1)
+    wanted = candidates[free[top(scores[free], quota)]]
+    taken.zero_()
+    taken[wanted] = True
+    leaving = dropped[~taken[indices[dropped]]]  # dropped, and not chosen again
+    taken.zero_()
+    taken[indices[dropped]] = True
+    incoming = wanted[~taken[wanted]]
+    if len(incoming) < len(leaving):
+        leaving = leaving[top(-values[leaving].abs(), len(incoming))]
+    return leaving, incoming[: len(leaving)]
 
 
-def outer_top(rows: Tensor, columns: Tensor, active: Tensor, k: int, block: int = 256) -> Tensor:
-    """[k] flat positions of the largest rows[j] * columns[i] that are not active, best first, block by block."""
+def outer_top(rows: Tensor, columns: Tensor, active: Tensor, k: int, block: int = 256) -> tuple[Tensor, Tensor]:
+    """([k] flat positions of the largest rows[j] * columns[i] that are not active, [k] those products), block by block."""
     n = len(columns)
     best_score, best_at = rows.new_empty(0), active.new_empty(0)
     for start in range(0, len(rows), block):
         scores = (rows[start : start + block, None] * columns[None, :]).reshape(-1)
         inside = active[(active >= start * n) & (active < (start + block) * n)] - start * n
         scores[inside] = -1.0
-        order = largest(scores, k)
-        score, at = torch.cat([best_score, scores[order]]), torch.cat([best_at, order + start * n])
-        keep = largest(score, k)
+        score, at = (
+            torch.cat([best_score, scores]),
+            torch.cat([best_at, torch.arange(len(scores), device=rows.device) + start * n]),
+        )
+        keep = top(score, k)
         best_score, best_at = score[keep], at[keep]
-    return best_at[best_score >= 0]
+    real = best_score >= 0
+    return best_at[real], best_score[real]
 
 
 class AgeAdamW(Optimizer):
@@ -224,7 +248,8 @@ class SpielTrainable(Trainable):
         for x, k in linears:
             generator = self._streams.torch("spiel", x.module)
             size = x.shape[0] * x.shape[1]
-            first[x.name] = torch.randperm(size, generator=generator)[:k] if k < size else torch.arange(size)
+            # Cloned: a slice would keep the whole permutation alive, 8 bytes for every weight.
+            first[x.name] = torch.randperm(size, generator=generator)[:k].clone() if k < size else torch.arange(size)
         self.sparse = SparseWeights(view, [x for x, _ in linears], first)
         self.candidates: dict[str, Tensor] = {}
         self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # s1, s2 over steps
@@ -289,7 +314,7 @@ class SpielTrainable(Trainable):
         """Called in the backward with [out, in]."""
         flat = gradient.reshape(-1)
         if name not in self.candidates:
-            best = largest(flat.abs(), len(self.sparse.indices[name]))
+            best = top(flat.abs(), len(self.sparse.indices[name]))
             if self._ranks is not None:
                 dist.broadcast(best, 0, group=self._ranks)
             self.candidates[name] = best
@@ -328,17 +353,14 @@ class SpielTrainable(Trainable):
         state = self._optimizer.state[values]
         if self.tuner.variant == "ma":
             if state:
-                slots, incoming = exchange(
-                    indices, values, outer_top(state["row"], state["column"], indices, quota), quota
-                )
+                candidates, scores = outer_top(state["row"], state["column"], indices, quota)
+                slots, incoming = exchange(indices, values.detach(), candidates, scores, quota)
                 self.sparse.move(name, slots, incoming)
             return
         if name not in self.candidates:
             raise LuthierError("spiel: an event came without observed gradients; call before_window each step")
         s1, s2 = self.sums[name]
-        order = largest(s1.abs(), len(s1))
-        wanted = self.candidates[name][order]
-        slots, incoming = exchange(indices, values, wanted, quota)
+        slots, incoming = exchange(indices, values.detach(), self.candidates[name], s1.abs(), quota)
         self.sparse.move(name, slots, incoming)
         if state:
             at = _positions(self.candidates[name], incoming)
