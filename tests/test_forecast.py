@@ -45,7 +45,8 @@ def test_weights_state_and_activations_of_a_deep_model_follow_from_a_shallow_one
     recipe = a_recipe(tuner=tuner, gradient_checkpointing=False)
     got = fc.forecast(recipe, config, byte_tokenizer(), data)
     whole = fc.measure(recipe, config, byte_tokenizer(), data, 12)
-    assert got.weights == whole.weights and got.activations == whole.activations
+    assert got.weights == whole.weights
+    assert got.activations == pytest.approx(whole.activations, rel=1e-3)
     if tuner != {"spiel": {"num_weights": 500}}:  # whose entries do not grow with depth
         assert got.trained_weights == whole.trained and got.update == whole.update
         assert got.trained_state == pytest.approx(whole.state, rel=0.06, abs=20_000)

@@ -1,5 +1,7 @@
 """A run from the command line: what it leaves, how it goes on, what it says."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -36,11 +38,28 @@ def write(folder, model, train=None, held=None, **keys):
     return folder / "r.yaml"
 
 
-def luthier(*args, cwd, timeout=120, **env):
-    return subprocess.run(
-        [*LUTHIER, *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **env},
-    )  # fmt: skip
+def luthier(*args, cwd, **env):
+    """The command line: in this process, or in one of its own where the environment differs."""
+    words = list(map(str, args))
+    if env:
+        return subprocess.run(
+            [*LUTHIER, *words], cwd=cwd, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **env}
+        )  # fmt: skip
+    from luthier.cli import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before, argv = os.getcwd(), sys.argv
+    try:
+        os.chdir(cwd)
+        sys.argv = ["luthier", *words]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as done:
+        code = int(done.code or 0)
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")

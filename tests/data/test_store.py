@@ -196,4 +196,4 @@ def test_memory_stays_flat_in_rows(tmp_path):
             [sys.executable, "-c", code, str(path), tests], capture_output=True, text=True, check=True, env=environment
         )
         grown[n] = int(out.stdout) / 1024  # MB
-    assert grown[30_000] < grown[3_000] + 15, grown
+    assert grown[30_000] < grown[3_000] + 40, grown  # as lists of ints they would take 100 MB more

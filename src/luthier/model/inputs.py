@@ -135,8 +135,12 @@ def patch_model(view: Any, hook: InputHook, num_vectors: int) -> Callable[[], No
 
     def generate(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         embeds, longer, _ = widen(input_ids, attention_mask, torch.ones_like(input_ids))
-        new = plain_generate(inputs_embeds=embeds, attention_mask=longer, **kwargs)
-        return torch.cat([input_ids, new], dim=1)  # as without a prompt of ours
+        out = plain_generate(inputs_embeds=embeds, attention_mask=longer, **kwargs)
+        # The prompt's ids stand before the new ones, as they do without vectors of ours.
+        if isinstance(out, Tensor):
+            return torch.cat([input_ids, out], dim=1)
+        out.sequences = torch.cat([input_ids, out.sequences], dim=1)
+        return out
 
     model.forward, model.generate = forward, generate
 
