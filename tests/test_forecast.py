@@ -96,3 +96,18 @@ def test_a_full_disk_is_foreseen(monkeypatch, model_folder, tmp_path):
 def test_numbers_as_people_say_them():
     assert [fc.in_words(x) for x in (2.5e9, 3.2e6)] == ["2.5 GB", "3 MB"]
     assert [fc.in_time(x) for x in (90, 600, 9000)] == ["90 s", "10 min", "2.5 h"]
+
+
+def test_a_recipe_whose_miniature_does_not_work_runs_without_a_forecast(tmp_path):
+    """More entries than four layers have, and fewer than the model's twelve."""
+    from conftest import byte_tokenizer as tokenizer
+    from luthier.run import run
+
+    model = tiny("llama", layers=12, vocab_size=300)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 4)
+    recipe, said = a_recipe(model=str(tmp_path / "model"), max_steps=1, tuner={"spiel": {"num_weights": 60_000}}), []
+    done = run(recipe, tmp_path / "out", tmp_path, say=said.append)
+    assert done["state"] == "done" and "forecast" not in done
+    assert any("no forecast (spiel.density: asks for 60000 entries of the" in line for line in said), said

@@ -352,6 +352,7 @@ class Other: pass
 
 
 def test_code_from_a_recipe_runs_only_where_the_command_line_allows_it(model_folder, tmp_path):
+    sys.modules.pop("mine", None)  # another test's
     recipe = write(tmp_path, model_folder, objective={"mine:Half": {"share": 0.25}})
     (tmp_path / "mine.py").write_text(FOREIGN)
     refused = luthier("run", recipe, cwd=tmp_path)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from luthier.data.prepare import Prepared
+from luthier.errors import LuthierError
 from luthier.model.loading import CLASSES
 from luthier.model.view import ModelView, probe_layout
 from luthier.recipe import Recipe
@@ -82,16 +83,30 @@ def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Pre
     )  # fmt: skip
 
 
-def resolved(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prepared) -> tuple[Recipe, Forecast]:
-    """The recipe with gradient_checkpointing decided, and its forecast: on only where memory would not do without."""
-    if recipe.gradient_checkpointing != "auto":
-        return recipe, forecast(recipe, config, tokenizer, data)
-    plain = recipe.model_copy(update={"gradient_checkpointing": False})
-    expected = forecast(plain, config, tokenizer, data)
-    if expected.memory_bytes <= available_memory():
-        return plain, expected
-    saving = recipe.model_copy(update={"gradient_checkpointing": True})
-    return saving, forecast(saving, config, tokenizer, data)
+class NoForecast(NamedTuple):
+    """Why there is none."""
+
+    reason: str
+
+
+def resolved(
+    recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prepared
+) -> tuple[Recipe, Forecast | NoForecast]:
+    """The recipe with gradient_checkpointing decided, and its forecast: on only where memory would not do without.
+
+    A recipe whose miniature does not work may still run: a model that cannot be cut, a number of weights that few
+    layers do not have. Then nothing is forecast, the reason is told, and "auto" means off.
+    """
+    left_open = recipe.gradient_checkpointing == "auto"
+    plain = recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
+    try:
+        expected = forecast(plain, config, tokenizer, data)
+        if left_open and expected.memory_bytes > available_memory():
+            saving = recipe.model_copy(update={"gradient_checkpointing": True})
+            return saving, forecast(saving, config, tokenizer, data)
+    except (LuthierError, ValueError, RuntimeError, LookupError, AttributeError, TypeError) as error:
+        return plain, NoForecast(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    return plain, expected
 
 
 def available_memory() -> int:

@@ -23,7 +23,7 @@ from luthier.data.prepare import Prepared
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.errors import LuthierError, RecipeError
-from luthier.forecast import disk_needed, in_time, in_words, miss, peak_memory, resolved
+from luthier.forecast import NoForecast, disk_needed, in_time, in_words, miss, peak_memory, resolved
 from luthier.generation import Completion
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import CLASSES, Located, load_config, load_model, load_tokenizer, locate
@@ -229,6 +229,9 @@ def _foreseen(recipe: Recipe, gathered: Gathered, accelerator: Accelerator, plac
         left_open = recipe.gradient_checkpointing == "auto"
         return recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
     recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.train)
+    if isinstance(expected, NoForecast):
+        say(f"expect  no forecast ({expected.reason})")
+        return recipe
     place.note(forecast=asdict(expected))
     say(f"expect  {in_words(expected.memory_bytes)} of memory, {in_time(expected.seconds)} of training")
     if recipe.gradient_checkpointing:

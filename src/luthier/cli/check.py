@@ -13,7 +13,7 @@ from rich.text import Text
 from luthier.data.batch import IGNORE
 from luthier.data.reading import Tick, no_tick, on_hub
 from luthier.data.rendering import Renderer
-from luthier.forecast import in_time, in_words, resolved
+from luthier.forecast import NoForecast, in_time, in_words, resolved
 from luthier.recipe import Recipe
 from luthier.run import outline
 
@@ -27,7 +27,8 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
     train, held = data.train, data.held
     matched, left_out = matched_modules(recipe, anatomy)
     measure = measure and recipe.pipeline is None
-    expected = resolved(recipe, config, renderer.tokenizer, train)[1] if measure else None
+    skipped = NoForecast("not asked for" if recipe.pipeline is None else "a pipeline's stages are not foreseen")
+    expected = resolved(recipe, config, renderer.tokenizer, train)[1] if measure else skipped
     return {
         "recipe": recipe.as_dict(),
         "train": asdict(train.census),
@@ -37,7 +38,8 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "matched": matched,
         "left_out": left_out,
         "weights": anatomy.num_parameters,
-        "forecast": None if expected is None else asdict(expected),
+        "forecast": None if isinstance(expected, NoForecast) else asdict(expected),
+        "no_forecast": expected.reason if isinstance(expected, NoForecast) else None,
         "destinations": destinations(recipe, base),
         "rows": [_tokens(renderer, r) for r in train.rows[:3]],
         "model_type": config.model_type,
@@ -111,7 +113,7 @@ def _about_model(result: dict[str, Any]) -> list[str]:
         out.append(f"linear layers left out: {', '.join(result['left_out'])}")
     f = result["forecast"]
     if f is None:
-        return [*out, f"weights: {result['weights']:,}"]
+        return [*out, f"weights: {result['weights']:,}", f"no forecast: {result['no_forecast']}"]
     share = f["trained_weights"] / result["weights"]
     out.append(f"weights: {result['weights']:,}, trained {f['trained_weights']:,} ({share:.2%})")
     parts = ", ".join(f"{n.replace('_', ' ')} {in_words(f[n])}" for n in ("weights", "trained_state", "activations"))
