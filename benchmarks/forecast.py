@@ -52,7 +52,7 @@ def one(name: str, folder: Path) -> dict[str, float]:
 
 def main() -> None:
     names = sys.argv[1:] or list(RECIPES)
-    results = {}
+    started, results = machine_note(), {}  # before the work: the load and the commit are those it starts from
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         with gzip.open(GSM8K, "rt", encoding="utf-8") as source, (folder / "rows.jsonl").open("w") as target:
@@ -62,7 +62,7 @@ def main() -> None:
         for name in names:
             results[name] = one(name, folder)
             print(f"{name:<28} {results[name]}", flush=True)
-    note = {**machine_note(), "bars": "memory 0.25, seconds 0.40", "results": results}
+    note = {**started, "bars": "memory 0.25, seconds 0.40", "results": results}
     (HERE / "results/forecast.json").write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
 
 

@@ -73,6 +73,7 @@ def main() -> None:
         return
     from machine_note import machine_note
 
+    note: dict[str, Any] = machine_note()  # before the work: the load and the commit are those it starts from
     source, results = source_rows(options.rows), []
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "LUTHIER_CACHE": f"{folder}/cache", "TOKENIZERS_PARALLELISM": "true"}
@@ -88,9 +89,7 @@ def main() -> None:
                 results.append(entry)
                 print(f"{count:>9,} {step:<13} {entry['seconds']:8.1f} s   peak {entry['peak_mb']:6.0f} MB", flush=True)
     (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results/rows.json").write_text(
-        json.dumps({**machine_note(), "results": results}, indent=1), encoding="utf-8"
-    )
+    (HERE / "results/rows.json").write_text(json.dumps({**note, "results": results}, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -389,7 +389,7 @@ def test_a_models_own_code_is_not_run_unasked(model_folder, tmp_path):
     assert said.returncode == 2 and "brings Python code of its own, which is not run unasked" in said.stderr, (
         said.stderr
     )
-    recipe = write(tmp_path / "a", str(folder), trust_remote_code=True)
+    recipe = write(tmp_path / "a", str(folder), trust_remote_code=True)  # the key alone must not be enough
     said = luthier("check", recipe, cwd=tmp_path)
     assert said.returncode == 2 and "add --allow-code" in said.stderr and not marker.exists()
     luthier("check", recipe, "--allow-code", cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
