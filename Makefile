@@ -38,6 +38,7 @@ bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/forecast.py
 	$(BIN)/python benchmarks/rows.py
 	$(BIN)/python benchmarks/steps.py
+	$(BIN)/python benchmarks/loop_decision.py
 	$(BIN)/python benchmarks/sft_against_trl.py --rounds 3
 
 # Pages that are made from the classes: docs/methods, docs/api.md.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from luthier.model.additions import bias_of, oriented, register, replace_forward
+from luthier.model.additions import bias_of, oriented, refuse_packed, register, replace_forward
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
 from luthier.training.linear import sparse_linear, stochastic_round
@@ -18,7 +18,7 @@ Observe = Callable[[Tensor], None]
 
 
 class SparseWeights:
-    """`values[name]` [K] float32 parameters at `indices[name]` [K], flat row-major over (out, in).
+    """`values[name]` [K] float32 parameters at `indices[name]` [K], flat row-major over (out, in), int32 where that fits.
 
     The layer's own weight always holds base + values, so a forward costs what it did; what was overwritten is kept, so
     that detaching gives the stored bits back. `observe[name]` sees the dense gradient of its layer, once a backward.
@@ -26,7 +26,8 @@ class SparseWeights:
 
     def __init__(self, view: ModelView, linears: Sequence[Linear], indices: dict[str, Tensor]) -> None:
         self.view, self.linears = view, {x.name: x for x in linears}
-        self.indices = {n: i.to(view.device) for n, i in indices.items()}
+        refuse_packed("tuner", view.module, self.linears)
+        self.indices = {n: i.to(view.device, self._dtype(n)) for n, i in indices.items()}
         self.values: dict[str, nn.Parameter] = {}
         self.observe: dict[str, Observe | None] = dict.fromkeys(self.linears)
         self.stored: dict[str, Tensor] = {}
@@ -37,6 +38,10 @@ class SparseWeights:
             self.values[name] = nn.Parameter(torch.zeros(len(self.indices[name]), device=view.device))
             self.undo.append(register(module, "values", self.values[name])[1])
             self.undo.append(replace_forward(module, self._forward(name, module)))
+
+    def _dtype(self, name: str) -> torch.dtype:
+        rows, columns = self.linears[name].shape
+        return torch.int32 if rows * columns <= 2**31 else torch.int64
 
     def _forward(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         weight, bias = oriented(module), bias_of(module)
@@ -79,7 +84,7 @@ class SparseWeights:
         """Give the entries at `slots` new positions: the old ones get their base value back, the new start at 0."""
         self._put(name, self.stored[name][slots], self.indices[name][slots])
         self.stored[name][slots] = self._read(name, indices)
-        self.indices[name][slots] = indices
+        self.indices[name][slots] = indices.to(self.indices[name].dtype)
         self.values[name][slots] = 0.0
 
     @torch.no_grad()
@@ -87,7 +92,7 @@ class SparseWeights:
         """Take up saved positions and values."""
         for name in self.values:
             self._put(name, self.stored[name])
-            self.indices[name] = indices[name].to(self.view.device)
+            self.indices[name] = indices[name].to(self.view.device, self._dtype(name))
             self.stored[name] = self._read(name)
             self.values[name].copy_(values[name])
         self.write(generator)
@@ -96,7 +101,7 @@ class SparseWeights:
         """The trained entries, in each parameter's stored shape and sorted."""
         indices, values, shapes = {}, {}, {}
         for name, x in self.linears.items():
-            index = self.indices[name]
+            index = self.indices[name].long()
             if x.transposed:
                 row, column = self._at(name, index)
                 index = column * x.shape[0] + row

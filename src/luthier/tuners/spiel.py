@@ -25,9 +25,6 @@ from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_dicts, as_view
 from luthier.tuners.sparse import SparseWeights
 from luthier.update import Update
 
-MOMENTS = ("age", "exp_avg", "exp_avg_sq")
-
-
 # --- the mathematics ---
 
 
@@ -56,7 +53,7 @@ def replaced_share(step: int, total: int, window: int, r0: float, policy: str) -
 def top(values: Tensor, k: int) -> Tensor:
     """[k] positions of the largest values, in ascending order of position; of equal values the first ones.
 
-    Twenty times faster on a CPU than a stable sort, which costs 0.1 s for every matrix of a small model.
+    On a CPU twenty times faster than a stable sort, which costs 0.1 s for every matrix of a small model.
     """
     n = len(values)
     if k >= n:
@@ -64,13 +61,26 @@ def top(values: Tensor, k: int) -> Tensor:
     if k == 0:
         return torch.empty(0, dtype=torch.long, device=values.device)
     if values.device.type == "cpu":
-        v = values.detach().float().numpy()
-        least = np.partition(v, n - k)[n - k]
+        v = (values.detach() if values.dtype == torch.int16 else values.detach().float()).numpy()
+        least = _counted(v, k) if v.dtype == np.int16 else np.partition(v, n - k)[n - k]
         more, equal = np.flatnonzero(v > least), np.flatnonzero(v == least)
         return torch.from_numpy(np.sort(np.concatenate([more, equal[: k - len(more)]])))
     limit = values.topk(k, sorted=False).values.min()
     above, ties = (values > limit).nonzero().squeeze(1), (values == limit).nonzero().squeeze(1)
     return torch.cat([above, ties[: k - len(above)]]).sort().values
+
+
+def _counted(values: np.ndarray, k: int) -> int:
+    """The k-th largest of 16-bit integers, none negative, by counting how often each occurs."""
+    at_least = np.bincount(values)[::-1].cumsum()
+    return len(at_least) - 1 - int(np.searchsorted(at_least, k))
+
+
+def top_magnitudes(gradient: Tensor, k: int) -> Tensor:
+    """[k] positions of the largest magnitudes, as `top`; bfloat16 is counted by its bits, which is faster still."""
+    size = gradient.detach().abs()
+    # Bits of numbers that are not negative stand in the order of the numbers.
+    return top(size.view(torch.int16) if size.dtype == torch.bfloat16 else size, k)
 
 
 def exchange(indices: Tensor, values: Tensor, candidates: Tensor, scores: Tensor, quota: int) -> tuple[Tensor, Tensor]:
@@ -99,22 +109,45 @@ def exchange(indices: Tensor, values: Tensor, candidates: Tensor, scores: Tensor
     return leaving, incoming[: len(leaving)]
 
 
-def outer_top(rows: Tensor, columns: Tensor, active: Tensor, k: int, block: int = 256) -> tuple[Tensor, Tensor]:
-    """([k] flat positions of the largest rows[j] * columns[i] that are not active, [k] those products), block by block."""
-    n = len(columns)
-    best_score, best_at = rows.new_empty(0), active.new_empty(0)
-    for start in range(0, len(rows), block):
-        scores = (rows[start : start + block, None] * columns[None, :]).reshape(-1)
-        inside = active[(active >= start * n) & (active < (start + block) * n)] - start * n
-        scores[inside] = -1.0
-        score, at = (
-            torch.cat([best_score, scores]),
-            torch.cat([best_at, torch.arange(len(scores), device=rows.device) + start * n]),
-        )
-        keep = top(score, k)
-        best_score, best_at = score[keep], at[keep]
-    real = best_score >= 0
-    return best_at[real], best_score[real]
+def outer_top(rows: Tensor, columns: Tensor, active: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """([k] flat positions, ascending, of the largest rows[j] * columns[i] that are not active, [k] those products).
+
+    rows [R] and columns [C] are not negative; fewer than k where fewer are free. The [R, C] product is never made: along
+    sorted columns a row's products reach a bound from one place on, so bounds are tried until they leave little over
+    k + len(active) products, which are then looked at one by one.
+    """
+    n, wanted = len(columns), min(k + len(active), len(rows) * len(columns))
+    ordered, order = columns.sort()
+
+    def reached(bound: float) -> Tensor:  # [R] places in `ordered`
+        return torch.searchsorted(ordered, bound / rows)
+
+    def enough(bound: float) -> bool:
+        return int((n - reached(bound)).sum()) >= wanted
+
+    first = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+    high = float(rows.max() * columns.max())
+    low = high * 1e-12
+    if enough(low):
+        for _ in range(18):  # to a relative 1e-4
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if enough(middle) else (low, middle)
+        first = reached(low * (1 - 1e-5))  # rounding of bound / rows is less
+    each = n - first
+    row = torch.arange(len(rows), device=rows.device).repeat_interleave(each)
+    within = torch.arange(len(row), device=rows.device) - (each.cumsum(0) - each).repeat_interleave(each)
+    at = (row * n + order[first[row] + within]).sort().values
+    taken = torch.zeros(len(rows) * n, dtype=torch.bool, device=rows.device)
+    taken[active] = True
+    at = at[~taken[at]]
+    scores = rows[at // n] * columns[at % n]
+    best = top(scores, k)
+    return at[best], scores[best]
+
+
+def unseen(beta: float, age: Tensor) -> Tensor:
+    """1 - beta^age; subtracted like that it loses five digits while an element is young."""
+    return -torch.expm1(age * math.log(beta)) if beta else torch.ones_like(age, dtype=torch.float32)
 
 
 class AgeAdamW(Optimizer):
@@ -122,9 +155,14 @@ class AgeAdamW(Optimizer):
 
     eps is added to the root of the second moment before its correction, as in the official code; decay acts on the
     trained difference, that is, towards the pre-trained weight.
+
+    total_steps  the largest age there will be
     """
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    def __init__(
+        self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, total_steps: int
+    ) -> None:
+        self.ages = torch.int16 if total_steps <= torch.iinfo(torch.int16).max else torch.int32
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -136,13 +174,14 @@ class AgeAdamW(Optimizer):
                     continue
                 state = self.state[p]
                 if not state:
-                    state.update({k: torch.zeros_like(p) for k in MOMENTS})
-                age, m, v = (state[k] for k in MOMENTS)
+                    ages = torch.zeros_like(p, dtype=self.ages)
+                    state.update(age=ages, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                age, m, v = state["age"], state["exp_avg"], state["exp_avg_sq"]
                 age += 1
                 m.lerp_(p.grad, 1 - b1)
                 v.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
-                corrected = (v.sqrt() + group["eps"]) / (1 - b2**age).sqrt()
-                p.sub_(lr * (m / (1 - b1**age)) / corrected)
+                corrected = (v.sqrt() + group["eps"]) / unseen(b2, age).sqrt()
+                p.sub_(lr * (m / unseen(b1, age)) / corrected)
                 p.mul_(1 - lr * group["weight_decay"])
 
 
@@ -173,6 +212,50 @@ class SparseSM3(Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
 
 
+class Observed:
+    """What an open window has seen: candidate positions, and sums of their gradients over steps.
+
+    One piece of memory of each kind for all layers. Hundreds of small pieces, taken in the middle of a backward pass and
+    kept after it, would hold the heap apart around them: 0.1 GB of holes on a model of 135M.
+    """
+
+    def __init__(self, indices: dict[str, Tensor]) -> None:
+        sizes = [len(i) for i in indices.values()]
+        widest = max(indices.values(), key=lambda i: i.dtype.itemsize)
+        self._step, self._sum, self._squares = (torch.zeros(sum(sizes), device=widest.device) for _ in range(3))
+        places = torch.zeros(sum(sizes), dtype=widest.dtype, device=widest.device)
+        pieces = zip(*(t.split(sizes) for t in (places, self._sum, self._squares, self._step)), strict=True)
+        self._pieces = dict(zip(indices, pieces, strict=True))
+        self.chosen: set[str] = set()
+        self.samples = 0
+
+    def candidates(self, name: str) -> Tensor:
+        """[K] ascending."""
+        return self._pieces[name][0]
+
+    def sums(self, name: str) -> tuple[Tensor, Tensor]:
+        """([K], [K]) the candidates' gradients and their squares, summed over steps."""
+        return self._pieces[name][1:3]
+
+    def choose(self, name: str, candidates: Tensor) -> None:
+        self.candidates(name).copy_(candidates)
+        self.chosen.add(name)
+
+    def see(self, name: str, flat: Tensor) -> None:
+        """Add one backward's gradient of the whole matrix, flat."""
+        self._pieces[name][3].add_(flat[self.candidates(name)])
+
+    def end_step(self, ranks: dist.ProcessGroup | None) -> None:
+        """The step's gradient is whole: add it and its square."""
+        if ranks is not None:  # the loop scales losses for a mean over ranks
+            dist.all_reduce(self._step, group=ranks)
+            self._step /= dist.get_world_size()
+        self._sum += self._step
+        self._squares.addcmul_(self._step, self._step)
+        self._step.zero_()
+        self.samples += 1
+
+
 # --- the method ---
 
 
@@ -183,12 +266,15 @@ class Spiel(Tuner):
     AdamW; "ma" grows by the outer product of SM3's row and column accumulators and needs no window.
     Departs from the official code: gradient statistics are taken of whole optimiser steps, and an incoming entry's
     age counts them as steps already made, so that Adam's bias correction of its seeded moments is exact.
-    Cost: FLOPs of full tuning (the dense weight gradient is taken, one layer at a time); 24 bytes an entry ("ag").
+    Cost: FLOPs of full tuning but for embeddings and head (the dense weight gradient is taken, one layer at a time), so
+    about 1.3 times LoRA's; 22 bytes an entry and 16 more inside a window ("ag"), 12 ("ma"), and the weights written over.
     In several processes the first one's first forward chooses a window's candidates; their sums are over all ranks.
-    Refuses: tied weights.
+    Refuses: tied weights, quantised bases.
     """
 
-    traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}), needs=frozenset({"total_steps"}), linear=True)
+    traits: ClassVar[Traits] = Traits(
+        claims=frozenset({"weight"}), needs=frozenset({"total_steps", "plain_weights"}), linear=True
+    )
     source: ClassVar[Source] = Source(
         "Scaling Sparse Fine-Tuning to Large Language Models", 2024, "arXiv:2401.16405", "official code"
     )
@@ -248,13 +334,10 @@ class SpielTrainable(Trainable):
         for x, k in linears:
             generator = self._streams.torch("spiel", x.module)
             size = x.shape[0] * x.shape[1]
-            # Cloned: a slice would keep the whole permutation alive, 8 bytes for every weight.
+            # Copied: a slice would keep the whole permutation alive, 8 bytes for every weight.
             first[x.name] = torch.randperm(size, generator=generator)[:k].clone() if k < size else torch.arange(size)
         self.sparse = SparseWeights(view, [x for x, _ in linears], first)
-        self.candidates: dict[str, Tensor] = {}
-        self.sums: dict[str, tuple[Tensor, Tensor]] = {}  # s1, s2 over steps
-        self.samples = 0
-        self._step_sum: dict[str, Tensor] = {}
+        self.observed: Observed | None = None
         # Candidates are agreed on inside the backward pass, so not on the group that reduces gradients.
         self._ranks = dist.new_group() if dist.is_initialized() and dist.get_world_size() > 1 else None
         self._optimizer: Optimizer | None = None
@@ -289,14 +372,17 @@ class SpielTrainable(Trainable):
         settings = default(groups).defaults
         entries, decay = as_dicts(groups, settings["lr"]), settings["weight_decay"]
         if self.tuner.variant == "ag":
-            self._optimizer = AgeAdamW(entries, settings["lr"], settings["betas"], self.tuner.adam_eps, decay)
+            self._optimizer = AgeAdamW(
+                entries, settings["lr"], settings["betas"], self.tuner.adam_eps, decay, self.total_steps
+            )
         else:
             names = {id(p): n for n, p in self.sparse.values.items()}
 
             def where(p: nn.Parameter) -> tuple:
                 name = names[id(p)]
                 shape = self.sparse.linears[name].shape
-                return self.sparse.indices[name] // shape[1], self.sparse.indices[name] % shape[1], shape
+                at = self.sparse.indices[name].long()
+                return at // shape[1], at % shape[1], shape
 
             self._optimizer = SparseSM3(entries, settings["lr"], decay, where)
         return self._optimizer
@@ -307,31 +393,25 @@ class SpielTrainable(Trainable):
         open_now = self.tuner.variant == "ag" and is_observed(
             self._steps + 1, self.tuner.reselect_every, self.tuner.window
         )
+        if open_now and self.observed is None:
+            self.observed = Observed(self.sparse.indices)
         for name in self.sparse.values:
             self.sparse.observe[name] = partial(self._see, name) if open_now else None
 
     def _see(self, name: str, gradient: Tensor) -> None:
         """Called in the backward with [out, in]."""
+        assert self.observed is not None
         flat = gradient.reshape(-1)
-        if name not in self.candidates:
-            best = top(flat.abs(), len(self.sparse.indices[name]))
+        if name not in self.observed.chosen:
+            best = top_magnitudes(flat, len(self.sparse.indices[name]))
             if self._ranks is not None:
                 dist.broadcast(best, 0, group=self._ranks)
-            self.candidates[name] = best
-        seen = flat[self.candidates[name]].float()
-        self._step_sum[name] = self._step_sum[name] + seen if name in self._step_sum else seen
+            self.observed.choose(name, best)
+        self.observed.see(name, flat)
 
     def after_backward(self) -> None:
-        if not self._step_sum:
-            return
-        for name, g in self._step_sum.items():
-            if self._ranks is not None:  # the loop scales losses for a mean over ranks
-                dist.all_reduce(g, group=self._ranks)
-                g /= dist.get_world_size()
-            s1, s2 = self.sums.get(name, (torch.zeros_like(g), torch.zeros_like(g)))
-            self.sums[name] = s1 + g, s2 + g.square()
-        self.samples += 1
-        self._step_sum = {}
+        if self.observed is not None:
+            self.observed.end_step(self._ranks)
 
     def after_step(self, clock: Clock | None = None) -> None:
         t = self.tuner
@@ -340,7 +420,7 @@ class SpielTrainable(Trainable):
             share = replaced_share(self._steps, self.total_steps, t.window, t.replace_fraction, t.policy)
             for name in self.sparse.values:
                 self._reselect(name, int(len(self.sparse.indices[name]) * share))
-            self.candidates, self.sums, self.samples = {}, {}, 0
+            self.observed = None
         self.sparse.write(self._rounding())
 
     def _rounding(self) -> torch.Generator:
@@ -357,36 +437,45 @@ class SpielTrainable(Trainable):
                 slots, incoming = exchange(indices, values.detach(), candidates, scores, quota)
                 self.sparse.move(name, slots, incoming)
             return
-        if name not in self.candidates:
+        seen = self.observed
+        if seen is None or name not in seen.chosen:
             raise LuthierError("spiel: an event came without observed gradients; call before_window each step")
-        s1, s2 = self.sums[name]
-        slots, incoming = exchange(indices, values.detach(), self.candidates[name], s1.abs(), quota)
+        candidates, (s1, s2), n = seen.candidates(name), seen.sums(name), seen.samples
+        slots, incoming = exchange(indices, values.detach(), candidates, s1.abs(), quota)
         self.sparse.move(name, slots, incoming)
         if state:
-            at = _positions(self.candidates[name], incoming)
+            at = torch.searchsorted(candidates, incoming)
             b1, b2 = self._optimizer.param_groups[0]["betas"]
-            n = self.samples
             state["exp_avg"][slots] = (1 - b1**n) * s1[at] / n
             state["exp_avg_sq"][slots] = (1 - b2**n) * s2[at] / n
-            state["age"][slots] = float(n)
+            state["age"][slots] = n
 
     # --- what is kept ---
 
     def state_dict(self) -> dict[str, Tensor]:
         out = {f"indices.{n}": i for n, i in self.sparse.indices.items()}
         out |= {f"values.{n}": v.detach() for n, v in self.sparse.values.items()}
-        out |= {f"candidates.{n}": c for n, c in self.candidates.items()}
-        for n, (s1, s2) in self.sums.items():
-            out |= {f"s1.{n}": s1, f"s2.{n}": s2}
-        return out | {"steps": torch.tensor(self._steps), "samples": torch.tensor(self.samples)}
+        seen = self.observed
+        if seen is not None:
+            for n in seen.chosen:
+                s1, s2 = seen.sums(n)
+                out |= {f"candidates.{n}": seen.candidates(n), f"s1.{n}": s1, f"s2.{n}": s2}
+        samples = 0 if seen is None else seen.samples
+        return out | {"steps": torch.tensor(self._steps), "samples": torch.tensor(samples)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         pick = lambda head: {k[len(head) :]: v for k, v in state.items() if k.startswith(head)}  # noqa: E731
-        self._steps, self.samples = int(state["steps"]), int(state["samples"])
-        self.candidates = pick("candidates.")
-        s1, s2 = pick("s1."), pick("s2.")
-        self.sums = {n: (s1[n], s2[n]) for n in s1}
+        self._steps = int(state["steps"])
         self.sparse.load(pick("indices."), pick("values."), self._rounding())
+        self.observed = None
+        if candidates := pick("candidates."):
+            self.observed = Observed(self.sparse.indices)
+            self.observed.samples = int(state["samples"])
+            s1, s2 = pick("s1."), pick("s2.")
+            for n, at in candidates.items():
+                self.observed.choose(n, at)
+                for kept, saved in zip(self.observed.sums(n), (s1[n], s2[n]), strict=True):
+                    kept.copy_(saved)
 
     def update(self) -> Update:
         return Update(self.base, (self.sparse.part(),))
@@ -394,9 +483,3 @@ class SpielTrainable(Trainable):
     def detach(self) -> None:
         self.sparse.detach()
         super().detach()
-
-
-def _positions(haystack: Tensor, needles: Tensor) -> Tensor:
-    """Where each needle stands in the haystack; both hold unique values and every needle is there."""
-    order = haystack.argsort()
-    return order[torch.searchsorted(haystack[order], needles)]
