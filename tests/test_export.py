@@ -77,10 +77,28 @@ def test_what_cannot_be_is_said(run_folder, tmp_path):
     with pytest.raises(LuthierError, match="is no run of ours"):
         open_run(tmp_path)
     if "lora" in str(run_folder):
-        assert export(run_folder, "peft", tmp_path / "p")["form"] == "peft"
+        assert 0 <= export(run_folder, "peft", tmp_path / "p")["difference"] < 1e-4
     else:
         with pytest.raises(LuthierError, match="holds no low-rank adapter"):
             export(run_folder, "peft", tmp_path / "p")
+        assert not (tmp_path / "p").exists() and not list(tmp_path.glob(".p.*"))
+
+
+def test_a_spoilt_export_is_noticed_and_removed(run_folder, tmp_path, monkeypatch):
+    import luthier.export as module
+
+    whole = module._hf
+
+    def spoilt(run, output, name):
+        model = whole(run, output, name)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+        return model
+
+    monkeypatch.setattr(module, "_hf", spoilt)
+    with pytest.raises(LuthierError, match=r"differs from what was tuned by .*; it was removed"):
+        export(run_folder, "hf", tmp_path / "x")
+    assert not list(tmp_path.iterdir())
 
 
 def test_names_and_rotary_order():

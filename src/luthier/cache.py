@@ -36,25 +36,29 @@ def content_of(path: Path) -> str:
 
 
 @contextmanager
-def made(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` as one act; on any error it is removed.
-
-    Where another process was faster, its folder stays.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
+def whole(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` as one act at the end; on any error it is removed."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary.mkdir(parents=True)
     try:
         yield temporary
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+        temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def made(folder: Path) -> Iterator[Path]:
+    """The same for a folder of the cache: where another process was faster, its folder stays."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder.parent)
+    try:
+        with whole(folder) as temporary:
+            yield temporary
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def _sweep(parent: Path) -> None:

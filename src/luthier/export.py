@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GgufConfig, PreTrainedModel
 
+from luthier.cache import whole
 from luthier.errors import LuthierError
 from luthier.report.card import card
 from luthier.tuned import Tuned, open_run, state_of
 
+Writer = Callable[[Tuned, Path, str], nn.Module]
 FORMS = ("hf", "peft", "gguf")
 # Largest accepted difference of logits, relative to their largest, between what was tuned and what was written.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dict[str, Any]:
-    """Write a finished run in another form; returns where and how far off it is.
+    """Write a finished run in another form; returns where and how far off it is. A 4-bit run is merged into the whole
+    weights it was made from.
 
     Raises LuthierError where the form cannot hold the update, or what was written differs from what was tuned.
     """
@@ -30,27 +34,21 @@ def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dic
         raise LuthierError(f"--to {to!r}: there are {', '.join(FORMS)}")
     if output.exists() and any(output.iterdir()):
         raise LuthierError(f"{output}: exists and is not empty; choose another folder")
-    if to == "peft":
-        return _peft(folder, output)
-    run = open_run(folder, allow_code)
-    kinds = [p.kind for p in run.update.parts if p.kind in ("prompt", "modules")]
-    if kinds:
-        raise LuthierError(f"{folder}: a {kinds[0]} part cannot be merged into weights; use the run folder itself")
+    run = open_run(folder, allow_code, quantize=False)
     probe = torch.tensor([run.renderer.tokenizer("The quick brown fox jumps over it.")["input_ids"]])
     with run.update.bind(run.view):
         tuned = _logits(run.view.module, probe)
     base = _logits(run.view.module, probe)
-    run.update.merge_into(run.view.module)
-    output.mkdir(parents=True, exist_ok=True)
-    again = _hf(run, output) if to == "hf" else _gguf(run, output)
-    off = _difference(_logits(again, probe), tuned)
-    limit = TOLERANCE[torch.float16 if to == "gguf" else run.view.dtype]
-    if off > limit:
-        raise LuthierError(
-            f"{output}: what was written differs from what was tuned by {off:.3g} of the largest logit; do not use it"
-        )
-    if _difference(_logits(again, probe), base) == 0.0:
-        raise LuthierError(f"{output}: what was written equals the base; nothing was exported")
+    write: Writer = {"hf": _hf, "peft": _peft, "gguf": _gguf}[to]
+    with whole(output) as half:
+        written = _logits(write(run, half, output.name), probe)
+        off = _difference(written, tuned)
+        if off > TOLERANCE[torch.float16 if to == "gguf" else run.view.dtype]:
+            raise LuthierError(
+                f"{output}: what was written differs from what was tuned by {off:.3g} of the largest logit; it was removed"
+            )
+        if _difference(written, base) == 0.0:
+            raise LuthierError(f"{output}: what was written equals the base; nothing was exported")
     return {"folder": str(output), "form": to, "difference": off}
 
 
@@ -69,30 +67,38 @@ def push_to_hub(folder: Path, name: str) -> str:
     return str(url)
 
 
-def _peft(folder: Path, output: Path) -> dict[str, Any]:
-    state_of(folder)
-    names = ("adapter_config.json", "adapter_model.safetensors")
-    if not all((folder / n).exists() for n in names):
-        raise LuthierError(f"{folder}: holds no low-rank adapter, the only form peft shares; use --to hf")
-    output.mkdir(parents=True, exist_ok=True)
-    for name in (*names, "README.md"):
-        if (folder / name).exists():
-            shutil.copy(folder / name, output / name)
-    return {"folder": str(output), "form": "peft", "difference": 0.0}
+def _merged(run: Tuned) -> PreTrainedModel:
+    """The model with the update in its weights."""
+    kinds = [p.kind for p in run.update.parts if p.kind in ("prompt", "modules")]
+    if kinds:
+        raise LuthierError(f"{run.folder}: a {kinds[0]} part cannot be merged into weights; use the run folder itself")
+    run.update.merge_into(run.view.module)
+    return run.view.module
+
+
+def _peft(run: Tuned, output: Path, name: str) -> nn.Module:
+    from peft import PeftModel
+
+    files = [run.folder / n for n in ("adapter_config.json", "adapter_model.safetensors")]
+    if not all(f.exists() for f in files):
+        raise LuthierError(f"{run.folder}: holds no low-rank adapter, the only form peft shares; use --to hf")
+    for file in (*files, run.folder / "README.md"):
+        shutil.copy(file, output / file.name)
+    return PeftModel.from_pretrained(run.view.module, str(output))
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
+def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     model.eval()
-    return model(input_ids=ids.to(model.device)).logits.float().cpu()
+    return model(input_ids=ids.to(next(model.parameters()).device)).logits.float().cpu()
 
 
 def _difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max().clamp_min(1e-9))
 
 
-def _hf(run: Tuned, output: Path) -> PreTrainedModel:
-    run.view.module.save_pretrained(output)
+def _hf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
+    _merged(run).save_pretrained(output)
     run.renderer.tokenizer.save_pretrained(output)
     (output / "README.md").write_text(_card(run), encoding="utf-8")
     cls = AutoModelForSequenceClassification if run.recipe.task == "classification" else AutoModelForCausalLM
@@ -135,17 +141,18 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
     )
 
 
-def _gguf(run: Tuned, output: Path) -> PreTrainedModel:
+def _gguf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
     import gguf
 
-    model, config = run.view.module, run.view.module.config
+    config = run.view.module.config
     if config.model_type != "llama":
         raise LuthierError(
             f"export --to gguf: {config.model_type} models are not supported, only llama-type ones; use --to hf"
         )
+    model = _merged(run)
     file = output / "model.gguf"
     writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_name(output.name)
+    writer.add_name(name)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -159,11 +166,11 @@ def _gguf(run: Tuned, output: Path) -> PreTrainedModel:
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     _add_tokenizer(writer, run.renderer.tokenizer, config.vocab_size)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, p in model.named_parameters():
+    for parameter, p in model.named_parameters():
         value = p.detach().float().cpu().numpy()
-        role = name.split(".")[-2]
+        role = parameter.split(".")[-2]
         value = permuted(value, heads[role]) if role in heads else value
-        writer.add_tensor(gguf_name(name), value.astype(np.float16 if p.ndim > 1 else np.float32))
+        writer.add_tensor(gguf_name(parameter), value.astype(np.float16 if p.ndim > 1 else np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
