@@ -98,6 +98,51 @@ def speed(rounds: int = 5) -> dict[str, float]:
     return {n: statistics.median(r) for n, r in ratios.items()}
 
 
+def over_ranks(file: str, ours: bool) -> None:
+    """Under torchrun: each method's trained values after the run, and its seconds, written by the first process."""
+    out = {}
+    for name in FIVE:
+        loop = make(name)
+        started = time.perf_counter()
+        if ours:
+            for _ in range(STEPS):
+                loop.step()
+        else:
+            train(loop)
+        out[name] = {"seconds": time.perf_counter() - started, "weights": weights(loop).tolist()}
+    if loop.accelerator.is_main_process:
+        Path(file).write_text(json.dumps(out), encoding="utf-8")
+
+
+def two_processes(folder: Path) -> dict[str, Any]:
+    """Both loops over two gloo processes: largest difference to one process of the same loop; Trainer's time over ours."""
+    results: dict[bool, dict[str, Any]] = {}
+    for ours in (True, False):
+        file = folder / f"ranks-{ours}.json"
+        code = f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent / 'tests')!r}]\n"
+        script = folder / f"ranks-{ours}.py"
+        script.write_text(f"{code}import loop_decision\nloop_decision.over_ranks({str(file)!r}, {ours})\n")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if done.returncode:
+            error = next((x for x in done.stderr.splitlines() if "Error" in x), done.stderr[-300:])
+            return {"failed": f"{'ours' if ours else 'Trainer'}: {error}"}
+        results[ours] = json.loads(file.read_text())
+    alone = {}
+    for name in FIVE:
+        loop = make(name)
+        for _ in range(STEPS):
+            loop.step()
+        alone[name] = weights(loop)
+    return {
+        "largest difference to one process": {
+            label: {n: float((torch.tensor(results[o][n]["weights"]) - alone[n]).abs().max()) for n in FIVE}
+            for label, o in (("ours", True), ("Trainer", False))
+        },
+        "Trainer's time over ours": {n: results[False][n]["seconds"] / results[True][n]["seconds"] for n in FIVE},
+    }
+
+
 def code_lines(file: Path) -> int:
     """Lines that are neither blank, comment nor docstring."""
     source = file.read_text(encoding="utf-8")
@@ -178,6 +223,7 @@ def main() -> None:
                 HERE / "trainer_loop.py"
             ),
             "methods of Trainer overridden": overrides(),
+            "two processes": two_processes(Path(folder)),
             "usable newest checkpoint after SIGKILL": {
                 "ours": f"{survives(True, kills, Path(folder))} of {kills}",
                 "Trainer": f"{survives(False, kills, Path(folder))} of {kills}",

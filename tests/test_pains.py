@@ -295,13 +295,13 @@ def test_pain_10_memory_that_ends_keeps_the_steps_and_names_the_keys(tmp_path):
 def test_pain_10_evaluation_keeps_running_sums_only():
     """Peak of live tensors while scoring 400 rows is that of 40."""
     from luthier.forecast import live_bytes
-    from luthier.scorer import mean_loss
+    from luthier.scorer import mean_loss, row_scores
 
     view, most = view_of(), {}
     for count in (40, 400):
         rows, seen = rows_of(tuple([20] * count)), []
         hook = view.block(0).register_forward_hook(lambda *_, seen=seen: seen.append(live_bytes()))
-        loss, per_row = mean_loss(view, rows, 64, "causal-lm")
+        loss, per_row = mean_loss(row_scores(view, rows, 64, "causal-lm"))
         hook.remove()
         most[count] = max(seen) - min(seen)
         assert len(per_row) == count and loss > 0

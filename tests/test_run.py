@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -174,12 +175,31 @@ def test_interrupted_saves_and_goes_on_to_the_same_weights(sent, code, model_fol
             child.send_signal(sent)
             _, said = child.communicate(timeout=60)
             assert child.returncode == code, said
-            assert "go on with: luthier run" in said and "Traceback" not in said
+            assert "Traceback" not in said
             assert json.loads((tmp_path / name / "out" / "run.json").read_text())["state"] == "stopped"
-        done = luthier("run", recipe, cwd=tmp_path / name)
+        done = luthier(*(told(said) if name == "stopped" else ["run", recipe]), cwd=tmp_path / name)
         assert done.returncode == 0, done.stderr
         ends.append(load(tmp_path / name / "out").dense())
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+def told(stderr):
+    """The arguments of the command that a stopped run says goes on with it."""
+    line = next(x for x in stderr.splitlines() if x.startswith("go on with: "))
+    return shlex.split(line.removeprefix("go on with: luthier "))
+
+
+def test_after_fresh_the_command_names_the_new_folder(model_folder, tmp_path):
+    recipe = write(tmp_path, model_folder)
+    for fresh in ([], ["--fresh"]):
+        stopped = luthier("run", recipe, *fresh, "--max-time", "0", cwd=tmp_path)
+        assert stopped.returncode == 0, stopped.stderr
+    command = told(stopped.stderr)
+    assert "--fresh" not in command and f"output_dir={tmp_path / 'out-2'}" in command
+    done = luthier(*command, "--max-time", "2h", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    states = {f: json.loads((tmp_path / f / "run.json").read_text())["state"] for f in ("out", "out-2")}
+    assert states == {"out": "stopped", "out-2": "done"}
 
 
 def test_max_time_saves_and_goes_on(model_folder, tmp_path):
@@ -203,11 +223,25 @@ def test_a_second_process_in_the_same_folder_is_refused(model_folder, tmp_path):
 @pytest.mark.parametrize("tuner", ["full", "lora", "adapter", "layerwise"])
 def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_path):
     train = [{"text": f"{'good' if i % 2 else 'poor'} thing {i}", "label": "yes" if i % 2 else "no"} for i in range(32)]
-    recipe = write(tmp_path, model_folder, train=train, held=train[:8], task="classification", tuner=tuner, epochs=6)
+    keys = {"task": "classification", "tuner": tuner, "epochs": 6, "evaluate": {}}
+    recipe = write(tmp_path, model_folder, train=train, held=train[:8], **keys)
     done = luthier("run", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["after"]["loss"] < 0.5 * run["before"]["loss"]
+    assert run["classes"] == ["no", "yes"] and run["after"]["right"] == run["after"]["of"] == 8
+    assert "Answers right" in (tmp_path / "out/report.html").read_text()
+    samples = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
+    assert [(s["prompt"], s["wanted"], s["after"]) for s in samples] == [
+        (r["text"], r["label"], r["label"]) for r in train[:8]
+    ]
+    named = json.loads(
+        luthier("generate", tmp_path / "out", "good thing 5", "poor thing 4", "--json", cwd=tmp_path).stdout
+    )
+    assert [x["answer"] for x in named] == ["yes", "no"] and all(0.5 < x["share"] <= 1 for x in named)
+    assert luthier("generate", tmp_path / "out", "good thing 5", cwd=tmp_path).stdout == "yes\n"
+    refused = luthier("generate", tmp_path / "out", "good", "--base", cwd=tmp_path)
+    assert refused.returncode == 2 and "has no trained head" in refused.stderr
     said = luthier("evaluate", tmp_path / "out", "--json", cwd=tmp_path)  # the new head starts as it did
     assert said.returncode == 0, said.stderr
     assert json.loads(said.stdout)["loss"] == pytest.approx(run["after"]["loss"], abs=1e-3)

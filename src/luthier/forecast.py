@@ -98,6 +98,9 @@ def resolved(
     layers do not have. Then nothing is forecast, the reason is told, and "auto" means off.
     """
     left_open = recipe.gradient_checkpointing == "auto"
+    if recipe.quantize is not None:
+        off = {"gradient_checkpointing": False} if left_open else {}
+        return recipe.model_copy(update=off), NoForecast("random weights cannot be quantised like the model's")
     plain = recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
     try:
         expected = forecast(plain, config, tokenizer, data)
@@ -178,7 +181,7 @@ def measure(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prep
         if time.perf_counter() - started > PATIENCE:
             break
     update = sum(_bytes(part.tensors().values()) for part in trainable.update().parts)
-    return Measured(layers, _peak(), weights, state, max(saved), update, trained, seconds / max(tokens, 1))
+    return Measured(layers, peak_memory(), weights, state, max(saved), update, trained, seconds / max(tokens, 1))
 
 
 def _one_epoch(recipe: Recipe) -> Recipe:
@@ -270,15 +273,9 @@ def _forget_peak() -> None:
         return
 
 
-def _peak() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return peak_memory()
-
-
 def peak_memory() -> int:
-    """Bytes this process held at most, as the kernel remembers."""
-    return _status("VmHWM")
+    """Bytes held at most: allocated on the GPU where there is one, else by this process, as the kernel remembers."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 
 def _resident() -> int:

@@ -22,7 +22,8 @@ class Traits(NamedTuple):
 
     claims   what it must own alone: "weight" (it moves base weights), "inputs_embeds", "kv_prefix", "token_mask",
              "vocab", "loop"
-    needs    what it uses: "hidden", "grad", "jvp", "closure", "generation", "base_view", "frozen_mlp", "pool"
+    needs    what it uses: "hidden", "grad", "jvp", "closure", "generation", "base_view", "frozen_mlp", "pool",
+             "plain_weights" (no quantised base)
     linear   its Update adds and scales in weight space
     """
 
@@ -46,6 +47,7 @@ class Facts:
     settings: Any = None  # TrainSettings
     num_processes: int = 1
     others: tuple[Method, ...] = ()
+    quantized: bool = False
 
 
 class Problem(NamedTuple):
@@ -77,6 +79,9 @@ class Method(BaseModel):
             problems.append(Problem("task", f"{self.key()} does not work on {facts.task}", f"it works on {known}"))
         if facts.layout is not None and facts.layout not in self.traits.layouts:
             problems.append(Problem("layout", f"{self.key()} cannot use the {facts.layout} layout"))
+        if facts.quantized and "plain_weights" in self.traits.needs:
+            what = f"{self.key()} reads or writes the weights themselves, which quantize packs"
+            problems.append(Problem("quantize", what, "remove quantize, or choose lora, peft, adapter or dept"))
         if facts.num_processes > 1 and "one_process" in self.traits.needs:
             problems.append(
                 Problem("num_processes", f"{self.key()} runs in one process, here are {facts.num_processes}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +22,15 @@ class Data(NamedTuple):
     train: Prepared
     held: Prepared | None
     held_rows: Rows | None
-    labels: dict[str | int, int]  # class index by label; empty for other tasks
+    labels: dict[str | int, int]  # class index by label, in that order; empty for other tasks
     pool: Prepared | None  # rows without labels, for pipelines that make them
     skipped: list[str]
     kept: list[Kept]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, by index."""
+        return [str(n) for n in self.labels]
 
 
 class Kept(NamedTuple):
@@ -46,7 +52,7 @@ def prepare_rows(recipe: Recipe, renderer: Renderer, config: Any, base: Path, ti
     if d.eval:
         held, more = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, **how)
         skipped += more
-    labels = _labels(rows, held) if recipe.task == "classification" else {}
+    labels = _labels(rows, held, config.label2id or {}) if recipe.task == "classification" else {}
     room = d.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     fit: dict[str, Any] = {
         "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "labels": labels or None, "tick": tick,
@@ -67,8 +73,11 @@ def prepare_rows(recipe: Recipe, renderer: Renderer, config: Any, base: Path, ti
     )
 
 
-def _labels(rows: Rows, held: Rows | None) -> dict[str | int, int]:
+def _labels(rows: Rows, held: Rows | None, known: Mapping[str, int]) -> dict[str | int, int]:
+    """Class index by label: as the model has them where it knows these very names, else in alphabetical order."""
     names = sorted({r.values["label"] for r in rows}, key=str)
+    if {str(n) for n in names} == set(known):
+        names.sort(key=lambda n: known[str(n)])
     for r in held or ():
         if r.values["label"] not in names:
             what = f"label {r.values['label']!r} occurs in no training row"

@@ -24,9 +24,8 @@ from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.errors import LuthierError, RecipeError
 from luthier.forecast import NoForecast, disk_needed, in_time, in_words, miss, peak_memory, resolved
-from luthier.generation import Completion
 from luthier.model.anatomy import Anatomy
-from luthier.model.loading import CLASSES, Located, load_config, load_model, load_tokenizer, locate
+from luthier.model.loading import CLASSES, Located, load_config, load_model, load_tokenizer, locate, named_classes
 from luthier.model.view import ModelView
 from luthier.pipelines.base import Apply, Lab, Train, run_pipeline
 from luthier.recipe import Recipe
@@ -34,7 +33,7 @@ from luthier.report.card import card
 from luthier.report.page import write_report
 from luthier.rows import Data, prepare_rows
 from luthier.run_folder import RunFolder, recipe_hash
-from luthier.scorer import Scores, evaluate, matched, mean_loss
+from luthier.scorer import Scores, asked, evaluate, matched, mean_loss, row_scores
 from luthier.tracking import Trackers
 from luthier.training.loop import Interrupted, Loop, Progress
 from luthier.tuners.base import with_head
@@ -63,10 +62,11 @@ class Ready:
 
     def held_out_loss(self) -> float:
         assert self.data.held is not None
-        return mean_loss(self.view, self.data.held.rows, 2 * self.recipe.tokens_per_forward, self.recipe.task)[0]
+        rows, task = self.data.held.rows, self.recipe.task
+        return mean_loss(row_scores(self.view, rows, 2 * self.recipe.tokens_per_forward, task))[0]
 
-    def scores(self) -> tuple[Scores, list[Completion]]:
-        """Of the model as it stands, on the held-out rows."""
+    def scores(self) -> tuple[Scores, list[str]]:
+        """Of the model as it stands, on the held-out rows; and its answers."""
         assert self.data.held is not None and self.data.held_rows is not None
         return evaluate(
             self.view, self.data.held.rows, self.data.held_rows, self.renderer, self.recipe.evaluate,
@@ -124,7 +124,7 @@ def gather(recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1)
     located, renderer, config = tokens_and_config(recipe, base)
     data = prepare_rows(recipe, renderer, config, base, tick)
     if data.labels:
-        config.num_labels = len(data.labels)
+        config.update(named_classes(data.classes))
     _check(recipe, config, data.train, None, processes)
     return Gathered(located, renderer, config, data)
 
@@ -136,8 +136,9 @@ def make_ready(
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     located, renderer, config, data = gathered or gather(recipe, base)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    labels, tokenizer = len(data.labels) or None, renderer.tokenizer
-    view = load_model(located, recipe.task, dtype, num_labels=labels, tokenizer=tokenizer, seed=recipe.seed)
+    view = load_model(
+        located, recipe.task, dtype, labels=data.classes, tokenizer=renderer.tokenizer, seed=recipe.seed, quantize=recipe.quantize
+    )  # fmt: skip
     _check(recipe, config, data.train, view.layout, accelerator.num_processes)
     return Ready(recipe, folder, view, renderer, data, accelerator)
 
@@ -252,10 +253,9 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     if data.skipped:
         say(f"skipped {len(data.skipped)} entries of rows that cannot be read; the first: {data.skipped[0]}")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
-    classes = getattr(ready.view.module.config, "num_labels", None)
     place.note(
         base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
-        curated=[k._asdict() for k in data.kept], num_labels=classes if ready.recipe.task == "classification" else None,
+        curated=[k._asdict() for k in data.kept], classes=data.classes,
     )  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def _before(ready: Ready, place: RunFolder, say: Say) -> dict[str, Any]:
     if file.exists():
         return json.loads(file.read_text(encoding="utf-8"))
     scores, answers = ready.scores()
-    result = {"scores": asdict(scores), "answers": [a.text for a in answers]}
+    result = {"scores": asdict(scores), "answers": answers}
     place.write("before.json", json.dumps(result))
     say(f"before  {shown(scores)}")
     return result
@@ -372,7 +372,7 @@ def _finish(ready: Ready, place: RunFolder, before: dict[str, Any], trained: Tra
         if ready.data.held is not None:
             scores, answers = ready.scores()
             say(f"after   {shown(scores)}")
-            after = {"scores": asdict(scores), "answers": [a.text for a in answers]}
+            after = {"scores": asdict(scores), "answers": answers}
         save_update(trained.update, place.path, ready.view)
         worst = verify_update(place.path, trained.detach, ready.view, ready.train.rows[0])
     say(f"saved   {place.path}, reloaded and compared: largest difference {worst:.1e}")
@@ -415,13 +415,10 @@ def _write_samples(ready: Ready, place: RunFolder, before: dict[str, Any], after
     lines = []
     for i, text in enumerate(answers):
         assert rows is not None
-        row = rows[i]
-        wanted = ready.renderer.answer(row.values)
-        how = ready.recipe.evaluate.match
-        turns = ready.renderer.messages(row.values)
+        row, how = rows[i], ready.recipe.evaluate.match
+        prompt, wanted = asked(row, ready.renderer, ready.recipe.task)
         entry = {
-            "key": row.key, "prompt": turns[-2]["content"],
-            "wanted": wanted, "before": before["answers"][i], "after": text,
+            "key": row.key, "prompt": prompt, "wanted": wanted, "before": before["answers"][i], "after": text,
             "before_right": matched(before["answers"][i], wanted, how), "after_right": matched(text, wanted, how),
         }  # fmt: skip
         lines.append(json.dumps(entry, ensure_ascii=False))

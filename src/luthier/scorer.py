@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from luthier.data.batch import Batch, collate
+from luthier.data.batch import collate
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.generation import Completion, generate
 from luthier.model.view import ModelView
-from luthier.objectives.base import Forward
+from luthier.objectives.base import Forward, sequence_sum
 from luthier.recipe import EvaluateSettings
 from luthier.training.order import micro_batches
 
@@ -36,39 +35,52 @@ class Scores:
     per_row: list[float] = field(default_factory=list)
 
 
+class RowScore(NamedTuple):
+    """Of one row: summed loss in nats, over how many tokens (1 for a class), and the most likely class."""
+
+    total: float
+    over: float
+    best: int | None
+
+
 @torch.no_grad()
-def mean_loss(
+def row_scores(
     view: ModelView, rows: Sequence[Any], tokens_per_forward: int, task: str, tick: Tick = no_tick
-) -> tuple[float, list[float]]:
-    """(mean loss over all supervised tokens, or rows; per row means). One forward at a time, running sums only."""
-    per_row: list[float] = []
-    total, count, training = 0.0, 0.0, view.module.training
+) -> Iterator[RowScore]:
+    """Rows in their order, one forward at a time."""
+    training = view.module.training
     view.module.eval()
     try:
         for start in range(0, len(rows), WINDOW):
             part = rows[start : start + WINDOW]
             tick("scoring", start, f"rows {start + 1} to {start + len(part)}")
-            means = [0.0] * len(part)
+            done: dict[int, RowScore] = {}
             for places in micro_batches([len(r["ids"]) for r in part], tokens_per_forward)[0]:
                 batch = collate([part[i] for i in places]).to(view.device)
-                sums, n = _row_losses(Forward(batch, view), batch, task)
-                total, count = total + float(sums.sum()), count + float(n.sum())
-                for i, value in zip(places, (sums / n.clamp_min(1)).tolist(), strict=True):
-                    means[i] = value
-            per_row += means
+                done |= zip(places, _forward_scores(Forward(batch, view), task), strict=True)
+            yield from (done[i] for i in range(len(part)))
     finally:
         view.module.train(training)
+
+
+def mean_loss(scored: Iterable[RowScore]) -> tuple[float, list[float]]:
+    """(mean loss over all supervised tokens, or rows; the mean of each row)."""
+    per_row, total, count = [], 0.0, 0.0
+    for s in scored:
+        per_row.append(s.total / max(s.over, 1.0))
+        total, count = total + s.total, count + s.over
     return total / max(count, 1.0), per_row
 
 
-def _row_losses(fwd: Forward, batch: Batch, task: str) -> tuple[Tensor, Tensor]:
-    """([S] summed losses, [S] how many were summed)."""
+def _forward_scores(fwd: Forward, task: str) -> list[RowScore]:
+    batch = fwd.batch
     if task == "classification":
-        values = torch.nn.functional.cross_entropy(fwd.logits(), batch.row["label"], reduction="none")
-        return values, torch.ones_like(values)
-    where, nll = batch.seq[batch.supervised], fwd.nll()
-    sums = torch.zeros(batch.num_sequences, device=nll.device).index_add(0, where, nll)
-    return sums, torch.bincount(where, minlength=batch.num_sequences).float()
+        logits = fwd.logits()
+        losses = torch.nn.functional.cross_entropy(logits, batch.row["label"], reduction="none")
+        return [RowScore(x, 1.0, c) for x, c in zip(losses.tolist(), logits.argmax(-1).tolist(), strict=True)]
+    sums = sequence_sum(fwd.nll(), batch)
+    counts = torch.bincount(batch.seq[batch.supervised], minlength=batch.num_sequences)
+    return [RowScore(x, float(n), None) for x, n in zip(sums.tolist(), counts.tolist(), strict=True)]
 
 
 def answers(
@@ -84,18 +96,29 @@ def answers(
 def evaluate(
     view: ModelView, rows: Sequence[Any], sources: Sequence[Row], renderer: Renderer, settings: EvaluateSettings, *,
     tokens_per_forward: int, task: str, tick: Tick = no_tick,
-) -> tuple[Scores, list[Completion]]:  # fmt: skip
-    """Loss on held-out rows, and answers to the first `settings.generate` of them."""
+) -> tuple[Scores, list[str]]:  # fmt: skip
+    """Loss on held-out rows, and answers: to the first `settings.generate` of them, or the class of each."""
     started = time.perf_counter()
-    loss, per_row = mean_loss(view, rows, tokens_per_forward, task, tick)
-    scores = Scores(loss, per_row=per_row)
-    out: list[Completion] = []
-    wanted = min(settings.generate, len(sources))
-    if wanted and task == "causal-lm":
+    scored = list(row_scores(view, rows, tokens_per_forward, task, tick))
+    loss, per_row = mean_loss(scored)
+    scores, texts, wanted = Scores(loss, per_row=per_row), [], min(settings.generate, len(sources))
+    if task == "classification":
+        texts = [view.classes[s.best] for s in scored if s.best is not None]
+        scores.right = sum(s.best == r["row"]["label"] for s, r in zip(scored, rows, strict=True))
+        scores.of = len(scored)
+    elif wanted:
         out, right = answers(view, sources[:wanted], renderer, settings, tick)
+        texts = [a.text for a in out]
         scores.right, scores.of, scores.stopped = sum(right), wanted, sum(a.stopped for a in out)
     scores.seconds = time.perf_counter() - started
-    return scores, out
+    return scores, texts
+
+
+def asked(row: Row, renderer: Renderer, task: str) -> tuple[str, str]:
+    """(what the model was asked, the answer that is right) as texts."""
+    if task == "classification":
+        return row.values["text"], str(row.values["label"])
+    return renderer.messages(row.values)[-2]["content"], renderer.answer(row.values)
 
 
 def matched(output: str, answer: str, how: str) -> bool:

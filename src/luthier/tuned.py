@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from luthier.data.batch import IGNORE, collate
 from luthier.data.rendering import Renderer
 from luthier.errors import LuthierError
 from luthier.generation import generate
 from luthier.model.view import ModelView
+from luthier.objectives.base import Forward
 from luthier.recipe import Recipe, load_file
 from luthier.run import Ready, make_ready, tokens_and_config
 from luthier.update import Update
@@ -53,8 +55,11 @@ def recipe_of(folder: Path, state: dict[str, Any], allow_code: bool) -> tuple[Re
     return load_file(folder / "recipe.yaml", code=base if allow_code else None), base
 
 
-def open_run(folder: Path, allow_code: bool = False) -> Tuned:
-    """Load a finished run: its base model and its update."""
+def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> Tuned:
+    """Load a finished run: its base model and its update.
+
+    quantize  False: the whole weights even where the run held them in 4 bits
+    """
     from luthier.model.loading import load_model
 
     state = state_of(folder)
@@ -62,16 +67,24 @@ def open_run(folder: Path, allow_code: bool = False) -> Tuned:
     located, renderer, _ = tokens_and_config(recipe, base)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     view = load_model(
-        located, recipe.task, dtype, tokenizer=renderer.tokenizer, num_labels=state.get("num_labels"), seed=recipe.seed
-    )
+        located, recipe.task, dtype, tokenizer=renderer.tokenizer, labels=state.get("classes", ()), seed=recipe.seed,
+        quantize=recipe.quantize if quantize else None,
+    )  # fmt: skip
     return Tuned(recipe, folder, base, view, renderer, load(folder))
 
 
 def answers(
     folder: Path, prompts: list[str], max_new_tokens: int, base_too: bool = False, allow_code: bool = False
 ) -> list[dict[str, Any]]:
-    """What the tuned model says to each prompt; with `base_too` also what the base says."""
+    """What the tuned model says to each prompt, or which class it takes a text for; with `base_too` also what the base
+    says.
+    """
     run = open_run(folder, allow_code)
+    if run.recipe.task == "classification":
+        if base_too:
+            raise LuthierError("--base: the untouched model has no trained head, so it has no answer")
+        with run.update.bind(run.view):
+            return [{"prompt": p, **_classified(run, p)} for p in prompts]
     ids = [run.renderer.prompt_ids({"prompt": p}) for p in prompts]
     before = generate(run.view, ids, run.renderer, max_new_tokens) if base_too else []
     with run.update.bind(run.view):
@@ -81,6 +94,16 @@ def answers(
         entry = {"prompt": prompt, "answer": after[i].text, "stopped": after[i].stopped}
         out.append({**entry, "base": before[i].text} if base_too else entry)
     return out
+
+
+@torch.no_grad()
+def _classified(run: Tuned, text: str) -> dict[str, Any]:
+    run.view.module.eval()
+    ids = run.renderer.tokenizer(text)["input_ids"]
+    batch = collate([{"ids": ids, "labels": [IGNORE] * len(ids)}]).to(run.view.device)
+    shares = Forward(batch, run.view).logits()[0].softmax(-1)
+    best = int(shares.argmax())
+    return {"answer": run.view.classes[best], "share": float(shares[best])}
 
 
 def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = False) -> dict[str, Any]:

@@ -192,6 +192,8 @@ def test_refusals_are_those_the_traits_declare(kind, name, cls):
         assert refused == (layout not in cls.traits.layouts)
     refused = any(p.key == "num_processes" for p in method.check(Facts(num_processes=2, batch_size=4)))
     assert refused == ("one_process" in cls.traits.needs)
+    refused = any(p.key == "quantize" for p in method.check(Facts(quantized=True, batch_size=4)))
+    assert refused == ("plain_weights" in cls.traits.needs)
 
 
 BARE = [(n, c) for n, c in TUNERS if n != "frozen" and "grad" not in c.traits.needs and "closure" not in c.traits.needs]

@@ -148,6 +148,26 @@ def test_bad_rows_are_refused_by_line_or_skipped_counted_and_listed(tmp_path):
     assert len(skipped) == 21 and skipped[-1].endswith("and 10 more")
 
 
+def test_a_json_list_is_read_item_by_item(tmp_path):
+    path = tmp_path / "d.json"
+    path.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(values(3)).encode())
+    assert [r.values for r in rows_of(path)[0]] == values(3)
+    broken = {
+        b'[{"prompt": "a", "completion": "b"}, {"prompt": "a", "comp': "is not JSON after item 1",
+        b'[{"prompt": "a", "completion": "b"}, {]': "is not JSON after item 1",
+        b'[{"prompt": "\xff", "completion": "b"}]': "is not JSON after item 0",
+        b'{"prompt": "a", "completion": "b"}': r"starts with b'\{', not with a list",
+        b"": "starts with b''",
+        b'[{"prompt": "a", "completion": "b"}, 3]': "item 2: holds a int, not an object",
+        b'[{"prompt": "a", "completion": "b", "x": ' + b"[" * 5000 + b"]" * 5000 + b"}]": "nested too deeply",
+        b"[]": "holds no rows",
+    }
+    for content, message in broken.items():
+        path.write_bytes(content)
+        with pytest.raises(RecipeError, match=message):
+            rows_of(path)
+
+
 def test_a_hub_set_is_read_by_name_configuration_revision_and_split(monkeypatch):
     import datasets
 

@@ -1,11 +1,13 @@
 """Packed equals alone, on every architecture: in the flat layout where the probe allows it, padded elsewhere."""
 
+import itertools
+
 import pytest
 import torch
 
 from conftest import batch_of, tiny, view_of
 from luthier.data.batch import IGNORE, collate, pad, unpad
-from luthier.model.attention import _fused, _plain, flat_attention
+from luthier.model.attention import _fused, _plain, _varlen, flat_attention
 from luthier.model.plain import plain_operations
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Forward
@@ -64,6 +66,47 @@ def test_short_attention_equals_the_fused_kernel_and_ordinary_operations(causal,
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
     assert _plain is not _fused
+
+
+def documented_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+    """torch's varlen_attn as its documentation describes it, for machines without its kernel."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and max_q == int(cu_seq_q.diff().max())
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    left, right = (x if x >= 0 else max_q for x in window_size)
+    out = []
+    for start, stop in itertools.pairwise(cu_seq_q):
+        q, k, v = (x[start:stop].transpose(0, 1) for x in (query, key, value))
+        k, v = (x.repeat_interleave(len(q) // len(x), 0) for x in (k, v))
+        away = torch.arange(stop - start)[None, :] - torch.arange(stop - start)[:, None]
+        seen = (away >= -left) & (away <= right)
+        out.append(((q @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf")).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_the_variable_length_kernel_is_asked_for_the_same_attention(causal, window, key_heads, monkeypatch):
+    import torch.nn.attention.varlen as kernels
+
+    monkeypatch.setattr(kernels, "varlen_attn", documented_varlen)
+    lengths, heads = (6, 1, 9), (4, key_heads, key_heads)
+    q, k, v = (torch.randn(1, h, 16, 8, generator=torch.Generator().manual_seed(h)) for h in heads)
+    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    wanted = torch.cat([_plain(*p, 8**-0.5, causal, window, 0.0) for p in parts], dim=2).transpose(1, 2)
+    torch.testing.assert_close(_varlen(q, k, v, lengths, 8**-0.5, causal, window), wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("window", [None, 3])
+def test_on_a_gpu_the_variable_length_kernel_equals_one_sequence_at_a_time(window):
+    lengths, module = (6, 1, 9), torch.nn.Module()
+    module.is_causal = True
+    q, k, v = (torch.randn(1, h, 16, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))
+    out, _ = flat_attention(module, q, k, v, None, sequence_lengths=lengths, sliding_window=window)
+    parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)
+    one = torch.cat([_plain(*p, 64**-0.5, True, window, 0.0) for p in parts], dim=2).transpose(1, 2)
+    torch.testing.assert_close(out.float(), one.float(), atol=2e-2, rtol=2e-2)
 
 
 def test_hidden_states_of_any_layer_equal_the_models_own():

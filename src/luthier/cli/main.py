@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -95,6 +97,7 @@ def _quiet(debug: bool) -> None:
     import datasets
     import transformers
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
@@ -152,10 +155,18 @@ def _carry_out(
         except Interrupted as stopped:
             if first:
                 bar.say(f"{stopped}; the state is saved in {folder}")
-                bar.say(f"go on with: luthier run {' '.join(sys.argv[2:])}")
+                bar.say(f"go on with: {_again(sys.argv[1:], folder)}")
             raise SystemExit(_code(folder)) from stopped
     if first:
         print(json.dumps(result) if as_json else folder / "report.html")
+
+
+def _again(words: list[str], folder: Path) -> str:
+    """The command that goes on with a stopped run; after --fresh its folder has to be named."""
+    if "--fresh" in words:
+        words = [w for w in words if w != "--fresh"]
+        words.append(f"--output-dir={folder.resolve()}" if words[0] == "demo" else f"output_dir={folder.resolve()}")
+    return shlex.join(["luthier", *words])
 
 
 def _code(folder: Path) -> int:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
+from luthier.model.additions import refuse_packed
 from luthier.model.view import ModelView
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Seeds, Update
@@ -100,7 +101,7 @@ class FedKSeed(Tuner):
     """
 
     traits: ClassVar[Traits] = Traits(
-        claims=frozenset({"weight", "loop"}), needs=frozenset({"closure", "one_process"}), linear=True
+        claims=frozenset({"weight", "loop"}), needs=frozenset({"closure", "one_process", "plain_weights"}), linear=True
     )
     source: ClassVar[Source] = Source(
         "Federated Full-Parameter Tuning of Billion-Sized LMs with Communication Cost under 18 Kilobytes",
@@ -135,8 +136,7 @@ class FedKSeed(Tuner):
     ) -> FedKSeedTrainable:  # fmt: skip
         """probabilities  [K] from the server (Pro); None draws uniformly."""
         view = as_view(model)
-        if getattr(view.module, "is_quantized", False):
-            raise RecipeError("fedkseed", "quantised weights cannot be perturbed", "load the model in bf16 or float32")
+        refuse_packed("fedkseed", view.module, view.anatomy.parameters)
         return FedKSeedTrainable(self, view, probabilities)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from luthier.compute.base import Compute
 from luthier.errors import LuthierError
 from luthier.method import Facts, Problem, Source, Traits
+from luthier.model.additions import is_packed
 from luthier.model.view import ModelView
 
 
@@ -130,7 +131,8 @@ class Lemo(Compute):
 
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)
-        trains_mlp = [m.key() for m in facts.others if m.key() in ("full", "layerwise", "green-trainer")]
+        # Tuners with targets may leave the MLP alone: what they took is seen when they are attached.
+        trains_mlp = [m.key() for m in facts.others if "weight" in m.traits.claims and not hasattr(m, "targets")]
         if self.mlp_prune_fraction and trains_mlp:
             problems.append(
                 Problem(
@@ -166,9 +168,11 @@ class Lemo(Compute):
             patched.append(attention)
         if self.mlp_prune_fraction:
             weights = [getattr(mlp, n).weight for n in ("gate_proj", "up_proj", "down_proj")]
-            if any(w.requires_grad for w in weights) or any("forward" in m.__dict__ for m in mlp.modules()):
+            if any(w.requires_grad or is_packed(w) for w in weights) or any(
+                "forward" in m.__dict__ for m in mlp.modules()
+            ):
                 raise LuthierError(
-                    "compute.lemo.mlp_prune_fraction: something in the MLP is trained; set it to 0, or train attention only"
+                    "compute.lemo.mlp_prune_fraction: something in the MLP is trained or quantised; set it to 0"
                 )
             count = max(1, int(weights[0].shape[0] * (1 - self.mlp_prune_fraction)))
             mlp.forward = partial(pruned_mlp, gate_w=weights[0], up_w=weights[1], down_w=weights[2], keep=count)

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def _checked(
 def _as_json(row: Row) -> bytes:
     try:
         return json.dumps(row.values, ensure_ascii=False, default=str).encode("utf-8")
+    except RecursionError as error:
+        raise RecipeError(row.key, "is nested too deeply", "leave out fields that are not text") from error
     except UnicodeEncodeError as error:
         raise RecipeError(
             row.key, f"holds half a character ({error.object[error.start]!r})", "write it as UTF-8 text"
@@ -166,14 +169,23 @@ def _no_object(value: Any, where: str) -> RecipeError:
 
 
 def _json(path: Path) -> Raw:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(str(path), f"is not JSON ({error})", "write a list of objects") from error
-    if not isinstance(values, list):
-        raise RecipeError(str(path), f"holds a {type(values).__name__}, not a list", "write a list of objects")
-    for number, value in enumerate(values, start=1):
-        yield number, value if isinstance(value, dict) else _no_object(value, f"{path}: item {number}")
+    """Items of a list, one at a time."""
+    import ijson
+
+    number = 0
+    with path.open("rb") as file:
+        begin = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
+        file.seek(begin)
+        start = file.read(1024).lstrip()[:1]
+        if start != b"[":
+            raise RecipeError(str(path), f"starts with {start!r}, not with a list", "write a list of objects")
+        file.seek(begin)
+        try:
+            for number, value in enumerate(ijson.items(file, "item", use_float=True), start=1):
+                yield number, value if isinstance(value, dict) else _no_object(value, f"{path}: item {number}")
+        except (ijson.JSONError, UnicodeDecodeError) as error:
+            what = f"is not JSON after item {number} ({str(error).splitlines()[0].strip()})"
+            raise RecipeError(str(path), what, "write a list of objects") from error
 
 
 def _csv(path: Path) -> Raw:

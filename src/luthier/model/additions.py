@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.errors import LuthierError
 from luthier.training.linear import low_rank_linear
 from luthier.update.parts import Undo
 
@@ -23,6 +24,18 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 
 Get = Callable[[], Tensor]
+
+
+def is_packed(weight: Tensor) -> bool:
+    """True for a quantised weight: packed bits that only its layer's own forward understands."""
+    return not weight.is_floating_point()
+
+
+def refuse_packed(what: str, module: nn.Module, names: Iterable[str]) -> None:
+    """Raises LuthierError where one of these parameters is quantised."""
+    for name in names:
+        if is_packed(module.get_parameter(name)):
+            raise LuthierError(f"{what}: {name} is quantised; load the model in bf16 or float32 (quantize: null)")
 
 
 def oriented(module: nn.Module) -> Tensor:
@@ -59,13 +72,13 @@ def register(module: nn.Module, name: str, value: nn.Parameter) -> tuple[Get, Un
 def low_rank_adapter(module: nn.Module, a: Get, b: Get, scale: float, dropout: float = 0.0) -> Undo:
     """y = x W^T + bias + scale (drop(x) A^T) B^T; a() [R, in], b() [out, R] float32, asked for at every call."""
 
+    plain, packed = module.forward, is_packed(module.weight)  # type: ignore[arg-type]
+
     def forward(x: Tensor) -> Tensor:
-        weight, bias = oriented(module), bias_of(module)
-        if dropout and module.training:
-            low = nn.functional.dropout(x, dropout) @ a().to(x.dtype).T
-            plain = nn.functional.linear(x, weight, bias)
-            return plain + scale * (low @ b().to(x.dtype).T)
-        return low_rank_linear(x, weight, bias, a(), b(), scale)
+        if packed or (dropout and module.training):
+            low = nn.functional.dropout(x, dropout, module.training) @ a().to(x.dtype).T
+            return plain(x) + scale * (low @ b().to(x.dtype).T)
+        return low_rank_linear(x, oriented(module), bias_of(module), a(), b(), scale)
 
     return replace_forward(module, forward)
 

@@ -63,15 +63,15 @@ class Anatomy:
         self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
         self.head_dim: int = getattr(config, "head_dim", None) or self.hidden_size // self.num_heads
         self.linears = tuple(self._linears(modules))
-        self.parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
+        logical = {x.name: x.shape for x in self.linears if not x.transposed}  # of quantised ones too
+        self.parameters = {n: logical.get(n, tuple(p.shape)) for n, p in model.named_parameters()}
 
     def _linears(self, modules: dict[str, nn.Module]) -> Iterable[Linear]:
         for name, module in modules.items():
             if not isinstance(module, (nn.Linear, Conv1D)):
                 continue
             transposed = isinstance(module, Conv1D)
-            rows, columns = module.weight.shape
-            shape = (columns, rows) if transposed else (rows, columns)
+            shape = _shape(module)
             block, role = -1, "head" if name == self.head else "other"
             if name.startswith(self.block_list + "."):
                 number, _, inner = name[len(self.block_list) + 1 :].partition(".")
@@ -130,6 +130,11 @@ class Anatomy:
             return n + 2
         after = self.final_norm is not None and parameter.startswith(self.final_norm + ".")
         return n + 1 if after or ".pooler." in f".{parameter}" else 0
+
+
+def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
+    """(out, in); a quantised layer's weight is packed and has another shape."""
+    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
 
 
 def _role(inner: str) -> str:

@@ -1,14 +1,16 @@
 """Attention over sequences laid end to end: each sees itself only, nothing is padded.
 
 Registered with transformers as `luthier`. Short sequences on a CPU take a custom autograd function over batched matrix
-products (the fused bf16 kernel's backward is slow there), others the fused kernel once a sequence; inside
-`plain_operations` it is made of ordinary ones.
+products (the fused bf16 kernel's backward is slow there), half precision on a GPU torch's variable-length kernel, others
+the fused kernel once a sequence; inside `plain_operations` it is made of ordinary ones.
 The lengths travel as a keyword argument of the model call; no mask tensor is ever built.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -156,6 +158,29 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: 
     )  # fmt: skip
 
 
+def has_varlen(query: Tensor) -> bool:
+    """True where torch has a kernel for sequences end to end: half precision on an NVIDIA GPU."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.is_cuda and half and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], scale: float, causal: bool, window: int | None
+) -> Tensor:
+    """All sequences through one kernel; [1, H, T, d] -> [1, T, H, d]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=q.device)
+    before = -1 if window is None else window - 1  # keys a query sees beside its own
+    q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # [1, H, T, d] -> [T, H, d]
+    out = varlen_attn(
+        q, k, v, ends, ends, max(lengths), max(lengths),
+        scale=scale, window_size=(before, 0 if causal else before), enable_gqa=q.shape[1] != k.shape[1],
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
+
+
 def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, dropout: float) -> Tensor:
     """One sequence from ordinary operations; [1, H, L, d]."""
     groups, length = q.shape[1] // k.shape[1], q.shape[2]
@@ -188,6 +213,8 @@ def flat_attention(
     short = max(sequence_lengths) <= SHORT and query.device.type == "cpu" and dropout == 0.0
     if short and not is_plain():
         return _ShortAttention.apply(query, key, value, sequence_lengths, scale, causal, window), None
+    if has_varlen(query) and dropout == 0.0 and not is_plain():
+        return _varlen(query, key, value, sequence_lengths, scale, causal, window), None
     one = _plain if is_plain() else _fused
     parts = zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
     out = torch.cat([one(q, k, v, scale, causal, window, dropout) for q, k, v in parts], dim=2)

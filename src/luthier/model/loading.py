@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,16 +129,23 @@ def load_config(located: Located) -> Any:
 
 def load_model(
     located: Located, task: str = "causal-lm", dtype: torch.dtype | None = None, device: str | None = None,
-    num_labels: int | None = None, tokenizer: Any = None, seed: int = 0,
+    labels: Sequence[str] = (), tokenizer: Any = None, seed: int = 0, quantize: str | None = None,
 ) -> ModelView:  # fmt: skip
     """Load weights (safetensors only) and find the layout.
 
     dtype   None takes the file's
     device  None takes a GPU where there is one
+    labels  names of the classes, in the order of the head's outputs
     seed    for weights the file has not: a new classification head
+    quantize  "nf4": linear layers in 4 bits; the view's fingerprint is that of the weights before
     Raises RecipeError where the name leads nowhere.
     """
-    extra: dict[str, Any] = {"num_labels": num_labels} if task == "classification" else {}
+    extra: dict[str, Any] = named_classes(labels) if task == "classification" else {}
+    device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
+    if quantize is not None:
+        plain = load_model(located, task, dtype, "cpu", labels, tokenizer, seed)
+        base, extra = plain.base, {**extra, **_four_bit(plain.dtype), "device_map": {"": device}}
+        del plain
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -152,10 +160,34 @@ def load_model(
         model.config.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    view = ModelView(model, tokenizer, name=located.shown)
+    if quantize is None:
+        model.to(device)
+    for module in model.modules():
+        # On some CPUs bitsandbytes repacks a weight at its first call without gradients, and a layer repacked lets no
+        # gradient through ever after: what is trained before it would silently stand still.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    view = ModelView(model, tokenizer, name=located.shown, base=base)
     view.layout, _ = probe_layout(view)
     return view
+
+
+def named_classes(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:
+    """What a configuration says of its classes."""
+    return {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+
+
+def _four_bit(compute: torch.dtype) -> dict[str, Any]:
+    """Keywords of `from_pretrained` for linear layers in 4 bits."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError("quantize", "needs the package bitsandbytes", "pip install 'luthier[quant]'")
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+        )
+    }
 
 
 def _unreachable(located: Located, error: Exception) -> RecipeError:

@@ -46,14 +46,18 @@ class ModelView:
 
     layout        "flat": one row of T tokens, attention inside each sequence only; "padded": a rectangle
     input_hooks   applied in order to the inputs of every trunk call (soft prompts, offsets)
+    base          the fingerprint, where these are not the base's own weights: a quantised copy
     """
 
-    def __init__(self, module: PreTrainedModel, tokenizer: Any = None, layout: str = "flat", name: str = "") -> None:
+    def __init__(
+        self, module: PreTrainedModel, tokenizer: Any = None, layout: str = "flat", name: str = "",
+        base: Fingerprint | None = None,
+    ) -> None:  # fmt: skip
         self.module, self.tokenizer, self.layout = module, tokenizer, layout
         self.name = name or str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
         self.anatomy = Anatomy(module)
         self.input_hooks: list[InputHook] = []
-        self._base: Fingerprint | None = None
+        self._base = base
         self._native_attention: str = module.config._attn_implementation
 
     @property
@@ -204,6 +208,12 @@ class ModelView:
                 return self.module.get_submodule("lm_head.layer_norm")(nn.functional.gelu(part(hidden)))
             return part(hidden)
         return hidden
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of a classification head's outputs, in their order."""
+        names: dict[Any, str] = self.module.config.id2label or {}
+        return [names[i] for i in range(len(names))]
 
     def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [S, C] through the model's own classification head."""

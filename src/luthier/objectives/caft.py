@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from luthier.data.batch import IGNORE, Batch
 from luthier.errors import LuthierError
 from luthier.method import Source, Traits
-from luthier.model.additions import bare_copy
+from luthier.model.additions import bare_copy, refuse_packed
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Term, Window
 from luthier.training.probe import Probe
@@ -51,6 +51,7 @@ class Heads(nn.Module):
     def __init__(self, view: ModelView, count: int) -> None:
         super().__init__()
         last = len(view.anatomy.blocks) - 1
+        refuse_packed("caft", view.module, [n for n in view.anatomy.parameters if view.anatomy.depth(n) == last + 1])
         # The configuration is shared, not copied: which attention runs is decided there, for trunk and heads alike.
         shared = {id(c): c for c in (view.module.config, view.module.config.get_text_config())}
         self.blocks = nn.ModuleList(bare_copy(view.block(last), shared) for _ in range(count))
@@ -87,7 +88,9 @@ class Caft(Objective):
     Cost: n - 1 more layers and vocabulary products a token; frozen heads keep no optimiser state.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"hidden", "heads"}))
+    traits: ClassVar[Traits] = Traits(
+        tasks=frozenset({"causal-lm"}), needs=frozenset({"hidden", "heads", "plain_weights"})
+    )
     source: ClassVar[Source] = Source(
         "Improving large language models with concept-aware fine-tuning",
         2025,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import ClassVar, Literal, NamedTuple
 
@@ -18,7 +17,6 @@ from luthier.objectives.base import Forward, Objective, Term, Window, count, seq
 from luthier.training.probe import Probe
 
 NLL_CLAMP = 80.0  # exp overflows float32 above 88 nats
-log = logging.getLogger(__name__)
 
 
 class Rows(NamedTuple):

@@ -95,6 +95,8 @@ class Recipe(TrainSettings):
     """What is measured."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of frozen weights; "auto" takes the file's."""
+    quantize: Literal["nf4"] | None = None
+    """Hold the frozen linear layers in 4 bits (bitsandbytes), for tuners that leave weights alone."""
     output_dir: str | None = None
     """Where the run goes; None: runs/<recipe>-<time>."""
     report_to: tuple[str, ...] = ()
@@ -110,7 +112,10 @@ class Recipe(TrainSettings):
     def facts(self, **more: Any) -> Facts:
         """What methods may know before weights are loaded."""
         others = tuple(self.methods().values())
-        return Facts(task=self.task, batch_size=self.batch_size, settings=self, others=others, **more)
+        quantized = self.quantize is not None
+        return Facts(
+            task=self.task, batch_size=self.batch_size, settings=self, others=others, quantized=quantized, **more
+        )
 
     def check_methods(self, facts: Facts | None = None) -> None:
         """Raises RecipeError for the first combination that cannot work."""
@@ -154,6 +159,7 @@ class Recipe(TrainSettings):
                 "set its generate",
             ),
             ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
+            ("evaluate", labels and (self.evaluate.generate or asked), "is for generated answers", "remove it"),
             ("data.pool", self.data.pool and not labels, "is for task: classification", "remove it"),
             ("data.train_split", "train_split" in data and not hub[0], "is for Hub data sets", "remove it"),
             ("data.eval_split", "eval_split" in data and not hub[1], "is for Hub data sets", "remove it"),

@@ -119,6 +119,7 @@ def _scores(run: Mapping[str, Any]) -> list[dict[str, str]]:
     if after.get("of"):
         shown = lambda s: f"{s['right']} of {s['of']}{_interval(s['right'], s['of'])}"  # noqa: E731
         out.append({"name": "Answers right", "before": shown(before), "after": shown(after)})
+    if after.get("stopped") is not None:
         stopped = lambda s: f"{s['stopped']} of {s['of']}"  # noqa: E731
         out.append({"name": "Answers that ended by themselves", "before": stopped(before), "after": stopped(after)})
     return out

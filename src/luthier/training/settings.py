@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainSettings(BaseModel):
@@ -30,7 +32,7 @@ class TrainSettings(BaseModel):
     """Decoupled decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Global gradient norm is clipped to this."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the moment estimates."""
     adam_eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""

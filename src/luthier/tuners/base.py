@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from luthier.method import Method
+from luthier.model.additions import refuse_packed
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Clock, Window
 from luthier.rng import Streams
@@ -144,6 +145,7 @@ class DenseTrainable(Trainable):
         super().__init__(view)
         if freeze:
             self.freeze_base()
+        refuse_packed("tuner", view.module, names)
         self.names, self._streams, self._steps = names, Streams(seed), 0
         self._stored = {n: view.weight(n).detach().clone() for n in names}
         self._moved: set[str] = set()
@@ -220,6 +222,7 @@ class WithHead(Trainable):
     def __init__(self, inner: Trainable, names: list[str]) -> None:
         super().__init__(inner.view)
         self.inner = inner
+        self.steps_by_closure, self.reselects = inner.steps_by_closure, inner.reselects
         self.head = DenseTrainable(inner.view, names, freeze=False)
 
     def groups(self) -> list[ParamGroup]:

@@ -20,7 +20,7 @@ class Full(Tuner):
     Cost: about 6 P FLOPs a token; 16 bytes a weight beside the model's own.
     """
 
-    traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}), linear=True)
+    traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}), needs=frozenset({"plain_weights"}), linear=True)
     source: ClassVar[Source] = Source(
         "Universal Language Model Fine-tuning for Text Classification", 2018, "arXiv:1801.06146"
     )

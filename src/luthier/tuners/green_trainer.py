@@ -218,7 +218,7 @@ class GreenTrainer(Tuner):
     """
 
     traits: ClassVar[Traits] = Traits(
-        claims=frozenset({"weight"}), needs=frozenset({"grad", "total_steps"}), linear=True
+        claims=frozenset({"weight"}), needs=frozenset({"grad", "total_steps", "plain_weights"}), linear=True
     )
     source: ClassVar[Source] = Source(
         "Towards Green AI in Fine-tuning LLMs via Adaptive Backpropagation",

@@ -49,7 +49,7 @@ class Layerwise(Tuner):
     Refuses: freezing all blocks, re-initialising frozen ones, quantised bases.
     """
 
-    traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}))
+    traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}), needs=frozenset({"plain_weights"}))
     source: ClassVar[Source] = Source(
         "Fine-Tuning Large Neural Language Models for Biomedical Natural Language Processing", 2021, "arXiv:2112.07869"
     )
@@ -93,10 +93,6 @@ class Layerwise(Tuner):
                 "layerwise.reinit_blocks", f"{self.reinit_blocks} of {n} blocks with {self.freeze_blocks} frozen",
                 f"at most {n - self.freeze_blocks} are free",
             )  # fmt: skip
-        if getattr(view.module, "is_quantized", False):
-            raise RecipeError(
-                "layerwise", "quantised weights cannot be trained in place", "load the model in bf16 or float32"
-            )
         return LayerwiseTrainable(self, view)
 
 

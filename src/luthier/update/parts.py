@@ -39,6 +39,9 @@ class Dense:
     def times(self, c: float) -> Dense:
         return Dense({n: c * t for n, t in self.changes.items()})
 
+    def names(self) -> Iterable[str]:
+        return self.changes
+
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.changes)
 
@@ -82,6 +85,9 @@ class Sparse:
 
     def times(self, c: float) -> Sparse:
         return Sparse(self.indices, {n: c * v for n, v in self.values.items()}, self.shapes)
+
+    def names(self) -> Iterable[str]:
+        return self.indices
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"indices.{n}": t for n, t in self.indices.items()} | {f"values.{n}": t for n, t in self.values.items()}
@@ -135,6 +141,9 @@ class LowRank:
 
     def times(self, c: float) -> LowRank:
         return LowRank(self.a, self.b, {n: c * s for n, s in self.scale.items()}, self.transposed)
+
+    def names(self) -> Iterable[str]:
+        return self.a
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"a.{n}": t for n, t in self.a.items()} | {f"b.{n}": t for n, t in self.b.items()}
@@ -197,6 +206,9 @@ class Seeds:
     def times(self, c: float) -> Seeds:
         return Seeds(self.seeds, c * self.scalars, self.shapes)
 
+    def names(self) -> Iterable[str]:
+        return self.shapes
+
     def tensors(self) -> dict[str, Tensor]:
         return {"seeds": self.seeds, "scalars": self.scalars}
 
@@ -225,6 +237,9 @@ class Replace:
 
     kind: ClassVar[str] = "replace"
     values: Mapping[str, Tensor]
+
+    def names(self) -> Iterable[str]:
+        return self.values
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.values)
@@ -318,6 +333,13 @@ class Modules:
         return in_turn(undo)
 
 
+# Of a stranger's adapter configuration: its own kind, starts that would rewrite the base, code to import.
+NOT_TAKEN_UP = frozenset(
+    {"peft_type", "auto_mapping", "peft_version", "init_lora_weights", "loftq_config", "eva_config", "corda_config",
+     "megatron_config", "megatron_core", "runtime_config"}
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PeftPart:
     """An adapter of peft's that is no plain low-rank difference: its configuration and its tensors, under peft's names."""
@@ -352,7 +374,7 @@ class PeftPart:
         from peft import get_peft_model, set_peft_model_state_dict
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-        known = {k: v for k, v in self.config.items() if k not in ("peft_type", "auto_mapping", "peft_version")}
+        known = {k: v for k, v in self.config.items() if k not in NOT_TAKEN_UP}
         try:
             kind = PEFT_TYPE_TO_CONFIG_MAPPING[self.config["peft_type"]]
             wrapped = get_peft_model(module, kind(**known))

@@ -129,6 +129,7 @@ class Update:
                 f"the model is {view.base.name} ({view.base.weights[:12]}); load that base instead"
             )
         self.validate(view.anatomy.parameters)
+        self._refuse_packed(view.module, besides=(LowRank,))
         undo = []
         try:
             for part in self.parts:
@@ -144,9 +145,17 @@ class Update:
             for problem in part.problems(shapes):
                 raise LuthierError(f"{part.kind} part: {problem}")
 
+    def _refuse_packed(self, model: Any, besides: tuple[type, ...] = ()) -> None:
+        from luthier.model.additions import refuse_packed
+
+        for part in self.parts:
+            if isinstance(part, (*VECTOR_PARTS, Replace)) and not isinstance(part, besides):
+                refuse_packed(f"{part.kind} part", model, part.names())
+
     @torch.no_grad()
     def merge_into(self, model: Any) -> None:
-        """Add to the weights for good, in float32 before rounding to their dtype."""
+        """Add to the weights for good, in float32 before rounding to their dtype. Raises LuthierError for packed ones."""
+        self._refuse_packed(model)
         for part in self.parts:
             if isinstance(part, VECTOR_PARTS):
                 for name, delta in part.deltas():
