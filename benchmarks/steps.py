@@ -1,9 +1,10 @@
 """What a step costs: sparse tuning at 5% against LoRA and full tuning, sequence lengths, and the command line's start.
 
-    python benchmarks/steps.py [--rounds 3]
+    python benchmarks/steps.py [--rounds 2]
 
 Bars: sparse at 5% at most 1.25 times the step and 1.10 times the memory of LoRA; `luthier --help` under 1 s; importing
-luthier loads no torch. Arms are processes of their own and alternate within a round; ratios are paired by round.
+luthier loads no torch. Arms are processes of their own that stand by side by side and step in turn, over the same rows, so
+that a machine that slows down slows all of them: ratios are paired step by step.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -36,12 +38,9 @@ def rows(renderer: Any) -> list[dict[str, Any]]:
     ]
 
 
-def child(arm: str) -> dict[str, Any]:
-    from luthier import machine
-
-    machine.prepare()
+def loop_of(arm: str) -> Any:
+    """The arm's loop, before its first step."""
     from luthier.data.rendering import Renderer
-    from luthier.forecast import peak_memory
     from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
     from luthier.objectives.sft import Sft
     from luthier.training.loop import Loop
@@ -61,28 +60,70 @@ def child(arm: str) -> dict[str, Any]:
     tuner = {"spiel 5%": Spiel(density=0.05), "spiel ma 5%": Spiel(density=0.05, variant="ma"), "full": Full()}.get(
         arm, Lora()
     )
-    loop = Loop(view, data, tuner.attach(view, total_steps=STEPS), Sft(), settings)
-    loop.step()
-    started, before = time.perf_counter(), loop.progress.tokens
-    times = []
-    while loop.progress.step < loop.total_steps:
-        at = time.perf_counter()
+    return Loop(view, data, tuner.attach(view, total_steps=STEPS), Sft(), settings)
+
+
+def child(arm: str) -> None:
+    """Make one step for every line that comes, and say what it took; at the end of the input the peak of memory."""
+    from luthier import machine
+
+    machine.prepare()
+    from luthier.forecast import peak_memory
+
+    loop = loop_of(arm)
+    print(json.dumps({"steps": loop.total_steps}), flush=True)
+    for _ in sys.stdin:
+        tokens, started = loop.progress.tokens, time.perf_counter()
         loop.step()
-        times.append(time.perf_counter() - at)
-    seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds, "step": statistics.median(times), "tokens_per_second": (loop.progress.tokens - before) / seconds,
-        "peak_bytes": peak_memory(),
-    }  # fmt: skip
+        seconds = time.perf_counter() - started
+        print(json.dumps({"seconds": seconds, "tokens": loop.progress.tokens - tokens}), flush=True)
+    print(json.dumps({"peak_bytes": peak_memory()}), flush=True)
 
 
-def measured(arm: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, "--arm", arm], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{arm}: {done.stderr[-800:]}")
-    result = json.loads(done.stdout.splitlines()[-1])
-    print(f"{arm:<12} {result['tokens_per_second']:7.0f} tokens/s {result['peak_bytes'] / 1e9:6.2f} GB", flush=True)
-    return result
+class Arm:
+    """A process that stands by."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, __file__, "--arm", name]
+        self.name, self.steps = name, []
+        # The same for all arms, whatever the load was when each began; threads that wait for long sleep.
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            env={**os.environ, "GOMP_SPINCOUNT": "10000"},
+        )  # fmt: skip
+        self.total = self.answer()["steps"]
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name}: the process ended")
+        return json.loads(line)
+
+    def step(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self.steps.append(self.answer())
+
+    def end(self) -> dict[str, Any]:
+        """Of the steps after the first: seconds of each, tokens a second; and the peak of memory."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        timed = self.steps[1:]
+        rate = sum(s["tokens"] for s in timed) / sum(s["seconds"] for s in timed)
+        result = {"seconds": [s["seconds"] for s in timed], "tokens_per_second": rate, **self.answer()}
+        print(f"{self.name:<12} {rate:7.0f} tokens/s {result['peak_bytes'] / 1e9:6.2f} GB", flush=True)
+        return result
+
+
+def in_turn(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """All arms, one step each in turn, to their end."""
+    arms = [Arm(name) for name in names]
+    for _ in range(arms[0].total):
+        for arm in arms:
+            arm.step()
+    return {arm.name: arm.end() for arm in arms}
 
 
 def startup() -> dict[str, Any]:
@@ -100,31 +141,33 @@ def startup() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arm")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     if options.arm:
-        print(json.dumps(child(options.arm)))
+        child(options.arm)
         return
-    note, runs = machine_note(), {}
-    for number in range(options.rounds):
-        for arm in TUNERS if number == 0 else TUNERS[:-1]:  # full tuning has no bar: once
-            runs.setdefault(arm, []).append(measured(arm))
+    # Full tuning has no bar: it takes part in the first round only.
+    note, runs = machine_note(), [in_turn(TUNERS if n == 0 else TUNERS[:-1]) for n in range(options.rounds)]
     against = {}
     for arm in TUNERS[1:]:
-        pairs = list(zip(runs[arm], runs["lora"], strict=False))
+        took_part = [run for run in runs if arm in run]
+        ratios = [a / b for run in took_part for a, b in zip(run[arm]["seconds"], run["lora"]["seconds"], strict=True)]
+        whole = [sum(run[arm]["seconds"]) / sum(run["lora"]["seconds"]) for run in took_part]
         against[arm] = {
-            "time over LoRA's": round(statistics.median(a["seconds"] / b["seconds"] for a, b in pairs), 3),
-            "median step over LoRA's": round(statistics.median(a["step"] / b["step"] for a, b in pairs), 3),
-            "peak memory over LoRA's": round(statistics.median(a["peak_bytes"] / b["peak_bytes"] for a, b in pairs), 3),
+            "step over LoRA's, all steps of each round": [round(x, 3) for x in whole],
+            "median of paired steps": round(statistics.median(ratios), 3),
+            "peak memory over LoRA's": round(
+                statistics.median(r[arm]["peak_bytes"] / r["lora"]["peak_bytes"] for r in took_part), 3
+            ),
         }
     table = {
         arm: {
-            "tokens_per_second": round(statistics.median(r["tokens_per_second"] for r in many)),
-            "peak_GB": round(statistics.median(r["peak_bytes"] for r in many) / 1e9, 2),
+            "tokens_per_second": round(statistics.median(run[arm]["tokens_per_second"] for run in runs if arm in run)),
+            "peak_GB": round(statistics.median(run[arm]["peak_bytes"] for run in runs if arm in run) / 1e9, 2),
         }
-        for arm, many in runs.items()
+        for arm in TUNERS
     }
-    lengths = {str(n): measured(str(n)) for n in LENGTHS}
+    lengths = {str(n): in_turn((str(n),))[str(n)] for n in LENGTHS}
     scaling = {
         n: {"tokens_per_second": round(r["tokens_per_second"]), "peak_GB": round(r["peak_bytes"] / 1e9, 2)}
         for n, r in lengths.items()

@@ -29,7 +29,6 @@ class Tuned:
 
     recipe: Recipe
     folder: Path
-    base_folder: Path
     view: ModelView
     renderer: Renderer
     update: Update
@@ -70,7 +69,7 @@ def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> T
         located, recipe.task, dtype, tokenizer=renderer.tokenizer, labels=state.get("classes", ()), seed=recipe.seed,
         quantize=recipe.quantize if quantize else None,
     )  # fmt: skip
-    return Tuned(recipe, folder, base, view, renderer, load(folder))
+    return Tuned(recipe, folder, view, renderer, load(folder))
 
 
 def answers(
@@ -124,4 +123,4 @@ def _ready(folder: Path, data: str | None, split_base: Path, allow_code: bool) -
         where = data if data.startswith("builtin:") else str((split_base / data).resolve())
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": where})})
     ready = make_ready(recipe, folder, base)
-    yield ready, Tuned(recipe, folder, base, ready.view, ready.renderer, load(folder))
+    yield ready, Tuned(recipe, folder, ready.view, ready.renderer, load(folder))

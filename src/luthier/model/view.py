@@ -29,7 +29,6 @@ class Inputs(NamedTuple):
 
 
 InputHook = Callable[[Inputs, "ModelView"], Inputs]
-BlockHook = Callable[[int, Tensor], Tensor]
 
 
 @dataclass
@@ -227,17 +226,6 @@ class ModelView:
     def _dropout(self, pooled: Tensor) -> Tensor:
         drop = getattr(self.module, "dropout", None)
         return pooled if drop is None else drop(pooled)
-
-    # --- hooks ---
-
-    @contextmanager
-    def without_hooks(self) -> Iterator[ModelView]:
-        """The trunk without soft prompts or offsets."""
-        hooks, self.input_hooks = self.input_hooks, []
-        try:
-            yield self
-        finally:
-            self.input_hooks = hooks
 
 
 def _accepted(trunk: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
