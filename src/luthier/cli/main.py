@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # threads; nothing here forks a worker
 if "--debug" not in sys.argv:
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; read when tqdm is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks when it is imported
 
 import typer  # noqa: E402
 
@@ -97,7 +99,7 @@ def _quiet(debug: bool) -> None:
     import datasets
     import transformers
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -66,6 +66,11 @@ class ModelView:
             self._base = fingerprint(self.module, self.tokenizer, self.name, self.anatomy.task_head)
         return self._base
 
+    def widen(self) -> None:
+        """Weights to float32; the fingerprint stays that of the stored ones."""
+        self._base = self.base
+        self.module.float()
+
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
