@@ -8,6 +8,7 @@ import torch
 from conftest import batch_of, tiny, view_of
 from luthier.data.batch import IGNORE, collate, pad, unpad
 from luthier.model.attention import _fused, _plain, _varlen, flat_attention
+from luthier.model.loading import load_model, locate
 from luthier.model.plain import plain_operations
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Forward
@@ -97,7 +98,9 @@ def test_the_variable_length_kernel_is_asked_for_the_same_attention(causal, wind
     torch.testing.assert_close(_varlen(q, k, v, lengths, 8**-0.5, causal, window), wanted)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch has this kernel for GPUs only; what is asked of it is tested above"
+)
 @pytest.mark.parametrize("window", [None, 3])
 def test_on_a_gpu_the_variable_length_kernel_equals_one_sequence_at_a_time(window):
     lengths, module = (6, 1, 9), torch.nn.Module()
@@ -145,3 +148,9 @@ def test_class_logits_equal_the_models_own(layout):
         one = batch.select(torch.tensor([i]))
         own = view.module(input_ids=one.ids.unsqueeze(0)).logits[0]
         torch.testing.assert_close(Forward(batch, view).logits()[i], own, atol=1e-5, rtol=0)
+
+
+def test_a_classifier_keeps_the_classes_of_its_file(tmp_path):
+    tiny("bert-classifier").save_pretrained(tmp_path)
+    view = load_model(locate(str(tmp_path)), "classification")
+    assert view.classes == ["LABEL_0", "LABEL_1", "LABEL_2"]

@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 
 from luthier.model.plain import is_plain
 
+VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
 SHORT = 384  # tokens; above this the [H, L, L] probabilities kept for the backward cost more than they save
 
 
@@ -160,8 +161,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: 
 
 def has_varlen(query: Tensor) -> bool:
     """True where torch has a kernel for sequences end to end: half precision on an NVIDIA GPU."""
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return VARLEN and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
 def _varlen(

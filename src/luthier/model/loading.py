@@ -135,12 +135,12 @@ def load_model(
 
     dtype   None takes the file's
     device  None takes a GPU where there is one
-    labels  names of the classes, in the order of the head's outputs
+    labels  names of the classes, in the order of the head's outputs; none: those the file has
     seed    for weights the file has not: a new classification head
     quantize  "nf4": linear layers in 4 bits; the view's fingerprint is that of the weights before
     Raises RecipeError where the name leads nowhere.
     """
-    extra: dict[str, Any] = named_classes(labels) if task == "classification" else {}
+    extra: dict[str, Any] = named_classes(labels) if labels else {}
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     if quantize is not None:
         plain = load_model(located, task, dtype, "cpu", labels, tokenizer, seed)
