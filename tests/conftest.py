@@ -68,6 +68,15 @@ def tiny(kind: str = "llama", seed: int = 0, layers: int = 3, **more: object) ->
     raise ValueError(kind)
 
 
+def tiny_classifier() -> tf.PreTrainedModel:
+    """Two named classes over bytes."""
+    torch.manual_seed(0)
+    sizes = {**SIZES, **TOKENS, "vocab_size": 260, "num_key_value_heads": 2}
+    return tf.LlamaForSequenceClassification(
+        tf.LlamaConfig(**sizes, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
+    )
+
+
 def view_of(kind: str = "llama", **more: object) -> ModelView:
     """A tiny model's view, in the layout the probe finds, in eval mode."""
     view = ModelView(tiny(kind, **more).eval())

@@ -1,5 +1,6 @@
 """What the documents show is run."""
 
+import ast
 import json
 import re
 import subprocess
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from luthier import manifest
 
 ROOT = Path(__file__).parents[1]
 
@@ -73,14 +76,15 @@ def test_pages_are_generated_from_the_classes():
     assert stored == docs.pages(), "run make docs"
 
 
+EVALUATORS = manifest.classes("evaluate")
 PAGES = sorted(p.name for p in (ROOT / "docs/methods").glob("*.md") if p.name != "index.md")
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path):
+def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys):
     from transformers import Trainer, TrainingArguments
 
-    from conftest import tiny
+    from conftest import byte_tokenizer, tiny, tiny_classifier
     from contract.test_contract import PADDED, Four, soft_batch
     from luthier import recipe
 
@@ -93,10 +97,15 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path):
     batch = soft_batch() if page == "distill.md" else PADDED
     scope = {
         "torch": torch, "Trainer": Trainer, "arguments": arguments, "rows": Four(), "model": model, "batches": [batch] * 2,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "tokenizer": byte_tokenizer(),
     }  # fmt: skip
+    if EVALUATORS.get(page.removesuffix(".md")):
+        scope["model"] = tiny_classifier() if page == "classification.md" else tiny(vocab_size=260)
     for code in blocks(f"docs/methods/{page}", "python"):
         exec(compile(code, page, "exec"), scope)
+    if page.removesuffix(".md") in EVALUATORS:
+        said = ast.literal_eval(capsys.readouterr().out)
+        assert set(said) <= set(EVALUATORS[page.removesuffix(".md")]().names()) and said
     if "tuned" in scope and "Tuning" in scope:
         assert scope["tuned"].update().parts
     if "kept" in scope:

@@ -55,12 +55,40 @@ def test_gguf_reads_back_as_the_run(run_folder, tmp_path):
     assert 'PARAMETER stop "<|im_end|>"' in (tmp_path / "g" / "Modelfile").read_text()
 
 
-def test_evaluate_and_generate_see_the_tuned_model(run_folder):
-    state = json.loads((run_folder / "run.json").read_text())
-    again = scores(run_folder, None, run_folder)
-    assert (
-        again["loss"] == pytest.approx(state["after"]["loss"], rel=1e-4) and again["right"] == state["after"]["right"]
+def test_what_was_measured_before_is_read_without_a_model(run_folder, tmp_path):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys\nfrom luthier.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     )
+
+    def asked(*words):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "evaluate", str(run_folder), "--json", *words], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout), done.stderr.strip().splitlines()[-1]
+
+    after = json.loads((run_folder / "run.json").read_text())["after"]
+    assert asked() == ({n: m["value"] for n, m in after.items()}, "False")
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "say 5", "completion": "5 5"}) + "\n")
+    first, again = asked("--data", str(other)), asked("--data", str(other))
+    assert (
+        first[0] == again[0]
+        and (first[1], again[1]) == ("True", "False")
+        and first[0]["loss"] != after["loss"]["value"]
+    )
+    other.write_text(json.dumps({"prompt": "say 6", "completion": "6 6"}) + "\n")
+    assert asked("--data", str(other))[1] == "True"
+
+
+def test_evaluate_and_generate_see_the_tuned_model(run_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))  # measured anew, not read back
+    after = json.loads((run_folder / "run.json").read_text())["after"]
+    again = scores(run_folder, None, run_folder)
+    assert again == {n: pytest.approx(m["value"], rel=1e-4) for n, m in after.items()}
     samples = [json.loads(line) for line in (run_folder / "samples.jsonl").read_text().splitlines()]
     said = answers(run_folder, [s["prompt"] for s in samples], 6, base_too=True)
     assert [s["answer"] for s in said] == [s["after"] for s in samples]

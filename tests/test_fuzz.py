@@ -37,7 +37,7 @@ RECIPE = {
     "luthier": 1, "model": "org/name", "data": {"train": "x.jsonl", "eval": "y.jsonl", "columns": {"prompt": "q"}},
     "tuner": {"spiel": {"density": 0.1}}, "objective": {"q-tuning": {"keep_rows": 0.5}},
     "curate": [{"scdp": {"keep_fraction": 0.5}}],
-    "learning_rate": 0.001, "evaluate": {"generate": 3}, "report_to": ["none"], "compute": {"lemo": {}},
+    "learning_rate": 0.001, "evaluate": [{"exact-match": {"rows": 3}}, "rouge"], "report_to": ["none"], "compute": {"lemo": {}},
 }  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def write(folder, model, train=None, held=None, **keys):
     (folder / "eval.jsonl").write_text(lines(held if held is not None else rows(6, 100)))
     recipe = {
         "model": model, "data": {"train": "train.jsonl", "eval": "eval.jsonl"}, "batch_size": 4, "learning_rate": 0.01,
-        "tuner": {"lora": {"rank": 4}}, "output_dir": "out", "evaluate": {"generate": 3, "max_new_tokens": 6}, **keys,
+        "tuner": {"lora": {"rank": 4}}, "output_dir": "out",
+        "evaluate": [{"exact-match": {"rows": 3, "max_new_tokens": 6}}], **keys,
     }  # fmt: skip
     with (folder / "r.yaml").open("w") as file:
         YAML().dump(recipe, file)
@@ -80,7 +81,9 @@ def test_a_run_leaves_what_was_promised(finished):
         "adapter_model.safetensors", "update.json", "all_results.json", "README.md", "tokenizer.json",
     } <= names  # fmt: skip
     run = json.loads((folder / "out" / "run.json").read_text())
-    assert run["state"] == "done" and run["steps"] == 6 and run["after"]["loss"] < run["before"]["loss"]
+    assert (
+        run["state"] == "done" and run["steps"] == 6 and run["after"]["loss"]["value"] < run["before"]["loss"]["value"]
+    )
     log = [json.loads(line) for line in (folder / "out" / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in log] == list(range(1, 7))
     assert {"loss", "grad_norm", "learning_rate", "epoch", "num_tokens"} <= log[0].keys()
@@ -221,16 +224,18 @@ def test_a_second_process_in_the_same_folder_is_refused(model_folder, tmp_path):
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora", "adapter", "layerwise"])
-def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_path):
+def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_path, monkeypatch):
     train = [{"text": f"{'good' if i % 2 else 'poor'} thing {i}", "label": "yes" if i % 2 else "no"} for i in range(32)]
-    keys = {"task": "classification", "tuner": tuner, "epochs": 6, "evaluate": {}}
+    keys = {"task": "classification", "tuner": tuner, "epochs": 6, "evaluate": []}
     recipe = write(tmp_path, model_folder, train=train, held=train[:8], **keys)
     done = luthier("run", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["after"]["loss"] < 0.5 * run["before"]["loss"]
-    assert run["classes"] == ["no", "yes"] and run["after"]["right"] == run["after"]["of"] == 8
-    assert "Answers right" in (tmp_path / "out/report.html").read_text()
+    assert run["after"]["loss"]["value"] < 0.5 * run["before"]["loss"]["value"]
+    assert (
+        run["classes"] == ["no", "yes"] and run["after"]["accuracy"]["value"] == 1 == run["after"]["macro_f1"]["value"]
+    )
+    assert "accuracy" in (tmp_path / "out/report.html").read_text() and run["after"]["accuracy"]["rows"] == 8
     samples = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert [(s["prompt"], s["wanted"], s["after"]) for s in samples] == [
         (r["text"], r["label"], r["label"]) for r in train[:8]
@@ -242,9 +247,10 @@ def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_
     assert luthier("generate", tmp_path / "out", "good thing 5", cwd=tmp_path).stdout == "yes\n"
     refused = luthier("generate", tmp_path / "out", "good", "--base", cwd=tmp_path)
     assert refused.returncode == 2 and "has no trained head" in refused.stderr
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))  # measured anew
     said = luthier("evaluate", tmp_path / "out", "--json", cwd=tmp_path)  # the new head starts as it did
     assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout)["loss"] == pytest.approx(run["after"]["loss"], abs=1e-3)
+    assert json.loads(said.stdout)["loss"] == pytest.approx(run["after"]["loss"]["value"], abs=1e-3)
     if tuner == "lora":
         from peft import PeftModel
         from transformers import AutoModelForSequenceClassification
@@ -349,7 +355,7 @@ def test_two_processes_leave_one_run_equal_to_that_of_one(model_folder, tmp_path
     """The same recipe under torchrun: the first process writes and speaks, and the weights are the same."""
     from safetensors.torch import load_file
 
-    keys = {"evaluate": {}, "tokens_per_forward": 60, "adam_eps": 1e-5}
+    keys = {"evaluate": [], "tokens_per_forward": 60, "adam_eps": 1e-5}
     one, two = write(tmp_path / "one", model_folder, **keys), write(tmp_path / "two", model_folder, **keys)
     assert luthier("run", one, cwd=tmp_path).returncode == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -476,8 +482,11 @@ def test_what_a_pipeline_would_not_read_is_refused(model_folder, tmp_path):
 def test_keys_that_nothing_reads_are_refused(model_folder, tmp_path):
     for change, words in (
         (["max_steps=2", "epochs=3"], "epochs: is not read beside max_steps"),
-        (["~data.eval"], "evaluate.generate: has no rows to evaluate on"),
-        (["evaluate.generate=0", "evaluate.max_new_tokens=9"], "evaluate: is read where answers are generated"),
+        (["~data.eval"], "evaluate: has no rows to evaluate on"),
+        (["evaluate=[rouge, rouge]"], "evaluate.1: rouge measures rouge1, as rouge does; keep one"),
+        (["evaluate=[pass-at-k: {k: [2]}]"], "evaluate.0.pass-at-k.k: [2] does not lie in 1 to samples = 1"),
+        (["evaluate=[forgetting: {general: no.jsonl}]"], "forgetting.general: there is no file no.jsonl"),
+        (["task=classification", "evaluate=[rouge]"], "evaluate.0.rouge.task: rouge does not work on classification"),
         (["data.train_split=all"], "data.train_split: is for Hub data sets"),
         (["load_best=false"], "load_best: needs evaluations during training"),
         (["revision=main"], "revision: is for Hub models"),
@@ -517,7 +526,7 @@ def test_self_training_from_the_command_line_uses_the_pool(model_folder, tmp_pat
         "stage   teacher", "stage   labels-1", "stage   student-1", "stage   round-1",
     ]  # fmt: skip
     run = json.loads((tmp_path / "out/run.json").read_text())
-    assert run["state"] == "done" and run["after"]["loss"] < run["before"]["loss"]
+    assert run["state"] == "done" and run["after"]["loss"]["value"] < run["before"]["loss"]["value"]
     values["data"].pop("pool")
     YAML().dump(values, path)
     said = luthier("run", path, "output_dir=other", cwd=tmp_path)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.soak
 )
 def test_twenty_random_kills_leave_the_same_weights(tuner, model_folder, tmp_path):
     """SIGKILL at random moments, start-up, checkpoints and the end included; the same command goes on each time."""
-    keys = {"tuner": tuner, "epochs": 6, "save_steps": 1, "evaluate": {}, "batch_size": 2}
+    keys = {"tuner": tuner, "epochs": 6, "save_steps": 1, "evaluate": [], "batch_size": 2}
     whole, killed = write(tmp_path / "whole", model_folder, **keys), write(tmp_path / "killed", model_folder, **keys)
     started = time.monotonic()
     assert luthier("run", whole, cwd=tmp_path).returncode == 0

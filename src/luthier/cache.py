@@ -29,6 +29,17 @@ def code_of(*modules: ModuleType) -> str:
     return key_of(*(Path(str(m.__file__)).read_bytes() for m in modules))
 
 
+# Code whose change makes old measurements worthless.
+MEASURING = ("evaluation", "data/rendering.py", "data/batch.py", "scorer.py", "generation.py", "training/head.py")
+
+
+def code_key(*names: str) -> str:
+    """Changes with the source of these files, or folders of files, of luthier; imports none of them."""
+    root = Path(__file__).parent
+    files = [f for n in names for f in (sorted((root / n).glob("*.py")) if (root / n).is_dir() else [root / n])]
+    return key_of(*(content_of(f) for f in files))
+
+
 def content_of(path: Path) -> str:
     """Hash of a file's content."""
     with path.open("rb") as file:

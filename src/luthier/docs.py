@@ -66,6 +66,18 @@ rows = [{{"prompt": "bread in French", "completion": "pain"}}, {{"prompt": "milk
 kept = {cls}({required}).choose(rows)  # positions
 ```"""
 
+EVALUATOR = """```python
+from {package} import {cls}
+
+rows = [{row}]
+print({cls}().score(model, tokenizer, rows))  # a transformers model and its tokenizer, nothing else
+```"""
+ROWS = {
+    "classification": '{"text": "a fine film", "label": "good"}, {"text": "a poor one", "label": "bad"}',
+    "function-calls": '{"prompt": "Stop it", "completion": \'{"name": "stop", "arguments": {}}\'}',
+    "pass-at-k": '{"prompt": "Add a to b: def add(a, b)", "completion": "", "tests": ["assert add(1, 2) == 3"]}',
+}
+
 
 def use(entry: dict[str, Any]) -> str | None:
     """The lines that use a method without the house."""
@@ -79,7 +91,9 @@ def use(entry: dict[str, Any]) -> str | None:
     if entry["kind"] == "tuner":
         turn = CLOSURE if "closure" in needs else GRADIENT
         return PROBING.format(**words, turn=turn) if needs & {"closure", "grad"} else TUNER.format(**words)
-    return {"objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR}[entry["kind"]].format(**words)
+    words["row"] = ROWS.get(entry["name"], '{"prompt": "bread in French", "completion": "pain"}')
+    texts = {"objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR, "evaluate": EVALUATOR}
+    return texts[entry["kind"]].format(**words)
 
 
 def page(entry: dict[str, Any]) -> str:
@@ -130,6 +144,9 @@ API = {
     "luthier.objectives.base": ("Objective", "Window", "Forward", "Term", "Clock"),
     "luthier.compute.base": ("Compute",),
     "luthier.curation.base": ("Curator", "Selection"),
+    "luthier.evaluation.base": ("Evaluator", "Answering", "Exam", "Question", "Results"),
+    "luthier.evaluation.measures": ("Measure", "mean", "ratio"),
+    "luthier.statistics": ("Estimate", "estimate", "verdict", "holm", "wilson"),
     "luthier.pipelines.base": ("Pipeline", "Train", "Apply", "Outcome", "run_pipeline"),
     "luthier.training.loop": ("Loop",),
     "luthier.training.probe": ("Probe",),

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.model.view import ModelView
+from luthier.rng import Streams
 
 
 class Completion(NamedTuple):
-    """An answer, and whether the model ended it by itself."""
+    """An answer, whether the model ended it by itself, and its length in tokens."""
 
     text: str
     stopped: bool
+    tokens: int
 
 
 @contextmanager
@@ -53,8 +56,12 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 25,
     tick: Tick = no_tick,
+    chooser: Callable[[list[int]], LogitsProcessor] | None = None,
 ) -> list[Completion]:
-    """Greedy completions of tokenised prompts, in their order; longest first inside, so that batches are even."""
+    """Greedy completions of tokenised prompts, in their order; longest first inside, so that batches are even.
+
+    chooser  for the prompts of a batch, by position: what is done to their logits before the largest is taken
+    """
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     done: dict[int, Completion] = {}
     training = view.module.training
@@ -70,6 +77,7 @@ def generate(
                     input_ids=ids.to(view.device), attention_mask=mask.to(view.device), max_new_tokens=max_new_tokens,
                     do_sample=False, use_cache=True, pad_token_id=fill, eos_token_id=stops,
                     temperature=None, top_p=None, top_k=None,
+                    logits_processor=None if chooser is None else LogitsProcessorList([chooser(part)]),
                 )  # fmt: skip
                 for i, tokens in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
                     done[i] = _cut(tokens, stops, renderer)
@@ -78,7 +86,35 @@ def generate(
     return [done[i] for i in range(len(prompts))]
 
 
+class Keyed(LogitsProcessor):
+    """Adds Gumbel noise to logits / temperature, so that taking the largest draws from the softmax; one generator a row,
+    so that neither batches nor order change what a row draws."""
+
+    def __init__(self, generators: Sequence[torch.Generator], temperature: float) -> None:
+        self.generators, self.temperature = generators, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        draws = [torch.rand(scores.shape[1], generator=g, device=g.device) for g in self.generators]
+        uniform = torch.stack(draws).to(scores.device).clamp_(1e-20, 1 - 1e-7)  # [S, V]
+        return scores.float() / self.temperature - (-uniform.log()).log()
+
+
+def sampled(
+    view: ModelView, prompts: Sequence[Sequence[int]], renderer: Renderer, max_new_tokens: int, count: int, temperature: float,
+    streams: Streams, keys: Sequence[str],
+) -> list[list[str]]:  # fmt: skip
+    """`count` drawn answers to each prompt."""
+    several = [p for p in prompts for _ in range(count)]
+    names = [(key, i) for key in keys for i in range(count)]
+
+    def chooser(part: list[int]) -> LogitsProcessor:
+        return Keyed([streams.torch("sample", *names[i]) for i in part], temperature)
+
+    out = [c.text for c in generate(view, several, renderer, max_new_tokens, chooser=chooser)]
+    return [out[i : i + count] for i in range(0, len(out), count)]
+
+
 def _cut(tokens: list[int], stops: list[int], renderer: Renderer) -> Completion:
     end = next((i for i, t in enumerate(tokens) if t in stops), None)
     text = renderer.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-    return Completion(text, end is not None)
+    return Completion(text, end is not None, len(tokens) if end is None else end)

@@ -17,7 +17,9 @@ KINDS = {
     "compute": ("compute",),
     "pipeline": ("pipelines",),
     "curate": ("curation",),
+    "evaluate": ("evaluation",),
 }
+LISTS = ("curate", "evaluate")  # keys that hold a list of methods
 FILE = Path(__file__).with_name("methods.json")
 
 

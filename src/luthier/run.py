@@ -19,21 +19,25 @@ import torch
 from accelerate import Accelerator
 
 from luthier import __version__, tracking
+from luthier.cache import key_of
 from luthier.data.prepare import Prepared
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.errors import LuthierError, RecipeError
+from luthier.evaluation import kept
+from luthier.evaluation.base import Exam, Results
 from luthier.forecast import NoForecast, disk_needed, in_time, in_words, miss, peak_memory, resolved
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import CLASSES, Located, load_config, load_model, load_tokenizer, locate, named_classes
 from luthier.model.view import ModelView
 from luthier.pipelines.base import Apply, Lab, Train, run_pipeline
 from luthier.recipe import Recipe
+from luthier.remembered import remember
 from luthier.report.card import card
 from luthier.report.page import write_report
 from luthier.rows import Data, prepare_rows
 from luthier.run_folder import RunFolder, recipe_hash
-from luthier.scorer import Scores, asked, evaluate, matched, mean_loss, row_scores
+from luthier.scorer import mean_loss, row_scores
 from luthier.tracking import Trackers
 from luthier.training.loop import Interrupted, Loop, Progress
 from luthier.tuners.base import with_head
@@ -63,15 +67,21 @@ class Ready:
     def held_out_loss(self) -> float:
         assert self.data.held is not None
         rows, task = self.data.held.rows, self.recipe.task
-        return mean_loss(row_scores(self.view, rows, 2 * self.recipe.tokens_per_forward, task))[0]
+        return mean_loss(row_scores(self.view, rows, 2 * self.recipe.tokens_per_forward, task))
 
-    def scores(self) -> tuple[Scores, list[str]]:
-        """Of the model as it stands, on the held-out rows; and its answers."""
-        assert self.data.held is not None and self.data.held_rows is not None
-        return evaluate(
-            self.view, self.data.held.rows, self.data.held_rows, self.renderer, self.recipe.evaluate,
-            tokens_per_forward=2 * self.recipe.tokens_per_forward, task=self.recipe.task, tick=self.tick,
+    def results(self, update: str = "none") -> Results:
+        """Of the model as it stands, which is the base with the update of this digest; taken from the cache where it
+        has been measured before."""
+        held, recipe = self.data.held, self.recipe
+        exam = Exam(
+            self.view, self.renderer, recipe.task, () if held is None else held.rows, self.data.held_rows or (),
+            2 * recipe.tokens_per_forward, tick=self.tick,
         )  # fmt: skip
+        head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
+        model = key_of(self.view.base.weights, self.view.base.tokenizer, recipe.quantize, head, update)
+        rows = "none" if held is None or self.data.held_rows is None else held.digest + self.data.held_rows.digest
+        evaluators = recipe.evaluators()
+        return kept.kept(kept.exam_key(exam, evaluators, model, rows), exam, evaluators)
 
 
 def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
@@ -218,7 +228,16 @@ def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
         recipe_hash=recipe_hash(recipe),
         luthier=__version__,
         recipe_folder=str(base.resolve()),
+        eval_file=_eval_file(recipe, base),
     )
+
+
+def _eval_file(recipe: Recipe, base: Path) -> str | None:
+    """Where the held-out rows are, if they are on this machine."""
+    source = recipe.data.eval
+    if source is None or source.startswith("builtin:"):
+        return source
+    return str((base / source).resolve()) if (base / source).is_file() else None
 
 
 def _foreseen(recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say) -> Recipe:
@@ -248,8 +267,8 @@ def _foreseen(recipe: Recipe, gathered: Gathered, accelerator: Accelerator, plac
 
 def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     census, data = ready.train.census, ready.data
-    for kept in data.kept:
-        say(f"curate  {kept.step} kept {kept.rows} of {kept.of} rows")
+    for step in data.kept:
+        say(f"curate  {step.step} kept {step.rows} of {step.of} rows")
     if data.skipped:
         say(f"skipped {len(data.skipped)} entries of rows that cannot be read; the first: {data.skipped[0]}")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
@@ -259,24 +278,19 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     )  # fmt: skip
 
 
-def _before(ready: Ready, place: RunFolder, say: Say) -> dict[str, Any]:
-    """Scores of the untouched model; read back where an earlier attempt has them."""
-    if ready.data.held is None:
-        return {}
-    file = place.path / "before.json"
-    if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
-    scores, answers = ready.scores()
-    result = {"scores": asdict(scores), "answers": answers}
-    place.write("before.json", json.dumps(result))
-    say(f"before  {shown(scores)}")
-    return result
+def _before(ready: Ready, place: RunFolder, say: Say) -> Results:
+    """Results of the untouched model."""
+    results = ready.results()
+    say(f"before  {shown(results)}")
+    return results
 
 
-def shown(scores: Scores) -> str:
-    """One line."""
-    text = f"loss {scores.loss:.4f}"
-    return text if scores.of is None else f"{text}, {scores.right} of {scores.of} right ({scores.seconds:.0f} s)"
+def shown(results: Results) -> str:
+    """One line: the first few measures."""
+    names = [n for n in results.measures if n not in ("bits_per_byte", "canary_loss", "answer_tokens")]
+    return (
+        ", ".join(f"{n.replace('_', ' ')} {results.measures[n].value:.4g}" for n in names[:5]) or "nothing is measured"
+    )
 
 
 @dataclass
@@ -363,32 +377,34 @@ def _listening(ready: Ready, place: RunFolder, on_step: Any, total: int | None) 
         trackers.close()
 
 
-def _finish(ready: Ready, place: RunFolder, before: dict[str, Any], trained: Trained, say: Say) -> None:
+def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, say: Say) -> None:
     """Score, save, read back, report; the first process alone."""
-    trained_peak, after = peak_memory(), {}
+    trained_peak = peak_memory()
     if not ready.accelerator.is_main_process:
         return
+    digest = trained.update.digest()
     with trained.live():
-        if ready.data.held is not None:
-            scores, answers = ready.scores()
-            say(f"after   {shown(scores)}")
-            after = {"scores": asdict(scores), "answers": answers}
+        after = ready.results(digest)
+        say(f"after   {shown(after)}")
         save_update(trained.update, place.path, ready.view)
         worst = verify_update(place.path, trained.detach, ready.view, ready.train.rows[0])
     say(f"saved   {place.path}, reloaded and compared: largest difference {worst:.1e}")
     progress, peak = trained.progress, max(trained_peak, peak_memory())
     place.note(
         state="done", steps=progress.step, tokens=progress.tokens, train_seconds=progress.seconds,
-        trained_weights=trained.weights, before=_scores(before), after=_scores(after), peak_memory_bytes=peak,
-        reload_difference=worst,
+        trained_weights=trained.weights, before=before.brief(), after=after.brief(), peak_memory_bytes=peak,
+        reload_difference=worst, update_digest=digest,
     )  # fmt: skip
     expected = place.state().get("forecast")
     if expected and not progress.resumed:
         off = miss(expected, peak, progress.seconds)
         place.note(forecast_miss=off)
         say(f"forecast off by {off['memory']:+.0%} in memory and {off['seconds']:+.0%} in time")
-    _write_samples(ready, place, before, after)
-    place.write("all_results.json", json.dumps({"before": _scores(before), "after": _scores(after)}))
+    place.write("before.json", json.dumps(before.as_dict(), ensure_ascii=False))
+    place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
+    place.write("samples.jsonl", _samples(before, after))
+    remember(place.path, None, {n: m.value for n, m in after.measures.items()})
+    place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
     _leave_model(ready, place, trained.update)
     write_report(place.path, ready.renderer, ready.train.rows[:3])
 
@@ -406,23 +422,17 @@ def _leave_model(ready: Ready, place: RunFolder, update: Update) -> None:
     place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
 
 
-def _scores(result: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in result.get("scores", {}).items() if k != "per_row"}
-
-
-def _write_samples(ready: Ready, place: RunFolder, before: dict[str, Any], after: dict[str, Any]) -> None:
-    answers, rows = after.get("answers", []), ready.data.held_rows
-    lines = []
-    for i, text in enumerate(answers):
-        assert rows is not None
-        row, how = rows[i], ready.recipe.evaluate.match
-        prompt, wanted = asked(row, ready.renderer, ready.recipe.task)
-        entry = {
-            "key": row.key, "prompt": prompt, "wanted": wanted, "before": before["answers"][i], "after": text,
-            "before_right": matched(before["answers"][i], wanted, how), "after_right": matched(text, wanted, how),
-        }  # fmt: skip
-        lines.append(json.dumps(entry, ensure_ascii=False))
-    place.write("samples.jsonl", "".join(line + "\n" for line in lines))
+def _samples(before: Results, after: Results) -> str:
+    """Answers of the untouched and the tuned model, side by side."""
+    first = {x.key: x for x in before.samples}
+    lines = [
+        {
+            "key": x.key, "prompt": x.prompt, "wanted": x.wanted, "before": first[x.key].answer, "after": x.answer,
+            "before_right": first[x.key].right, "after_right": x.right,
+        }
+        for x in after.samples
+    ]  # fmt: skip
+    return "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
 
 
 def environment() -> str:

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,6 +92,17 @@ def execute(program: str, limits: Limits = Limits()) -> Verdict:
     if reason is not None:
         raise LuthierError(f"generated code is not run: {reason}")
     return _run(program, limits)
+
+
+def execute_all(programs: Sequence[str], limits: Limits = Limits(), workers: int | None = None) -> list[Verdict]:
+    """Run many, several at a time (default: one a core). Raises LuthierError where no sandbox works."""
+    if not programs:
+        return []
+    reason = unavailable()
+    if reason is not None:
+        raise LuthierError(f"generated code is not run: {reason}")
+    with ThreadPoolExecutor(workers or os.cpu_count() or 1) as pool:
+        return list(pool.map(lambda p: _run(p, limits), programs))
 
 
 def _visible() -> list[str]:

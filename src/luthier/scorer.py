@@ -1,38 +1,19 @@
-"""Asking a model: mean loss over rows, and answers compared with the wanted ones."""
+"""Asking a frozen model for the loss of rows."""
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from luthier.data.batch import collate
 from luthier.data.reading import Tick, no_tick
-from luthier.data.rendering import Renderer
-from luthier.data.store import Row
-from luthier.generation import Completion, generate
 from luthier.model.view import ModelView
 from luthier.objectives.base import Forward, sequence_sum
-from luthier.recipe import EvaluateSettings
 from luthier.training.order import micro_batches
 
 WINDOW = 256  # rows sorted into forwards together
-
-
-@dataclass
-class Scores:
-    """Of a set of rows: mean loss in nats a token (or a row), and where answers were generated, the share right."""
-
-    loss: float
-    right: int | None = None
-    of: int | None = None
-    stopped: int | None = None
-    seconds: float = 0.0
-    per_row: list[float] = field(default_factory=list)
 
 
 class RowScore(NamedTuple):
@@ -63,13 +44,12 @@ def row_scores(
         view.module.train(training)
 
 
-def mean_loss(scored: Iterable[RowScore]) -> tuple[float, list[float]]:
-    """(mean loss over all supervised tokens, or rows; the mean of each row)."""
-    per_row, total, count = [], 0.0, 0.0
+def mean_loss(scored: Iterable[RowScore]) -> float:
+    """Over all supervised tokens, or rows."""
+    total, count = 0.0, 0.0
     for s in scored:
-        per_row.append(s.total / max(s.over, 1.0))
         total, count = total + s.total, count + s.over
-    return total / max(count, 1.0), per_row
+    return total / max(count, 1.0)
 
 
 def _forward_scores(fwd: Forward, task: str) -> list[RowScore]:
@@ -81,51 +61,3 @@ def _forward_scores(fwd: Forward, task: str) -> list[RowScore]:
     sums = sequence_sum(fwd.nll(), batch)
     counts = torch.bincount(batch.seq[batch.supervised], minlength=batch.num_sequences)
     return [RowScore(x, float(n), None) for x, n in zip(sums.tolist(), counts.tolist(), strict=True)]
-
-
-def answers(
-    view: ModelView, rows: Sequence[Row], renderer: Renderer, settings: EvaluateSettings, tick: Tick = no_tick
-) -> tuple[list[Completion], list[bool]]:
-    """Generated answers, and which of them count as right."""
-    prompts = [renderer.prompt_ids(r.values) for r in rows]
-    out = generate(view, prompts, renderer, settings.max_new_tokens, tick=tick)
-    wanted = [renderer.answer(r.values) for r in rows]
-    return out, [matched(a.text, w, settings.match) for a, w in zip(out, wanted, strict=True)]
-
-
-def evaluate(
-    view: ModelView, rows: Sequence[Any], sources: Sequence[Row], renderer: Renderer, settings: EvaluateSettings, *,
-    tokens_per_forward: int, task: str, tick: Tick = no_tick,
-) -> tuple[Scores, list[str]]:  # fmt: skip
-    """Loss on held-out rows, and answers: to the first `settings.generate` of them, or the class of each."""
-    started = time.perf_counter()
-    scored = list(row_scores(view, rows, tokens_per_forward, task, tick))
-    loss, per_row = mean_loss(scored)
-    scores, texts, wanted = Scores(loss, per_row=per_row), [], min(settings.generate, len(sources))
-    if task == "classification":
-        texts = [view.classes[s.best] for s in scored if s.best is not None]
-        scores.right = sum(s.best == r["row"]["label"] for s, r in zip(scored, rows, strict=True))
-        scores.of = len(scored)
-    elif wanted:
-        out, right = answers(view, sources[:wanted], renderer, settings, tick)
-        texts = [a.text for a in out]
-        scores.right, scores.of, scores.stopped = sum(right), wanted, sum(a.stopped for a in out)
-    scores.seconds = time.perf_counter() - started
-    return scores, texts
-
-
-def asked(row: Row, renderer: Renderer, task: str) -> tuple[str, str]:
-    """(what the model was asked, the answer that is right) as texts."""
-    if task == "classification":
-        return row.values["text"], str(row.values["label"])
-    return renderer.messages(row.values)[-2]["content"], renderer.answer(row.values)
-
-
-def matched(output: str, answer: str, how: str) -> bool:
-    """True for an answer that counts as right."""
-    if how == "text":
-        return output.strip() == answer.strip()
-    try:
-        return json.loads(output) == json.loads(answer)
-    except (ValueError, RecursionError):
-        return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from luthier.generation import generate
 from luthier.model.view import ModelView
 from luthier.objectives.base import Forward
 from luthier.recipe import Recipe, load_file
+from luthier.remembered import remember
 from luthier.run import Ready, make_ready, tokens_and_config
 from luthier.update import Update
 from luthier.update.files import load
@@ -111,8 +112,10 @@ def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = 
         if ready.data.held is None:
             raise LuthierError(f"{folder}: its recipe has no data.eval; name rows with --data")
         with run.update.bind(ready.view):
-            result, _ = ready.scores()
-    return {k: v for k, v in asdict(result).items() if k != "per_row"}
+            results = ready.results(run.update.digest())
+    values = {name: m.value for name, m in results.measures.items()}
+    remember(folder, data, values)
+    return values
 
 
 @contextmanager

@@ -24,20 +24,29 @@ CONSTANT = {"lr_scheduler_type": "constant", "warmup_fraction": 0.0}
 # A small instance of every method: fields away from their defaults where the tiny model needs it.
 EXAMPLES = {
     "adapter": {"rank": 4, "init_std": 0.05},
+    "bleu": {"rows": 2},
     "caft": {"allow_untrained_heads": True, "weight": 0.5},
+    "calibration": {},
+    "classification": {},
     "dept": {"budget_length": 12, "length": 4, "max_length": 16},
     "distill": {"warmup_share": 0.0},
+    "exact-match": {"match": "json"},
     "fedkseed": {"num_seeds": 8},
+    "forgetting": {"max_tokens": 32},
     "frozen": {},
+    "function-calls": {"arguments_key": None},
     "full": {},
     "green-trainer": {"flops_share": 0.7},
     "lemo": {"block_size": 2},
     "list": {"rounds": 1, "unlabelled_steps": 2, "labelled_epochs": 1, "rank": 2},
     "layerwise": {"decay": 0.9, "reinit_blocks": 1},
     "lora": {"rank": 4},
+    "loss": {},
+    "pass-at-k": {"samples": 2, "k": (1, 2)},
     "peft": {"type": "LORA", "options": {"use_dora": True, "r": 4}},
     "q-tuning": {"keep_rows": 0.5},
     "random": {"keep_fraction": 0.5},
+    "rouge": {"stem": True},
     "scdp": {"keep_fraction": 0.5},
     "sft": {},
     "spiel": {"density": 0.05, "reselect_every": 4, "window": 2},
@@ -88,17 +97,21 @@ def test_recipe_round_trip_and_wrong_fields_name_their_key(kind, name, cls):
         assert cls(**json.loads(method.model_dump_json())) == method
     with pytest.raises(ValueError, match="no_such_field"):
         cls(no_such_field=1)
-    if kind not in ("tuner", "objective", "compute", "pipeline"):
-        return
-    text = f"model: a/b\ndata: {{train: x.jsonl}}\n{kind}: {{{name}: {{no_such_field: 1}}}}\n"
-    with pytest.raises(RecipeError, match=rf"r\.yaml:3: {kind}\.{name}\.no_such_field: there is no such key"):
+    listed = kind in manifest.LISTS
+    text = f"model: a/b\ndata: {{train: x.jsonl}}\n{kind}: {'- ' * listed}{{{name}: {{no_such_field: 1}}}}\n".replace(
+        ": - ", ":\n- "
+    )
+    place = rf"{kind}\.0" if listed else kind
+    with pytest.raises(
+        RecipeError, match=rf"r\.yaml:{3 + listed}: {place}\.{name}\.no_such_field: there is no such key"
+    ):
         recipe.load(text, "r.yaml")
     settings = "".join(f"{k}: {v}\n" for k, v in CONSTANT.items()) if "closure" in cls.traits.needs else ""
-    pool = "task: classification\ndata: {train: x.jsonl, pool: y.jsonl}" if "pool" in cls.traits.needs else ""
-    loaded = recipe.load(
-        f"model: a/b\n{pool or 'data: {train: x.jsonl}'}\n{settings}{kind}: {json.dumps({name: EXAMPLES[name]})}\n"
-    )
-    assert getattr(loaded, kind) == method
+    task = "" if "causal-lm" in cls.traits.tasks and "pool" not in cls.traits.needs else "task: classification\n"
+    data = "data: {train: x.jsonl, eval: x.jsonl%s}" % (", pool: y.jsonl" * ("pool" in cls.traits.needs))
+    given = {name: EXAMPLES[name]}
+    loaded = recipe.load(f"model: a/b\n{task}{data}\n{settings}{kind}: {json.dumps([given] if listed else given)}\n")
+    assert getattr(loaded, kind) == ([method] if listed else method)
     assert recipe.load(json.dumps(loaded.as_dict())) == loaded
 
 

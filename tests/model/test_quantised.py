@@ -113,7 +113,7 @@ def test_a_run_in_4_bits_is_merged_into_the_whole_weights(model_folder, tmp_path
     done = luthier("run", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = json.loads((tmp_path / "out/run.json").read_text())
-    assert run["after"]["loss"] < run["before"]["loss"] and "no forecast" in done.stderr
+    assert run["after"]["loss"]["value"] < run["before"]["loss"]["value"] and "no forecast" in done.stderr
     samples = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     said = json.loads(
         luthier(

@@ -45,9 +45,11 @@ def starter(entry: dict[str, Any]) -> str:
         "model: builtin:smollm2-135m",
         "data: {train: builtin:requests, eval: builtin:requests}",
     ]
+    if "causal-lm" not in entry["traits"]["tasks"]:
+        lines[2:] = ["task: classification", "data: {train: train.jsonl, eval: test.jsonl}  # rows of text and label"]
     required = ", ".join(f"{n}: 0.5" for n, f in entry["fields"].items() if f["required"])
     method = f"{{{entry['name']}: {{{required}}}}}" if required else entry["name"]
-    lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] == "curate" else f"{entry['kind']}: {method}")
+    lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] in manifest.LISTS else f"{entry['kind']}: {method}")
     if "closure" in entry["traits"]["needs"]:
         lines += ["lr_scheduler_type: constant", "warmup_fraction: 0.0"]
     return "\n".join(lines)
@@ -75,5 +77,5 @@ def recipe_schema() -> dict[str, Any]:
         one = {"anyOf": options}
         about = schema["properties"][kind].get("description", "")
         several = {"anyOf": [*options, {"type": "array", "items": one}]}
-        schema["properties"][kind] = {**(several if kind == "curate" else one), "description": about}
+        schema["properties"][kind] = {**(several if kind in manifest.LISTS else one), "description": about}
     return schema

@@ -252,16 +252,19 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a tuned model on held-out rows."""
-    _quiet(debug)
-    from luthier.tuned import scores
+    from luthier.remembered import known
 
-    result = scores(folder, data, Path("."), allow_code)
+    result = known(folder, data)
+    if result is None:
+        _quiet(debug)
+        from luthier.tuned import scores
+
+        result = scores(folder, data, Path("."), allow_code)
     if as_json:
         print(json.dumps(result))
     else:
         for key, value in result.items():
-            if value is not None:
-                print(f"{key}: {value:.4f}" if isinstance(value, float) else f"{key}: {value}")
+            print(f"{key}: {value:.4f}")
 
 
 @app.command()

@@ -4,7 +4,7 @@ Unknown keys, wrong types and impossible combinations are refused before anythin
 key, value and remedy.
 """
 
-from luthier.recipe.settings import DataSettings, EvaluateSettings, Recipe
+from luthier.recipe.settings import DataSettings, Recipe
 from luthier.recipe.text import build, load, load_file, parse
 
-__all__ = ["DataSettings", "EvaluateSettings", "Recipe", "build", "load", "load_file", "parse"]
+__all__ = ["DataSettings", "Recipe", "build", "load", "load_file", "parse"]

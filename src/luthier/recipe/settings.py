@@ -11,6 +11,10 @@ from luthier.compute.base import Compute
 from luthier.curation.base import Curator
 from luthier.data.reading import on_hub
 from luthier.errors import RecipeError
+from luthier.evaluation.base import Evaluator
+from luthier.evaluation.classification import Classification
+from luthier.evaluation.forgetting import Forgetting
+from luthier.evaluation.loss import Loss
 from luthier.method import Facts, Method
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
@@ -53,19 +57,6 @@ class DataSettings(BaseModel):
     """Use only the first rows, for a try."""
 
 
-class EvaluateSettings(BaseModel):
-    """What is measured before and after, on data.eval."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    generate: int = Field(0, ge=0)
-    """Rows whose answers are generated and compared; 0 measures the loss only."""
-    max_new_tokens: int = Field(64, ge=1)
-    """Tokens generated at most."""
-    match: Literal["text", "json"] = "text"
-    """"text": equal after trimming; "json": equal as JSON values."""
-
-
 class Recipe(TrainSettings):
     """A run."""
 
@@ -91,8 +82,8 @@ class Recipe(TrainSettings):
     """Fewer tokens in the forward pass."""
     pipeline: SerializeAsAny[Pipeline] | None = None
     """Several stages, each with a tuner and an objective of its own, in place of one."""
-    evaluate: EvaluateSettings = EvaluateSettings()
-    """What is measured."""
+    evaluate: list[SerializeAsAny[Evaluator]] = Field(default_factory=list)
+    """What is measured before and after, beside what always is: the loss, and classes or forgetting."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of frozen weights; "auto" takes the file's."""
     quantize: Literal["nf4"] | None = None
@@ -109,6 +100,15 @@ class Recipe(TrainSettings):
         parts: dict[str, Method] = {"tuner": self.tuner, "objective": self.objective}
         return parts if self.compute is None else {**parts, "compute": self.compute}
 
+    def evaluators(self) -> list[Evaluator]:
+        """Those that always measure, and those that are asked for."""
+        always = (Loss(), Classification() if self.task == "classification" else Forgetting())
+        return [*(a for a in always if not any(type(e) is type(a) for e in self.evaluate)), *self.evaluate]
+
+    def listed(self) -> dict[str, Method]:
+        """The methods of keys that hold lists, by key and place."""
+        return {f"{key}.{i}": m for key in manifest.LISTS for i, m in enumerate(getattr(self, key))}
+
     def facts(self, **more: Any) -> Facts:
         """What methods may know before weights are loaded."""
         others = tuple(self.methods().values())
@@ -121,7 +121,7 @@ class Recipe(TrainSettings):
         """Raises RecipeError for the first combination that cannot work."""
         facts = facts or self.facts()
         owners: dict[str, str] = {}
-        for key, method in self.methods().items():
+        for key, method in {**self.methods(), **self.listed()}.items():
             for problem in method.check(facts):
                 raise RecipeError(f"{key}.{method.key()}.{problem.key}", problem.what, problem.remedy)
             for claim in method.traits.claims:
@@ -135,7 +135,8 @@ class Recipe(TrainSettings):
 
     def check_unread(self) -> None:
         """Raises RecipeError for a key that was set and that nothing in this run would read."""
-        data, asked = set_in(self.data), set_in(self.evaluate) - {"generate"}
+        data = set_in(self.data)
+        self._check_measures()
         if self.pipeline is not None:
             stages = {"tuner", "objective", "compute", *TrainSettings.model_fields} - {"seed", "tokens_per_forward"}
             for key in sorted(set_in(self) & stages):
@@ -151,15 +152,8 @@ class Recipe(TrainSettings):
             ("eval_steps", self.eval_steps and not held, *rows),
             ("early_stopping_patience", self.early_stopping_patience and not self.eval_steps, *during),
             ("load_best", not self.load_best and not self.eval_steps, *during),
-            ("evaluate.generate", self.evaluate.generate and not held, *rows),
-            (
-                "evaluate",
-                asked and not self.evaluate.generate,
-                "is read where answers are generated",
-                "set its generate",
-            ),
+            ("evaluate", not held and not all(e.own_rows for e in self.evaluate), *rows),
             ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
-            ("evaluate", labels and (self.evaluate.generate or asked), "is for generated answers", "remove it"),
             ("data.pool", self.data.pool and not labels, "is for task: classification", "remove it"),
             ("data.train_split", "train_split" in data and not hub[0], "is for Hub data sets", "remove it"),
             ("data.eval_split", "eval_split" in data and not hub[1], "is for Hub data sets", "remove it"),
@@ -168,6 +162,17 @@ class Recipe(TrainSettings):
         for key, wrong, what, remedy in rules:
             if wrong:
                 raise RecipeError(str(key), str(what), str(remedy))
+
+    def _check_measures(self) -> None:
+        """Raises RecipeError where two evaluators would give measures of one name."""
+        owner: dict[str, str] = {}
+        for i, evaluator in enumerate(self.evaluate):
+            for name in evaluator.names():
+                if name in owner:
+                    raise RecipeError(
+                        f"evaluate.{i}", f"{evaluator.key()} measures {name}, as {owner[name]} does", "keep one"
+                    )
+                owner[name] = evaluator.key()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, methods as {name: {fields}}; what `recipe.yaml` of a run holds."""

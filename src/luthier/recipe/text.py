@@ -20,6 +20,7 @@ from luthier import manifest
 from luthier.compute.base import Compute
 from luthier.curation.base import Curator
 from luthier.errors import RecipeError
+from luthier.evaluation.base import Evaluator
 from luthier.method import Method
 from luthier.objectives.base import Objective
 from luthier.pipelines.base import Pipeline
@@ -29,6 +30,7 @@ from luthier.tuners.base import Tuner
 MAX_BYTES = 1_000_000
 BASES: dict[str, type[Method]] = {
     "tuner": Tuner, "objective": Objective, "compute": Compute, "pipeline": Pipeline, "curate": Curator,
+    "evaluate": Evaluator,
 }  # fmt: skip
 SECRETS = ("*token", "*api_key*", "*password*", "*secret*")
 NOT_SECRET = frozenset({"keep_tokens", "max_new_tokens"})
@@ -167,10 +169,10 @@ def build(values: Mapping[str, Any], lines: _Lines, code: Path | None = None) ->
     out = dict(values)
     _no_secrets(out, (), lines)
     _build_methods(out, (), ("tuner", "objective", "compute", "pipeline"), lines, code)
-    steps = out.get("curate")
-    if steps is not None:
-        steps = steps if isinstance(steps, list) else [steps]
-        out["curate"] = [_method("curate", step, lines, ("curate", str(i)), code) for i, step in enumerate(steps)]
+    for kind in manifest.LISTS:
+        if (listed := out.get(kind)) is not None:
+            listed = listed if isinstance(listed, list) else [listed]
+            out[kind] = [_method(kind, item, lines, (kind, str(i)), code) for i, item in enumerate(listed)]
     recipe: Recipe = _validated(Recipe, out, (), lines, list(Recipe.model_fields))
     if recipe.trust_remote_code and code is None:
         raise RecipeError(

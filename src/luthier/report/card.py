@@ -8,13 +8,6 @@ from typing import Any
 
 from luthier.recipe import Recipe
 
-MEASURES = {
-    "loss": "held-out loss, nats",
-    "right": "answers right",
-    "of": "answers asked for",
-    "stopped": "ended by themselves",
-}
-
 
 def card(folder: Path, state: Mapping[str, Any], recipe: Recipe, base_name: str, relation: str) -> str:
     """Front matter, how it came about, scores before and after, cost, and the recipe in a fold.
@@ -22,7 +15,10 @@ def card(folder: Path, state: Mapping[str, Any], recipe: Recipe, base_name: str,
     relation  the Hub's word: "adapter", "finetune" or "merge"
     """
     before, after = state.get("before") or {}, state.get("after") or {}
-    rows = [f"| {name} | {before.get(k)} | {after[k]} |" for k, name in MEASURES.items() if after.get(k) is not None]
+    rows = [
+        f"| {n.replace('_', ' ')}, {m['unit']} | {before[n]['value']:.4g} | {m['value']:.4g} |"
+        for n, m in after.items()
+    ]
     census, peft = state["census"], (folder / "adapter_config.json").exists() and relation == "adapter"
     library = "peft" if peft else "transformers"
     lines = [

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader
 from luthier.data.batch import IGNORE
 from luthier.data.rendering import Renderer
 from luthier.report.curve import Series, line_chart
+from luthier.statistics import wilson
 from luthier.training.checkpoint import write_text
 
 SAMPLES = 12
@@ -112,38 +113,36 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _scores(run: Mapping[str, Any]) -> list[dict[str, str]]:
     before, after = run.get("before") or {}, run.get("after") or {}
-    out: list[dict[str, str]] = []
-    if not after:
-        return out
-    out.append({"name": "Held-out loss, nats", "before": f"{before['loss']:.4f}", "after": f"{after['loss']:.4f}"})
-    if after.get("of"):
-        shown = lambda s: f"{s['right']} of {s['of']}{_interval(s['right'], s['of'])}"  # noqa: E731
-        out.append({"name": "Answers right", "before": shown(before), "after": shown(after)})
-    if after.get("stopped") is not None:
-        stopped = lambda s: f"{s['stopped']} of {s['of']}"  # noqa: E731
-        out.append({"name": "Answers that ended by themselves", "before": stopped(before), "after": stopped(after)})
-    return out
+    return [
+        {
+            "name": name.replace("_", " "), "unit": m["unit"], "rows": f"{m['rows']:,}", "before": _value(before[name]),
+            "after": _value(m), "better": "higher" if m["higher"] else "lower",
+        }
+        for name, m in after.items()
+    ]  # fmt: skip
 
 
-def _interval(right: int, of: int) -> str:
-    """95% interval of a share (Wilson)."""
-    z, p = 1.96, right / of
-    middle, half = (p + z * z / (2 * of)), z * (p * (1 - p) / of + z * z / (4 * of * of)) ** 0.5
-    low, high = ((middle + s * half) / (1 + z * z / of) for s in (-1, 1))
-    return f" ({max(0.0, low):.0%} to {min(1.0, high):.0%})"
+def _value(measure: Mapping[str, Any]) -> str:
+    """A share with its interval, another value alone."""
+    value, rows = measure["value"], measure["rows"]
+    if not measure["unit"].startswith("share of") or not rows:
+        return f"{value:.4g}"
+    low, high = wilson(value * rows, rows)
+    return f"{value:.1%} ({low:.0%} to {high:.0%})"
 
 
 def _chosen(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Misses first, at most half; then what was learnt."""
-    misses = [s for s in samples if not s["after_right"]][: SAMPLES // 2]
-    return misses + [s for s in samples if s["after_right"]][: SAMPLES - len(misses)]
+    misses = [s for s in samples if s["after_right"] is False][: SAMPLES // 2]
+    return misses + [s for s in samples if s["after_right"] is not False][: SAMPLES - len(misses)]
 
 
 def _counts(samples: list[dict[str, Any]]) -> dict[str, int]:
     return {
         "shown": min(SAMPLES, len(samples)),
         "of": len(samples),
-        "wrong": sum(not s["after_right"] for s in samples),
+        "wrong": sum(s["after_right"] is False for s in samples),
+        "judged": sum(s["after_right"] is not None for s in samples),
     }
 
 

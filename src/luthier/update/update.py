@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.model.fingerprint import Fingerprint
+from luthier.model.fingerprint import Fingerprint, tensor_hash
 from luthier.update.parts import (
     VECTOR_PARTS,
     Chart,
@@ -44,6 +46,13 @@ class Update:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(sorted(self.parts, key=lambda p: _ORDER[type(p)])))
+
+    def digest(self) -> str:
+        """Equal for updates that are equal to the bit."""
+        parts = [
+            (p.kind, json.dumps(p.header(), sort_keys=True, default=str), tensor_hash(p.tensors())) for p in self.parts
+        ]
+        return hashlib.sha256(json.dumps([self.base.model_dump(), parts]).encode()).hexdigest()
 
     @property
     def linear(self) -> bool:

@@ -1,0 +1,16 @@
+"""How good, at what, and what was forgotten."""
+
+from luthier._lazy import lazy
+
+EXPORTS = {
+    "Bleu": "bleu",
+    "Calibration": "calibration",
+    "Classification": "classification",
+    "ExactMatch": "exact_match",
+    "Forgetting": "forgetting",
+    "FunctionCalls": "function_calls",
+    "Loss": "loss",
+    "PassAtK": "pass_at_k",
+    "Rouge": "rouge",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

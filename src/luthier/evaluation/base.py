@@ -1,0 +1,225 @@
+"""The evaluation seam: a model is asked about rows it was never trained on; every row's value is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import Field
+from transformers import PreTrainedModel
+
+from luthier.data.prepare import prepare
+from luthier.data.reading import Tick, no_tick
+from luthier.data.rendering import Renderer
+from luthier.data.store import Row
+from luthier.evaluation.measures import Measure, mean
+from luthier.generation import Completion, generate
+from luthier.method import Method
+from luthier.model.view import ModelView, probe_layout
+from luthier.rng import Streams
+from luthier.scorer import RowScore, row_scores
+
+
+class Question(NamedTuple):
+    """A prompt that is asked once, with every answer that counts as right; row is the first that asks it."""
+
+    key: str
+    row: Row
+    prompt: str
+    references: tuple[str, ...]
+
+
+class Sample(NamedTuple):
+    """An answer to show: right is None where no measure judges it."""
+
+    key: str
+    prompt: str
+    wanted: str
+    answer: str
+    right: bool | None = None
+
+
+@dataclass
+class Exam:
+    """A model and the rows it is asked about; what several evaluators need is asked once.
+
+    rows     rendered rows; sources: the same as they came; both empty where there are none
+    """
+
+    view: ModelView
+    renderer: Renderer
+    task: str
+    rows: Sequence[Any] = ()
+    sources: Sequence[Row] = ()
+    tokens_per_forward: int = 2048
+    seed: int = 0
+    tick: Tick = no_tick
+    _answers: dict[tuple[str, int], Completion] = field(default_factory=dict)
+    asked: dict[str, tuple[Question, Completion]] = field(default_factory=dict)
+
+    @property
+    def streams(self) -> Streams:
+        return Streams(self.seed)
+
+    @cached_property
+    def scored(self) -> list[RowScore]:
+        """Loss of every row, in order."""
+        return list(row_scores(self.view, self.rows, self.tokens_per_forward, self.task, self.tick))
+
+    @cached_property
+    def row_keys(self) -> tuple[str, ...]:
+        return tuple(unique([number_of(r["key"]) for r in self.rows]))
+
+    def losses(self, rows: Sequence[Any]) -> list[RowScore]:
+        """Of an evaluator's own rows."""
+        return list(row_scores(self.view, rows, self.tokens_per_forward, self.task, self.tick))
+
+    def questions(self, count: int) -> list[Question]:
+        """The first `count` prompts; rows that ask the same are one question with several right answers."""
+        found: dict[str, Question] = {}
+        for row in self.sources:
+            prompt, answer = asked(row, self.renderer, self.task)
+            known = found.get(prompt)
+            if known is None and len(found) == count:
+                break
+            references = (answer,) if known is None else (*known.references, answer)
+            known = known or Question(number_of(row.key), row, prompt, ())
+            found[prompt] = known._replace(references=references)
+        return list(found.values())
+
+    def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[Completion]:
+        """Greedy answers; a question is never answered twice for the same length."""
+        missing = [q for q in questions if (q.key, max_new_tokens) not in self._answers]
+        if missing:
+            prompts = [self.renderer.prompt_ids(q.row.values) for q in missing]
+            for q, done in zip(missing, self.generated(prompts, max_new_tokens), strict=True):
+                self._answers[q.key, max_new_tokens] = done
+                self.asked.setdefault(q.key, (q, done))
+        return [self._answers[q.key, max_new_tokens] for q in questions]
+
+    def generated(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Completion]:
+        """Greedy completions of an evaluator's own prompts."""
+        return generate(self.view, prompts, self.renderer, max_new_tokens, tick=self.tick)
+
+
+class Evaluator(Method):
+    """Asks a model and says how well it did, in measures with a value a row."""
+
+    own_rows: ClassVar[bool] = False  # True: asks rows of its own, not those of data.eval
+
+    def names(self) -> tuple[str, ...]:
+        """Of the measures it can give."""
+        raise NotImplementedError
+
+    def content(self) -> str:
+        """Changes with everything that its measures depend on beside the model and the rows."""
+        return self.model_dump_json()
+
+    def evaluate(self, exam: Exam) -> list[Measure]:
+        """Measures of the model as it stands."""
+        raise NotImplementedError
+
+    def score(self, model: PreTrainedModel, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """Values by measure, of a transformers model over plain dictionaries; for use without a recipe.
+
+        rows  with prompt and completion, or messages, or text; for a classifier text and label, one of its own names
+        """
+        view, renderer = ModelView(model, tokenizer), Renderer(tokenizer)
+        view.layout, _ = probe_layout(view)
+        sources = [Row(f"rows:{i}", values) for i, values in enumerate(rows, start=1)]
+        labels: dict[str | int, int] | None
+        labels = {name: i for i, name in enumerate(view.classes)} if view.anatomy.head is None else None
+        room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+        rendered = prepare(sources, renderer, max_length=room, labels=labels).rows if sources else ()
+        exam = Exam(view, renderer, "causal-lm" if labels is None else "classification", rendered, sources)
+        return {m.name: m.value for m in self.evaluate(exam)}
+
+
+class Answering(Evaluator):
+    """An evaluator of generated answers."""
+
+    rows: int = Field(100, ge=1)
+    """Distinct prompts of data.eval that are asked, from the first on."""
+    max_new_tokens: int = Field(64, ge=1)
+    """Tokens of an answer at most."""
+
+    def replies(self, exam: Exam) -> tuple[list[Question], list[str]]:
+        """(questions, what the model answered)."""
+        questions = exam.questions(self.rows)
+        return questions, [a.text for a in exam.answers(questions, self.max_new_tokens)]
+
+
+class Results(NamedTuple):
+    """Measures by name, and answers to show."""
+
+    measures: dict[str, Measure]
+    samples: list[Sample]
+
+    def brief(self) -> dict[str, Any]:
+        """Values without rows."""
+        return {name: m.brief() for name, m in self.measures.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, with rows."""
+        return {
+            "measures": [m.as_dict() for m in self.measures.values()],
+            "samples": [s._asdict() for s in self.samples],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Results:
+        """What `as_dict` gave."""
+        measures = [Measure.from_dict(m) for m in values["measures"]]
+        return cls({m.name: m for m in measures}, [Sample(**s) for s in values["samples"]])
+
+
+def examine(exam: Exam, evaluators: Sequence[Evaluator]) -> Results:
+    """Every evaluator's measures of the model as it stands."""
+    found = {measure.name: measure for evaluator in evaluators for measure in evaluator.evaluate(exam)}
+    if exam.asked:
+        keys, done = tuple(exam.asked), [c for _, c in exam.asked.values()]
+        found["stopped"] = mean("stopped", [c.stopped for c in done], keys, unit="answers that ended by themselves")
+        found["answer_tokens"] = mean("answer_tokens", [c.tokens for c in done], keys, unit="tokens")
+    return Results(found, _samples(exam, found))
+
+
+def _samples(exam: Exam, found: dict[str, Measure]) -> list[Sample]:
+    judged = next((m for m in found.values() if m.judges), None)
+    right = {} if judged is None else dict(zip(judged.keys, judged.stats[:, 0] > 0.5, strict=True))
+    if exam.task == "classification":
+        texts = {number_of(r.key): asked(r, exam.renderer, exam.task) for r in exam.sources}
+        chosen = [exam.view.classes[s.best] for s in exam.scored if s.best is not None]
+        return [
+            Sample(key, *texts[number_of(row["key"])], answer, bool(right[key]) if key in right else None)
+            for key, row, answer in zip(exam.row_keys, exam.rows, chosen, strict=True)
+        ]
+    return [
+        Sample(k, q.prompt, q.references[0], c.text, bool(right[k]) if k in right else None)
+        for k, (q, c) in exam.asked.items()
+    ]
+
+
+def asked(row: Row, renderer: Renderer, task: str) -> tuple[str, str]:
+    """(what the model was asked, the answer that is right) as texts."""
+    if task == "classification":
+        return row.values["text"], str(row.values["label"])
+    if "text" in row.values and "messages" not in row.values:
+        return "", row.values["text"]
+    return renderer.messages(row.values)[-2]["content"], renderer.answer(row.values)
+
+
+def number_of(key: str) -> str:
+    """A row's number within its file: results of equal rows are equal wherever the file lies."""
+    return key.rpartition(":")[2]
+
+
+def unique(keys: Sequence[str]) -> list[str]:
+    """The keys, with a number behind those that come again."""
+    seen: dict[str, int] = {}
+    out = []
+    for key in keys:
+        seen[key] = seen.get(key, 0) + 1
+        out.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
+    return out

@@ -1,0 +1,38 @@
+"""Exact match: the share of generated answers that are right."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from luthier.evaluation.base import Answering, Exam
+from luthier.evaluation.measures import Measure, mean
+from luthier.evaluation.text import matches
+from luthier.method import Source, Traits
+
+NAMES = {"text": "exact_match"}  # of the measure; others: FORM_match
+
+
+class ExactMatch(Answering):
+    """The share of generated answers equal to a wanted one, in one of six senses.
+
+    Rows that ask the same are one question; any of their answers counts.
+    Cost: one generated answer a question.
+    """
+
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    source: ClassVar[Source] = Source(
+        "SQuAD: 100,000+ Questions for Machine Comprehension of Text", 2016, "arXiv:1606.05250"
+    )
+
+    match: Literal["text", "caseless", "normalised", "contains", "number", "json"] = "text"
+    """"text": equal after trimming; "caseless": in lower case too; "normalised": without punctuation and articles, number
+    words as digits; "contains": holds the wanted words; "number": the last numbers are equal; "json": equal values."""
+
+    def names(self) -> tuple[str, ...]:
+        return (NAMES.get(self.match, f"{self.match}_match"),)
+
+    def evaluate(self, exam: Exam) -> list[Measure]:
+        questions, replies = self.replies(exam)
+        right = [any(matches(a, w, self.match) for w in q.references) for q, a in zip(questions, replies, strict=True)]
+        keys = tuple(q.key for q in questions)
+        return [mean(self.names()[0], right, keys, unit="share of answers", judges=True)]

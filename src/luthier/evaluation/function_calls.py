@@ -1,0 +1,162 @@
+"""Function calls: is it the right function, with the right arguments, in the right order?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
+
+from pydantic import Field
+
+from luthier.evaluation.base import Answering, Exam
+from luthier.evaluation.measures import Measure, mean
+from luthier.method import Source, Traits
+
+LEFT_OUT = ""  # among the accepted values of an argument: it may be left out
+
+
+class Call(NamedTuple):
+    """A function's name, and what it accepts for each argument."""
+
+    name: str
+    arguments: Mapping[str, Any]
+
+
+class Judged(NamedTuple):
+    """Of one answer: shares of the wanted calls whose name is there, whose arguments are right too, and the order."""
+
+    name: float
+    arguments: float
+    order: float
+    right: bool
+
+
+def calls_of(text: str, name_key: str, arguments_key: str | None) -> list[Call] | None:
+    """The calls a text holds: a JSON object, or a list of them. None where it is neither.
+
+    arguments_key  None: an object's other keys are its arguments
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    items = value if isinstance(value, list) else [value]
+    out = []
+    for item in items:
+        if not isinstance(item, dict) or not isinstance(item.get(name_key), str):
+            return None
+        rest = {k: v for k, v in item.items() if k != name_key}
+        arguments = rest if arguments_key is None else item.get(arguments_key, {})
+        if isinstance(arguments, str):  # as some interfaces write them
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                return None
+        if not isinstance(arguments, dict):
+            return None
+        out.append(Call(item[name_key], arguments))
+    return out
+
+
+def agrees(said: Mapping[str, Any], wanted: Mapping[str, Any], listed: bool) -> bool:
+    """True where every argument has an accepted value and none is made up.
+
+    listed  `wanted` holds for each argument the list of values that count; "" in it: the argument may be left out
+    """
+    accepted = {k: v if listed else [v] for k, v in wanted.items()}
+    if not set(said) <= set(accepted):
+        return False
+    missing = [k for k in accepted if k not in said]
+    return all(LEFT_OUT in accepted[k] for k in missing) and all(
+        any(_equal(said[k], v) for v in accepted[k]) for k in said
+    )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """JSON equality; whole numbers equal decimals, True is no 1; texts are compared trimmed."""
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, str) and isinstance(b, str):
+        return a.strip() == b.strip()
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    return bool(a == b)
+
+
+def judge(said: Sequence[Call] | None, wanted: Sequence[Call], listed: bool = False, ordered: bool = True) -> Judged:
+    """Each wanted call takes the first unused call that agrees with it, or else the first of its name."""
+    if said is None:
+        return Judged(0.0, 0.0, 0.0, False)
+    free, places = list(range(len(said))), []
+    for w in wanted:  # those that agree first: another call of the same name must not take their place
+        same = [i for i in free if said[i].name == w.name and agrees(said[i].arguments, w.arguments, listed)]
+        places.append(same[0] if same else None)
+        if same:
+            free.remove(same[0])
+    whole = [p is not None for p in places]
+    named = list(whole)
+    for j, w in enumerate(wanted):
+        if not whole[j] and (same := [i for i in free if said[i].name == w.name]):
+            named[j], places[j] = True, same[0]
+            free.remove(same[0])
+    taken = [p for p in places if p is not None]
+    steps = [a < b for a, b in pairwise(taken)]
+    order = sum(steps) / len(steps) if steps else float(bool(taken) or not wanted)
+    complete = all(whole) and len(said) == len(wanted) and (order == 1.0 or not ordered)
+    n = max(len(wanted), 1)
+    return Judged(sum(named) / n if wanted else 1.0, sum(whole) / n if wanted else 1.0, order, complete)
+
+
+class FunctionCalls(Answering):
+    """Generated calls against wanted ones: the name, the arguments, the order, and all of it together.
+
+    A wanted call is the answer itself (JSON, one call or a list), or the row's column `accepted_column`: a list of
+    {name: {argument: [values that count]}} as the Berkeley leaderboard has it, where "" among the values means that the
+    argument may be left out. An answer that is not JSON is wrong in everything; made-up arguments and calls are wrong.
+    Cost: one generated answer a question.
+    """
+
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    source: ClassVar[Source] = Source(
+        "The Berkeley Function Calling Leaderboard", 2025, "https://proceedings.mlr.press/v267/patil25a.html"
+    )
+
+    name_key: str = "name"
+    """Key of a call that holds the function's name."""
+    arguments_key: str | None = "arguments"
+    """Key of a call that holds its arguments; null: its other keys are the arguments."""
+    accepted_column: str | None = None
+    """Column of the rows that lists accepted values, in place of the answer."""
+    ordered: bool = Field(True)
+    """Several calls must come in the wanted order."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("call_right", "call_name", "call_arguments", "call_order")
+
+    def evaluate(self, exam: Exam) -> list[Measure]:
+        questions, replies = self.replies(exam)
+        judged = []
+        for q, reply in zip(questions, replies, strict=True):
+            said = calls_of(reply, self.name_key, self.arguments_key)
+            options = [judge(said, w, self.accepted_column is not None, self.ordered) for w in self._wanted(q)]
+            judged.append(max(options, key=lambda j: (j.right, j.arguments, j.name)))
+        keys = tuple(q.key for q in questions)
+        shares = [("call_name", [j.name for j in judged]), ("call_arguments", [j.arguments for j in judged])]
+        out = [mean("call_right", [j.right for j in judged], keys, unit="share of answers", judges=True)]
+        out += [mean(name, values, keys, unit="share of calls") for name, values in shares]
+        return [*out, mean("call_order", [j.order for j in judged], keys, unit="share of steps")]
+
+    def _wanted(self, question: Any) -> list[list[Call]]:
+        """Every list of calls that counts. Raises ValueError, naming the row, where the wanted answer is no call."""
+        if self.accepted_column is not None:
+            listed = question.row.values.get(self.accepted_column)
+            if isinstance(listed, list) and all(isinstance(x, dict) and len(x) == 1 for x in listed):
+                return [[Call(*next(iter(x.items()))) for x in listed]]
+            raise ValueError(f"{question.key}: {self.accepted_column} is no list of {{name: {{argument: [values]}}}}")
+        found = [calls_of(r, self.name_key, self.arguments_key) for r in question.references]
+        if any(f is None for f in found):
+            raise ValueError(f"{question.key}: the wanted answer {question.references[0][:60]!r} is no call in JSON")
+        return [f for f in found if f is not None]

@@ -1,0 +1,47 @@
+"""Loss: nats a token, and bits a byte, which compare across tokenizers."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+
+from luthier.data.batch import IGNORE
+from luthier.evaluation.base import Evaluator, Exam
+from luthier.evaluation.measures import Measure, ratio
+from luthier.method import Source
+
+
+class Loss(Evaluator):
+    """Mean loss on every held-out row: nats a supervised token, bits a byte of supervised text; for classes nats a row.
+
+    Measured always, asked for or not. Bits a byte count the end token's loss and no byte for it.
+    Cost: one forward pass over the rows.
+    """
+
+    source: ClassVar[Source] = Source(
+        "A Mathematical Theory of Communication", 1948, "https://doi.org/10.1002/j.1538-7305.1948.tb01338.x"
+    )
+
+    def names(self) -> tuple[str, ...]:
+        return ("loss", "bits_per_byte")
+
+    def evaluate(self, exam: Exam) -> list[Measure]:
+        if not exam.rows:
+            return []
+        keys = exam.row_keys
+        nats, over = np.array([s.total for s in exam.scored]), np.array([s.over for s in exam.scored])
+        unit = "nats a row" if exam.task == "classification" else "nats a token"
+        out = [ratio("loss", nats, over, keys, higher=False, unit=unit)]
+        if exam.task == "causal-lm":
+            size = np.array([_bytes(exam, r) for r in exam.rows], dtype=np.float64)
+            if size.sum():
+                out.append(ratio("bits_per_byte", nats / math.log(2), size, keys, higher=False, unit="bits a byte"))
+        return out
+
+
+def _bytes(exam: Exam, row: dict) -> int:
+    """UTF-8 bytes of a row's supervised text."""
+    ids = [y for y in row["labels"] if y != IGNORE]
+    return len(exam.renderer.tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8"))

@@ -1,0 +1,163 @@
+"""What was measured, row by row: so that two models can be compared on the very same rows, whatever the measure.
+
+Every measure here is a function of what rows add up to: a mean, a ratio of sums, BLEU's counts, a table of confusion. So
+leaving one row out is a subtraction, and the jackknife's pseudo-values give each row's own part in the whole. For a mean
+they are the values themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+BINS = 10  # of calibration
+
+
+class Aggregate(NamedTuple):
+    """How rows become one number.
+
+    features  [N, k] what is stored of each row -> [N, K] what rows add up
+    of        [..., K] sums -> [...] values
+    """
+
+    features: Callable[[np.ndarray], np.ndarray]
+    of: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One quantity over rows.
+
+    stats      [N, k] float64, what each row adds; k and meaning by `aggregate`
+    keys       N row keys, unique
+    aggregate  a name in AGGREGATES
+    higher     True where more is better
+    judges     True where a row's single number says right (1) or wrong (0)
+    """
+
+    name: str
+    stats: np.ndarray
+    keys: tuple[str, ...]
+    aggregate: str = "mean"
+    higher: bool = True
+    unit: str = ""
+    judges: bool = False
+
+    @property
+    def value(self) -> float:
+        """Over all rows; NaN for none."""
+        rule = AGGREGATES[self.aggregate]()
+        return float(rule.of(rule.features(self.stats).sum(0))) if len(self.stats) else float("nan")
+
+    def pseudo_values(self) -> np.ndarray:
+        """[N] each row's part: N f(all) - (N - 1) f(all but it); their mean is the value, less the jackknife's bias."""
+        rule, n = AGGREGATES[self.aggregate](), len(self.stats)
+        features = rule.features(self.stats)
+        total = features.sum(0)
+        if n < 2:
+            return np.array([self.value] * n)
+        return n * rule.of(total) - (n - 1) * rule.of(total - features)
+
+    def brief(self) -> dict[str, Any]:
+        """Without rows, for run.json."""
+        return {"value": self.value, "rows": len(self.keys), "higher": self.higher, "unit": self.unit}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "name": self.name, "stats": self.stats.tolist(), "keys": list(self.keys), "aggregate": self.aggregate,
+            "higher": self.higher, "unit": self.unit, "judges": self.judges,
+        }  # fmt: skip
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Measure:
+        """What `as_dict` gave."""
+        stats = np.array(values["stats"], dtype=np.float64).reshape(len(values["keys"]), -1)
+        return cls(**{**values, "stats": stats, "keys": tuple(values["keys"])})
+
+
+def mean(name: str, values: Any, keys: tuple[str, ...], **more: Any) -> Measure:
+    """A mean of one number a row."""
+    return Measure(name, np.asarray(values, dtype=np.float64).reshape(-1, 1), keys, **more)
+
+
+def ratio(name: str, above: Any, below: Any, keys: tuple[str, ...], **more: Any) -> Measure:
+    """A sum over rows divided by another: nats by tokens."""
+    return Measure(name, np.stack([above, below], 1).astype(np.float64), keys, aggregate="ratio", **more)
+
+
+# --- how rows become one number ---
+
+
+def _divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    return np.divide(above, below, out=np.zeros_like(above, dtype=np.float64), where=below != 0)
+
+
+def _mean() -> Aggregate:
+    ones = lambda stats: np.concatenate([stats, np.ones((len(stats), 1))], 1)  # noqa: E731
+    return Aggregate(ones, lambda s: _divided(s[..., 0], s[..., 1]))
+
+
+def _ratio() -> Aggregate:
+    return Aggregate(lambda stats: stats, lambda s: _divided(s[..., 0], s[..., 1]))
+
+
+def _macro_f1() -> Aggregate:
+    """stats [N, 2]: the right class, the chosen one. F1 of each class that occurs on either side, averaged."""
+
+    def features(stats: np.ndarray) -> np.ndarray:  # [N, 2] -> [N, 3 C]: hits, right class, chosen class
+        right, chosen = stats.astype(np.int64).T
+        eye = np.eye(int(stats.max(initial=0)) + 1)
+        hit = eye[right] * (right == chosen)[:, None]
+        return np.concatenate([hit, eye[right], eye[chosen]], 1)
+
+    def of(sums: np.ndarray) -> np.ndarray:
+        hit, right, chosen = np.split(sums, 3, axis=-1)
+        f1 = _divided(2 * hit, right + chosen)
+        return _divided(f1.sum(-1), ((right + chosen) > 0).sum(-1).astype(np.float64))
+
+    return Aggregate(features, of)
+
+
+def _calibration() -> Aggregate:
+    """stats [N, 3 BINS]: in each bin of confidence how many, the confidences' sum, how many were right."""
+
+    def of(sums: np.ndarray) -> np.ndarray:
+        count, confidence, right = np.split(sums, 3, axis=-1)
+        return _divided(np.abs(confidence - right).sum(-1), count.sum(-1))
+
+    return Aggregate(lambda stats: stats, of)
+
+
+@cache
+def _sacrebleu(name: str) -> Any:
+    """The metric whose own counts are stored; its corpus score is a function of their sum."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    return BLEU() if name == "bleu" else CHRF()
+
+
+def corpus_statistics(name: str, hypotheses: list[str], references: list[tuple[str, ...]]) -> np.ndarray:
+    """[N, K] counts of sacrebleu's "bleu" or "chrf" for each answer against its references."""
+    width = max(map(len, references))
+    streams = [[r[i] if i < len(r) else None for r in references] for i in range(width)]
+    return np.array(_sacrebleu(name)._extract_corpus_statistics(hypotheses, streams), dtype=np.float64)
+
+
+def _corpus(name: str) -> Aggregate:
+    def of(sums: np.ndarray) -> np.ndarray:
+        flat = sums.reshape(-1, sums.shape[-1])
+        values = [_sacrebleu(name)._compute_score_from_stats([int(x) for x in s]).score for s in flat]
+        return np.array(values).reshape(sums.shape[:-1])
+
+    return Aggregate(lambda stats: stats, of)
+
+
+AGGREGATES: dict[str, Callable[[], Aggregate]] = {
+    "mean": _mean, "ratio": _ratio, "macro_f1": _macro_f1, "calibration": _calibration,
+    "bleu": lambda: _corpus("bleu"), "chrf": lambda: _corpus("chrf"),
+}  # fmt: skip

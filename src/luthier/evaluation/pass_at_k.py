@@ -1,0 +1,119 @@
+"""pass@k: does generated code pass its tests? Run in the sandbox, never outside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from math import comb
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from luthier.evaluation.base import Answering, Exam
+from luthier.evaluation.measures import Measure, mean
+from luthier.generation import sampled
+from luthier.method import Facts, Problem, Source, Traits
+from luthier.sandbox import Limits, execute_all
+
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k answers passes, from `passed` of `samples`."""
+    return 1.0 - comb(samples - passed, k) / comb(samples, k)
+
+
+def code_of(answer: str) -> str:
+    """The first fenced block of an answer, or all of it."""
+    found = _FENCE.search(answer)
+    return found.group(1) if found else answer
+
+
+def program(row: Mapping[str, Any], answer: str) -> str:
+    """What is run: set-up, the answer's code, the row's tests.
+
+    A row has `tests` (a list of statements, or text) and maybe `setup`, as MBPP; or `test` and `entry_point`, as
+    HumanEval, whose answers may go on where the prompt's code ends. Raises ValueError for a row with neither.
+    """
+    code = code_of(answer)
+    if "tests" in row:
+        tests = row["tests"] if isinstance(row["tests"], str) else "\n".join(row["tests"])
+        return "\n\n".join(part for part in (row.get("setup") or "", code, tests) if part)
+    if "test" in row and "entry_point" in row:
+        whole = code if f"def {row['entry_point']}(" in code else row["prompt"] + code
+        return f"{whole}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
+    raise ValueError("has neither tests nor test and entry_point, which pass-at-k runs")
+
+
+class PassAtK(Answering):
+    """The chance that one of k generated programs passes its tests, estimated from `samples` programs each.
+
+    One sample is the greedy answer; several are drawn at `temperature`, keyed by row and number, so that batches and
+    order change nothing. Programs run in the sandbox (no network, no files, limits on time and memory); where none works
+    nothing runs and the evaluation is refused.
+    Cost: `samples` generated answers a question, and running them.
+    """
+
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    source: ClassVar[Source] = Source(
+        "Evaluating Large Language Models Trained on Code", 2021, "arXiv:2107.03374", "eq. 1"
+    )
+
+    max_new_tokens: int = Field(256, ge=1)
+    """Tokens of an answer at most."""
+    samples: int = Field(1, ge=1)
+    """Programs generated for each question (n)."""
+    k: tuple[int, ...] = (1,)
+    """For each of these, pass@k is estimated."""
+    temperature: float = Field(0.8, gt=0)
+    """Of drawn programs; one alone is greedy."""
+    seconds: float = Field(5.0, gt=0)
+    """Wall clock of one program."""
+
+    def check(self, facts: Facts) -> list[Problem]:
+        problems = super().check(facts)
+        if not self.k or min(self.k) < 1 or max(self.k) > self.samples:
+            problems.append(
+                Problem("k", f"{list(self.k)} does not lie in 1 to samples = {self.samples}", "raise samples")
+            )
+        return problems
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"pass@{k}" for k in self.k)
+
+    def evaluate(self, exam: Exam) -> list[Measure]:
+        questions = exam.questions(self.rows)
+        if self.samples == 1:
+            answers = [[a.text] for a in exam.answers(questions, self.max_new_tokens)]
+        else:
+            prompts, keys = [exam.renderer.prompt_ids(q.row.values) for q in questions], [q.key for q in questions]
+            answers = sampled(
+                exam.view,
+                prompts,
+                exam.renderer,
+                self.max_new_tokens,
+                self.samples,
+                self.temperature,
+                exam.streams,
+                keys,
+            )
+        programs = []
+        for q, replies in zip(questions, answers, strict=True):
+            try:
+                programs += [program(q.row.values, a) for a in replies]
+            except ValueError as error:
+                raise ValueError(f"{q.key}: {error}") from error
+        limits = Limits(seconds=self.seconds, cpu_seconds=max(1, int(self.seconds + 1)))
+        ok = [v.status == "ok" for v in execute_all(programs, limits)]
+        passed = [sum(ok[i : i + self.samples]) for i in range(0, len(ok), self.samples)]
+        names = tuple(q.key for q in questions)
+        return [
+            mean(
+                f"pass@{k}",
+                [pass_at_k(self.samples, c, k) for c in passed],
+                names,
+                unit="chance",
+                judges=self.samples == 1,
+            )
+            for k in self.k
+        ]

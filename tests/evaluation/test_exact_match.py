@@ -1,0 +1,42 @@
+"""Exact match, and what every evaluator of answers shares: prompts asked once, several right answers."""
+
+from luthier.evaluation import ExactMatch, Rouge
+from luthier.evaluation.base import examine
+
+ROWS = [
+    {"prompt": "a", "completion": "1"},
+    {"prompt": "b", "completion": "2"},
+    {"prompt": "a", "completion": "one"},
+    {"prompt": "c", "completion": "3"},
+]
+
+
+def test_rows_that_ask_the_same_are_one_question_with_several_right_answers(exam_of):
+    exam = exam_of(ROWS, {"a": "one", "b": "two", "c": "3 "})
+    (measure,) = ExactMatch().evaluate(exam)
+    assert measure.keys == ("1", "2", "4") and measure.stats[:, 0].tolist() == [1, 0, 1] and measure.judges
+
+
+def test_only_so_many_questions_are_asked(exam_of):
+    exam = exam_of(ROWS, {"a": "1", "b": "2"})
+    assert ExactMatch(rows=2).evaluate(exam)[0].value == 1 and set(exam.asked) == {"1", "2"}
+
+
+def test_two_evaluators_ask_once(exam_of):
+    exam, calls = exam_of(ROWS, {"a": "1", "b": "2", "c": "3"}), []
+    generated = exam.generated
+    exam.generated = lambda p, n: calls.append(len(p)) or generated(p, n)
+    results = examine(exam, [ExactMatch(), ExactMatch(match="number"), Rouge()])
+    assert calls == [3]
+    assert {"exact_match", "number_match", "rougeL", "stopped", "answer_tokens"} <= set(results.measures)
+    assert [(s.key, s.wanted, s.right) for s in results.samples] == [
+        ("1", "1", True),
+        ("2", "2", True),
+        ("4", "3", True),
+    ]
+
+
+def test_results_survive_their_plain_form(exam_of):
+    results = examine(exam_of(ROWS, {"a": "1", "b": "x", "c": "3"}), [ExactMatch()])
+    again = type(results).from_dict(results.as_dict())
+    assert again.samples == results.samples and again.brief() == results.brief()
