@@ -401,6 +401,7 @@ def test_code_from_a_recipe_runs_only_where_the_command_line_allows_it(model_fol
     done = luthier("run", recipe, "--allow-code", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "mine:Half" in (tmp_path / "out/recipe.yaml").read_text()
+    (tmp_path / "out/evaluations.json").unlink()  # what was measured before is read, and runs nothing
     assert luthier("evaluate", tmp_path / "out", cwd=tmp_path).returncode == 2
     assert luthier("evaluate", tmp_path / "out", "--allow-code", cwd=tmp_path).returncode == 0
     for objective, words in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,11 +27,19 @@ class Data(NamedTuple):
     pool: Prepared | None  # rows without labels, for pipelines that make them
     skipped: list[str]
     kept: list[Kept]
+    curation: Cost
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes, by index."""
         return [str(n) for n in self.labels]
+
+
+class Cost(NamedTuple):
+    """Of choosing rows."""
+
+    flops: float
+    seconds: float
 
 
 class Kept(NamedTuple):
@@ -47,7 +56,7 @@ def prepare_rows(recipe: Recipe, renderer: Renderer, config: Any, base: Path, ti
     d = recipe.data
     how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
     rows, skipped = read(d.train, d.columns, base, recipe.task, "train", part=d.train_split, limit=d.limit, **how)
-    rows, kept = curated(recipe, rows)
+    rows, kept, cost = curated(recipe, rows)
     held = None
     if d.eval:
         held, more = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, **how)
@@ -70,6 +79,7 @@ def prepare_rows(recipe: Recipe, renderer: Renderer, config: Any, base: Path, ti
         pool,
         skipped,
         kept,
+        cost,
     )
 
 
@@ -85,11 +95,11 @@ def _labels(rows: Rows, held: Rows | None, known: Mapping[str, int]) -> dict[str
     return {n: i for i, n in enumerate(names)}
 
 
-def curated(recipe: Recipe, rows: Rows) -> tuple[Rows, list[Kept]]:
-    """The rows that every step of `curate` keeps, in their order, and a count of the reasons by step."""
-    streams, told = Streams(recipe.seed), []
+def curated(recipe: Recipe, rows: Rows) -> tuple[Rows, list[Kept], Cost]:
+    """The rows that every step of `curate` keeps, in their order, a count of the reasons by step, and what it took."""
+    streams, told, flops, started = Streams(recipe.seed), [], 0.0, time.perf_counter()
     for step in recipe.curate:
         chosen = step.select(rows, streams)
         told.append(Kept(step.key(), len(chosen.keep), len(rows), dict(Counter(chosen.reason))))
-        rows = rows.take(chosen.keep)
-    return rows, told
+        rows, flops = rows.take(chosen.keep), flops + chosen.flops
+    return rows, told, Cost(flops, time.perf_counter() - started)

@@ -80,8 +80,9 @@ class Ready:
         head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
         model = key_of(self.view.base.weights, self.view.base.tokenizer, recipe.quantize, head, update)
         rows = "none" if held is None or self.data.held_rows is None else held.digest + self.data.held_rows.digest
-        evaluators = recipe.evaluators()
-        return kept.kept(kept.exam_key(exam, evaluators, model, rows), exam, evaluators)
+        evaluators, meter = recipe.evaluators(), self.view.meter
+        with meter.watching(self.view.module), meter.stage("evaluate"):
+            return kept.kept(kept.exam_key(exam, evaluators, model, rows), exam, evaluators)
 
 
 def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
@@ -392,6 +393,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     progress, peak = trained.progress, max(trained_peak, peak_memory())
     place.note(
         state="done", steps=progress.step, tokens=progress.tokens, train_seconds=progress.seconds,
+        spent=_spent(ready, progress),
         trained_weights=trained.weights, before=before.brief(), after=after.brief(), peak_memory_bytes=peak,
         reload_difference=worst, update_digest=digest,
     )  # fmt: skip
@@ -420,6 +422,17 @@ def _leave_model(ready: Ready, place: RunFolder, update: Update) -> None:
         ready.view.module.save_pretrained(place.path)
     relation = "finetune" if whole else "adapter"
     place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
+
+
+def _spent(ready: Ready, progress: Progress) -> dict[str, Any]:
+    """The ledger: FLOPs by stage (None where torch.compile hides them), tokens, seconds of curation and training."""
+    compiled = ready.recipe.torch_compile
+    evaluated = ready.view.meter.flops.get("evaluate", 0.0)
+    flops = None if compiled else {**progress.flops, "curate": ready.data.curation.flops}
+    return {
+        "flops": flops, "evaluation_flops": evaluated, "tokens": progress.tokens, "seconds": progress.seconds,
+        "curation_seconds": ready.data.curation.seconds,
+    }  # fmt: skip
 
 
 def _samples(before: Results, after: Results) -> str:

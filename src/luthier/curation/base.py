@@ -18,11 +18,13 @@ class Selection(NamedTuple):
     keep    [M] int64, positions of the rows that stay, sorted
     score   [N] float64, what the decision rests on
     reason  N short texts, why each row stayed or went
+    flops   what the decision took
     """
 
     keep: np.ndarray
     score: np.ndarray
     reason: list[str]
+    flops: float = 0.0
 
 
 class Curator(Method):

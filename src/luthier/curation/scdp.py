@@ -35,17 +35,22 @@ def distances(x: Any, y: np.ndarray, of_x: np.ndarray | None = None) -> np.ndarr
 
 
 def geometric_median(x: Any, eps: float = 1e-5, max_iter: int = 200) -> np.ndarray:
-    """[V] minimiser of the summed distances to the rows of x [N, V]: Weiszfeld's iteration with Vardi and Zhang's
+    """[V] minimiser of the summed distances to the rows of x [N, V]."""
+    return weiszfeld(x, eps, max_iter)[0]
+
+
+def weiszfeld(x: Any, eps: float = 1e-5, max_iter: int = 200) -> tuple[np.ndarray, int]:
+    """([V], iterations): minimiser of the summed distances to the rows of x [N, V]: Weiszfeld's iteration with Vardi and Zhang's
     correction where the current point lies on a row.
 
     Warns where `max_iter` ends it.
     """
     y, of_x = np.asarray(x.mean(0), dtype=np.float64).ravel(), squares(x)
-    for _ in range(max_iter):
+    for iteration in range(1, max_iter + 1):
         d = distances(x, y, of_x)
         on = d < 1e-12
         if on.all():
-            return y
+            return y, iteration
         w = np.where(on, 0.0, 1 / np.where(on, 1.0, d))
         t = np.asarray(x.T @ w).ravel() / w.sum()
         following = t
@@ -54,10 +59,10 @@ def geometric_median(x: Any, eps: float = 1e-5, max_iter: int = 200) -> np.ndarr
             c = on.sum() / r if r else 0.0
             following = max(0.0, 1 - c) * t + min(1.0, c) * y
         if np.linalg.norm(y - following) < eps:
-            return y
+            return y, iteration
         y = following
     log.warning("scdp: the geometric median had not settled after %d iterations", max_iter)
-    return y
+    return y, max_iter
 
 
 def strata_of(scores: np.ndarray, count: int = NUM_STRATA) -> np.ndarray:
@@ -136,7 +141,7 @@ class Scdp(Curator):
             raise RecipeError(
                 "scdp.keep_fraction", f"{self.keep_fraction} of {len(rows)} rows keeps no example", "raise it"
             )
-        scores, empty = self.scores(map(text_of, rows))
+        scores, empty, flops = self.scores(map(text_of, rows))
         rule = "far" if self.keep_fraction * len(rows) <= FAR_LIMIT else "stratified"
         if empty.any():
             log.warning("scdp: %d rows hold no word and cannot be ranked", int(empty.sum()))
@@ -145,17 +150,21 @@ class Scdp(Curator):
         inside = np.zeros(len(rows), dtype=bool)
         inside[keep] = True
         why = {True: f"kept by rule {rule}", False: f"left out by rule {rule}"}
-        return Selection(np.sort(keep), scores, [why[i] for i in inside.tolist()])
+        return Selection(np.sort(keep), scores, [why[i] for i in inside.tolist()], flops)
 
-    def scores(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """([N] distance from the median, [N] True for rows without a word)."""
+    def scores(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray, float]:
+        """([N] distance from the median, [N] True for rows without a word, FLOPs of the sparse products)."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
         try:
             x = TfidfVectorizer(max_features=self.max_features, dtype=np.float32).fit_transform(texts)
         except ValueError as error:
             raise RecipeError("curate.scdp", f"the rows hold no words ({error})", "look at data.columns") from error
-        return distances(x, geometric_median(x)), np.diff(x.indptr) == 0
+        median, iterations = weiszfeld(x)
+        flops = (
+            2.0 * x.nnz * (2 * iterations + 3)
+        )  # x y and x^T w an iteration, the last distances, the squares, the mean
+        return distances(x, median), np.diff(x.indptr) == 0, flops
 
     def _classes(self, rows: Sequence[Row]) -> np.ndarray:
         if not self.class_balanced:

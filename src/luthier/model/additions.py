@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import LuthierError
+from luthier.model.meter import KEY
 from luthier.training.linear import low_rank_linear
 from luthier.update.parts import Undo
 
@@ -103,6 +104,8 @@ def bare_copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
     out = copy.deepcopy(module, dict(shared))
     for part in list(out.modules()):
         part.__dict__.pop("forward", None)
+        part._forward_hooks.clear()
+        part.__dict__.pop(KEY, None)
         for name in [n for n in part._parameters if n.startswith(PREFIX)]:
             delattr(part, name)
         for name, child in list(part.named_children()):  # peft's layers hold the plain one

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from luthier.model import meter as meters
 from luthier.model.plain import is_plain
 
 VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
@@ -207,6 +208,8 @@ def flat_attention(
         raise ValueError("this model does not hand keyword arguments on to its attention function")
     if softcap is not None:
         raise ValueError("attention soft caps are not supported in the flat layout")
+    if (meter := module.__dict__.get(meters.KEY)) is not None:
+        meter.attention(query, key, value, sequence_lengths)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     window = sliding_window if sliding_window is not None and max(sequence_lengths) > sliding_window else None

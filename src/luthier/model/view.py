@@ -17,6 +17,7 @@ from luthier.data.batch import Batch, pad, unpad
 from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention function
 from luthier.model.anatomy import Anatomy
 from luthier.model.fingerprint import Fingerprint, fingerprint
+from luthier.model.meter import Meter
 from luthier.model.plain import is_plain
 
 
@@ -56,6 +57,7 @@ class ModelView:
         self.name = name or str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
         self.anatomy = Anatomy(module)
         self.input_hooks: list[InputHook] = []
+        self.meter = Meter()
         self._base = base
         self._native_attention: str = module.config._attn_implementation
 

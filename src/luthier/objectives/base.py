@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from luthier.data.batch import IGNORE, Batch
 from luthier.method import Method
 from luthier.model.view import ModelView, Trace
-from luthier.training.head import TokenScores, token_nll, token_scores
+from luthier.training.head import TokenScores, recomputes, token_nll, token_scores
 
 if TYPE_CHECKING:
     from luthier.training.probe import Probe
@@ -127,12 +127,14 @@ class Forward:
         rows = (labels != IGNORE).nonzero().squeeze(1)  # [N]
         view = self.view
         picked = view.head_input(hidden[rows])  # [T, D] -> [N, D]
+        view.meter.head(picked, view.head_weight, recomputes(view.head_weight, view.head_bias, view.head_transform()))
         return token_nll(picked, view.head_weight, labels[rows], view.head_bias, view.head_transform())
 
     def scores(self) -> TokenScores:
         """Loss and entropy of every supervised token, without a gradient."""
         rows, view = self.batch.supervised, self.view
         picked = view.head_input(self.hidden()[rows])
+        view.meter.head(picked, view.head_weight, False)
         return token_scores(picked, view.head_weight, self.batch.labels[rows], view.head_bias, view.head_transform())
 
     def logits(self, rows: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
@@ -140,7 +142,9 @@ class Forward:
         hidden = self.hidden() if hidden is None else hidden
         if rows is None:
             return self._class_logits(hidden)
-        z = nn.functional.linear(self.view.head_input(hidden[rows]), self.view.head_weight, self.view.head_bias).float()
+        picked = self.view.head_input(hidden[rows])
+        self.view.meter.head(picked, self.view.head_weight, False)
+        z = nn.functional.linear(picked, self.view.head_weight, self.view.head_bias).float()
         transform = self.view.head_transform()
         return z if transform is None else transform(z)
 

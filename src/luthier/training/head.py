@@ -94,6 +94,13 @@ def token_nll(
     return torch.cat(pieces) if pieces else hidden.sum(-1).float()
 
 
+def recomputes(weight: Tensor, bias: Tensor | None, transform: Callable[[Tensor], Tensor] | None) -> bool:
+    """True where `token_nll` takes the logits a second time in its backward."""
+    if is_plain():
+        return False
+    return bias is not None or transform is not None or weight.requires_grad
+
+
 def _logits(h: Tensor, weight: Tensor, bias: Tensor | None, transform: Callable[[Tensor], Tensor] | None) -> Tensor:
     logits = F.linear(h, weight, bias).float()
     return logits if transform is None else transform(logits)

@@ -25,6 +25,7 @@ from luthier.training.probe import Probe
 from luthier.training.settings import TrainSettings
 from luthier.tuners.base import ParamGroup, Stats, Trainable, default_optimizer
 
+STAGES = ("select", "plan", "train")  # of a step, in the ledger
 NAN_STEPS = 10  # skipped steps in a row after which a run that skips stops as well
 Rows = Sequence[Mapping[str, Any]]
 
@@ -61,6 +62,7 @@ class Progress:
     bad_evaluations: int = 0
     resumed: bool = False
     saved_step: int = -1
+    flops: dict[str, float] = field(default_factory=dict)  # by stage, over all ranks
     log: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -118,6 +120,8 @@ class Loop:
             for i in range(len(view.anatomy.blocks)):
                 view.block(i).compile(dynamic=True)
         wrapped = Wrapped(view, objective, self.extra)
+        if not s.torch_compile:  # a hook would cut every compiled block
+            view.meter.watch(wrapped)
         if self.accelerator.num_processes > 1:
             # Where other weights train from window to window, a backward does not reach them all.
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=trainable.reselects)
@@ -180,21 +184,27 @@ class Loop:
         """One optimiser step; returns what to log."""
         started, number = time.perf_counter(), self.progress.step
         window = self.window(number)
-        self.trainable.before_window(window, self.probe)
-        with torch.no_grad():
+        meter, spent = self.view.meter, dict(self.view.meter.flops)
+        with meter.stage("select"):
+            self.trainable.before_window(window, self.probe)
+        with torch.no_grad(), meter.stage("plan"):
             window, local = self.objective.plan(window, self.probe)
         denominators = self._reduce(local)
         if not any(denominators.values()):
             raise LuthierError(f"step {number + 1}: no supervised token is left; look at the rows with `luthier check`")
-        entry = (
-            self._closure_step(window, denominators)
-            if self.trainable.steps_by_closure
-            else self._gradient_step(window, denominators)
-        )
+        with meter.stage("train"):
+            entry = (
+                self._closure_step(window, denominators)
+                if self.trainable.steps_by_closure
+                else self._gradient_step(window, denominators)
+            )
         self.scheduler.step()
         p = self.progress
         p.step += 1
-        self.trainable.after_step(Clock(p.step, self.total_steps, self.order.epoch(p.step)))
+        with meter.stage("select"):
+            self.trainable.after_step(Clock(p.step, self.total_steps, self.order.epoch(p.step)))
+        for stage, flops in self._reduce({k: meter.flops.get(k, 0.0) - spent.get(k, 0.0) for k in STAGES}).items():
+            p.flops[stage] = p.flops.get(stage, 0.0) + flops
         counts = self._reduce(
             {"tokens": sum(b.num_tokens for b in window.micro), "supervised": denominators.get("tokens", 0.0)}
         )
@@ -204,7 +214,8 @@ class Loop:
         p.seconds += seconds
         rate = counts["tokens"] / seconds
         clock = {"step": p.step, "epoch": self.order.epoch(p.step)}
-        return {**clock, **entry, **self.objective.report(), "num_tokens": p.tokens, "tokens_per_second": rate}
+        counts = {"num_tokens": p.tokens, "tokens_per_second": rate, "flops": sum(p.flops.values())}
+        return {**clock, **entry, **self.objective.report(), **counts}
 
     def _losses(
         self, window: Window, denominators: Mapping[str, float], backward: bool

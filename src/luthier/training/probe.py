@@ -148,7 +148,7 @@ class Probe:
             return _call_with(module, dict(zip(names, values, strict=True)), f)
 
         primals = tuple(module.get_parameter(n).detach() for n in names)
-        with torch.no_grad(), plain_operations():
+        with torch.no_grad(), plain_operations(), self.view.meter.derivative(module, names):
             value, change = torch.func.jvp(  # type: ignore[misc]
                 at, primals, tuple(along[n].to(p) for n, p in zip(names, primals, strict=True))
             )

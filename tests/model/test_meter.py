@@ -1,0 +1,118 @@
+"""The ledger's formulas against torch's own counter, for every tuner and objective, in both layouts."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from conftest import rows_of, tiny, view_of
+from contract.test_contract import CONSTANT, OBJECTIVES, SETTINGS, TUNERS, example, rows_for
+from luthier.compute.lemo import Lemo
+from luthier.model.meter import Meter, in_flops, svd_flops
+from luthier.objectives.sft import Sft
+from luthier.pipelines.base import Lab
+from luthier.training.loop import Loop
+from luthier.tuners.adapter import Adapter
+from luthier.tuners.full import Full
+from luthier.tuners.lora import Lora
+from pipelines.test_list import cloze
+
+EQUAL = (12, 12, 12, 12)  # one length: the short-attention kernel then computes no padding
+
+
+def loop_of(tuner, objective, layout="flat", rows=None, compute=None, kind="llama", **changes):
+    view = view_of(kind)
+    view.layout, view._native_attention = layout, "eager"  # torch's counter does not see the fused kernel
+    closure = "closure" in tuner.traits.needs
+    settings = SETTINGS.model_copy(update={**(CONSTANT if closure else {}), "max_steps": 6, **changes})
+    trainable = tuner.attach(view, total_steps=6)
+    lab = Lab({"labelled": cloze(6, 5)})
+    return Loop(view, rows or rows_of(EQUAL, answer=5), trainable, objective, settings, lab=lab, compute=compute)
+
+
+def product(into, a, b, **_):
+    return 2 * a[0] * a[1] * b[1]
+
+
+IN_PLACE = {torch.ops.aten.addmm_: product}  # which torch's counter leaves out
+
+
+def counted(loop, steps=1):
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+        for _ in range(steps):
+            loop.step()
+    return counter.get_total_flops()
+
+
+# peft's DoRA multiplies its factors out once a layer; torch's forward mode takes products with derivatives that are zero.
+TOLERANCE = {"peft": 0.35, "distill": 0.1}
+KNOWN = [(n, c) for n, c in TUNERS if n != "frozen"]
+
+
+@pytest.mark.parametrize(("name", "cls"), KNOWN, ids=[n for n, _ in KNOWN])
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_every_tuners_step_takes_what_torch_counts(name, cls, layout):
+    loop = loop_of(example(name, cls), Sft(), layout)
+    torch_says = counted(loop, steps=3)
+    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=TOLERANCE.get(name, 0.01))
+
+
+@pytest.mark.parametrize(("name", "cls"), OBJECTIVES, ids=[n for n, _ in OBJECTIVES])
+def test_every_objectives_step_takes_what_torch_counts(name, cls):
+    objective = example(name, cls)
+    rows = rows_for(objective) if name == "distill" else rows_of(EQUAL, answer=5)
+    loop = loop_of(Lora(rank=4), objective, rows=rows)
+    torch_says = counted(loop, steps=3)
+    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=TOLERANCE.get(name, 0.01))
+
+
+def test_scoring_and_training_are_charged_apart():
+    from luthier.objectives.q_tuning import QTuning
+
+    loop = loop_of(Lora(rank=4), QTuning(keep_rows=0.5))
+    loop.step()
+    spent = loop.progress.flops
+    plain = loop_of(Lora(rank=4), Sft())
+    plain.step()
+    assert 0 < spent["plan"] < spent["train"] and spent["train"] == pytest.approx(
+        plain.progress.flops["train"] / 2, rel=0.02
+    )
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gemma3", "gpt2", "opt", "lfm2"])
+def test_other_architectures(kind):
+    for tuner in (Full(), Lora(rank=4)):
+        loop = loop_of(tuner, Sft(), kind=kind)
+        torch_says = counted(loop)
+        assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.03), tuner
+
+
+def test_a_checkpointed_forward_is_counted_twice_and_its_backward_once():
+    loop = loop_of(Lora(rank=4), Sft(), gradient_checkpointing=True)
+    assert sum(loop.progress.flops.values()) == 0
+    torch_says = counted(loop)
+    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.01)
+
+
+def test_left_out_tokens_cost_nothing():
+    rows = rows_of((32, 32), answer=5)
+    loop = loop_of(Adapter(rank=2, init_std=0.05), Sft(), rows=rows, compute=Lemo(block_size=4), batch_size=2)
+    torch_says = counted(loop)
+    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.03)
+
+
+def test_generation_with_its_cache():
+    model, meter = tiny().eval(), Meter()
+    model.set_attn_implementation("eager")
+    ids = torch.randint(3, 97, (3, 7))
+    with meter.watching(model), meter.stage("generate"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.generate(ids, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+    assert meter.flops == {"generate": pytest.approx(counter.get_total_flops(), rel=0.01)}
+    before = meter.total
+    with torch.no_grad():
+        model(ids)
+    assert meter.total == before, "nothing is counted that is not watched"
+
+
+def test_flops_in_words():
+    assert in_flops(3.21e12) == "3.21 TFLOP" and in_flops(0) == "0 FLOP" and in_flops(999) == "999 FLOP"
+    assert svd_flops(4, 8) == svd_flops(8, 4) == 14 * 8 * 16 + 8 * 64
