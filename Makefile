@@ -34,7 +34,6 @@ unit: $(VENV)/dev.done
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/dev.done
-	$(PIP) --no-deps trl==1.16.0
 	$(BIN)/python benchmarks/forecast.py
 	$(BIN)/python benchmarks/rows.py
 	$(BIN)/python benchmarks/steps.py

@@ -289,6 +289,8 @@ def _status(name: str) -> int:
 
 def in_words(count: float) -> str:
     """Bytes as people say them."""
+    if count < 1e6:
+        return f"{count / 1e3:.0f} kB"
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 

@@ -185,13 +185,15 @@ class StopRequest:
 
 def run(
     recipe: Recipe, folder: Path, base: Path, *, say: Say = lambda _: None, on_step: Any = None, max_seconds: float | None = None,
-    tick: Tick = no_tick,
+    tick: Tick = no_tick, keep: bool = True, foresee: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out a recipe; returns what run.json holds at the end.
 
     base      the folder that paths in the recipe are relative to
     on_step   called with (log entry, progress, total steps)
     tick      called with (what is done, rows so far, the row at work) while rows are read and rendered
+    keep      False: leave scores and log, but no weights
+    foresee   False: no forecast of memory and time
     Under `torchrun` or `accelerate launch` every process calls; the first writes and speaks.
     Raises Interrupted after Ctrl-C, SIGTERM or max_seconds, with everything saved.
     """
@@ -208,7 +210,7 @@ def run(
         tracking.check(recipe.report_to)
         say(f"model   {recipe.model}")
         gathered = gather(recipe, base, tick, accelerator.num_processes)
-        recipe = _foreseen(recipe, gathered, accelerator, place, say)
+        recipe = _foreseen(recipe, gathered, accelerator, place, say, foresee)
         ready = make_ready(recipe, folder, base, gathered, accelerator)
         ready.tick = tick
         _tell_rows(ready, place, say)
@@ -216,7 +218,7 @@ def run(
         deadline = None if max_seconds is None else started + max_seconds
         run = _pipeline if recipe.pipeline is not None else _train
         trained = run(ready, place, stop, on_step, deadline, say)
-        _finish(ready, place, result, trained, say)
+        _finish(ready, place, result, trained, say, keep)
         accelerator.wait_for_everyone()
         return place.state()
 
@@ -241,12 +243,14 @@ def _eval_file(recipe: Recipe, base: Path) -> str | None:
     return str((base / source).resolve()) if (base / source).is_file() else None
 
 
-def _foreseen(recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say) -> Recipe:
+def _foreseen(
+    recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say, foresee: bool
+) -> Recipe:
     """Forecast memory, time and disk; refuse what cannot fit; decide on checkpointing where the recipe leaves it open.
 
     Not for several processes or stages: a miniature of one process's step would not be theirs.
     """
-    if accelerator.num_processes > 1 or recipe.pipeline is not None:
+    if accelerator.num_processes > 1 or recipe.pipeline is not None or not foresee:
         left_open = recipe.gradient_checkpointing == "auto"
         return recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
     recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.train)
@@ -378,49 +382,65 @@ def _listening(ready: Ready, place: RunFolder, on_step: Any, total: int | None) 
         trackers.close()
 
 
-def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, say: Say) -> None:
+def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, say: Say, keep: bool) -> None:
     """Score, save, read back, report; the first process alone."""
     trained_peak = peak_memory()
     if not ready.accelerator.is_main_process:
         return
-    digest = trained.update.digest()
+    digest, started, worst = trained.update.digest(), time.monotonic(), None
     with trained.live():
         after = ready.results(digest)
         say(f"after   {shown(after)}")
-        save_update(trained.update, place.path, ready.view)
-        worst = verify_update(place.path, trained.detach, ready.view, ready.train.rows[0])
-    say(f"saved   {place.path}, reloaded and compared: largest difference {worst:.1e}")
+        evaluation = time.monotonic() - started
+        if keep:
+            save_update(trained.update, place.path, ready.view)
+            worst = verify_update(place.path, trained.detach, ready.view, ready.train.rows[0])
+            say(f"saved   {place.path}, reloaded and compared: largest difference {worst:.1e}")
     progress, peak = trained.progress, max(trained_peak, peak_memory())
+    place.write("before.json", json.dumps(before.as_dict(), ensure_ascii=False))
+    place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
+    place.write("samples.jsonl", _samples(before, after))
+    place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
+    if keep:
+        _leave_model(ready, place, trained.update)
     place.note(
         state="done", steps=progress.step, tokens=progress.tokens, train_seconds=progress.seconds,
-        spent=_spent(ready, progress),
+        row_tokens=progress.row_tokens, spent=_spent(ready, progress), evaluation_seconds=evaluation, kept=keep,
         trained_weights=trained.weights, before=before.brief(), after=after.brief(), peak_memory_bytes=peak,
-        reload_difference=worst, update_digest=digest,
+        reload_difference=worst, update_digest=digest, update_bytes=_size(trained.update),
     )  # fmt: skip
+    if keep:
+        remember(place.path, None, {n: m.value for n, m in after.measures.items()})
+        _card(ready, place, trained.update)
     expected = place.state().get("forecast")
     if expected and not progress.resumed:
         off = miss(expected, peak, progress.seconds)
         place.note(forecast_miss=off)
         say(f"forecast off by {off['memory']:+.0%} in memory and {off['seconds']:+.0%} in time")
-    place.write("before.json", json.dumps(before.as_dict(), ensure_ascii=False))
-    place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
-    place.write("samples.jsonl", _samples(before, after))
-    remember(place.path, None, {n: m.value for n, m in after.measures.items()})
-    place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
-    _leave_model(ready, place, trained.update)
     write_report(place.path, ready.renderer, ready.train.rows[:3])
 
 
-def _leave_model(ready: Ready, place: RunFolder, update: Update) -> None:
-    """What other tools open: tokenizer and card; where most weights changed, the whole model too."""
-    ready.renderer.tokenizer.save_pretrained(place.path)
-    anatomy = ready.view.anatomy
+def _size(update: Update) -> int:
+    """Bytes of its tensors."""
+    return sum(t.nbytes for part in update.parts for t in part.tensors().values())
+
+
+def _whole(ready: Ready, update: Update) -> bool:
+    """True where most weights changed, so that the whole model is left beside the update."""
     touched = {n for part in update.parts if part.kind in ("dense", "replace") for n in part.tensors()}
-    whole = 2 * len(touched) > len(anatomy.parameters)
-    if whole:
+    return 2 * len(touched) > len(ready.view.anatomy.parameters)
+
+
+def _leave_model(ready: Ready, place: RunFolder, update: Update) -> None:
+    """What other tools open: the tokenizer; where most weights changed, the whole model too."""
+    ready.renderer.tokenizer.save_pretrained(place.path)
+    if _whole(ready, update):
         update.merge_into(ready.view.module)
         ready.view.module.save_pretrained(place.path)
-    relation = "finetune" if whole else "adapter"
+
+
+def _card(ready: Ready, place: RunFolder, update: Update) -> None:
+    relation = "finetune" if _whole(ready, update) else "adapter"
     place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
 
 

@@ -46,6 +46,10 @@ def state_of(folder: Path) -> dict[str, Any]:
         ) from error
     if state.get("state") != "done":
         raise LuthierError(f"{folder}: this run is {state.get('state')}, not done; finish it with luthier run")
+    if not state.get("kept", True):
+        raise LuthierError(
+            f"{folder}: this run kept scores and no weights, as a comparison's arms do; run its recipe.yaml"
+        )
     return state
 
 

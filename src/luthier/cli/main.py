@@ -194,6 +194,67 @@ def demo(
 
 
 @app.command()
+def compare(
+    words: Annotated[list[str], typer.Argument(help="A recipe with --vary, recipes, or a file with arms; then a.b=value.")],
+    vary: Annotated[list[str] | None, typer.Option(help="key=value,value: an arm a value; may be given again.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many, or which: 5, or 0,1,2.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Of one run: flops=1e13, tokens=..., seconds=..., bytes=...")] = None,
+    baseline: Annotated[str | None, typer.Option(help="The arm that others are compared with.")] = None,
+    primary: Annotated[str | None, typer.Option(help="The measure that decides.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; runs/compare-NAME by default.")] = None,
+    processes: Annotated[int | None, typer.Option(min=0, help="Runs side by side; 0: in this process.")] = None,
+    search: Annotated[bool, typer.Option(help="Search each arm's learning rate.")] = True,
+    dry_run: Annotated[bool, typer.Option(help="Measure each arm's step, say what the whole will take, and stop.")] = False,
+    retry: Annotated[bool, typer.Option(help="Try failed runs again.")] = False,
+    keep: Annotated[bool, typer.Option(help="Keep the weights of every run.")] = False,
+    strict: Annotated[bool, typer.Option(help="Exit with 1 where any arm failed.")] = False,
+    as_json: Json = False, allow_code: AllowCode = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Which of these is better at equal cost? Every arm gets the same search for its rate, the same seeds and rows."""
+    _quiet(debug)
+    from luthier.cli import compare as ours
+    from luthier.cli.progress import Bar
+    from luthier.comparison.execute import compare as carry_out
+    from luthier.comparison.execute import failed_arms, ready
+    from luthier.comparison.judge import as_dict
+    from luthier.report.comparison import write_comparison
+    from luthier.training.loop import Interrupted
+
+    options = {
+        "seeds": ours.seeds_from(seeds), "budget": ours.budget_from(budget), "baseline": baseline, "primary": primary,
+    }  # fmt: skip
+    plan, base, name = ours.planned(words, vary or [], options)
+    if not search:
+        plan = plan.model_copy(update={"search": None})
+    folder = output or Path("runs") / f"compare-{name}"
+    with Bar() as bar:
+        bench = ready(plan, folder, base, base if allow_code else None, bar.say, keep)
+        if retry:
+            bench.forget_failures()
+        try:
+            standings = carry_out(bench, processes, dry_run)
+        except (Interrupted, KeyboardInterrupt) as stopped:
+            bar.say(f"stopped; what was done is kept in {folder}")
+            bar.say(f"go on with: {shlex.join(['luthier', *sys.argv[1:]])}")
+            raise SystemExit(130) from stopped
+    if dry_run:
+        return
+    page = write_comparison(bench, standings, ["luthier", *sys.argv[1:]])
+    if as_json:
+        print(json.dumps({"report": str(page), "arms": as_dict(standings)}))
+    else:
+        ours.show(bench, standings)
+        print(page)
+    failed = failed_arms(standings)
+    if (
+        plan.base_arm in failed
+        or len(failed) >= len(plan.arms) - 1 > 0
+        or (strict and any(x.errors for x in standings))
+    ):
+        raise SystemExit(1)
+
+
+@app.command()
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -1,4 +1,4 @@
-"""A line chart as SVG that follows the page's colours: no script, no library, a few kilobytes."""
+"""Charts as SVG that follow the page's colours: lines, intervals, points; no script, no library, a few kilobytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 56, 12, 12, 34
+COLOURS = 8  # series that look different
 
 
 class Series(NamedTuple):
@@ -28,6 +29,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def number(value: float) -> str:
+    """As a tick says it: 0.25, 1200, 3.1M."""
+    if abs(value) < 1e4:
+        return f"{value:.3g}"
+    power = int(math.log10(abs(value)) // 3)
+    return f"{value / 1000**power:.3g}{'kMGTPE'[power - 1]}"
+
+
 def line_chart(series: list[Series], x_name: str, title: str) -> Markup:
     """The chart; points that are not finite are left out."""
     clean = [Series(s.name, [(x, y) for x, y in s.points if math.isfinite(x) and math.isfinite(y)]) for s in series]
@@ -42,14 +51,95 @@ def line_chart(series: list[Series], x_name: str, title: str) -> Markup:
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by {escape(x_name)}">']
     for y in ticks(y0, y1):
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{number(y)}</text>')
     for x in ticks(x0, x1):
-        out.append(f'<text x="{at_x(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{x:g}</text>')
+        out.append(f'<text x="{at_x(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{number(x)}</text>')
     for i, s in enumerate(clean):
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in s.points)
-        out.append(f'<polyline class="line{i}" points="{path}"/>')
+        out.append(f'<polyline class="line{i % COLOURS}" points="{path}"/>')
         if len(clean) > 1:
-            out.append(
-                f'<text class="name{i}" x="{WIDTH - RIGHT}" y="{TOP + 12 + 16 * i}" text-anchor="end">{escape(s.name)}</text>'
-            )
+            place = f'x="{WIDTH - RIGHT}" y="{TOP + 12 + 16 * i}" text-anchor="end"'
+            out.append(f'<text class="name{i % COLOURS}" {place}>{escape(s.name)}</text>')
+    return Markup("".join([*out, "</svg>"]))
+
+
+class Range(NamedTuple):
+    """A named value with its interval, and the number of its colour."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    colour: int
+
+
+def interval_chart(ranges: list[Range], title: str, zero: bool = True) -> Markup:
+    """A line an arm: its value as a dot on its interval; with `zero` the line of no difference."""
+    ends = [x for r in ranges for x in (r.low, r.high, r.value) if math.isfinite(x)]
+    if not ends:
+        return Markup("")
+    left, row = 150, 34
+    low, high = min(ends + [0.0] * zero), max(ends + [0.0] * zero)
+    pad = 0.06 * ((high - low) or 1.0)
+    low, high, height = low - pad, high + pad, TOP + row * len(ranges) + BOTTOM
+    at = lambda x: left + (x - low) / (high - low) * (WIDTH - left - RIGHT)  # noqa: E731
+    out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
+    for x in ticks(low, high):
+        out.append(f'<line class="grid" x1="{at(x):.1f}" x2="{at(x):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        out.append(f'<text x="{at(x):.1f}" y="{height - 14}" text-anchor="middle">{number(x)}</text>')
+    if zero:
+        out.append(f'<line class="zero" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+    for i, r in enumerate(ranges):
+        y, c = TOP + row * i + row / 2, r.colour % COLOURS
+        a, b = (at(min(max(e, low), high)) for e in (r.low, r.high))
+        out.append(
+            f'<text class="name{c}" x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">{escape(r.name[:20])}</text>'
+        )
+        out.append(f'<line class="bar line{c}" x1="{a:.1f}" x2="{b:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        out.append(f'<circle class="name{c}" cx="{at(r.value):.1f}" cy="{y:.1f}" r="5"/>')
+    return Markup("".join([*out, "</svg>"]))
+
+
+class Point(NamedTuple):
+    """A named place; marked where it lies on the frontier; and the number of its colour."""
+
+    name: str
+    x: float
+    y: float
+    marked: bool
+    colour: int
+
+
+def _span(values: list[float]) -> tuple[float, float]:
+    """A little more than the values take."""
+    low, high = min(values), max(values)
+    pad = 0.12 * ((high - low) or abs(high) or 1.0)
+    return low - pad, high + pad
+
+
+def point_chart(points: list[Point], x_name: str, y_name: str, title: str) -> Markup:
+    """Quality against cost; those that no other beats in both are joined."""
+    clean = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)]
+    if not clean:
+        return Markup("")
+    (x0, x1), (y0, y1) = _span([p.x for p in clean]), _span([p.y for p in clean])
+    at_x = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
+    at_y = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
+    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
+    for y in ticks(y0, y1, 4):
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
+        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{number(y)}</text>')
+    for x in ticks(x0, x1, 4):
+        out.append(f'<text x="{at_x(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{number(x)}</text>')
+    best = sorted((p for p in clean if p.marked), key=lambda p: p.x)
+    path = " ".join(f"{at_x(p.x):.1f},{at_y(p.y):.1f}" for p in best)
+    out.append(f'<polyline class="edge" points="{path}"/>')
+    for p in clean:
+        c, right = p.colour % COLOURS, at_x(p.x) > WIDTH - 140
+        out.append(f'<circle class="name{c}" cx="{at_x(p.x):.1f}" cy="{at_y(p.y):.1f}" r="{7 if p.marked else 5}"/>')
+        place = f'x="{at_x(p.x) + (-11 if right else 11):.1f}" text-anchor="{"end" if right else "start"}"'
+        name = escape(p.name[:24]) + (" ★" if p.marked else "")
+        out.append(f'<text class="name{c}" {place} y="{at_y(p.y) - 8:.1f}">{name}</text>')
+    out.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_name)}</text>')
+    out.append(f'<text x="{LEFT}" y="{TOP - 1}" text-anchor="start">{escape(y_name)}</text>')
     return Markup("".join([*out, "</svg>"]))

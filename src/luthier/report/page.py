@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader
 
 from luthier.data.batch import IGNORE
 from luthier.data.rendering import Renderer
+from luthier.model.meter import in_flops
 from luthier.report.curve import Series, line_chart
 from luthier.statistics import wilson
 from luthier.training.checkpoint import write_text
@@ -95,8 +96,12 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{run['train_seconds']:.0f} s, {run['tokens'] / max(run['train_seconds'], 1e-9):.0f} tokens a second",
         ),
         ("Peak memory", f"{run['peak_memory_bytes'] / 1e9:.2f} GB"),
-        ("Saved, reloaded, compared", f"largest difference {run['reload_difference']:.1e}"),
     ]
+    if run["reload_difference"] is not None:
+        out.append(("Saved, reloaded, compared", f"largest difference {run['reload_difference']:.1e}"))
+    if run["spent"]["flops"] is not None:
+        by_stage = ", ".join(f"{k} {in_flops(v)}" for k, v in run["spent"]["flops"].items() if v)
+        out.append(("Work, by formula", f"{by_stage}; evaluation {in_flops(run['spent']['evaluation_flops'])}"))
     if run.get("forecast_miss"):
         f, off = run["forecast"], run["forecast_miss"]
         out.append(

@@ -54,6 +54,7 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
+    row_tokens: int = 0  # of the rows given, trained on or left out
     supervised: int = 0
     seconds: float = 0.0
     skipped: int = 0
@@ -184,6 +185,7 @@ class Loop:
         """One optimiser step; returns what to log."""
         started, number = time.perf_counter(), self.progress.step
         window = self.window(number)
+        given = sum(b.num_tokens for b in window.micro)
         meter, spent = self.view.meter, dict(self.view.meter.flops)
         with meter.stage("select"):
             self.trainable.before_window(window, self.probe)
@@ -206,9 +208,13 @@ class Loop:
         for stage, flops in self._reduce({k: meter.flops.get(k, 0.0) - spent.get(k, 0.0) for k in STAGES}).items():
             p.flops[stage] = p.flops.get(stage, 0.0) + flops
         counts = self._reduce(
-            {"tokens": sum(b.num_tokens for b in window.micro), "supervised": denominators.get("tokens", 0.0)}
-        )
+            {
+                "given": given, "tokens": sum(b.num_tokens for b in window.micro),
+                "supervised": denominators.get("tokens", 0.0),
+            }
+        )  # fmt: skip
         p.tokens += int(counts["tokens"])
+        p.row_tokens += int(counts["given"])
         p.supervised += int(denominators.get("tokens", 0))
         seconds = time.perf_counter() - started
         p.seconds += seconds

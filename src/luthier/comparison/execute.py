@@ -1,0 +1,311 @@
+"""Carrying out a comparison: its folder, its queue, and going on after a kill without doing anything twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier import __version__
+from luthier.cache import key_of
+from luthier.comparison.judge import Standing, judged, measures_of
+from luthier.comparison.plan import Comparison, Foreign, recipe_of, slug, with_seed
+from luthier.comparison.queue import Workers, workers
+from luthier.comparison.rows import Files, written
+from luthier.comparison.steps import Arm, Done, Job, budget_of, forecast, next_jobs, total_runs
+from luthier.errors import LuthierError, RecipeError
+from luthier.evaluation.base import Evaluator
+from luthier.evaluation.forgetting import NONE, Forgetting
+from luthier.forecast import available_memory, in_time, in_words
+from luthier.model.meter import in_flops
+from luthier.recipe import Recipe
+from luthier.run import gather
+from luthier.run_folder import RunFolder
+from luthier.training.checkpoint import write_text
+from luthier.training.loop import Interrupted, Loop
+
+Say = Callable[[str], None]
+ROOM = 0.8  # of the free memory that runs side by side may take
+
+
+@dataclass
+class Bench:
+    """A comparison made ready: recipes on shared files, arms, and where everything lies."""
+
+    plan: Comparison
+    folder: Path
+    base: Path
+    code: Path | None
+    recipes: dict[str, Recipe]
+    files: dict[str, Files]
+    arms: dict[str, Arm]
+    say: Say = lambda _: None
+    keep: bool = False
+    done: dict[str, Done] = field(default_factory=dict)
+
+    def results(self) -> dict[str, dict[int, Path]]:
+        """arm -> seed -> folder of its finished run."""
+        out: dict[str, dict[int, Path]] = {}
+        for d in self.done.values():
+            if d.job.purpose.startswith("seed-") and d.error is None:
+                out.setdefault(d.job.arm, {})[d.job.seed] = self.place(d.job)
+        return out
+
+    # --- one run ---
+
+    def recipe(self, job: Job) -> Recipe:
+        """What this run carries out."""
+        recipe, files = with_seed(self.recipes[job.arm], job.seed), self.files[job.arm]
+        trial = job.purpose.startswith("trial-")
+        held_out = files.valid if trial and files.valid is not None else files.eval
+        more: dict[str, Any] = {
+            "learning_rate": job.learning_rate,
+            "output_dir": None,
+            "report_to": (),
+            "save_steps": None,
+        }
+        if job.steps is not None:
+            more |= {"max_steps": job.steps, "epochs": 1.0}
+        if job.purpose == "measure":
+            more |= {"eval_steps": None, "early_stopping_patience": None, "load_best": True}
+        if trial:
+            more["evaluate"] = self._choosing(recipe)
+        return files.put_into(recipe.model_copy(update=more), held_out)
+
+    def _choosing(self, recipe: Recipe) -> list[Evaluator]:
+        """Only what gives the measure that a rate is chosen by."""
+        name = self.measure
+        wanted = [e for e in recipe.evaluators() if name in e.names()]
+        quiet = (
+            []
+            if recipe.task == "classification" or any(isinstance(e, Forgetting) for e in wanted)
+            else [Forgetting(general=NONE, canaries=False)]
+        )
+        return [*wanted, *quiet]
+
+    @property
+    def measure(self) -> str:
+        search = self.plan.search
+        return (search.measure if search is not None else None) or self.plan.primary
+
+    def place(self, job: Job) -> Path:
+        """Its folder: another recipe, other rows or another command are another folder."""
+        keys = self.plan.arms[job.arm]
+        command = keys.model_dump_json() if isinstance(keys, Foreign) else ""
+        what = key_of(self.recipe(job).as_dict(), command, job.steps, __version__)
+        return self.folder / "arms" / slug(job.arm) / f"{job.purpose}-{what[:8]}"
+
+    def request(self, job: Job, side_by_side: int) -> dict[str, Any]:
+        """For a worker, one of so many."""
+        keys, foreign = self.plan.arms[job.arm], None
+        if isinstance(keys, Foreign):
+            foreign = {
+                "command": keys.command, "cwd": str(self.base.resolve()), "steps": job.steps, "seconds": self._seconds(job),
+                "flops_a_step": self._flops_a_step(keys),
+            }  # fmt: skip
+        return {
+            "recipe": self.recipe(job).as_dict(), "name": f"arm {job.arm}", "folder": str(self.place(job)), "foreign": foreign,
+            "base": str(self.base.resolve()), "code": None if self.code is None else str(self.code), "keep": self.keep,
+            "threads": max(1, (os.cpu_count() or 1) // side_by_side),
+        }  # fmt: skip
+
+    def _seconds(self, job: Job) -> float | None:
+        budget = self.plan.budget
+        if budget is None or budget.seconds is None:
+            return None
+        share = self.plan.search.share if self.plan.search is not None and job.purpose.startswith("trial-") else 1.0
+        return budget.seconds * share
+
+    def _flops_a_step(self, keys: Foreign) -> float | None:
+        leader = None if keys.like is None else self.done.get(f"{keys.like}/measure")
+        return None if leader is None or leader.error else leader.flops / max(leader.steps, 1)
+
+    # --- what is done ---
+
+    def look(self) -> None:
+        """Find the runs that are finished already."""
+        found = True
+        while found:
+            found = False
+            for job in next_jobs(self.plan, self.arms, self.done):
+                outcome = self.outcome(job)
+                if outcome is not None:
+                    self.done[job.name], found = outcome, True
+
+    def outcome(self, job: Job) -> Done | None:
+        """Of a finished or failed run; None where it has still to be carried out."""
+        place = self.place(job)
+        failed = place / "failed.json"
+        if failed.exists():
+            return Done(job, 0.0, 0.0, 0, 0.0, error=json.loads(failed.read_text(encoding="utf-8"))["error"])
+        state = RunFolder(place).state()
+        return None if state.get("state") != "done" else self._read(job, place, state)
+
+    def _read(self, job: Job, place: Path, state: dict[str, Any]) -> Done:
+        spent = state["spent"]
+        flops = dict(spent["flops"] or {})
+        once = flops.pop("curate", 0.0)
+        value = None
+        measure = measures_of(place).get(self.measure)
+        if measure is not None:
+            value = measure.value * (1 if measure.higher else -1)
+        return Done(
+            job, sum(flops.values()), spent["seconds"], state["steps"], state["row_tokens"], once, spent["curation_seconds"],
+            state["update_bytes"], state["peak_memory_bytes"], state["evaluation_seconds"], value,
+        )  # fmt: skip
+
+    def finish(self, job: Job, answer: dict[str, Any]) -> None:
+        """Take up what a worker said."""
+        if answer["state"] == "failed":
+            place = self.place(job)
+            place.mkdir(parents=True, exist_ok=True)
+            write_text(place / "failed.json", json.dumps({"error": answer["error"], "job": job._asdict()}))
+            self.say(f"failed  {job.name}: {answer['error']}")
+        outcome = self.outcome(job)
+        assert outcome is not None, job
+        self.done[job.name] = outcome
+
+    def forget_failures(self) -> None:
+        """Let what failed be tried again."""
+        for file in self.folder.glob("arms/*/*/failed.json"):
+            file.unlink()
+
+
+def ready(
+    plan: Comparison, folder: Path, base: Path, code: Path | None = None, say: Say = lambda _: None, keep: bool = False
+) -> Bench:
+    """Check every arm and write the shared rows. Raises RecipeError, naming the arm, before anything is trained."""
+    recipes = {arm: recipe_of(plan, arm, code) for arm in plan.arms}
+    first = next(iter(recipes.values()))
+    for arm, recipe in recipes.items():
+        _comparable(arm, recipe, first, plan)
+    folder.mkdir(parents=True, exist_ok=True)
+    files = written(plan, recipes, base, folder)
+    arms = {arm: _arm(plan, arm, recipes[arm], files[arm], base) for arm in plan.arms}
+    return Bench(plan, folder, base, code, recipes, files, arms, say, keep)
+
+
+def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> None:
+    if recipe.task != first.task:
+        raise RecipeError(f"arm {arm}: task", f"is {recipe.task}, another arm's is {first.task}", "compare one task")
+    unit = "flops" if plan.budget is None else plan.budget.unit
+    if unit == "flops" and recipe.torch_compile:
+        raise RecipeError(
+            f"arm {arm}: torch_compile", "hides the work from the ledger", "give the budget in seconds or tokens"
+        )
+    if recipe.pipeline is not None:
+        raise RecipeError(
+            f"arm {arm}: pipeline", "has budgets of its own in its stages", "compare its stages, or run it alone"
+        )
+    names = {n for e in recipe.evaluators() for n in e.names()}
+    for key, name in (("primary", plan.primary), ("search.measure", plan.search.measure if plan.search else None)):
+        if name is not None and name not in names:
+            raise RecipeError(key, f"nothing in arm {arm} measures {name}", f"measured are {', '.join(sorted(names))}")
+
+
+def _arm(plan: Comparison, arm: str, recipe: Recipe, files: Files, base: Path) -> Arm:
+    keys = plan.arms[arm]
+    gathered = gather(files.put_into(recipe, files.eval), base)
+    rows, census = gathered.data.train.rows, gathered.data.train.census
+    own = Loop.length(rows, recipe)
+    a_step = census.tokens / max(1, Loop.length(rows, recipe.model_copy(update={"epochs": 1.0, "max_steps": None})))
+    rate = keys.learning_rate if isinstance(keys, Foreign) else recipe.learning_rate
+    return Arm(arm, rate, a_step, own, keys if isinstance(keys, Foreign) else None)
+
+
+def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> list[Standing]:
+    """Carry out every run that is not done yet; returns the standings.
+
+    processes  runs side by side; 0: in this process; None: as cores and memory allow, one where the budget is in seconds
+    dry        only measure what an arm's step costs, and say what the whole would take
+    Raises Interrupted after Ctrl-C, with everything saved.
+    """
+    place = RunFolder(bench.folder)
+    with place.locked():
+        write_text(bench.folder / "comparison.json", bench.plan.model_dump_json(indent=1))
+        _refuse_sharing(bench, processes)
+        bench.look()
+        left = total_runs(bench.plan) - len(bench.done)
+        bench.say(f"runs    {total_runs(bench.plan)} of {len(bench.plan.arms)} arms, {len(bench.done)} done before")
+        if left:
+            with workers((os.cpu_count() or 1) if processes is None else processes) as pool:
+                # The first, short runs go one at a time: what they take is what is planned with.
+                _carry_out(bench, pool, 1, ("measure",))
+                _foresee(bench)
+                if not dry:
+                    _carry_out(bench, pool, _side_by_side(bench, processes))
+    return judged(bench.plan, bench.results(), bench.done)
+
+
+def _take(bench: Bench, pool: Workers) -> list[str]:
+    """Names of the runs that ended."""
+    ended = []
+    for job, answer in pool.next():
+        if answer["state"] == "stopped":
+            raise Interrupted("stopped")
+        bench.finish(job, answer)
+        ended.append(job.name)
+        outcome = bench.done[job.name]
+        if outcome.error is None:
+            value = "" if outcome.value is None else f"  {bench.measure} {abs(outcome.value):.4g}"
+            left = total_runs(bench.plan) - len(bench.done)
+            bench.say(
+                f"done    {job.name}  rate {job.learning_rate:.2g}, {outcome.steps} steps{value}  ({left} runs left)"
+            )
+    return ended
+
+
+def _carry_out(bench: Bench, pool: Workers, count: int, purposes: tuple[str, ...] = ()) -> None:
+    """Every run that can start (of these purposes), `count` at a time; asked anew after each that ends."""
+    running: set[str] = set()
+    while True:
+        for job in next_jobs(bench.plan, bench.arms, bench.done):
+            wanted = not purposes or job.purpose in purposes
+            if wanted and job.name not in running and pool.busy < count:
+                running.add(job.name)
+                pool.submit(job, bench.request(job, count))
+        if not pool.busy:
+            return
+        running -= set(_take(bench, pool))
+
+
+def _foresee(bench: Bench) -> None:
+    budget, expected = budget_of(bench.plan, bench.arms, bench.done), forecast(bench.plan, bench.arms, bench.done)
+    if budget is not None:
+        shown = in_flops(budget[1]) if budget[0] == "flops" else f"{budget[1]:,.0f} {budget[0]}"
+        bench.say(f"budget  {shown} a run")
+    if expected is not None:
+        bench.say(
+            f"expect  {expected['runs']} runs, {in_flops(expected['flops'])}, "
+            f"{in_time(expected['seconds'])} of one process's work, evaluation included"
+        )
+
+
+def _refuse_sharing(bench: Bench, asked: int | None) -> None:
+    budget = bench.plan.budget
+    if budget is not None and budget.seconds is not None and asked is not None and asked > 1:
+        raise LuthierError(
+            "--processes: a budget in seconds is only fair where runs do not share the machine; leave it out"
+        )
+
+
+def _side_by_side(bench: Bench, asked: int | None) -> int:
+    """Runs at a time."""
+    if bench.plan.budget is not None and bench.plan.budget.seconds is not None:
+        return 1
+    if asked is not None:
+        return max(1, asked)
+    peaks = [d.peak_bytes for d in bench.done.values() if d.peak_bytes]
+    fitting = int(ROOM * available_memory() / max(peaks)) if peaks else 1
+    count = max(1, min(os.cpu_count() or 1, fitting, len(bench.plan.arms) * len(bench.plan.seeds)))
+    if peaks:
+        bench.say(f"queue   {count} at a time ({in_words(max(peaks))} each at most)")
+    return count
+
+
+def failed_arms(standings: list[Standing]) -> Mapping[str, list[str]]:
+    """Arm -> why, for arms with no finished run."""
+    return {s.arm: s.errors for s in standings if not s.seeds}

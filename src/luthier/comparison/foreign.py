@@ -1,0 +1,140 @@
+"""Arms of other trainers: a command trains on the comparison's rows, and is scored by the same code as every arm."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from luthier.cache import key_of
+from luthier.errors import LuthierError
+from luthier.evaluation import kept
+from luthier.evaluation.base import Exam
+from luthier.model.loading import Located, load_model
+from luthier.model.view import ModelView
+from luthier.recipe import Recipe
+from luthier.run import gather, make_ready
+from luthier.run_folder import RunFolder
+
+OPT_OUT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DO_NOT_TRACK": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "WANDB_MODE": "disabled",
+}
+WORDS = ("model", "train", "output", "seed", "learning_rate", "steps", "batch_size", "seconds")
+
+
+def filled(command: str, values: Mapping[str, Any]) -> list[str]:
+    """The command's words with {names} filled in. Raises LuthierError for a name there is none of."""
+    out = []
+    for word in shlex.split(command):
+        try:
+            out.append(word.format(**values))
+        except (KeyError, IndexError, ValueError) as error:
+            raise LuthierError(f"command: {word!r} asks for {error}; known are {', '.join(WORDS)}") from error
+    return out
+
+
+def run_foreign(recipe: Recipe, folder: Path, asked: Mapping[str, Any]) -> None:
+    """Train by the command, load what it left, score it; the folder then looks like a run's.
+
+    asked  command, cwd, steps, seconds, flops_a_step
+    Raises LuthierError where the command fails or leaves no model.
+    """
+    place = RunFolder(folder)
+    with place.locked():
+        if place.state().get("state") == "done":
+            return
+        output = folder / "output"
+        base = _base_folder(recipe, folder.parents[2] / "model")
+        values = {
+            "model": base, "train": recipe.data.train, "output": output, "seed": recipe.seed, "steps": asked["steps"],
+            "learning_rate": recipe.learning_rate, "batch_size": recipe.batch_size, "seconds": asked["seconds"],
+        }  # fmt: skip
+        place.note(state="running", command=filled(asked["command"], values))
+        seconds = 0.0
+        if not (folder / "trained").exists():
+            seconds = _train(filled(asked["command"], values), Path(asked["cwd"]), folder)
+            (folder / "trained").write_text(str(seconds), encoding="utf-8")
+        seconds = float((folder / "trained").read_text(encoding="utf-8"))
+        _score(recipe, folder, output, place, seconds, asked)
+
+
+def _base_folder(recipe: Recipe, target: Path) -> Path:
+    """The base model as a plain folder, written once."""
+    if not (target / "config.json").exists():
+        ready = make_ready(recipe, target, Path("."), gather(recipe, Path(".")))
+        temporary = target.with_name(f".model.{os.getpid()}")
+        ready.view.module.save_pretrained(temporary)
+        ready.renderer.tokenizer.save_pretrained(temporary)
+        temporary.rename(target)
+    return target.resolve()
+
+
+def _train(command: list[str], cwd: Path, folder: Path) -> float:
+    started = time.perf_counter()
+    with (folder / "command.log").open("w") as log:
+        try:
+            done = subprocess.run(
+                command, cwd=cwd, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **_quiet()}
+            )
+        except OSError as error:
+            raise LuthierError(f"command: {command[0]} cannot be started ({error.strerror})") from error
+    if done.returncode:
+        last = (folder / "command.log").read_text(errors="replace").strip().splitlines()[-1:]
+        raise LuthierError(
+            f"command: ended with code {done.returncode}: {''.join(last)} (see {folder / 'command.log'})"
+        )
+    return time.perf_counter() - started
+
+
+def _quiet() -> dict[str, str]:
+    return {k: v for k, v in OPT_OUT.items() if k not in os.environ}
+
+
+def _score(
+    recipe: Recipe, folder: Path, output: Path, place: RunFolder, seconds: float, asked: Mapping[str, Any]
+) -> None:
+    ready = make_ready(recipe, folder, Path("."))
+    before = ready.results()
+    view = _left(ready.view, output, recipe)
+    held = ready.data.held
+    assert held is not None and ready.data.held_rows is not None
+    exam = Exam(view, ready.renderer, recipe.task, held.rows, ready.data.held_rows, 2 * recipe.tokens_per_forward)
+    started = time.perf_counter()
+    evaluators = recipe.evaluators()
+    key = kept.exam_key(exam, evaluators, key_of(view.base.weights), held.digest + ready.data.held_rows.digest)
+    after = kept.kept(key, exam, evaluators)
+    place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
+    place.write("before.json", json.dumps(before.as_dict(), ensure_ascii=False))
+    flops = None if asked["flops_a_step"] is None else {"train": asked["flops_a_step"] * asked["steps"]}
+    size = sum(f.stat().st_size for f in output.rglob("*.safetensors"))
+    place.note(
+        state="done", steps=asked["steps"] or 0, after=after.brief(), update_bytes=size, train_seconds=seconds,
+        evaluation_seconds=time.perf_counter() - started, row_tokens=0, peak_memory_bytes=0,
+        spent={"flops": flops, "seconds": seconds, "curation_seconds": 0.0},
+    )  # fmt: skip
+
+
+def _left(base: ModelView, output: Path, recipe: Recipe) -> ModelView:
+    """The model in the command's output: a peft adapter over the base, or a whole model. Raises LuthierError."""
+    if (output / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        dtype = base.dtype
+        base.widen()  # merging in low precision would round the adapter away
+        merged = PeftModel.from_pretrained(base.module, str(output)).merge_and_unload().to(dtype)
+        view = ModelView(merged, base.tokenizer, base.layout, base.name)
+        view.module.eval()
+        return view
+    if (output / "config.json").exists():
+        return load_model(
+            Located(str(output.resolve()), None, output.name), recipe.task, None, tokenizer=base.tokenizer
+        )
+    raise LuthierError(f"command: left no model in {output}; it should save one there, or a peft adapter")

@@ -1,0 +1,275 @@
+"""What is compared: arms over one recipe, a budget, a search for each arm's learning rate, seeds."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from luthier import recipe as recipes
+from luthier.errors import RecipeError
+from luthier.recipe import Recipe
+from luthier.recipe.text import apply_overrides, parse
+
+UNITS = ("flops", "tokens", "seconds", "bytes")
+_STRICT = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Budget(BaseModel):
+    """What every run of every arm may spend; one of these."""
+
+    model_config = _STRICT
+
+    flops: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Floating-point operations of training, selection and curation, by the ledger's formulas."""
+    tokens: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Tokens of the rows an arm is given, whether it trains on them or leaves them out."""
+    seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Wall clock of training; arms then run one at a time."""
+    bytes: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Size of the update that is sent; steps stay as each recipe says."""
+
+    @model_validator(mode="after")
+    def _one(self) -> Budget:
+        if sum(getattr(self, u) is not None for u in UNITS) != 1:
+            raise ValueError(f"write exactly one of {', '.join(UNITS)}")
+        return self
+
+    @property
+    def unit(self) -> str:
+        return next(u for u in UNITS if getattr(self, u) is not None)
+
+    @property
+    def amount(self) -> float:
+        return float(getattr(self, self.unit))
+
+
+class Search(BaseModel):
+    """The same small search for a learning rate in every arm; what it costs is counted."""
+
+    model_config = _STRICT
+
+    trials: int = Field(4, ge=1)
+    """Rates tried, the recipe's own first; the next ones go where the loss falls."""
+    factor: float = Field(3.0, gt=1)
+    """From one rate to its neighbour."""
+    share: float = Field(0.25, gt=0, le=1)
+    """Part of a run's budget that each trial gets."""
+    rows: int = Field(100, ge=10)
+    """Rows cut from the training rows of all arms, on which trials are scored."""
+    data: str | None = None
+    """A file of rows to score trials on, in place of rows cut from training."""
+    measure: str | None = None
+    """What trials are chosen by; the comparison's primary measure by default."""
+
+
+class Foreign(BaseModel):
+    """An arm trained by somebody else's command, on the same rows, scored by the same code."""
+
+    model_config = _STRICT
+
+    command: str
+    """What to run. {model} {train} {output} {seed} {learning_rate} {steps} {batch_size} {seconds} stand for what it is
+    given; it leaves a model or a peft adapter in {output}."""
+    like: str | None = None
+    """An arm of ours whose steps it takes and whose FLOPs a step are written down for it; needed unless the budget is in
+    seconds."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Where the search starts."""
+
+
+class Comparison(BaseModel):
+    """Arms, and how they are judged."""
+
+    model_config = _STRICT
+
+    luthier: Literal[1] = 1
+    """Version of these keys."""
+    recipe: dict[str, Any]
+    """What the arms share: a recipe, or the path of one."""
+    arms: dict[str, dict[str, Any] | Foreign]
+    """Name -> keys of the recipe that differ ("a.b" for a key within a key), or a command."""
+    baseline: str | None = None
+    """The arm that others are compared with; the first by default."""
+    budget: Budget | None = None
+    """Of one run; by default the FLOPs that the baseline's recipe takes as it stands."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Each arm runs once with each; equal seeds mean equal order of rows."""
+    primary: str = "loss"
+    """The measure that decides."""
+    margin: float = Field(0.0, ge=0)
+    """How much better than the baseline an arm must be to count."""
+    search: Search | None = Search()
+    """null: every arm trains at its recipe's own rate."""
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _commands(cls, arms: Any) -> Any:
+        """An arm with a command is somebody else's trainer."""
+        if not isinstance(arms, dict):
+            return arms
+        is_command = lambda keys: isinstance(keys, dict) and "command" in keys  # noqa: E731
+        return {n: Foreign.model_validate(k) if is_command(k) else k for n, k in arms.items()}
+
+    @property
+    def base_arm(self) -> str:
+        return self.baseline or next(iter(self.arms))
+
+
+def load(path: Path) -> tuple[Comparison, Path]:
+    """A comparison from a file, and the folder that its paths are relative to. Raises RecipeError."""
+    values, lines = parse(_text(path), str(path))
+    if isinstance(values.get("recipe"), str):
+        inner = path.parent / values["recipe"]
+        values["recipe"] = parse(_text(inner), str(inner))[0]
+        if inner.parent.resolve() != path.parent.resolve():
+            values["recipe"] = _moved(values["recipe"], inner.parent.resolve())
+    if isinstance(values.get("seeds"), int):
+        values["seeds"] = list(range(values["seeds"]))
+    return checked(values, str(path), lines), path.parent
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(str(path), f"cannot be read ({error})", "check the path") from error
+
+
+def _moved(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A recipe of another folder, with its paths made absolute."""
+    out, data = dict(recipe), dict(recipe.get("data") or {})
+    for key in ("train", "eval", "pool"):
+        if isinstance(data.get(key), str) and (folder / data[key]).exists():
+            data[key] = str(folder / data[key])
+    if isinstance(out.get("model"), str) and (folder / out["model"]).exists():
+        out["model"] = str(folder / out["model"])
+    return {**out, "data": data}
+
+
+def checked(values: Mapping[str, Any], name: str, lines: Mapping[tuple[str, ...], int] | None = None) -> Comparison:
+    """A comparison from plain values. Raises RecipeError with the line and key of the first fault."""
+    try:
+        plan = Comparison.model_validate(values)
+    except ValidationError as error:
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        path = tuple(str(p) for p in first["loc"] if not str(p).startswith(("function-", "Foreign", "dict")))
+        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if lines and path[:n] in lines), None)
+        where = f"{name}:{line}: {'.'.join(path)}" if line else f"{name}: {'.'.join(path)}"
+        message = {"extra_forbidden": "there is no such key", "missing": "is missing"}.get(first["type"], first["msg"])
+        raise RecipeError(where, message) from None
+    _consistent(plan, name)
+    return plan
+
+
+def _consistent(plan: Comparison, name: str) -> None:
+    if len(plan.arms) < 1 or not plan.seeds:
+        raise RecipeError(f"{name}: arms", "nothing to compare", "write at least one arm and one seed")
+    if len(set(plan.seeds)) != len(plan.seeds):
+        raise RecipeError(f"{name}: seeds", f"{list(plan.seeds)} holds a seed twice", "write each once")
+    if plan.base_arm not in plan.arms:
+        raise RecipeError(
+            f"{name}: baseline", f"there is no arm {plan.base_arm!r}", f"known are {', '.join(plan.arms)}"
+        )
+    slugs = [slug(a) for a in plan.arms]
+    if len(set(slugs)) != len(slugs):
+        raise RecipeError(f"{name}: arms", "two names are the same folder", "rename one")
+    unit = "flops" if plan.budget is None else plan.budget.unit
+    for arm, keys in plan.arms.items():
+        if not isinstance(keys, Foreign):
+            continue
+        if keys.like is None and unit != "seconds":
+            what = f"nothing says what a step of the command costs in {unit}"
+            raise RecipeError(
+                f"{name}: arms.{arm}", what, "name an arm of ours in like:, or give the budget in seconds"
+            )
+        if keys.like is not None and not isinstance(plan.arms.get(keys.like), dict):
+            raise RecipeError(f"{name}: arms.{arm}.like", f"{keys.like!r} is no arm of ours", "name one")
+    if isinstance(plan.arms[plan.base_arm], Foreign) and plan.budget is None:
+        raise RecipeError(f"{name}: budget", "a command's own cost is not known", "write a budget")
+
+
+def varied(base: Mapping[str, Any], vary: Sequence[str], **more: Any) -> Comparison:
+    """`--vary a.b=x,y`: one arm a value; several --vary give every combination."""
+    axes = []
+    for item in vary:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise RecipeError("command line", f"--vary {item!r} names no values", "write --vary key=value,value")
+        values = parse(f"v: [{text}]", "command line: --vary")[0]["v"]
+        axes.append([(key, v) for v in values])
+    called = [_names([v for _, v in axis]) for axis in axes]
+    arms = {
+        " ".join(names): dict(combination)
+        for names, combination in zip(itertools.product(*called), itertools.product(*axes), strict=True)
+    }
+    return checked({"recipe": dict(base), "arms": arms, **more}, "command line")
+
+
+def _names(values: list[Any]) -> list[str]:
+    """Method names where these tell the values apart, with their fields where not."""
+    short = [next(iter(v)) if isinstance(v, Mapping) and len(v) == 1 else _called(v) for v in values]
+    return short if len(set(short)) == len(short) else [_called(v) for v in values]
+
+
+def _called(value: Any) -> str:
+    """An arm's name: a method's name with its fields, or the value."""
+    if isinstance(value, Mapping) and len(value) == 1:
+        ((name, fields),) = value.items()
+        return " ".join([str(name), *(f"{k}={v}" for k, v in (fields or {}).items())])
+    if isinstance(value, list):
+        return "+".join(_called(v) for v in value) or "none"
+    return str(value)
+
+
+def slug(name: str) -> str:
+    """A folder's name."""
+    return re.sub(r"[^A-Za-z0-9._=-]+", "-", name).strip("-.") or "arm"
+
+
+def recipe_of(plan: Comparison, arm: str, code: Path | None = None) -> Recipe:
+    """The arm's recipe; a foreign arm's is the shared one. Raises RecipeError naming the arm."""
+    keys = plan.arms[arm]
+    values = _copied(plan.recipe)
+    if not isinstance(keys, Foreign):
+        for key, value in keys.items():
+            _set(values, key, value)
+    try:
+        return recipes.load(_dumped(values), f"arm {arm}", code=code)
+    except RecipeError as error:
+        raise RecipeError(error.where, error.what, error.remedy) from None
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    """a.b = value, with the recipe's own rules for names of methods."""
+    import json
+
+    if value is None:
+        apply_overrides(values, [f"{key}=null"])
+    else:
+        apply_overrides(values, [f"{key}={json.dumps(value)}"])
+
+
+def _copied(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {k: _copied(v) for k, v in values.items()}
+    return [_copied(v) for v in values] if isinstance(values, list) else values
+
+
+def _dumped(values: Mapping[str, Any]) -> str:
+    import json
+
+    return json.dumps(values)
+
+
+def with_seed(recipe: Recipe, seed: int) -> Recipe:
+    """The same run under another seed: order, starts and every method's own draws."""
+    moved: dict[str, Any] = {"seed": seed}
+    for key, method in {**recipe.methods(), **recipe.listed()}.items():
+        if "seed" in type(method).model_fields and key in Recipe.model_fields:
+            moved[key] = method.model_copy(update={"seed": method.seed + seed})  # type: ignore[attr-defined]
+    return recipe.model_copy(update=moved)

@@ -1,0 +1,108 @@
+"""Workers side by side: each thread owns a process; a worker that dies is replaced and its job said to have failed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import Any
+
+END = 60.0  # seconds a worker gets to save its state
+
+
+class Workers:
+    """Processes that carry out requests, up to `count` at a time; 0: this process does, one after another."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._threads = ThreadPoolExecutor(max(1, count))
+        self._mine = threading.local()
+        self._all: list[subprocess.Popen[str]] = []
+        self._pending: dict[Future[dict[str, Any]], Any] = {}
+        self._stopping = False
+
+    def submit(self, tag: Any, request: dict[str, Any]) -> None:
+        if self.count:
+            self._pending[self._threads.submit(self._ask, request)] = tag
+            return
+        from luthier.comparison.worker import carried_out
+
+        done: Future[dict[str, Any]] = Future()
+        done.set_result(carried_out(request))
+        self._pending[done] = tag
+
+    @property
+    def busy(self) -> int:
+        return len(self._pending)
+
+    def next(self) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """(tag, answer) of those that ended, once at least one has."""
+        done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield self._pending.pop(future), future.result()
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self._stopping:
+            return {"state": "stopped"}
+        process = self._process()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except (BrokenPipeError, ValueError):
+            line = ""
+        if line:
+            return json.loads(line)
+        code = process.wait()
+        self._mine.process = None
+        if self._stopping:
+            return {"state": "stopped"}
+        reason = f"its process was ended by signal {-code}" if code < 0 else f"its process ended with code {code}"
+        return {"state": "failed", "error": f"{reason}; out of memory, perhaps" if code == -9 else reason}
+
+    def _process(self) -> subprocess.Popen[str]:
+        found: subprocess.Popen[str] | None = getattr(self._mine, "process", None)
+        if found is None or found.poll() is not None:
+            command = [sys.executable, "-m", "luthier.comparison.worker"]
+            found = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self._mine.process = found
+            self._all.append(found)
+        return found
+
+    def stop(self) -> None:
+        """Ask all to save and end."""
+        self._stopping = True
+        for process in self._all:
+            if process.poll() is None:
+                process.terminate()
+        for process in self._all:
+            try:
+                process.wait(END)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        """No more requests: processes end by themselves."""
+        self._threads.shutdown(wait=True)
+        for process in self._all:
+            if process.stdin is not None:
+                process.stdin.close()
+            process.wait(END)
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Workers]:
+    """Workers that are asked to save and end where anything interrupts."""
+    pool = Workers(count)
+    try:
+        yield pool
+    except BaseException:
+        pool.stop()
+        raise
+    pool.close()

@@ -1,0 +1,95 @@
+"""The rows of a comparison, written once, so that every arm and every command trains and is scored on the same ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from luthier.cache import key_of
+from luthier.comparison.plan import Comparison
+from luthier.data.reading import read
+from luthier.data.store import Row, Rows
+from luthier.errors import RecipeError
+from luthier.recipe import Recipe
+from luthier.rng import Streams
+
+DROPPED: dict[str, Any] = {
+    "columns": {},
+    "limit": None,
+    "train_split": "train",
+    "eval_split": "test",
+}  # done when the files were written
+
+
+class Files(NamedTuple):
+    """Rows of one arm: to train on, to choose a rate on (None without a search), to be judged on."""
+
+    train: Path
+    valid: Path | None
+    eval: Path
+
+    def put_into(self, recipe: Recipe, held_out: Path) -> Recipe:
+        """The recipe on these files."""
+        data = recipe.data.model_copy(update={**DROPPED, "train": str(self.train), "eval": str(held_out)})
+        return recipe.model_copy(update={"data": data})
+
+
+def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Path) -> dict[str, Files]:
+    """Files of every arm. Raises RecipeError where an arm has no held-out rows, or others than the baseline's."""
+    made: dict[str, tuple[str, Files]] = {}
+    out: dict[str, Files] = {}
+    judged = ""
+    for arm, recipe in recipes.items():
+        d = recipe.data
+        if d.eval is None:
+            raise RecipeError(f"arm {arm}: data.eval", "is missing, so nothing can be compared", "name held-out rows")
+        held, _ = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, on_bad=d.on_bad_row)
+        key = key_of(d.train, d.columns, d.train_split, d.limit, d.on_bad_row, recipe.task)
+        if key not in made:
+            made[key] = (held.digest, _files(plan, recipe, base, folder / "data", held, key[:8]))
+        judged = judged or held.digest
+        if held.digest != judged:
+            raise RecipeError(
+                f"arm {arm}: data.eval", "holds other rows than another arm's", "judge all on the same rows"
+            )
+        out[arm] = made[key][1]
+    return out
+
+
+def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Rows, key: str) -> Files:
+    d, search = recipe.data, plan.search
+    rows, _ = read(
+        d.train, d.columns, base, recipe.task, "train", part=d.train_split, limit=d.limit, on_bad=d.on_bad_row
+    )
+    place = np.arange(len(rows))
+    valid = None
+    if search is not None and search.data is not None:
+        chosen, _ = read(search.data, d.columns, base, recipe.task, "eval", on_bad=d.on_bad_row)
+        valid = _write(folder / f"valid-{key}.jsonl", chosen)
+    elif search is not None:
+        if len(rows) < 2 * search.rows:
+            what = f"{search.rows} rows to choose a rate on, of {len(rows)}, would leave fewer to train on"
+            raise RecipeError("search.rows", what, "lower it, or name other rows in search.data")
+        drawn = np.sort(Streams(0).at("search").permutation(len(rows))[: search.rows])
+        valid, place = _write(folder / f"valid-{key}.jsonl", rows.take(drawn)), np.setdiff1d(place, drawn)
+    return Files(_write(folder / f"train-{key}.jsonl", rows.take(place)), valid, _write(folder / "eval.jsonl", held))
+
+
+def _write(path: Path, rows: Iterable[Row]) -> Path:
+    """One object a line; a file that is there was written whole."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".part")
+        with temporary.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row.values, ensure_ascii=False, default=_plain) + "\n")
+        temporary.replace(path)
+    return path.resolve()
+
+
+def _plain(value: Any) -> str:
+    return str(value)

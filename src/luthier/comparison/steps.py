@@ -1,0 +1,230 @@
+"""Which runs a comparison needs: a pure function of those that are done, so that a killed one goes on where it was.
+
+An arm is measured over a few steps, then tried at several learning rates with a part of the budget each, then run with
+every seed at the best rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from luthier.comparison.plan import Comparison, Foreign, Search
+
+MEASURED_STEPS = 4  # of the first, short run of each arm
+
+
+class Job(NamedTuple):
+    """One run: arm, what it is for, with which rate, seed and number of steps."""
+
+    arm: str
+    purpose: str  # "measure", "trial-N", "seed-N"
+    learning_rate: float
+    seed: int
+    steps: int | None  # None: as the recipe says
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/{self.purpose}"
+
+
+class Done(NamedTuple):
+    """What a finished run says.
+
+    flops, seconds  of training with selection; once: FLOPs and seconds before the first step (curation)
+    row_tokens      tokens of the rows it was given
+    value           the measure that chooses, with its direction made so that more is better; None where not measured
+    error           why it failed; None where it did not
+    """
+
+    job: Job
+    flops: float
+    seconds: float
+    steps: int
+    row_tokens: float
+    once_flops: float = 0.0
+    once_seconds: float = 0.0
+    update_bytes: float = 0.0
+    peak_bytes: float = 0.0
+    evaluation_seconds: float = 0.0
+    value: float | None = None
+    error: str | None = None
+
+
+class Cost(NamedTuple):
+    """Of one arm's step, in the budget's unit, and what is spent before the first."""
+
+    step: float
+    once: float
+
+
+def cost_of(done: list[Done], unit: str, tokens_a_step: float) -> Cost:
+    """From the runs so far, the longest trusted most: what a step over average rows takes.
+
+    Raises ValueError where there is none.
+    """
+    runs = [d for d in done if d.error is None and d.steps]
+    if not runs:
+        raise ValueError("no run says what a step costs")
+    known = max(runs, key=lambda d: d.steps)
+    if unit == "tokens":
+        return Cost(tokens_a_step, 0.0)
+    spent = {"flops": known.flops, "seconds": known.seconds}[unit]
+    once = {"flops": known.once_flops, "seconds": known.once_seconds}[unit]
+    return Cost(spent / max(known.row_tokens, 1.0) * tokens_a_step, once)
+
+
+def steps_within(cost: Cost, budget: float) -> int:
+    """Whole steps a budget pays for; at least one."""
+    return max(1, int((budget - cost.once) / cost.step + 0.5))
+
+
+def next_rate(tried: Mapping[float, float], start: float, factor: float) -> float:
+    """Where to look next: beyond the best rate where it is the lowest or highest tried, else between it and its better
+    neighbour.
+
+    tried  rate -> value, more is better; values that are not finite are the worst there are
+    """
+    if not tried:
+        return start
+    value = {r: v if math.isfinite(v) else -math.inf for r, v in tried.items()}
+    rates = sorted(value)
+    best = max(rates, key=lambda r: (value[r], -r))
+    i = rates.index(best)
+    if i == 0:
+        return best / factor
+    if i == len(rates) - 1:
+        return best * factor
+    below, above = rates[i - 1], rates[i + 1]
+    neighbour = max((below, above), key=lambda r: (value[r], abs(math.log(r / best))))
+    return math.sqrt(best * neighbour)
+
+
+def best_rate(tried: Mapping[float, float]) -> float:
+    """The rate with the best value; of equal ones the smallest. Raises ValueError where none gave a finite value."""
+    finite = {r: v for r, v in tried.items() if math.isfinite(v)}
+    if not finite:
+        raise ValueError("no learning rate gave a finite value")
+    return max(finite, key=lambda r: (finite[r], -r))
+
+
+class Arm(NamedTuple):
+    """What planning needs to know of an arm.
+
+    tokens_a_step  of the rows it is given, on average; own_steps: as its recipe says
+    """
+
+    name: str
+    learning_rate: float
+    tokens_a_step: float
+    own_steps: int
+    foreign: Foreign | None = None
+
+
+def next_jobs(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]) -> list[Job]:
+    """All runs that can start now, in order; empty where everything is done or nothing can go on."""
+    jobs: list[Job] = []
+    for arm in arms.values():
+        jobs += [j for j in _of_arm(plan, arms, arm, done) if j.name not in done]
+    return jobs
+
+
+def _mine(done: Mapping[str, Done], arm: str) -> list[Done]:
+    return [d for d in done.values() if d.job.arm == arm]
+
+
+def budget_of(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]) -> tuple[str, float] | None:
+    """(unit, amount of one run); None as long as the baseline has not been measured."""
+    if plan.budget is not None:
+        return plan.budget.unit, plan.budget.amount
+    base = arms[plan.base_arm]
+    runs = [d for d in _mine(done, base.name) if d.job.purpose == "measure" and d.error is None]
+    if not runs:
+        return None
+    cost = cost_of(runs, "flops", base.tokens_a_step)
+    return "flops", cost.once + cost.step * base.own_steps
+
+
+def _of_arm(plan: Comparison, arms: Mapping[str, Arm], arm: Arm, done: Mapping[str, Done]) -> list[Job]:
+    if arm.foreign is None:
+        measure = Job(arm.name, "measure", arm.learning_rate, 0, min(MEASURED_STEPS, max(2, arm.own_steps)))
+        if measure.name not in done:
+            return [measure]
+        if done[measure.name].error is not None:
+            return []
+    budget = budget_of(plan, arms, done)
+    leader = arm if arm.foreign is None or arm.foreign.like is None else arms[arm.foreign.like]
+    if budget is None or (leader is not arm and f"{leader.name}/measure" not in done):
+        return []
+    if leader is not arm and done[f"{leader.name}/measure"].error is not None:
+        return []
+    steps = lambda share: _steps(budget, leader, _mine(done, leader.name), share)  # noqa: E731
+    rate = arm.learning_rate
+    if plan.search is not None:
+        trials = _trials(arm, plan.search, done, steps(plan.search.share))
+        if trials:
+            return trials
+        tried = rates_tried(done, arm.name)
+        if not any(math.isfinite(v) for v in tried.values()):
+            return []
+        rate = best_rate(tried)
+        if leader is not arm and len(rates_tried(done, leader.name)) < plan.search.trials:
+            return []  # its steps are known once the other's search is over
+    return [Job(arm.name, f"seed-{s}", rate, s, steps(1.0)) for s in plan.seeds]
+
+
+def _steps(budget: tuple[str, float], arm: Arm, done: list[Done], share: float) -> int | None:
+    unit, amount = budget
+    if unit == "bytes":
+        return max(1, round(arm.own_steps * share))
+    if arm.foreign is not None:  # it stops by the clock
+        return None
+    # Trials are planned from the first measurement, so that a finished one changes no other's length.
+    known = done if share == 1.0 else [d for d in done if d.job.purpose == "measure"]
+    finished = [d for d in known if not d.job.purpose.startswith("seed-")]
+    return steps_within(cost_of(finished, unit, arm.tokens_a_step), amount * share)
+
+
+def rates_tried(done: Mapping[str, Done], arm: str) -> dict[float, float]:
+    """Rate -> value of an arm's finished trials; a failed one counts as the worst."""
+    trials = [d for d in _mine(done, arm) if d.job.purpose.startswith("trial-")]
+    return {d.job.learning_rate: -math.inf if d.value is None or d.error else d.value for d in trials}
+
+
+def _trials(arm: Arm, search: Search, done: Mapping[str, Done], steps: int | None) -> list[Job]:
+    """The next trial: one at a time, since where to look depends on the last; empty when all are done."""
+    tried = rates_tried(done, arm.name)
+    if len(tried) >= search.trials:
+        return []
+    rate = next_rate(tried, arm.learning_rate, search.factor)
+    return [Job(arm.name, f"trial-{len(tried)}", rate, 0, steps)]
+
+
+def total_runs(plan: Comparison) -> int:
+    """Runs of the whole comparison."""
+    ours = sum(not isinstance(a, Foreign) for a in plan.arms.values())
+    each = (plan.search.trials if plan.search else 0) + len(plan.seeds)
+    return ours + each * len(plan.arms)
+
+
+def forecast(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]) -> dict[str, Any] | None:
+    """Once every arm of ours is measured: runs left, FLOPs and seconds of one process's work."""
+    budget = budget_of(plan, arms, done)
+    measured = {a.name: done.get(f"{a.name}/measure") for a in arms.values() if a.foreign is None}
+    if budget is None or any(d is None for d in measured.values()):
+        return None
+    seconds = flops = 0.0
+    for arm in arms.values():
+        leader = arm.name if arm.foreign is None or arm.foreign.like is None else arm.foreign.like
+        known = measured.get(leader)
+        shares = [1.0] * len(plan.seeds) + ([plan.search.share] * plan.search.trials if plan.search else [])
+        if known is None or known.error is not None:
+            seconds += sum(shares) * budget[1] if known is None else 0.0
+            continue
+        for share in shares:
+            steps = _steps(budget, arms[leader], [known], share) or 0
+            scale = steps * arms[leader].tokens_a_step / max(known.row_tokens, 1.0)
+            flops += known.once_flops + known.flops * scale
+            seconds += known.once_seconds + known.seconds * scale + known.evaluation_seconds
+    return {"runs": total_runs(plan) - len(done), "flops": flops, "seconds": seconds}

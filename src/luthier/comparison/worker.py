@@ -1,0 +1,90 @@
+"""A process that carries out one run after another: a request a line on standard input, an answer a line on output.
+
+A process of its own keeps one arm's crash, memory and threads from the others; one that lives on saves the seconds that
+importing torch takes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+LOCK_PATIENCE = 60.0  # seconds: a killed comparison's own worker may still be saving
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Until standard input ends, or the parent does."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints goes to standard error
+    from luthier import machine
+
+    machine.prepare()
+    for line in sys.stdin:
+        answer = carried_out(json.loads(line))
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+        if answer["state"] == "stopped":
+            return
+
+
+def carried_out(request: dict[str, Any]) -> dict[str, Any]:
+    """{"state": "done"}, or "stopped", or "failed" with the reason."""
+    import torch
+
+    from luthier.cli.main import _quiet
+    from luthier.errors import LuthierError
+    from luthier.training.loop import Interrupted
+
+    _quiet(False)
+    torch.set_num_threads(request["threads"])
+    folder = Path(request["folder"])
+    try:
+        _patiently(request, folder)
+    except Interrupted:
+        return {"state": "stopped"}
+    except LuthierError as error:
+        return {"state": "failed", "error": str(error)}
+    except Exception as error:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+        return {"state": "failed", "error": f"{type(error).__name__}: {error} (see {folder / 'error.txt'})"}
+    return {"state": "done"}
+
+
+def _patiently(request: dict[str, Any], folder: Path) -> None:
+    from luthier.errors import LuthierError
+
+    until = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            return _run(request, folder)
+        except LuthierError as error:
+            if "another process is working" not in str(error) or time.monotonic() > until:
+                raise
+            time.sleep(1.0)
+
+
+def _run(request: dict[str, Any], folder: Path) -> None:
+    from luthier import recipe as recipes
+    from luthier.comparison.foreign import run_foreign
+    from luthier.run import run
+
+    code = Path(request["code"]) if request["code"] else None
+    recipe = recipes.load(json.dumps(request["recipe"]), request["name"], code=code)
+    if request["foreign"]:
+        run_foreign(recipe, folder, request["foreign"])
+    else:
+        run(recipe, folder, Path(request["base"]), keep=request["keep"], foresee=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""`luthier compare` from the command line: whole, killed and continued, with failing and foreign arms."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from test_run import LUTHIER, luthier, rows, write
+
+HERE = ("--processes", "0")  # in this process, which has torch already
+KEYS = {"evaluate": [{"exact-match": {"rows": 4, "max_new_tokens": 4}}], "max_steps": 8, "output_dir": None}
+# A tenth of the usual search, so that a test takes seconds.
+PLAN = """recipe: r.yaml
+seeds: 2
+budget: {flops: 2.0e8}
+search: {trials: 2, rows: 10}
+"""
+
+
+def plan(folder, model, arms, **keys):
+    write(folder, model, train=rows(60), held=rows(8, 100), **{**KEYS, **keys})
+    (folder / "c.yaml").write_text(PLAN + "arms: " + json.dumps(arms) + "\n")
+    return folder / "c.yaml"
+
+
+def events(done):
+    return [x.split()[1] for x in done.stderr.splitlines() if x.startswith("done ")]
+
+
+@pytest.fixture(scope="module")
+def compared(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare")
+    path = plan(folder, model_folder, {"lora": {}, "full": {"tuner": "full"}})
+    return folder, luthier("compare", path, "--json", *HERE, cwd=folder)
+
+
+def test_a_comparison_says_who_is_better_at_equal_cost(compared):
+    folder, done = compared
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    lora, full = said["arms"]
+    assert [a["seeds"] for a in said["arms"]] == [[0, 1], [0, 1]] and lora["arm"] == "lora"
+    assert full["levels"]["loss"]["outcome"] in ("held", "not held", "inconclusive")
+    assert {"loss", "bits_per_byte", "exact_match", "general_loss", "canaries"} <= set(full["levels"])
+    for arm in said["arms"]:
+        assert arm["spent"]["flops"] == pytest.approx(2e8, rel=0.1), "equal cost, to a step of fourteen"
+        assert arm["spent"]["search_runs"] == 3 and arm["learning_rate"] is not None
+    page = (folder / "runs/compare-c/report.html").read_text()
+    for question in ("Which arm wins", "is that sure", "What it cost", "What was forgotten", "Run it again"):
+        assert question in page
+    assert "luthier compare" in page and "<script" not in page
+
+
+def test_its_runs_are_those_of_any_run_without_weights(compared, model_folder):
+    folder, _ = compared
+    place = next((folder / "runs/compare-c/arms/lora").glob("seed-0-*"))
+    assert not list(place.glob("*.safetensors")) and (place / "report.html").exists()
+    refused = luthier("generate", place, "hello", cwd=folder)
+    assert refused.returncode == 2 and "kept scores and no weights" in refused.stderr
+    run = json.loads((place / "run.json").read_text())
+    assert run["row_tokens"] == run["tokens"] and run["spent"]["flops"]["train"] > 0
+
+
+def test_finished_runs_are_never_run_twice_and_more_seeds_add_only_theirs(compared):
+    folder, _ = compared
+    again = luthier("compare", folder / "c.yaml", *HERE, cwd=folder)
+    assert again.returncode == 0 and events(again) == [] and "10 done before" in again.stderr
+    more = luthier("compare", folder / "c.yaml", "--seeds", "3", *HERE, cwd=folder)
+    assert events(more) and {e.split("/")[1] for e in events(more)} == {"seed-2"}, more.stderr
+
+
+def test_a_failed_arm_is_reported_and_the_others_go_on(compared, model_folder, tmp_path):
+    arms = {"lora": {}, "wild": {"tuner": "full", "learning_rate": 1e30, "on_nan": "stop"}, "full": {"tuner": "full"}}
+    path = plan(tmp_path, model_folder, arms)
+    done = luthier("compare", path, "search=null", *HERE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "failed: wild" in done.stdout and "lower learning_rate" in done.stdout
+    assert "wild" in (tmp_path / "runs/compare-c/report.html").read_text()
+    strict = luthier("compare", path, "search=null", "--strict", *HERE, cwd=tmp_path)
+    assert strict.returncode == 1 and events(strict) == []
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)])
+def test_stopped_at_any_moment_it_goes_on(ending, model_folder, tmp_path):
+    path = plan(tmp_path, model_folder, {"lora": {}, "full": {"tuner": "full"}})
+    with (tmp_path / "err").open("w") as err:
+        child = subprocess.Popen([*LUTHIER, "compare", str(path)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=err)
+        until = time.monotonic() + 120
+        while time.monotonic() < until and (tmp_path / "err").read_text().count("done ") < 3:
+            time.sleep(0.05)
+        child.send_signal(ending)
+        code = child.wait(90)
+    said = (tmp_path / "err").read_text()
+    seen = said.count("\ndone ")
+    assert code == -9 if ending == signal.SIGKILL else code == 130 and "go on with: luthier compare" in said, said
+    last = luthier("compare", path, *HERE, cwd=tmp_path)
+    assert last.returncode == 0, last.stderr
+    before = int(re.search(r"(\d+) done before", last.stderr).group(1))
+    assert seen <= before <= seen + 2 and len(events(last)) == 10 - before, last.stderr
+
+
+def test_a_dry_run_says_what_it_will_take(model_folder, tmp_path):
+    path = plan(tmp_path, model_folder, {"lora": {}, "full": {"tuner": "full"}})
+    done = luthier("compare", path, "--dry-run", *HERE, cwd=tmp_path)
+    assert done.returncode == 0 and "expect  8 runs" in done.stderr and "budget  200 MFLOP a run" in done.stderr
+    assert {e.split("/")[1] for e in events(done)} == {"measure"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("~recipe.data.eval",), "evaluate: has no rows to evaluate on"),
+        (("primary=rouge1",), "nothing in arm lora measures rouge1"),
+        (("search.rows=50",), "50 rows to choose a rate on, of 60"),
+        (("recipe.torch_compile=true",), "arm lora: torch_compile: hides the work from the ledger"),
+        (("arms.lora.task=classification",), "arm lora"),
+        (("recipe.learning_rat=1",), "there is no such key"),
+        (("--processes", "2", "--budget", "seconds=5"), "a budget in seconds is only fair"),
+    ],
+)
+def test_faults_are_named_before_anything_is_trained(model_folder, tmp_path, change, words):
+    path = plan(tmp_path, model_folder, {"lora": {}, "full": {"tuner": "full"}})
+    said = luthier("compare", path, *change, cwd=tmp_path)
+    assert said.returncode == 2 and words in said.stderr, said.stderr
+    assert not [e for e in events(said) if "measure" not in e]
+
+
+TRL = """
+import sys, json
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+model, train, output, seed, rate, steps, batch = sys.argv[1:]
+config = SFTConfig(output_dir=output + "/work", max_steps=int(steps), learning_rate=float(rate), seed=int(seed), use_cpu=True,
+                   per_device_train_batch_size=int(batch), report_to="none", save_strategy="no", completion_only_loss=True,
+                   bf16=False, disable_tqdm=True, max_length=64)
+rows = load_dataset("json", data_files=train, split="train").select_columns(["prompt", "completion"])
+trainer = SFTTrainer(AutoModelForCausalLM.from_pretrained(model), config, train_dataset=rows,
+                     processing_class=AutoTokenizer.from_pretrained(model),
+                     peft_config=LoraConfig(r=4, target_modules="all-linear"))
+trainer.train()
+trainer.save_model(output)
+"""
+
+
+def test_an_arm_of_trls_is_trained_and_scored_on_the_same_rows(model_folder, tmp_path):
+    pytest.importorskip("trl")
+    command = f"{sys.executable} trl_arm.py {{model}} {{train}} {{output}} {{seed}} {{learning_rate}} {{steps}} {{batch_size}}"
+    arms = {"lora": {}, "trl": {"command": command, "like": "lora", "learning_rate": 0.01}}
+    path = plan(tmp_path, model_folder, arms)
+    (tmp_path / "trl_arm.py").write_text(TRL)
+    done = luthier("compare", path, "search=null", "seeds=[0]", "--json", *HERE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lora, trl = json.loads(done.stdout)["arms"]
+    assert trl["spent"]["steps"] == lora["spent"]["steps"] and trl["spent"]["flops"] == pytest.approx(2e8, rel=0.1)
+    assert trl["levels"]["loss"]["value"]["value"] < trl["levels"]["loss"]["base"], "it learnt"
+    assert set(trl["levels"]) == set(lora["levels"])
+
+
+def test_a_command_that_fails_is_told_with_its_last_words(model_folder, tmp_path):
+    exits = f"{sys.executable} -c 'raise SystemExit(\"no such trainer\")'"
+    commands = {"bad": exits, "empty": f"{sys.executable} -c pass", "typo": "x {modle}"}
+    arms = {"lora": {}, **{name: {"command": c, "like": "lora"} for name, c in commands.items()}}
+    done = luthier("compare", plan(tmp_path, model_folder, arms), "search=null", "seeds=[0]", *HERE, cwd=tmp_path)
+    for words in ("no such trainer", "left no model in", "asks for 'modle'"):
+        assert words in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1 and Path(tmp_path / "runs/compare-c/report.html").exists(), "nothing is left to compare"

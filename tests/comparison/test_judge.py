@@ -1,0 +1,99 @@
+"""Standings from finished runs' rows: paired differences, verdicts, the frontier."""
+
+import json
+
+import numpy as np
+import pytest
+
+from luthier.comparison.judge import Level, Standing, difference, frontier, judged
+from luthier.comparison.plan import checked
+from luthier.comparison.steps import Done, Job
+from luthier.evaluation.base import Results
+from luthier.evaluation.measures import mean, ratio
+from luthier.statistics import Estimate, estimate
+
+ROWS = tuple(map(str, range(30)))
+
+
+def run_of(folder, values, name="exact_match"):
+    folder.mkdir(parents=True)
+    for which, x in (("after", values), ("before", np.zeros(len(values)))):
+        results = Results({name: mean(name, x, ROWS[: len(x)])}, [])
+        (folder / f"{which}.json").write_text(json.dumps(results.as_dict()))
+    return folder
+
+
+def compared(tmp_path, arms, **more):
+    plan = checked({"recipe": {}, "arms": {a: {} for a in arms}, "primary": "exact_match", **more}, "p")
+    results = {a: {s: run_of(tmp_path / a / str(s), v) for s, v in enumerate(seeds)} for a, seeds in arms.items()}
+    done = {}
+    for a, seeds in arms.items():
+        for s in range(len(seeds)):
+            job = Job(a, f"seed-{s}", 1e-3, s, 10)
+            done[job.name] = Done(job, 100.0, 2.0, 10, 50.0, update_bytes=7.0)
+    return judged(plan, results, done)
+
+
+def draws(shift, seeds=5, spread=0.1, rows=30, seed=0):
+    generator = np.random.default_rng(seed)
+    hard = generator.normal(0, 1, rows)  # rows differ far more than arms do
+    return [hard + shift + generator.normal(0, spread, rows) for _ in range(seeds)]
+
+
+def test_pairing_sees_what_rows_would_hide(tmp_path):
+    standings = compared(tmp_path, {"base": draws(0.0), "good": draws(0.3), "same": draws(0.0)})
+    base, good, same = (s.levels["exact_match"] for s in standings)
+    assert base.better_by is None and good.outcome == "held" and same.outcome == "inconclusive"
+    assert good.better_by.value == pytest.approx(0.3, abs=0.05) and good.better_by.low > 0.2
+    assert good.value.high - good.value.low > 3 * (good.better_by.high - good.better_by.low)
+    assert good.adjusted >= good.better_by.p_value and base.base == 0.0
+
+
+def test_a_margin_is_asked_for_in_the_primary_measure(tmp_path):
+    arms = {"base": draws(0.0), "good": draws(0.3)}
+    assert compared(tmp_path / "a", arms, margin=0.1)[1].levels["exact_match"].outcome == "held"
+    assert compared(tmp_path / "b", arms, margin=0.6)[1].levels["exact_match"].outcome == "not held"
+
+
+def test_the_same_arm_twice_differs_by_nothing(tmp_path):
+    same = draws(0.0)
+    level = compared(tmp_path, {"base": same, "again": same})[1].levels["exact_match"]
+    assert level.better_by == Estimate(0, 0, 0, 0, level.better_by.df) and level.better_by.p_value == 1
+
+
+def test_lower_is_better_where_the_measure_says_so():
+    a = {0: ratio("loss", [1.0, 2.0, 4.0], [1, 1, 1], ROWS[:3], higher=False)}
+    b = {0: ratio("loss", [2.0, 3.0, 5.0], [1, 1, 1], ROWS[:3], higher=False)}
+    assert difference(a, b).value == 1.0 and difference(b, a).value == -1.0
+    assert difference(a, {1: b[0]}) is None, "no seed in common"
+    assert difference(a, {0: ratio("loss", [1.0], [1], ("x",))}) is None, "no row in common"
+
+
+def test_only_shared_seeds_and_rows_are_compared():
+    mine = {s: mean("m", np.arange(4.0) + s, ("a", "b", "c", "d")) for s in range(3)}
+    theirs = {s: mean("m", np.arange(3.0), ("b", "c", "x")) for s in (1, 2)}
+    found = difference(mine, theirs)
+    by_hand = np.array([[(1 + s) - 0, (2 + s) - 1] for s in (1, 2)], dtype=float)
+    assert found == estimate(by_hand)
+
+
+def test_an_arm_that_never_finished_is_listed(tmp_path):
+    plan = checked({"recipe": {}, "arms": {"a": {}, "b": {}}, "primary": "exact_match"}, "p")
+    job = Job("b", "seed-0", 1e-3, 0, 5)
+    results = {"a": {0: run_of(tmp_path / "a", np.ones(4))}}
+    a, b = judged(plan, results, {job.name: Done(job, 0, 0, 0, 0, error="out of memory")})
+    assert b.levels == {} and b.errors == ["seed-0: out of memory"] and a.levels
+
+
+def test_the_frontier_is_what_nobody_beats_in_both():
+    def standing(arm, value, seconds):
+        level = Level("m", True, "", None, Estimate(value, value, value, 0, 1), [value])
+        return Standing(arm, [0], {"m": level}, None, False, {"seconds": seconds}, [])
+
+    arms = [
+        standing("cheap", 1.0, 1.0),
+        standing("good", 3.0, 9.0),
+        standing("bad", 0.9, 2.0),
+        standing("dear", 3.0, 10.0),
+    ]
+    assert frontier(arms, "m", "seconds") == {"cheap", "good"}
