@@ -88,7 +88,7 @@ def test_a_full_disk_is_foreseen(monkeypatch, model_folder, tmp_path):
     recipe = a_recipe(model=str(model_folder), max_steps=1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(
-        LuthierError, match=r"output_dir: .* needs about .* 0 MB are free; choose a folder on another disk"
+        LuthierError, match=r"output_dir: .* needs about .* 1 kB are free; choose a folder on another disk"
     ):
         run(recipe, tmp_path / "out", tmp_path)
 

@@ -53,7 +53,9 @@ KNOWN = [(n, c) for n, c in TUNERS if n != "frozen"]
 def test_every_tuners_step_takes_what_torch_counts(name, cls, layout):
     loop = loop_of(example(name, cls), Sft(), layout)
     torch_says = counted(loop, steps=3)
-    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=TOLERANCE.get(name, 0.01))
+    spent = loop.progress.flops
+    choosing = spent["select"] if name == "lift" else 0.0  # a decomposition, which torch's counter does not know
+    assert sum(spent.values()) - choosing == pytest.approx(torch_says, rel=TOLERANCE.get(name, 0.01))
 
 
 @pytest.mark.parametrize(("name", "cls"), OBJECTIVES, ids=[n for n, _ in OBJECTIVES])

@@ -215,7 +215,7 @@ def compare(
     from luthier.cli import compare as ours
     from luthier.cli.progress import Bar
     from luthier.comparison.execute import compare as carry_out
-    from luthier.comparison.execute import failed_arms, ready
+    from luthier.comparison.execute import failed_arms, ready, stoppable
     from luthier.comparison.judge import as_dict
     from luthier.report.comparison import write_comparison
     from luthier.training.loop import Interrupted
@@ -231,12 +231,14 @@ def compare(
         bench = ready(plan, folder, base, base if allow_code else None, bar.say, keep)
         if retry:
             bench.forget_failures()
+        signals: list[int] = []
         try:
-            standings = carry_out(bench, processes, dry_run)
+            with stoppable() as signals:
+                standings = carry_out(bench, processes, dry_run)
         except (Interrupted, KeyboardInterrupt) as stopped:
             bar.say(f"stopped; what was done is kept in {folder}")
             bar.say(f"go on with: {shlex.join(['luthier', *sys.argv[1:]])}")
-            raise SystemExit(130) from stopped
+            raise SystemExit(143 if signals[-1:] == [15] else 130) from stopped
     if dry_run:
         return
     page = write_comparison(bench, standings, ["luthier", *sys.argv[1:]])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,6 +240,25 @@ def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> li
                 if not dry:
                     _carry_out(bench, pool, _side_by_side(bench, processes))
     return judged(bench.plan, bench.results(), bench.done)
+
+
+@contextmanager
+def stoppable() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM become KeyboardInterrupt, also where a shell's background job ignores the first; the list then
+    holds the signal.
+    """
+    seen: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        seen.append(number)
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def _take(bench: Bench, pool: Workers) -> list[str]:

@@ -5,6 +5,8 @@ from luthier._lazy import lazy
 EXPORTS = {
     "Caft": "caft",
     "Distill": "distill",
+    "MaskedThought": "masked_thought",
+    "Otr": "otr",
     "QTuning": "q_tuning",
     "Sft": "sft",
 }

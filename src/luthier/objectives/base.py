@@ -6,20 +6,25 @@ micro-batches and ranks, before its first backward; so one batch of eight, eight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from luthier.data.batch import IGNORE, Batch
 from luthier.method import Method
+from luthier.model.plain import is_plain
 from luthier.model.view import ModelView, Trace
 from luthier.training.head import TokenScores, recomputes, token_nll, token_scores
 
 if TYPE_CHECKING:
     from luthier.training.probe import Probe
+
+
+R = TypeVar("R", bound=tuple[int, int, int])
 
 
 class Clock(NamedTuple):
@@ -129,6 +134,24 @@ class Forward:
         picked = view.head_input(hidden[rows])  # [T, D] -> [N, D]
         view.meter.head(picked, view.head_weight, recomputes(view.head_weight, view.head_bias, view.head_transform()))
         return token_nll(picked, view.head_weight, labels[rows], view.head_bias, view.head_transform())
+
+    def map_logits(self, f: Callable[[Tensor, R], Tensor], runs: Sequence[R]) -> Tensor:
+        """[N]: f(logits [n, V], run) over runs of supervised rows, one after another.
+
+        runs  (sequence, first row within it, n); their n sum to N
+        A run's logits live while f works, and are computed again in the backward.
+        """
+        rows, hidden = self.batch.supervised, self.hidden()
+        sizes = [run[2] for run in runs]
+        out = []
+        for part, run in zip(rows.split(sizes), runs, strict=True):
+
+            def piece(h: Tensor, part: Tensor = part, run: R = run) -> Tensor:
+                return f(self.logits(part, h), run)
+
+            again = torch.is_grad_enabled() and not is_plain()
+            out.append(checkpoint(piece, hidden, use_reentrant=False) if again else piece(hidden))
+        return torch.cat(out) if out else hidden.sum(-1).float()[:0]
 
     def scores(self) -> TokenScores:
         """Loss and entropy of every supervised token, without a gradient."""

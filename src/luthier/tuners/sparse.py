@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ class SparseWeights:
         self.undo: list[Undo] = []
         for name, x in self.linears.items():
             module = view.module.get_submodule(x.module)
-            self.stored[name] = self._read(name)
+            self.stored[name] = self.read(name)
             self.values[name] = nn.Parameter(torch.zeros(len(self.indices[name]), device=view.device))
             self.undo.append(register(module, "values", self.values[name])[1])
             self.undo.append(replace_forward(module, self._forward(name, module)))
@@ -55,35 +56,35 @@ class SparseWeights:
         """[out, in], a view of what is stored."""
         return oriented(self.view.module.get_submodule(self.linears[name].module)).detach()
 
-    def _at(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         columns = self.linears[name].shape[1]
         return indices // columns, indices % columns
 
-    def _put(self, name: str, values: Tensor, indices: Tensor | None = None) -> None:
+    def put(self, name: str, values: Tensor, indices: Tensor | None = None) -> None:
         """Write entries of the layer's weight; a flat view where the weight is stored as it is computed with."""
         indices = self.indices[name] if indices is None else indices
         weight = self._weight(name)
         if weight.is_contiguous():
             weight.view(-1)[indices] = values
         else:
-            weight[self._at(name, indices)] = values
+            weight[self.at(name, indices)] = values
 
-    def _read(self, name: str, indices: Tensor | None = None) -> Tensor:
+    def read(self, name: str, indices: Tensor | None = None) -> Tensor:
         indices, weight = self.indices[name] if indices is None else indices, self._weight(name)
-        return weight.view(-1)[indices] if weight.is_contiguous() else weight[self._at(name, indices)]
+        return weight.view(-1)[indices] if weight.is_contiguous() else weight[self.at(name, indices)]
 
     @torch.no_grad()
     def write(self, generator: torch.Generator) -> None:
         """Put base + values into the layers."""
         for name, values in self.values.items():
             whole = self.stored[name].float() + values
-            self._put(name, stochastic_round(whole, self.stored[name].dtype, generator))
+            self.put(name, stochastic_round(whole, self.stored[name].dtype, generator))
 
     @torch.no_grad()
     def move(self, name: str, slots: Tensor, indices: Tensor) -> None:
         """Give the entries at `slots` new positions: the old ones get their base value back, the new start at 0."""
-        self._put(name, self.stored[name][slots], self.indices[name][slots])
-        self.stored[name][slots] = self._read(name, indices)
+        self.put(name, self.stored[name][slots], self.indices[name][slots])
+        self.stored[name][slots] = self.read(name, indices)
         self.indices[name][slots] = indices.to(self.indices[name].dtype)
         self.values[name][slots] = 0.0
 
@@ -91,9 +92,9 @@ class SparseWeights:
     def load(self, indices: dict[str, Tensor], values: dict[str, Tensor], generator: torch.Generator) -> None:
         """Take up saved positions and values."""
         for name in self.values:
-            self._put(name, self.stored[name])
+            self.put(name, self.stored[name])
             self.indices[name] = indices[name].to(self.view.device, self._dtype(name))
-            self.stored[name] = self._read(name)
+            self.stored[name] = self.read(name)
             self.values[name].copy_(values[name])
         self.write(generator)
 
@@ -103,7 +104,7 @@ class SparseWeights:
         for name, x in self.linears.items():
             index = self.indices[name].long()
             if x.transposed:
-                row, column = self._at(name, index)
+                row, column = self.at(name, index)
                 index = column * x.shape[0] + row
             order = index.argsort()
             indices[name], values[name] = index[order].cpu(), self.values[name].detach()[order].cpu()
@@ -113,7 +114,43 @@ class SparseWeights:
     @torch.no_grad()
     def detach(self) -> None:
         for name in self.values:
-            self._put(name, self.stored[name])
+            self.put(name, self.stored[name])
         for step in reversed(self.undo):
             step()
         self.undo.clear()
+
+
+# --- the largest entries ---
+
+
+def top(values: Tensor, k: int) -> Tensor:
+    """[k] positions of the largest values, in ascending order of position; of equal values the first ones.
+
+    On a CPU twenty times faster than a stable sort, which costs 0.1 s for every matrix of a small model.
+    """
+    n = len(values)
+    if k >= n:
+        return torch.arange(n, device=values.device)
+    if k == 0:
+        return torch.empty(0, dtype=torch.long, device=values.device)
+    if values.device.type == "cpu":
+        v = (values.detach() if values.dtype == torch.int16 else values.detach().float()).numpy()
+        least = _counted(v, k) if v.dtype == np.int16 else np.partition(v, n - k)[n - k]
+        more, equal = np.flatnonzero(v > least), np.flatnonzero(v == least)
+        return torch.from_numpy(np.sort(np.concatenate([more, equal[: k - len(more)]])))
+    limit = values.topk(k, sorted=False).values.min()
+    above, ties = (values > limit).nonzero().squeeze(1), (values == limit).nonzero().squeeze(1)
+    return torch.cat([above, ties[: k - len(above)]]).sort().values
+
+
+def _counted(values: np.ndarray, k: int) -> int:
+    """The k-th largest of 16-bit integers, none negative, by counting how often each occurs."""
+    at_least = np.bincount(values)[::-1].cumsum()
+    return len(at_least) - 1 - int(np.searchsorted(at_least, k))
+
+
+def top_magnitudes(gradient: Tensor, k: int) -> Tensor:
+    """[k] positions of the largest magnitudes, as `top`; bfloat16 is counted by its bits, which is faster still."""
+    size = gradient.detach().abs()
+    # Bits of numbers that are not negative stand in the order of the numbers.
+    return top(size.view(torch.int16) if size.dtype == torch.bfloat16 else size, k)

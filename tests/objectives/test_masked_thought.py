@@ -1,0 +1,170 @@
+"""The exact checks of the sheet; numbers in names are the sheet's. 8 is a claim."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from conftest import VOCABULARY, byte_tokenizer, rows_of, tiny, view_of
+from luthier.data.batch import IGNORE, collate
+from luthier.errors import LuthierError
+from luthier.model.view import ModelView
+from luthier.objectives.base import Clock, Window, count
+from luthier.objectives.masked_thought import MaskedThought, masking_rate, solution
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.probe import Probe
+from luthier.training.settings import TrainSettings
+from luthier.tuners.full import Full
+
+LATE = Clock(90, 100)  # past the warm-up
+
+
+def planned(objective, rows, clock=LATE, view=None):
+    view = view or view_of()
+    extra = objective.extend(view)
+    window, counts = objective.plan(Window([collate(rows)], clock), Probe(view, objective, extra))
+    return window.micro[0], counts
+
+
+def long_rows(n=50, answer=40):
+    return rows_of(tuple([60] * n), answer=answer)
+
+
+def test_1_at_rate_zero_it_is_sft_to_the_bit():
+    results = []
+    for objective in (Sft(), MaskedThought(max_rate=0.0, random_share=0.5)):
+        view = view_of()
+        loop = Loop(view, rows_of(), Full().attach(view), objective, TrainSettings(max_steps=3, batch_size=4))
+        losses = [loop.step()["loss"] for _ in range(3)]
+        results.append((losses, {n: p.detach().clone() for n, p in view.module.named_parameters()}))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[0][1][n], results[1][1][n]) for n in results[0][1])
+
+
+@pytest.mark.parametrize("random_share", [0.0, 0.5, 1.0])
+def test_2_labels_stay_and_the_question_is_never_touched(random_share):
+    rows = long_rows(5)
+    clean, (noisy, _) = collate(rows), planned(MaskedThought(max_rate=0.9, random_share=random_share), rows)
+    assert (
+        torch.equal(noisy.labels, clean.labels) and noisy.lengths == clean.lengths and torch.equal(noisy.pos, clean.pos)
+    )
+    question = ~solution(clean)
+    assert torch.equal(noisy.ids[question], clean.ids[question]) and not noisy.token["masked"][question].any()
+    assert solution(clean).sum() == 5 * 40, "what is predicted, the end token included"
+
+
+def test_3_rate_fresh_draws_and_reproducible_ones():
+    rows, method = long_rows(), MaskedThought(max_rate=0.4)
+    one, again, later = (planned(method, rows, c)[0].token["masked"] for c in (LATE, LATE, Clock(91, 100)))
+    assert float(one.sum()) / 2000 == pytest.approx(0.4, abs=0.033)
+    assert torch.equal(one, again) and not torch.equal(one, later)
+    other = planned(MaskedThought(max_rate=0.4, seed=1), rows)[0].token["masked"]
+    assert not torch.equal(one, other)
+    alone = planned(method, rows[3:4])[0].token["masked"]
+    assert torch.equal(alone, one[180:240]), "keyed by row, not by batch"
+
+
+def test_4_the_rate_rises_in_a_line_and_stays():
+    rate = lambda s: masking_rate(s, 300, 0.4, 2 / 3)  # noqa: E731
+    assert rate(0) == 0 and rate(100) == pytest.approx(0.2, rel=0.01)
+    assert rate(201) == pytest.approx(0.4) and all(rate(s) == 0.4 for s in range(202, 300))
+
+
+def test_5_what_stands_in():
+    rows, clean = long_rows(200), collate(long_rows(200))
+    masked, _ = planned(MaskedThought(max_rate=0.5, random_share=0.0), rows)
+    assert torch.equal(masked.ids, clean.ids) and torch.equal(masked.token["vector"], masked.token["masked"])
+    words, _ = planned(MaskedThought(max_rate=0.9), rows)
+    drawn = words.ids[words.token["masked"]].numpy()
+    assert not words.token["vector"].any() and not set(drawn) & {0, 1, 2}, "no special ids"
+    assert stats.chisquare(np.bincount(drawn, minlength=VOCABULARY)[3:]).pvalue > 0.001
+    half, _ = planned(MaskedThought(max_rate=0.5, random_share=0.5), rows)
+    share = float(half.token["vector"].sum() / half.token["masked"].sum())
+    assert share == pytest.approx(0.5, abs=3 * (0.25 / float(half.token["masked"].sum())) ** 0.5)
+
+
+def test_5_special_tokens_of_a_tokenizer_are_never_words():
+    tokenizer = byte_tokenizer()
+    model = tiny("llama", vocab_size=270)  # more rows than the tokenizer has words
+    rows = [{**r, "ids": [i + 3 for i in r["ids"]]} for r in long_rows(30)]
+    noisy, _ = planned(MaskedThought(max_rate=0.9), rows, view=ModelView(model, tokenizer))
+    drawn = set(noisy.ids[noisy.token["masked"]].tolist())
+    assert not drawn & set(tokenizer.all_special_ids) and max(drawn) < len(tokenizer)
+
+
+def test_6_the_loss_covers_all_solution_tokens_or_the_clean_ones():
+    rows = long_rows(5)
+    clean = count([collate(rows)])["tokens"]
+    noisy, counts = planned(MaskedThought(max_rate=0.4), rows)
+    assert counts["tokens"] == clean == 200
+    fewer, counts = planned(MaskedThought(max_rate=0.4, loss_on="clean"), rows)
+    hidden = int(fewer.token["masked"].sum())
+    assert counts["tokens"] == clean - hidden and hidden == int(noisy.token["masked"].sum()) > 0
+    gone = (collate(rows).labels != IGNORE) & (fewer.labels == IGNORE)
+    assert torch.equal(gone[:-1], fewer.token["masked"][1:]), "the labels that go are those of the replaced tokens"
+
+
+def test_7_the_vector_starts_at_the_mean_and_the_vocabulary_stays():
+    view = view_of()
+    before = view.embedding.weight.detach().clone()
+    loop = Loop(view, rows_of((20, 20)), Full(train_embeddings=False).attach(view), MaskedThought(max_rate=0.5, random_share=0.0),
+                TrainSettings(max_steps=8, batch_size=2, learning_rate=1e-2))  # fmt: skip
+    assert torch.allclose(loop.extra.vector, before.mean(0), atol=1e-6)
+    for _ in range(8):
+        loop.step()
+    assert not torch.allclose(loop.extra.vector, before.mean(0), atol=1e-3), "it is trained"
+    assert torch.equal(view.embedding.weight, before)
+    update = loop.trainable.update()
+    assert "vector" not in str(list(update.parts[0].tensors())), "nothing of it is left in the tuned model"
+
+
+def test_7_a_resumed_run_goes_on_with_the_same_vector(tmp_path):
+    def loop(folder, steps):
+        view = view_of()
+        settings = TrainSettings(max_steps=6, batch_size=2, learning_rate=1e-2, save_steps=3)
+        out = Loop(
+            view,
+            rows_of((20, 20)),
+            Full().attach(view),
+            MaskedThought(max_rate=0.5, random_share=0.3),
+            settings,
+            folder=folder,
+        )
+        out.resume()
+        for _ in range(steps):
+            out.step()
+        return out
+
+    whole = loop(None, 6)
+    first = loop(tmp_path, 3)
+    first.save()
+    again = loop(tmp_path, 3)
+    assert again.progress.step == 6 and torch.equal(again.extra.vector, whole.extra.vector)
+
+
+def test_hidden_tokens_are_seen_as_the_vector():
+    """The states are those of a model whose embedding of these tokens is the vector."""
+    view, method = view_of(), MaskedThought(max_rate=0.6, random_share=0.0)
+    noisy, _ = planned(method, rows_of((20, 20)), view=view)
+    from luthier.objectives.base import Forward
+
+    extra = method.extend(view)
+    fwd = Forward(noisy, view, extra)
+    loss = method.loss(fwd)["loss"].sums
+    embeds = view.embedding(noisy.ids).clone()
+    embeds[noisy.token["masked"]] = extra.vector
+    assert torch.allclose(loss, Forward(noisy, view).nll(view.trace(noisy, embeds=embeds).hidden[-1]).sum(), atol=1e-5)
+
+
+def test_a_row_without_a_question_is_named():
+    row = rows_of((10,))[0]
+    row["labels"], row["token"] = list(row["ids"]), {"prompt": [0] * 10}
+    with pytest.raises(LuthierError, match="row 0 has no question"):
+        planned(MaskedThought(), [row])
+
+
+@pytest.mark.parametrize("wrong", [{"max_rate": 1.0}, {"max_rate": -0.1}, {"warmup_share": 0.0}, {"random_share": 2}])
+def test_rates_outside_their_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MaskedThought(**wrong)

@@ -1,0 +1,158 @@
+"""The exact checks of the sheet; numbers in names are the sheet's. 8 is a claim."""
+
+import logging
+
+import pytest
+import torch
+
+from conftest import rows_of, view_of
+from luthier.data.batch import IGNORE, collate
+from luthier.method import Facts
+from luthier.objectives.base import Clock, Forward, Window
+from luthier.objectives.otr import Otr, draw, exact_loss, sampled_loss
+from luthier.training.loop import Loop
+from luthier.training.probe import Probe
+from luthier.training.settings import TrainSettings
+from luthier.tuners.full import Full
+
+V, N = 50, 7
+
+
+def problem(seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(N, V, generator=g, dtype=dtype), torch.randint(V, (N,), generator=g)
+
+
+def gradient(f, z):
+    z = z.clone().requires_grad_()
+    return torch.autograd.grad(f(z).sum(), z)[0]
+
+
+@pytest.mark.parametrize(("beta", "kappa"), [(-0.1, 1.0), (-0.1, 1.3), (0.0, 1.3)])
+def test_1_gradient_of_the_closed_form(beta, kappa):
+    z, x = problem()
+    p, drawn = z.softmax(-1), (z / kappa).softmax(-1)
+    onehot = torch.nn.functional.one_hot(x, V).double()
+    hit = drawn.gather(1, x[:, None])
+    formula = -((1 - beta) * hit * (onehot - p) + beta * (drawn - p))
+    assert (gradient(lambda z: exact_loss(z, x, beta, kappa), z) - formula).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("beta", [-0.5, -0.1, 0.7])
+def test_2_at_kappa_one_it_is_dft_times_one_minus_beta(beta):
+    z, x = problem()
+
+    def dft(z):
+        log_p = z.log_softmax(-1).gather(1, x[:, None])
+        return -(log_p.detach().exp() * log_p)
+
+    exact = gradient(lambda z: exact_loss(z, x, beta, 1.0), z)
+    assert (exact - (1 - beta) * gradient(dft, z)).abs().max() < 1e-12
+
+
+def test_3_without_a_difference_in_reward_there_is_no_signal():
+    z, x = problem()
+    assert gradient(lambda z: exact_loss(z, x, 1.0, 1.0), z).abs().max() < 1e-12
+
+
+def test_4_draws_are_unbiased_and_their_variance_falls_with_their_number():
+    z, x = problem(dtype=torch.float32)
+    x = z.argmax(-1)  # tokens that are drawn now and then
+    exact = gradient(lambda z: exact_loss(z, x, -0.1, 1.3), z)
+    generator, found = torch.Generator().manual_seed(0), {}
+    for k in (64, 256):
+        many = [gradient(lambda z, k=k: sampled_loss(z, x, draw(z, k, 1.3, generator), -0.1), z) for _ in range(2000)]
+        found[k] = torch.stack(many)
+    assert (found[256].mean(0) - exact).norm() / exact.norm() < 0.05
+    assert float(found[64].var(0).sum() / found[256].var(0).sum()) == pytest.approx(4, rel=0.25)
+
+
+def test_5_at_beta_zero_only_hits_count():
+    z, x = problem(dtype=torch.float32)
+    x[0] = z[0].argmin()  # will hardly be drawn
+    drawn = draw(z, 20, 1.3, torch.Generator().manual_seed(1))
+    hits = (drawn == x[:, None]).sum(1)
+    log_p = z.log_softmax(-1).gather(1, x[:, None]).squeeze(1)
+    assert torch.allclose(sampled_loss(z, x, drawn, 0.0), -(hits / 20) * log_p, atol=1e-6)
+    assert hits[0] == 0 and (gradient(lambda z: sampled_loss(z, x, drawn, 0.0), z)[0] == 0).all()
+
+
+def loss_of(objective, rows, view=None, limit=10_000, steps=1):
+    view = view or view_of()
+    settings = TrainSettings(max_steps=3, batch_size=len(rows), tokens_per_forward=limit, shuffle=False, adam_eps=1e-5)
+    loop = Loop(view, rows, Full().attach(view), objective, settings)
+    return [loop.step() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("draws", ["exact", 16])
+def test_6_prompts_and_padding_do_not_enter_and_a_seed_gives_its_draws(draws):
+    rows = rows_of((12, 9, 14), answer=5)
+    for row in rows:
+        row["token"]["prompt"] = [0] * len(row["ids"])
+    a = loss_of(Otr(draws=draws), rows)[0]["loss"]
+    assert loss_of(Otr(draws=draws), rows)[0]["loss"] == a
+    view = view_of()
+    view.layout = "padded"
+    assert loss_of(Otr(draws=draws), rows, view)[0]["loss"] == pytest.approx(a, abs=1e-5)
+    if draws != "exact":
+        assert loss_of(Otr(draws=draws, seed=1), rows)[0]["loss"] != a
+    batch = collate(rows)
+    assert (batch.labels == IGNORE).sum() > 0
+    objective, view = Otr(draws=draws), view_of()
+    window, counts = objective.plan(Window([batch], Clock(0, 3)), Probe(view, objective))
+    assert counts["tokens"] == 15 and counts["sequences"] == 3
+    z = Forward(window.micro[0], view).logits(batch.supervised)
+    if draws == "exact":
+        by_hand = exact_loss(z, batch.labels[batch.supervised], -0.1, 1.3).view(3, 5).mean(1).mean()
+        assert a == pytest.approx(float(by_hand), abs=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("draws", ["exact", 16])
+def test_7_chunks_and_micro_batches_change_nothing(draws, reduction):
+    rows, objective = rows_of((40, 9, 14, 20), answer=30), lambda: Otr(draws=draws, reduction=reduction)
+    whole = [e["loss"] for e in loss_of(objective(), rows, steps=3)]
+    apart = [e["loss"] for e in loss_of(objective(), rows, limit=1, steps=3)]
+    assert whole == pytest.approx(apart, abs=1e-5)
+    from luthier.objectives import otr
+
+    try:
+        otr.CHUNK = 4
+        if draws == "exact":  # a run's draws are keyed by where it begins
+            assert [e["loss"] for e in loss_of(objective(), rows, steps=3)] == pytest.approx(whole, abs=1e-6)
+    finally:
+        otr.CHUNK = 128
+
+
+def test_reductions_by_hand():
+    rows = rows_of((20, 9), answer=8)
+    rows[1]["labels"] = [IGNORE] * 7 + rows[1]["ids"][7:]  # 8 and 2 tokens
+    view, batch = view_of(), collate(rows)
+    z = Forward(batch, view).logits(batch.supervised).detach()
+    each = exact_loss(z, batch.labels[batch.supervised], -0.1, 1.3)
+    a, b = each[:8], each[8:]
+    assert len(b) == 2
+    means = {"sequence_mean": (a.mean() + b.mean()) / 2, "token_mean": each.mean()}
+    for reduction, wanted in means.items():
+        assert loss_of(Otr(reduction=reduction), rows)[0]["loss"] == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_the_log_says_how_often_the_gold_token_is_drawn(caplog):
+    rows = rows_of((20, 20), answer=10)
+    entries = loss_of(Otr(draws=64), rows, steps=2)
+    assert 0 <= entries[0]["otr/hits"] < 0.2 and 0 < entries[0]["otr/entropy"] < 5
+    caplog.clear()
+    loss_of(Otr(draws=1), rows, steps=3)
+    assert caplog.text.count("hardly ever drawn") == 1
+
+
+def test_what_it_is_not_is_refused_or_warned_of(caplog):
+    assert [p.key for p in Otr(draws=0).check(Facts())] == ["draws"]
+    for wrong in ({"kappa": 0}, {"beta": 1.0}, {"draws": "some"}, {"kappa": float("nan")}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Otr(**wrong)
+    with caplog.at_level(logging.WARNING):
+        assert not Otr(kappa=0.5, beta=0.2).check(Facts())
+    assert "sharpens" in caplog.text and "rewards wrong tokens" in caplog.text
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw(torch.full((1, 4), float("nan")), 2, 1.0)

@@ -1,0 +1,211 @@
+"""The exact checks of the sheet; numbers in names are the sheet's. 7 is a claim."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+
+from conftest import rows_of, tiny, view_of
+from luthier.errors import LuthierError
+from luthier.model.anatomy import Anatomy
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.full import Full
+from luthier.tuners.hft import Hft, categories, counts, draw_plan, half_reset
+
+SETTINGS = TrainSettings(max_steps=20, batch_size=4, learning_rate=1e-3, weight_decay=0.1)
+
+
+def of(plan, block, *names):
+    return sorted(n for n in names if any(p.startswith(f"model.layers.{block}.") and f".{n}." in p for p in plan))
+
+
+@pytest.mark.parametrize("layers", [3, 4, 7])
+@pytest.mark.parametrize("balance", ["params", "tensors"])
+def test_1_counts_in_every_block_and_over_all(layers, balance):
+    anatomy = view_of(layers=layers).anatomy
+    for seed in range(20):
+        plan, ffn = draw_plan(anatomy, balance=balance, seed=seed), []
+        for b in range(layers):
+            attention = of(plan, b, "q_proj", "k_proj", "v_proj", "o_proj")
+            assert len(attention) == 2
+            if balance == "params":
+                assert len(set(attention) & {"q_proj", "o_proj"}) == 1
+            assert len(of(plan, b, "input_layernorm", "post_attention_layernorm")) == 1
+            ffn.append(len(of(plan, b, "gate_proj", "up_proj", "down_proj")))
+        assert set(ffn) <= {1, 2} and sum(ffn) == (3 * layers + layers % 2) // 2
+        assert {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= plan
+
+
+def test_1_balanced_by_weights_it_is_exactly_half():
+    anatomy = view_of(layers=4).anatomy
+    inside = {x.name: x.shape[0] * x.shape[1] for x in anatomy.block_linears}
+    shares = set()
+    for seed in range(30):
+        plan = draw_plan(anatomy, seed=seed)
+        shares.add(sum(n for p, n in inside.items() if p in plan) / sum(inside.values()))
+    assert shares == {0.5}
+
+
+def test_1_the_plain_rule_is_half_only_on_average():
+    """The sheet's numbers for SmolLM2-135M's shape: 47.5% to 52.1% over 2000 draws, mean 49.99%."""
+    config = tf.LlamaConfig(vocab_size=8, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+                            intermediate_size=1536)  # fmt: skip
+    with torch.device("meta"):
+        anatomy = Anatomy(tf.LlamaForCausalLM(config))
+    inside = {x.name: x.shape[0] * x.shape[1] for x in anatomy.block_linears}
+    whole = sum(inside.values())
+    shares = [sum(inside.get(p, 0) for p in draw_plan(anatomy, balance="tensors", seed=s)) / whole for s in range(300)]
+    assert np.mean(shares) == pytest.approx(0.5, abs=0.002) and 0.46 < min(shares) < 0.49 and 0.51 < max(shares) < 0.54
+
+
+@pytest.mark.parametrize("resample", ["stage", "epoch"])
+def test_2_and_3_frozen_tensors_stay_to_the_bit_and_have_no_state(resample):
+    view = view_of()
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    tuner = Hft(resample=resample)
+    settings = SETTINGS.model_copy(update={"batch_size": 2, "max_steps": 20})
+    loop = Loop(view, rows_of(tuple([12] * 40)), tuner.attach(view), Sft(), settings)
+    for _ in range(20):
+        loop.step()
+    plan = tuner.plan(view.anatomy)
+    for n, p in view.module.named_parameters():
+        assert torch.equal(before[n], p) == (n not in plan), n
+    with_state = {id(p) for p in loop.optimizer.state}
+    assert with_state == {id(loop.trainable.master(n)) for n in plan}
+
+
+def test_3_after_a_new_plan_no_state_of_what_is_frozen_is_left():
+    view, tuner = view_of(), Hft(resample="epoch")
+    loop = Loop(view, rows_of(tuple([12] * 8)), tuner.attach(view), Sft(), SETTINGS.model_copy(update={"max_steps": 4}))
+    plans = []
+    for _ in range(4):  # two steps an epoch
+        before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+        loop.step()
+        plan = loop.trainable.chosen
+        assert {n for n, p in view.module.named_parameters() if not torch.equal(before[n], p)} == plan
+        assert {id(p) for p in loop.optimizer.state} == {id(loop.trainable.master(n)) for n in plan}
+        plans.append(plan)
+    assert plans[0] == plans[1] != plans[2] == plans[3]
+    fresh = {n for n in plans[2] if n not in plans[0]}
+    steps = {n: int(loop.optimizer.state[loop.trainable.master(n)]["step"]) for n in plans[2]}
+    assert all(steps[n] == 2 for n in fresh) and max(steps.values()) == 4, "newly trained tensors start from nothing"
+
+
+def test_4_one_step_of_sgd_is_the_masked_gradient():
+    whole, half, rows = view_of(), view_of(), rows_of()
+    tuner, results = Hft(), []
+    for view, t in ((whole, Full()), (half, tuner)):
+        tuned = t.attach(view)
+        loop = Loop(view, rows, tuned, Sft(), SETTINGS.model_copy(update={"max_grad_norm": 1e9, "weight_decay": 0.0}))
+        loop.optimizer = torch.optim.SGD([p for g in tuned.groups() for p in g.params], lr=0.1)
+        before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+        loop.step()
+        results.append({n: p.detach() - before[n] for n, p in view.module.named_parameters()})
+    plan = tuner.plan(half.anatomy)
+    for n, change in results[1].items():
+        wanted = results[0][n] if n in plan else torch.zeros_like(change)
+        assert torch.allclose(change, wanted, atol=1e-7), n
+
+
+def test_5_seeds_and_stages():
+    anatomy = view_of(layers=4).anatomy
+    assert draw_plan(anatomy, seed=3, stage=1) == draw_plan(anatomy, seed=3, stage=1)
+    assert draw_plan(anatomy, seed=3, stage=1) != draw_plan(anatomy, seed=3, stage=2)
+    assert Hft(stage=2).plan(anatomy) == draw_plan(anatomy, stage=2)
+    often = {x.name: 0 for x in anatomy.block_linears if x.role in "qkvo"}
+    for stage in range(20):
+        for n in often.keys() & draw_plan(anatomy, stage=stage):
+            often[n] += 1
+    assert all(5 <= c <= 15 for c in often.values())
+
+
+def test_6_half_reset():
+    view, tuner = view_of(), Hft()
+    for trained, plan in ((Full(), draw_plan(view.anatomy)), (tuner, tuner.plan(view.anatomy))):
+        v = view_of()
+        loop = Loop(v, rows_of(), trained.attach(v), Sft(), SETTINGS)
+        for _ in range(3):
+            loop.step()
+        update = loop.trainable.update()
+        names = set(update.parts[0].tensors())
+        whole, nothing = half_reset(update, names), half_reset(update, ())
+        assert all(torch.equal(d, update.parts[0].tensors()[n]) for n, d in whole.parts[0].tensors().items())
+        assert not any(d.any() for d in nothing.parts[0].tensors().values())
+        reset = half_reset(update, plan).parts[0].tensors()
+        for n, d in update.parts[0].tensors().items():
+            assert torch.equal(reset[n], d if n in plan else torch.zeros_like(d))
+        if trained is tuner:
+            assert all(torch.equal(reset[n], d) for n, d in update.parts[0].tensors().items()), "its own plan"
+    with pytest.raises(KeyError, match="belongs to another model"):
+        half_reset(update, ["no.such.weight"])
+    from luthier.tuners.lora import Lora
+
+    with pytest.raises(TypeError, match="whole tensors"):
+        half_reset(Lora(rank=2).attach(view_of()).update(), ())
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.75])
+@pytest.mark.parametrize("tensors", [2, 3, 4])
+def test_any_share_is_met_within_one_tensor(fraction, tensors):
+    for blocks in (1, 5, 12):
+        found = counts(blocks, tensors, fraction, np.random.default_rng(0))
+        assert abs(found.sum() - fraction * tensors * blocks) <= 0.5 and found.max() - found.min() <= 1
+
+
+@pytest.mark.parametrize("level", ["layer", "model"])
+def test_other_levels_take_half_too(level):
+    anatomy = view_of(layers=8).anatomy
+    inside = {x.name: x.shape[0] * x.shape[1] for x in anatomy.block_linears}
+    plan = draw_plan(anatomy, level=level)
+    assert sum(n for p, n in inside.items() if p in plan) / sum(inside.values()) == pytest.approx(0.5, abs=0.06)
+    if level == "layer":
+        whole = [
+            len(of(plan, b, "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"))
+            for b in range(8)
+        ]
+        assert sorted(whole) == [0] * 4 + [7] * 4
+
+
+def test_without_embeddings_these_stay():
+    plan = draw_plan(view_of().anatomy, embeddings=False)
+    assert not {"model.embed_tokens.weight", "lm_head.weight"} & plan and "model.norm.weight" in plan
+
+
+def test_biases_and_inner_norms_follow_their_matrix():
+    for kind, inner in (("opt", "bias"), ("qwen3", "q_norm")):
+        anatomy = view_of(kind).anatomy
+        for found in categories(anatomy):
+            q = found["attention"]["q"]
+            assert any(inner in p for p in q) and all("q_" in p for p in q)
+
+
+def test_what_cannot_be_halved_is_refused_with_what_was_found(caplog):
+    with pytest.raises(LuthierError, match=r"c_attn.* is a fused projection"):
+        Hft().attach(tiny("gpt2"))
+    with pytest.raises(LuthierError, match="lfm2|no projection that is known|has no|fused"):
+        Hft().attach(tiny("lfm2"))
+    for wrong in (0, 1, -0.5):
+        with pytest.raises(ValueError, match="fraction"):
+            Hft(fraction=wrong)
+    with caplog.at_level(logging.WARNING):
+        draw_plan(view_of(layers=3).anatomy, fraction=0.05)
+    assert "no tensor of category" in caplog.text
+
+
+def test_it_halves_the_state_and_saves_a_sixth_of_the_work():
+    spent, states = {}, {}
+    for name, tuner in (("full", Full()), ("hft", Hft())):
+        view = view_of(layers=4)
+        loop = Loop(view, rows_of(tuple([40] * 4)), tuner.attach(view), Sft(), SETTINGS)
+        loop.step()
+        spent[name] = sum(loop.progress.flops.values())
+        inside = [loop.trainable.master(n).numel() for n in loop.trainable.names if ".layers." in n and "norm" not in n]
+        states[name] = sum(inside)
+    assert states["hft"] == states["full"] / 2
+    assert spent["hft"] / spent["full"] == pytest.approx(5 / 6, abs=0.05), (
+        "attention cores and the head add the same to both"
+    )

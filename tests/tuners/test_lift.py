@@ -1,0 +1,235 @@
+"""The exact checks of the sheet; numbers in names are the sheet's. 8 and 9 are claims."""
+
+import logging
+
+import pytest
+import torch
+
+from conftest import rows_of, tiny, view_of
+from luthier.errors import LuthierError, RecipeError
+from luthier.method import Facts
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.lift import Lift, carried, low_rank, num_entries, principal
+
+SETTINGS = TrainSettings(max_steps=50, batch_size=4, learning_rate=1e-3, max_grad_norm=1e9)
+
+
+def loop_of(tuner, view=None, **changes):
+    view, settings = view or view_of(), SETTINGS.model_copy(update=changes)
+    return Loop(view, rows_of(), tuner.attach(view, total_steps=settings.max_steps), Sft(), settings)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 500])
+def test_1_every_mask_has_the_numbers_of_a_lora(rank):
+    sparse = Lift(rank=rank).attach(view_of(), total_steps=10).sparse
+    for n, x in sparse.linears.items():
+        index = sparse.indices[n]
+        assert len(index.unique()) == len(index) == min(rank * sum(x.shape), x.shape[0] * x.shape[1])
+        assert int(index.max()) < x.shape[0] * x.shape[1]
+    assert num_entries((40, 50), None, 0.05) == 100
+
+
+def test_2_full_rank_is_plain_magnitude_and_rank_one_is_the_outer_product():
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(20, 30, generator=g)
+    assert torch.equal(principal(low_rank(w, 20), 50), w.abs().reshape(-1).topk(50).indices.sort().values)
+    u, v = torch.randn(20, generator=g), torch.randn(30, generator=g)
+    noisy = torch.outer(u, v) + 1e-3 * torch.randn(20, 30, generator=g)
+    wanted = torch.outer(u, v).abs().reshape(-1).topk(30).indices.sort().values
+    for randomized in (False, True):
+        assert torch.equal(principal(low_rank(noisy, 1, randomized), 30), wanted)
+
+
+def test_3_the_chosen_are_the_largest():
+    view = view_of()
+    sparse = Lift(density=0.1, filter_rank=4).attach(view, total_steps=10).sparse
+    for n, x in sparse.linears.items():
+        size = low_rank(view.weight(n).detach(), 4).abs().reshape(-1)
+        mask = torch.zeros_like(size, dtype=torch.bool)
+        mask[sparse.indices[n].long()] = True
+        assert float(size[mask].min()) >= float(size[~mask].max()), x.module
+
+
+def test_3_a_randomized_decomposition_chooses_nearly_the_same():
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(60, 60, generator=g))[0] for _ in range(2))
+    weight = u @ torch.diag(0.7 ** torch.arange(60)) @ v  # a spectrum that falls, as trained weights have
+    exact, quick = (principal(low_rank(weight, 6, r), 180) for r in (False, True))
+    assert float(torch.isin(quick, exact).float().mean()) > 0.97
+    once, again = (
+        Lift(density=0.1, filter_rank=4, svd="randomized").attach(view_of(), total_steps=9).sparse for _ in range(2)
+    )
+    assert all(torch.equal(once.indices[n], again.indices[n]) for n in once.indices), "drawn by seed"
+
+
+def test_4_with_a_fixed_mask_nothing_else_moves():
+    view = view_of()
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    loop = loop_of(Lift(reselect_every=0), view)
+    for _ in range(50):
+        loop.step()
+    sparse = loop.trainable.sparse
+    for n, p in view.module.named_parameters():
+        if ".luthier_" in n:
+            continue
+        moved = (p.detach() != before[n]).reshape(-1).nonzero().squeeze(1)
+        if n in sparse.indices:
+            assert 0 < len(moved) <= len(sparse.indices[n]) and torch.isin(moved, sparse.indices[n].long()).all()
+        else:
+            assert not len(moved), n
+
+
+def test_5_with_every_entry_it_is_adam():
+    view, plain = view_of(), tiny().eval()
+    loop = loop_of(Lift(rank=500, reselect_every=0), view, max_steps=20)
+    names = list(loop.trainable.sparse.indices)
+    for n, p in plain.named_parameters():
+        p.requires_grad_(n in names)
+    dense = view_of()
+    dense.module.load_state_dict(plain.state_dict())
+    weights = [dense.weight(n) for n in names]
+    adam = torch.optim.Adam(weights, lr=1e-3, betas=(0.9, 0.95), eps=1e-6)
+    from luthier.data.batch import collate
+    from luthier.objectives.base import Forward
+
+    for step in range(20):
+        loop.step()
+        for group in adam.param_groups:
+            group["lr"] = 1e-3 * _factor(step)
+        batch = collate([loop.rows[i] for i in loop.order.rows(step)])
+        adam.zero_grad()
+        nll = Forward(batch, dense).nll()
+        (nll.sum() / len(nll)).backward()
+        adam.step()
+    for n in names:
+        assert torch.allclose(view.weight(n), dense.weight(n), atol=1e-6), n
+
+
+def _factor(step, total=20, warmup=2):
+    return step / warmup if step < warmup else (total - step) / (total - warmup)
+
+
+def test_6_a_new_mask_keeps_moments_where_masks_meet_and_moves_no_weight():
+    view = view_of()
+    loop = loop_of(Lift(density=0.1, reselect_every=0), view)
+    for _ in range(5):
+        loop.step()
+    trainable, name = loop.trainable, next(iter(loop.trainable.sparse.indices))
+    sparse, values = trainable.sparse, trainable.sparse.values[name]
+    old, weight = sparse.indices[name].long().clone(), view.weight(name).detach().clone()
+    before = {k: v.clone() for k, v in loop.optimizer.state[values].items()}
+    size = view.weight(name).numel()
+    others = [i for i in range(size) if i not in set(old.tolist())][: len(old) // 2]
+    new = torch.tensor(sorted([*old[: len(old) - len(others)].tolist(), *others]))
+    trainable.reselect(name, new)
+    state = loop.optimizer.state[values]
+    assert torch.equal(view.weight(name), weight) and len(values) == len(new) == len(state["exp_avg"])
+    for key in ("exp_avg", "exp_avg_sq"):
+        for i, position in enumerate(new.tolist()):
+            was = (old == position).nonzero()
+            assert float(state[key][i]) == (float(before[key][was[0, 0]]) if len(was) else 0.0)
+    assert state["step"] == before["step"], "Adam's count goes on"
+    # ... and back: what was dropped is taken up where training left it.
+    loop.step()
+    kept = view.weight(name).detach().clone()
+    trainable.reselect(name, old)
+    assert torch.equal(view.weight(name), kept)
+    deltas = dict(trainable.update().deltas())[name]
+    start = dict(view_of().module.named_parameters())[name]
+    assert torch.allclose(start + deltas, kept, atol=1e-6)
+
+
+def test_6_carried_by_hand():
+    old, new = torch.tensor([1, 4, 6]), torch.tensor([0, 4, 6, 9])[:3]
+    assert carried(old, new, torch.tensor([10.0, 20.0, 30.0])).tolist() == [0.0, 20.0, 30.0]
+
+
+def test_7_accumulated_gradients_are_those_of_one_batch():
+    losses = []
+    for limit in (10_000, 1):
+        loop = loop_of(Lift(density=0.1, reselect_every=2), tokens_per_forward=limit, max_steps=10)
+        losses.append([loop.step()["loss"] for _ in range(6)])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_blocks_are_whole():
+    index = principal(torch.randn(8, 12, generator=torch.Generator().manual_seed(0)), 40, block=4)
+    assert len(index) == 32
+    rows, columns = index // 12, index % 12
+    places = {(r // 4, c // 4) for r, c in zip(rows.tolist(), columns.tolist(), strict=True)}
+    assert len(places) == 2 and all(int(((rows // 4 == a) & (columns // 4 == b)).sum()) == 16 for a, b in places)
+    sparse = Lift(density=0.1, block=4).attach(view_of(), total_steps=10).sparse
+    assert all(len(i) % 16 == 0 for i in sparse.indices.values())
+
+
+def test_entries_are_chosen_again_and_a_resumed_run_is_the_same(tmp_path):
+    def run(folder, *parts):
+        for steps in parts:
+            view = view_of()
+            loop = Loop(view, rows_of(), Lift(density=0.1, reselect_every=3).attach(view, total_steps=15), Sft(),
+                        SETTINGS.model_copy(update={"max_steps": 15, "learning_rate": 1e-2}), folder=folder)  # fmt: skip
+            loop.resume()
+            for _ in range(steps):
+                loop.step()
+            if folder is not None:
+                loop.save()
+        return loop
+
+    whole, resumed = run(None, 10), run(tmp_path, 4, 6)
+    assert whole.trainable.every == 3 and any(x < 1 for x in whole.trainable.overlap.values())
+    for n, p in whole.view.module.named_parameters():
+        assert torch.equal(p, resumed.view.module.get_parameter(n)), n
+    a, b = whole.trainable.update().parts[0], resumed.trainable.update().parts[0]
+    assert all(torch.equal(a.indices[n], b.indices[n]) and torch.equal(a.values[n], b.values[n]) for n in a.indices)
+    assert sum(map(len, a.indices.values())) > sum(map(len, whole.trainable.sparse.indices.values())), (
+        "the union of masks"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_detaching_after_re_selection_gives_the_base_back(dtype):
+    view = view_of("gpt2")
+    view.module.to(dtype)
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    loop = loop_of(Lift(density=0.1, reselect_every=2), view, max_steps=12, learning_rate=1e-2)
+    for _ in range(9):
+        loop.step()
+    loop.trainable.detach()
+    assert all(torch.equal(before[n], p) for n, p in view.module.named_parameters())
+
+
+def test_the_work_of_choosing_is_in_the_ledger():
+    loop = loop_of(Lift(density=0.1, reselect_every=2), max_steps=12)
+    loop.step()
+    assert loop.progress.flops["select"] == 0
+    loop.step()
+    assert loop.progress.flops["select"] > 0
+
+
+def test_bad_input(caplog):
+    for wrong in ({"rank": 0}, {"filter_rank": 0}, {"density": 0}, {"density": 2}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Lift(**wrong)
+    view = view_of()
+    view.weight("model.layers.1.mlp.up_proj.weight").data[0, 0] = float("nan")
+    with pytest.raises(LuthierError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+        Lift().attach(view, total_steps=10)
+    with pytest.raises(LuthierError, match="matches 0 of"):
+        Lift(targets=("nothing",)).attach(view_of(), total_steps=10)
+    with pytest.raises(RecipeError, match="total number of steps"):
+        Lift().attach(view_of())
+    decay = TrainSettings(weight_decay=0.1)
+    assert [p.key for p in Lift().check(Facts(settings=decay))] == ["weight_decay"]
+    with caplog.at_level(logging.WARNING):
+        Lift(filter_rank=1000).attach(view_of(), total_steps=10)
+    assert "is cut to" in caplog.text
+    one, other = (
+        Lift(density=0.1).attach(view_of(), total_steps=10),
+        Lift(density=0.2).attach(view_of(), total_steps=10),
+    )
+    with pytest.raises(LuthierError, match="the checkpoint trains"):
+        one.load_state_dict(other.state_dict())
+    with pytest.raises(RecipeError, match="tied to the embeddings"):
+        Lift(targets=("lm_head",)).attach(tiny(tie_word_embeddings=True), total_steps=10)
