@@ -7,7 +7,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from luthier import manifest
+from luthier import claims, manifest
 from luthier.cli.listing import starter
 
 FOLDER = Path(__file__).parents[2] / "docs" / "methods"
@@ -201,6 +201,7 @@ def pages() -> dict[str, str]:
 def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER.parent / "api.md").write_text(api(), encoding="utf-8")
+    (FOLDER.parent / "evidence.md").write_text(claims.evidence(FOLDER.parents[1] / "claims"), encoding="utf-8")
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
 

@@ -44,7 +44,7 @@ def counted(loop, steps=1):
 
 
 # peft's DoRA multiplies its factors out once a layer; torch's forward mode takes products with derivatives that are zero.
-TOLERANCE = {"peft": 0.35, "distill": 0.1}
+TOLERANCE = {"peft": 0.35, "distill": 0.1, "lift": 0.02}
 KNOWN = [(n, c) for n, c in TUNERS if n != "frozen"]
 
 

@@ -257,6 +257,36 @@ def compare(
 
 
 @app.command()
+def claim(
+    name: Annotated[str | None, typer.Argument(help="A claim; see claims/.")] = None,
+    tier: Annotated[str | None, typer.Option(help="All claims of a tier: tiny, small or gpu.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where claims are.")] = Path("claims"),
+    record: Annotated[bool, typer.Option(help="Write what was measured into the claim's file.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Measure again what was measured before.")] = False,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Does what a source claims hold here? Measures with several seeds; interrupted, it goes on where it was."""
+    from luthier import claims
+
+    if (name is None) == (tier is None):
+        raise LuthierError("claim: name one, or give --tier tiny, small or gpu")
+    if tier is not None and tier not in claims.TIERS:
+        raise LuthierError(f"--tier {tier!r}: there are {', '.join(claims.TIERS)}")
+    _quiet(debug)
+    results = {}
+    for one in [name] if name is not None else claims.of_tier(str(tier), folder):
+        results[one] = claims.run(one, folder, say=lambda text: print(text, file=sys.stderr, flush=True), fresh=fresh)
+        if record:
+            claims.record(one, results[one], folder)
+        if not as_json:
+            print(f"{one}: {results[one]['verdict']}")
+            for c in results[one]["conditions"]:
+                print(f"  {c['outcome']}: {c['says']}: {c['mean']} ({c['low']} to {c['high']})")
+    if as_json:
+        print(json.dumps(results))
+
+
+@app.command()
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,

@@ -190,7 +190,7 @@ class LiftTrainable(Trainable):
             log.warning("lift: filter_rank %d is cut to %d for %s", t.filter_rank, min(shape), linear.name)
         seed = int(self._streams.at("lift-svd", linear.module, self._steps).integers(1 << 31))
         if rank < min(shape):
-            self.view.meter.charge(svd_flops(*shape))
+            self.view.meter.charge(svd_flops(*shape) + 2.0 * shape[0] * shape[1] * rank)
         return principal(low_rank(weight, rank, t.svd == "randomized", seed), k, t.block)
 
     # --- the loop's calls ---
