@@ -127,6 +127,9 @@ def experiment(name: str, folder: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"claims_{file.stem}", file)
     if spec is None or spec.loader is None or not file.exists():
         raise LuthierError(f"{file}: there is no experiment for this claim")
+    for known, loaded in list(sys.modules.items()):  # what experiments share may have changed
+        if Path(getattr(loaded, "__file__", None) or "/").parent == folder.resolve():
+            del sys.modules[known]
     sys.path.insert(0, str(folder.resolve()))
     try:
         module = importlib.util.module_from_spec(spec)
