@@ -66,7 +66,7 @@ def test_a_claim_is_measured_once_and_recorded(folder):
 
 def test_another_experiment_is_measured_again(folder):
     luthier("claim", "thing", cwd=folder)
-    (folder / "claims/beside.py").write_text("SHIFT = 0.0\n")
+    (folder / "claims/beside.py").write_text("SHIFT = 0.000\n")
     done = luthier("claim", "thing", cwd=folder)
     assert len(calls(folder)) == 12 and "thing: not held" in done.stdout
 
