@@ -127,15 +127,16 @@ def experiment(name: str, folder: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"claims_{file.stem}", file)
     if spec is None or spec.loader is None or not file.exists():
         raise LuthierError(f"{file}: there is no experiment for this claim")
-    for known, loaded in list(sys.modules.items()):  # what experiments share may have changed
-        if Path(getattr(loaded, "__file__", None) or "/").parent == folder.resolve():
-            del sys.modules[known]
-    sys.path.insert(0, str(folder.resolve()))
+    place = folder.resolve()
+    sys.path.insert(0, str(place))
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
+        for known, loaded in list(sys.modules.items()):  # another folder may have modules of the same names
+            if Path(getattr(loaded, "__file__", None) or "/").parent == place:
+                del sys.modules[known]
     return module
 
 
