@@ -91,6 +91,8 @@ def use(entry: dict[str, Any]) -> str | None:
     if entry["kind"] == "tuner":
         turn = CLOSURE if "closure" in needs else GRADIENT
         return PROBING.format(**words, turn=turn) if needs & {"closure", "grad"} else TUNER.format(**words)
+    if entry["kind"] == "curate" and "base_view" in needs:
+        return CURATOR.format(**words).replace(".choose(rows)", ".choose(rows, model=model, tokenizer=tokenizer)")
     words["row"] = ROWS.get(entry["name"], '{"prompt": "bread in French", "completion": "pain"}')
     texts = {"objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR, "evaluate": EVALUATOR}
     return texts[entry["kind"]].format(**words)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from luthier.curation.base import Base, Selection
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.reading import Tick, no_tick, read
 from luthier.data.rendering import Renderer
 from luthier.data.store import Rows
 from luthier.errors import RecipeError
+from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.rng import Streams
+
+PLANE = 1000  # rows of a selection that a picture shows
 
 
 class Data(NamedTuple):
@@ -49,14 +55,21 @@ class Kept(NamedTuple):
     rows: int
     of: int
     reasons: dict[str, int]
+    plane: list[tuple[float, float, bool]]  # where rows lie and whether they stayed; of up to PLANE rows, for a picture
+    axes: tuple[str, str]
 
 
-def prepare_rows(recipe: Recipe, renderer: Renderer, config: Any, base: Path, tick: Tick = no_tick) -> Data:
-    """Read, curate and render."""
+def prepare_rows(
+    recipe: Recipe, renderer: Renderer, config: Any, base: Path, view: Callable[[], ModelView], tick: Tick = no_tick
+) -> Data:
+    """Read, curate and render.
+
+    view  loads the untouched model, for curators that ask it
+    """
     d = recipe.data
     how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
     rows, skipped = read(d.train, d.columns, base, recipe.task, "train", part=d.train_split, limit=d.limit, **how)
-    rows, kept, cost = curated(recipe, rows)
+    rows, kept, cost = curated(recipe, rows, Base(view, renderer, 2 * recipe.tokens_per_forward, tick))
     held = None
     if d.eval:
         held, more = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, **how)
@@ -95,11 +108,22 @@ def _labels(rows: Rows, held: Rows | None, known: Mapping[str, int]) -> dict[str
     return {n: i for i, n in enumerate(names)}
 
 
-def curated(recipe: Recipe, rows: Rows) -> tuple[Rows, list[Kept], Cost]:
+def curated(recipe: Recipe, rows: Rows, base: Base) -> tuple[Rows, list[Kept], Cost]:
     """The rows that every step of `curate` keeps, in their order, a count of the reasons by step, and what it took."""
     streams, told, flops, started = Streams(recipe.seed), [], 0.0, time.perf_counter()
     for step in recipe.curate:
-        chosen = step.select(rows, streams)
-        told.append(Kept(step.key(), len(chosen.keep), len(rows), dict(Counter(chosen.reason))))
+        chosen = step.select(rows, streams, base)
+        reasons = dict(Counter(chosen.reason))
+        told.append(Kept(step.key(), len(chosen.keep), len(rows), reasons, _plane(chosen), chosen.axes))
         rows, flops = rows.take(chosen.keep), flops + chosen.flops
     return rows, told, Cost(flops, time.perf_counter() - started)
+
+
+def _plane(chosen: Selection) -> list[tuple[float, float, bool]]:
+    """Evenly spaced rows of a selection's plane."""
+    if chosen.plane is None:
+        return []
+    shown = np.linspace(0, len(chosen.plane) - 1, min(PLANE, len(chosen.plane))).astype(int)
+    inside = set(chosen.keep.tolist())
+    points = [(float(chosen.plane[i, 0]), float(chosen.plane[i, 1]), int(i) in inside) for i in shown]
+    return [p for p in points if np.isfinite(p[:2]).all()]

@@ -133,11 +133,24 @@ class Gathered(NamedTuple):
 def gather(recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1) -> Gathered:
     """Rows and configuration, checked against each other."""
     located, renderer, config = tokens_and_config(recipe, base)
-    data = prepare_rows(recipe, renderer, config, base, tick)
+    loaded: list[ModelView] = []
+
+    def view() -> ModelView:
+        if not loaded:
+            loaded.append(
+                load_model(located, recipe.task, _dtype(recipe), tokenizer=renderer.tokenizer, seed=recipe.seed)
+            )
+        return loaded[0]
+
+    data = prepare_rows(recipe, renderer, config, base, view, tick)
     if data.labels:
         config.update(named_classes(data.classes))
     _check(recipe, config, data.train, None, processes)
     return Gathered(located, renderer, config, data)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype | None:
+    return None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
 
 
 def make_ready(
@@ -146,9 +159,9 @@ def make_ready(
     """Load and check everything; the first fault is a RecipeError, before any training."""
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     located, renderer, config, data = gathered or gather(recipe, base)
-    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     view = load_model(
-        located, recipe.task, dtype, labels=data.classes, tokenizer=renderer.tokenizer, seed=recipe.seed, quantize=recipe.quantize
+        located, recipe.task, _dtype(recipe), labels=data.classes, tokenizer=renderer.tokenizer, seed=recipe.seed,
+        quantize=recipe.quantize,
     )  # fmt: skip
     _check(recipe, config, data.train, view.layout, accelerator.num_processes)
     return Ready(recipe, folder, view, renderer, data, accelerator)
@@ -279,8 +292,10 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
     place.note(
         base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
-        curated=[k._asdict() for k in data.kept], classes=data.classes,
+        curated=[{n: v for n, v in k._asdict().items() if n not in ("plane", "axes")} for k in data.kept],
+        classes=data.classes,
     )  # fmt: skip
+    place.write("curation.json", json.dumps([k._asdict() for k in data.kept]))
 
 
 def _before(ready: Ready, place: RunFolder, say: Say) -> Results:

@@ -48,6 +48,7 @@ EXAMPLES = {
     "otr": {"draws": 16},
     "pass-at-k": {"samples": 2, "k": (1, 2)},
     "peft": {"type": "LORA", "options": {"use_dora": True, "r": 4}},
+    "q-tuning-offline": {"keep_fraction": 0.5},
     "q-tuning": {"keep_rows": 0.5},
     "random": {"keep_fraction": 0.5},
     "rouge": {"stem": True},

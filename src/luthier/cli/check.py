@@ -34,7 +34,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "train": asdict(train.census),
         "eval": None if held is None else asdict(held.census),
         "skipped": data.skipped,
-        "curated": [k._asdict() for k in data.kept],
+        "curated": [{"step": k.step, "rows": k.rows, "of": k.of, "reasons": k.reasons} for k in data.kept],
         "matched": matched,
         "left_out": left_out,
         "weights": anatomy.num_parameters,

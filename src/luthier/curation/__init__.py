@@ -3,6 +3,7 @@
 from luthier._lazy import lazy
 
 EXPORTS = {
+    "QTuningOffline": "q_tuning_offline",
     "Random": "random",
     "Scdp": "scdp",
 }

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from luthier.curation.base import Curator, Selection
+from luthier.curation.base import Base, Curator, Selection
 from luthier.data.store import Row
 from luthier.errors import RecipeError
 from luthier.method import Source
@@ -29,7 +29,7 @@ class Random(Curator):
     keep_fraction: float = Field(gt=0, le=1)
     """Share of the rows kept."""
 
-    def select(self, rows: Sequence[Row], streams: Streams) -> Selection:
+    def select(self, rows: Sequence[Row], streams: Streams, base: Base | None = None) -> Selection:
         count = int(self.keep_fraction * len(rows))
         if not count:
             raise RecipeError(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from luthier.curation.base import Curator, Selection, text_of
+from luthier.curation.base import Base, Curator, Selection, text_of
 from luthier.data.store import Row
 from luthier.errors import RecipeError
 from luthier.method import Source
@@ -135,7 +135,7 @@ class Scdp(Curator):
     max_features: int | None = Field(None, ge=1)
     """Words counted at most; for pools beyond two million rows."""
 
-    def select(self, rows: Sequence[Row], streams: Streams) -> Selection:
+    def select(self, rows: Sequence[Row], streams: Streams, base: Base | None = None) -> Selection:
         count = int(self.keep_fraction * len(rows))
         if not count:
             raise RecipeError(

@@ -143,3 +143,24 @@ def point_chart(points: list[Point], x_name: str, y_name: str, title: str) -> Ma
     out.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_name)}</text>')
     out.append(f'<text x="{LEFT}" y="{TOP - 1}" text-anchor="start">{escape(y_name)}</text>')
     return Markup("".join([*out, "</svg>"]))
+
+
+def plane_chart(points: list[tuple[float, float, bool]], x_name: str, y_name: str, title: str) -> Markup:
+    """Rows on a plane; those that stayed are filled."""
+    height = 320
+    (x0, x1), (y0, y1) = _span([p[0] for p in points]), _span([p[1] for p in points])
+    at_x = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
+    at_y = lambda y: height - BOTTOM - (y - y0) / (y1 - y0) * (height - TOP - BOTTOM)  # noqa: E731
+    out = [
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}: {escape(x_name)}, {escape(y_name)}">'
+    ]
+    for y in ticks(y0, y1, 4):
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
+        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{number(y)}</text>')
+    for x in ticks(x0, x1, 6):
+        out.append(f'<text x="{at_x(x):.1f}" y="{height - 16}" text-anchor="middle">{number(x)}</text>')
+    for x, y, stayed in sorted(points, key=lambda p: p[2]):
+        out.append(f'<circle class="{"stayed" if stayed else "gone"}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3"/>')
+    out.append(f'<text x="{WIDTH - RIGHT}" y="{height - 3}" text-anchor="end">{escape(x_name)}</text>')
+    out.append(f'<text x="{LEFT}" y="{TOP - 1}" text-anchor="start">{escape(y_name)}</text>')
+    return Markup("".join([*out, "</svg>"]))

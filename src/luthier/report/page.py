@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader
 from luthier.data.batch import IGNORE
 from luthier.data.rendering import Renderer
 from luthier.model.meter import in_flops
-from luthier.report.curve import Series, line_chart
+from luthier.report.curve import Series, line_chart, plane_chart
 from luthier.statistics import wilson
 from luthier.training.checkpoint import write_text
 
@@ -41,6 +41,7 @@ def write_report(folder: Path, renderer: Renderer | None = None, rows: Sequence[
         name=folder.name,
         charts=_charts(log),
         facts=_facts(run),
+        planes=_planes(folder),
         scores=_scores(run),
         samples=_chosen(samples),
         counts=_counts(samples),
@@ -74,6 +75,21 @@ def _charts(log: list[dict[str, float]]) -> list[dict[str, Any]]:
         ("Tokens a second", [Series("tokens a second", [(e["step"], e["tokens_per_second"]) for e in steps])])
     )
     return [{"title": t, "svg": line_chart(s, "step", t)} for t, s in charts if any(x.points for x in s)]
+
+
+def _planes(folder: Path) -> list[dict[str, Any]]:
+    """What each step of curation decided, with a picture where it rests on two numbers."""
+    file = folder / "curation.json"
+    steps = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    out = []
+    for k in steps:
+        x_name, y_name = k["axes"]
+        points = [(x, y, stayed) for x, y, stayed in k["plane"]]
+        svg = plane_chart(points, x_name, y_name, k["step"]) if points else ""
+        out.append(
+            {"step": k["step"], "rows": k["rows"], "of": k["of"], "reasons": sorted(k["reasons"].items()), "svg": svg}
+        )
+    return out
 
 
 def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:

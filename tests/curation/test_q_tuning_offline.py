@@ -1,0 +1,104 @@
+"""The sample stage of q-tuning over a whole set."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import byte_tokenizer, tiny
+from luthier.curation import QTuningOffline
+from luthier.curation.base import Base
+from luthier.curation.q_tuning_offline import scored
+from luthier.data.batch import IGNORE
+from luthier.data.rendering import Renderer
+from luthier.data.store import Row
+from luthier.errors import RecipeError
+from luthier.model.view import ModelView
+from luthier.quadrants import choose_rows, named
+from luthier.rng import Streams
+from test_run import luthier, rows, write
+
+
+@pytest.fixture(scope="module")
+def base():
+    view = ModelView(tiny("llama", vocab_size=260, max_position_embeddings=512).eval(), byte_tokenizer())
+    return Base(lambda: view, Renderer(view.tokenizer))
+
+
+def some(n, start=0):
+    return [Row(f"f:{i}", {"prompt": f"say {i}", "completion": f"{i} " * (1 + i % 5)}) for i in range(start, start + n)]
+
+
+def test_perplexity_and_entropy_against_a_plain_softmax(base):
+    plane, flops = scored(some(5), base)
+    for row, (ppl, entropy) in zip(some(5), plane, strict=True):
+        item = base.renderer.render(row.values, row.key)
+        p = base.view().module(input_ids=torch.tensor([item["ids"]])).logits[0].double().softmax(-1)
+        at = [i for i, y in enumerate(item["labels"]) if y != IGNORE]
+        nll = [-float(p[i - 1, item["ids"][i]].log()) for i in at]
+        assert ppl == pytest.approx(np.exp(np.mean(nll)), rel=1e-4)
+        assert entropy == pytest.approx(np.mean([-float((p[i - 1] * p[i - 1].log()).sum()) for i in at]), rel=1e-4)
+    assert flops > 0
+
+
+def test_the_choice_is_the_objectives_over_the_whole_set(base):
+    chosen = QTuningOffline(keep_fraction=0.3).select(some(40), Streams(0), base)
+    plane, _ = scored(some(40), base)
+    by_hand = choose_rows(plane[:, 0], plane[:, 1], 0.3, 10)
+    assert chosen.keep.tolist() == by_hand.keep.tolist() and len(chosen.keep) == 12
+    quadrants = named(plane[:, 0], plane[:, 1], by_hand.alpha)
+    inside = set(chosen.keep.tolist())
+    for i, reason in enumerate(chosen.reason):
+        assert reason.endswith(quadrants[i]) and reason.startswith("kept" if i in inside else "left out")
+    assert chosen.axes == ("log perplexity", "mean entropy") and chosen.plane.shape == (40, 2)
+    assert all("Q2" in r or "Q4" in r or "fill up" in r for i, r in enumerate(chosen.reason) if i in inside)
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.5, 1.0])
+def test_the_count_is_exact(base, fraction):
+    assert len(QTuningOffline(keep_fraction=fraction).select(some(40), Streams(0), base).keep) == int(fraction * 40)
+
+
+def test_the_order_of_rows_does_not_matter(base):
+    mixed = list(reversed(some(30)))
+    one, other = (QTuningOffline(keep_fraction=0.3).select(r, Streams(0), base) for r in (some(30), mixed))
+    assert {some(30)[i].key for i in one.keep} == {mixed[i].key for i in other.keep}
+
+
+def test_corners_of_the_plane_have_their_names():
+    ppl, entropy = np.array([9.0, 9, 1, 1, 5]), np.array([9.0, 1, 1, 9, 5])
+    assert named(ppl, entropy, 0.3) == ["Q1 noise", "Q2 misconception", "Q3 redundant", "Q4 to calibrate", "between"]
+
+
+def test_what_cannot_be_chosen_is_refused(base):
+    with pytest.raises(RecipeError, match="asks a model and was given none"):
+        QTuningOffline(keep_fraction=0.5).select(some(4), Streams(0))
+    with pytest.raises(RecipeError, match="keeps none"):
+        QTuningOffline(keep_fraction=0.01).select(some(4), Streams(0), base)
+    with pytest.raises(ValueError, match="keep_fraction"):
+        QTuningOffline(keep_fraction=1.5)
+
+
+def test_a_run_shows_the_plane_and_another_fraction_is_not_scored_again(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    path = write(
+        tmp_path, model_folder, train=rows(40), curate=[{"q-tuning-offline": {"keep_fraction": 0.5}}], evaluate=[]
+    )
+    done = luthier("run", path, cwd=tmp_path)
+    assert done.returncode == 0 and "q-tuning-offline kept 20 of 40 rows" in done.stderr, done.stderr
+    page = (tmp_path / "out/report.html").read_text()
+    assert (
+        "Rows chosen by q-tuning-offline" in page
+        and page.count('class="stayed"') == 20
+        and page.count('class="gone"') == 20
+    )
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["spent"]["flops"]["curate"] > 0 and run["census"]["rows"] == 20
+    from luthier.curation import q_tuning_offline
+
+    monkeypatch.setattr(q_tuning_offline, "scored", None)  # would fail if it were asked
+    again = luthier("run", path, "curate=[q-tuning-offline: {keep_fraction: 0.25}]", "output_dir=other", cwd=tmp_path)
+    assert again.returncode == 0 and "kept 10 of 40 rows" in again.stderr, again.stderr
+    said = json.loads(luthier("check", path, "--json", "--no-forecast", cwd=tmp_path).stdout)
+    assert said["curated"][0]["rows"] == 20
