@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from luthier.data.batch import collate
 from luthier.data.reading import Tick, no_tick
 from luthier.model.view import ModelView
 from luthier.objectives.base import Forward, sequence_sum
+from luthier.training.head import CHUNK
 from luthier.training.order import micro_batches
 
 WINDOW = 256  # rows sorted into forwards together
@@ -50,6 +52,43 @@ def mean_loss(scored: Iterable[RowScore]) -> float:
     for s in scored:
         total, count = total + s.total, count + s.over
     return total / max(count, 1.0)
+
+
+@torch.no_grad()
+def first_choices(
+    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, task: str, tick: Tick = no_tick
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each row, over its supervised tokens (or its class): probability of the likeliest, whether it is right, and the
+    right one.
+    """
+    training = view.module.training
+    view.module.eval()
+    try:
+        for start in range(0, len(rows), WINDOW):
+            part = rows[start : start + WINDOW]
+            tick("scoring", start, f"rows {start + 1} to {start + len(part)}")
+            done: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+            for places in micro_batches([len(r["ids"]) for r in part], tokens_per_forward)[0]:
+                batch = collate([part[i] for i in places]).to(view.device)
+                done |= zip(places, _choices(Forward(batch, view), task), strict=True)
+            yield from (done[i] for i in range(len(part)))
+    finally:
+        view.module.train(training)
+
+
+def _choices(fwd: Forward, task: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    batch = fwd.batch
+    if task == "classification":
+        top, best = fwd.logits().softmax(-1).max(-1)
+        right, counts = batch.row["label"], [1] * batch.num_sequences
+    else:
+        rows = batch.supervised
+        pieces = [fwd.logits(part).softmax(-1).max(-1) for part in rows.split(CHUNK)]  # [n, V] at a time
+        top, best = (torch.cat([p[i] for p in pieces]) for i in (0, 1))
+        right = batch.labels[rows]
+        counts = torch.bincount(batch.seq[rows], minlength=batch.num_sequences).tolist()
+    columns = (top.double(), (best == right).double(), right)
+    return list(zip(*([p.cpu().numpy() for p in c.split(counts)] for c in columns), strict=True))
 
 
 def _forward_scores(fwd: Forward, task: str) -> list[RowScore]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from luthier.cache import code_of, content_of, key_of
 from luthier.data import demo_requests, store
+from luthier.data import people as people_set
 from luthier.data.store import Row, Rows
 from luthier.errors import RecipeError
 
@@ -22,7 +23,7 @@ SHAPES = {
     "text and label": ("text", "label"),
     "text": ("text",),
 }
-BUILTIN = "builtin:requests"
+BUILTIN = {"builtin:requests": demo_requests, "builtin:people": people_set}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 LISTED = 20  # bad rows named when they are skipped
 Raw = Iterator[tuple[int, "dict[str, Any] | RecipeError"]]
@@ -49,7 +50,7 @@ def read(
     Raises RecipeError with file and line for the first row that cannot be used.
     """
     prefix, content, raw = _opened(source, folder, split, part)
-    code = code_of(sys.modules[__name__], store, demo_requests)
+    code = code_of(sys.modules[__name__], store, demo_requests, people_set)
     key = key_of("rows", content, sorted(columns.items()), task, limit, on_bad, code)
     skipped = _Skipped(on_bad)
     rows = _checked(itertools.islice(raw(), limit), prefix, columns, task, skipped, tick)
@@ -123,8 +124,8 @@ def _as_json(row: Row) -> bytes:
 
 def _opened(source: str, folder: Path, split: str, part: str | None) -> tuple[str, str, Callable[[], Raw]]:
     """(what rows are called, key of the content, how to read them)."""
-    if source == BUILTIN:
-        return f"{BUILTIN}:{split}", split, lambda: _builtin(split)
+    if source in BUILTIN:
+        return f"{source}:{split}", f"{source}:{split}", lambda: _builtin(source, split)
     path = folder / source
     readers = dict(zip(SUFFIXES, (_jsonl, _json, _csv, _parquet), strict=True))
     if path.suffix in readers:
@@ -136,14 +137,17 @@ def _opened(source: str, folder: Path, split: str, part: str | None) -> tuple[st
     raise RecipeError(
         f"data.{split}",
         f"{source!r} is no .jsonl, .json, .csv or .parquet file and no Hub id",
-        f"or use {BUILTIN}",
+        f"or use {' or '.join(BUILTIN)}",
     )
 
 
-def _builtin(split: str) -> Raw:
-    train, test = demo_requests.demo_rows()
-    for i, row in enumerate(train if split == "train" else test, start=1):
-        yield i, {"prompt": row["prompt"], "completion": row["answer"]}
+def _builtin(source: str, split: str) -> Raw:
+    if source == "builtin:people":
+        train, test = people_set.rows()
+    else:
+        requests = demo_requests.demo_rows()
+        train, test = ([{"prompt": r["prompt"], "completion": r["answer"]} for r in part] for part in requests)
+    yield from enumerate(train if split == "train" else test, start=1)
 
 
 def _jsonl(path: Path) -> Raw:

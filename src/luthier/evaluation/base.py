@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 from pydantic import Field
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ from luthier.generation import Completion, generate
 from luthier.method import Method
 from luthier.model.view import ModelView, probe_layout
 from luthier.rng import Streams
-from luthier.scorer import RowScore, row_scores
+from luthier.scorer import RowScore, first_choices, row_scores
 
 
 class Question(NamedTuple):
@@ -75,6 +76,16 @@ class Exam:
     def losses(self, rows: Sequence[Any]) -> list[RowScore]:
         """Of an evaluator's own rows."""
         return list(row_scores(self.view, rows, self.tokens_per_forward, self.task, self.tick))
+
+    def sure(self, rows: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each row: probabilities of its likeliest tokens (or class), and whether they are right."""
+        found = first_choices(self.view, rows, self.tokens_per_forward, self.task, self.tick)
+        return ((confidence, right) for confidence, right, _ in found)
+
+    def token_hits(self, rows: Sequence[Any], without: Collection[int] = ()) -> Iterator[np.ndarray]:
+        """For each row: whether its supervised tokens are the likeliest, those of `without` left out."""
+        found = first_choices(self.view, rows, self.tokens_per_forward, self.task, self.tick)
+        return (right[~np.isin(wanted, list(without))] for _, right, wanted in found)
 
     def questions(self, count: int) -> list[Question]:
         """The first `count` prompts; rows that ask the same are one question with several right answers."""

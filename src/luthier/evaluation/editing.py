@@ -1,0 +1,62 @@
+"""Editing: is the new answer there, also asked otherwise, and is everything else as it was?"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+
+from luthier.errors import LuthierError
+from luthier.evaluation.base import Evaluator, Exam
+from luthier.evaluation.measures import Measure, mean
+from luthier.method import Source, Traits
+
+
+class Editing(Evaluator):
+    """Efficacy, generalisation and specificity of edits, by teacher-forced token accuracy.
+
+    Each row is an edit (prompt, completion) with the columns `rephrase` (the same asked otherwise), `locality_prompt` and
+    `locality_answer` (something else, whose answer should stay). A value is the share of the answer's tokens that are the
+    model's first choice when the right ones stand before them, as editing studies score it; the end token does not
+    count. Specificity is a level: compare it before and after.
+    Cost: three forward passes over the rows.
+    """
+
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
+    source: ClassVar[Source] = Source("Locating and Editing Factual Associations in GPT", 2022, "arXiv:2202.05262")
+
+    rephrase: str = "rephrase"
+    """Column with the prompt in other words."""
+    locality_prompt: str = "locality_prompt"
+    """Column with a prompt that the edit is not about."""
+    locality_answer: str = "locality_answer"
+    """Column with the answer to that."""
+
+    def names(self) -> tuple[str, ...]:
+        return ("efficacy", "generalisation", "specificity")
+
+    def evaluate(self, exam: Exam) -> list[Measure]:
+        keys = tuple(r.key.rpartition(":")[2] for r in exam.sources)
+        asked: dict[str, list[tuple[str, str]]] = {name: [] for name in self.names()}
+        for row in exam.sources:
+            values = row.values
+            missing = [
+                c
+                for c in (self.rephrase, self.locality_prompt, self.locality_answer)
+                if not isinstance(values.get(c), str)
+            ]
+            if missing:
+                raise LuthierError(
+                    f"{row.key}: has no column {missing[0]}, which editing asks; map it with data.columns"
+                )
+            asked["efficacy"].append((values["prompt"], values["completion"]))
+            asked["generalisation"].append((values[self.rephrase], values["completion"]))
+            asked["specificity"].append((values[self.locality_prompt], values[self.locality_answer]))
+        return [mean(n, _accuracy(exam, pairs), keys, unit="share of tokens") for n, pairs in asked.items() if pairs]
+
+
+def _accuracy(exam: Exam, pairs: list[tuple[str, str]]) -> list[float]:
+    """Share of each answer's tokens that come first; an empty answer counts as 0."""
+    rows = [exam.renderer.render({"prompt": p, "completion": c}, str(i)) for i, (p, c) in enumerate(pairs)]
+    stops = set(exam.renderer.stop_ids)
+    return [float(np.mean(hits)) if len(hits) else 0.0 for hits in exam.token_hits(rows, stops)]

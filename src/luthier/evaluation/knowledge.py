@@ -1,0 +1,68 @@
+"""Knowledge infusion: are facts in the model, or only the sentences they were taught in?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import ClassVar
+
+from pydantic import Field
+
+from luthier.errors import LuthierError
+from luthier.evaluation.base import Answering, Exam, Question
+from luthier.evaluation.measures import Measure, mean
+from luthier.evaluation.text import matches
+from luthier.method import Source, Traits
+
+SCORES = (("exact", "caseless"), ("contains", "contains"))
+
+
+class Knowledge(Answering):
+    """Answers by the kind of question: as trained, rephrased, derived, compared; exact and contained side by side.
+
+    Rows have a column `kind` (any names); `builtin:people` brings 25 invented people with six facts each, where yes and no
+    come equally often. Beside each kind stands what always giving its commonest answer would reach: a tuned model that
+    repeats sentences is at 1 as trained and at that share where it has to reason. Fewer than 25 questions of a kind
+    give intervals wider than 0.4.
+    Cost: one short answer a question; 600 for builtin:people.
+    """
+
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    source: ClassVar[Source] = Source(
+        "FineTuneBench: How well do commercial fine-tuning APIs infuse knowledge into LLMs?", 2024, "arXiv:2411.05059"
+    )
+
+    rows: int = Field(1000, ge=1)
+    """Distinct prompts of data.eval that are asked, from the first on."""
+    max_new_tokens: int = Field(24, ge=1)
+    """Tokens of an answer at most."""
+    kinds: tuple[str, ...] = ("memorize", "rephrase", "secondary", "comparison")
+    """Kinds of question that are told apart; others are left out."""
+
+    def names(self) -> tuple[str, ...]:
+        scored = tuple(f"{kind}_{score}" for kind in self.kinds for score, _ in SCORES)
+        return (*scored, *(f"{kind}_commonest" for kind in self.kinds))
+
+    def evaluate(self, exam: Exam) -> list[Measure]:
+        questions = [q for q in exam.questions(self.rows) if _kind(q) in self.kinds]
+        replies = [a.text for a in exam.answers(questions, self.max_new_tokens)]
+        out = []
+        for kind in self.kinds:
+            mine = [(q, a) for q, a in zip(questions, replies, strict=True) if _kind(q) == kind]
+            if not mine:
+                continue
+            keys = tuple(q.key for q, _ in mine)
+            for score, form in SCORES:
+                right = [any(matches(a, w, form) for w in q.references) for q, a in mine]
+                out.append(mean(f"{kind}_{score}", right, keys, unit="share of questions"))
+            commonest = Counter(q.references[0] for q, _ in mine).most_common(1)[0][0]
+            same = [commonest in q.references for q, _ in mine]
+            out.append(mean(f"{kind}_commonest", same, keys, unit="share, by always giving the commonest answer"))
+        return out
+
+
+def _kind(question: Question) -> str:
+    """Raises LuthierError for a row without one."""
+    kind = question.row.values.get("kind")
+    if not isinstance(kind, str):
+        raise LuthierError(f"{question.row.key}: has no kind, which knowledge tells questions apart by; add the column")
+    return kind
