@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,15 +108,35 @@ def _labels(rows: Rows, held: Rows | None, known: Mapping[str, int]) -> dict[str
     return {n: i for i, n in enumerate(names)}
 
 
-def curated(recipe: Recipe, rows: Rows, base: Base) -> tuple[Rows, list[Kept], Cost]:
-    """The rows that every step of `curate` keeps, in their order, a count of the reasons by step, and what it took."""
-    streams, told, flops, started = Streams(recipe.seed), [], 0.0, time.perf_counter()
+class Decided(NamedTuple):
+    """What one step of `curate` decided about every row it saw."""
+
+    step: str
+    rows: Rows  # that it saw
+    chosen: Selection
+
+
+def decisions(recipe: Recipe, rows: Rows, base: Base) -> Iterator[Decided]:
+    """Each step in turn, on the rows that the one before kept."""
+    streams = Streams(recipe.seed)
     for step in recipe.curate:
         chosen = step.select(rows, streams, base)
-        reasons = dict(Counter(chosen.reason))
-        told.append(Kept(step.key(), len(chosen.keep), len(rows), reasons, _plane(chosen), chosen.axes))
-        rows, flops = rows.take(chosen.keep), flops + chosen.flops
+        yield Decided(step.key(), rows, chosen)
+        rows = rows.take(chosen.keep)
+
+
+def curated(recipe: Recipe, rows: Rows, base: Base) -> tuple[Rows, list[Kept], Cost]:
+    """The rows that every step of `curate` keeps, in their order, a count of the reasons by step, and what it took."""
+    told, flops, started = [], 0.0, time.perf_counter()
+    for step, seen, chosen in decisions(recipe, rows, base):
+        told.append(kept_by(step, len(seen), chosen))
+        rows, flops = seen.take(chosen.keep), flops + chosen.flops
     return rows, told, Cost(flops, time.perf_counter() - started)
+
+
+def kept_by(step: str, of: int, chosen: Selection) -> Kept:
+    """A step's decision in short."""
+    return Kept(step, len(chosen.keep), of, dict(Counter(chosen.reason)), _plane(chosen), chosen.axes)
 
 
 def _plane(chosen: Selection) -> list[tuple[float, float, bool]]:

@@ -133,20 +133,25 @@ class Gathered(NamedTuple):
 def gather(recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1) -> Gathered:
     """Rows and configuration, checked against each other."""
     located, renderer, config = tokens_and_config(recipe, base)
-    loaded: list[ModelView] = []
-
-    def view() -> ModelView:
-        if not loaded:
-            loaded.append(
-                load_model(located, recipe.task, _dtype(recipe), tokenizer=renderer.tokenizer, seed=recipe.seed)
-            )
-        return loaded[0]
-
+    view = untouched(recipe, located, renderer)
     data = prepare_rows(recipe, renderer, config, base, view, tick)
     if data.labels:
         config.update(named_classes(data.classes))
     _check(recipe, config, data.train, None, processes)
     return Gathered(located, renderer, config, data)
+
+
+def untouched(recipe: Recipe, located: Located, renderer: Renderer) -> Callable[[], ModelView]:
+    """The base model, loaded when first asked for, for curators."""
+    loaded: list[ModelView] = []
+
+    def view() -> ModelView:
+        if not loaded:
+            dtype = _dtype(recipe)
+            loaded.append(load_model(located, recipe.task, dtype, tokenizer=renderer.tokenizer, seed=recipe.seed))
+        return loaded[0]
+
+    return view
 
 
 def _dtype(recipe: Recipe) -> torch.dtype | None:

@@ -257,6 +257,33 @@ def compare(
 
 
 @app.command()
+def curate(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="A new folder; runs/curate-NAME by default.")] = None,
+    as_json: Json = False,
+    allow_code: AllowCode = False,
+    debug: Debug = False,
+) -> None:
+    """Choose rows as the recipe's curate steps say, with a reason for every row, and train nothing."""
+    loaded = _load(recipe, overrides, allow_code)
+    _quiet(debug)
+    from luthier.cli.progress import Bar
+    from luthier.curate import curate as choose
+
+    with Bar() as bar:
+        result = choose(loaded, recipe.parent, output or Path("runs") / f"curate-{recipe.stem}", bar.tick)
+    if as_json:
+        print(json.dumps(result))
+        return
+    for step in result["steps"]:
+        print(f"{step['step']}: {step['rows']:,} of {step['of']:,} rows stayed")
+        for why, count in sorted(step["reasons"].items()):
+            print(f"  {count:,} {why}")
+    print(Path(result["folder"]) / "report.html")
+
+
+@app.command()
 def claim(
     name: Annotated[str | None, typer.Argument(help="A claim; see claims/.")] = None,
     tier: Annotated[str | None, typer.Option(help="All claims of a tier: tiny, small or gpu.")] = None,

@@ -5,6 +5,7 @@ One file that opens without a network; every text of the user's is escaped.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from ruamel.yaml import YAML
 
+from luthier import __version__
 from luthier.data.batch import IGNORE
 from luthier.data.rendering import Renderer
 from luthier.model.meter import in_flops
+from luthier.recipe import Recipe
 from luthier.report.curve import Series, line_chart, plane_chart
 from luthier.statistics import wilson
 from luthier.training.checkpoint import write_text
@@ -51,6 +55,26 @@ def write_report(folder: Path, renderer: Renderer | None = None, rows: Sequence[
     target = folder / "report.html"
     write_text(target, page)
     return target
+
+
+def write_curation(folder: Path, name: str, recipe: Recipe, before: int, after: int) -> Path:
+    """The page of a choice of rows, from its folder."""
+    pages = Environment(loader=PackageLoader("luthier.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    text = io.StringIO()
+    YAML().dump(recipe.as_dict(), text)
+    decided = [json.loads(line) for line in _lines(folder / "decisions.jsonl")[:50_000]]
+    examples = {what: [d for d in decided if d["decision"] == what][:SAMPLES] for what in ("kept", "left out")}
+    page = pages.get_template("curate.html").render(
+        name=name,
+        before=before,
+        after=after,
+        planes=_planes(folder),
+        recipe=text.getvalue(),
+        examples=examples,
+        version=__version__,
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
 
 
 def _lines(file: Path) -> list[str]:
