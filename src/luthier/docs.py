@@ -74,8 +74,15 @@ print({cls}().score(model, tokenizer, rows))  # a transformers model and its tok
 ```"""
 ROWS = {
     "classification": '{"text": "a fine film", "label": "good"}, {"text": "a poor one", "label": "bad"}',
-    "editing": '{"prompt": "Where is Bo?", "completion": "Oslo", "rephrase": "The place of Bo is", '
-    '"locality_prompt": "Where is Al?", "locality_answer": "Rome"}',
+    "editing": """
+    {
+        "prompt": "Where is Bo?",
+        "completion": "Oslo",
+        "rephrase": "The place of Bo is",
+        "locality_prompt": "Where is Al?",
+        "locality_answer": "Rome",
+    }
+""",
     "knowledge": '{"prompt": "How old is Bo?", "completion": "31", "kind": "memorize"}',
     "function-calls": '{"prompt": "Stop it", "completion": \'{"name": "stop", "arguments": {}}\'}',
     "pass-at-k": '{"prompt": "Add a to b: def add(a, b)", "completion": "", "tests": ["assert add(1, 2) == 3"]}',

@@ -1,6 +1,7 @@
 """The list of methods, generated from the classes: `python -m luthier.manifest` writes methods.json beside this file.
 
-Reading it needs no torch, so `luthier methods` answers at once. A test compares it with the classes.
+Reading it needs no torch, so `luthier methods` answers at once. A test compares it with the classes. Installed packages add
+methods by entry points of the group `luthier.methods`, named KIND.NAME (`objective.focal = package.module:Focal`).
 """
 
 from __future__ import annotations
@@ -8,8 +9,12 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
+
+from luthier.errors import LuthierError
 
 KINDS = {
     "tuner": ("tuners", "collaboration"),
@@ -20,6 +25,7 @@ KINDS = {
     "evaluate": ("evaluation",),
 }
 LISTS = ("curate", "evaluate")  # keys that hold a list of methods
+GROUP = "luthier.methods"
 FILE = Path(__file__).with_name("methods.json")
 
 
@@ -39,15 +45,58 @@ def classes(kind: str) -> dict[str, type]:
     return out
 
 
+@cache
+def plugins() -> dict[tuple[str, str], EntryPoint]:
+    """(kind, name) -> what an installed package offers. Raises LuthierError for a name that is no KIND.NAME, or taken."""
+    out: dict[tuple[str, str], EntryPoint] = {}
+    for point in entry_points(group=GROUP):
+        kind, _, name = point.name.partition(".")
+        origin = "a package" if point.dist is None else point.dist.name
+        if kind not in KINDS or not name:
+            raise LuthierError(
+                f"{origin}: the entry point {point.name!r} is no KIND.NAME; kinds are {', '.join(KINDS)}"
+            )
+        if (kind, name) in out or any(m["kind"] == kind and m["name"] == name for m in read()):
+            raise LuthierError(f"{origin}: the {kind} {name!r} is there already; rename it or uninstall the package")
+        out[kind, name] = point
+    return out
+
+
 def find(kind: str, key: str) -> type:
-    """One method class, importing only its module. Raises KeyError for an unknown name."""
-    entry = next(m for m in read() if m["kind"] == kind and m["name"] == key)
+    """One method class, importing only its module.
+
+    Raises KeyError for an unknown name, LuthierError for a plug-in that cannot be imported.
+    """
+    if (kind, key) in plugins():
+        point = plugins()[kind, key]
+        try:
+            cls: type = point.load()
+        except (ImportError, AttributeError) as error:
+            raise LuthierError(f"{point.value}: the plug-in for {kind} {key} cannot be imported ({error})") from error
+        return cls
+    entry = next((m for m in read() if m["kind"] == kind and m["name"] == key), None)
+    if entry is None:
+        raise KeyError(key)
     return getattr(importlib.import_module(entry["module"]), entry["class"])
 
 
 def names(kind: str) -> list[str]:
     """The names a recipe key takes."""
-    return [m["name"] for m in read() if m["kind"] == kind]
+    return [m["name"] for m in read() if m["kind"] == kind] + [n for k, n in plugins() if k == kind]
+
+
+def listed() -> list[dict[str, Any]]:
+    """Our methods and those of installed packages, whose modules this imports."""
+    return [*read(), *(_entry(kind, name, find(kind, name)) for kind, name in plugins())]
+
+
+def name_of(cls: type) -> str | None:
+    """What a recipe calls this class; None for one that is neither ours nor a plug-in."""
+    for m in read():
+        if (m["module"], m["class"]) == (cls.__module__, cls.__name__):
+            return str(m["name"])
+    value = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for (_, name), point in plugins().items() if point.value == value), None)
 
 
 def build() -> list[dict[str, Any]]:

@@ -418,11 +418,11 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")]
     from luthier import manifest
     from luthier.cli.listing import one_method, table_of_methods
 
-    entries = manifest.read()
+    entries = manifest.listed()
     if name is not None:
         entries = [e for e in entries if e["name"] == name]
         if not entries:
-            known = ", ".join(sorted({e["name"] for e in manifest.read()}))
+            known = ", ".join(sorted({e["name"] for e in manifest.listed()}))
             raise LuthierError(f"there is no method {name!r}; there are {known}")
     if as_json:
         print(json.dumps(entries))

@@ -199,5 +199,4 @@ def _written(value: Any) -> Any:
 def _name_of(method: Method) -> str:
     """The name of a method of ours, or module:Class."""
     cls = type(method)
-    ours = any(m["module"] == cls.__module__ and m["class"] == cls.__name__ for m in manifest.read())
-    return cls.key() if ours else f"{cls.__module__}:{cls.__qualname__}"
+    return manifest.name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"

@@ -225,6 +225,7 @@ def _method(kind: str, value: Any, lines: _Lines, path: tuple[str, ...], code: P
                 lines.where((*path, name)), f"there is no {kind} {name!r}", _nearest(name, manifest.names(kind))
             )
         cls = manifest.find(kind, name)
+        _of_kind(cls, kind, lines.where((*path, name)))
     fields = dict(fields or {})
     if kind == "pipeline" and isinstance(fields.get("stages"), list):  # methods within a method
         fields["stages"] = [dict(s) if isinstance(s, Mapping) else s for s in fields["stages"]]
@@ -246,9 +247,13 @@ def _foreign(kind: str, name: str, where: str, code: Path | None) -> Any:
         raise RecipeError(where, f"cannot be imported ({error})", "write module:Class") from error
     finally:
         sys.path.pop(0)
+    _of_kind(cls, kind, where)
+    return cls
+
+
+def _of_kind(cls: Any, kind: str, where: str) -> None:
     if not (isinstance(cls, type) and issubclass(cls, BASES[kind])):
         raise RecipeError(where, f"is no {BASES[kind].__name__}", f"derive it from luthier's {BASES[kind].__name__}")
-    return cls
 
 
 def _validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: _Lines, known: list[str]) -> Any:
