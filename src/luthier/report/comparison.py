@@ -51,7 +51,7 @@ def write_comparison(bench: Bench, standings: Sequence[Standing], command: Seque
         lead=lead(bench, standings), differences=_differences(finished, plan.primary),
         arms=[_arm(s, plan.primary) for s in standings],
         how_sure=_how_sure(bench), failed=[{"name": s.arm, "why": "; ".join(s.errors)} for s in standings if s.errors],
-        costs=_costs(finished, plan.primary), forgotten=_forgotten(finished), every=_every(finished, standings),
+        costs=_costs(finished, plan.primary, _unit(bench)), forgotten=_forgotten(finished), every=_every(finished, standings),
         curves=_curves(bench), samples=_samples(bench), again=shlex.join(command), plan=_yaml(plan.model_dump(mode="json")),
         recipes=[{"name": a, "text": _yaml(r.as_dict())} for a, r in bench.recipes.items()], env=environment(),
     )  # fmt: skip
@@ -170,9 +170,17 @@ def _differences(finished: Sequence[Standing], primary: str) -> Any:
     return interval_chart(ranges, "differences to the baseline")
 
 
-def _costs(finished: Sequence[Standing], primary: str) -> list[dict[str, Any]]:
+def _unit(bench: Bench) -> str:
+    found = budget_of(bench.plan, bench.arms, bench.done)
+    return "" if found is None else found[0]
+
+
+def _costs(finished: Sequence[Standing], primary: str, unit: str) -> list[dict[str, Any]]:
+    """Quality against every cost but the one that the budget makes equal."""
     out = []
     for key, title in COSTS:
+        if key == unit:
+            continue
         best = frontier(finished, primary, key)
         points = [
             Point(s.arm, s.spent[key], s.levels[primary].value.value, s.arm in best, i)
