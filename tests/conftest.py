@@ -9,6 +9,8 @@ import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one core a worker: tiny models gain nothing from a second
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["LUTHIER_CACHE"] = tempfile.mkdtemp(prefix="luthier-tests-")  # the user's own cache is left alone
 atexit.register(shutil.rmtree, os.environ["LUTHIER_CACHE"], ignore_errors=True)
 
