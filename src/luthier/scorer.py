@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from luthier.objectives.base import Forward, sequence_sum
 from luthier.training.head import CHUNK
 from luthier.training.order import micro_batches
 
+T = TypeVar("T")
 WINDOW = 256  # rows sorted into forwards together
 
 
@@ -26,21 +27,28 @@ class RowScore(NamedTuple):
     best: int | None
 
 
-@torch.no_grad()
 def row_scores(
     view: ModelView, rows: Sequence[Any], tokens_per_forward: int, task: str, tick: Tick = no_tick
 ) -> Iterator[RowScore]:
     """Rows in their order, one forward at a time."""
+    return _in_order(view, rows, tokens_per_forward, lambda fwd: _forward_scores(fwd, task), tick)
+
+
+@torch.no_grad()
+def _in_order(
+    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, of: Callable[[Forward], list[T]], tick: Tick
+) -> Iterator[T]:
+    """What `of` says of each sequence of a forward, for the rows in their order; dropout off."""
     training = view.module.training
     view.module.eval()
     try:
         for start in range(0, len(rows), WINDOW):
             part = rows[start : start + WINDOW]
             tick("scoring", start, f"rows {start + 1} to {start + len(part)}")
-            done: dict[int, RowScore] = {}
+            done: dict[int, T] = {}
             for places in micro_batches([len(r["ids"]) for r in part], tokens_per_forward)[0]:
                 batch = collate([part[i] for i in places]).to(view.device)
-                done |= zip(places, _forward_scores(Forward(batch, view), task), strict=True)
+                done |= zip(places, of(Forward(batch, view)), strict=True)
             yield from (done[i] for i in range(len(part)))
     finally:
         view.module.train(training)
@@ -54,26 +62,13 @@ def mean_loss(scored: Iterable[RowScore]) -> float:
     return total / max(count, 1.0)
 
 
-@torch.no_grad()
 def first_choices(
     view: ModelView, rows: Sequence[Any], tokens_per_forward: int, task: str, tick: Tick = no_tick
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """For each row, over its supervised tokens (or its class): probability of the likeliest, whether it is right, and the
     right one.
     """
-    training = view.module.training
-    view.module.eval()
-    try:
-        for start in range(0, len(rows), WINDOW):
-            part = rows[start : start + WINDOW]
-            tick("scoring", start, f"rows {start + 1} to {start + len(part)}")
-            done: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
-            for places in micro_batches([len(r["ids"]) for r in part], tokens_per_forward)[0]:
-                batch = collate([part[i] for i in places]).to(view.device)
-                done |= zip(places, _choices(Forward(batch, view), task), strict=True)
-            yield from (done[i] for i in range(len(part)))
-    finally:
-        view.module.train(training)
+    return _in_order(view, rows, tokens_per_forward, lambda fwd: _choices(fwd, task), tick)
 
 
 def _choices(fwd: Forward, task: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -1,5 +1,8 @@
 """Exact match, and what every evaluator of answers shares: prompts asked once, several right answers."""
 
+import pytest
+
+from luthier.errors import LuthierError
 from luthier.evaluation import ExactMatch, Rouge
 from luthier.evaluation.base import examine
 
@@ -15,6 +18,16 @@ def test_rows_that_ask_the_same_are_one_question_with_several_right_answers(exam
     exam = exam_of(ROWS, {"a": "one", "b": "two", "c": "3 "})
     (measure,) = ExactMatch().evaluate(exam)
     assert measure.keys == ("1", "2", "4") and measure.stats[:, 0].tolist() == [1, 0, 1] and measure.judges
+
+
+def test_equal_last_turns_after_different_ones_are_different_questions(exam_of):
+    chat = lambda first, last: {"messages": [  # noqa: E731
+        {"role": "user", "content": first}, {"role": "assistant", "content": "ok"},
+        {"role": "user", "content": "go on"}, {"role": "assistant", "content": last}]}  # fmt: skip
+    exam = exam_of([chat("count", "2"), chat("spell", "b"), chat("count", "two")])
+    assert [q.references for q in exam.questions(9)] == [("2", "two"), ("b",)]
+    with pytest.raises(LuthierError, match="1: has no prompt to answer"):
+        exam_of([{"text": "only words"}]).questions(1)
 
 
 def test_only_so_many_questions_are_asked(exam_of):

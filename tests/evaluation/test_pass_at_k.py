@@ -14,6 +14,7 @@ from luthier.generation import generate, sampled
 from luthier.model.view import ModelView
 from luthier.rng import Streams
 
+# Generated code never runs outside the sandbox, so where namespaces do not work there is nothing to test.
 needs_sandbox = pytest.mark.skipif(sandbox.unavailable() is not None, reason=str(sandbox.unavailable()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,6 +16,7 @@ from luthier.data.prepare import prepare
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
+from luthier.errors import LuthierError
 from luthier.evaluation.measures import Measure, mean
 from luthier.generation import Completion, generate
 from luthier.method import Method
@@ -92,12 +94,13 @@ class Exam:
         found: dict[str, Question] = {}
         for row in self.sources:
             prompt, answer = asked(row, self.renderer, self.task)
-            known = found.get(prompt)
+            before = conversation(row, self.renderer)
+            known = found.get(before)
             if known is None and len(found) == count:
                 break
             references = (answer,) if known is None else (*known.references, answer)
             known = known or Question(number_of(row.key), row, prompt, ())
-            found[prompt] = known._replace(references=references)
+            found[before] = known._replace(references=references)
         return list(found.values())
 
     def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[Completion]:
@@ -122,7 +125,7 @@ class Evaluator(Method):
 
     def names(self) -> tuple[str, ...]:
         """Of the measures it can give."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every evaluator has its own
 
     def content(self) -> str:
         """Changes with everything that its measures depend on beside the model and the rows."""
@@ -130,7 +133,7 @@ class Evaluator(Method):
 
     def evaluate(self, exam: Exam) -> list[Measure]:
         """Measures of the model as it stands."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every evaluator has its own
 
     def score(self, model: PreTrainedModel, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Values by measure, of a transformers model over plain dictionaries; for use without a recipe.
@@ -219,6 +222,18 @@ def asked(row: Row, renderer: Renderer, task: str) -> tuple[str, str]:
     if "text" in row.values and "messages" not in row.values:
         return "", row.values["text"]
     return renderer.messages(row.values)[-2]["content"], renderer.answer(row.values)
+
+
+def conversation(row: Row, renderer: Renderer) -> str:
+    """All that stands before the answer: equal last turns after different ones are different questions.
+
+    Raises LuthierError for a row that asks nothing.
+    """
+    if not {"prompt", "messages"} & set(row.values):
+        raise LuthierError(
+            f"{row.key}: has no prompt to answer; leave such evaluators out, or give prompt and completion"
+        )
+    return json.dumps(renderer.messages(row.values)[:-1])
 
 
 def number_of(key: str) -> str:
