@@ -201,7 +201,7 @@ def compare(
     budget: Annotated[str | None, typer.Option(help="Of one run: flops=1e13, tokens=..., seconds=..., bytes=...")] = None,
     baseline: Annotated[str | None, typer.Option(help="The arm that others are compared with.")] = None,
     primary: Annotated[str | None, typer.Option(help="The measure that decides.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder; runs/compare-NAME by default.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Folder; runs/compare-NAME by default.")] = None,
     processes: Annotated[int | None, typer.Option(min=0, help="Runs side by side; 0: in this process.")] = None,
     search: Annotated[bool, typer.Option(help="Search each arm's learning rate.")] = True,
     dry_run: Annotated[bool, typer.Option(help="Measure each arm's step, say what the whole will take, and stop.")] = False,
@@ -226,7 +226,7 @@ def compare(
     plan, base, name = ours.planned(words, vary or [], options)
     if not search:
         plan = plan.model_copy(update={"search": None})
-    folder = output or Path("runs") / f"compare-{name}"
+    folder = output_dir or Path("runs") / f"compare-{name}"
     with Bar() as bar:
         bench = ready(plan, folder, base, base if allow_code else None, bar.say, keep)
         if retry:
@@ -260,7 +260,7 @@ def compare(
 def curate(
     recipe: RecipePath,
     overrides: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="A new folder; runs/curate-NAME by default.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="A new folder; runs/curate-NAME by default.")] = None,
     as_json: Json = False,
     allow_code: AllowCode = False,
     debug: Debug = False,
@@ -272,7 +272,7 @@ def curate(
     from luthier.curate import curate as choose
 
     with Bar() as bar:
-        result = choose(loaded, recipe.parent, output or Path("runs") / f"curate-{recipe.stem}", bar.tick)
+        result = choose(loaded, recipe.parent, output_dir or Path("runs") / f"curate-{recipe.stem}", bar.tick)
     if as_json:
         print(json.dumps(result))
         return

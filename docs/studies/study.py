@@ -1,0 +1,87 @@
+"""Carry out a study: make its rows, run its comparisons, and write the tables into its page.
+
+    python docs/studies/study.py corrupted-targets            # goes on where it was
+    python docs/studies/study.py corrupted-targets --dry-run  # what would it take?
+
+A study is a folder here: `rows.py` writes what its comparisons train on, and each .yaml is one `luthier compare`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+START, END = "<!-- measured: made by study.py -->", "<!-- end -->"
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description="Carry out a study.")
+    parser.add_argument("name", choices=sorted(p.name for p in HERE.iterdir() if (p / "rows.py").exists()))
+    parser.add_argument("--dry-run", action="store_true", help="Only say what it would take.")
+    asked = parser.parse_args()
+    place = HERE / asked.name
+    if not (place / "rows").exists():
+        runpy.run_path(str(place / "rows.py"))["write"](place / "rows")
+    found = {f.stem: compared(f, asked.name, asked.dry_run) for f in sorted(place.glob("*.yaml"))}
+    if not asked.dry_run:
+        put(HERE / f"{asked.name}.md", "\n".join(table(name, result) for name, result in found.items()))
+
+
+def compared(file: Path, study: str, dry: bool) -> dict[str, Any]:
+    """What `luthier compare` says of one file; an unfinished one raises."""
+    folder = Path("runs") / "studies" / study / file.stem
+    words = [sys.executable, "-m", "luthier", "compare", str(file), "--output-dir", str(folder)]
+    done = subprocess.run([*words, "--dry-run" if dry else "--json"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return {} if dry else json.loads(done.stdout.splitlines()[-1])
+
+
+def table(name: str, result: dict[str, Any]) -> str:
+    """Arms as rows: each measure's mean and 95% interval, the difference in the primary one, what it took."""
+    arms = result["arms"]
+    shown = [n for n in arms[0]["levels"] if n not in ("answer_tokens", "stopped")]
+    primary = next(n for n in shown if any((a["levels"][n]["outcome"] or "") for a in arms))
+    head = [
+        "arm",
+        *(n.replace("_", " ") for n in shown),
+        f"better by ({primary.replace('_', ' ')})",
+        "verdict",
+        "visible",
+    ]
+    lines = [f"### {name}", "", f"| {' | '.join(head)} | rate | steps |", "|" + "---|" * (len(head) + 2)]
+    for arm in arms:
+        by = arm["levels"][primary]["better_by"]
+        words = {"held": "better", "not held": "not better"}.get(arm["levels"][primary]["outcome"] or "", "")
+        cells = [arm["arm"], *(_range(arm["levels"][n]["value"]) for n in shown)]
+        cells += ["baseline", "", ""] if by is None else [_range(by), words or "inconclusive", f"{visible(by):.3g}"]
+        lines.append(f"| {' | '.join(cells)} | {arm['learning_rate']:.2g} | {arm['spent']['steps']:.0f} |")
+    return "\n".join([*lines, ""])
+
+
+def visible(by: dict[str, float]) -> float:
+    """The smallest difference that would most likely have been seen."""
+    from luthier.statistics import Estimate
+
+    return Estimate(**by).visible
+
+
+def _range(e: dict[str, float]) -> str:
+    return f"{e['value']:.3g} ({e['low']:.3g} to {e['high']:.3g})"
+
+
+def put(page: Path, text: str) -> None:
+    """Between the page's marks."""
+    before, rest = page.read_text(encoding="utf-8").split(START)
+    page.write_text(f"{before}{START}\n\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
