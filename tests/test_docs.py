@@ -44,8 +44,8 @@ def test_the_contributing_example_is_a_method(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     import focal
 
-    from conftest import rows_of, view_of
     from luthier.objectives.sft import Sft
+    from luthier.testing.models import rows_of, view_of
     from luthier.training.loop import Loop
     from luthier.training.settings import TrainSettings
     from luthier.tuners.lora import Lora
@@ -84,9 +84,10 @@ PAGES = sorted(p.name for p in (ROOT / "docs/methods").glob("*.md") if p.name !=
 def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys):
     from transformers import Trainer, TrainingArguments
 
-    from conftest import byte_tokenizer, tiny, tiny_classifier
-    from contract.test_contract import PADDED, Four, soft_batch
+    from contract.examples import soft_rows
     from luthier import recipe
+    from luthier.testing.contract import PADDED, Four
+    from luthier.testing.models import byte_tokenizer, tiny, tiny_classifier
 
     for text in blocks(f"docs/methods/{page}", "yaml"):
         assert recipe.load(text)
@@ -94,7 +95,7 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys)
         output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True
     )
     model = tiny()
-    batch = soft_batch() if page == "distill.md" else PADDED
+    batch = soft_rows()[1] if page == "distill.md" else PADDED
     scope = {
         "torch": torch, "Trainer": Trainer, "arguments": arguments, "rows": Four(), "model": model, "batches": [batch] * 2,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "tokenizer": byte_tokenizer(),

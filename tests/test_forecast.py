@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from conftest import byte_tokenizer, rows_of, tiny, view_of
 from luthier import forecast as fc
 from luthier import recipe as recipes
 from luthier.data.prepare import prepare
@@ -13,6 +12,7 @@ from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.errors import LuthierError
 from luthier.objectives.sft import Sft
+from luthier.testing.models import byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
@@ -100,8 +100,8 @@ def test_numbers_as_people_say_them():
 
 def test_a_recipe_whose_miniature_does_not_work_runs_without_a_forecast(tmp_path):
     """More entries than four layers have, and fewer than the model's twelve."""
-    from conftest import byte_tokenizer as tokenizer
     from luthier.run import run
+    from luthier.testing.models import byte_tokenizer as tokenizer
 
     model = tiny("llama", layers=12, vocab_size=300)
     model.save_pretrained(tmp_path / "model")

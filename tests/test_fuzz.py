@@ -12,7 +12,6 @@ import resource
 import pytest
 import torch
 
-from conftest import batch_of, byte_tokenizer, rows_of, view_of
 from luthier import recipe
 from luthier.data.prepare import prepare
 from luthier.data.reading import read
@@ -20,6 +19,7 @@ from luthier.data.rendering import Renderer
 from luthier.errors import LuthierError
 from luthier.model.loading import locate
 from luthier.objectives.sft import Sft
+from luthier.testing.models import batch_of, byte_tokenizer, rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora

@@ -6,7 +6,6 @@ import socket
 import pytest
 import torch
 
-from conftest import byte_tokenizer, rows_of, tiny, view_of
 from luthier import recipe
 from luthier.data.batch import IGNORE
 from luthier.data.prepare import prepare
@@ -16,6 +15,7 @@ from luthier.data.store import Row
 from luthier.errors import LuthierError, RecipeError
 from luthier.generation import generate
 from luthier.objectives.sft import Sft
+from luthier.testing.models import byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora

@@ -1,6 +1,7 @@
 """Methods of installed packages: an example package outside the tree, and entry points that go wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -47,6 +48,36 @@ def test_an_installed_method_is_one_of_ours_to_every_command(with_package, model
     assert '"focal"' in luthier("schema", cwd=tmp_path).stdout
     with pytest.raises(RecipeError, match=r"objective\.focal\.gama: there is no such key; did you mean gamma\?"):
         recipe.load("model: a/b\ndata: {train: x.jsonl}\nobjective: {focal: {gama: 1}}\n")
+
+
+def contract(installed, folder, *words):
+    """pytest as the package's author calls it."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(folder), *words]
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env)
+
+
+def test_the_contract_suite_serves_a_package_of_somebody_else(installed):
+    done = contract(installed, PACKAGE / "tests", "-vv")
+    assert done.returncode == 0, done.stdout
+    assert "test_packed_alone_and_padded_give_the_same_loss[focal-flat] PASSED" in done.stdout
+    assert "SKIPPED" not in done.stdout and "bare_loop[" in done.stdout and "detach" not in done.stdout
+
+
+def test_the_contract_suite_finds_what_is_wrong(installed, tmp_path):
+    """A field that nothing reads, a field without documentation, a loss that depends on what a row is packed with."""
+    source = (PACKAGE / "src/luthier_focal/__init__.py").read_text()
+    wrong = source.replace("focal(fwd.nll(), self.gamma).sum()", "fwd.nll().sum() * len(fwd.nll())")
+    wrong = wrong.replace('    """Focusing strength; 0 is sft."""\n', "")
+    assert wrong.count("self.gamma") == 0
+    (tmp_path / "wrong_focal.py").write_text(wrong)
+    (tmp_path / "test_it.py").write_text(
+        "from wrong_focal import Focal\nfrom luthier.testing.contract import *\nEXAMPLES = [Focal(gamma=1.0)]\n"
+    )
+    done = contract(installed, tmp_path)
+    assert done.returncode == 1
+    for words in ("no code reads gamma", "gamma has no documentation", "FAILED test_it.py::test_packed_alone"):
+        assert words in done.stdout, done.stdout
 
 
 def test_without_the_package_the_name_is_unknown():

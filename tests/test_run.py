@@ -16,7 +16,7 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
-from conftest import byte_tokenizer, tiny
+from luthier.testing.models import byte_tokenizer, tiny
 
 LUTHIER = [sys.executable, "-c", "from luthier.cli import main; main()"]
 

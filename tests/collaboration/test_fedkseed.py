@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import rows_of, view_of
 from luthier.collaboration.fedkseed import (
     FedKSeed,
     aggregate,
@@ -18,6 +17,7 @@ from luthier.collaboration.fedkseed import (
 from luthier.errors import RecipeError
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.update.parts import noise
@@ -76,7 +76,7 @@ def test_3_restore():
 def test_4_directional_derivative():
     view = view_of(seed=3)
     trainable = FedKSeed(num_seeds=8).attach(view)
-    from conftest import batch_of
+    from luthier.testing.models import batch_of
 
     batch = batch_of()
     for p in view.module.parameters():

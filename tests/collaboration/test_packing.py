@@ -6,9 +6,9 @@ import random
 import pytest
 import torch
 
-from conftest import batch_of, rows_of, view_of
 from luthier.collaboration.packing import factor_deltas, from_deltas, pack, slots, unpack, widths
 from luthier.objectives.sft import Sft
+from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import batch_of, rows_of, view_of
 from luthier.compute.lemo import Lemo, block_scores, kept_blocks, layer_keep, pruned_mlp, tokens_of
 from luthier.errors import LuthierError
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import byte_tokenizer, tiny
 from luthier.curation import QTuningOffline
 from luthier.curation.base import Base
 from luthier.curation.q_tuning_offline import scored
@@ -17,6 +16,7 @@ from luthier.errors import RecipeError
 from luthier.model.view import ModelView
 from luthier.quadrants import choose_rows, named
 from luthier.rng import Streams
+from luthier.testing.models import byte_tokenizer, tiny
 from test_run import luthier, rows, write
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import TEMPLATE, byte_tokenizer
 from luthier.cache import cache_folder
 from luthier.data import reading
 from luthier.data.prepare import prepare
@@ -15,6 +14,7 @@ from luthier.data.reading import read
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.errors import RecipeError
+from luthier.testing.models import TEMPLATE, byte_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +196,7 @@ def test_memory_stays_flat_in_rows(tmp_path):
         path = write(tmp_path / f"{n}.jsonl", [{**x, "prompt": x["prompt"] * 20} for x in values(n)])
         code = (
             "import sys, threading, time\nfrom pathlib import Path\nsys.path.insert(0, sys.argv[2])\n"
-            "from conftest import byte_tokenizer\nfrom luthier.data.prepare import prepare\n"
+            "from luthier.testing.models import byte_tokenizer\nfrom luthier.data.prepare import prepare\n"
             "from luthier.data.reading import read\nfrom luthier.data.rendering import Renderer\n"
             "def anonymous():\n"
             "    lines = Path('/proc/self/status').read_text().splitlines()\n"

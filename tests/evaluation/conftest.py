@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from conftest import byte_tokenizer, tiny
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.evaluation.base import Exam
 from luthier.generation import Completion
 from luthier.model.view import ModelView
+from luthier.testing.models import byte_tokenizer, tiny
 
 
 class Scripted(Exam):

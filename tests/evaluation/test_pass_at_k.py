@@ -5,7 +5,6 @@ from itertools import combinations
 import pytest
 import torch
 
-from conftest import byte_tokenizer, tiny
 from luthier import sandbox
 from luthier.data.rendering import Renderer
 from luthier.evaluation import PassAtK
@@ -13,6 +12,7 @@ from luthier.evaluation.pass_at_k import code_of, pass_at_k, program
 from luthier.generation import generate, sampled
 from luthier.model.view import ModelView
 from luthier.rng import Streams
+from luthier.testing.models import byte_tokenizer, tiny
 
 # Generated code never runs outside the sandbox, so where namespaces do not work there is nothing to test.
 needs_sandbox = pytest.mark.skipif(sandbox.unavailable() is not None, reason=str(sandbox.unavailable()))

@@ -5,13 +5,13 @@ import itertools
 import pytest
 import torch
 
-from conftest import batch_of, tiny, view_of
 from luthier.data.batch import IGNORE, collate, pad, unpad
 from luthier.model.attention import _fused, _plain, _varlen, flat_attention
 from luthier.model.loading import load_model, locate
 from luthier.model.plain import plain_operations
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Forward
+from luthier.testing.models import batch_of, tiny, view_of
 
 KINDS = ["llama", "qwen3", "gemma3", "gpt2", "opt", "bert", "lfm2"]
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import rows_of, tiny, view_of
-from contract.test_contract import CONSTANT, OBJECTIVES, SETTINGS, TUNERS, example, rows_for
+from contract.examples import EXAMPLES
 from luthier.compute.lemo import Lemo
 from luthier.model.meter import Meter, in_flops, svd_flops
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Lab
+from luthier.testing.contract import CONSTANT, SETTINGS
+from luthier.testing.models import rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.adapter import Adapter
 from luthier.tuners.full import Full
@@ -45,26 +46,25 @@ def counted(loop, steps=1):
 
 # peft's DoRA multiplies its factors out once a layer; torch's forward mode takes products with derivatives that are zero.
 TOLERANCE = {"peft": 0.35, "distill": 0.1, "lift": 0.02}
-KNOWN = [(n, c) for n, c in TUNERS if n != "frozen"]
+TUNERS = [e for e in EXAMPLES if e.kind == "tuner" and e.trains]
+OBJECTIVES = [e for e in EXAMPLES if e.kind == "objective"]
 
 
-@pytest.mark.parametrize(("name", "cls"), KNOWN, ids=[n for n, _ in KNOWN])
+@pytest.mark.parametrize("tuner", TUNERS, ids=[e.name for e in TUNERS])
 @pytest.mark.parametrize("layout", ["flat", "padded"])
-def test_every_tuners_step_takes_what_torch_counts(name, cls, layout):
-    loop = loop_of(example(name, cls), Sft(), layout)
+def test_every_tuners_step_takes_what_torch_counts(tuner, layout):
+    loop = loop_of(tuner.method, Sft(), layout)
     torch_says = counted(loop, steps=3)
     spent = loop.progress.flops
-    choosing = spent["select"] if name == "lift" else 0.0  # a decomposition, which torch's counter does not know
-    assert sum(spent.values()) - choosing == pytest.approx(torch_says, rel=TOLERANCE.get(name, 0.01))
+    choosing = spent["select"] if tuner.name == "lift" else 0.0  # a decomposition, which torch's counter does not know
+    assert sum(spent.values()) - choosing == pytest.approx(torch_says, rel=TOLERANCE.get(tuner.name, 0.01))
 
 
-@pytest.mark.parametrize(("name", "cls"), OBJECTIVES, ids=[n for n, _ in OBJECTIVES])
-def test_every_objectives_step_takes_what_torch_counts(name, cls):
-    objective = example(name, cls)
-    rows = rows_for(objective) if name == "distill" else rows_of(EQUAL, answer=5)
-    loop = loop_of(Lora(rank=4), objective, rows=rows)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=[e.name for e in OBJECTIVES])
+def test_every_objectives_step_takes_what_torch_counts(objective):
+    loop = loop_of(Lora(rank=4), objective.method, rows=objective.rows)
     torch_says = counted(loop, steps=3)
-    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=TOLERANCE.get(name, 0.01))
+    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=TOLERANCE.get(objective.name, 0.01))
 
 
 def test_scoring_and_training_are_charged_apart():

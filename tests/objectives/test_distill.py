@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from conftest import view_of
 from luthier.data.batch import collate
 from luthier.errors import LuthierError
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.distill import Distill, helpful_weights, soft_loss
 from luthier.pipelines.base import Lab
+from luthier.testing.models import view_of
 from luthier.training.probe import Probe
 from pipelines.test_list import cloze, with_soft
 

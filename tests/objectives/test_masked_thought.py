@@ -5,13 +5,13 @@ import pytest
 import torch
 from scipy import stats
 
-from conftest import VOCABULARY, byte_tokenizer, rows_of, tiny, view_of
 from luthier.data.batch import IGNORE, collate
 from luthier.errors import LuthierError
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Window, count
 from luthier.objectives.masked_thought import MaskedThought, masking_rate, solution
 from luthier.objectives.sft import Sft
+from luthier.testing.models import VOCABULARY, byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.training.probe import Probe
 from luthier.training.settings import TrainSettings

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import batch_of, rows_of, view_of
 from luthier.data.batch import IGNORE, collate
 from luthier.method import Facts
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.q_tuning import QTuning, keep_tokens, neighbour_score
 from luthier.objectives.sft import Sft
 from luthier.quadrants import choose_rows, kept_share
+from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.training.probe import Probe
 from luthier.training.settings import TrainSettings

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import batch_of, rows_of, view_of
 from luthier.data.batch import IGNORE, collate
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners import Lora

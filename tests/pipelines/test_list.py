@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import view_of
 from luthier.data.batch import collate
 from luthier.errors import LuthierError
 from luthier.model.plain import plain_operations
@@ -12,6 +11,7 @@ from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.distill import Distill, helpful_weights, soft_loss
 from luthier.pipelines.base import Lab, run_pipeline
 from luthier.pipelines.list import List
+from luthier.testing.models import view_of
 from luthier.training.probe import Probe, _call_with
 from luthier.tuners.adapter import Adapter
 

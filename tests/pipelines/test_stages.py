@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from conftest import rows_of, view_of
 from luthier.objectives.sft import Sft
 from luthier.pipelines import Stages
 from luthier.pipelines.base import Lab, run_pipeline
+from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners import Full, Lora

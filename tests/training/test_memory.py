@@ -5,11 +5,11 @@ import shutil
 import pytest
 import torch
 
-from conftest import rows_of, view_of
 from luthier.compute.lemo import Lemo
 from luthier.forecast import activations_of
 from luthier.objectives.caft import Caft
 from luthier.objectives.sft import Sft
+from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full

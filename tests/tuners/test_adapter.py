@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import batch_of, view_of
+from luthier.testing.models import batch_of, view_of
 from luthier.tuners import Adapter
 from luthier.tuners.adapter import folded
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from conftest import rows_of, view_of
 from luthier.errors import LuthierError
 from luthier.objectives.caft import Caft
 from luthier.objectives.sft import Sft
+from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners import Frozen

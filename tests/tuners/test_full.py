@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import rows_of, tiny, view_of
 from luthier.objectives.sft import Sft
+from luthier.testing.models import rows_of, tiny, view_of
 from luthier.training.linear import stochastic_round
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings

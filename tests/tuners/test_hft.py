@@ -7,10 +7,10 @@ import pytest
 import torch
 import transformers as tf
 
-from conftest import rows_of, tiny, view_of
 from luthier.errors import LuthierError
 from luthier.model.anatomy import Anatomy
 from luthier.objectives.sft import Sft
+from luthier.testing.models import rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full

@@ -5,10 +5,10 @@ import logging
 import pytest
 import torch
 
-from conftest import rows_of, tiny, view_of
 from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts
 from luthier.objectives.sft import Sft
+from luthier.testing.models import rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lift import Lift, carried, low_rank, num_entries, principal

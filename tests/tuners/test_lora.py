@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import batch_of, rows_of, tiny, view_of
 from luthier.errors import LuthierError
 from luthier.objectives.sft import Sft
+from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.linear import low_rank_linear
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from conftest import rows_of, tiny, view_of
 from luthier.data.batch import collate
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.testing.models import rows_of, tiny, view_of
 from luthier.tuners.sparse import SparseWeights
 
 

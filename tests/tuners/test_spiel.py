@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from conftest import batch_of, rows_of, tiny, view_of
 from luthier.errors import LuthierError, RecipeError
 from luthier.objectives.base import Clock
 from luthier.objectives.sft import Sft
+from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.spiel import (

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import batch_of, rows_of, tiny, view_of
 from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
 from luthier.objectives.sft import Sft
+from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full

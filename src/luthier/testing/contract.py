@@ -1,0 +1,374 @@
+"""What every method keeps, as tests. A module of yours asks them of your methods:
+
+    from luthier.testing.contract import *  # noqa: F403
+    EXAMPLES = [Focal(gamma=1.0)]
+
+An example is a small instance; where it needs rows of its own, or other rows beside them, write Example(method, rows=...).
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from luthier import manifest, recipe
+from luthier.curation.base import Curator
+from luthier.data.batch import IGNORE
+from luthier.errors import LuthierError, RecipeError
+from luthier.evaluation.base import Evaluator
+from luthier.method import Facts, Method
+from luthier.model.view import ModelView
+from luthier.objectives.base import Objective
+from luthier.objectives.sft import Sft
+from luthier.pipelines.base import Lab, Pipeline
+from luthier.testing.models import batch_of, rows_of, tiny, view_of
+from luthier.training.loop import Interrupted, Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.adapter import Adapter
+from luthier.tuners.base import Stats, Trainable, Tuner
+from luthier.update.files import load, save_update
+
+STEPS = 6
+SETTINGS = TrainSettings(max_steps=STEPS, batch_size=4, learning_rate=1e-2)
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_fraction": 0.0}  # what a closure asks for
+KINDS: tuple[tuple[str, type[Method]], ...] = (
+    ("tuner", Tuner), ("objective", Objective), ("pipeline", Pipeline), ("curate", Curator), ("evaluate", Evaluator),
+)  # fmt: skip
+
+
+class Example(NamedTuple):
+    """A small instance of a method, and what it needs to train on.
+
+    rows    rendered rows; random ones with a supervised end by default
+    inputs  rows as a padded batch of transformers, for an objective that needs more than ids and labels
+    pools   other rows, by the name that the method looks them up under
+    trains  False for a tuner with which nothing of the model moves
+    """
+
+    method: Method
+    rows: Sequence[dict[str, Any]] | None = None
+    inputs: Mapping[str, Tensor] | None = None
+    pools: Mapping[str, Sequence[dict[str, Any]]] = {}
+    trains: bool = True
+
+    @property
+    def kind(self) -> str:
+        """The recipe key."""
+        return next((key for key, base in KINDS if isinstance(self.method, base)), "compute")
+
+    @property
+    def name(self) -> str:
+        """What a recipe calls it."""
+        cls = type(self.method)
+        return manifest.name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"
+
+    def fits(self, argument: str) -> bool:
+        """Is this example one for tests with this argument?"""
+        if argument == "example":
+            return True
+        if argument == "plain_tuner":  # one that any loop can drive
+            needs = self.method.traits.needs
+            return self.kind == "tuner" and self.trains and not needs & {"grad", "closure"}
+        return self.kind == argument
+
+
+def as_examples(given: Sequence[Example | Method]) -> list[Example]:
+    """Methods become examples."""
+    return [e if isinstance(e, Example) else Example(e) for e in given]
+
+
+def loop_of(
+    tuner: Example, objective: Example, view: ModelView | None = None, folder: Path | None = None,
+    stop: Callable[[], bool] = lambda: False, **changes: Any,
+) -> Loop:  # fmt: skip
+    """The house's loop over a tiny model."""
+    view = view or view_of()
+    closure = "closure" in tuner.method.traits.needs
+    settings = SETTINGS.model_copy(update={**(CONSTANT if closure else {}), **changes})
+    rows = objective.rows or rows_of((14, 12, 9, 11), answer=5)
+    assert isinstance(tuner.method, Tuner) and isinstance(objective.method, Objective)
+    trainable = tuner.method.attach(view, total_steps=settings.max_steps)
+    lab = Lab({n: list(r) for n, r in objective.pools.items()})
+    return Loop(
+        view, rows, trainable, objective.method, settings, lab=lab, folder=folder, stop=stop, data_hash="contract"
+    )
+
+
+NOTHING: tuple[Any, Any] = (None, None)  # window and probe, for tuners that ask for neither
+PLAIN = Example(Sft())
+SMALL = Example(Adapter(rank=2, init_std=0.05))
+
+
+def attached(tuner: Example, view: ModelView, steps: int = 3) -> Trainable:
+    """Trained for a few steps, where it trains anything."""
+    if not tuner.trains:
+        assert isinstance(tuner.method, Tuner)
+        return tuner.method.attach(view)
+    loop = loop_of(tuner, PLAIN, view)
+    for _ in range(steps):
+        loop.step()
+    return loop.trainable
+
+
+# --- every method ---
+
+
+def test_page_and_documented_fields(example: Example) -> None:
+    doc = inspect.getdoc(type(example.method))
+    assert doc and "Cost:" in doc, (
+        "the docstring is the method's page; it says what the method costs, in a line with Cost:"
+    )
+    for field, info in type(example.method).model_fields.items():
+        assert info.description, f"{field} has no documentation: write a docstring below it"
+
+
+def test_every_field_is_read(example: Example) -> None:
+    cls = type(example.method)
+    trees = [ast.parse(inspect.getsource(sys.modules[c.__module__])) for c in cls.__mro__ if issubclass(c, Method)]
+    read = {node.attr for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    unread = set(cls.model_fields) - read
+    assert not unread, f"no code reads {', '.join(sorted(unread))}"
+
+
+def test_recipe_round_trip(example: Example) -> None:
+    method = example.method
+    if example.kind != "pipeline":  # its methods are found by the recipe, below
+        assert same(type(method)(**json.loads(method.model_dump_json())), method)
+    loaded = recipe.load(recipe_with(example, method.model_dump(mode="json", exclude_defaults=True)), code=Path())
+    found = getattr(loaded, example.kind)
+    assert same(found[0] if example.kind in manifest.LISTS else found, method)
+    assert recipe.load(json.dumps(loaded.as_dict()), code=Path()) == loaded
+
+
+def same(a: Method, b: Method) -> bool:
+    """Equal class and fields, whatever either has noted of its work."""
+    return type(a) is type(b) and a.model_dump() == b.model_dump()
+
+
+def test_a_wrong_field_names_its_key(example: Example) -> None:
+    with pytest.raises(ValueError, match="no_such_field"):
+        type(example.method).model_validate({"no_such_field": 1})
+    with pytest.raises(RecipeError) as refused:
+        recipe.load(recipe_with(example, {"no_such_field": 1}), code=Path())
+    place = f"{example.kind}.0" if example.kind in manifest.LISTS else example.kind
+    assert f"{place}.{example.name}.no_such_field: there is no such key" in str(refused.value)
+
+
+def recipe_with(example: Example, fields: Mapping[str, Any]) -> str:
+    """A recipe that names this method with these fields."""
+    traits, one = type(example.method).traits, {example.name: dict(fields)}
+    tree: dict[str, Any] = {"model": "a/b", "data": {"train": "x.jsonl", "eval": "x.jsonl"}}
+    if "pool" in traits.needs:
+        tree["data"]["pool"] = "y.jsonl"
+    if "causal-lm" not in traits.tasks or "pool" in traits.needs:
+        tree["task"] = "classification"
+    if "closure" in traits.needs:
+        tree |= CONSTANT
+    tree[example.kind] = [one] if example.kind in manifest.LISTS else one
+    return json.dumps(tree)
+
+
+def test_refusals_are_those_the_traits_declare(example: Example) -> None:
+    traits, method = type(example.method).traits, example.method
+    for task in ("causal-lm", "classification", "audio"):
+        assert refused(method, "task", task=task) == (task not in traits.tasks)
+    for layout in ("flat", "padded"):
+        assert refused(method, "layout", layout=layout) == (layout not in traits.layouts)
+    assert refused(method, "num_processes", num_processes=2) == ("one_process" in traits.needs)
+    assert refused(method, "quantize", quantized=True) == ("plain_weights" in traits.needs)
+
+
+def refused(method: Method, key: str, **facts: Any) -> bool:
+    """Does it object under this key?"""
+    return any(p.key == key for p in method.check(Facts(batch_size=4, **facts)))
+
+
+# --- tuners ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_detach_gives_back_the_base_bit_for_bit(tuner: Example, dtype: torch.dtype) -> None:
+    view = view_of()
+    torch.nn.Module.to(view.module, dtype)
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    flags = {n: p.requires_grad for n, p in view.module.named_parameters()}
+    attached(tuner, view).detach()
+    after = dict(view.module.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[n], p) and p.requires_grad == flags[n] and p.grad is None for n, p in after.items())
+    assert not view.input_hooks and not any("forward" in vars(m) for m in view.module.modules())
+
+
+def test_the_saved_update_in_a_fresh_base_gives_the_same_states(tuner: Example, tmp_path: Path) -> None:
+    view, batch = view_of(), batch_of()
+    trainable = attached(tuner, view)
+    view.module.eval()
+    live, plain = view.trace(batch).hidden[-1].detach(), view_of().trace(batch).hidden[-1]
+    assert torch.equal(live, plain) != tuner.trains
+    update = trainable.update()
+    save_update(update, tmp_path, view)
+    fresh = view_of()
+    with load(tmp_path).bind(fresh):
+        torch.testing.assert_close(fresh.trace(batch).hidden[-1], live, atol=2e-5, rtol=1e-4)
+    assert update.linear == type(tuner.method).traits.linear or not tuner.trains
+
+
+def test_same_seed_same_numbers(tuner: Example) -> None:
+    if not tuner.trains:
+        assert isinstance(tuner.method, Tuner) and not list(tuner.method.attach(view_of()).parameters())
+        with pytest.raises(LuthierError, match="nothing trains"):
+            loop_of(tuner, PLAIN)
+        return
+    first, second = loop_of(tuner, PLAIN), loop_of(tuner, PLAIN)
+    assert [first.step()["loss"] for _ in range(3)] == [second.step()["loss"] for _ in range(3)]
+
+
+def test_a_resumed_tuner_ends_where_an_uninterrupted_one_does(tuner: Example, tmp_path: Path) -> None:
+    if tuner.trains:
+        resumed_equals_whole(tuner, PLAIN, tmp_path)
+
+
+def test_a_resumed_objective_ends_where_an_uninterrupted_one_does(objective: Example, tmp_path: Path) -> None:
+    resumed_equals_whole(SMALL, objective, tmp_path)
+
+
+def resumed_equals_whole(tuner: Example, objective: Example, folder: Path) -> None:
+    """Stopped after two steps and after four, to the bit."""
+    whole = loop_of(tuner, objective)
+    whole.run()
+    for _ in range(2):
+        asked: Iterator[int] = iter(range(100))
+        with pytest.raises(Interrupted):
+            loop_of(tuner, objective, folder=folder, stop=lambda asked=asked: next(asked) >= 1).run()  # type: ignore[misc]
+    again = loop_of(tuner, objective, folder=folder)
+    again.run()
+    assert [e["loss"] for e in again.progress.log] == [e["loss"] for e in whole.progress.log]
+    mine, theirs = again.trainable.state_dict(), whole.trainable.state_dict()
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+
+
+def test_a_tuner_in_a_bare_loop(plain_tuner: Example) -> None:
+    """The plain transformers model, a plain optimiser loop: no house but the tuner."""
+    model, batch = tiny().eval(), batch_of((9,), answer=5)
+    ids = batch.ids.unsqueeze(0)
+    labels = ids.clone()
+    labels[:, :4] = IGNORE
+    assert isinstance(plain_tuner.method, Tuner)
+    tuned = plain_tuner.method.attach(model, total_steps=8)
+    optimizer = tuned.optimizer(
+        tuned.groups(), lambda groups: torch.optim.AdamW([p for g in groups for p in g.params], lr=1e-2)
+    )
+    losses = []
+    for _ in range(8):
+        tuned.before_window(*NOTHING)
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss.backward()
+        tuned.after_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tuned.after_step(NOTHING[0])
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    assert tuned.update().parts
+
+
+def test_a_tuner_under_transformers_trainer(plain_tuner: Example, tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    from luthier.standalone import Tuning
+
+    model = tiny()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none",
+        use_cpu=True, logging_steps=1, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    assert isinstance(plain_tuner.method, Tuner)
+    tuned = plain_tuner.method.attach(model, total_steps=8)
+    optimizer = tuned.optimizer(tuned.groups(), lambda g: torch.optim.AdamW([p for x in g for p in x.params], lr=1e-2))
+    trainer = Trainer(model, arguments, train_dataset=Four(), optimizers=(optimizer, None), callbacks=[Tuning(tuned)])
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    assert tuned.update().parts
+
+
+# --- objectives ---
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+def test_packed_alone_and_padded_give_the_same_loss(objective: Example, layout: str) -> None:
+    results = []
+    for limit in (10_000, 1):
+        view = view_of()
+        view.layout = layout
+        loop = loop_of(SMALL, objective, view, tokens_per_forward=limit, adam_eps=1e-5)
+        results.append([loop.step()["loss"] for _ in range(3)])
+    assert results[0] == pytest.approx(results[1], abs=1e-5)
+    if layout == "padded":
+        loop = loop_of(SMALL, objective, adam_eps=1e-5)
+        assert [loop.step()["loss"] for _ in range(3)] == pytest.approx(results[0], abs=1e-5)
+
+
+def test_an_objective_in_a_bare_loop_is_the_houses(objective: Example) -> None:
+    """The same loss and gradient as a step of the house's loop on the same rows."""
+    from luthier.standalone import Loss
+    from luthier.tuners.full import Full
+
+    assert isinstance(objective.method, Objective)
+    model, lab = tiny(), Lab({n: list(r) for n, r in objective.pools.items()})
+    loss = Loss(objective.method, model, total_steps=STEPS, lab=lab)
+    value = loss(PADDED if objective.inputs is None else dict(objective.inputs))
+    value.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    view, same = view_of(), objective._replace(rows=padded_rows() if objective.inputs is None else objective.rows)
+    loop = loop_of(Example(Full()), same, view, max_grad_norm=1e9, shuffle=False)
+    seen: dict[str, Tensor] = {}
+
+    def note(stats: Stats) -> bool:
+        seen.update({n: p.grad.clone() for n, p in view.module.named_parameters() if p.grad is not None})
+        return True
+
+    loop.trainable.before_step = note  # type: ignore[method-assign]
+    assert loop.step()["loss"] == pytest.approx(float(value.detach()), abs=1e-6)
+    assert seen.keys() == gradients.keys()
+    assert all(torch.allclose(seen[n], gradients[n], atol=1e-6) for n in seen)
+
+
+PADDED = {
+    "input_ids": torch.arange(5, 41).view(4, 9),
+    "attention_mask": torch.tensor([[1] * 9, [1] * 7 + [0] * 2, [1] * 8 + [0], [1] * 9]),
+}
+PADDED["labels"] = torch.where(
+    (torch.arange(9) >= 4) & (PADDED["attention_mask"] == 1), PADDED["input_ids"], torch.tensor(IGNORE)
+)
+
+
+def padded_rows() -> list[dict[str, Any]]:
+    """The rows of PADDED as the house renders them."""
+    out = []
+    for k, mask in enumerate(PADDED["attention_mask"].bool()):
+        ids, labels = PADDED["input_ids"][k][mask].tolist(), PADDED["labels"][k][mask].tolist()
+        out.append({"ids": ids, "labels": labels, "key": str(k), "token": {"prompt": [1] * 4 + [0] * (len(ids) - 4)}})
+    return out
+
+
+class Four(torch.utils.data.Dataset):
+    """Rows for transformers' Trainer."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {k: v[i] for k, v in PADDED.items()}
+
+
+__all__ = [n for n in dir() if n.startswith("test_")]

@@ -1,0 +1,34 @@
+"""The pytest plug-in: gives the tests of luthier.testing.contract the EXAMPLES of the module that imports them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+CONTRACT = "luthier.testing.contract"
+# argument of a test -> which examples it is asked of
+ARGUMENTS = ("example", "tuner", "objective", "plain_tuner")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test an example."""
+    wanted = [a for a in ARGUMENTS if a in metafunc.fixturenames]
+    if metafunc.function.__module__ != CONTRACT or not wanted:
+        return
+    from luthier.testing.contract import as_examples
+
+    given = getattr(metafunc.module, "EXAMPLES", None)
+    if given is None:
+        raise pytest.UsageError(f"{metafunc.module.__name__}: write EXAMPLES = [YourMethod(...)] beside the import")
+    examples = [e for e in as_examples(given) if e.fits(wanted[0])]
+    metafunc.parametrize(wanted[0], examples, ids=[e.name for e in examples])
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of kinds that a module has no example of are left out, not skipped."""
+    items[:] = [i for i in items if not (_of_contract(i) and any(m.name == "skip" for m in i.iter_markers()))]
+
+
+def _of_contract(item: Any) -> bool:
+    return getattr(getattr(item, "function", None), "__module__", "") == CONTRACT

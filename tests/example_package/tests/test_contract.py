@@ -1,0 +1,7 @@
+"""The contract of luthier's methods, over ours."""
+
+from luthier_focal import Focal
+
+from luthier.testing.contract import *  # noqa: F403
+
+EXAMPLES = [Focal(gamma=1.0)]
