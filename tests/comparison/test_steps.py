@@ -15,6 +15,7 @@ from luthier.comparison.steps import (
     forecast,
     next_jobs,
     next_rate,
+    over_budget,
     steps_within,
     total_runs,
 )
@@ -161,3 +162,17 @@ def test_the_forecast_is_what_the_runs_then_take():
     assert expected["seconds"] == pytest.approx(
         sum(d.seconds + d.once_seconds + d.evaluation_seconds for d in rest), rel=0.02
     )
+
+
+def test_an_arm_whose_update_is_larger_than_the_budget_in_bytes_stops_after_its_first_run():
+    plan = plan_of(budget={"bytes": 5e5})
+
+    def run(job):
+        return ran(job)._replace(update_bytes=4e5 if job.arm == "a" else 6e5)
+
+    done, order = carried_out(plan, ARMS, run)
+    assert [n for n in order if n.startswith("b/")] == ["b/measure"]
+    assert len([n for n in order if n.startswith("a/")]) == 7
+    assert over_budget(plan, done, "b") == "its update has 600,000 bytes, the budget is 500,000"
+    assert over_budget(plan, done, "a") is None
+    assert over_budget(plan_of(budget={"tokens": 1}), done, "b") is None

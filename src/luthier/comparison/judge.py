@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from luthier.comparison.plan import Comparison
-from luthier.comparison.steps import Done, rates_tried
+from luthier.comparison.steps import Done, over_budget, rates_tried
 from luthier.evaluation.measures import Measure
 from luthier.statistics import Estimate, Outcome, estimate, holm, verdict
 
@@ -93,7 +93,7 @@ def judged(plan: Comparison, results: Mapping[str, dict[int, Path]], done: Mappi
         levels = {} if not runs else {n: _level(n, runs, base, arm == plan.base_arm, untouched, plan) for n in names}
         out.append(
             Standing(
-                arm, sorted(runs), levels, _rate(done, arm), _at_edge(done, arm), _spent(done, arm), _errors(done, arm)
+                arm, sorted(runs), levels, _rate(done, arm), _at_edge(done, arm), _spent(done, arm), _errors(plan, done, arm)
             )
         )
     return _adjusted(out, plan)
@@ -155,8 +155,10 @@ def _at_edge(done: Mapping[str, Done], arm: str) -> bool:
     return len(tried) > 1 and rate is not None and rate in (min(tried), max(tried))
 
 
-def _errors(done: Mapping[str, Done], arm: str) -> list[str]:
-    return [f"{d.job.purpose}: {d.error}" for d in _mine(done, arm) if d.error is not None]
+def _errors(plan: Comparison, done: Mapping[str, Done], arm: str) -> list[str]:
+    too_large = over_budget(plan, done, arm)
+    failed = [f"{d.job.purpose}: {d.error}" for d in _mine(done, arm) if d.error is not None]
+    return failed if too_large is None else [too_large, *failed]
 
 
 def _spent(done: Mapping[str, Done], arm: str) -> dict[str, float]:

@@ -31,7 +31,7 @@ class Budget(BaseModel):
     seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Wall clock of training; arms then run one at a time."""
     bytes: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Size of the update that is sent; steps stay as each recipe says."""
+    """Most that an update may take when it is sent; steps stay as each recipe says, and a larger arm is refused."""
 
     @model_validator(mode="after")
     def _one(self) -> Budget:

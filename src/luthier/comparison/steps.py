@@ -146,7 +146,19 @@ def budget_of(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done
     return "flops", cost.once + cost.step * base.own_steps
 
 
+def over_budget(plan: Comparison, done: Mapping[str, Done], arm: str) -> str | None:
+    """Why an arm may not go on: its update, whose size is known after its first run, is larger than a budget in bytes."""
+    if plan.budget is None or plan.budget.bytes is None:
+        return None
+    size = max((d.update_bytes for d in _mine(done, arm) if d.error is None), default=0.0)
+    if size <= plan.budget.bytes:
+        return None
+    return f"its update has {size:,.0f} bytes, the budget is {plan.budget.bytes:,.0f}"
+
+
 def _of_arm(plan: Comparison, arms: Mapping[str, Arm], arm: Arm, done: Mapping[str, Done]) -> list[Job]:
+    if over_budget(plan, done, arm.name) is not None:
+        return []
     if arm.foreign is None:
         measure = Job(arm.name, "measure", arm.learning_rate, 0, min(MEASURED_STEPS, max(2, arm.own_steps)))
         if measure.name not in done:
@@ -219,7 +231,7 @@ def forecast(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]
         leader = arm.name if arm.foreign is None or arm.foreign.like is None else arm.foreign.like
         known = measured.get(leader)
         shares = [1.0] * len(plan.seeds) + ([plan.search.share] * plan.search.trials if plan.search else [])
-        if known is None or known.error is not None:
+        if known is None or known.error is not None or over_budget(plan, done, arm.name) is not None:
             seconds += sum(shares) * budget[1] if known is None else 0.0
             continue
         for share in shares:
