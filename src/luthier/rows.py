@@ -74,6 +74,8 @@ def prepare_rows(
     if d.eval:
         held, more = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, **how)
         skipped += more
+        for evaluator in recipe.evaluators():
+            evaluator.check_rows(rows, held)
     labels = _labels(rows, held, config.label2id or {}) if recipe.task == "classification" else {}
     room = d.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     fit: dict[str, Any] = {

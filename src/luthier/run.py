@@ -411,6 +411,9 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     with trained.live():
         after = ready.results(digest)
         say(f"after   {shown(after)}")
+        gates = [g for e in ready.recipe.evaluators() for g in e.gates(before, [after])]
+        for g in gates:
+            say(f"gate    {g.measure} {g.change.value:+.3f} ({g.change.low:.3f} to {g.change.high:.3f}): {g.outcome}")
         evaluation = time.monotonic() - started
         if keep:
             save_update(trained.update, place.path, ready.view)
@@ -428,6 +431,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
         row_tokens=progress.row_tokens, spent=_spent(ready, progress), evaluation_seconds=evaluation, kept=keep,
         trained_weights=trained.weights, before=before.brief(), after=after.brief(), peak_memory_bytes=peak,
         reload_difference=worst, update_digest=digest, update_bytes=_size(trained.update),
+        gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
     )  # fmt: skip
     if keep:
         remember(place.path, None, {n: m.value for n, m in after.measures.items()})

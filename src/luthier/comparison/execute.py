@@ -202,6 +202,8 @@ def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> No
         raise RecipeError(
             f"arm {arm}: pipeline", "has budgets of its own in its stages", "compare its stages, or run it alone"
         )
+    if [(e.key(), e.content()) for e in recipe.evaluators()] != [(e.key(), e.content()) for e in first.evaluators()]:
+        raise RecipeError(f"arm {arm}: evaluate", "differs from another arm's", "judge all arms by the same evaluators")
     names = {n for e in recipe.evaluators() for n in e.names()}
     for key, name in (("primary", plan.primary), ("search.measure", plan.search.measure if plan.search else None)):
         if name is not None and name not in names:

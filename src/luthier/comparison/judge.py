@@ -93,7 +93,13 @@ def judged(plan: Comparison, results: Mapping[str, dict[int, Path]], done: Mappi
         levels = {} if not runs else {n: _level(n, runs, base, arm == plan.base_arm, untouched, plan) for n in names}
         out.append(
             Standing(
-                arm, sorted(runs), levels, _rate(done, arm), _at_edge(done, arm), _spent(done, arm), _errors(plan, done, arm)
+                arm,
+                sorted(runs),
+                levels,
+                _rate(done, arm),
+                _at_edge(done, arm),
+                _spent(done, arm),
+                _errors(plan, done, arm),
             )
         )
     return _adjusted(out, plan)

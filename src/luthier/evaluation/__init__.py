@@ -13,6 +13,7 @@ EXPORTS = {
     "Knowledge": "knowledge",
     "Loss": "loss",
     "PassAtK": "pass_at_k",
+    "Retrieval": "retrieval",
     "Rouge": "rouge",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

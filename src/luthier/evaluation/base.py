@@ -23,6 +23,7 @@ from luthier.method import Method
 from luthier.model.view import ModelView, probe_layout
 from luthier.rng import Streams
 from luthier.scorer import RowScore, first_choices, row_scores
+from luthier.statistics import Estimate
 
 
 class Question(NamedTuple):
@@ -118,6 +119,19 @@ class Exam:
         return generate(self.view, prompts, self.renderer, max_new_tokens, tick=self.tick)
 
 
+class Gate(NamedTuple):
+    """A condition for release: how much a measure changed from the untouched model, and whether that is let pass.
+
+    outcome  "pass", "fail" or "inconclusive"; needed: rows it would take to decide
+    """
+
+    measure: str
+    change: Estimate
+    delta: float
+    outcome: str
+    needed: int
+
+
 class Evaluator(Method):
     """Asks a model and says how well it did, in measures with a value a row."""
 
@@ -134,6 +148,13 @@ class Evaluator(Method):
     def evaluate(self, exam: Exam) -> list[Measure]:
         """Measures of the model as it stands."""
         raise NotImplementedError  # the seam: every evaluator has its own
+
+    def check_rows(self, train: Sequence[Row], held: Sequence[Row]) -> None:
+        """Raises RecipeError where these rows cannot be trained on and asked about in one run."""
+
+    def gates(self, before: Results, after: Sequence[Results]) -> list[Gate]:
+        """Conditions for release, from results of the untouched model and of the tuned ones, one a seed."""
+        return []
 
     def score(self, model: PreTrainedModel, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Values by measure, of a transformers model over plain dictionaries; for use without a recipe.

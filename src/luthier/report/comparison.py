@@ -22,6 +22,7 @@ from luthier.evaluation.base import Results
 from luthier.forecast import in_time, in_words
 from luthier.model.meter import in_flops
 from luthier.report.curve import Point, Range, Series, interval_chart, line_chart, point_chart
+from luthier.report.page import gates_shown
 from luthier.run import environment
 from luthier.statistics import Estimate
 from luthier.training.checkpoint import write_text
@@ -52,7 +53,8 @@ def write_comparison(bench: Bench, standings: Sequence[Standing], command: Seque
         arms=[_arm(s, plan.primary) for s in standings],
         how_sure=_how_sure(bench), failed=[{"name": s.arm, "why": "; ".join(s.errors)} for s in standings if s.errors],
         costs=_costs(finished, plan.primary, _unit(bench)), forgotten=_forgotten(finished), every=_every(finished, standings),
-        curves=_curves(bench), samples=_samples(bench), again=shlex.join(command), plan=_yaml(plan.model_dump(mode="json")),
+        curves=_curves(bench), gates=_gates(bench), samples=_samples(bench),
+        again=shlex.join(command), plan=_yaml(plan.model_dump(mode="json")),
         recipes=[{"name": a, "text": _yaml(r.as_dict())} for a, r in bench.recipes.items()], env=environment(),
     )  # fmt: skip
     target = bench.folder / "report.html"
@@ -247,13 +249,28 @@ def _curves(bench: Bench) -> list[dict[str, Any]]:
     return out
 
 
+def _gates(bench: Bench) -> list[dict[str, str]]:
+    """Conditions for release of every arm, against the untouched model."""
+    out: list[dict[str, str]] = []
+    for arm, runs in bench.results().items():
+        before = _results(runs[min(runs)], "before")
+        after = [_results(f, "after") for f in runs.values()]
+        found = [g for e in bench.recipes[arm].evaluators() for g in e.gates(before, after)]
+        plain = [{**g._asdict(), "change": g.change._asdict()} for g in found]
+        out += [{**g, "arm": arm} for g in gates_shown(plain)]
+    return out
+
+
+def _results(place: Path, which: str) -> Results:
+    return Results.from_dict(json.loads((place / f"{which}.json").read_text(encoding="utf-8")))
+
+
 def _samples(bench: Bench) -> dict[str, Any] | None:
     """Answers to the first prompts of every arm's first seed; those on which arms differ come first."""
     found = {}
     for arm, runs in bench.results().items():
         place = runs[min(runs)]
-        found[arm] = Results.from_dict(json.loads((place / "after.json").read_text(encoding="utf-8"))).samples
-        untouched = Results.from_dict(json.loads((place / "before.json").read_text(encoding="utf-8"))).samples
+        found[arm], untouched = _results(place, "after").samples, _results(place, "before").samples
     if not found or not any(found.values()):
         return None
     by_key = {arm: {s.key: s for s in samples} for arm, samples in found.items()}

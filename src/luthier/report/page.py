@@ -47,6 +47,7 @@ def write_report(folder: Path, renderer: Renderer | None = None, rows: Sequence[
         facts=_facts(run),
         planes=_planes(folder),
         scores=_scores(run),
+        gates=gates_shown(run.get("gates", [])),
         samples=_chosen(samples),
         counts=_counts(samples),
         rendered=[_tokens(renderer, r) for r in rows] if renderer else [],
@@ -164,6 +165,19 @@ def _scores(run: Mapping[str, Any]) -> list[dict[str, str]]:
             "after": _value(m), "better": "higher" if m["higher"] else "lower",
         }
         for name, m in after.items()
+    ]  # fmt: skip
+
+
+def gates_shown(gates: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Conditions for release in words."""
+    tones = {"pass": "good", "fail": "bad"}
+    return [
+        {
+            "name": g["measure"].replace("_", " "), "outcome": g["outcome"], "tone": tones.get(g["outcome"], ""),
+            "change": f"{g['change']['value']:+.3f} ({g['change']['low']:.3f} to {g['change']['high']:.3f})",
+            "needed": f"{g['needed']:,}", "delta": f"{g['delta']:g}",
+        }
+        for g in gates
     ]  # fmt: skip
 
 
