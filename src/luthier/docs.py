@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
 from luthier import claims, manifest
-from luthier.cli.listing import starter
+from luthier.cli.listing import examples_of, starter
 
 FOLDER = Path(__file__).parents[2] / "docs" / "methods"
 TUNER = """```python
@@ -70,9 +71,13 @@ EVALUATOR = """```python
 from {package} import {cls}
 
 rows = [{row}]
-print({cls}().score(model, tokenizer, rows))  # a transformers model and its tokenizer, nothing else
+evaluator = {cls}({required})
+print(evaluator.score(model, tokenizer, rows))  # a transformers model and its tokenizer, nothing else
 ```"""
+# Fields that make the lines below runnable: caft's stage that comes first, a task in a folder beside the script.
+FIELDS = {"caft": 'stage="heads"', "lm-eval": 'tasks=["capitals"], folder="tasks"'}
 ROWS = {
+    "retrieval": '{"prompt": "Who mends violins in Porto?", "completion": "Ines does.", "gold": ["p1"]}',
     "classification": '{"text": "a fine film", "label": "good"}, {"text": "a poor one", "label": "bad"}',
     "editing": """
     {
@@ -93,8 +98,8 @@ def use(entry: dict[str, Any]) -> str | None:
     """The lines that use a method without the house."""
     needs = set(entry["traits"]["needs"])
     steps = ", total_steps=100" if needs & {"total_steps", "closure", "grad"} else ""
-    required = ", ".join(f"{n}=0.5" for n, f in entry["fields"].items() if f["required"])
-    required = {"caft": 'stage="heads"'}.get(entry["name"], required)  # the stage that comes first
+    required = ", ".join(f"{n}={json.dumps(x)}" for n, x in examples_of(entry).items())
+    required = FIELDS.get(entry["name"], required)
     words = {"package": entry["module"].rpartition(".")[0], "cls": entry["class"], "required": required, "steps": steps}
     if entry["name"] == "frozen" or entry["kind"] == "pipeline":
         return None

@@ -114,6 +114,7 @@ def _entry(kind: str, key: str, cls: Any) -> dict[str, Any]:
     required = schema.get("required", [])
     fields = {
         n: {"default": f.get("default"), "about": f.get("description", ""), "required": n in required}
+        | ({"example": f["examples"][0]} if "examples" in f else {})
         for n, f in schema.get("properties", {}).items()
     }
     source = None if cls.source is None else cls.source._asdict()

@@ -71,6 +71,27 @@ def first_choices(
     return _in_order(view, rows, tokens_per_forward, lambda fwd: _choices(fwd, task), tick)
 
 
+def continuations(
+    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, tick: Tick = no_tick
+) -> Iterator[tuple[float, bool]]:
+    """For each row, over its supervised tokens: their loss in nats, and whether each is the likeliest."""
+    return _in_order(view, rows, tokens_per_forward, _continued, tick)
+
+
+def _continued(fwd: Forward) -> list[tuple[float, bool]]:
+    batch, rows = fwd.batch, fwd.batch.supervised
+    nll, best = [], []
+    for part in rows.split(CHUNK):  # [n, V] at a time
+        logits = fwd.logits(part)
+        nll.append(torch.nn.functional.cross_entropy(logits, batch.labels[part], reduction="none"))
+        best.append(logits.argmax(-1))
+    counts = torch.bincount(batch.seq[rows], minlength=batch.num_sequences).tolist()
+    right = torch.cat(best) == batch.labels[rows]
+    return [
+        (float(n.sum()), bool(r.all())) for n, r in zip(torch.cat(nll).split(counts), right.split(counts), strict=True)
+    ]
+
+
 def _choices(fwd: Forward, task: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     batch = fwd.batch
     if task == "classification":

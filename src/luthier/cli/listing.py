@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from rich.console import Console
@@ -47,12 +48,17 @@ def starter(entry: dict[str, Any]) -> str:
     ]
     if "causal-lm" not in entry["traits"]["tasks"]:
         lines[2:] = ["task: classification", "data: {train: train.jsonl, eval: test.jsonl}  # rows of text and label"]
-    required = ", ".join(f"{n}: 0.5" for n, f in entry["fields"].items() if f["required"])
+    required = ", ".join(f"{n}: {json.dumps(x)}" for n, x in examples_of(entry).items())
     method = f"{{{entry['name']}: {{{required}}}}}" if required else entry["name"]
     lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] in manifest.LISTS else f"{entry['kind']}: {method}")
     if "closure" in entry["traits"]["needs"]:
         lines += ["lr_scheduler_type: constant", "warmup_fraction: 0.0"]
     return "\n".join(lines)
+
+
+def examples_of(entry: dict[str, Any]) -> dict[str, Any]:
+    """A value for each field that has to be written: its own example, or a placeholder to fill in."""
+    return {n: f.get("example", "FILL IN") for n, f in entry["fields"].items() if f["required"]}
 
 
 def recipe_schema() -> dict[str, Any]:

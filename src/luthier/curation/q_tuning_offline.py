@@ -42,7 +42,7 @@ class QTuningOffline(Curator):
         "eq. 4-5",
     )
 
-    keep_fraction: float = Field(gt=0, le=1)
+    keep_fraction: float = Field(gt=0, le=1, examples=[0.5])
     """Share of the rows kept (r_sample)."""
     bisection_steps: int = Field(10, ge=1)
     """Halvings in the search for the quadrants' edges (K)."""

@@ -26,7 +26,7 @@ class Random(Curator):
         "Theory of the sampling of finite populations", 1934, "https://doi.org/10.2307/2342192"
     )
 
-    keep_fraction: float = Field(gt=0, le=1)
+    keep_fraction: float = Field(gt=0, le=1, examples=[0.5])
     """Share of the rows kept."""
 
     def select(self, rows: Sequence[Row], streams: Streams, base: Base | None = None) -> Selection:

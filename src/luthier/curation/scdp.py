@@ -128,7 +128,7 @@ class Scdp(Curator):
         "official code",
     )
 
-    keep_fraction: float = Field(gt=0, le=1)
+    keep_fraction: float = Field(gt=0, le=1, examples=[0.5])
     """Share of the rows kept."""
     class_balanced: bool = False
     """Apply the rule within each class, with its share of the rows."""

@@ -11,6 +11,7 @@ EXPORTS = {
     "Forgetting": "forgetting",
     "FunctionCalls": "function_calls",
     "Knowledge": "knowledge",
+    "LmEval": "lm_eval",
     "Loss": "loss",
     "PassAtK": "pass_at_k",
     "Retrieval": "retrieval",

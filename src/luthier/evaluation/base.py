@@ -145,6 +145,15 @@ class Evaluator(Method):
         """Changes with everything that its measures depend on beside the model and the rows."""
         return self.model_dump_json()
 
+    def destinations(self) -> list[str]:
+        """Places outside this machine that it contacts."""
+        return []
+
+    @property
+    def brings_code(self) -> bool:
+        """Would it run Python that is not luthier's? Such recipes need --allow-code."""
+        return False
+
     def evaluate(self, exam: Exam) -> list[Measure]:
         """Measures of the model as it stands."""
         raise NotImplementedError  # the seam: every evaluator has its own

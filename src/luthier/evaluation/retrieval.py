@@ -122,7 +122,7 @@ class Retrieval(Answering):
         "Fine-Tuning or Fine-Failing? Debunking Performance Myths in Large Language Models", 2024, "arXiv:2406.11201"
     )
 
-    corpus: str
+    corpus: str = Field(examples=["passages.jsonl"])
     """A .jsonl file of {"doc_id": ..., "text": ...}, relative to where luthier is called."""
     rows: int = Field(200, ge=1)
     """Distinct questions of data.eval that are asked, from the first on; fewer than 50 decide nothing."""

@@ -178,6 +178,10 @@ def build(values: Mapping[str, Any], lines: _Lines, code: Path | None = None) ->
         raise RecipeError(
             lines.where(("trust_remote_code",)), "would run the model's own code", "add --allow-code if you trust it"
         )
+    for i, evaluator in enumerate(recipe.evaluate):
+        if evaluator.brings_code and code is None:
+            where = lines.where(("evaluate", str(i)))
+            raise RecipeError(where, "would run Python of its tasks", "add --allow-code if you trust it")
     try:
         recipe.check_methods()
         recipe.check_unread()

@@ -1,0 +1,211 @@
+"""Tasks of EleutherAI's lm-eval, asked through luthier's own scoring and the run's own template."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from luthier.cache import key_of
+from luthier.data.batch import IGNORE
+from luthier.data.rendering import Segment
+from luthier.errors import LuthierError, RecipeError
+from luthier.evaluation.base import Evaluator, Exam
+from luthier.evaluation.measures import Measure, mean
+from luthier.generation import generate
+from luthier.method import Facts, Problem, Source, Traits
+from luthier.scorer import continuations
+
+
+class LmEval(Evaluator):
+    """Tasks of lm-eval by name, scored by luthier: flat batches, heads on answers only, the template of the run.
+
+    Prompt and answer are tokenised apart, as they are in training, so the numbers can differ in the last digits from
+    lm-eval's own Hugging Face model, which tokenises them together and pads. Values of single rows are kept; a group's
+    measure is over the rows of all its tasks. Tasks bring their data from the Hub; those in a folder of yours may bring
+    Python as well, which needs --allow-code. Tasks that run generated programs are refused: use pass-at-k.
+    Cost: one scored row for each choice of a question, or one generated answer.
+    """
+
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    source: ClassVar[Source] = Source(
+        "The Language Model Evaluation Harness", 2024, "https://github.com/EleutherAI/lm-evaluation-harness"
+    )
+    own_rows: ClassVar[bool] = True
+
+    tasks: tuple[str, ...] = Field(min_length=1, examples=[["hellaswag"]])
+    """Names of tasks or groups."""
+    metrics: tuple[str, ...] = ("acc", "acc_norm", "exact_match")
+    """Metrics that are taken up where a task has them."""
+    num_fewshot: int | None = Field(None, ge=0)
+    """Worked examples before each question; None: as the task says."""
+    limit: int | None = Field(None, ge=1)
+    """Questions of each task, from the first on; None: all."""
+    folder: str | None = None
+    """A folder with tasks of yours (.yaml), relative to where luthier is called; needs --allow-code."""
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(f"{task}_{metric}" for task in self.tasks for metric in self.metrics)
+
+    def content(self) -> str:
+        import lm_eval
+
+        own = sorted(Path(self.folder).rglob("*")) if self.folder else []
+        return super().content() + key_of(lm_eval.__version__, *(f.read_bytes() for f in own if f.is_file()))
+
+    def check(self, facts: Facts) -> list[Problem]:
+        problems = super().check(facts)
+        if self.folder is not None and not Path(self.folder).is_dir():
+            problems.append(
+                Problem("folder", f"there is no folder {self.folder}", "it is sought where luthier is called")
+            )
+        return problems
+
+    def destinations(self) -> list[str]:
+        return [f"the Hub, to download data of {', '.join(self.tasks)}"]
+
+    @property
+    def brings_code(self) -> bool:
+        return self.folder is not None
+
+    def evaluate(self, exam: Exam) -> list[Measure]:
+        try:
+            from lm_eval import simple_evaluate
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise LuthierError("lm-eval needs the extra: pip install 'luthier[lm-eval]'") from error
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        known = TaskManager(include_path=self.folder)
+        if unknown := [t for t in self.tasks if not known.match_tasks([t])]:
+            raise RecipeError("evaluate.lm-eval.tasks", f"lm-eval has no {', '.join(unknown)}", "see lm-eval ls tasks")
+        seeds: dict[str, Any] = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
+        with _undisturbed():
+            found = simple_evaluate(
+                _asked(exam), tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=self.limit,
+                task_manager=known, apply_chat_template=not exam.renderer.plain, bootstrap_iters=0, **seeds,
+            )  # fmt: skip
+        assert found is not None  # only other ranks get None
+        return [m for task in self.tasks for m in self._measures(task, found)]
+
+    def _measures(self, task: str, found: Mapping[str, Any]) -> list[Measure]:
+        leaves = _leaves(task, found.get("group_subtasks", {}))
+        out = []
+        for metric in self.metrics:
+            values, keys = [], []
+            for leaf in leaves:
+                for row in found["samples"][leaf]:
+                    if isinstance(row.get(metric), int | float):
+                        values.append(float(row[metric]))
+                        keys.append(f"{leaf}:{row['doc_id']}:{row.get('filter', 'none')}")
+            if values:
+                higher = all(found["higher_is_better"][leaf].get(metric, True) for leaf in leaves)
+                out.append(mean(f"{task}_{metric}", values, tuple(keys), higher=higher, unit="mean over questions"))
+        return out
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Give the global generators back as they were: lm-eval draws its worked examples from Python's."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _leaves(task: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """The tasks that a group is made of, or the task itself."""
+    return [leaf for part in groups[task] for leaf in _leaves(part, groups)] if groups.get(task) else [task]
+
+
+def _asked(exam: Exam) -> Any:
+    """The model as lm-eval calls it."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    class Asked(TemplateLM):
+        """Scores and generates by luthier."""
+
+        tokenizer = exam.renderer.tokenizer
+        tokenizer_name = str(getattr(exam.renderer.tokenizer, "name_or_path", "") or "tokenizer")
+        room = getattr(exam.view.module.config.get_text_config(), "max_position_embeddings", None) or 2048
+
+        @property
+        def eot_token_id(self) -> int:
+            return int(self.tokenizer.eos_token_id)
+
+        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+            if add_special_tokens is False:
+                return list(self.tokenizer(string, add_special_tokens=False)["input_ids"])
+            return exam.renderer.encode([[Segment(string, False)]])[0][0]
+
+        def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+            return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+
+        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+            turns = exam.renderer.messages({"messages": chat_history})
+            text: str = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )  # fmt: skip
+            return text
+
+        def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
+            rows = [_row(i, before, after, self.room) for i, (_, before, after) in enumerate(requests)]
+            found = continuations(exam.view, rows, exam.tokens_per_forward, exam.tick)
+            return [(-total, greedy) for total, greedy in found]
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            windows, whose = [], []
+            for number, request in enumerate(requests):
+                ids = self.tok_encode(request.args[0])
+                for window in get_rolling_token_windows(ids, self.prefix_token_id, self.room, 1):
+                    before, after = make_disjoint_window(window)
+                    windows.append((None, list(before), list(after)))
+                    whose.append(number)
+            out = np.zeros(len(requests))
+            np.add.at(out, whose, [total for total, _ in self._loglikelihood_tokens(windows)])
+            return [float(x) for x in out]
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            out: dict[int, str] = {}
+            lengths = [_length(r.args[1]) for r in requests]
+            for length in sorted(set(lengths)):
+                mine = [i for i, n in enumerate(lengths) if n == length]
+                prompts = [self.tok_encode(requests[i].args[0])[-(self.room - length) :] for i in mine]
+                done = generate(exam.view, prompts, exam.renderer, length, tick=exam.tick)
+                out |= {i: _cut(c.text, requests[i].args[1]) for i, c in zip(mine, done, strict=True)}
+            return [out[i] for i in range(len(requests))]
+
+    return Asked()
+
+
+def _row(number: int, before: list[int], after: list[int], room: int) -> dict[str, Any]:
+    """A row that supervises what comes after; a context that is too long loses its beginning."""
+    before = before[-max(1, room - len(after)) :]
+    ids = [*before, *after]
+    return {"ids": ids, "labels": [IGNORE] * len(before) + list(after), "key": str(number),
+            "token": {"prompt": [1] * len(before) + [0] * len(after)}}  # fmt: skip
+
+
+def _length(asked: Mapping[str, Any]) -> int:
+    if asked.get("do_sample") or (asked.get("temperature") or 0) > 0:
+        raise LuthierError(
+            "lm-eval: this task draws its answers; luthier gives greedy ones, so it cannot be asked here"
+        )
+    return int(asked.get("max_gen_toks") or asked.get("max_new_tokens") or 256)
+
+
+def _cut(text: str, asked: Mapping[str, Any]) -> str:
+    """Up to the first of the strings that end an answer."""
+    until = asked.get("until") or []
+    for stop in [until] if isinstance(until, str) else until:
+        text = text.split(stop)[0] if stop else text
+    return text
