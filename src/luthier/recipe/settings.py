@@ -30,7 +30,7 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     train: str
-    """A .jsonl, .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests."""
+    """A .jsonl (or .jsonl.gz), .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests."""
     eval: str | None = None
     """Held-out rows, of the same sort."""
     pool: str | None = None
