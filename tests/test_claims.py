@@ -71,6 +71,13 @@ def test_another_experiment_is_measured_again(folder):
     assert len(calls(folder)) == 12 and "thing: not held" in done.stdout
 
 
+def test_what_other_experiments_import_changes_nothing(folder):
+    luthier("claim", "thing", cwd=folder)
+    (folder / "claims/other.py").write_text("x = 1\n")
+    luthier("claim", "thing", cwd=folder)
+    assert len(calls(folder)) == 6
+
+
 def test_interrupted_it_goes_on(folder):
     (folder / "claims/thing.py").write_text(
         EXPERIMENT.replace("    return", "    if seed == 1 and not Path('ok').exists(): 1 / 0\n    return")

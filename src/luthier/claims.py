@@ -6,6 +6,7 @@ with `measure(arm, seed, say) -> {measure: value}`. What was measured last is wr
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import io
 import json
@@ -145,7 +146,7 @@ def run(
 ) -> dict[str, Any]:
     """Measure a claim and return what goes under `measured`; arms and seeds that are done are read, not run again."""
     claim, module = load(folder / f"{name}.yaml"), experiment(name, folder)
-    version = key_of(*(content_of(f) for f in sorted(folder.glob("*.py"))), _code(claim.method), __version__)
+    version = key_of(*(content_of(f) for f in _files(name, folder)), _code(claim.method), __version__)
     found: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in claim.arms}
     seconds = 0.0
     for number, (seed, arm) in enumerate(_order(claim), start=1):
@@ -166,6 +167,23 @@ def run(
 def _order(claim: Claim) -> Iterator[tuple[int, str]]:
     """All arms of a seed before the next seed, so that what is there when it ends is paired."""
     return ((s, a) for s in range(claim.seeds) for a in claim.arms)
+
+
+def _files(name: str, folder: Path) -> list[Path]:
+    """The experiment, and what it imports from beside it."""
+    found: dict[Path, None] = {}
+    left = [folder / f"{name.replace('-', '_')}.py"]
+    while left:
+        file = left.pop()
+        if file in found or not file.exists():
+            continue
+        found[file] = None
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                left.append(folder / f"{node.module.split('.')[0]}.py")
+            elif isinstance(node, ast.Import):
+                left += [folder / f"{a.name.split('.')[0]}.py" for a in node.names]
+    return sorted(found)
 
 
 def _code(method: str) -> str:

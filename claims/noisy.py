@@ -1,0 +1,70 @@
+"""Pieces of biomedical abstracts with noise in their answers, for SmolLM2-135M."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from toys import mean_nll, rows_of
+
+from luthier.data.batch import IGNORE
+from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
+from luthier.model.view import ModelView
+from luthier.rng import Streams
+
+PROMPT, ANSWER, STEPS = 16, 40, 16
+LENGTH = PROMPT + ANSWER
+
+
+def smollm() -> ModelView:
+    return load_model(locate(BUILTIN))
+
+
+@cache
+def tokens(split: str) -> list[int]:
+    """All abstracts of a split, end to end."""
+    tokenizer = load_tokenizer(locate(BUILTIN))
+    texts = [
+        " ".join(r["context"]) if isinstance(r["context"], list) else str(r["context"])
+        for r in rows_of("pubmedqa", split)
+    ]
+    return [i for ids in tokenizer(texts, add_special_tokens=False)["input_ids"] for i in ids]
+
+
+def pieces(count: int, split: str, seed: int) -> list[dict]:
+    """Rows of 16 prompt and 40 answer tokens from random places."""
+    text = tokens(split)
+    starts = Streams(seed).at("pieces", split).integers(0, len(text) - LENGTH, size=count)
+    return [row(text[s : s + LENGTH], [0] * LENGTH, f"{split}:{i}") for i, s in enumerate(starts.tolist())]
+
+
+def row(ids: list[int], wrong: list[int], key: str) -> dict:
+    labels = [IGNORE] * PROMPT + ids[PROMPT:]
+    return {"ids": ids, "labels": labels, "key": key, "token": {"prompt": [1] * PROMPT + [0] * ANSWER, "wrong": wrong}}
+
+
+def held_out() -> list[dict]:
+    return pieces(64, "test", 99)
+
+
+def with_random_tokens(rows: list[dict], seed: int, view: ModelView, share: float = 0.3) -> list[dict]:
+    """That share of every answer's tokens is any token of the vocabulary."""
+    generator, out = Streams(seed).at("random-tokens"), []
+    for r in rows:
+        ids, wrong = list(r["ids"]), [0] * LENGTH
+        for at in (PROMPT + generator.permutation(ANSWER)[: round(share * ANSWER)]).tolist():
+            ids[at], wrong[at] = int(generator.integers(view.embedding.num_embeddings)), 1
+        out.append(row(ids, wrong, r["key"]))
+    return out
+
+
+def with_swapped_answers(rows: list[dict], seed: int, share: float = 0.4) -> list[dict]:
+    """That share of the rows has the answer of another one of them."""
+    drawn = Streams(seed).at("swap").permutation(len(rows))[: round(share * len(rows))].tolist()
+    out = list(rows)
+    for here, other in zip(drawn, [*drawn[1:], *drawn[:1]], strict=True):
+        ids = rows[here]["ids"][:PROMPT] + rows[other]["ids"][PROMPT:]
+        out[here] = row(ids, [0] * PROMPT + [1] * ANSWER, rows[here]["key"])
+    return out
+
+
+__all__ = ["STEPS", "held_out", "mean_nll", "pieces", "smollm", "with_random_tokens", "with_swapped_answers"]
