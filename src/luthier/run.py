@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 
-from luthier import __version__, tracking
+from luthier import __version__, token_view, tracking
 from luthier.cache import key_of
 from luthier.data.prepare import Prepared
 from luthier.data.reading import Tick, no_tick
@@ -307,6 +307,11 @@ def _before(ready: Ready, place: RunFolder, say: Say) -> Results:
     """Results of the untouched model."""
     results = ready.results()
     say(f"before  {shown(results)}")
+    if place.writes and not (place.path / "tokens.json").exists():
+        tokens = token_view.tokens_of(ready.renderer, ready.train.rows)
+        if ready.recipe.task == "causal-lm":
+            token_view.note_losses(tokens, ready.view, ready.train.rows, "before")
+        token_view.save(tokens, place.path)
     return results
 
 
@@ -344,12 +349,23 @@ def _train(
             on_step=listen, stop=stop, data_hash=ready.train.digest,
         )  # fmt: skip
         say(f"train   {weights:,} of {ready.view.anatomy.num_parameters:,} weights, {total} steps")
+        _weigh_tokens(ready, place, loop)
         try:
             progress = loop.run(deadline)
         except Interrupted:
             place.note(state="stopped", signal=stop.signal)
             raise
     return Trained(trainable.update(), lambda: trainable.phase("score"), trainable.detach, weights, progress)
+
+
+def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
+    """What the objective does to the tokens of a few rows, noted before the first step."""
+    tokens = token_view.load(place.path)
+    known = any("kept" in t for row in tokens for t in row)
+    if known or ready.recipe.task != "causal-lm" or not ready.accelerator.is_main_process:
+        return
+    token_view.note_weights(tokens, loop.probe, ready.train.rows, ready.recipe.batch_size, loop.total_steps, loop.lab)
+    token_view.save(tokens, place.path)
 
 
 def _pipeline(
@@ -415,6 +431,10 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
         for g in gates:
             say(f"gate    {g.measure} {g.change.value:+.3f} ({g.change.low:.3f} to {g.change.high:.3f}): {g.outcome}")
         evaluation = time.monotonic() - started
+        if ready.recipe.task == "causal-lm":
+            tokens = token_view.load(place.path)
+            token_view.note_losses(tokens, ready.view, ready.train.rows, "after")
+            token_view.save(tokens, place.path)
         if keep:
             save_update(trained.update, place.path, ready.view)
             worst = verify_update(place.path, trained.detach, ready.view, ready.train.rows[0])
@@ -441,7 +461,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
         off = miss(expected, peak, progress.seconds)
         place.note(forecast_miss=off)
         say(f"forecast off by {off['memory']:+.0%} in memory and {off['seconds']:+.0%} in time")
-    write_report(place.path, ready.renderer, ready.train.rows[:3])
+    write_report(place.path)
 
 
 def _size(update: Update) -> int:

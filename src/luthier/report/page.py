@@ -15,9 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from ruamel.yaml import YAML
 
-from luthier import __version__
-from luthier.data.batch import IGNORE
-from luthier.data.rendering import Renderer
+from luthier import __version__, token_view
 from luthier.model.meter import in_flops
 from luthier.recipe import Recipe
 from luthier.report.curve import Series, line_chart, plane_chart
@@ -25,13 +23,11 @@ from luthier.statistics import wilson
 from luthier.training.checkpoint import write_text
 
 SAMPLES = 12
+NEAR_ONE = 0.05  # pulls within this of 1 are plain cross-entropy, up to rounding
 
 
-def write_report(folder: Path, renderer: Renderer | None = None, rows: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Make the page from what the run folder holds.
-
-    renderer, rows  a few training rows, to show which tokens were supervised
-    """
+def write_report(folder: Path) -> Path:
+    """Make the page from what the run folder holds."""
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in _lines(folder / "log.jsonl")]
     samples = [json.loads(line) for line in _lines(folder / "samples.jsonl")]
@@ -50,7 +46,7 @@ def write_report(folder: Path, renderer: Renderer | None = None, rows: Sequence[
         gates=gates_shown(run.get("gates", [])),
         samples=_chosen(samples),
         counts=_counts(samples),
-        rendered=[_tokens(renderer, r) for r in rows] if renderer else [],
+        rendered=_tokens(folder),
         again=f"luthier run {os.path.join(folder, 'recipe.yaml')} --fresh",
     )
     target = folder / "report.html"
@@ -205,7 +201,12 @@ def _counts(samples: list[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def _tokens(renderer: Renderer, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Token texts with whether each is supervised."""
-    decode = renderer.tokenizer.decode
-    return [{"text": decode([i]), "on": y != IGNORE} for i, y in zip(row["ids"], row["labels"], strict=True)]
+def _tokens(folder: Path) -> list[list[dict[str, Any]]]:
+    """A few rows, token by token, with what is said of each."""
+    rows = token_view.load(folder)
+    weighed = any(abs(t.get("weight", 1.0) - 1.0) > NEAR_ONE for row in rows for t in row)
+    for t in (t for row in rows for t in row):
+        said = [f"{t[k]:.2f}" for k in ("before", "after") if k in t]
+        t["said"] = " → ".join(said) + (f" ×{t['weight']:.2f}" if weighed and "weight" in t else "")
+        t["pruned"] = t.get("kept") is False
+    return rows
