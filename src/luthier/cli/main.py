@@ -311,6 +311,24 @@ def claim(
                 print(f"  {c['outcome']}: {c['says']}: {c['mean']} ({c['low']} to {c['high']})")
     if as_json:
         print(json.dumps(results))
+        return
+    from luthier.report.claims import write_claims
+
+    shown = {n: claims.load(folder / f"{n}.yaml").model_copy(update={"measured": r}) for n, r in results.items()}
+    print(write_claims(Path("runs/claims/report.html"), shown, shlex.join(["luthier", *sys.argv[1:]])))
+
+
+@app.command()
+def pictures(
+    folder: Annotated[Path, typer.Argument(help="A finished run or comparison.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Draw PNG files of a run (and put them into its model card), or of a comparison."""
+    from luthier.report.pictures import pictures as draw
+
+    made = [str(p) for p in draw(folder)]
+    print(json.dumps(made) if as_json else "\n".join(made))
 
 
 @app.command()

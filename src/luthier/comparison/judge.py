@@ -15,8 +15,6 @@ from luthier.comparison.steps import Done, over_budget, rates_tried
 from luthier.evaluation.measures import Measure
 from luthier.statistics import Estimate, Outcome, estimate, holm, verdict
 
-SIDE = ("answer_tokens", "stopped")  # describe answers, they do not judge them
-
 
 class Level(NamedTuple):
     """A measure of one arm: over seeds and rows, and its difference to the baseline, where more is better.

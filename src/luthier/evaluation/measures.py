@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BINS = 10  # of calibration
+SIDE = ("answer_tokens", "stopped")  # describe answers, they do not judge them
 
 
 class Aggregate(NamedTuple):

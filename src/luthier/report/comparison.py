@@ -15,10 +15,11 @@ from ruamel.yaml import YAML
 
 from luthier import __version__
 from luthier.comparison.execute import Bench
-from luthier.comparison.judge import SIDE, Level, Standing, frontier
+from luthier.comparison.judge import Level, Standing, as_dict, frontier
 from luthier.comparison.plan import Foreign
 from luthier.comparison.steps import budget_of
 from luthier.evaluation.base import Results
+from luthier.evaluation.measures import SIDE
 from luthier.forecast import in_time, in_words
 from luthier.model.meter import in_flops
 from luthier.report.curve import Point, Range, Series, interval_chart, line_chart, point_chart
@@ -57,6 +58,8 @@ def write_comparison(bench: Bench, standings: Sequence[Standing], command: Seque
         again=shlex.join(command), plan=_yaml(plan.model_dump(mode="json")),
         recipes=[{"name": a, "text": _yaml(r.as_dict())} for a, r in bench.recipes.items()], env=environment(),
     )  # fmt: skip
+    told = {"primary": plan.primary, "baseline": plan.base_arm, "arms": as_dict(standings)}
+    write_text(bench.folder / "standings.json", json.dumps(told))
     target = bench.folder / "report.html"
     write_text(target, page)
     return target

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 from markupsafe import Markup, escape
@@ -29,12 +30,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def number(value: float) -> str:
-    """As a tick says it: 0.25, 1200, 3.1M."""
-    if abs(value) < 1e4:
-        return f"{value:.3g}"
-    power = int(math.log10(abs(value)) // 3)
-    return f"{value / 1000**power:.3g}{'kMGTPE'[power - 1]}"
+def labelled(values: list[float]) -> list[tuple[float, str]]:
+    """Ticks with what they say: as many digits as tell them apart, thousands as k, M, G, ..."""
+    step = min((b - a for a, b in pairwise(values)), default=abs(values[0]) or 1.0)
+    power = int(math.log10(max(map(abs, values))) // 3) if max(map(abs, values)) >= 1e4 else 0
+    unit = 1000.0**power
+    digits = min(8, max(0, -math.floor(math.log10(step / unit) + 1e-9)))
+    return [(v, f"{v / unit:.{digits}f}{' kMGTPE'[power].strip()}") for v in values]
 
 
 def line_chart(series: list[Series], x_name: str, title: str) -> Markup:
@@ -49,11 +51,11 @@ def line_chart(series: list[Series], x_name: str, title: str) -> Markup:
     at_x = lambda x: LEFT + (x - x0) / ((x1 - x0) or 1.0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
     at_y = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by {escape(x_name)}">']
-    for y in ticks(y0, y1):
+    for y, said in labelled(ticks(y0, y1)):
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{number(y)}</text>')
-    for x in ticks(x0, x1):
-        out.append(f'<text x="{at_x(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{number(x)}</text>')
+        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{said}</text>')
+    for x, said in labelled(ticks(x0, x1)):
+        out.append(f'<text x="{at_x(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{said}</text>')
     for i, s in enumerate(clean):
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in s.points)
         out.append(f'<polyline class="line{i % COLOURS}" points="{path}"/>')
@@ -73,22 +75,21 @@ class Range(NamedTuple):
     colour: int
 
 
-def interval_chart(ranges: list[Range], title: str, zero: bool = True) -> Markup:
-    """A line an arm: its value as a dot on its interval; with `zero` the line of no difference."""
+def interval_chart(ranges: list[Range], title: str, mark: float = 0.0) -> Markup:
+    """A line an arm: its value as a dot on its interval; a dashed line at `mark`: no difference, or a bound."""
     ends = [x for r in ranges for x in (r.low, r.high, r.value) if math.isfinite(x)]
     if not ends:
         return Markup("")
-    left, row = 150, 34
-    low, high = min(ends + [0.0] * zero), max(ends + [0.0] * zero)
+    left, row = 150 if any(r.name for r in ranges) else LEFT, 34
+    low, high = min(*ends, mark), max(*ends, mark)
     pad = 0.06 * ((high - low) or 1.0)
     low, high, height = low - pad, high + pad, TOP + row * len(ranges) + BOTTOM
     at = lambda x: left + (x - low) / (high - low) * (WIDTH - left - RIGHT)  # noqa: E731
     out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
-    for x in ticks(low, high):
+    for x, said in labelled(ticks(low, high)):
         out.append(f'<line class="grid" x1="{at(x):.1f}" x2="{at(x):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
-        out.append(f'<text x="{at(x):.1f}" y="{height - 14}" text-anchor="middle">{number(x)}</text>')
-    if zero:
-        out.append(f'<line class="zero" x1="{at(0):.1f}" x2="{at(0):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        out.append(f'<text x="{at(x):.1f}" y="{height - 14}" text-anchor="middle">{said}</text>')
+    out.append(f'<line class="zero" x1="{at(mark):.1f}" x2="{at(mark):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
     for i, r in enumerate(ranges):
         y, c = TOP + row * i + row / 2, r.colour % COLOURS
         a, b = (at(min(max(e, low), high)) for e in (r.low, r.high))
@@ -126,11 +127,11 @@ def point_chart(points: list[Point], x_name: str, y_name: str, title: str) -> Ma
     at_x = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
     at_y = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for y in ticks(y0, y1, 4):
+    for y, said in labelled(ticks(y0, y1, 4)):
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{number(y)}</text>')
-    for x in ticks(x0, x1, 4):
-        out.append(f'<text x="{at_x(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{number(x)}</text>')
+        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{said}</text>')
+    for x, said in labelled(ticks(x0, x1, 4)):
+        out.append(f'<text x="{at_x(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{said}</text>')
     best = sorted((p for p in clean if p.marked), key=lambda p: p.x)
     path = " ".join(f"{at_x(p.x):.1f},{at_y(p.y):.1f}" for p in best)
     out.append(f'<polyline class="edge" points="{path}"/>')
@@ -154,11 +155,11 @@ def plane_chart(points: list[tuple[float, float, bool]], x_name: str, y_name: st
     out = [
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}: {escape(x_name)}, {escape(y_name)}">'
     ]
-    for y in ticks(y0, y1, 4):
+    for y, said in labelled(ticks(y0, y1, 4)):
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{number(y)}</text>')
-    for x in ticks(x0, x1, 6):
-        out.append(f'<text x="{at_x(x):.1f}" y="{height - 16}" text-anchor="middle">{number(x)}</text>')
+        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{said}</text>')
+    for x, said in labelled(ticks(x0, x1, 6)):
+        out.append(f'<text x="{at_x(x):.1f}" y="{height - 16}" text-anchor="middle">{said}</text>')
     for x, y, stayed in sorted(points, key=lambda p: p[2]):
         out.append(f'<circle class="{"stayed" if stayed else "gone"}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3"/>')
     out.append(f'<text x="{WIDTH - RIGHT}" y="{height - 3}" text-anchor="end">{escape(x_name)}</text>')

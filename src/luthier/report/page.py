@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader
 from ruamel.yaml import YAML
 
 from luthier import __version__, token_view
+from luthier.evaluation.measures import SIDE
 from luthier.model.meter import in_flops
 from luthier.recipe import Recipe
 from luthier.report.curve import Series, line_chart, plane_chart
@@ -158,7 +159,7 @@ def _scores(run: Mapping[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "name": name.replace("_", " "), "unit": m["unit"], "rows": f"{m['rows']:,}", "before": _value(before[name]),
-            "after": _value(m), "better": "higher" if m["higher"] else "lower",
+            "after": _value(m), "better": "" if name in SIDE else "higher" if m["higher"] else "lower",
         }
         for name, m in after.items()
     ]  # fmt: skip
