@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from luthier.data.batch import collate
+from luthier.data.batch import IGNORE, collate
 from luthier.data.reading import Tick, no_tick
 from luthier.model.view import ModelView
 from luthier.objectives.base import Forward, sequence_sum
@@ -71,25 +71,57 @@ def first_choices(
     return _in_order(view, rows, tokens_per_forward, lambda fwd: _choices(fwd, task), tick)
 
 
+class Continuation(NamedTuple):
+    """Of a text that goes on in one way: its loss in nats, and whether each of its tokens is the likeliest."""
+
+    total: float
+    greedy: bool
+
+
 def continuations(
-    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, tick: Tick = no_tick
-) -> Iterator[tuple[float, bool]]:
-    """For each row, over its supervised tokens: their loss in nats, and whether each is the likeliest."""
-    return _in_order(view, rows, tokens_per_forward, _continued, tick)
+    view: ModelView, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], tokens_per_forward: int, tick: Tick = no_tick
+) -> list[Continuation]:
+    """For each pair of token ids (what stands before, how it goes on).
+
+    Pairs that differ in their last token alone share a forward: the answers of a multiple choice often do.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (before, after) in enumerate(pairs):
+        groups.setdefault((len(before), *before, *after[:-1]), []).append(i)
+    rows, lasts = [], []
+    for number, members in enumerate(groups.values()):
+        before, after = pairs[members[0]]
+        rows.append({"ids": [*before, *after], "labels": [IGNORE] * len(before) + list(after), "key": str(number)})
+        lasts.append([pairs[i][1][-1] for i in members])
+    found = _in_order(view, rows, tokens_per_forward, lambda fwd: _continued(fwd, lasts), tick)
+    out: dict[int, Continuation] = {}
+    for members, values in zip(groups.values(), found, strict=True):
+        out |= zip(members, values, strict=True)
+    return [out[i] for i in range(len(pairs))]
 
 
-def _continued(fwd: Forward) -> list[tuple[float, bool]]:
+def _continued(fwd: Forward, lasts: Sequence[Sequence[int]]) -> list[list[Continuation]]:
+    """For each sequence one for each of its last tokens."""
     batch, rows = fwd.batch, fwd.batch.supervised
-    nll, best = [], []
-    for part in rows.split(CHUNK):  # [n, V] at a time
-        logits = fwd.logits(part)
-        nll.append(torch.nn.functional.cross_entropy(logits, batch.labels[part], reduction="none"))
-        best.append(logits.argmax(-1))
-    counts = torch.bincount(batch.seq[rows], minlength=batch.num_sequences).tolist()
-    right = torch.cat(best) == batch.labels[rows]
-    return [
-        (float(n.sum()), bool(r.all())) for n, r in zip(torch.cat(nll).split(counts), right.split(counts), strict=True)
-    ]
+    owner = batch.seq[rows]
+    is_last = torch.cat([owner[1:] != owner[:-1], owner.new_ones(1).bool()])
+    groups = [lasts[int(k)] for k in batch.keys]
+    total, greedy = [0.0] * len(groups), [True] * len(groups)
+    out: list[list[Continuation]] = [[] for _ in groups]
+    for part, mine, ends in zip(rows.split(CHUNK), owner.split(CHUNK), is_last.split(CHUNK), strict=True):
+        log_p = fwd.logits(part).log_softmax(-1)  # [n, V] at a time
+        best = log_p.argmax(-1).tolist()
+        said = log_p.gather(1, batch.labels[part].unsqueeze(1)).squeeze(1).tolist()
+        for n, (s, end) in enumerate(zip(mine.tolist(), ends.tolist(), strict=True)):
+            if end:
+                out[s] = [
+                    Continuation(total[s] - p, greedy[s] and best[n] == t)
+                    for t, p in zip(groups[s], log_p[n, groups[s]].tolist(), strict=True)
+                ]
+            else:
+                total[s] -= said[n]
+                greedy[s] = greedy[s] and best[n] == int(batch.labels[part[n]])
+    return out
 
 
 def _choices(fwd: Forward, task: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from luthier import recipe
+from luthier.data.batch import collate
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation import LmEval
 from luthier.evaluation.base import Exam
@@ -142,10 +143,20 @@ def test_continuations_are_sums_over_each_rows_tokens(exam_of, tiny_view):
     rows = [{**r, "ids": [i % 90 for i in r["ids"]]} for r in rows_of((9, 5, 12), answer=3)]
     rows = [{**r, "labels": [-100] * (len(r["ids"]) - 3) + r["ids"][-3:]} for r in rows]
     exam = Exam(tiny_view, exam_of([]).renderer, "causal-lm", rows)
-    for (total, greedy), score, (_, right, _) in zip(
-        continuations(tiny_view, rows, 16),
-        exam.scored,
-        first_choices(tiny_view, rows, 2048, "causal-lm"),
-        strict=True,
-    ):
+    found = continuations(tiny_view, [(r["ids"][:-3], r["ids"][-3:]) for r in rows], 16)
+    choices = first_choices(tiny_view, rows, 2048, "causal-lm")
+    for (total, greedy), score, (_, right, _) in zip(found, exam.scored, choices, strict=True):
         assert total == pytest.approx(score.total, abs=1e-4) and greedy == bool(right.all())
+
+
+def test_choices_of_one_question_share_a_forward_and_change_nothing(tiny_view, monkeypatch):
+    import luthier.scorer as scorer
+
+    pairs = [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([5, 6], [7, 8]), ([5, 6, 7], [8, 4]), ([5, 6, 7], [8, 3]), ([1], [8])]
+    alone = [continuations(tiny_view, [p], 64)[0] for p in pairs]
+    sizes = []
+    monkeypatch.setattr(scorer, "collate", lambda rows: sizes.append(len(rows)) or collate(rows))
+    together = continuations(tiny_view, pairs, 64)
+    assert sum(sizes) == 4, "the two single tokens share one, the two that differ in the second share another"
+    assert [t for t, _ in together] == pytest.approx([t for t, _ in alone], abs=1e-5)
+    assert [g for _, g in together] == [g for _, g in alone]

@@ -13,7 +13,6 @@ import numpy as np
 from pydantic import Field
 
 from luthier.cache import key_of
-from luthier.data.batch import IGNORE
 from luthier.data.rendering import Segment
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.base import Evaluator, Exam
@@ -158,8 +157,9 @@ def _asked(exam: Exam) -> Any:
             return text
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            rows = [_row(i, before, after, self.room) for i, (_, before, after) in enumerate(requests)]
-            found = continuations(exam.view, rows, exam.tokens_per_forward, exam.tick)
+            # A context that is too long loses its beginning.
+            pairs = [(before[-max(1, self.room - len(after)) :], after) for _, before, after in requests]
+            found = continuations(exam.view, pairs, exam.tokens_per_forward, exam.tick)
             return [(-total, greedy) for total, greedy in found]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -185,14 +185,6 @@ def _asked(exam: Exam) -> Any:
             return [out[i] for i in range(len(requests))]
 
     return Asked()
-
-
-def _row(number: int, before: list[int], after: list[int], room: int) -> dict[str, Any]:
-    """A row that supervises what comes after; a context that is too long loses its beginning."""
-    before = before[-max(1, room - len(after)) :]
-    ids = [*before, *after]
-    return {"ids": ids, "labels": [IGNORE] * len(before) + list(after), "key": str(number),
-            "token": {"prompt": [1] * len(before) + [0] * len(after)}}  # fmt: skip
 
 
 def _length(asked: Mapping[str, Any]) -> int:
