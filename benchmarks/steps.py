@@ -24,7 +24,7 @@ from machine_note import machine_note
 
 HERE = Path(__file__).parent
 GSM8K = HERE.parents[1] / "shared/data/gsm8k/train.jsonl.gz"
-TUNERS = ("lora", "spiel 5%", "spiel ma 5%", "full")
+TUNERS = ("lora", "spiel 5%", "spiel ma 5%", "hft", "lift", "full")
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 STEPS = 21  # a first one, and twenty: one choice of positions (SpIEL) with the steps it looks at
 
@@ -45,7 +45,7 @@ def loop_of(arm: str) -> Any:
     from luthier.objectives.sft import Sft
     from luthier.training.loop import Loop
     from luthier.training.settings import TrainSettings
-    from luthier.tuners import Full, Lora, Spiel
+    from luthier.tuners import Full, Hft, Lift, Lora, Spiel
 
     located = locate(BUILTIN)
     data = rows(Renderer(load_tokenizer(located)))
@@ -57,9 +57,11 @@ def loop_of(arm: str) -> Any:
         data = [{"ids": p, "labels": p, "token": {"prompt": [0] * n}} for p in parts]
         settings = TrainSettings(max_steps=3, batch_size=2048 // n, shuffle=False, tokens_per_forward=2048)
     view = load_model(located)
-    tuner = {"spiel 5%": Spiel(density=0.05), "spiel ma 5%": Spiel(density=0.05, variant="ma"), "full": Full()}.get(
-        arm, Lora()
-    )
+    tuners = {
+        "spiel 5%": Spiel(density=0.05), "spiel ma 5%": Spiel(density=0.05, variant="ma"), "full": Full(), "hft": Hft(),
+        "lift": Lift(reselect_every=0),  # one choice, before the first step, which is not timed
+    }  # fmt: skip
+    tuner = tuners.get(arm, Lora())
     return Loop(view, data, tuner.attach(view, total_steps=STEPS), Sft(), settings)
 
 

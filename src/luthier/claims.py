@@ -277,8 +277,9 @@ def evidence(folder: Path = FOLDER) -> str:
         "|---|---|---|---|---|---|",
     ]
     for m in listed:
-        claim, entry = written.get(m["name"]), have.get(m["name"])
-        code = f"[{entry['kind']}](methods/{m['name']}.md)" if entry else "not there yet"
+        claim = written.get(m["name"])
+        entry = have.get(m["name"]) or (have.get(claim.method) if claim else None)  # the code may have another name
+        code = f"[{entry['kind']}](methods/{entry['name']}.md)" if entry else "not there yet"
         lines.append(f"| {m['name']} | {m['title']}, {m['year']}, {m['reference']} | {code} | {_told(claim)} |")
     others = [n for n in written if n not in {m["name"] for m in listed}]
     lines += ["", "## Claims of methods outside the forty-eight", ""] if others else []

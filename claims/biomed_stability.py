@@ -1,0 +1,31 @@
+"""Sentiment in one word, with all blocks trained and with the upper half of them."""
+
+import time
+
+import numpy as np
+from dept import rendered
+from toys import mean_nll
+
+from luthier.model.loading import BUILTIN, load_model, locate
+from luthier.objectives.sft import Sft
+from luthier.scorer import first_choices
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.full import Full
+from luthier.tuners.layerwise import Layerwise
+
+STEPS = 50
+
+
+def measure(arm, seed, say):
+    view = load_model(locate(BUILTIN))
+    tuner = Full(seed=seed) if arm == "full" else Layerwise(freeze_blocks=15, decay=1.0, seed=seed)
+    settings = TrainSettings(max_steps=STEPS, batch_size=8, learning_rate=5e-5, seed=seed)
+    loop = Loop(view, rendered("train", 1000), tuner.attach(view, None, STEPS), Sft(), settings)
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        loop.step()
+    seconds = (time.perf_counter() - started) / STEPS
+    held = rendered("valid", 300)
+    right = [bool(found.all()) for _, found, _ in first_choices(view, held, 2048, "causal-lm")]
+    return {"accuracy": float(np.mean(right)), "seconds": seconds, "loss": mean_nll(view, held)}
