@@ -58,8 +58,12 @@ def main() -> None:
         ratios = [a / b for a, b in zip(seconds[name][1:], seconds["sft"][1:], strict=True)]
         loss = mean_loss(row_scores(loop.view, held, 4096, "causal-lm"))
         spent = sum(loop.progress.flops.values()) / sum(arms["sft"].progress.flops.values())
-        out["arms"][name] = {"times the step of sft": round(statistics.median(ratios), 3), "work against sft": round(spent, 3),
-                             "seconds a step": round(statistics.median(seconds[name][1:]), 2), "held-out loss": round(loss, 4)}  # fmt: skip
+        out["arms"][name] = {
+            "times the step of sft": round(statistics.median(ratios), 3),
+            "work against sft": round(spent, 3),
+            "seconds a step": round(statistics.median(seconds[name][1:]), 2),
+            "held-out loss": round(loss, 4),
+        }
         print(name, out["arms"][name], flush=True)
     (HERE / "results" / "drop_mode.json").write_text(json.dumps(out, indent=1) + "\n", encoding="utf-8")
 

@@ -161,9 +161,8 @@ class Scdp(Curator):
         except ValueError as error:
             raise RecipeError("curate.scdp", f"the rows hold no words ({error})", "look at data.columns") from error
         median, iterations = weiszfeld(x)
-        flops = (
-            2.0 * x.nnz * (2 * iterations + 3)
-        )  # x y and x^T w an iteration, the last distances, the squares, the mean
+        # x y and x^T w an iteration; the last distances, the squares, the mean
+        flops = 2.0 * x.nnz * (2 * iterations + 3)
         return distances(x, median), np.diff(x.indptr) == 0, flops
 
     def _classes(self, rows: Sequence[Row]) -> np.ndarray:
