@@ -145,6 +145,10 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:  # a child: as the command line sets the machine up
+        from luthier import machine
+
+        machine.prepare()
     if sys.argv[1:2] == ["arm"]:
         print(json.dumps(scored(sys.argv[2], Path(sys.argv[3]))))
     elif sys.argv[1:2] == ["rows"]:
