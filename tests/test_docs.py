@@ -189,22 +189,10 @@ def test_the_api_page_is_what_the_docstrings_say():
     assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == docs.api(), "run make docs"
 
 
-def test_every_extra_resolves_with_every_other():
-    """One resolution of all extras under the tested pins; nothing is installed."""
+def test_every_extra_is_installed_for_development():
+    """So that `make test`, which installs all of it under the tested pins, shows that every extra goes with every other."""
     import tomllib
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    wanted = [w for w in wanted if not w.startswith("luthier[")]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--dry-run",
-        "--quiet",
-        "--constraint",
-        str(ROOT / "constraints.txt"),
-    ]
-    done = subprocess.run([*command, *wanted], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    ours = next(w for w in extras["dev"] if w.startswith("luthier["))
+    assert set(ours.removeprefix("luthier[").removesuffix("]").split(",")) == set(extras) - {"dev"}
