@@ -162,6 +162,13 @@ def test_the_forecast_is_what_the_runs_then_take():
     assert expected["seconds"] == pytest.approx(
         sum(d.seconds + d.once_seconds + d.evaluation_seconds for d in rest), rel=0.02
     )
+    half = {n: done[n] for n in order[: len(order) // 2]}
+    left = [d for n, d in done.items() if n not in half]
+    again = forecast(plan, ARMS, half)
+    assert again["runs"] == len(left) and again["flops"] == pytest.approx(
+        sum(d.flops + d.once_flops for d in left), rel=0.02
+    )
+    assert forecast(plan, ARMS, done)["seconds"] == 0
 
 
 def test_an_arm_whose_update_is_larger_than_the_budget_in_bytes_stops_after_its_first_run():

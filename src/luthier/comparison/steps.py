@@ -230,7 +230,9 @@ def forecast(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]
     for arm in arms.values():
         leader = arm.name if arm.foreign is None or arm.foreign.like is None else arm.foreign.like
         known = measured.get(leader)
-        shares = [1.0] * len(plan.seeds) + ([plan.search.share] * plan.search.trials if plan.search else [])
+        shares = [1.0 for s in plan.seeds if f"{arm.name}/seed-{s}" not in done]
+        if plan.search is not None:
+            shares += [plan.search.share for i in range(plan.search.trials) if f"{arm.name}/trial-{i}" not in done]
         if known is None or known.error is not None or over_budget(plan, done, arm.name) is not None:
             seconds += sum(shares) * budget[1] if known is None else 0.0
             continue
