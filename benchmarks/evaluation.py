@@ -3,7 +3,7 @@
     python benchmarks/evaluation.py
 
 Bars: not slower than lm-eval at its best of two batch sizes, the same accuracy within one question (they tokenise prompt
-and answer together, we apart); peak memory at 1,800 rows within 5% of that at 300. Arms are processes of their own, one
+and answer together, we apart); peak memory at 3,600 rows within 5% of that at 600. Arms are processes of their own, one
 after the other, twice over; the smaller time of each counts.
 """
 
@@ -36,7 +36,7 @@ doc_to_choice: ["yes", "no", "maybe"]
 metric_list: [{{metric: acc}}]
 """
 ARMS = ("luthier", "lm-eval 1", "lm-eval 8")
-ROWS = (300, 600, 1800)
+ROWS = (600, 1200, 3600)
 
 
 def rows_of(name: str, split: str) -> list[dict[str, Any]]:
