@@ -40,6 +40,7 @@ from luthier.run_folder import RunFolder, recipe_hash
 from luthier.scorer import mean_loss, row_scores
 from luthier.tracking import Trackers
 from luthier.training.loop import Interrupted, Loop, Progress
+from luthier.training.probe import Probe
 from luthier.tuners.base import with_head
 from luthier.update import Update
 from luthier.update.files import save_update, verify_update
@@ -362,9 +363,15 @@ def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
     """What the objective does to the tokens of a few rows, noted before the first step."""
     tokens = token_view.load(place.path)
     known = any("kept" in t for row in tokens for t in row)
+    if ready.recipe.gradient_checkpointing:  # memory is short, and this keeps a whole forward's activations
+        return
     if known or ready.recipe.task != "causal-lm" or not ready.accelerator.is_main_process:
         return
-    token_view.note_weights(tokens, loop.probe, ready.train.rows, ready.recipe.batch_size, loop.total_steps, loop.lab)
+    recipe, rows = ready.recipe, ready.train.rows
+    alone = Probe(loop.view, loop.objective, loop.extra)  # sums over no ranks: only the first one looks
+    token_view.note_weights(
+        tokens, alone, rows, recipe.batch_size, loop.total_steps, loop.lab, recipe.tokens_per_forward
+    )
     token_view.save(tokens, place.path)
 
 

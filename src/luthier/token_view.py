@@ -51,7 +51,13 @@ def note_losses(tokens: Tokens, view: ModelView, rows: Sequence[Any], when: str)
 
 
 def note_weights(
-    tokens: Tokens, probe: Probe, rows: Sequence[Any], batch_size: int, total_steps: int, lab: Any = None
+    tokens: Tokens,
+    probe: Probe,
+    rows: Sequence[Any],
+    batch_size: int,
+    total_steps: int,
+    lab: Any = None,
+    tokens_per_forward: int = 2048,
 ) -> None:
     """Put in what a first step over the first rows would do: which tokens stay, and the pull at each.
 
@@ -59,7 +65,7 @@ def note_weights(
     the window: 1 for sft, 0 for a token that teaches nothing. Unknown where nothing in the trunk has a gradient.
     """
     chosen = list(rows[: max(SHOWN, min(batch_size, WINDOW))])
-    places = micro_batches([len(r["ids"]) for r in chosen], 2048)[0]
+    places = micro_batches([len(r["ids"]) for r in chosen], tokens_per_forward)[0]
     micro = [collate([chosen[i] for i in part]).to(probe.view.device) for part in places]
     of_row = {r["key"]: mine for mine, r in zip(tokens, chosen, strict=False)}
     for t in (t for mine in tokens for t in mine if t["on"]):

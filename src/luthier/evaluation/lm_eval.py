@@ -6,6 +6,8 @@ import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -53,13 +55,13 @@ class LmEval(Evaluator):
         return tuple(f"{task}_{metric}" for task in self.tasks for metric in self.metrics)
 
     def content(self) -> str:
-        import lm_eval
-
         own = sorted(Path(self.folder).rglob("*")) if self.folder else []
-        return super().content() + key_of(lm_eval.__version__, *(f.read_bytes() for f in own if f.is_file()))
+        return super().content() + key_of(version("lm_eval"), *(f.read_bytes() for f in own if f.is_file()))
 
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)
+        if find_spec("lm_eval") is None:
+            problems.append(Problem("tasks", "needs a package that is not here", "pip install 'luthier[lm-eval]'"))
         if self.folder is not None and not Path(self.folder).is_dir():
             problems.append(
                 Problem("folder", f"there is no folder {self.folder}", "it is sought where luthier is called")
@@ -179,7 +181,7 @@ def _asked(exam: Exam) -> Any:
             lengths = [_length(r.args[1]) for r in requests]
             for length in sorted(set(lengths)):
                 mine = [i for i, n in enumerate(lengths) if n == length]
-                prompts = [self.tok_encode(requests[i].args[0])[-(self.room - length) :] for i in mine]
+                prompts = [self.tok_encode(requests[i].args[0])[-max(1, self.room - length) :] for i in mine]
                 done = generate(exam.view, prompts, exam.renderer, length, tick=exam.tick)
                 out |= {i: _cut(c.text, requests[i].args[1]) for i, c in zip(mine, done, strict=True)}
             return [out[i] for i in range(len(requests))]

@@ -149,8 +149,14 @@ class Retrieval(Answering):
 
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)
-        if not {"{context}", "{question}"} <= set(re.findall(r"\{\w+\}", self.prompt)):
+        named = set(re.findall(r"\{(\w*)\}", self.prompt))
+        if not {"context", "question"} <= named:
             problems.append(Problem("prompt", "lacks {context} or {question}", "write both"))
+        if unknown := named - {"context", "question", "refusal"}:
+            what = f"names {{{min(unknown)}}}, which nothing fills in"
+            problems.append(Problem("prompt", what, "use {context}, {question} and {refusal}"))
+        if self.form is not None and (wrong := _wrong_form(self.form)):
+            problems.append(Problem("form", f"{self.form!r} is no regular expression ({wrong})", "mend it"))
         if self.overlap_words >= self.chunk_words:
             what = f"{self.overlap_words} leaves nothing new in passages of {self.chunk_words}"
             problems.append(Problem("overlap_words", what, "lower it"))
@@ -293,6 +299,14 @@ class Retrieval(Answering):
              "completion": self.refusal if bad else r["completion"]}
             for r, c, w, bad in zip(rows, right, wrong, drawn, strict=True)
         ]  # fmt: skip
+
+
+def _wrong_form(form: str) -> str | None:
+    try:
+        re.compile(form)
+    except re.error as error:
+        return str(error)
+    return None
 
 
 def summed(name: str, values: Sequence[float], clusters: Sequence[str], **more: Any) -> Measure:

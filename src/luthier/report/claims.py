@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-
 from luthier import __version__
 from luthier.forecast import in_time
 from luthier.report.curve import Range, interval_chart
+from luthier.report.page import template
 from luthier.run import environment
 from luthier.training.checkpoint import write_text
 
@@ -22,10 +21,9 @@ def write_claims(target: Path, claims: Mapping[str, Any], command: str) -> Path:
 
     claims  name -> Claim, of which those that are measured are shown with their numbers
     """
-    pages = Environment(loader=PackageLoader("luthier.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     shown = [_shown(name, claim) for name, claim in claims.items()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, pages.get_template("claims.html").render(
+    write_text(target, template("claims.html").render(
         name="Claims", claims=shown, version=__version__, again=command, env=environment()))  # fmt: skip
     return target
 

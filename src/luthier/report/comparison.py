@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
 from ruamel.yaml import YAML
 
 from luthier import __version__
@@ -23,7 +22,7 @@ from luthier.evaluation.measures import SIDE
 from luthier.forecast import in_time, in_words
 from luthier.model.meter import in_flops
 from luthier.report.curve import Point, Range, Series, interval_chart, line_chart, point_chart
-from luthier.report.page import gates_shown
+from luthier.report.page import gates_shown, template
 from luthier.run import environment
 from luthier.statistics import Estimate
 from luthier.training.checkpoint import write_text
@@ -43,10 +42,9 @@ def write_comparison(bench: Bench, standings: Sequence[Standing], command: Seque
     """Make the page from what the comparison's folder holds."""
     plan = bench.plan
     finished = [s for s in standings if s.levels]
-    pages = Environment(loader=PackageLoader("luthier.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     base = next((s for s in finished if s.arm == plan.base_arm), None)
     primary = base.levels[plan.primary] if base else None
-    page = pages.get_template("compare.html").render(
+    page = template("compare.html").render(
         name=bench.folder.name, version=__version__, budget=_budget(bench), baseline=plan.base_arm,
         seeds=f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed",
         primary=_name(plan.primary), better="higher" if primary and primary.higher else "lower",

@@ -33,7 +33,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def labelled(values: list[float]) -> list[tuple[float, str]]:
     """Ticks with what they say: as many digits as tell them apart, thousands as k, M, G, ..."""
     step = min((b - a for a, b in pairwise(values)), default=abs(values[0]) or 1.0)
-    power = int(math.log10(max(map(abs, values))) // 3) if max(map(abs, values)) >= 1e4 else 0
+    power = min(6, int(math.log10(max(map(abs, values))) // 3)) if max(map(abs, values)) >= 1e4 else 0
     unit = 1000.0**power
     digits = min(8, max(0, -math.floor(math.log10(step / unit) + 1e-9)))
     return [(v, f"{v / unit:.{digits}f}{' kMGTPE'[power].strip()}") for v in values]

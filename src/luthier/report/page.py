@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 from ruamel.yaml import YAML
 
 from luthier import __version__, token_view
@@ -27,15 +27,18 @@ SAMPLES = 12
 NEAR_ONE = 0.05  # pulls within this of 1 are plain cross-entropy, up to rounding
 
 
+def template(name: str) -> Template:
+    """A page's template; every text put into it is escaped."""
+    pages = Environment(loader=PackageLoader("luthier.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return pages.get_template(name)
+
+
 def write_report(folder: Path) -> Path:
     """Make the page from what the run folder holds."""
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in _lines(folder / "log.jsonl")]
     samples = [json.loads(line) for line in _lines(folder / "samples.jsonl")]
-    environment = Environment(
-        loader=PackageLoader("luthier.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page = environment.get_template("run.html").render(
+    page = template("run.html").render(
         run=run,
         recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         env=(folder / "env.txt").read_text(encoding="utf-8"),
@@ -57,12 +60,11 @@ def write_report(folder: Path) -> Path:
 
 def write_curation(folder: Path, name: str, recipe: Recipe, before: int, after: int) -> Path:
     """The page of a choice of rows, from its folder."""
-    pages = Environment(loader=PackageLoader("luthier.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text = io.StringIO()
     YAML().dump(recipe.as_dict(), text)
     decided = [json.loads(line) for line in _lines(folder / "decisions.jsonl")[:50_000]]
     examples = {what: [d for d in decided if d["decision"] == what][:SAMPLES] for what in ("kept", "left out")}
-    page = pages.get_template("curate.html").render(
+    page = template("curate.html").render(
         name=name,
         before=before,
         after=after,
