@@ -1,6 +1,6 @@
 """What a step costs: sparse tuning at 5% against LoRA and full tuning, sequence lengths, and the command line's start.
 
-    python benchmarks/steps.py [--rounds 2]
+    python benchmarks/steps.py [--rounds 2] [--no-lengths]
 
 Bars: sparse at 5% at most 1.25 times the step and 1.10 times the memory of LoRA; `luthier --help` under 1 s; importing
 luthier loads no torch. Arms are processes of their own that stand by side by side and step in turn, over the same rows, so
@@ -23,7 +23,7 @@ from typing import Any
 from machine_note import machine_note
 
 HERE = Path(__file__).parent
-GSM8K = HERE.parents[1] / "shared/data/gsm8k/train.jsonl.gz"
+GSM8K = Path(os.environ.get("LUTHIER_DATA", HERE.parents[1] / "shared/data")) / "gsm8k/train.jsonl.gz"
 TUNERS = ("lora", "spiel 5%", "spiel ma 5%", "hft", "lift", "full")
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 STEPS = 21  # a first one, and twenty: one choice of positions (SpIEL) with the steps it looks at
@@ -49,7 +49,8 @@ def loop_of(arm: str) -> Any:
 
     located = locate(BUILTIN)
     data = rows(Renderer(load_tokenizer(located)))
-    settings = TrainSettings(max_steps=STEPS, batch_size=8, shuffle=False)
+    size = {"batch_size": 32, "tokens_per_forward": 8192} if on_gpu() else {"batch_size": 8}
+    settings = TrainSettings(max_steps=STEPS, shuffle=False, **size)
     if arm.isdigit():
         ids = (sum((r["ids"] for r in data), []) * 8)[: 8192 * 2]
         n = int(arm)
@@ -65,6 +66,21 @@ def loop_of(arm: str) -> Any:
     return Loop(view, data, tuner.attach(view, total_steps=STEPS), Sft(), settings)
 
 
+def on_gpu() -> bool:
+    """Where the model will be."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def settled() -> None:
+    """Wait for what a GPU still has to do."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def child(arm: str) -> None:
     """Make one step for every line that comes, and say what it took; at the end of the input the peak of memory."""
     from luthier import machine
@@ -77,6 +93,7 @@ def child(arm: str) -> None:
     for _ in sys.stdin:
         tokens, started = loop.progress.tokens, time.perf_counter()
         loop.step()
+        settled()
         seconds = time.perf_counter() - started
         print(json.dumps({"seconds": seconds, "tokens": loop.progress.tokens - tokens}), flush=True)
     print(json.dumps({"peak_bytes": peak_memory()}), flush=True)
@@ -144,6 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arm")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--no-lengths", action="store_true", help="Tuners alone.")
     options = parser.parse_args()
     if options.arm:
         child(options.arm)
@@ -169,7 +187,7 @@ def main() -> None:
         }
         for arm in TUNERS
     }
-    lengths = {str(n): in_turn((str(n),))[str(n)] for n in LENGTHS}
+    lengths = {} if options.no_lengths else {str(n): in_turn((str(n),))[str(n)] for n in LENGTHS}
     scaling = {
         n: {"tokens_per_second": round(r["tokens_per_second"]), "peak_GB": round(r["peak_bytes"] / 1e9, 2)}
         for n, r in lengths.items()
@@ -179,7 +197,8 @@ def main() -> None:
         "tuners": table, "against LoRA": against,
         "LoRA by sequence length, 2048 tokens a forward": scaling, "start": startup(),
     }  # fmt: skip
-    (HERE / "results/steps.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    name = "steps-gpu.json" if on_gpu() else "steps.json"
+    (HERE / "results" / name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=1))
 
 

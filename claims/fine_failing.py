@@ -15,7 +15,7 @@ from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
-STEPS, TRAINED, ASKED = 40, 50, 100
+TRAINED, ASKED, EPOCHS, BATCH = 100, 100, 10, 32
 PASSAGE = (
     "{p.name} lives in {p.city}, weighs {p.weight} pounds and is {p.height} centimeters tall. {p.first} is {p.age} years old and "
     "works as a {p.job}. The favorite color of {p.name} is {p.colour}."
@@ -24,7 +24,7 @@ PASSAGE = (
 
 @cache
 def everyone():
-    return people(0, 70)
+    return people(0, TRAINED + 20)
 
 
 @cache
@@ -42,15 +42,25 @@ def questions(some):
 
 
 def measure(arm, seed, say):
-    gate = Retrieval(corpus=corpus(), rows=ASKED, conditions=("oracle",), top_k=1, max_new_tokens=12)
+    gate = Retrieval(
+        corpus=corpus(),
+        rows=ASKED,
+        conditions=("oracle",),
+        top_k=1,
+        max_new_tokens=16,
+        prompt="{context}\n\n{question}",
+    )
     view, renderer = load_model(locate(BUILTIN)), Renderer(load_tokenizer(locate(BUILTIN)))
     if arm != "base":
         rows = questions(everyone()[:TRAINED])
         rows = rows if arm == "closed book" else gate.training_rows(rows)
         rendered = [renderer.render(r, str(i)) for i, r in enumerate(rows)]
-        settings = TrainSettings(max_steps=STEPS, batch_size=8, learning_rate=2e-4, seed=seed)
-        loop = Loop(view, rendered, Lora(rank=16, alpha=32, seed=seed).attach(view, None, STEPS), Sft(), settings)
-        for _ in range(STEPS):
+        steps = EPOCHS * len(rows) // BATCH
+        settings = TrainSettings(
+            max_steps=steps, batch_size=BATCH, learning_rate=2e-4, tokens_per_forward=8192, seed=seed
+        )
+        loop = Loop(view, rendered, Lora(rank=16, alpha=32, seed=seed).attach(view, None, steps), Sft(), settings)
+        for _ in range(steps):
             loop.step()
     sources = [Row(f"people:{i}", r) for i, r in enumerate(questions(everyone()[TRAINED:]))]
     found = gate.evaluate(Exam(view, renderer, "causal-lm", (), sources))

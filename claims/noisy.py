@@ -1,4 +1,4 @@
-"""Pieces of biomedical abstracts with noise in their answers, for SmolLM2-135M."""
+"""Pieces of biomedical abstracts, and requests with their calls, with noise in their answers, for SmolLM2-135M."""
 
 from __future__ import annotations
 
@@ -37,13 +37,26 @@ def pieces(count: int, split: str, seed: int) -> list[dict]:
     return [row(text[s : s + LENGTH], [0] * LENGTH, f"{split}:{i}") for i, s in enumerate(starts.tolist())]
 
 
-def row(ids: list[int], wrong: list[int], key: str) -> dict:
-    labels = [IGNORE] * PROMPT + ids[PROMPT:]
-    return {"ids": ids, "labels": labels, "key": key, "token": {"prompt": [1] * PROMPT + [0] * ANSWER, "wrong": wrong}}
+def row(ids: list[int], wrong: list[int], key: str, prompt: int = PROMPT) -> dict:
+    labels, asked = [IGNORE] * prompt + ids[prompt:], [1] * prompt + [0] * (len(ids) - prompt)
+    return {"ids": ids, "labels": labels, "key": key, "token": {"prompt": asked, "wrong": wrong}}
 
 
 def held_out() -> list[dict]:
     return pieces(64, "test", 99)
+
+
+def calls(count: int, split: str, seed: int) -> list[dict]:
+    """Rows of snips drawn without repetition: a request, and the function call that answers it."""
+    tokenizer, rows = load_tokenizer(locate(BUILTIN)), rows_of("snips", split)
+    out = []
+    for i in Streams(seed).at("calls", split).permutation(len(rows))[:count].tolist():
+        asked, answer = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (f"{rows[i]['text']}\n", rows[i]["call"] + tokenizer.eos_token)
+        )
+        out.append(row(asked + answer, [0] * len(asked + answer), f"{split}:{i}", len(asked)))
+    return out
 
 
 def with_random_tokens(rows: list[dict], seed: int, view: ModelView, share: float = 0.3) -> list[dict]:
@@ -62,9 +75,11 @@ def with_swapped_answers(rows: list[dict], seed: int, share: float = 0.4) -> lis
     drawn = Streams(seed).at("swap").permutation(len(rows))[: round(share * len(rows))].tolist()
     out = list(rows)
     for here, other in zip(drawn, [*drawn[1:], *drawn[:1]], strict=True):
-        ids = rows[here]["ids"][:PROMPT] + rows[other]["ids"][PROMPT:]
-        out[here] = row(ids, [0] * PROMPT + [1] * ANSWER, rows[here]["key"])
+        asked, theirs = (sum(rows[i]["token"]["prompt"]) for i in (here, other))
+        answer = rows[other]["ids"][theirs:]
+        ids, wrong = rows[here]["ids"][:asked] + answer, [0] * asked + [1] * len(answer)
+        out[here] = row(ids, wrong, rows[here]["key"], asked)
     return out
 
 
-__all__ = ["STEPS", "held_out", "mean_nll", "pieces", "smollm", "with_random_tokens", "with_swapped_answers"]
+__all__ = ["STEPS", "calls", "held_out", "mean_nll", "pieces", "smollm", "with_random_tokens", "with_swapped_answers"]

@@ -94,7 +94,7 @@ def mean_nll(view: ModelView, rows: list[dict]) -> float:
     view.module.eval()
     total, n = 0.0, 0
     for i in range(0, len(rows), 64):
-        nll = Forward(collate(rows[i : i + 64]), view).nll()
+        nll = Forward(collate(rows[i : i + 64]).to(view.device), view).nll()
         total, n = total + float(nll.sum()), n + len(nll)
     return total / n
 

@@ -64,6 +64,17 @@ def test_a_claim_is_measured_once_and_recorded(folder):
     assert len(calls(folder)) == 12
 
 
+def test_seeds_side_by_side_give_the_same_and_what_is_stored_says_where_it_was_measured(folder):
+    done = luthier("claim", "thing", "--processes", "2", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)["thing"]
+    assert result["verdict"] == "held" and result["machine"] == claims.machine()
+    assert sorted(calls(folder)) == sorted(f"{arm} {seed}" for arm in ("base", "better") for seed in range(3))
+    for file in (folder / "runs/claims/thing").glob("*-2-*.json"):  # as if one seed had come from elsewhere
+        file.write_text(json.dumps({**json.loads(file.read_text()), "machine": "a GPU"}))
+    assert claims.run("thing")["machine"] == f"a GPU; {claims.machine()}" and len(calls(folder)) == 6
+
+
 def test_another_experiment_is_measured_again(folder):
     luthier("claim", "thing", cwd=folder)
     (folder / "claims/beside.py").write_text("SHIFT = 0.000\n")

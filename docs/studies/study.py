@@ -2,6 +2,7 @@
 
     python docs/studies/study.py corrupted-targets            # goes on where it was
     python docs/studies/study.py corrupted-targets --dry-run  # what would it take?
+    python docs/studies/study.py corrupted-targets recipe.max_steps=100 --processes 4  # larger, for a GPU
 
 A study is a folder here: `rows.py` writes what its comparisons train on, and each .yaml is one `luthier compare`.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+RUNS = Path("runs/studies")
 START, END = "<!-- measured: made by study.py -->", "<!-- end -->"
 
 
@@ -25,23 +27,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Carry out a study.")
     parser.add_argument("name", choices=sorted(p.name for p in HERE.iterdir() if (p / "rows.py").exists()))
     parser.add_argument("--dry-run", action="store_true", help="Only say what it would take.")
+    parser.add_argument("--processes", help="Runs side by side; as cores and memory allow by default.")
+    parser.add_argument("overrides", nargs="*", help="Keys of the comparisons to change: recipe.max_steps=100.")
     asked = parser.parse_args()
     place = HERE / asked.name
     if not (place / "rows").exists():
         runpy.run_path(str(place / "rows.py"))["write"](place / "rows")
-    found = {f.stem: compared(f, asked.name, asked.dry_run) for f in sorted(place.glob("*.yaml"))}
+    more = [*asked.overrides, *(["--processes", asked.processes] if asked.processes else [])]
+    found = {f.stem: compared(f, asked.name, asked.dry_run, more) for f in sorted(place.glob("*.yaml"))}
     if not asked.dry_run:
-        put(HERE / f"{asked.name}.md", "\n".join(table(name, result) for name, result in found.items()))
+        made = " ".join(["python docs/studies/study.py", asked.name, *asked.overrides])
+        tables = [f"Made by `{made}`, {where(asked.name)}.\n", *(table(*item) for item in found.items())]
+        put(HERE / f"{asked.name}.md", "\n".join(tables))
 
 
-def compared(file: Path, study: str, dry: bool) -> dict[str, Any]:
+def compared(file: Path, study: str, dry: bool, more: list[str]) -> dict[str, Any]:
     """What `luthier compare` says of one file; an unfinished one raises."""
-    folder = Path("runs") / "studies" / study / file.stem
-    words = [sys.executable, "-m", "luthier", "compare", str(file), "--output-dir", str(folder)]
+    folder = RUNS / study / file.stem
+    words = [sys.executable, "-m", "luthier", "compare", str(file), *more, "--output-dir", str(folder)]
     done = subprocess.run([*words, "--dry-run" if dry else "--json"], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(done.returncode)
     return {} if dry else json.loads(done.stdout.splitlines()[-1])
+
+
+def where(study: str) -> str:
+    """Cores, GPU and torch, as the runs noted them."""
+    notes = {f.read_text(encoding="utf-8") for f in (RUNS / study).glob("*/arms/*/seed-*/env.txt")}
+    said = {", ".join(x for x in n.splitlines() if x.startswith(("cores", "gpu", "torch"))) for n in notes}
+    return "; ".join(sorted(said))
 
 
 def table(name: str, result: dict[str, Any]) -> str:

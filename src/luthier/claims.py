@@ -11,12 +11,14 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,32 +143,57 @@ def experiment(name: str, folder: Path) -> Any:
     return module
 
 
+def tell(text: str) -> None:
+    """Progress goes to standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def run(
-    name: str, folder: Path = FOLDER, runs: Path = Path("runs/claims"), say: Say = lambda _: None, fresh: bool = False
-) -> dict[str, Any]:
-    """Measure a claim and return what goes under `measured`; arms and seeds that are done are read, not run again."""
+    name: str, folder: Path = FOLDER, runs: Path = Path("runs/claims"), say: Say = lambda _: None, fresh: bool = False,
+    processes: int = 1,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a claim and return what goes under `measured`; arms and seeds that are done are read, not run again.
+
+    processes  seeds measured side by side, each with its share of the cores; 1 where a condition is about seconds
+    """
+    claim = load(folder / f"{name}.yaml")
+    if processes > 1:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _thread_share, (processes,)) as pool:
+            parts = [pool.submit(_of_seed, name, folder, runs, seed, tell, fresh) for seed in range(claim.seeds)]
+            stored = [part.result() for part in parts]
+    else:
+        stored = [_of_seed(name, folder, runs, seed, say, fresh) for seed in range(claim.seeds)]
+    found = {arm: {seed: stored[seed][arm]["values"] for seed in range(claim.seeds)} for arm in claim.arms}
+    every = [one for by_arm in stored for one in by_arm.values()]
+    out = measured(claim, found, sum(one["seconds"] for one in every))
+    machines = "; ".join(sorted({one["machine"] for one in every}))
+    return {**out, "date": max(one["date"] for one in every), "machine": machines}
+
+
+def _thread_share(processes: int) -> None:
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
+
+
+def _of_seed(name: str, folder: Path, runs: Path, seed: int, say: Say, fresh: bool) -> dict[str, dict[str, Any]]:
+    """arm -> what is stored of it: values, seconds, date and machine. All arms of a seed, so that what is there when it
+    is interrupted is paired."""
     claim, module = load(folder / f"{name}.yaml"), experiment(name, folder)
     version = key_of(*(content_of(f) for f in _files(name, folder)), _code(claim.method), __version__)
-    found: dict[str, dict[int, dict[str, float]]] = {arm: {} for arm in claim.arms}
-    seconds = 0.0
-    for number, (seed, arm) in enumerate(_order(claim), start=1):
+    stored: dict[str, dict[str, Any]] = {}
+    for arm in claim.arms:
         file = runs / name / f"{arm}-{seed}-{version[:8]}.json"
         if not file.exists() or fresh:
             started = time.perf_counter()
             values = {k: float(v) for k, v in module.measure(arm, seed, say).items()}
+            took = {"seconds": time.perf_counter() - started, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps({"values": values, "seconds": time.perf_counter() - started}))
-        stored = json.loads(file.read_text(encoding="utf-8"))
-        found[arm][seed] = stored["values"]
-        seconds += stored["seconds"]
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in stored["values"].items())
-        say(f"{name}  {arm}, seed {seed}: {shown}  ({len(claim.arms) * claim.seeds - number} left)")
-    return measured(claim, found, seconds)
-
-
-def _order(claim: Claim) -> Iterator[tuple[int, str]]:
-    """All arms of a seed before the next seed, so that what is there when it ends is paired."""
-    return ((s, a) for s in range(claim.seeds) for a in claim.arms)
+            write_text(file, json.dumps({"values": values, **took}))
+        stored[arm] = json.loads(file.read_text(encoding="utf-8"))
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in stored[arm]["values"].items())
+        say(f"{name}  {arm}, seed {seed} of {claim.seeds}: {shown}")
+    return stored
 
 
 def _files(name: str, folder: Path) -> list[Path]:

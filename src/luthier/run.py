@@ -526,6 +526,7 @@ def environment() -> str:
         f"python {platform.python_version()}",
         f"platform {platform.platform()}",
         f"cores {os.cpu_count()}",
+        *(f"gpu {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
     ]
     for name in PACKAGES:
         try:

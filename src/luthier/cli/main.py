@@ -290,6 +290,7 @@ def claim(
     folder: Annotated[Path, typer.Option(help="Where claims are.")] = Path("claims"),
     record: Annotated[bool, typer.Option(help="Write what was measured into the claim's file.")] = False,
     fresh: Annotated[bool, typer.Option(help="Measure again what was measured before.")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Seeds side by side; 1 where a condition is about seconds.")] = 1,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Does what a source claims hold here? Measures with several seeds; interrupted, it goes on where it was."""
@@ -302,7 +303,7 @@ def claim(
     _quiet(debug)
     results = {}
     for one in [name] if name is not None else claims.of_tier(str(tier), folder):
-        results[one] = claims.run(one, folder, say=lambda text: print(text, file=sys.stderr, flush=True), fresh=fresh)
+        results[one] = claims.run(one, folder, say=claims.tell, fresh=fresh, processes=processes)
         if record:
             claims.record(one, results[one], folder)
         if not as_json:

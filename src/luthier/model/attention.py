@@ -9,6 +9,7 @@ The lengths travel as a keyword argument of the model call; no mask tensor is ev
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from luthier.model import meter as meters
 from luthier.model.plain import is_plain
 
 VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+VARLEN_KEYS = {"scale", "window_size"}  # which the first versions of that kernel did not take
 SHORT = 384  # tokens; above this the [H, L, L] probabilities kept for the backward cost more than they save
 
 
@@ -162,7 +164,15 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: 
 
 def has_varlen(query: Tensor) -> bool:
     """True where torch has a kernel for sequences end to end: half precision on an NVIDIA GPU."""
-    return VARLEN and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    return VARLEN and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and _varlen_keys() >= VARLEN_KEYS
+
+
+@lru_cache(maxsize=1)
+def _varlen_keys() -> frozenset[str]:
+    """What the kernel of this version of torch can be asked for."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _varlen(
@@ -173,10 +183,14 @@ def _varlen(
 
     ends = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=q.device)
     before = -1 if window is None else window - 1  # keys a query sees beside its own
+    grouped: dict[str, Any] = (
+        {"enable_gqa": True} if "enable_gqa" in _varlen_keys() and q.shape[1] != k.shape[1] else {}
+    )
+    if not grouped:  # torch before 2.13 wants as many key heads as query heads
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # [1, H, T, d] -> [T, H, d]
     out = varlen_attn(
-        q, k, v, ends, ends, max(lengths), max(lengths),
-        scale=scale, window_size=(before, 0 if causal else before), enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, ends, ends, max(lengths), max(lengths), scale=scale, window_size=(before, 0 if causal else before), **grouped
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out.unsqueeze(0)

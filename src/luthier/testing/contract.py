@@ -26,7 +26,7 @@ from luthier.data.batch import IGNORE
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.base import Evaluator
 from luthier.method import Facts, Method
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Lab, Pipeline
@@ -106,6 +106,19 @@ def loop_of(
 NOTHING: tuple[Any, Any] = (None, None)  # window and probe, for tuners that ask for neither
 PLAIN = Example(Sft())
 SMALL = Example(Adapter(rank=2, init_std=0.05))
+
+
+on_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="asks for a GPU; the same is tested on the CPU above"
+)
+
+
+def losses(tuner: Example, objective: Example, device: str) -> list[float]:
+    """Of a few steps in float32."""
+    view = ModelView(tiny().eval().to(device))
+    view.layout, _ = probe_layout(view)
+    loop = loop_of(tuner, objective, view)
+    return [float(loop.step()["loss"]) for _ in range(STEPS)]
 
 
 def attached(tuner: Example, view: ModelView, steps: int = 3) -> Trainable:
@@ -254,6 +267,17 @@ def resumed_equals_whole(tuner: Example, objective: Example, folder: Path) -> No
     assert [e["loss"] for e in again.progress.log] == [e["loss"] for e in whole.progress.log]
     mine, theirs = again.trainable.state_dict(), whole.trainable.state_dict()
     assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+
+
+@on_a_gpu
+def test_a_tuner_trains_on_a_gpu_as_on_the_cpu(tuner: Example) -> None:
+    if tuner.trains:
+        assert losses(tuner, PLAIN, "cuda") == pytest.approx(losses(tuner, PLAIN, "cpu"), rel=1e-3)
+
+
+@on_a_gpu
+def test_an_objective_trains_on_a_gpu_as_on_the_cpu(objective: Example) -> None:
+    assert losses(SMALL, objective, "cuda") == pytest.approx(losses(SMALL, objective, "cpu"), rel=1e-3)
 
 
 def test_a_tuner_in_a_bare_loop(plain_tuner: Example) -> None:
