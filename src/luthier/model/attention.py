@@ -183,10 +183,10 @@ def _varlen(
 
     ends = torch.tensor((0, *accumulate(lengths)), dtype=torch.int32, device=q.device)
     before = -1 if window is None else window - 1  # keys a query sees beside its own
-    grouped: dict[str, Any] = (
-        {"enable_gqa": True} if "enable_gqa" in _varlen_keys() and q.shape[1] != k.shape[1] else {}
-    )
-    if not grouped:  # torch before 2.13 wants as many key heads as query heads
+    grouped: dict[str, Any] = {}
+    if "enable_gqa" in _varlen_keys():
+        grouped["enable_gqa"] = q.shape[1] != k.shape[1]
+    else:  # as many key heads as query heads are wanted
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # [1, H, T, d] -> [T, H, d]
     out = varlen_attn(
