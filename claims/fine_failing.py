@@ -15,7 +15,7 @@ from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
-TRAINED, ASKED, EPOCHS, BATCH = 100, 100, 10, 32
+TRAINED, ASKED, STEPS, BATCH = 50, 100, 40, 8
 PASSAGE = (
     "{p.name} lives in {p.city}, weighs {p.weight} pounds and is {p.height} centimeters tall. {p.first} is {p.age} years old and "
     "works as a {p.job}. The favorite color of {p.name} is {p.colour}."
@@ -55,12 +55,9 @@ def measure(arm, seed, say):
         rows = questions(everyone()[:TRAINED])
         rows = rows if arm == "closed book" else gate.training_rows(rows)
         rendered = [renderer.render(r, str(i)) for i, r in enumerate(rows)]
-        steps = EPOCHS * len(rows) // BATCH
-        settings = TrainSettings(
-            max_steps=steps, batch_size=BATCH, learning_rate=2e-4, tokens_per_forward=8192, seed=seed
-        )
-        loop = Loop(view, rendered, Lora(rank=16, alpha=32, seed=seed).attach(view, None, steps), Sft(), settings)
-        for _ in range(steps):
+        settings = TrainSettings(max_steps=STEPS, batch_size=BATCH, learning_rate=2e-4, seed=seed)
+        loop = Loop(view, rendered, Lora(rank=16, alpha=32, seed=seed).attach(view, None, STEPS), Sft(), settings)
+        for _ in range(STEPS):
             loop.step()
     sources = [Row(f"people:{i}", r) for i, r in enumerate(questions(everyone()[TRAINED:]))]
     found = gate.evaluate(Exam(view, renderer, "causal-lm", (), sources))

@@ -21,7 +21,7 @@ from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 
-DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 WIDTH = 96  # bytes of a piece of text
 
 

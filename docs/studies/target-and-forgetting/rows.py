@@ -7,7 +7,7 @@ from pathlib import Path
 
 from luthier.rng import Streams
 
-DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).parents[4] / "shared" / "data"))
+DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
 
 
 def write(folder: Path) -> None:
