@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from luthier.data.batch import IGNORE, collate, pad, unpad
+from luthier.model import attention
 from luthier.model.attention import _fused, _plain, _varlen, flat_attention
 from luthier.model.loading import load_model, locate
 from luthier.model.plain import plain_operations
@@ -69,7 +70,7 @@ def test_short_attention_equals_the_fused_kernel_and_ordinary_operations(causal,
     assert _plain is not _fused
 
 
-def documented_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa):
+def documented_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """torch's varlen_attn as its documentation describes it, for machines without its kernel."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and max_q == int(cu_seq_q.diff().max())
     assert enable_gqa == (query.shape[1] != key.shape[1])
@@ -87,10 +88,12 @@ def documented_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, sc
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("key_heads", [2, 4])
-def test_the_variable_length_kernel_is_asked_for_the_same_attention(causal, window, key_heads, monkeypatch):
+@pytest.mark.parametrize("more", [set(), {"enable_gqa"}], ids=["torch 2.11", "torch 2.13"])
+def test_the_variable_length_kernel_is_asked_for_the_same_attention(causal, window, key_heads, more, monkeypatch):
     import torch.nn.attention.varlen as kernels
 
     monkeypatch.setattr(kernels, "varlen_attn", documented_varlen)
+    monkeypatch.setattr(attention, "_varlen_keys", lambda: frozenset({"scale", "window_size", *more}))
     lengths, heads = (6, 1, 9), (4, key_heads, key_heads)
     q, k, v = (torch.randn(1, h, 16, 8, generator=torch.Generator().manual_seed(h)) for h in heads)
     parts = zip(*(x.split(lengths, dim=2) for x in (q, k, v)), strict=True)

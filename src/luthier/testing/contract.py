@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from luthier import manifest, recipe
@@ -115,6 +116,7 @@ on_a_gpu = pytest.mark.skipif(
 
 def losses(tuner: Example, objective: Example, device: str) -> list[float]:
     """Of a few steps in float32."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one device otherwise
     view = ModelView(tiny().eval().to(device))
     view.layout, _ = probe_layout(view)
     loop = loop_of(tuner, objective, view)
