@@ -27,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Carry out a study.")
     parser.add_argument("name", choices=sorted(p.name for p in HERE.iterdir() if (p / "rows.py").exists()))
     parser.add_argument("--dry-run", action="store_true", help="Only say what it would take.")
+    parser.add_argument("--so-far", action="store_true", help="Write what is finished; train nothing.")
     parser.add_argument("--processes", help="Runs side by side; as cores and memory allow by default.")
     parser.add_argument("overrides", nargs="*", help="Keys of the comparisons to change: recipe.max_steps=100.")
     asked = parser.parse_args()
@@ -34,6 +35,7 @@ def main() -> None:
     if not (place / "rows").exists():
         runpy.run_path(str(place / "rows.py"))["write"](place / "rows")
     more = [*asked.overrides, *(["--processes", asked.processes] if asked.processes else [])]
+    more += ["--so-far"] if asked.so_far else []
     found = {f.stem: compared(f, asked.name, asked.dry_run, more) for f in sorted(place.glob("*.yaml"))}
     if not asked.dry_run:
         made = " ".join(["python docs/studies/study.py", asked.name, *asked.overrides])

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -38,6 +37,7 @@ from luthier.report.page import write_report
 from luthier.rows import Data, prepare_rows
 from luthier.run_folder import RunFolder, recipe_hash
 from luthier.scorer import mean_loss, row_scores
+from luthier.signals import handled
 from luthier.tracking import Trackers
 from luthier.training.loop import Interrupted, Loop, Progress
 from luthier.training.probe import Probe
@@ -194,12 +194,8 @@ class StopRequest:
                 raise KeyboardInterrupt
             self.signal = number
 
-        before = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with handled(remember):
             yield self
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
 
 
 def run(

@@ -70,6 +70,9 @@ def test_finished_runs_are_never_run_twice_and_more_seeds_add_only_theirs(compar
     folder, _ = compared
     again = luthier("compare", folder / "c.yaml", *HERE, cwd=folder)
     assert again.returncode == 0 and events(again) == [] and "10 done before" in again.stderr
+    now = luthier("compare", folder / "c.yaml", "--so-far", "--json", cwd=folder)
+    assert events(now) == [] and json.loads(now.stdout)["arms"] == json.loads(compared[1].stdout)["arms"]
+    assert "Not finished" not in (folder / "runs/compare-c/report.html").read_text()
     more = luthier("compare", folder / "c.yaml", "--seeds", "3", *HERE, cwd=folder)
     assert events(more) and {e.split("/")[1] for e in events(more)} == {"seed-2"}, more.stderr
 
@@ -97,6 +100,10 @@ def test_stopped_at_any_moment_it_goes_on(ending, model_folder, tmp_path):
         code = child.wait(90)
     said = (tmp_path / "err").read_text()
     seen = said.count("\ndone ")
+    now = luthier("compare", path, "--so-far", cwd=tmp_path)
+    assert not events(now) and "Not finished: lora has " in now.stdout and now.stdout.endswith("report.html\n"), (
+        now.stderr
+    )
     assert code == -9 if ending == signal.SIGKILL else code == 130 and "go on with: luthier compare" in said, said
     last = luthier("compare", path, *HERE, cwd=tmp_path)
     assert last.returncode == 0, last.stderr

@@ -205,6 +205,7 @@ def compare(
     processes: Annotated[int | None, typer.Option(min=0, help="Runs side by side; 0: in this process.")] = None,
     search: Annotated[bool, typer.Option(help="Search each arm's learning rate.")] = True,
     dry_run: Annotated[bool, typer.Option(help="Measure each arm's step, say what the whole will take, and stop.")] = False,
+    so_far: Annotated[bool, typer.Option("--so-far", help="Judge the runs that are finished; train nothing.")] = False,
     retry: Annotated[bool, typer.Option(help="Try failed runs again.")] = False,
     keep: Annotated[bool, typer.Option(help="Keep the weights of every run.")] = False,
     strict: Annotated[bool, typer.Option(help="Exit with 1 where any arm failed.")] = False,
@@ -216,6 +217,7 @@ def compare(
     from luthier.cli.progress import Bar
     from luthier.comparison.execute import compare as carry_out
     from luthier.comparison.execute import failed_arms, ready, stoppable
+    from luthier.comparison.execute import so_far as finished
     from luthier.comparison.judge import as_dict
     from luthier.report.comparison import write_comparison
     from luthier.training.loop import Interrupted
@@ -234,7 +236,7 @@ def compare(
         signals: list[int] = []
         try:
             with stoppable() as signals:
-                standings = carry_out(bench, processes, dry_run)
+                standings = finished(bench) if so_far else carry_out(bench, processes, dry_run)
         except (Interrupted, KeyboardInterrupt) as stopped:
             bar.say(f"stopped; what was done is kept in {folder}")
             bar.say(f"go on with: {shlex.join(['luthier', *sys.argv[1:]])}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from luthier.model.meter import in_flops
 from luthier.recipe import Recipe
 from luthier.run import gather
 from luthier.run_folder import RunFolder
+from luthier.signals import handled
 from luthier.training.checkpoint import write_text
 from luthier.training.loop import Interrupted, Loop
 
@@ -127,12 +127,16 @@ class Bench:
 
     # --- what is done ---
 
+    def pending(self) -> list[Job]:
+        """Runs that could start now."""
+        return next_jobs(self.plan, self.arms, self.done)
+
     def look(self) -> None:
         """Find the runs that are finished already."""
         found = True
         while found:
             found = False
-            for job in next_jobs(self.plan, self.arms, self.done):
+            for job in self.pending():
                 outcome = self.outcome(job)
                 if outcome is not None:
                     self.done[job.name], found = outcome, True
@@ -244,23 +248,23 @@ def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> li
     return judged(bench.plan, bench.results(), bench.done)
 
 
+def so_far(bench: Bench) -> list[Standing]:
+    """Standings of the runs that are finished; trains nothing, and may look while another process does."""
+    bench.look()
+    return judged(bench.plan, bench.results(), bench.done)
+
+
 @contextmanager
 def stoppable() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM become KeyboardInterrupt, also where a shell's background job ignores the first; the list then
-    holds the signal.
-    """
+    """Ctrl-C and SIGTERM become KeyboardInterrupt; the list then holds the signal."""
     seen: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
         seen.append(number)
         raise KeyboardInterrupt
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled(stop):
         yield seen
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
 
 
 def _take(bench: Bench, pool: Workers) -> list[str]:
@@ -285,7 +289,7 @@ def _carry_out(bench: Bench, pool: Workers, count: int, purposes: tuple[str, ...
     """Every run that can start (of these purposes), `count` at a time; asked anew after each that ends."""
     running: set[str] = set()
     while True:
-        for job in next_jobs(bench.plan, bench.arms, bench.done):
+        for job in bench.pending():
             wanted = not purposes or job.purpose in purposes
             if wanted and job.name not in running and pool.busy < count:
                 running.add(job.name)

@@ -81,7 +81,10 @@ def lead(bench: Bench, standings: Sequence[Standing]) -> list[str]:
     rivals = [s for s in standings if s.arm != plan.base_arm and plan.primary in s.levels]
     judged = [(s, s.levels[plan.primary]) for s in rivals if s.levels[plan.primary].better_by is not None]
     if not judged:
-        return ["Nothing can be said yet: the baseline or every other arm has no finished run."]
+        return [
+            "Nothing can be said yet: the baseline or every other arm has no finished run.",
+            *_open(bench, standings),
+        ]
     winners = sorted((x for x in judged if x[1].outcome == "held"), key=lambda x: -_by(x[1]).value)
     name = _name(plan.primary)
     if winners:
@@ -99,7 +102,14 @@ def lead(bench: Bench, standings: Sequence[Standing]) -> list[str]:
         elif level.outcome == "not held":
             worse = "is worse, by" if _by(level).high < 0 else "is no better than the margin asks for, differing by"
             out.append(f"{s.arm} {worse} {_signed(_by(level))}.")
-    return out
+    return [*out, *_open(bench, standings)]
+
+
+def _open(bench: Bench, standings: Sequence[Standing]) -> list[str]:
+    """What is still to be run, where anything is."""
+    wanted = len(bench.plan.seeds)
+    some = [f"{s.arm} has {len(s.seeds)} of {wanted} seeds" for s in standings if len(s.seeds) < wanted]
+    return [f"Not finished: {', '.join(some)}."] if bench.pending() else []
 
 
 def _by(level: Level) -> Estimate:
