@@ -49,7 +49,8 @@ def measure(arm, seed, say):
         "random": MaskedThought(max_rate=0.4, seed=seed),
         "mask": MaskedThought(max_rate=0.4, random_share=0.0, seed=seed),
     }[arm]
-    trained(view, rows(900 * 64, "train", seed), Full(), objective, 900, 3e-3, batch=64, seed=seed)
+    plain = {"lr_scheduler_type": "constant"}  # as a bare AdamW loop would
+    trained(view, rows(900 * 64, "train", seed), Full(), objective, 900, 1e-3, batch=64, seed=seed, **plain)
     return {
         "corrupted": accuracy(view, rows(500, "test", 1000 + seed, wrong=0.25)),
         "clean": accuracy(view, rows(500, "test", 1000 + seed)),

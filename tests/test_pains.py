@@ -1,5 +1,6 @@
 """The twenty sharpest pains of this field (shared ecosystem study): one test for each that concerns what stands here."""
 
+import itertools
 import json
 import socket
 
@@ -299,8 +300,13 @@ def test_pain_10_evaluation_keeps_running_sums_only():
 
     view, most = view_of(), {}
     for count in (40, 400):
-        rows, seen = rows_of(tuple([20] * count)), []
-        hook = view.block(0).register_forward_hook(lambda *_, seen=seen: seen.append(live_bytes()))
+        rows, seen, forwards = rows_of(tuple([20] * count)), [], itertools.count()
+
+        def look(*_, seen=seen, forwards=forwards):
+            if next(forwards) % 6 == 0:  # a look takes half a second
+                seen.append(live_bytes())
+
+        hook = view.block(0).register_forward_hook(look)
         loss = mean_loss(row_scores(view, rows, 64, "causal-lm"))
         hook.remove()
         most[count] = max(seen) - min(seen)

@@ -309,7 +309,7 @@ def evidence(folder: Path = FOLDER) -> str:
         code = f"[{entry['kind']}](methods/{entry['name']}.md)" if entry else "not there yet"
         lines.append(f"| {m['name']} | {m['title']}, {m['year']}, {m['reference']} | {code} | {_told(claim)} |")
     others = [n for n in written if n not in {m["name"] for m in listed}]
-    lines += ["", "## Claims of methods outside the forty-eight", ""] if others else []
+    lines += ["", "## Further claims", ""] if others else []
     lines += [f"- {n}: {_told(written[n]).replace(' | ', ', ')}" for n in others]
     return "\n".join([*lines, "", *_details(written)]) + "\n"
 
