@@ -310,7 +310,7 @@ def evidence(folder: Path = FOLDER) -> str:
         lines.append(f"| {m['name']} | {m['title']}, {m['year']}, {m['reference']} | {code} | {_told(claim)} |")
     others = [n for n in written if n not in {m["name"] for m in listed}]
     lines += ["", "## Further claims", ""] if others else []
-    lines += [f"- {n}: {_told(written[n]).replace(' | ', ', ')}" for n in others]
+    lines += [f"- {n}: {_told(written[n]).replace(' | ', ', ').rstrip(', ')}" for n in others]
     return "\n".join([*lines, "", *_details(written)]) + "\n"
 
 
