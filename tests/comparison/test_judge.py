@@ -1,6 +1,8 @@
 """Standings from finished runs' rows: paired differences, verdicts, the frontier."""
 
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from luthier.comparison.plan import checked
 from luthier.comparison.steps import Done, Job
 from luthier.evaluation.base import Results
 from luthier.evaluation.measures import mean, ratio
+from luthier.report.comparison import lead
 from luthier.statistics import Estimate, estimate
 
 ROWS = tuple(map(str, range(30)))
@@ -47,6 +50,15 @@ def test_pairing_sees_what_rows_would_hide(tmp_path):
     assert good.better_by.value == pytest.approx(0.3, abs=0.05) and good.better_by.low > 0.2
     assert good.value.high - good.value.low > 3 * (good.better_by.high - good.better_by.low)
     assert good.adjusted >= good.better_by.p_value and base.base == 0.0
+
+
+def test_the_answer_in_words_says_by_how_much_an_arm_is_worse(tmp_path):
+    arms = {"base": draws(0.0), "poor": draws(-0.3), "good": draws(0.3)}
+    plan = checked({"recipe": {}, "arms": {a: {} for a in arms}, "primary": "exact_match"}, "p")
+    bench = SimpleNamespace(plan=plan, pending=lambda: [])
+    first, second = lead(bench, compared(tmp_path, arms))
+    assert re.fullmatch(r"good beats base in exact match by \+0\.\d+ \(0\.\d+ to 0\.\d+\)\.", first), first
+    assert re.fullmatch(r"poor is worse by 0\.\d+ \(0\.\d+ to 0\.\d+\)\.", second), second
 
 
 def test_a_margin_is_asked_for_in_the_primary_measure(tmp_path):

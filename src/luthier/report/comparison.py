@@ -100,8 +100,10 @@ def lead(bench: Bench, standings: Sequence[Standing]) -> list[str]:
                 f"{s.arm}: no difference seen ({_signed(_by(level))}); one of {seen} would most likely have been."
             )
         elif level.outcome == "not held":
-            worse = "is worse, by" if _by(level).high < 0 else "is no better than the margin asks for, differing by"
-            out.append(f"{s.arm} {worse} {_signed(_by(level))}.")
+            e = _by(level)
+            worse = f"is worse by {-e.value:.3g} ({_short(-e.high)} to {_short(-e.low)})"
+            enough = f"is no better than the margin asks for, differing by {_signed(e)}"
+            out.append(f"{s.arm} {worse if e.high < 0 else enough}.")
     return [*out, *_open(bench, standings)]
 
 
