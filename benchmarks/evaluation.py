@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 from machine_note import machine_note
 
 HERE = Path(__file__).parent
-DATA = HERE.parents[1] / "shared/data"
+DATA = Path(os.environ.get("LUTHIER_DATA", HERE.parents[1] / "shared/data"))
 QUESTIONS = 60
 TASK = """
 task: abstracts
