@@ -17,7 +17,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,6 @@ from luthier.training.checkpoint import write_text
 TIERS = {"tiny": 120.0, "small": 1800.0, "gpu": math.inf}  # seconds a claim may take
 FOLDER = Path("claims")
 _STRICT = ConfigDict(frozen=True, extra="forbid")
-Say = Callable[[str], None]
 
 
 class Condition(BaseModel):
@@ -149,9 +148,8 @@ def tell(text: str) -> None:
 
 
 def run(
-    name: str, folder: Path = FOLDER, runs: Path = Path("runs/claims"), say: Say = lambda _: None, fresh: bool = False,
-    processes: int = 1,
-) -> dict[str, Any]:  # fmt: skip
+    name: str, folder: Path = FOLDER, runs: Path = Path("runs/claims"), fresh: bool = False, processes: int = 1
+) -> dict[str, Any]:
     """Measure a claim and return what goes under `measured`; arms and seeds that are done are read, not run again.
 
     processes  seeds measured side by side, each with its share of the cores; 1 where a condition is about seconds
@@ -159,10 +157,10 @@ def run(
     claim = load(folder / f"{name}.yaml")
     if processes > 1:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _thread_share, (processes,)) as pool:
-            parts = [pool.submit(_of_seed, name, folder, runs, seed, tell, fresh) for seed in range(claim.seeds)]
+            parts = [pool.submit(_of_seed, name, folder, runs, seed, fresh) for seed in range(claim.seeds)]
             stored = [part.result() for part in parts]
     else:
-        stored = [_of_seed(name, folder, runs, seed, say, fresh) for seed in range(claim.seeds)]
+        stored = [_of_seed(name, folder, runs, seed, fresh) for seed in range(claim.seeds)]
     found = {arm: {seed: stored[seed][arm]["values"] for seed in range(claim.seeds)} for arm in claim.arms}
     every = [one for by_arm in stored for one in by_arm.values()]
     out = measured(claim, found, sum(one["seconds"] for one in every))
@@ -176,9 +174,11 @@ def _thread_share(processes: int) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
-def _of_seed(name: str, folder: Path, runs: Path, seed: int, say: Say, fresh: bool) -> dict[str, dict[str, Any]]:
-    """arm -> what is stored of it: values, seconds, date and machine. All arms of a seed, so that what is there when it
-    is interrupted is paired."""
+def _of_seed(name: str, folder: Path, runs: Path, seed: int, fresh: bool) -> dict[str, dict[str, Any]]:
+    """arm -> what is stored of it: values, seconds, date and machine.
+
+    All arms of a seed, so that what is there when it is interrupted is paired.
+    """
     claim, module = load(folder / f"{name}.yaml"), experiment(name, folder)
     version = key_of(*(content_of(f) for f in _files(name, folder)), _code(claim.method), __version__)
     stored: dict[str, dict[str, Any]] = {}
@@ -186,13 +186,13 @@ def _of_seed(name: str, folder: Path, runs: Path, seed: int, say: Say, fresh: bo
         file = runs / name / f"{arm}-{seed}-{version[:8]}.json"
         if not file.exists() or fresh:
             started = time.perf_counter()
-            values = {k: float(v) for k, v in module.measure(arm, seed, say).items()}
+            values = {k: float(v) for k, v in module.measure(arm, seed, tell).items()}
             took = {"seconds": time.perf_counter() - started, "date": time.strftime("%Y-%m-%d"), "machine": machine()}
             file.parent.mkdir(parents=True, exist_ok=True)
             write_text(file, json.dumps({"values": values, **took}))
         stored[arm] = json.loads(file.read_text(encoding="utf-8"))
         shown = ", ".join(f"{k} {v:.4g}" for k, v in stored[arm]["values"].items())
-        say(f"{name}  {arm}, seed {seed} of {claim.seeds}: {shown}")
+        tell(f"{name}  {arm}, seed {seed} of {claim.seeds}: {shown}")
     return stored
 
 

@@ -305,7 +305,7 @@ def claim(
     _quiet(debug)
     results = {}
     for one in [name] if name is not None else claims.of_tier(str(tier), folder):
-        results[one] = claims.run(one, folder, say=claims.tell, fresh=fresh, processes=processes)
+        results[one] = claims.run(one, folder, fresh=fresh, processes=processes)
         if record:
             claims.record(one, results[one], folder)
         if not as_json:
