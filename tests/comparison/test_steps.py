@@ -151,6 +151,26 @@ def test_cost_is_read_from_the_longest_run():
     assert steps_within(Cost(10.0, 95.0), 100.0) == 1 and steps_within(Cost(10.0, 5.0), 104.0) == 10
 
 
+def test_choices_of_what_trains_are_planned_for_and_not_taken_for_a_part_of_every_step():
+    """Four measured steps hold four choices, a run of twenty holds five: each costs as much as three steps."""
+
+    def chooses(steps):
+        return 1 + (steps - 1) // max(1, steps // 5)
+
+    def run(job):
+        plain = ran(job)
+        chosen = 3000.0 * chooses(plain.steps) if job.arm == "b" else 0.0
+        return plain._replace(flops=plain.flops + chosen, select_flops=chosen)
+
+    plan, arms = plan_of(), {**ARMS, "b": ARMS["b"]._replace(selections=chooses)}
+    done, order = carried_out(plan, arms, run)
+    spent = {arm: done[f"{arm}/seed-0"].flops + done[f"{arm}/seed-0"].once_flops for arm in "ab"}
+    assert spent["b"] == pytest.approx(spent["a"], abs=1000.0 / 2) and done["b/seed-0"].steps < 20
+    measured = {n: done[n] for n in order if n.endswith("measure")}
+    rest = [d for n, d in done.items() if n not in measured]
+    assert forecast(plan, arms, measured)["flops"] == pytest.approx(sum(d.flops + d.once_flops for d in rest), rel=0.02)
+
+
 def test_the_forecast_is_what_the_runs_then_take():
     plan = plan_of()
     done, order = carried_out(plan, ARMS)

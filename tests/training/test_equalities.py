@@ -29,7 +29,7 @@ from luthier.tuners.lora import Lora
 from luthier.tuners.spiel import Spiel
 
 # eps above the rounding of gradients: else Adam blows a gradient of 1e-9 up to a whole step.
-SETTINGS = TrainSettings(max_steps=4, batch_size=8, learning_rate=1e-2, tokens_per_forward=30, adam_eps=1e-6)
+SETTINGS = TrainSettings(max_steps=4, batch_size=8, learning_rate=1e-2, tokens_per_forward=30, adam_eps=1e-5)
 CASES = {
     "lora-sft": (Lora(rank=4), Sft()),
     "full-q-tuning": (Full(), QTuning(keep_rows=0.5)),

@@ -199,3 +199,16 @@ def test_a_share_that_trains_nothing_names_the_smallest_that_does():
 def test_unknown_architecture_is_refused():
     with pytest.raises(LuthierError, match="does not know where"):
         plan(view_of("lfm2"), 0.8, batch_of())
+
+
+@pytest.mark.parametrize(("every", "steps"), [(4, 9), (None, 7), (None, 2)])
+def test_it_says_how_often_it_selects(every, steps):
+    tuner, view, seen = GreenTrainer(flops_share=0.7, reselect_every=every), view_of(), []
+    loop = Loop(
+        view, rows_of(), tuner.attach(view, total_steps=steps), Sft(), TrainSettings(max_steps=steps, batch_size=4)
+    )
+    select_now = loop.trainable._select
+    loop.trainable._select = lambda *words: seen.append(1) or select_now(*words)
+    for _ in range(steps):
+        loop.step()
+    assert len(seen) == tuner.selections(steps)

@@ -202,10 +202,22 @@ def test_detaching_after_re_selection_gives_the_base_back(dtype):
 
 def test_the_work_of_choosing_is_in_the_ledger():
     loop = loop_of(Lift(density=0.1, reselect_every=2), max_steps=12)
+    first = loop.progress.flops["select"]
     loop.step()
-    assert loop.progress.flops["select"] == 0
+    assert loop.progress.flops["select"] == first > 0
     loop.step()
-    assert loop.progress.flops["select"] > 0
+    assert loop.progress.flops["select"] == 2 * first
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7, 12])
+def test_it_says_how_often_it_chooses_and_the_first_time_counts(steps):
+    view, tuner = view_of(), Lift(rank=2, reselect_every=5)
+    settings = TrainSettings(max_steps=steps, batch_size=4)
+    loop = Loop(view, rows_of(), tuner.attach(view, None, steps), Sft(), settings)
+    a_choice = loop.progress.flops["select"]
+    for _ in range(steps):
+        loop.step()
+    assert loop.progress.flops["select"] == pytest.approx(a_choice * tuner.selections(steps)) and a_choice > 0
 
 
 def test_bad_input(caplog):

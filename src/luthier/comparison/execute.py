@@ -161,6 +161,7 @@ class Bench:
         return Done(
             job, sum(flops.values()), spent["seconds"], state["steps"], state["row_tokens"], once, spent["curation_seconds"],
             state["update_bytes"], state["peak_memory_bytes"], state["evaluation_seconds"], value,
+            select_flops=flops.get("select", 0.0),
         )  # fmt: skip
 
     def finish(self, job: Job, answer: dict[str, Any]) -> None:
@@ -221,7 +222,9 @@ def _arm(plan: Comparison, arm: str, recipe: Recipe, files: Files, base: Path) -
     own = Loop.length(rows, recipe)
     a_step = census.tokens / max(1, Loop.length(rows, recipe.model_copy(update={"epochs": 1.0, "max_steps": None})))
     rate = keys.learning_rate if isinstance(keys, Foreign) else recipe.learning_rate
-    return Arm(arm, rate, a_step, own, keys if isinstance(keys, Foreign) else None)
+    if isinstance(keys, Foreign):
+        return Arm(arm, rate, a_step, own, keys)
+    return Arm(arm, rate, a_step, own, None, recipe.tuner.selections)
 
 
 def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> list[Standing]:

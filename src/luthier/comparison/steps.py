@@ -7,11 +7,12 @@ every seed at the best rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from luthier.comparison.plan import Comparison, Foreign, Search
 
+Selections = Callable[[int], int]
 MEASURED_STEPS = 4  # of the first, short run of each arm
 
 
@@ -33,6 +34,7 @@ class Done(NamedTuple):
     """What a finished run says.
 
     flops, seconds  of training with selection; once: FLOPs and seconds before the first step (curation)
+    select_flops  of these, what choosing what trains took
     row_tokens      tokens of the rows it was given
     value           the measure that chooses, with its direction made so that more is better; None where not measured
     error           why it failed; None where it did not
@@ -50,18 +52,30 @@ class Done(NamedTuple):
     evaluation_seconds: float = 0.0
     value: float | None = None
     error: str | None = None
+    select_flops: float = 0.0
 
 
 class Cost(NamedTuple):
-    """Of one arm's step, in the budget's unit, and what is spent before the first."""
+    """Of one arm, in the budget's unit: a step, what is spent before the first, and a choice of what trains."""
 
     step: float
     once: float
+    choice: float = 0.0
+
+    def of(self, steps: int, selections: Selections) -> float:
+        """What so many steps take."""
+        return self.once + self.step * steps + self.choice * selections(steps)
 
 
-def cost_of(done: list[Done], unit: str, tokens_a_step: float) -> Cost:
+def never(steps: int) -> int:
+    """Of most tuners: nothing is chosen."""
+    return 0
+
+
+def cost_of(done: list[Done], unit: str, tokens_a_step: float, selections: Selections = never) -> Cost:
     """From the runs so far, the longest trusted most: what a step over average rows takes.
 
+    selections  how often a run of so many steps chooses what trains, at a cost that its length hardly changes
     Raises ValueError where there is none.
     """
     runs = [d for d in done if d.error is None and d.steps]
@@ -72,12 +86,15 @@ def cost_of(done: list[Done], unit: str, tokens_a_step: float) -> Cost:
         return Cost(tokens_a_step, 0.0)
     spent = {"flops": known.flops, "seconds": known.seconds}[unit]
     once = {"flops": known.once_flops, "seconds": known.once_seconds}[unit]
-    return Cost(spent / max(known.row_tokens, 1.0) * tokens_a_step, once)
+    times = selections(known.steps) if unit == "flops" else 0  # seconds are not told apart
+    chosen = known.select_flops if times else 0.0
+    return Cost((spent - chosen) / max(known.row_tokens, 1.0) * tokens_a_step, once, chosen / max(times, 1))
 
 
-def steps_within(cost: Cost, budget: float) -> int:
-    """Whole steps a budget pays for; at least one."""
-    return max(1, int((budget - cost.once) / cost.step + 0.5))
+def steps_within(cost: Cost, budget: float, selections: Selections = never) -> int:
+    """The most whole steps a budget pays for, to half a step; at least one."""
+    most = max(1, int((budget - cost.once) / cost.step + 0.5))
+    return next((n for n in range(most, 1, -1) if cost.of(n, selections) <= budget + cost.step / 2), 1)
 
 
 def next_rate(tried: Mapping[float, float], start: float, factor: float) -> float:
@@ -120,6 +137,7 @@ class Arm(NamedTuple):
     tokens_a_step: float
     own_steps: int
     foreign: Foreign | None = None
+    selections: Selections = never
 
 
 def next_jobs(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]) -> list[Job]:
@@ -142,8 +160,7 @@ def budget_of(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done
     runs = [d for d in _mine(done, base.name) if d.job.purpose == "measure" and d.error is None]
     if not runs:
         return None
-    cost = cost_of(runs, "flops", base.tokens_a_step)
-    return "flops", cost.once + cost.step * base.own_steps
+    return "flops", cost_of(runs, "flops", base.tokens_a_step, base.selections).of(base.own_steps, base.selections)
 
 
 def over_budget(plan: Comparison, done: Mapping[str, Done], arm: str) -> str | None:
@@ -195,7 +212,8 @@ def _steps(budget: tuple[str, float], arm: Arm, done: list[Done], share: float) 
     # Trials are planned from the first measurement, so that a finished one changes no other's length.
     known = done if share == 1.0 else [d for d in done if d.job.purpose == "measure"]
     finished = [d for d in known if not d.job.purpose.startswith("seed-")]
-    return steps_within(cost_of(finished, unit, arm.tokens_a_step), amount * share)
+    cost = cost_of(finished, unit, arm.tokens_a_step, arm.selections)
+    return steps_within(cost, amount * share, arm.selections)
 
 
 def rates_tried(done: Mapping[str, Done], arm: str) -> dict[float, float]:
@@ -236,9 +254,10 @@ def forecast(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]
         if known is None or known.error is not None or over_budget(plan, done, arm.name) is not None:
             seconds += sum(shares) * budget[1] if known is None else 0.0
             continue
+        tokens, chooses = arms[leader].tokens_a_step, arms[leader].selections
         for share in shares:
             steps = _steps(budget, arms[leader], [known], share) or 0
-            scale = steps * arms[leader].tokens_a_step / max(known.row_tokens, 1.0)
-            flops += known.once_flops + known.flops * scale
+            scale = steps * tokens / max(known.row_tokens, 1.0)
+            flops += cost_of([known], "flops", tokens, chooses).of(steps, chooses)
             seconds += known.once_seconds + known.seconds * scale + known.evaluation_seconds
     return {"runs": total_runs(plan) - len(done), "flops": flops, "seconds": seconds}

@@ -102,7 +102,7 @@ class Loop:
         self.compute, self.data_hash = compute, data_hash
         s = settings
         self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle)
-        self.progress = Progress()
+        self.progress = Progress(flops={"select": trainable.attach_flops} if trainable.attach_flops else {})
         self.probe = Probe(view, objective, self.extra, self._total)
         groups = trainable.groups()
         if self.extra is not None and (beside := [p for p in self.extra.parameters() if p.requires_grad]):

@@ -250,6 +250,9 @@ class GreenTrainer(Tuner):
             every = max(1, total_steps // 3)
         return GreenTrainable(self, as_view(model), every)
 
+    def selections(self, total_steps: int) -> int:
+        return -(-total_steps // (self.reselect_every or max(1, total_steps // 3)))
+
 
 class GreenTrainable(Trainable):
     """All weights with masters, of which the selected train."""

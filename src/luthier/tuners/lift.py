@@ -145,6 +145,14 @@ class Lift(Tuner):
             raise RecipeError("lift", "needs the total number of steps", "set max_steps")
         return LiftTrainable(self, as_view(model), total_steps or 0)
 
+    def every(self, total_steps: int) -> int:
+        """Steps between two choices of a run; 0: there is only the first."""
+        return min(self.reselect_every, max(1, total_steps // 5)) if self.reselect_every else 0
+
+    def selections(self, total_steps: int) -> int:
+        every = self.every(total_steps)
+        return 1 + ((total_steps - 1) // every if every else 0)
+
 
 class LiftTrainable(Trainable):
     """The entries that train, and those that did before: positions, base values and differences of each."""
@@ -153,7 +161,7 @@ class LiftTrainable(Trainable):
         super().__init__(view)
         self.freeze_base()
         self.tuner, self._streams, self._steps = tuner, Streams(tuner.seed), 0
-        self.every = min(tuner.reselect_every, max(1, total_steps // 5)) if tuner.reselect_every else 0
+        self.every = tuner.every(total_steps)
         linears, seen = [], set()
         for x in view.anatomy.match(tuner.targets):
             weight = view.weight(x.name)
@@ -162,7 +170,9 @@ class LiftTrainable(Trainable):
                 seen.add(id(weight))
         if view.anatomy.tied and any(x.module == view.anatomy.head for x in linears):
             raise RecipeError("lift.targets", "the head is tied to the embeddings", "leave it out")
+        before = view.meter.total
         self.sparse = SparseWeights(view, linears, {x.name: self._choose(x) for x in linears})
+        self.attach_flops = view.meter.total - before
         # Dropped entries: positions (ascending), what the base holds there, and the difference training left.
         empty = torch.zeros(0, dtype=torch.long, device=view.device)
         self.left = {n: (empty, s[:0].clone(), v.detach()[:0].clone()) for n, s, v in self._both()}
