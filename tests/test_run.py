@@ -510,6 +510,21 @@ def test_standing_still_is_said_once_with_the_place(capsys):
     assert capsys.readouterr().err.count("the last thing begun: rendering f.jsonl:7") == 1
 
 
+def test_peak_memory_is_the_runs_own_and_not_that_of_the_process_before(model_folder, tmp_path):
+    import torch
+
+    from luthier import recipe
+    from luthier.forecast import peak_memory
+    from luthier.run import run
+
+    large = torch.ones(100_000_000)
+    del large
+    earlier = peak_memory()
+    path = write(tmp_path, model_folder, train=rows(8), held=rows(4, 100), max_steps=2)
+    told = run(recipe.load_file(path), tmp_path / "out", tmp_path, foresee=False)
+    assert told["peak_memory_bytes"] < earlier - 200_000_000
+
+
 def test_self_training_from_the_command_line_uses_the_pool(model_folder, tmp_path):
     words = lambda i: f"{'good' if i % 2 else 'poor'} thing {i}"  # noqa: E731
     train = [{"text": words(i), "label": "yes" if i % 2 else "no"} for i in range(12)]

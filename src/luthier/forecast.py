@@ -157,7 +157,7 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 
 def measure(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prepared, layers: int) -> Measured:
     """Train a miniature for a few steps. Its first step holds the longest rows, the others typical ones."""
-    _forget_peak()
+    forget_peak()
     view = _miniature(recipe, with_layers(config, layers), tokenizer)
     weights = _bytes(view.module.parameters())
     total, rows = Loop.length(data.rows, recipe), _rows(data, recipe)
@@ -259,7 +259,7 @@ def _gradients(trainable: Trainable) -> int:
     return sum(p.nbytes for p in trained.values())
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
     """Start a new record of peak memory, with what is free given back."""
     gc.collect()
     if torch.cuda.is_available():

@@ -25,7 +25,7 @@ from luthier.data.rendering import Renderer
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation import kept
 from luthier.evaluation.base import Exam, Results
-from luthier.forecast import NoForecast, disk_needed, in_time, in_words, miss, peak_memory, resolved
+from luthier.forecast import NoForecast, disk_needed, forget_peak, in_time, in_words, miss, peak_memory, resolved
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import CLASSES, Located, load_config, load_model, load_tokenizer, locate, named_classes
 from luthier.model.view import ModelView
@@ -221,6 +221,7 @@ def run(
         if before.get("state") == "done":
             say(f"{folder} is finished already")
             return before
+        forget_peak()  # of what this process did before: a worker carries out one run after another
         _begin(place, recipe, base)
         tracking.check(recipe.report_to)
         say(f"model   {recipe.model}")
