@@ -69,6 +69,10 @@ def model() -> Any:
 
 def scored(arm: str, folder: Path) -> dict[str, float]:
     """Seconds of the examination without loading, accuracy, peak memory."""
+    from lm_eval import simple_evaluate  # both arms need it: seconds that are nobody's
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     from luthier.evaluation import LmEval
     from luthier.evaluation.base import Exam
 
@@ -80,10 +84,6 @@ def scored(arm: str, folder: Path) -> dict[str, float]:
         )
         value = acc.value
     else:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-
         theirs = HFLM(pretrained=view.module, tokenizer=renderer.tokenizer, batch_size=int(arm.split()[1]))
         found = simple_evaluate(theirs, tasks=["abstracts"], task_manager=TaskManager(include_path=str(folder)),
                                 apply_chat_template=True, bootstrap_iters=0)  # fmt: skip
