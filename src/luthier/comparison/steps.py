@@ -255,9 +255,10 @@ def forecast(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]
             seconds += sum(shares) * budget[1] if known is None else 0.0
             continue
         tokens, chooses = arms[leader].tokens_a_step, arms[leader].selections
+        cost = cost_of([known], "flops", tokens, chooses)
         for share in shares:
             steps = _steps(budget, arms[leader], [known], share) or 0
             scale = steps * tokens / max(known.row_tokens, 1.0)
-            flops += cost_of([known], "flops", tokens, chooses).of(steps, chooses)
+            flops += cost.of(steps, chooses)
             seconds += known.once_seconds + known.seconds * scale + known.evaluation_seconds
     return {"runs": total_runs(plan) - len(done), "flops": flops, "seconds": seconds}

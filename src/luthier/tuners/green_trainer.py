@@ -239,19 +239,18 @@ class GreenTrainer(Tuner):
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
     ) -> GreenTrainable:
-        every = self.reselect_every
-        if every is None:
-            if total_steps is None:
-                raise RecipeError(
-                    "green-trainer.reselect_every",
-                    "is unset and the run has no known length",
-                    "set one of them",
-                )
-            every = max(1, total_steps // 3)
-        return GreenTrainable(self, as_view(model), every)
+        if self.reselect_every is None and total_steps is None:
+            raise RecipeError(
+                "green-trainer.reselect_every", "is unset and the run has no known length", "set one of them"
+            )
+        return GreenTrainable(self, as_view(model), self.every(total_steps or 0))
+
+    def every(self, total_steps: int) -> int:
+        """Steps between two selections of a run."""
+        return self.reselect_every or max(1, total_steps // 3)
 
     def selections(self, total_steps: int) -> int:
-        return -(-total_steps // (self.reselect_every or max(1, total_steps // 3)))
+        return -(-total_steps // self.every(total_steps))
 
 
 class GreenTrainable(Trainable):
