@@ -70,6 +70,19 @@ def test_short_attention_equals_the_fused_kernel_and_ordinary_operations(causal,
     assert _plain is not _fused
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_without_a_gradient_is_the_same(causal, window):
+    module = torch.nn.Module()
+    module.is_causal = causal
+    q, k, v = (torch.randn(1, h, 15, 8, requires_grad=True) for h in (4, 2, 2))
+    trained, _ = flat_attention(module, q, k, v, None, sequence_lengths=(5, 9, 1), sliding_window=window)
+    with torch.no_grad():
+        asked, _ = flat_attention(module, q, k, v, None, sequence_lengths=(5, 9, 1), sliding_window=window)
+    assert trained.grad_fn.name().startswith("_ShortAttention") and asked.grad_fn is None
+    torch.testing.assert_close(asked, trained)
+
+
 def documented_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """torch's varlen_attn as its documentation describes it, for machines without its kernel."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and max_q == int(cu_seq_q.diff().max())

@@ -1,8 +1,9 @@
 """Attention over sequences laid end to end: each sees itself only, nothing is padded.
 
-Registered with transformers as `luthier`. Short sequences on a CPU take a custom autograd function over batched matrix
-products (the fused bf16 kernel's backward is slow there), half precision on a GPU torch's variable-length kernel, others
-the fused kernel once a sequence; inside `plain_operations` it is made of ordinary ones.
+Registered with transformers as `luthier`. Short sequences that are trained on a CPU take a custom autograd function over
+batched matrix products (the fused bf16 kernel's backward is slow there), half precision on a GPU torch's variable-length
+kernel, others the fused kernel once a sequence: without a backward it takes half of the products' time, in bf16 a quarter.
+Inside `plain_operations` it is made of ordinary ones.
 The lengths travel as a keyword argument of the model call; no mask tensor is ever built.
 """
 
@@ -44,7 +45,7 @@ class _Bins(NamedTuple):
     blocked: Tensor
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4)  # of a forward, for its layers and their backward; more would leave holes in the heap
 def _bins(lengths: tuple[int, ...], causal: bool, window: int | None, device: torch.device) -> tuple[_Bins, ...]:
     """Cut a flat row into bins whose padding wastes at most half of the scores."""
     starts = [0]
@@ -227,8 +228,9 @@ def flat_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     window = sliding_window if sliding_window is not None and max(sequence_lengths) > sliding_window else None
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     short = max(sequence_lengths) <= SHORT and query.device.type == "cpu" and dropout == 0.0
-    if short and not is_plain():
+    if short and trained and not is_plain():
         return _ShortAttention.apply(query, key, value, sequence_lengths, scale, causal, window), None
     if has_varlen(query) and dropout == 0.0 and not is_plain():
         return _varlen(query, key, value, sequence_lengths, scale, causal, window), None
