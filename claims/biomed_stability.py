@@ -26,6 +26,6 @@ def measure(arm, seed, say):
     for _ in range(STEPS):
         loop.step()
     seconds = (time.perf_counter() - started) / STEPS
-    held = rendered("valid", 300)
+    held = rendered("test", 1214)
     right = [bool(found.all()) for _, found, _ in first_choices(view, held, 2048, "causal-lm")]
-    return {"accuracy": float(np.mean(right)), "seconds": seconds, "loss": mean_nll(view, held)}
+    return {"accuracy": float(np.mean(right)), "seconds": seconds, "loss": mean_nll(view, held[:300])}

@@ -228,9 +228,8 @@ def flat_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
     window = sliding_window if sliding_window is not None and max(sequence_lengths) > sliding_window else None
-    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     short = max(sequence_lengths) <= SHORT and query.device.type == "cpu" and dropout == 0.0
-    if short and trained and not is_plain():
+    if short and torch.is_grad_enabled() and not is_plain():
         return _ShortAttention.apply(query, key, value, sequence_lengths, scale, causal, window), None
     if has_varlen(query) and dropout == 0.0 and not is_plain():
         return _varlen(query, key, value, sequence_lengths, scale, causal, window), None
