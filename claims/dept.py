@@ -12,7 +12,8 @@ from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.dept import Dept
 
-STEPS, BUDGET = 60, 20
+STEPS, SEARCH, BUDGET = 150, 75, 20
+RATES = [(1e-3, 1e-4), (1e-2, 5e-4), (1e-1, 5e-3)]  # of the vectors and of the offsets; the sheet's, low to high
 
 
 @cache
@@ -26,15 +27,37 @@ def rendered(split, count):
     ]
 
 
-def measure(arm, seed, say):
+def trained(arm, seed, rates, steps):
+    """The model with its prompt still attached, and the seconds of a step."""
     own = {"length": 12, "max_length": 64} if arm == "dept" else {"length": BUDGET, "rank": 0}
-    tuner = Dept(budget_length=BUDGET, seed=seed, **own)
+    prompt, offset = rates
+    tuner = Dept(budget_length=BUDGET, seed=seed, prompt_learning_rate=prompt, offset_learning_rate=offset, **own)
     view = load_model(locate(BUILTIN))
-    settings = TrainSettings(max_steps=STEPS, batch_size=8, seed=seed)
-    loop = Loop(view, rendered("train", 1000), tuner.attach(view, None, STEPS), Sft(), settings)
+    settings = TrainSettings(max_steps=steps, batch_size=8, seed=seed)
+    loop = Loop(view, rendered("train", 1000), tuner.attach(view, None, steps), Sft(), settings)
     started = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(steps):
         loop.step()
-    seconds = (time.perf_counter() - started) / STEPS
-    with loop.trainable.phase("score"):
-        return {"loss": mean_nll(view, rendered("valid", 100)), "seconds": seconds}
+    return view, loop.trainable, (time.perf_counter() - started) / steps
+
+
+def loss(view, trainable, rows):
+    with trainable.phase("score"):
+        return mean_nll(view, rows)
+
+
+@cache
+def searched(arm):
+    """The best of three pairs of rates after half of the steps, on training rows that no run sees."""
+    found = {}
+    for rates in RATES:
+        view, trainable, _ = trained(arm, 100, rates, SEARCH)
+        found[rates] = loss(view, trainable, rendered("train", 1300)[1000:])
+    return min(found, key=found.get)
+
+
+def measure(arm, seed, say):
+    rates = searched(arm)
+    view, trainable, seconds = trained(arm, seed, rates, STEPS)
+    held = loss(view, trainable, rendered("valid", 300))
+    return {"loss": held, "seconds": seconds, "prompt_rate": rates[0], "offset_rate": rates[1]}
