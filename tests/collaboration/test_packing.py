@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from luthier.collaboration.packing import factor_deltas, from_deltas, pack, slots, unpack, widths
+from luthier.collaboration.packing import factor_deltas, from_deltas, kinds, pack, slots, unpack, widths
 from luthier.objectives.sft import Sft
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
@@ -114,3 +114,14 @@ def test_bad_input():
     with pytest.raises(ValueError, match="lies in no block"):
         pack({"a.lm_head.weight": torch.ones(2, 2)})
     assert copy.copy(update) == update
+
+
+def test_kinds_say_which_factor_a_coordinate_belongs_to():
+    shapes = {
+        "a.m.0.q.weight": (2, 3), "b.m.0.q.weight": (4, 2), "a.m.1.q.weight": (2, 3), "b.m.1.q.weight": (2, 2),
+    }  # fmt: skip
+    found = kinds(shapes)
+    ones = {k: torch.full(s, float(k[0] == "b")) for k, s in shapes.items()}
+    packed = pack(ones)
+    assert torch.equal(found >= 0, packed.mask)
+    assert torch.equal(found[packed.mask].float(), packed.rows[packed.mask])

@@ -49,6 +49,20 @@ def widths(order: list[Slot]) -> dict[int, int]:
     return out
 
 
+def kinds(shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """[L, d] int8: 0 for a coordinate of an A, 1 for one of a B, -1 where a narrower layer is padded."""
+    order = slots(shapes)
+    wide = widths(order)
+    out = torch.full((len(wide), max(wide.values())), -1, dtype=torch.int8)
+    at = dict.fromkeys(sorted(wide), 0)
+    rows = {layer: i for i, layer in enumerate(at)}
+    for s in order:
+        n = torch.Size(s.shape).numel()
+        out[rows[s.layer], at[s.layer] : at[s.layer] + n] = "ab".index(s.key[0])
+        at[s.layer] += n
+    return out
+
+
 def factor_deltas(part: LowRank, chart: Chart) -> dict[str, Tensor]:
     """A - A0 and B, float32, by key.
 

@@ -1,0 +1,46 @@
+"""Messages on disk, in the order they arrived: what a restarted party goes on from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from luthier.collaboration.messages import Message, Refused, decode
+
+
+class Journal:
+    """A folder of messages. One is in it whole or not at all, whatever is killed when.
+
+    limit  bytes of payload that are taken up again
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob("*.part"):  # of a write that was cut off: never acknowledged, so the sender has it
+            left.unlink()
+        self.count = len(list(folder.glob("*.message")))
+
+    def append(self, message: Message) -> Path:
+        """Write and sync; when this returns, a power cut does not lose the message."""
+        target = self.folder / f"{self.count:06d}.message"
+        temporary = target.with_suffix(".part")
+        with temporary.open("wb") as file:
+            file.write(message.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(target)
+        entry = os.open(self.folder, os.O_RDONLY)
+        os.fsync(entry)
+        os.close(entry)
+        self.count += 1
+        return target
+
+    def __iter__(self) -> Iterator[Message]:
+        """All messages, oldest first. Raises Refused for a file that was damaged since, naming it."""
+        for file in sorted(self.folder.glob("*.message")):
+            try:
+                yield decode(file.read_bytes(), self.limit)
+            except Refused as error:
+                raise Refused(error.name, f"{file}: {error}") from error

@@ -1,0 +1,10 @@
+"""From a small model's update to a large one's."""
+
+from luthier._lazy import lazy
+
+EXPORTS = {
+    "Pairs": "base",
+    "Ridge": "ridge",
+    "Transformer": "transformer",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)
