@@ -1,0 +1,126 @@
+"""What parties agree on before anybody tunes: both models, the way of tuning, and the very tensors it starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import NamedTuple
+
+import torch
+from pydantic import BaseModel, SerializeAsAny
+from torch import Tensor
+
+from luthier.collaboration.messages import Refused
+from luthier.collaboration.packing import factor_deltas, from_deltas, kinds, pack, unpack
+from luthier.model.fingerprint import Fingerprint
+from luthier.model.view import ModelView
+from luthier.training.settings import TrainSettings
+from luthier.tuners.lora import Lora
+from luthier.update import Chart, LowRank, Update
+
+PACKING = 1  # order and shape of packed updates
+ADAPTER_COSINE = (
+    0.5  # of what arrives as a difference with A0, above which it is an adapter: differences are nearly orthogonal
+)
+
+
+class Side(BaseModel, frozen=True, extra="forbid"):
+    """One of the two models, as tuned from a fixed start."""
+
+    base: Fingerprint
+    initial: str
+    """Digest of the tensors that tuning starts from (A0); two low-rank updates compare under one start only."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of the factors, by "a.NAME" and "b.NAME"."""
+    scale: float
+    """The addition is scale * B A."""
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """(layers, numbers a layer) of a packed update."""
+        return tuple(self.kinds().shape)  # type: ignore[return-value]
+
+    def kinds(self) -> Tensor:
+        """[L, d] int8: which factor a coordinate belongs to."""
+        return kinds(self.shapes)
+
+
+class Start(NamedTuple):
+    """A side with its tensors."""
+
+    side: Side
+    chart: Chart
+
+    def update(self, coordinates: Tensor) -> Update:
+        """The model's update from [L, d]: A0 + the difference in A, and B."""
+        deltas = unpack(coordinates, self.side.shapes)
+        scale = {k[2:]: self.side.scale for k in self.side.shapes if k.startswith("a.")}
+        return Update(self.side.base, (from_deltas(deltas, self.chart, scale),), self.chart)
+
+    def initial(self) -> Tensor:
+        """[L, d]: A0 where coordinates belong to an A, zero elsewhere."""
+        zeros = {k: torch.zeros(s) for k, s in self.side.shapes.items()}
+        return pack(zeros | {k: t.float() for k, t in self.chart.initial.items()}).rows
+
+
+def start_of(view: ModelView, tuner: Lora) -> Start:
+    """Where tuning this model starts: the same for the same model and tuner on every machine."""
+    trainable = tuner.attach(view)
+    update = trainable.update()
+    trainable.detach()
+    part, chart = update.parts[0], update.chart
+    assert isinstance(part, LowRank) and chart is not None
+    shapes = {k: tuple(t.shape) for k, t in factor_deltas(part, chart).items()}
+    side = Side(base=update.base, initial=chart.digest, shapes=shapes, scale=tuner.alpha / tuner.rank)
+    return Start(side, chart)
+
+
+class Contract(BaseModel, frozen=True, extra="forbid"):
+    """Equal for every shadow run and every client; its digest names the collaboration."""
+
+    small: Side
+    large: Side
+    tuner: SerializeAsAny[Lora]
+    settings: TrainSettings
+    packing: int = PACKING
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def refuse_other(found: Side, agreed: Side, who: str) -> None:
+    """Raises Refused, by the name of the first field that differs; never a best effort."""
+    for name, is_so, should in (
+        ("base", found.base.weights, agreed.base.weights),
+        ("tokenizer", found.base.tokenizer, agreed.base.tokenizer),
+        ("initial", found.initial, agreed.initial),
+        ("shapes", found.shapes, agreed.shapes),
+        ("scale", found.scale, agreed.scale),
+    ):
+        if is_so != should:
+            raise Refused(name, f"{who} has {_short(is_so)}, the contract says {_short(should)}")
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+def refuse_vector(x: Tensor, start: Start, who: str) -> None:
+    """Raises Refused, by name, for what cannot be an update of this side: dtype, shape, not-finite, zero, adapter."""
+    if not x.is_floating_point():
+        raise Refused("dtype", f"{who} sent {x.dtype}, an update is of real numbers")
+    if tuple(x.shape) != start.side.layout:
+        raise Refused("shape", f"{who} sent {tuple(x.shape)}, the contract's updates are {start.side.layout}")
+    if not x.isfinite().all():
+        raise Refused("not-finite", f"{who} sent {int((~x.isfinite()).sum())} values that are not finite")
+    if not x.any():
+        raise Refused("zero", f"{who} sent an update that changes nothing")
+    initial = start.initial()
+    here = x.float()[initial != 0]
+    cosine = torch.cosine_similarity(here, initial[initial != 0], dim=0)
+    if cosine > ADAPTER_COSINE:
+        raise Refused(
+            "adapter", f"{who} sent a whole adapter (cosine {cosine:.2f} with its start), not the difference to it"
+        )

@@ -1,0 +1,51 @@
+"""Aligned pairs: both models tuned on the same public rows, again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from luthier.model.view import ModelView
+from luthier.objectives.sft import Sft
+from luthier.rng import Streams
+from luthier.training.loop import Loop, Rows
+from luthier.training.settings import TrainSettings
+from luthier.tuners.lora import Lora
+
+
+def draw(rows: Rows, count: int, size: int, streams: Streams) -> list[list[int]]:
+    """`count` shadow sets of `size` indices each: without replacement inside a set, sets independent of each other.
+
+    Raises ValueError where a set would be larger than what it is drawn from.
+    """
+    if size > len(rows):
+        raise ValueError(f"a shadow set of {size} rows cannot be drawn from {len(rows)}; lower its size or add rows")
+    return [streams.at("shadow", k).choice(len(rows), size=size, replace=False).tolist() for k in range(count)]
+
+
+def tuned(
+    view: ModelView, rows: Sequence, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tensor | None:  # fmt: skip
+    """[snapshots, L, d] float32: the update after each of the last optimiser steps; None where it was asked to stop.
+
+    The model is the base again afterwards, bit for bit. Raises ValueError for more snapshots than steps.
+    """
+    steps = Loop.length(rows, settings)
+    if snapshots > steps:
+        raise ValueError(f"{snapshots} snapshots of a run of {steps} steps; lower snapshots or train longer")
+    trainable = tuner.attach(view, None, steps)
+    try:
+        loop = Loop(view, rows, trainable, Sft(), settings)
+        seen: list[Tensor] = []
+        for step in range(steps):
+            if stop():
+                return None
+            loop.step()
+            if step >= steps - snapshots:
+                seen.append(trainable.update().coordinates())
+    finally:
+        trainable.detach()
+    return torch.stack(seen)
