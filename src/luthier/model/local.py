@@ -1,0 +1,150 @@
+"""Small models made on this machine from text that is at hand: pairs that share a tokenizer, and no download."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from luthier.cache import cache_folder, key_of, made
+from luthier.data.rendering import Renderer
+from luthier.model.loading import load_model, load_tokenizer, locate
+from luthier.model.view import ModelView
+from luthier.objectives.sft import Sft
+from luthier.rng import Streams
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.full import Full
+
+END = "<|endoftext|>"
+Said = Callable[[dict[str, float]], None]
+
+
+class Shape(NamedTuple):
+    """Of a Llama."""
+
+    hidden: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    inner: int
+
+
+SMALL, LARGE = Shape(48, 2, 4, 2, 128), Shape(96, 3, 4, 2, 256)
+
+
+class Schooling(NamedTuple):
+    """How a model made here learns to read: `steps` of `batch` pieces of `width` characters."""
+
+    steps: int = 1500
+    batch: int = 32
+    width: int = 128
+    rate: float = 3e-3
+    seed: int = 0
+
+
+SCHOOLING = Schooling()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """256 bytes and one mark for the end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = {t: i for i, t in enumerate([END, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=words, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def pieces(
+    sources: Mapping[str, str], shares: Mapping[str, float], count: int, width: int, streams: Streams
+) -> list[str]:
+    """`count` pieces of `width` characters from random places; each piece's source is drawn by its share."""
+    names, generator = sorted(shares), streams.at("pieces")
+    chances = [shares[n] / sum(shares.values()) for n in names]
+    chosen = generator.choice(len(names), size=count, p=chances)
+    out = []
+    for i in chosen:
+        text = sources[names[i]]
+        start = int(generator.integers(0, max(1, len(text) - width)))
+        out.append(text[start : start + width])
+    return out
+
+
+def rendered(texts: list[str], tokenizer: Any) -> list[dict[str, Any]]:
+    """Training rows of bare texts."""
+    renderer = Renderer(tokenizer, plain=True)
+    segments = [renderer.segments({"text": t}) for t in texts]
+    encoded = renderer.encode(segments)
+    return [renderer.training_row(s, p, str(i)) for i, (s, p) in enumerate(zip(segments, encoded, strict=True))]
+
+
+def schooled(
+    sources: Mapping[str, str], shape: Shape, schooling: Schooling = SCHOOLING, say: Said = lambda entry: None
+) -> Path:
+    """The folder of a Llama that has read these sources in equal shares; made once, kept in the cache.
+
+    It is small and has seen next to nothing: it stands for a model wherever a path is tested, and for no model's quality.
+    """
+    folder = cache_folder() / "local" / key_of(sorted(sources.items()), shape, schooling)
+    if folder.exists():
+        return folder
+    tokenizer = byte_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(schooling.seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer), hidden_size=shape.hidden, num_hidden_layers=shape.layers,
+                num_attention_heads=shape.heads, num_key_value_heads=shape.key_value_heads, intermediate_size=shape.inner,
+                max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )  # fmt: skip
+    view = ModelView(model, tokenizer, name="made from local text")
+    s, even = schooling, dict.fromkeys(sources, 1.0)
+    rows = rendered(pieces(sources, even, s.steps * s.batch, s.width, Streams(s.seed)), tokenizer)
+    settings = TrainSettings(
+        max_steps=s.steps, batch_size=s.batch, learning_rate=s.rate, lr_scheduler_type="cosine", seed=s.seed,
+        tokens_per_forward=8192, warmup_fraction=0.02,
+    )  # fmt: skip
+    loop = Loop(view, rows, Full(seed=s.seed).attach(view, None, s.steps), Sft(), settings)
+    for _ in range(s.steps):
+        say(loop.step())
+    with made(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return folder
+
+
+def opened(folder: Path) -> ModelView:
+    """A model made here."""
+    located = locate(str(folder))
+    return load_model(located, tokenizer=load_tokenizer(located))
+
+
+def python_sources() -> dict[str, str]:
+    """Texts of several sorts that every Python brings along: code by package, and prose about the language."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    from pydoc_data.topics import topics
+
+    def code(*places: str) -> str:
+        files = [
+            f
+            for p in places
+            for f in (sorted((library / p).rglob("*.py")) if (library / p).is_dir() else [library / p])
+        ]
+        return "\n".join(f.read_text(encoding="utf-8", errors="replace") for f in files)
+
+    return {
+        "asyncio": code("asyncio", "concurrent"),
+        "encodings": code("encodings"),
+        "mail and web": code("email", "http", "urllib"),
+        "manual": "\n".join(topics.values()),
+        "numbers": code("_pydecimal.py", "fractions.py", "statistics.py", "datetime.py", "random.py"),
+    }
