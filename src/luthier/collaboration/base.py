@@ -1,0 +1,130 @@
+"""Parties: state machines that take messages and answer with messages, the same in one process, over a network, and in
+replay after a kill."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+from luthier.collaboration.journal import Journal
+from luthier.collaboration.messages import Message, Refused
+from luthier.model.fingerprint import Fingerprint
+
+
+class Tick(NamedTuple):
+    """Time is up for what a party waits for."""
+
+
+class Sent(NamedTuple):
+    """A message on its way."""
+
+    to: str
+    message: Message
+
+
+class Disclosure(NamedTuple):
+    """What leaves with a message.
+
+    what     in words
+    to       who sees it
+    bytes    of payload, and with the header
+    unit     that a promise protects: "row", "organisation" or "nothing"
+    promise  "no formal privacy", or a budget
+    """
+
+    what: str
+    to: str
+    bytes: tuple[int, int]
+    unit: str
+    promise: str
+
+
+class Party(Protocol):
+    """A role of a protocol."""
+
+    name: str
+
+    def handle(self, event: Message | Tick) -> list[Sent]:
+        """Take an event and say what to send. Equal events in equal order give equal answers but for their nonces."""
+
+    def disclosure(self, out: Sent) -> Disclosure:
+        """Of a message that this party is about to send."""
+
+
+def in_process(parties: Iterable[Party], first: Iterable[Sent], gate: Callable[[Sent, Disclosure], None]) -> None:
+    """Carry messages between parties of this process until none is left.
+
+    first  what sets it off
+    gate   hears of every message before it is delivered, and may raise to stop it
+    """
+    known = {p.name: p for p in parties}
+    waiting = deque(first)
+    while waiting:
+        sent = waiting.popleft()
+        sender = known.get(sent.message.header.sender)
+        if sender is not None:
+            gate(sent, sender.disclosure(sent))
+        waiting.extend(known[sent.to].handle(sent.message))
+
+
+class Gathering:
+    """One message from each of the expected senders: whoever sends what cannot be used is refused, by name, and what has
+    arrived is on disk before it counts.
+
+    run      digest of the contract
+    accept   raises Refused for a payload that this protocol cannot use
+    journal  None: in memory only
+    """
+
+    def __init__(
+        self, run: str, base: Fingerprint, senders: Iterable[str], accept: Callable[[Message], None],
+        journal: Journal | None = None, round: int = 0,
+    ) -> None:  # fmt: skip
+        self.run, self.base, self.senders, self.round = run, base, frozenset(senders), round
+        self.accept, self.journal = accept, journal
+        self.arrived: dict[str, Message] = {}
+        for message in journal or ():
+            if message.header.round == round:
+                self._check(message)
+                self.arrived[message.header.sender] = message
+
+    @property
+    def missing(self) -> frozenset[str]:
+        return self.senders - self.arrived.keys()
+
+    def take(self, message: Message) -> bool:
+        """True where it is new, False for a duplicate of one that has arrived. Raises Refused."""
+        known = self.arrived.get(message.header.sender)
+        if known is not None and known.digest == message.digest:
+            return False
+        self._check(message)
+        if known is not None:
+            raise Refused("second", f"{message.header.sender} has sent its message of round {self.round} already")
+        if self.journal is not None:
+            self.journal.append(message)
+        self.arrived[message.header.sender] = message
+        return True
+
+    def _check(self, message: Message) -> None:
+        head = message.header
+        if head.sender not in self.senders:
+            raise Refused("unknown", f"{head.sender!r} takes no part in this")
+        if head.run != self.run:
+            raise Refused("contract", f"{head.sender} is under contract {head.run[:12]}, this is {self.run[:12]}")
+        if head.round != self.round:
+            raise Refused("round", f"{head.sender} sent for round {head.round}, this is round {self.round}")
+        if head.base.weights != self.base.weights:
+            raise Refused(
+                "base", f"{head.sender} tuned {head.base.weights[:12]}, the contract's is {self.base.weights[:12]}"
+            )
+        if head.base.tokenizer != self.base.tokenizer:
+            raise Refused("tokenizer", f"{head.sender} has another tokenizer or template than the contract's")
+        self.accept(message)
+
+
+def refusal(error: Refused, message: Message, sender: str, base: Fingerprint) -> Sent:
+    """The answer to a message that is not taken."""
+    head = message.header
+    notes: Mapping[str, str] = {"name": error.name, "says": str(error)}
+    return Sent(head.sender, Message.of("refusal", head.run, sender, base, {}, round=head.round, notes=notes))
