@@ -142,6 +142,19 @@ class LowRank:
     def times(self, c: float) -> LowRank:
         return LowRank(self.a, self.b, {n: c * s for n, s in self.scale.items()}, self.transposed)
 
+    def compacted(self, rank: int) -> tuple[LowRank, float]:
+        """(the nearest part of at most this rank, its relative error); works on the factors, never on [out, in]."""
+        a, b, lost, whole = {}, {}, 0.0, 0.0
+        for n in self.a:
+            left, middle_left = torch.linalg.qr(self.b[n].double())  # [out, R'], [R', R]
+            right, middle_right = torch.linalg.qr(self.a[n].double().T)  # [in, R''], [R'', R]
+            u, s, v = torch.linalg.svd(self.scale[n] * middle_left @ middle_right.T, full_matrices=False)
+            root = s[:rank].sqrt()
+            b[n] = (left @ (u[:, :rank] * root)).float()
+            a[n] = ((root[:, None] * v[:rank]) @ right.T).float()
+            lost, whole = lost + float(s[rank:].square().sum()), whole + float(s.square().sum())
+        return LowRank(a, b, dict.fromkeys(a, 1.0), self.transposed), (lost / whole) ** 0.5 if whole else 0.0
+
     def names(self) -> Iterable[str]:
         return self.a
 

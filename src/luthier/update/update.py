@@ -102,6 +102,9 @@ class Update:
         form  "dense"; "sparse" with `density` (share of each tensor's largest entries kept); "lowrank" with `rank`
               (truncated singular values; two-dimensional tensors only)
         """
+        if form == "lowrank" and rank is not None and len(self.parts) == 1 and isinstance(self.parts[0], LowRank):
+            shorter, relative = self.parts[0].compacted(rank)
+            return Update(self.base, (shorter,)), relative
         full = self.dense()
         if form == "dense":
             part: Part = Dense(full)
