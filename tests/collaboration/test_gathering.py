@@ -22,7 +22,7 @@ def positive(m):
 
 
 def gathering(journal=None, round=0):
-    return Gathering("run", BASE, CLINICS, positive, journal, round)
+    return Gathering("update", "run", BASE, CLINICS, positive, journal, round)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,7 @@ def gathering(journal=None, round=0):
     [
         (message(sender="stranger"), "unknown"),
         (message(run="other"), "contract"),
+        (Message.of("scalars", "run", "north", BASE, {"x": torch.ones(2)}), "kind"),
         (message(round=1), "round"),
         (message(base=BASE.model_copy(update={"weights": "v" * 64})), "base"),
         (message(base=BASE.model_copy(update={"tokenizer": "u" * 64})), "tokenizer"),

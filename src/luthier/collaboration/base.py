@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple, Protocol
 
 from luthier.collaboration.journal import Journal
-from luthier.collaboration.messages import Message, Refused
+from luthier.collaboration.messages import Kind, Message, Refused
 from luthier.model.fingerprint import Fingerprint
 
 
@@ -72,20 +72,21 @@ class Gathering:
     """One message from each of the expected senders: whoever sends what cannot be used is refused, by name, and what has
     arrived is on disk before it counts.
 
+    kind     of message that is waited for
     run      digest of the contract
     accept   raises Refused for a payload that this protocol cannot use
     journal  None: in memory only
     """
 
     def __init__(
-        self, run: str, base: Fingerprint, senders: Iterable[str], accept: Callable[[Message], None],
+        self, kind: Kind, run: str, base: Fingerprint, senders: Iterable[str], accept: Callable[[Message], None],
         journal: Journal | None = None, round: int = 0,
     ) -> None:  # fmt: skip
-        self.run, self.base, self.senders, self.round = run, base, frozenset(senders), round
+        self.kind, self.run, self.base, self.senders, self.round = kind, run, base, frozenset(senders), round
         self.accept, self.journal = accept, journal
         self.arrived: dict[str, Message] = {}
         for message in journal or ():
-            if message.header.round == round:
+            if message.header.round == round and message.header.kind == kind:
                 self._check(message)
                 self.arrived[message.header.sender] = message
 
@@ -110,6 +111,8 @@ class Gathering:
         head = message.header
         if head.sender not in self.senders:
             raise Refused("unknown", f"{head.sender!r} takes no part in this")
+        if head.kind != self.kind:
+            raise Refused("kind", f"{head.sender} sent {head.kind!r} where {self.kind!r} is waited for")
         if head.run != self.run:
             raise Refused("contract", f"{head.sender} is under contract {head.run[:12]}, this is {self.run[:12]}")
         if head.round != self.round:
