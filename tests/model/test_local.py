@@ -8,6 +8,7 @@ from luthier.scorer import mean_loss, row_scores
 
 TEXTS = {"letters": "abcabcabc" * 300, "digits": "0123456789" * 300}
 TINY = Shape(16, 2, 2, 1, 32)
+ROWS = pieces(TEXTS, dict.fromkeys(TEXTS, 1.0), 1600, 40, Streams(0))
 
 
 def test_any_text_comes_back_from_its_bytes():
@@ -18,37 +19,43 @@ def test_any_text_comes_back_from_its_bytes():
 
 
 def test_pieces_come_from_their_sources_in_their_shares():
-    got = pieces(TEXTS, {"letters": 3.0, "digits": 1.0}, 400, 20, Streams(0))
+    rows = pieces(TEXTS, {"letters": 3.0, "digits": 1.0}, 400, 20, Streams(0))
+    got = [r["text"] for r in rows]
     letters = [p for p in got if p[0] in "abc"]
     assert all(len(p) == 20 and p in TEXTS["letters" if p[0] in "abc" else "digits"] for p in got)
     assert 260 < len(letters) < 340
-    assert got == pieces(TEXTS, {"digits": 1.0, "letters": 3.0}, 400, 20, Streams(0))
-    assert got != pieces(TEXTS, {"letters": 3.0, "digits": 1.0}, 400, 20, Streams(1))
+    assert rows == pieces(TEXTS, {"digits": 1.0, "letters": 3.0}, 400, 20, Streams(0))
+    assert rows != pieces(TEXTS, {"letters": 3.0, "digits": 1.0}, 400, 20, Streams(1))
 
 
 def test_a_model_is_made_once_and_has_read_its_text(tmp_path, monkeypatch):
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
-    schooling, steps = Schooling(steps=200, batch=8, width=40, rate=1e-2), []
-    folder = schooled(TEXTS, TINY, schooling, steps.append)
+    schooling, steps = Schooling(steps=200, batch=8, rate=1e-2), []
+    folder = schooled(ROWS, TINY, schooling, steps.append)
     assert len(steps) == 200 and steps[-1]["loss"] < 0.6 * steps[0]["loss"]
-    assert schooled(TEXTS, TINY, schooling, steps.append) == folder and len(steps) == 200
-    view, larger = opened(folder), opened(schooled(TEXTS, TINY._replace(layers=3), schooling))
+    assert schooled(ROWS, TINY, schooling, steps.append) == folder and len(steps) == 200
+    view, larger = opened(folder), opened(schooled(ROWS, TINY._replace(layers=3), schooling))
     assert view.base.tokenizer == larger.base.tokenizer and view.base.weights != larger.base.weights
-    rows = rendered(["abcabcabcabcabc"] * 4, view.tokenizer)
-    wrong = rendered(["acbacbacbacbacb"] * 4, view.tokenizer)
+    rows = rendered([{"text": "abcabcabcabcabc"}] * 4, view.tokenizer)
+    wrong = rendered([{"text": "acbacbacbacbacb"}] * 4, view.tokenizer)
     seen, unseen = (mean_loss(row_scores(view, r, 1000, "causal-lm")) for r in (rows, wrong))
     assert seen < unseen - 0.5
-    other = schooled(TEXTS, TINY, schooling._replace(seed=1))
+    other = schooled(ROWS, TINY, schooling._replace(seed=1))
     assert other != folder and opened(other).base.weights != view.base.weights
 
 
 def test_the_same_schooling_gives_the_same_model(tmp_path, monkeypatch):
-    schooling, made = Schooling(steps=5, batch=4, width=40), []
+    schooling, made = Schooling(steps=5, batch=4), []
     for name in ("a", "b"):
         monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / name))
         torch.manual_seed(len(made))  # whatever ran before
-        made.append(opened(schooled(TEXTS, TINY, schooling)).base.weights)
+        made.append(opened(schooled(ROWS, TINY, schooling)).base.weights)
     assert made[0] == made[1]
+
+
+def test_rows_with_answers_supervise_the_answer_and_its_end():
+    row = rendered([{"prompt": "ab\n", "completion": "cd"}], byte_tokenizer())[0]
+    assert row["labels"][:3] == [-100] * 3 and row["labels"][3:] == row["ids"][3:] and row["ids"][-1] == 0
 
 
 def test_every_python_brings_several_kinds_of_text():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,11 +39,10 @@ SMALL, LARGE = Shape(48, 2, 4, 2, 128), Shape(96, 3, 4, 2, 256)
 
 
 class Schooling(NamedTuple):
-    """How a model made here learns to read: `steps` of `batch` pieces of `width` characters."""
+    """How a model made here learns to read: `steps` of `batch` rows."""
 
     steps: int = 1500
     batch: int = 32
-    width: int = 128
     rate: float = 3e-3
     seed: int = 0
 
@@ -64,8 +63,8 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def pieces(
     sources: Mapping[str, str], shares: Mapping[str, float], count: int, width: int, streams: Streams
-) -> list[str]:
-    """`count` pieces of `width` characters from random places; each piece's source is drawn by its share."""
+) -> list[dict[str, str]]:
+    """`count` rows of `width` characters from random places; each row's source is drawn by its share."""
     names, generator = sorted(shares), streams.at("pieces")
     chances = [shares[n] / sum(shares.values()) for n in names]
     chosen = generator.choice(len(names), size=count, p=chances)
@@ -73,31 +72,31 @@ def pieces(
     for i in chosen:
         text = sources[names[i]]
         start = int(generator.integers(0, max(1, len(text) - width)))
-        out.append(text[start : start + width])
+        out.append({"text": text[start : start + width]})
     return out
 
 
-def rendered(texts: list[str], tokenizer: Any) -> list[dict[str, Any]]:
-    """Training rows of bare texts."""
+def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    """Training rows of bare texts, or of prompts with completions."""
     renderer = Renderer(tokenizer, plain=True)
-    segments = [renderer.segments({"text": t}) for t in texts]
+    segments = [renderer.segments(r) for r in rows]
     encoded = renderer.encode(segments)
     return [renderer.training_row(s, p, str(i)) for i, (s, p) in enumerate(zip(segments, encoded, strict=True))]
 
 
 def schooled(
-    sources: Mapping[str, str], shape: Shape, schooling: Schooling = SCHOOLING, say: Said = lambda entry: None
+    rows: Sequence[Mapping[str, Any]], shape: Shape, schooling: Schooling = SCHOOLING, say: Said = lambda entry: None
 ) -> Path:
-    """The folder of a Llama that has read these sources in equal shares; made once, kept in the cache.
+    """The folder of a Llama that has read these rows; made once, kept in the cache.
 
     It is small and has seen next to nothing: it stands for a model wherever a path is tested, and for no model's quality.
     """
-    folder = cache_folder() / "local" / key_of(sorted(sources.items()), shape, schooling)
+    folder = cache_folder() / "local" / key_of(list(rows), shape, schooling)
     if folder.exists():
         return folder
-    tokenizer = byte_tokenizer()
+    tokenizer, s = byte_tokenizer(), schooling
     with torch.random.fork_rng():
-        torch.manual_seed(schooling.seed)
+        torch.manual_seed(s.seed)
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=len(tokenizer), hidden_size=shape.hidden, num_hidden_layers=shape.layers,
@@ -107,13 +106,11 @@ def schooled(
             )
         )  # fmt: skip
     view = ModelView(model, tokenizer, name="made from local text")
-    s, even = schooling, dict.fromkeys(sources, 1.0)
-    rows = rendered(pieces(sources, even, s.steps * s.batch, s.width, Streams(s.seed)), tokenizer)
     settings = TrainSettings(
         max_steps=s.steps, batch_size=s.batch, learning_rate=s.rate, lr_scheduler_type="cosine", seed=s.seed,
         tokens_per_forward=8192, warmup_fraction=0.02,
     )  # fmt: skip
-    loop = Loop(view, rows, Full(seed=s.seed).attach(view, None, s.steps), Sft(), settings)
+    loop = Loop(view, rendered(rows, tokenizer), Full(seed=s.seed).attach(view, None, s.steps), Sft(), settings)
     for _ in range(s.steps):
         say(loop.step())
     with made(folder) as temporary:
