@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from made import RUNS, TOPIC, Setting, Tuned, client_loss, models, named, tune_all, tuned_on_public
+from made import RUNS, Setting, Tuned, client_loss, models, named, tune_all, tuned_on_public, world
 from torch import Tensor
 
 from luthier.collaboration.controls import controls, mean_shadow, pooled
@@ -29,7 +29,6 @@ from luthier.collaboration.translators.transformer import Transformer
 from luthier.rng import Streams
 from luthier.statistics import Estimate, estimate
 
-DOMINATED = 0.4  # share of the topic from which on a shadow set is left out
 GROUP = 4  # clients that pool their updates
 NOISE = (0.5, 1.0, 2.0)  # norm, in units of the update's own
 Losses = dict[str, list[float]]
@@ -61,17 +60,17 @@ def beside_controls(s: Setting, seed: int, pairs: Pairs, clients: Tuned) -> Loss
     return judged(s, seed, made, clients) | {"own small model": own}
 
 
-def topic_missing(s: Setting, seed: int, pairs: Pairs, shadows: Tuned, clients: Tuned) -> dict[str, Losses]:
-    """No shadow is dominated by one topic: what becomes of its clients, and of the others? As many sets, drawn at random,
-    are left out for comparison."""
-    dominated = torch.tensor([m[TOPIC] > DOMINATED for m in shadows.shares])
+def kind_missing(s: Setting, seed: int, pairs: Pairs, shadows: Tuned, clients: Tuned) -> dict[str, Losses]:
+    """No shadow set leans to one kind: what becomes of the clients of that kind, and of the others? As many sets, drawn at
+    random, are left out for comparison."""
+    leaning = torch.tensor([world(s).leans(w) for w in shadows.who])
     order = torch.from_numpy(Streams(seed).at("left-out").permutation(s.sets))
-    as_many = torch.zeros(s.sets, dtype=torch.bool).index_fill(0, order[: int(dominated.sum())], True)
-    of_topic = tune_all(s, "topic client", s.topic_clients, seed)
+    as_many = torch.zeros(s.sets, dtype=torch.bool).index_fill(0, order[: int(leaning.sum())], True)
     out = {}
-    for who, asked in (("its clients", of_topic), ("other clients", clients.first(s.topic_clients))):
+    of_kind = tune_all(s, "left-out", s.asked, seed)
+    for who, asked in (("clients of that kind", of_kind), ("other clients", clients.first(s.asked))):
         made: dict[str, Tensor | None] = {"untouched": None, "true update": asked.y}
-        for left_out, without in (("topic", dominated), ("as many", as_many)):
+        for left_out, without in (("that kind", leaning), ("as many others", as_many)):
             kept = pairs.take(~without)
             made[f"C1, without {left_out}"] = mean_shadow(kept, asked.x)
             for name, translator in translators(seed).items():
@@ -105,7 +104,7 @@ def _mean(updates: Tensor) -> Tensor:
 
 def noise(s: Setting, seed: int, pairs: Pairs, clients: Tuned) -> Losses:
     """Noise on what clients send, with translators that learnt from clean and from equally noisy shadows."""
-    asked = clients.first(s.topic_clients)
+    asked = clients.first(s.asked)
     made: dict[str, Tensor | None] = {"untouched": None, "true update": asked.y}
     for level in NOISE:
         noisy = noised(asked.x, level, Streams(seed), "client")
@@ -126,12 +125,12 @@ def one_seed(s: Setting, seed: int, threads: int) -> dict:
     """All tests of one seed; each is kept in a file as soon as it is done."""
     torch.set_num_threads(threads)
     shadows, clients = tune_all(s, "shadow", s.sets, seed), tune_all(s, "client", s.clients, seed)
-    both = models(s.rank)
+    both = models(s.world, s.rank)
     kinds = both.small_start.side.kinds(), both.large_start.side.kinds()
     pairs = Pairs(shadows.x, shadows.y, torch.arange(s.sets), *kinds)
     tests = {"main": lambda: beside_controls(s, seed, pairs, clients)}
     if s.further:
-        tests["topic"] = lambda: topic_missing(s, seed, pairs, shadows, clients)
+        tests["missing"] = lambda: kind_missing(s, seed, pairs, shadows, clients)
         tests["pooling"] = lambda: pooling(s, seed, pairs, clients)
         tests["noise"] = lambda: noise(s, seed, pairs, clients)
     out = {}
@@ -185,12 +184,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Is a translated update worth it?")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--name", default="mixtures", help="Of the setting; its runs go there.")
+    parser.add_argument("name", help="Of the setting; its runs go there.")
     parser.add_argument("values", nargs="*", help="Of the setting: sets=20.")
     asked = parser.parse_args()
     s = named(asked.name, asked.values)
     Path(RUNS / s.name).mkdir(parents=True, exist_ok=True)
-    models(s.rank)  # made once, before processes ask for them
+    models(s.world, s.rank)  # made once, before processes ask for them
     with ProcessPoolExecutor(asked.processes, multiprocessing.get_context("spawn")) as pool:
         parts = [
             pool.submit(one_seed, s, seed, max(1, (os.cpu_count() or 1) // asked.processes))
@@ -203,8 +202,8 @@ def main() -> None:
         )
     )
     if s.further:
-        for who in ("its clients", "other clients"):
-            print(table(f"{TOPIC} left out of the shadows: {who}", [f["topic"][who] for f in found]))
+        for who in ("clients of that kind", "other clients"):
+            print(table(f"one kind left out of the shadows: {who}", [f["missing"][who] for f in found]))
         print(table("pooled over four clients", [f["pooling"]["losses"] for f in found]))
         print(f"Mean cosine in a group: {np.mean([f['pooling']['cosine'] for f in found]):.2f}\n")
         print(table("noise on the clients' updates", [f["noise"] for f in found]))

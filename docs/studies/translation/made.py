@@ -1,18 +1,14 @@
-"""What the study is made of: texts and their mixtures, two small models, and update vectors of both after the same rows.
+"""What the study is made of: two small models, and update vectors of both after the same rows.
 
-Two Llamas made from six kinds of text stand for TinyLM and LLM. A client's rows are a mixture of the six kinds of its own;
-so are a shadow set's, from other stretches of the texts.
+Two Llamas made on the spot stand for TinyLM and LLM. What their rows are is a world's matter: topics.py, conventions.py.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import os
-import sysconfig
+import importlib
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,69 +16,50 @@ from torch import Tensor
 
 from luthier.collaboration.contract import Start, start_of
 from luthier.collaboration.shadows import tuned
-from luthier.model.local import LARGE, SMALL, opened, pieces, rendered, schooled
+from luthier.model.local import LARGE, SMALL, Schooling, opened, rendered, schooled
 from luthier.model.view import ModelView
 from luthier.rng import Streams
 from luthier.scorer import mean_loss, row_scores
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
-DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).resolve().parents[3].parent / "shared" / "data"))
 RUNS = Path("runs/studies/translation")
-WIDTH = 128
-TOPIC = "restaurants"  # of the clients that one test is about
-PARTS = {"school": (0.0, 0.4), "public": (0.4, 0.7), "private": (0.7, 0.9), "held": (0.9, 1.0)}
+TOKENS = 16384  # in a forward that scores
+SCHOOLING = Schooling(steps=2000)
+C2_LENGTHS = (1, 4, 16)  # runs' lengths that the model tuned on all public rows gets; the best counts
 
 
 class Setting(NamedTuple):
     """One experiment."""
 
-    name: str = "mixtures"
+    name: str
+    world: str = "conventions"
     sets: int = 60  # shadow sets
     clients: int = 20
+    asked: int = 8  # clients of the further tests
+    further: bool = True  # left-out kind, pooling, noise
     rows: int = 384  # of a set, and of a client
     held: int = 192  # rows a client is judged on
-    concentration: float = 0.5  # of the Dirichlet that mixtures come from
-    topic_clients: int = 8  # of the further tests
-    further: bool = True  # left-out topic, pooling, noise
+    concentration: float = 0.1  # of the Dirichlet that clients come from
     steps: int = 40
     small_rate: float = 1e-2
     large_rate: float = 1e-2
     rank: int = 2
 
 
-# --- text ---
+def named(name: str, values: list[str]) -> Setting:
+    """A setting from "key=value" words."""
+    s = Setting(name=name)
+    for word in values:
+        key, _, value = word.partition("=")
+        kind = type(getattr(s, key))
+        s = s._replace(**{key: value == "true" if kind is bool else kind(value)})
+    return s
 
 
-@cache
-def sources() -> dict[str, str]:
-    """Six kinds of text, half a million to four million characters each."""
-
-    def rows(name: str) -> list[dict]:
-        with gzip.open(DATA / name / "train.jsonl.gz", "rt", encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
-
-    library = Path(sysconfig.get_paths()["stdlib"])
-    return {
-        "code": "\n".join(f.read_text(encoding="utf-8") for f in sorted(library.glob("*.py"))[:150]),
-        "maths": "\n\n".join(f"{r['question']}\n{r['solution']}" for r in rows("gsm8k")),
-        "restaurants": "\n".join(r["text"] for r in rows("e2e_nlg")),
-        "articles": "\n\n".join(r["text"] for r in rows("wikitext2")),
-        "plays": "\n\n".join(r["text"] for r in rows("tiny_shakespeare")),
-        "medicine": "\n\n".join("\n".join(r["context"]) for r in rows("pubmedqa")),
-    }
-
-
-def part(which: str) -> dict[str, str]:
-    """A stretch of every text: what the models learnt from, public, private and held-out stretches do not overlap."""
-    low, high = PARTS[which]
-    return {n: t[int(low * len(t)) : int(high * len(t))] for n, t in sources().items()}
-
-
-def mixture(concentration: float, streams: Streams) -> dict[str, float]:
-    """Shares of the six kinds."""
-    names = sorted(sources())
-    return dict(zip(names, streams.at("mixture").dirichlet([concentration] * len(names)).tolist(), strict=True))
+def world(s: Setting) -> Any:
+    """The module that draws clients and rows."""
+    return importlib.import_module(s.world)
 
 
 # --- models and their updates ---
@@ -99,9 +76,11 @@ class Both(NamedTuple):
 
 
 @cache
-def models(rank: int) -> Both:
+def models(which: str, rank: int) -> Both:
+    """Of a world."""
     tuner = Lora(rank=rank, alpha=16.0 * rank, targets=("q_proj", "v_proj"))
-    small, large = opened(schooled(part("school"), SMALL)), opened(schooled(part("school"), LARGE))
+    rows = importlib.import_module(which).school(SCHOOLING.steps * SCHOOLING.batch, Streams(0))
+    small, large = (opened(schooled(rows, shape, SCHOOLING)) for shape in (SMALL, LARGE))
     return Both(small, large, start_of(small, tuner), start_of(large, tuner), tuner)
 
 
@@ -111,84 +90,76 @@ def settings(steps: int, rate: float, seed: int) -> TrainSettings:
     )
 
 
-def own_rows(which: str, shares: dict[str, float], count: int, streams: Streams, view: ModelView) -> list[dict]:
-    return rendered(pieces(part(which), shares, count, WIDTH, streams), view.tokenizer)
-
-
 class Tuned(NamedTuple):
-    """Update vectors of both models after the same rows, [N, L, d], and the mixtures of those rows."""
+    """Update vectors of both models after the same rows, [N, L, d], and whose rows those were."""
 
     x: Tensor
     y: Tensor
-    shares: list[dict[str, float]]
+    who: list[Any]
 
     def first(self, count: int) -> Tuned:
-        return Tuned(self.x[:count], self.y[:count], self.shares[:count])
+        return Tuned(self.x[:count], self.y[:count], self.who[:count])
 
 
-def named(name: str, values: list[str]) -> Setting:
-    """A setting from "key=value" words."""
-    s = Setting(name=name)
-    for word in values:
-        key, _, value = word.partition("=")
-        s = s._replace(**{key: type(getattr(s, key))(value)})
-    return s
-
-
-def tune_all(s: Setting, who: str, count: int, seed: int) -> Tuned:
-    """Both models on `count` sets of rows: "shadow", "client" or "topic client". Finished ones are read.
+def tune_all(s: Setting, role: str, count: int, seed: int) -> Tuned:
+    """Both models on `count` sets of rows: "shadow", "client" or "left-out". Finished ones are read.
 
     The order of rows differs between the models: their updates share the rows' content, not a path through them.
     """
-    both, folder = models(s.rank), RUNS / s.name / f"seed-{seed}"
+    both, folder, place = models(s.world, s.rank), RUNS / s.name / f"seed-{seed}", world(s)
     folder.mkdir(parents=True, exist_ok=True)
-    xs, ys, shares = [], [], []
+    xs, ys, who = [], [], []
     for i in range(count):
-        streams = Streams(hash_of(who, seed, i))
-        mine = mixture(s.concentration, streams)
-        if who == "topic client":
-            mine = {n: 0.3 * p + 0.7 * (n == TOPIC) for n, p in mine.items()}
-        file = folder / f"{who.replace(' ', '-')}-{i}.safetensors"
+        streams = Streams(number_of(role, seed, i))
+        mine = place.client(streams, s.concentration, role == "left-out")
+        file = folder / f"{role}-{i}.safetensors"
         if not file.exists():
-            rows = own_rows("public" if who == "shadow" else "private", mine, s.rows, streams, both.small)
+            drawn = place.drawn("public" if role == "shadow" else "private", mine, s.rows, streams)
+            rows = rendered(drawn, both.small.tokenizer)
             x = tuned(both.small, rows, both.tuner, settings(s.steps, s.small_rate, 2 * i))
             y = tuned(both.large, rows, both.tuner, settings(s.steps, s.large_rate, 2 * i + 1))
-            save_file({"x": x, "y": y}, str(file) + ".part")
-            Path(str(file) + ".part").rename(file)
+            assert x is not None and y is not None
+            save_file({"x": x, "y": y}, f"{file}.part")
+            Path(f"{file}.part").rename(file)
         found = load_file(file)
         xs.append(found["x"][-1])
         ys.append(found["y"][-1])
-        shares.append(mine)
-    return Tuned(torch.stack(xs), torch.stack(ys), shares)
+        who.append(mine)
+    return Tuned(torch.stack(xs), torch.stack(ys), who)
 
 
-def hash_of(*key: object) -> int:
+def number_of(*key: object) -> int:
+    """A seed for a purpose."""
     return int(Streams(0).at("key", *map(str, key)).integers(2**31))
 
 
 def loss(view: ModelView, start: Start, update: Tensor | None, rows: list[dict]) -> float:
-    """Nats a byte, with an update or without."""
+    """Nats a token, with an update or without."""
     if update is None:
-        return mean_loss(row_scores(view, rows, 16384, "causal-lm"))
+        return mean_loss(row_scores(view, rows, TOKENS, "causal-lm"))
     with start.update(update).bind(view):
-        return mean_loss(row_scores(view, rows, 16384, "causal-lm"))
+        return mean_loss(row_scores(view, rows, TOKENS, "causal-lm"))
 
 
 def client_loss(s: Setting, seed: int, i: int, clients: Tuned, update: Tensor | None, small: bool = False) -> float:
-    """Of a client, on rows of its own mixture that nobody trained on."""
-    both = models(s.rank)
-    rows = own_rows("held", clients.shares[i], s.held, Streams(hash_of("held", seed, i)), both.small)
-    return loss(*((both.small, both.small_start) if small else (both.large, both.large_start)), update, rows)
+    """Of a client, on rows of its own sort that nobody trained on."""
+    both = models(s.world, s.rank)
+    drawn = world(s).drawn("held", clients.who[i], s.held, Streams(number_of("held", seed, i)))
+    view, start = (both.small, both.small_start) if small else (both.large, both.large_start)
+    return loss(view, start, update, rendered(drawn, view.tokenizer))
 
 
 def tuned_on_public(s: Setting, seed: int) -> Tensor:
-    """C2: the large model on all public text, as long as one run, as four and as sixteen; the best on public rows."""
-    both, file = models(s.rank), RUNS / s.name / f"seed-{seed}" / "public.safetensors"
+    """C2: the large model on public rows of everybody, in several lengths; the best on other public rows."""
+    both, file = models(s.world, s.rank), RUNS / s.name / f"seed-{seed}" / "public.safetensors"
     if not file.exists():
-        streams, even = Streams(hash_of("public", seed)), dict.fromkeys(sources(), 1.0)
-        rows = own_rows("public", even, s.rows * min(s.sets, 60), streams, both.large)
-        valid = own_rows("public", even, 4 * s.held, Streams(hash_of("valid", seed)), both.large)
-        made = [tuned(both.large, rows, both.tuner, settings(k * s.steps, s.large_rate, seed))[-1] for k in (1, 4, 16)]
-        best = min(made, key=lambda y: loss(both.large, both.large_start, y, valid))
-        save_file({"y": best}, file)
+        rows = rendered(
+            world(s).everybody("public", s.rows * s.sets, Streams(number_of("public", seed))), both.large.tokenizer
+        )
+        valid = rendered(
+            world(s).everybody("public", 4 * s.held, Streams(number_of("valid", seed))), both.large.tokenizer
+        )
+        made = [tuned(both.large, rows, both.tuner, settings(k * s.steps, s.large_rate, seed)) for k in C2_LENGTHS]
+        best = min((m[-1] for m in made if m is not None), key=lambda y: loss(both.large, both.large_start, y, valid))
+        save_file({"y": best.contiguous()}, file)
     return load_file(file)["y"]
