@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.kernel_ridge import KernelRidge
+from transformers import T5Config, T5Model
 
 from luthier.collaboration.translators.base import PADDED, Pairs, identity, standard
 from luthier.collaboration.translators.ridge import Ridge
@@ -183,3 +184,14 @@ def test_few_shadow_sets_are_refused_with_the_way_out():
 def test_updates_of_another_layout_or_without_numbers_are_refused(x):
     with pytest.raises(ValueError, match="update vector"):
         Ridge().fit(pairs())(x)
+
+
+def test_a_pretrained_t5_is_where_training_starts(tmp_path):
+    sizes = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 3}
+    torch.manual_seed(3)
+    saved = T5Model(T5Config(vocab_size=5, eos_token_id=1, **sizes))
+    saved.save_pretrained(tmp_path)
+    fitted = small(pretrained=str(tmp_path), epochs=1, learning_rate=1e-9).fit(pairs())
+    for name, p in saved.named_parameters():
+        assert torch.allclose(dict(fitted.net.core.named_parameters())[name], p, atol=1e-6), name
+    assert fitted.net.embed_s.out_features == 24 and fitted(pairs().x).shape == (24, 3, 20)
