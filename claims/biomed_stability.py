@@ -14,7 +14,7 @@ from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 from luthier.tuners.layerwise import Layerwise
 
-STEPS = 50
+STEPS = 100
 
 
 def measure(arm, seed, say):
