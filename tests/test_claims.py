@@ -153,8 +153,10 @@ def test_what_is_not_there_is_said(folder):
     (folder / "claims/thing.py").unlink()
     with pytest.raises(LuthierError, match="no experiment for this claim"):
         claims.run("thing")
-    with pytest.raises(RecipeError, match="there is no such claim"):
+    with pytest.raises(RecipeError, match="there is no such claim; known are thing"):
         load(folder / "claims/none.yaml")
+    with pytest.raises(RecipeError, match="known are none here: claims are in a clone of luthier"):
+        load(folder / "elsewhere/none.yaml")
 
 
 @pytest.mark.parametrize("name", claims.names(ROOT / "claims"))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from luthier import manifest
+from luthier.cli.listing import flowing
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,3 +197,9 @@ def test_every_extra_is_installed_for_development():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     ours = next(w for w in extras["dev"] if w.startswith("luthier["))
     assert set(ours.removeprefix("luthier[").removesuffix("]").split(",")) == set(extras) - {"dev"}
+
+
+def test_a_terminal_gets_paragraphs_and_named_lines_apart():
+    text = "One line.\n\nA paragraph that\ngoes on\nand on.\nCost: much of\nit.\nRefuses: all.\n  - kept\n  - apart"
+    expected = "One line.\n\nA paragraph that goes on and on.\nCost: much of it.\nRefuses: all.\n  - kept\n  - apart"
+    assert flowing(text) == expected

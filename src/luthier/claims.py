@@ -102,7 +102,8 @@ def load(path: Path) -> Claim:
         values, lines = parse(path.read_text(encoding="utf-8"), str(path))
         return Claim.model_validate(values)
     except OSError as error:
-        raise RecipeError(str(path), "there is no such claim", f"known are {', '.join(names(path.parent))}") from error
+        known = ", ".join(names(path.parent)) or "none here: claims are in a clone of luthier, so run this there"
+        raise RecipeError(str(path), "there is no such claim", f"known are {known}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = tuple(str(p) for p in first["loc"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +27,7 @@ def one_method(entry: dict[str, Any]) -> None:
     """A method's page: its text, its fields with defaults, a recipe to start from."""
     console = Console(highlight=False)
     console.print(f"{entry['kind']}: {entry['name']}\n", style="bold", markup=False)
-    console.print(entry["doc"] + "\n", markup=False)
+    console.print(flowing(entry["doc"]) + "\n", markup=False)
     if entry["source"]:
         s = entry["source"]
         console.print(f"Source: {s['title']} ({s['year']}), {s['reference']}\n", markup=False)
@@ -85,3 +86,12 @@ def recipe_schema() -> dict[str, Any]:
         several = {"anyOf": [*options, {"type": "array", "items": one}]}
         schema["properties"][kind] = {**(several if kind in manifest.LISTS else one), "description": about}
     return schema
+
+
+def flowing(text: str) -> str:
+    """Paragraphs in one line each, for a terminal to break; lines that open with a word and a colon stay apart."""
+    out: list[str] = []
+    for line in text.splitlines():
+        fresh = not line.strip() or not out or not out[-1].strip() or re.match(r"[A-Z][a-z]+: |\s|[-*|]", line)
+        out = [*out, line] if fresh else [*out[:-1], f"{out[-1]} {line}"]
+    return "\n".join(out)
