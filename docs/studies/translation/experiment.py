@@ -1,8 +1,8 @@
 """Is a translated update worth more than what the provider could make without it? Clients, controls, three further tests.
 
-python docs/studies/translation/experiment.py                       # two cores; goes on where it was
-python docs/studies/translation/experiment.py --seeds 1 sets=20     # a try
-python docs/studies/translation/experiment.py --name alike concentration=50
+python docs/studies/translation/experiment.py conventions           # two cores; goes on where it was
+python docs/studies/translation/experiment.py topics world=topics concentration=0.5
+python docs/studies/translation/experiment.py try --seeds 1 sets=20 clients=8 further=false
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from made import RUNS, Setting, Tuned, client_loss, models, named, tune_all, tuned_on_public, world
 from torch import Tensor
 
-from luthier.collaboration.controls import controls, mean_shadow, pooled
+from luthier.collaboration.controls import mean_shadow, nearest_shadow, pooled
 from luthier.collaboration.likeness import mean_cosine
 from luthier.collaboration.translators.base import Pairs, Translator
 from luthier.collaboration.translators.ridge import Ridge
@@ -51,11 +51,10 @@ def beside_controls(s: Setting, seed: int, pairs: Pairs, clients: Tuned) -> Loss
     """The main test: held-out clients under the translators, every control and the true update."""
     made = {"untouched": None, "true update": clients.y, "C1 mean shadow": mean_shadow(pairs, clients.x)}
     made["C2 tuned on all public rows"] = tuned_on_public(s, seed).expand_as(clients.y)
+    made["C3 nearest shadow"] = nearest_shadow(pairs, clients.x)
     for name, translator in translators(seed).items():
-        others = controls(pairs, clients.x, translator, Streams(seed))
-        made["C3 nearest shadow"] = others["C3 nearest shadow"]
-        made[f"C5 shuffled pairs, {name}"] = others["C5 shuffled pairs"]
-        made[name] = translator.fit(pairs)(clients.x)
+        made[f"C5 shuffled pairs, {name}"] = translator.fit(pairs.shuffled(Streams(seed)))(clients.x)
+        made[name] = translator.fit(pairs)(clients.x)  # ridge is C4
     own = [client_loss(s, seed, i, clients, x, small=True) for i, x in enumerate(clients.x)]
     return judged(s, seed, made, clients) | {"own small model": own}
 

@@ -52,5 +52,5 @@ def everybody(which: str, count: int, streams: Streams) -> list[dict[str, Any]]:
 
 
 def school(count: int, streams: Streams) -> list[dict[str, Any]]:
-    """What the models have read before: half of the kinds, half of the rest's little."""
+    """What the models have read before: three kinds, and a tenth as much of each of the others."""
     return drawn("school", {n: 1.0 if n in SEEN else 0.1 for n in sources()}, count, streams)

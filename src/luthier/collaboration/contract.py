@@ -19,9 +19,8 @@ from luthier.tuners.lora import Lora
 from luthier.update import Chart, LowRank, Update
 
 PACKING = 1  # order and shape of packed updates
-ADAPTER_COSINE = (
-    0.5  # of what arrives as a difference with A0, above which it is an adapter: differences are nearly orthogonal
-)
+# Between what arrives and A0: a difference is nearly orthogonal to its start, a whole adapter nearly parallel.
+ADAPTER_COSINE = 0.5
 
 
 class Side(BaseModel, frozen=True, extra="forbid"):

@@ -11,7 +11,6 @@ from luthier.collaboration.translators.base import Pairs, standard
 
 NORM_RANGE = (0.2, 5.0)  # of the shadows' median norm
 QUANTILE = 0.99
-COSINE_LIMIT = 0.3  # mean of pairs of clients, under which their mean is like none of them
 
 
 class Likeness(NamedTuple):

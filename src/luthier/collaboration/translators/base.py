@@ -134,7 +134,10 @@ class Translator(Method):
     """Centre and scale both sides by layer and kind of factor, from the training pairs."""
 
     def fit(self, pairs: Pairs, tell: Tell = untold) -> Fitted:
-        """Learn from pairs. `tell` hears of each epoch. Raises ValueError for pairs it cannot learn from."""
+        """Learn from pairs. `tell` hears of each epoch. Every translator has its own.
+
+        Raises ValueError for pairs it cannot learn from.
+        """
         raise NotImplementedError
 
     def standards(self, pairs: Pairs) -> tuple[Standard, Standard]:
@@ -162,5 +165,5 @@ class Fitted:
         return self.y.undo(self.translate(self.x.apply(x)))
 
     def translate(self, x: Tensor) -> Tensor:
-        """The same in standard form."""
+        """The same in standard form; every translator has its own."""
         raise NotImplementedError

@@ -154,14 +154,14 @@ class _Training:
     """Epochs over the training pairs; the best state is put back at the end."""
 
     def __init__(
-        self, tuner: Transformer, fitted: FittedTransformer, training: Pairs, validation: Pairs, streams: Streams
+        self, settings: Transformer, fitted: FittedTransformer, training: Pairs, validation: Pairs, streams: Streams
     ) -> None:
-        self.settings, self.fitted, self.net, self.streams = tuner, fitted, fitted.net, streams
+        self.settings, self.fitted, self.net, self.streams = settings, fitted, fitted.net, streams
         self.x, self.y = fitted.x.apply(training.x), fitted.y.apply(training.y)
         few = validation.take(torch.arange(min(len(validation.x), VALIDATED)))
         self.held_x, self.held_y = fitted.x.apply(few.x), fitted.y.apply(few.y)
         self.mask = training.y_kinds != PADDED
-        self.optimizer = torch.optim.Adam([p for p in self.net.parameters() if p.requires_grad], tuner.learning_rate)
+        self.optimizer = torch.optim.Adam([p for p in self.net.parameters() if p.requires_grad], settings.learning_rate)
 
     def run(self, tell: Tell) -> None:
         best, best_state, since = float("inf"), {}, 0
