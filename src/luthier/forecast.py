@@ -59,6 +59,7 @@ class Measured:
     update: int
     trained: int
     seconds_per_token: float
+    attach_seconds: float
 
 
 def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prepared) -> Forecast:
@@ -77,8 +78,10 @@ def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Pre
     # The end holds the update twice, as it stands and as it is read back, but no activations.
     end = 2 * whole["update"] - whole["activations"]
     tokens = data.census.tokens * Loop.length(data.rows, recipe) / Loop.length(data.rows, _one_epoch(recipe))
+    stepping = max(grown("seconds_per_token"), high.seconds_per_token) * tokens
+    choosing = grown("attach_seconds") * recipe.tuner.selections(Loop.length(data.rows, recipe))
     return Forecast(
-        high.peak + more + max(0, end), max(grown("seconds_per_token"), high.seconds_per_token) * tokens,
+        high.peak + more + max(0, end), stepping + choosing,
         whole["weights"], whole["state"], whole["activations"], whole["update"], whole["trained"],
     )  # fmt: skip
 
@@ -181,7 +184,8 @@ def measure(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prep
         if time.perf_counter() - started > PATIENCE:
             break
     update = sum(_bytes(part.tensors().values()) for part in trainable.update().parts)
-    return Measured(layers, peak_memory(), weights, state, max(saved), update, trained, seconds / max(tokens, 1))
+    a_token, attached = seconds / max(tokens, 1), trainable.attach_seconds
+    return Measured(layers, peak_memory(), weights, state, max(saved), update, trained, a_token, attached)
 
 
 def _one_epoch(recipe: Recipe) -> Recipe:

@@ -200,7 +200,7 @@ class StopRequest:
 
 def run(
     recipe: Recipe, folder: Path, base: Path, *, say: Say = lambda _: None, on_step: Any = None, max_seconds: float | None = None,
-    tick: Tick = no_tick, keep: bool = True, foresee: bool = True,
+    tick: Tick = no_tick, keep: bool = True, foresee: bool = True, judge: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out a recipe; returns what run.json holds at the end.
 
@@ -209,6 +209,7 @@ def run(
     tick      called with (what is done, rows so far, the row at work) while rows are read and rendered
     keep      False: leave scores and log, but no weights
     foresee   False: no forecast of memory and time
+    judge     False: only for what a step costs; the untouched model alone is examined, and nothing is left but the ledger
     Under `torchrun` or `accelerate launch` every process calls; the first writes and speaks.
     Raises Interrupted after Ctrl-C, SIGTERM or max_seconds, with everything saved.
     """
@@ -230,11 +231,14 @@ def run(
         ready = make_ready(recipe, folder, base, gathered, accelerator)
         ready.tick = tick
         _tell_rows(ready, place, say)
-        result = _before(ready, place, say)
+        result = _before(ready, place, say, judge)
         deadline = None if max_seconds is None else started + max_seconds
         run = _pipeline if recipe.pipeline is not None else _train
         trained = run(ready, place, stop, on_step, deadline, say)
-        _finish(ready, place, result, trained, say, keep)
+        if judge:
+            _finish(ready, place, result, trained, say, keep)
+        else:
+            _note_spent(ready, place, result, trained, peak_memory(), evaluation_seconds=result.seconds, kept=False)
         accelerator.wait_for_everyone()
         return place.state()
 
@@ -301,11 +305,11 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     place.write("curation.json", json.dumps([k._asdict() for k in data.kept]))
 
 
-def _before(ready: Ready, place: RunFolder, say: Say) -> Results:
+def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Results:
     """Results of the untouched model."""
     results = ready.results()
     say(f"before  {shown(results)}")
-    if place.writes and not (place.path / "tokens.json").exists():
+    if show_tokens and place.writes and not (place.path / "tokens.json").exists():
         tokens = token_view.tokens_of(ready.renderer, ready.train.rows)
         if ready.recipe.task == "causal-lm":
             token_view.note_losses(tokens, ready.view, ready.train.rows, "before")
@@ -359,6 +363,8 @@ def _train(
 def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
     """What the objective does to the tokens of a few rows, noted before the first step."""
     tokens = token_view.load(place.path)
+    if not tokens:  # none are shown
+        return
     known = any("kept" in t for row in tokens for t in row)
     if ready.recipe.gradient_checkpointing:  # memory is short, and this keeps a whole forward's activations
         return
@@ -450,12 +456,9 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
     if keep:
         _leave_model(ready, place, trained.update)
-    place.note(
-        state="done", steps=progress.step, tokens=progress.tokens, train_seconds=progress.seconds,
-        row_tokens=progress.row_tokens, spent=_spent(ready, progress), evaluation_seconds=evaluation, kept=keep,
-        trained_weights=trained.weights, before=before.brief(), after=after.brief(), peak_memory_bytes=peak,
-        reload_difference=worst, update_digest=digest, update_bytes=_size(trained.update),
-        gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
+    _note_spent(
+        ready, place, before, trained, peak, evaluation_seconds=evaluation, kept=keep, after=after.brief(),
+        reload_difference=worst, update_digest=digest, gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
     )  # fmt: skip
     if keep:
         remember(place.path, None, {n: m.value for n, m in after.measures.items()})
@@ -466,6 +469,16 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
         place.note(forecast_miss=off)
         say(f"forecast off by {off['memory']:+.0%} in memory and {off['seconds']:+.0%} in time")
     write_report(place.path)
+
+
+def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Trained, peak: int, **more: Any) -> None:
+    """What a finished run took, which ends it."""
+    p = trained.progress
+    place.note(
+        state="done", steps=p.step, tokens=p.tokens, train_seconds=p.seconds, row_tokens=p.row_tokens, spent=_spent(ready, p),
+        trained_weights=trained.weights, before=before.brief(), peak_memory_bytes=peak, update_bytes=_size(trained.update),
+        **more,
+    )  # fmt: skip
 
 
 def _size(update: Update) -> int:
@@ -499,7 +512,7 @@ def _spent(ready: Ready, progress: Progress) -> dict[str, Any]:
     flops = None if compiled else {**progress.flops, "curate": ready.data.curation.flops}
     return {
         "flops": flops, "evaluation_flops": evaluated, "tokens": progress.tokens, "seconds": progress.seconds,
-        "curation_seconds": ready.data.curation.seconds,
+        "select_seconds": progress.select_seconds, "curation_seconds": ready.data.curation.seconds,
     }  # fmt: skip
 
 

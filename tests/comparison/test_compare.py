@@ -66,6 +66,19 @@ def test_its_runs_are_those_of_any_run_without_weights(compared, model_folder):
     assert run["row_tokens"] == run["tokens"] and run["spent"]["flops"]["train"] > 0
 
 
+def test_the_first_short_run_of_an_arm_only_steps(compared):
+    """It examines the untouched model, which every run needs, and writes no answers, pages or weights."""
+    folder, _ = compared
+    for place in folder.glob("runs/compare-c/arms/*/measure-*"):
+        assert {f.name for f in place.iterdir()} == {"run.json", "recipe.yaml", "env.txt", "curation.json", "log.jsonl", ".lock"}
+        run = json.loads((place / "run.json").read_text())
+        assert run["steps"] == 4 and "after" not in run and run["before"]["loss"]["value"] > 0
+    seconds = [
+        json.loads(p.read_text())["evaluation_seconds"] for p in folder.glob("runs/compare-c/arms/*/measure-*/run.json")
+    ]
+    assert seconds[0] == seconds[1] > 0, "what an examination takes is known where the cache answers, too"
+
+
 def test_finished_runs_are_never_run_twice_and_more_seeds_add_only_theirs(compared):
     folder, _ = compared
     again = luthier("compare", folder / "c.yaml", *HERE, cwd=folder)

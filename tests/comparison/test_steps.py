@@ -160,7 +160,12 @@ def test_choices_of_what_trains_are_planned_for_and_not_taken_for_a_part_of_ever
     def run(job):
         plain = ran(job)
         chosen = 3000.0 * chooses(plain.steps) if job.arm == "b" else 0.0
-        return plain._replace(flops=plain.flops + chosen, select_flops=chosen)
+        return plain._replace(
+            flops=plain.flops + chosen,
+            select_flops=chosen,
+            seconds=plain.seconds + chosen / 1000,
+            select_seconds=chosen / 1000,
+        )
 
     plan, arms = plan_of(), {**ARMS, "b": ARMS["b"]._replace(selections=chooses)}
     done, order = carried_out(plan, arms, run)
@@ -168,7 +173,10 @@ def test_choices_of_what_trains_are_planned_for_and_not_taken_for_a_part_of_ever
     assert spent["b"] == pytest.approx(spent["a"], abs=1000.0 / 2) and done["b/seed-0"].steps < 20
     measured = {n: done[n] for n in order if n.endswith("measure")}
     rest = [d for n, d in done.items() if n not in measured]
-    assert forecast(plan, arms, measured)["flops"] == pytest.approx(sum(d.flops + d.once_flops for d in rest), rel=0.02)
+    expected = forecast(plan, arms, measured)
+    assert expected["flops"] == pytest.approx(sum(d.flops + d.once_flops for d in rest), rel=0.02)
+    took = sum(d.seconds + d.once_seconds + d.evaluation_seconds for d in rest)
+    assert expected["seconds"] == pytest.approx(took, rel=0.02)
 
 
 def test_the_forecast_is_what_the_runs_then_take():

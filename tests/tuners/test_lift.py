@@ -218,6 +218,8 @@ def test_it_says_how_often_it_chooses_and_the_first_time_counts(steps):
     for _ in range(steps):
         loop.step()
     assert loop.progress.flops["select"] == pytest.approx(a_choice * tuner.selections(steps)) and a_choice > 0
+    assert loop.trainable.attach_seconds < loop.progress.select_seconds < loop.progress.seconds
+    assert [tuner.selections(n) for n in (1, 4, 5, 15, 26)] == [1, 1, 5, 5, 6], "a fifth of four steps is no step"
 
 
 def test_bad_input(caplog):

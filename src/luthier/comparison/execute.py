@@ -111,7 +111,7 @@ class Bench:
         return {
             "recipe": self.recipe(job).as_dict(), "name": f"arm {job.arm}", "folder": str(self.place(job)), "foreign": foreign,
             "base": str(self.base.resolve()), "code": None if self.code is None else str(self.code), "keep": self.keep,
-            "threads": max(1, (os.cpu_count() or 1) // side_by_side),
+            "judge": job.purpose != "measure", "threads": max(1, (os.cpu_count() or 1) // side_by_side),
         }  # fmt: skip
 
     def _seconds(self, job: Job) -> float | None:
@@ -155,13 +155,13 @@ class Bench:
         flops = dict(spent["flops"] or {})
         once = flops.pop("curate", 0.0)
         value = None
-        measure = measures_of(place).get(self.measure)
+        measure = measures_of(place).get(self.measure) if job.purpose != "measure" else None
         if measure is not None:
             value = measure.value * (1 if measure.higher else -1)
         return Done(
             job, sum(flops.values()), spent["seconds"], state["steps"], state["row_tokens"], once, spent["curation_seconds"],
             state["update_bytes"], state["peak_memory_bytes"], state["evaluation_seconds"], value,
-            select_flops=flops.get("select", 0.0),
+            select_flops=flops.get("select", 0.0), select_seconds=spent.get("select_seconds", 0.0),
         )  # fmt: skip
 
     def finish(self, job: Job, answer: dict[str, Any]) -> None:

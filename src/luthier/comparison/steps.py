@@ -34,7 +34,7 @@ class Done(NamedTuple):
     """What a finished run says.
 
     flops, seconds  of training with selection; once: FLOPs and seconds before the first step (curation)
-    select_flops  of these, what choosing what trains took
+    select_flops, select_seconds  of these, what choosing what trains took
     row_tokens      tokens of the rows it was given
     value           the measure that chooses, with its direction made so that more is better; None where not measured
     error           why it failed; None where it did not
@@ -53,6 +53,7 @@ class Done(NamedTuple):
     value: float | None = None
     error: str | None = None
     select_flops: float = 0.0
+    select_seconds: float = 0.0
 
 
 class Cost(NamedTuple):
@@ -86,8 +87,8 @@ def cost_of(done: list[Done], unit: str, tokens_a_step: float, selections: Selec
         return Cost(tokens_a_step, 0.0)
     spent = {"flops": known.flops, "seconds": known.seconds}[unit]
     once = {"flops": known.once_flops, "seconds": known.once_seconds}[unit]
-    times = selections(known.steps) if unit == "flops" else 0  # seconds are not told apart
-    chosen = known.select_flops if times else 0.0
+    times = selections(known.steps)
+    chosen = {"flops": known.select_flops, "seconds": known.select_seconds}[unit] if times else 0.0
     return Cost((spent - chosen) / max(known.row_tokens, 1.0) * tokens_a_step, once, chosen / max(times, 1))
 
 
@@ -255,10 +256,9 @@ def forecast(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]
             seconds += sum(shares) * budget[1] if known is None else 0.0
             continue
         tokens, chooses = arms[leader].tokens_a_step, arms[leader].selections
-        cost = cost_of([known], "flops", tokens, chooses)
+        work, time = (cost_of([known], unit, tokens, chooses) for unit in ("flops", "seconds"))
         for share in shares:
             steps = _steps(budget, arms[leader], [known], share) or 0
-            scale = steps * tokens / max(known.row_tokens, 1.0)
-            flops += cost.of(steps, chooses)
-            seconds += known.once_seconds + known.seconds * scale + known.evaluation_seconds
+            flops += work.of(steps, chooses)
+            seconds += time.of(steps, chooses) + known.evaluation_seconds
     return {"runs": total_runs(plan) - len(done), "flops": flops, "seconds": seconds}

@@ -83,7 +83,7 @@ def _run(request: dict[str, Any], folder: Path) -> None:
     if request["foreign"]:
         run_foreign(recipe, folder, request["foreign"])
     else:
-        run(recipe, folder, Path(request["base"]), keep=request["keep"], foresee=False)
+        run(recipe, folder, Path(request["base"]), keep=request["keep"], foresee=False, judge=request["judge"])
 
 
 if __name__ == "__main__":

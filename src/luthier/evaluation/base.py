@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -196,10 +197,11 @@ class Answering(Evaluator):
 
 
 class Results(NamedTuple):
-    """Measures by name, and answers to show."""
+    """Measures by name, answers to show, and what measuring them took when it was done."""
 
     measures: dict[str, Measure]
     samples: list[Sample]
+    seconds: float = 0.0
 
     def brief(self) -> dict[str, Any]:
         """Values without rows."""
@@ -210,23 +212,25 @@ class Results(NamedTuple):
         return {
             "measures": [m.as_dict() for m in self.measures.values()],
             "samples": [s._asdict() for s in self.samples],
+            "seconds": self.seconds,
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Results:
         """What `as_dict` gave."""
         measures = [Measure.from_dict(m) for m in values["measures"]]
-        return cls({m.name: m for m in measures}, [Sample(**s) for s in values["samples"]])
+        return cls({m.name: m for m in measures}, [Sample(**s) for s in values["samples"]], values["seconds"])
 
 
 def examine(exam: Exam, evaluators: Sequence[Evaluator]) -> Results:
     """Every evaluator's measures of the model as it stands."""
+    started = time.perf_counter()
     found = {measure.name: measure for evaluator in evaluators for measure in evaluator.evaluate(exam)}
     if exam.asked:
         keys, done = tuple(exam.asked), [c for _, c in exam.asked.values()]
         found["stopped"] = mean("stopped", [c.stopped for c in done], keys, unit="answers that ended by themselves")
         found["answer_tokens"] = mean("answer_tokens", [c.tokens for c in done], keys, unit="tokens")
-    return Results(found, _samples(exam, found))
+    return Results(found, _samples(exam, found), time.perf_counter() - started)
 
 
 def _samples(exam: Exam, found: dict[str, Measure]) -> list[Sample]:

@@ -57,6 +57,7 @@ class Progress:
     row_tokens: int = 0  # of the rows given, trained on or left out
     supervised: int = 0
     seconds: float = 0.0
+    select_seconds: float = 0.0  # of these, what choosing what trains took
     skipped: int = 0
     best_loss: float | None = None
     best_step: int | None = None
@@ -102,7 +103,11 @@ class Loop:
         self.compute, self.data_hash = compute, data_hash
         s = settings
         self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle)
-        self.progress = Progress(flops={"select": trainable.attach_flops} if trainable.attach_flops else {})
+        attached = trainable.attach_seconds
+        self.progress = Progress(
+            seconds=attached, select_seconds=attached,
+            flops={"select": trainable.attach_flops} if trainable.attach_flops else {},
+        )  # fmt: skip
         self.probe = Probe(view, objective, self.extra, self._total)
         groups = trainable.groups()
         if self.extra is not None and (beside := [p for p in self.extra.parameters() if p.requires_grad]):
@@ -189,6 +194,7 @@ class Loop:
         meter, spent = self.view.meter, dict(self.view.meter.flops)
         with meter.stage("select"):
             self.trainable.before_window(window, self.probe)
+        chosen = time.perf_counter() - started
         with torch.no_grad(), meter.stage("plan"):
             window, local = self.objective.plan(window, self.probe)
         denominators = self._reduce(local)
@@ -203,8 +209,10 @@ class Loop:
         self.scheduler.step()
         p = self.progress
         p.step += 1
+        stepped = time.perf_counter()
         with meter.stage("select"):
             self.trainable.after_step(Clock(p.step, self.total_steps, self.order.epoch(p.step)))
+        p.select_seconds += chosen + time.perf_counter() - stepped
         for stage, flops in self._reduce({k: meter.flops.get(k, 0.0) - spent.get(k, 0.0) for k in STAGES}).items():
             p.flops[stage] = p.flops.get(stage, 0.0) + flops
         counts = self._reduce(

@@ -80,7 +80,7 @@ class Trainable:
 
     steps_by_closure = False  # True: the optimiser's step gets a closure that evaluates the loss without gradient
     reselects = False  # True: which tensors want a gradient changes from window to window
-    attach_flops = 0.0  # that attaching took: a first choice of what trains
+    attach_flops = attach_seconds = 0.0  # that attaching took: a first choice of what trains
 
     def __init__(self, view: ModelView) -> None:
         self.view = view
@@ -228,7 +228,7 @@ class WithHead(Trainable):
         super().__init__(inner.view)
         self.inner = inner
         self.steps_by_closure, self.reselects = inner.steps_by_closure, inner.reselects
-        self.attach_flops = inner.attach_flops
+        self.attach_flops, self.attach_seconds = inner.attach_flops, inner.attach_seconds
         self.head = DenseTrainable(inner.view, names, freeze=False)
 
     def groups(self) -> list[ParamGroup]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
@@ -146,8 +147,8 @@ class Lift(Tuner):
         return LiftTrainable(self, as_view(model), total_steps or 0)
 
     def every(self, total_steps: int) -> int:
-        """Steps between two choices of a run; 0: there is only the first."""
-        return min(self.reselect_every, max(1, total_steps // 5)) if self.reselect_every else 0
+        """Steps between two choices of a run; 0: there is only the first, as in runs of fewer than five steps."""
+        return min(self.reselect_every, total_steps // 5)
 
     def selections(self, total_steps: int) -> int:
         every = self.every(total_steps)
@@ -170,9 +171,9 @@ class LiftTrainable(Trainable):
                 seen.add(id(weight))
         if view.anatomy.tied and any(x.module == view.anatomy.head for x in linears):
             raise RecipeError("lift.targets", "the head is tied to the embeddings", "leave it out")
-        before = view.meter.total
+        before, started = view.meter.total, time.perf_counter()
         self.sparse = SparseWeights(view, linears, {x.name: self._choose(x) for x in linears})
-        self.attach_flops = view.meter.total - before
+        self.attach_flops, self.attach_seconds = view.meter.total - before, time.perf_counter() - started
         # Dropped entries: positions (ascending), what the base holds there, and the difference training left.
         empty = torch.zeros(0, dtype=torch.long, device=view.device)
         self.left = {n: (empty, s[:0].clone(), v.detach()[:0].clone()) for n, s, v in self._both()}
