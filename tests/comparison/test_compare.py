@@ -70,7 +70,14 @@ def test_the_first_short_run_of_an_arm_only_steps(compared):
     """It examines the untouched model, which every run needs, and writes no answers, pages or weights."""
     folder, _ = compared
     for place in folder.glob("runs/compare-c/arms/*/measure-*"):
-        assert {f.name for f in place.iterdir()} == {"run.json", "recipe.yaml", "env.txt", "curation.json", "log.jsonl", ".lock"}
+        assert {f.name for f in place.iterdir()} == {
+            "run.json",
+            "recipe.yaml",
+            "env.txt",
+            "curation.json",
+            "log.jsonl",
+            ".lock",
+        }
         run = json.loads((place / "run.json").read_text())
         assert run["steps"] == 4 and "after" not in run and run["before"]["loss"]["value"] > 0
     seconds = [
