@@ -95,8 +95,10 @@ def test_pro_sends_probabilities_and_prefers_seeds_that_moved_the_loss():
     server = SeedServer(agreed, NAMES)
     first = server.begin()[0].message.tensors()["probabilities"]
     assert torch.equal(first, torch.full((16,), 1 / 16))
-    carried(server, clients(agreed))
-    later = server._state().tensors()["probabilities"]
+    parties = clients(agreed)
+    carried(server, parties)
+    assert all(torch.equal(p.result.tensors()["scalars"], server.scalars.float()) for p in parties), "told at the end"
+    later = server.state()["probabilities"]
     assert later.max() > later.min() and float(later.max() / later.min()) <= np.e + 1e-4
     moved = np.array([np.abs(h).mean() for h in server.history])
     assert int(later.argmax()) == int(moved.argmax())

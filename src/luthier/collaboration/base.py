@@ -68,6 +68,42 @@ def in_process(parties: Iterable[Party], first: Iterable[Sent], gate: Callable[[
         waiting.extend(known[sent.to].handle(sent.message))
 
 
+class Member:
+    """What clients of every protocol share: `answer` and `disclosure` are a protocol's own.
+
+    refusals  what the server would not take from it, and why
+    result    what it was given at the end
+    """
+
+    def __init__(self, name: str, run: str) -> None:
+        self.name, self.run = name, run
+        self.refusals: list[str] = []
+        self.result: Message | None = None
+
+    def answer(self, state: Message) -> list[Sent]:
+        """To a server's state."""
+        raise NotImplementedError
+
+    def handle(self, event: Message | Tick) -> list[Sent]:
+        """A server's state, refusal or result. Raises Refused for those of another contract."""
+        if isinstance(event, Tick):
+            return []
+        if event.header.kind == "refusal":
+            self.refusals.append(str(event.header.notes["says"]))
+            return []
+        if event.header.run != self.run:
+            raise Refused("contract", f"{self.name} was sent a {event.header.kind} of another contract")
+        if event.header.kind == "result":
+            self.result = event
+            return []
+        return self.answer(event)
+
+
+def sizes(message: Message) -> tuple[int, int]:
+    """(bytes of the numbers, bytes on the wire)."""
+    return sum(t.numel() * t.element_size() for t in message.tensors().values()), len(message.encode())
+
+
 class Gathering:
     """One message from each of the expected senders: whoever sends what cannot be used is refused, by name, and what has
     arrived is on disk before it counts.
@@ -76,19 +112,19 @@ class Gathering:
     run      digest of the contract
     accept   raises Refused for a payload that this protocol cannot use
     journal  None: in memory only
+    known    what a journal holds of this round already
     """
 
     def __init__(
         self, kind: Kind, run: str, base: Fingerprint, senders: Iterable[str], accept: Callable[[Message], None],
-        journal: Journal | None = None, round: int = 0,
+        journal: Journal | None = None, round: int = 0, known: Iterable[Message] = (),
     ) -> None:  # fmt: skip
         self.kind, self.run, self.base, self.senders, self.round = kind, run, base, frozenset(senders), round
         self.accept, self.journal = accept, journal
         self.arrived: dict[str, Message] = {}
-        for message in journal or ():
-            if message.header.round == round and message.header.kind == kind:
-                self._check(message)
-                self.arrived[message.header.sender] = message
+        for message in known:
+            self._check(message)
+            self.arrived[message.header.sender] = message
 
     @property
     def missing(self) -> frozenset[str]:

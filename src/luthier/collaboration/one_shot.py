@@ -8,20 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from luthier.collaboration.rounds import shares
 from luthier.update import LowRank, Update
 
 STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 OUTLIER = 10.0  # norms above so many medians
-
-
-def shares(rows: Mapping[str, int]) -> dict[str, float]:
-    """p_i = n_i / sum of n_j. Raises ValueError for no client, or one without rows."""
-    for name, n in rows.items():
-        if n <= 0:
-            raise ValueError(f"{name} has {n} rows; a client without rows has nothing to weigh")
-    if not rows:
-        raise ValueError("no client has sent an update")
-    return {name: n / sum(rows.values()) for name, n in rows.items()}
 
 
 def averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> Update:
