@@ -1,240 +1,181 @@
-"""one-shot's exact checks on its server step; numbers in names are the sheet's."""
-
-import itertools
+"""one-shot's parties: one round and several, kills, refusals, what leaves."""
 
 import pytest
 import torch
 
+from luthier.collaboration.averaging import averaged
+from luthier.collaboration.base import Tick, in_process
+from luthier.collaboration.journal import Journal
+from luthier.collaboration.messages import Message
 from luthier.collaboration.one_shot import (
-    Running,
-    averaged,
-    barrier,
-    best_step,
-    cosines,
-    factor_averaged,
-    inner,
-    outliers,
-    shares,
+    AverageClient,
+    AverageContract,
+    AverageServer,
+    OneShot,
+    alone,
+    headers,
+    packed,
 )
-from luthier.model.fingerprint import Fingerprint
-from luthier.objectives.sft import Sft
-from luthier.testing.models import batch_of, rows_of, view_of
-from luthier.training.loop import Loop
+from luthier.errors import LuthierError
+from luthier.testing.models import rows_of, view_of
 from luthier.training.settings import TrainSettings
+from luthier.tuners.dept import Dept
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
-from luthier.update import Dense, LowRank, Prompt, Sparse, Update
+from luthier.tuners.spiel import Spiel
+from luthier.update import Dense, Update
 
-BASE = Fingerprint(name="tiny", weights="w" * 64, tokenizer="t" * 64)
-NAMES = ("m.0.q.weight", "m.1.q.weight")
-
-
-def low_rank(rank, seed, scale=0.5, base=BASE, a=None):
-    g = torch.Generator().manual_seed(seed)
-    rand = lambda *s: torch.randn(*s, generator=g)  # noqa: E731
-    factors = {n: rand(rank, 12) for n in NAMES}
-    part = LowRank(a or factors, {n: rand(10, rank) for n in NAMES}, dict.fromkeys(NAMES, scale))
-    return Update(base, (part,))
+NAMES = ("east", "north", "west")
+SETTINGS = TrainSettings(max_steps=3, batch_size=4, learning_rate=1e-2, warmup_fraction=0.0)
+LORA = Lora(rank=2)
 
 
-def dense(seed, base=BASE):
-    g = torch.Generator().manual_seed(seed)
-    return Update(base, (Dense({n: torch.randn(10, 12, generator=g) for n in NAMES}),))
+def many(count, seed=0):
+    return rows_of((9, 5, 12, 7, 8, 6) * 2, seed)[:count]
 
 
-def gap(update, expected):
-    found = update.dense()
-    return max(float((found[n] - t).abs().max()) for n, t in expected.items())
+def contract(tuner=LORA, **fields):
+    return OneShot(**fields).agree(view_of(), tuner, SETTINGS)
 
 
-def one_step(rows, rate=0.1):
-    """A full-batch gradient step from the same model, as an update."""
-    view = view_of()
-    trainable = Full().attach(view, None, 1)
-    settings = TrainSettings(max_steps=1, batch_size=len(rows), warmup_fraction=0.0, max_grad_norm=1e9)
-    loop = Loop(view, rows, trainable, Sft(), settings)
-    loop.optimizer = torch.optim.SGD(list(trainable.parameters()), lr=rate)
-    loop.scheduler = torch.optim.lr_scheduler.ConstantLR(loop.optimizer, factor=1.0)
-    loop.step()
-    update = trainable.update()
-    trainable.detach()
-    return update
+def clients(agreed):
+    return [AverageClient(n, agreed, view_of(), many(8 + 2 * i, i)) for i, n in enumerate(NAMES)]
 
 
-def test_1_one_full_batch_step_each_is_one_on_all_rows():
-    # Equally long answers, so that rows weigh what their tokens do.
-    clients = {"a": rows_of((9, 7), seed=1), "b": rows_of((8, 6, 11, 12), seed=2)}
-    updates = {name: one_step(rows) for name, rows in clients.items()}
-    together = one_step([*clients["a"], *clients["b"]])
-    mean = averaged(updates, {name: len(rows) for name, rows in clients.items()})
-    assert gap(mean, together.dense()) < 1e-6
-    assert max(float(t.abs().max()) for t in together.dense().values()) > 1e-4
+def carried(server, parties, heard=lambda sent, disclosure: None):
+    in_process([server, *parties], server.begin(), heard)
+    return server
 
 
-def descent(hessian, target, start, steps, rate=0.1):
-    w = start.clone()
-    for _ in range(steps):
-        w = w - rate * hessian @ (w - target)
-    return w
+def gap(one, other):
+    a, b = one.dense(), other.dense()
+    return max(float((a[n] - b[n]).abs().max()) for n in a)
 
 
-@pytest.mark.parametrize("same", [True, False])
-def test_2_with_one_hessian_one_round_equals_many_and_with_several_the_gap_grows(same):
-    g = torch.Generator().manual_seed(0)
-    make = lambda: (lambda m: m @ m.T / 6 + torch.eye(6))(torch.randn(6, 6, generator=g, dtype=torch.float64))  # noqa: E731
-    one = make()
-    hessians = [one if same else make() for _ in range(3)]
-    targets = [torch.randn(6, generator=g, dtype=torch.float64) for _ in range(3)]
-    gaps, start = [], torch.zeros(6, dtype=torch.float64)
-    for steps in (1, 3, 9):
-        shot = sum(descent(h, t, start, steps) for h, t in zip(hessians, targets, strict=True)) / 3
-        many = start
-        for _ in range(steps):
-            many = sum(descent(h, t, many, 1) for h, t in zip(hessians, targets, strict=True)) / 3
-        gaps.append(float((shot - many).norm()))
-    assert max(gaps) < 1e-10 if same else gaps[0] < 1e-10 < gaps[1] < gaps[2]
+@pytest.mark.parametrize("tuner", [LORA, Full(), Spiel(density=0.05)], ids=lambda t: t.key())
+def test_one_round_is_the_mean_of_what_each_learnt_alone(tuner):
+    agreed, said = contract(tuner), []
+    parties = clients(agreed)
+    server = carried(AverageServer(agreed, NAMES), parties, lambda sent, d: said.append((sent, d)))
+    mine = {p.name: alone(agreed, p.view, p.rows)[0] for p in parties}
+    expected = averaged(mine, {"east": 8, "north": 10, "west": 12})
+    assert server.finished and gap(server.update, expected) <= 1e-6
+    assert all(p.update.digest() == parties[0].update.digest() and gap(p.update, expected) <= 1e-6 for p in parties)
+    assert [r["weight"] for r in server.report] == pytest.approx([8 / 30, 10 / 30, 12 / 30])
+    assert all(r["loss"] > 0 and r["length"] > 0 and len(r["cosines"]) == 3 for r in server.report)
+    up = [d for sent, d in said if sent.message.header.kind == "update"]
+    assert len(up) == 3 and all(d.unit == "nothing" and "number of rows" in d.what and d.to == "server" for d in up)
+    moved = sum(t.numel() * t.element_size() for t in packed(mine["east"]).values())
+    assert up[0].bytes[0] == moved < up[0].bytes[1] < moved + 8192
 
 
-def test_3_stacking_is_exact_for_unequal_ranks_and_scales():
-    updates = {"a": low_rank(2, 1, 0.5), "b": low_rank(4, 2, 2.0), "c": low_rank(3, 3, 1.0)}
-    rows = {"a": 50, "b": 30, "c": 20}
-    expected = {n: sum(p * updates[c].dense()[n] for c, p in shares(rows).items()) for n in NAMES}
-    mean = averaged(updates, rows)
-    assert gap(mean, expected) < 1e-5
-    assert mean.parts[0].a[NAMES[0]].shape[0] == 9
+def test_several_rounds_are_federated_averaging():
+    agreed = contract(rounds=2)
+    server = carried(AverageServer(agreed, NAMES), clients(agreed))
+    view, total = view_of(), Update(agreed.base, ())
+    for _ in range(2):
+        with total.to("dense")[0].bind(view):
+            mine = {n: alone(agreed, view, many(8 + 2 * i, i))[0] for i, n in enumerate(NAMES)}
+        total = total + averaged(mine, {"east": 8, "north": 10, "west": 12})
+    assert gap(server.update, total) <= 1e-6
+    assert [r["round"] for r in server.report] == [0, 0, 0, 1, 1, 1]
 
 
-def test_3_a_bound_average_gives_the_logits_of_the_merged_one():
-    view, updates = view_of(), {}
-    for name, seed in (("a", 1), ("b", 2)):
-        trainable = Lora(rank=2 + seed, alpha=8).attach(view, None, 3)
-        settings = TrainSettings(max_steps=3, batch_size=4, learning_rate=1e-2)
-        loop = Loop(view, rows_of(seed=seed), trainable, Sft(), settings)
-        for _ in range(3):
-            loop.step()
-        updates[name] = trainable.update()
-        trainable.detach()
-    mean, ids = averaged(updates, {"a": 3, "b": 1}), batch_of().ids[None]
-    with torch.no_grad():
-        before = view.module(input_ids=ids).logits
-        with mean.bind(view):
-            bound = view.module(input_ids=ids).logits
-        mean.merge_into(view.module)
-        merged = view.module(input_ids=ids).logits
-    assert (bound - merged).abs().max() < 1e-5 < (merged - before).abs().max()
+def test_weights_may_be_equal_and_the_mean_cut_to_a_rank():
+    agreed = contract(weights="equal", rank=2)
+    server = carried(AverageServer(agreed, NAMES), clients(agreed))
+    assert [r["weight"] for r in server.report] == pytest.approx([1 / 3] * 3)
+    (part,) = server.update.parts
+    assert {t.shape[0] for t in part.a.values()} == {2}
+    whole = carried(AverageServer(contract(weights="equal"), NAMES), clients(contract(weights="equal"))).update
+    assert {t.shape[0] for t in whole.parts[0].a.values()} == {6} and 0 < gap(server.update, whole) < 0.1
 
 
-def test_4_the_mean_of_factors_is_biased_but_for_one_shared_a():
-    updates, rows = {"a": low_rank(2, 1), "b": low_rank(2, 2)}, {"a": 1, "b": 1}
-
-    def error(found, true):
-        lost = sum(float((found.dense()[n] - true.dense()[n]).square().sum()) for n in NAMES)
-        return (lost / sum(float(t.square().sum()) for t in true.dense().values())) ** 0.5
-
-    assert error(factor_averaged(updates, rows), averaged(updates, rows)) > 0.1
-    shared = low_rank(2, 1).parts[0].a
-    alike = {"a": low_rank(2, 1, a=shared), "b": low_rank(2, 2, a=shared)}
-    assert error(factor_averaged(alike, rows), averaged(alike, rows)) < 1e-6
-    with pytest.raises(ValueError, match="another rank"):
-        factor_averaged({"a": low_rank(2, 1), "b": low_rank(3, 2)}, rows)
-
-
-@pytest.mark.parametrize("make", [lambda seed: low_rank(2, seed), dense], ids=["lowrank", "dense"])
-def test_5_no_order_of_arrival_changes_a_bit(make):
-    clients = {name: (make(i), 10 + i) for i, name in enumerate("abc")}
-    seen = []
-    for order in itertools.permutations(clients):
-        running = Running()
-        for name in order:
-            running.add(name, *clients[name])
-        seen.append(running.current().digest())
-    assert len(set(seen)) == 1
+def test_a_server_killed_after_any_arrival_goes_on_to_the_same_bits(tmp_path):
+    agreed = contract(rounds=2)
+    whole = carried(AverageServer(agreed, NAMES), clients(agreed))
+    parties, kills = {p.name: p for p in clients(agreed)}, 0
+    server = AverageServer(agreed, NAMES, Journal(tmp_path, 10**7))
+    waiting = server.begin()
+    while not server.finished:
+        sent = waiting.pop(0)
+        (answer,) = parties[sent.to].handle(sent.message)
+        server.handle(answer.message)
+        server = AverageServer(agreed, NAMES, Journal(tmp_path, 10**7))  # the old one is gone
+        kills, waiting = kills + 1, server.begin()
+    assert kills == 6 and server.update.digest() == whole.update.digest()
 
 
-def test_5_equal_clients_and_a_single_one_give_the_local_model():
-    one = low_rank(2, 1)
-    assert gap(averaged({"a": one}, {"a": 7}), one.dense()) < 1e-6
-    assert gap(averaged({"a": one, "b": one, "c": one}, {"a": 1, "b": 2, "c": 3}), one.dense()) < 1e-6
+def test_whoever_is_late_does_not_count_and_is_refused_by_name():
+    agreed = contract()
+    server, (east, north, west) = AverageServer(agreed, NAMES), clients(agreed)
+    states = {s.to: s.message for s in server.begin()}
+    assert server.handle(Tick()) == [], "nobody has arrived: there is no mean"
+    for party in (east, west):
+        server.handle(party.handle(states[party.name])[0].message)
+    results = server.handle(Tick())
+    assert {s.to for s in results} == set(NAMES) and [r["client"] for r in server.report] == ["east", "west"]
+    (refused,) = server.handle(north.handle(states["north"])[0].message)
+    north.handle(refused.message)
+    assert north.refusals == ["round: north sent for round 0, all are closed"]
 
 
-def test_6_a_client_that_comes_twice_weighs_double():
-    a, b = low_rank(2, 1), low_rank(2, 2)
-    thrice = averaged({"a": a, "a again": a, "b": b}, {"a": 5, "a again": 5, "b": 3})
-    assert gap(averaged({"a": a, "b": b}, {"a": 10, "b": 3}), thrice.dense()) < 1e-6
+def message(agreed, update, name="east", rows=8):
+    notes = {"rows": rows, "loss": 1.0, "parts": headers(update)}
+    return Message.of("update", agreed.digest, name, agreed.base, packed(update), notes=notes)
 
 
-def test_7_a_shorter_form_is_exact_at_the_full_rank_and_loses_less_the_longer_it_is():
-    whole = averaged({"a": low_rank(2, 1), "b": low_rank(4, 2), "c": low_rank(3, 3)}, {"a": 1, "b": 1, "c": 1})
-    errors = []
-    for rank in range(1, 10):
-        shorter, said = whole.to("lowrank", rank=rank)
-        difference = sum(float((shorter.dense()[n] - t).square().sum()) for n, t in whole.dense().items())
-        size = sum(float(t.square().sum()) for t in whole.dense().values())
-        assert said == pytest.approx((difference / size) ** 0.5, abs=1e-5)
-        errors.append(said)
-    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-5 and errors[3] > 0.05
+def changed(agreed, **tensors):
+    """A dense update of the contract's parameters, with one changed."""
+    names = agreed.moves["dense"]
+    values = {n: torch.zeros(agreed.shapes[n]) for n in names}
+    return Update(agreed.base, (Dense(values | tensors),))
 
 
-@pytest.mark.parametrize(
-    ("updates", "rows", "words"),
-    [
-        ({}, {}, "no client"),
-        ({"a": low_rank(2, 1)}, {"a": 0}, "a has 0 rows"),
-        ({"a": low_rank(2, 1), "b": dense(1)}, {"a": 1, "b": 1}, r"b: sends \['dense'\], a sends \['lowrank'\]"),
-        (
-            {"a": low_rank(2, 1), "b": low_rank(2, 1, base=BASE.model_copy(update={"weights": "v" * 64}))},
-            {"a": 1, "b": 1},
-            "b: tuned v",
-        ),
-        ({"a": dense(1) * float("nan")}, {"a": 1}, "a: its update is empty, or a value is not finite"),
-        ({"a": Update(BASE, (Dense({}),))}, {"a": 1}, "a: its update is empty"),
-        ({"a": Update(BASE, (Prompt(torch.ones(2, 3)),))}, {"a": 1}, "a: a prompt part"),
-        (
-            {"a": dense(1), "b": Update(BASE, (Dense({NAMES[0]: torch.ones(10, 12)}),))},
-            {"a": 1, "b": 1},
-            r"b: m\.1\.q\.weight is moved by one",
-        ),
-    ],
-)
-def test_what_cannot_be_averaged_is_refused_with_its_client(updates, rows, words):
-    with pytest.raises(ValueError, match=words):
-        averaged(updates, rows)
+def test_what_cannot_be_added_is_refused_by_name_and_the_rest_counts():
+    agreed = contract(Full())
+    first = agreed.moves["dense"][0]
+    fewer = {n: torch.zeros(agreed.shapes[n]) for n in agreed.moves["dense"][1:]}
+    lora = alone(contract(), view_of(), many(4))[0]
+    unread = Message.of("update", agreed.digest, "east", agreed.base, {}, notes={"rows": 8, "parts": "[[1]]"})
+    cases = {
+        "form: east: sends lowrank, the contract says dense": message(agreed, lora),
+        f"form: east: {first} is not moved": message(agreed, Update(agreed.base, (Dense(fewer),))),
+        "shape: east": message(agreed, changed(agreed, **{first: torch.zeros(2)})),
+        "not-finite: east": message(agreed, changed(agreed, **{first: torch.full(agreed.shapes[first], torch.nan)})),
+        "rows: east": message(agreed, changed(agreed), rows=0),
+        "form: from east: its parts cannot be read": unread,
+        "unknown: 'stranger'": message(agreed, changed(agreed), name="stranger"),
+    }
+    server = AverageServer(agreed, NAMES)
+    for words, sent in cases.items():
+        (answer,) = server.handle(sent)
+        assert str(answer.message.header.notes["says"]).startswith(words) and not server.gathering.arrived
+    assert server.handle(message(agreed, changed(agreed))) == [] and list(server.gathering.arrived) == ["east"]
 
 
-def test_a_second_update_of_a_client_is_refused_or_replaces_the_first():
-    running = Running()
-    running.add("a", low_rank(2, 1), 3)
-    with pytest.raises(ValueError, match="a has sent an update already"):
-        running.add("a", low_rank(2, 2), 3)
-    running.add("a", low_rank(2, 2), 3, replace=True)
-    assert gap(running.current(), low_rank(2, 2).dense()) < 1e-6
+def test_an_update_far_too_long_is_left_out_and_named():
+    for keep in (False, True):
+        agreed = contract(Full(), keep_outliers=keep)
+        server, first = AverageServer(agreed, NAMES), agreed.moves["dense"][0]
+        for name, size in zip(NAMES, (1.0, 1.5, 100.0), strict=True):
+            value = torch.full(agreed.shapes[first], size)
+            server.handle(message(agreed, changed(agreed, **{first: value}), name))
+        mean = float(server.update.dense()[first].mean())
+        assert (server.left_out, mean) == (({}, pytest.approx(102.5 / 3)) if keep else ({0: ["west"]}, 1.25))
 
 
-def test_products_norms_and_cosines_are_those_of_the_dense_differences():
-    a, b = low_rank(2, 1, 0.5), low_rank(3, 2, 2.0)
-    left, right = a.dense(), b.dense()
-    expected = sum(float((left[n] * right[n]).sum()) for n in NAMES)
-    assert inner(a, b) == pytest.approx(expected, rel=1e-5)
-    one, other = dense(1), dense(2)
-    by_hand = sum(float((one.dense()[n] * other.dense()[n]).sum()) for n in NAMES)
-    assert inner(one, other) == pytest.approx(by_hand, rel=1e-5)
-    found = cosines({"b": b, "a": a, "a twice": 2 * a})
-    assert torch.allclose(found.diagonal(), torch.ones(3, dtype=torch.float64))
-    assert found[0, 1] == pytest.approx(1)
-    assert found[0, 2] == pytest.approx(expected / (inner(a, a) * inner(b, b)) ** 0.5, rel=1e-4)
-    assert outliers({"a": a, "b": b, "c": 1000 * a}) == ["c"]
+def test_a_tuner_that_replaces_is_refused_and_so_is_another_model():
+    with pytest.raises(LuthierError, match="the update of dept cannot be averaged"):
+        OneShot().agree(view_of(), Dept(), SETTINGS)
+    with pytest.raises(LuthierError, match="base: east: its model is not the contract's"):
+        AverageClient("east", contract(), view_of(seed=1), many(4))
+    with pytest.raises(LuthierError, match="no result yet"):
+        _ = clients(contract())[0].update
 
 
-def test_the_step_with_the_lowest_public_loss_and_a_barrier_on_the_way():
-    step, losses = best_step(lambda s: (s - 0.8) ** 2)
-    assert step == 0.75 and losses[0.0] == pytest.approx(0.64) and not barrier(losses)
-    assert barrier(best_step(lambda s: 1 - abs(s - 0.5))[1])
-
-
-def test_sparse_updates_average_too():
-    def make(at):
-        part = Sparse({NAMES[0]: torch.tensor(at)}, {NAMES[0]: torch.ones(2)}, {NAMES[0]: (10, 12)})
-        return Update(BASE, (part,))
-
-    mean = averaged({"a": make([0, 5]), "b": make([5, 7])}, {"a": 1, "b": 3}).dense()[NAMES[0]].view(-1)
-    assert mean[[0, 5, 7]].tolist() == pytest.approx([0.25, 1.0, 0.75])
+def test_a_contract_reads_back_as_it_was_written():
+    agreed = contract(Spiel(density=0.05), rounds=3)
+    again = AverageContract.model_validate(agreed.as_dict())
+    assert again == agreed and again.digest == agreed.digest and isinstance(again.tuner, Spiel)
+    assert contract(Spiel(density=0.06), rounds=3).digest != agreed.digest

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Kind, Message, Refused
+from luthier.method import Method
 from luthier.model.fingerprint import Fingerprint
 
 
@@ -66,6 +67,10 @@ def in_process(parties: Iterable[Party], first: Iterable[Sent], gate: Callable[[
         if sender is not None:
             gate(sent, sender.disclosure(sent))
         waiting.extend(known[sent.to].handle(sent.message))
+
+
+class Collaboration(Method):
+    """A protocol between parties. Each has its contract, its server and its clients beside it."""
 
 
 class Member:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import NamedTuple
 
 import torch
-from pydantic import BaseModel, SerializeAsAny
+from pydantic import BaseModel
 from torch import Tensor
 
+from luthier.collaboration.agreement import Agreement
 from luthier.collaboration.messages import Refused
 from luthier.collaboration.packing import factor_deltas, from_deltas, kinds, pack, unpack
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 from luthier.update import Chart, LowRank, Update
 
@@ -74,18 +72,13 @@ def start_of(view: ModelView, tuner: Lora) -> Start:
     return Start(side, chart)
 
 
-class Contract(BaseModel, frozen=True, extra="forbid"):
-    """Equal for every shadow run and every client; its digest names the collaboration."""
+class Contract(Agreement, frozen=True, extra="forbid"):
+    """Equal for every shadow run and every client."""
 
     small: Side
     large: Side
-    tuner: SerializeAsAny[Lora]
-    settings: TrainSettings
+    tuner: Lora
     packing: int = PACKING
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def refuse_other(found: Side, agreed: Side, who: str) -> None:

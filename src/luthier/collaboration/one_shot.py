@@ -1,143 +1,215 @@
-"""One round: each client tunes once from the same base, the server takes one weighted mean of the updates."""
+"""One-shot federated tuning: every client tunes once from the same base, the server takes one weighted mean."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
-import torch
+from pydantic import Field
 from torch import Tensor
 
-from luthier.collaboration.rounds import shares
-from luthier.update import LowRank, Update
+from luthier.collaboration.agreement import Agreement, AnyTuner
+from luthier.collaboration.averaging import cosines, length, outliers
+from luthier.collaboration.base import Collaboration, Disclosure, Member, Sent, sizes
+from luthier.collaboration.journal import Journal
+from luthier.collaboration.messages import Message, Refused
+from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
+from luthier.errors import LuthierError
+from luthier.method import Source, Traits
+from luthier.model.fingerprint import Fingerprint
+from luthier.model.view import ModelView
+from luthier.objectives.sft import Sft
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.base import Tuner
+from luthier.update import Update
+from luthier.update.parts import KINDS, VECTOR_PARTS
 
-STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-OUTLIER = 10.0  # norms above so many medians
 
+class OneShot(Collaboration):
+    """Each client tunes from the same base for as long as several rounds would take, and sends its update once.
 
-def averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> Update:
-    """sum of p_i U_i in weight space, exact for every form: ranks stack, dense tensors add in float32.
-
-    Clients are taken in the order of their names, so that arrival cannot change a bit.
-    Raises ValueError naming the client and the first thing in which it differs from the others.
+    The server takes sum of p_i Delta_i with p_i = n_i / sum of n_j, in weight space: exact for every linear update, ranks of
+    low-rank ones stack and may differ between clients. With `rounds` above 1 it is federated averaging: each round starts
+    from the mean so far. Compare at equal local work, say 1 round of 3 epochs with 3 rounds of 1; the schedule of the
+    learning rate, and Adam's moments, begin anew in each round.
+    Good where clients' rows are alike; where each has a topic of its own, one mean can be worse than none, and rounds help.
+    Cost: traffic of one update a client and round; work of tuning alone.
+    Refuses: updates that replace or surround weights (prompts, new heads), other forms or parameters than the contract's.
     """
-    refuse_mixed(updates)
-    total: Update | None = None
-    for name, p in sorted(shares(rows).items()):
-        term = p * updates[name]
-        total = term if total is None else total + term
-    assert total is not None
-    return total
+
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), linear=True)
+    source: ClassVar[Source] = Source(
+        "One Communication Round is All It Needs for Federated Fine-Tuning Foundation Models", 2024, "arXiv:2412.04650",
+        "exact averaging of low-rank updates from FLoRA, arXiv:2409.05976",
+    )  # fmt: skip
+
+    rounds: int = Field(1, ge=1)
+    """1: each client sends once."""
+    weights: Literal["rows", "equal"] = "rows"
+    """What a client counts: by its rows, or as one."""
+    rank: int | None = Field(None, ge=1)
+    """Cut the mean of low-rank updates to this rank after each round; None keeps all, as many as the clients' ranks add to."""
+    keep_outliers: bool = False
+    """Count updates more than ten times as long as the median, too."""
+
+    def agree(self, view: ModelView, tuner: Tuner, settings: TrainSettings, **more: Any) -> AverageContract:
+        """The contract. Raises LuthierError for a tuner whose update cannot be averaged."""
+        if not tuner.traits.linear:
+            raise LuthierError(
+                f"tuner: the update of {tuner.key()} cannot be averaged; choose lora, full or a sparse one"
+            )
+        trainable = tuner.attach(view, None, settings.max_steps)
+        moves = _moves(trainable.update())
+        trainable.detach()
+        shapes = {n: view.anatomy.parameters[n] for names in moves.values() for n in names}
+        return AverageContract(
+            base=view.base, tuner=tuner, settings=settings, protocol=self, moves=moves, shapes=shapes, **more
+        )
 
 
-def refuse_mixed(updates: Mapping[str, Update]) -> None:
-    """Raises ValueError for updates that cannot be averaged: other bases, forms or parameters, not finite, empty."""
-    names = sorted(updates)
-    for name in names:
-        first, other = updates[names[0]], updates[name]
-        if not other.linear:
-            raise ValueError(f"{name}: a {other.parts[0].kind} part replaces or surrounds; it cannot be averaged")
-        if not first.base.same_base(other.base):
-            raise ValueError(f"{name}: tuned {other.base.weights[:12]}, {names[0]} tuned {first.base.weights[:12]}")
-        kinds = [[p.kind for p in u.parts] for u in (first, other)]
-        if kinds[0] != kinds[1]:
-            raise ValueError(f"{name}: sends {kinds[1]}, {names[0]} sends {kinds[0]}; bring them into one form first")
-        moved = [{n for p in u.parts for n in p.names()} for u in (first, other)]  # type: ignore[union-attr]
-        if odd := sorted(moved[0] ^ moved[1]):
-            raise ValueError(f"{name}: {odd[0]} is moved by one of {names[0]} and {name} only")
-        tensors = [t for p in other.parts for t in p.tensors().values()]
-        if not tensors or not all(t.isfinite().all() for t in tensors):
-            raise ValueError(f"{name}: its update is empty, or a value is not finite")
+class AverageContract(Agreement, frozen=True, extra="forbid"):
+    """What all parties of an average agree on."""
+
+    base: Fingerprint
+    tuner: AnyTuner
+    protocol: OneShot
+    moves: dict[str, list[str]]
+    """Form of an update's parts -> the parameters they move."""
+    shapes: dict[str, tuple[int, ...]]
+    """Of these."""
 
 
-def factor_averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> Update:
-    """The usual mean of the factors, a baseline: biased by cross terms p_i p_j B_i A_j, exact only where all A are one.
+class AverageServer(RoundServer):
+    """Holds the mean so far. `left_out` names, by round, clients whose update was too long to count; `report` the others'."""
 
-    Raises ValueError for other forms than one low-rank part each, or unequal ranks or scales.
-    """
-    refuse_mixed(updates)
-    parts: dict[str, LowRank] = {}
-    for name, u in updates.items():
-        if len(u.parts) != 1 or not isinstance(u.parts[0], LowRank):
-            raise ValueError(f"{name}: factors can be averaged for low-rank updates only")
-        parts[name] = u.parts[0]
-    one = parts[min(parts)]
-    for name, part in parts.items():
-        if part.scale != one.scale or any(part.a[n].shape != one.a[n].shape for n in one.a):
-            raise ValueError(f"{name}: another rank or scale; factors can be averaged for equal ones only")
-    mean = lambda take: {n: sum(p * take(parts[c])[n] for c, p in shares(rows).items()) for n in one.a}  # noqa: E731
-    part = LowRank(mean(lambda p: p.a), mean(lambda p: p.b), one.scale, one.transposed)
-    return Update(updates[min(updates)].base, (part,))
+    def __init__(self, contract: AverageContract, clients: Sequence[str], journal: Journal | None = None) -> None:
+        self.contract, self.update = contract, Update(contract.base, ())
+        self.left_out: dict[int, list[str]] = {}
+        self.report: list[dict[str, Any]] = []
+        super().__init__(contract.digest, contract.base, contract.protocol.rounds, clients, journal)
 
+    def accept(self, message: Message) -> None:
+        head, update = message.header, unpacked(message)
+        found = _moves(update)
+        if found != self.contract.moves:
+            raise Refused("form", f"{head.sender}: {_odd(found, self.contract.moves)}")
+        for problem in (p for part in update.parts for p in part.problems(self.contract.shapes)):
+            raise Refused("not-finite" if "not finite" in problem else "shape", f"{head.sender}: {problem}")
+        rows_of(message)
 
-class Running:
-    """Arrivals one by one: after each, the mean of those that are there. Their order cannot change it."""
+    def add_up(self, arrived: Mapping[str, Message]) -> None:
+        protocol = self.contract.protocol
+        updates = {name: unpacked(m) for name, m in arrived.items()}
+        left_out = [] if protocol.keep_outliers else outliers(updates)
+        if left_out:
+            self.left_out[self.round] = left_out
+        kept = {n: u for n, u in updates.items() if n not in left_out}
+        rows = {n: rows_of(arrived[n]) if protocol.weights == "rows" else 1 for n in kept}
+        weight = shares(rows)
+        alike = cosines(kept)
+        for i, (name, u) in enumerate(kept.items()):  # in the order of names: arrival cannot change a bit
+            self.update = self.update + weight[name] * u
+            self.report.append({"round": self.round, "client": name, "rows": rows_of(arrived[name]), "weight": weight[name],
+                                "loss": arrived[name].header.notes.get("loss"), "length": length(u),
+                                "cosines": alike[i].tolist()})  # fmt: skip
+        if protocol.rank is not None:
+            self.update, _ = self.update.to("lowrank", rank=protocol.rank)
 
-    def __init__(self) -> None:
-        self.updates: dict[str, Update] = {}
-        self.rows: dict[str, int] = {}
+    def state(self) -> dict[str, Tensor]:
+        return packed(self.update)
 
-    def add(self, name: str, update: Update, rows: int, replace: bool = False) -> None:
-        """Raises ValueError for a second update of one client, unless it is to replace the first."""
-        if name in self.updates and not replace:
-            raise ValueError(f"{name} has sent an update already; say so if it is to replace the first")
-        shares({name: rows})
-        refuse_mixed({**self.updates, name: update})
-        self.updates[name], self.rows[name] = update, rows
+    def notes(self) -> dict[str, str]:
+        return {"parts": headers(self.update)}
 
-    def current(self) -> Update:
-        return averaged(self.updates, self.rows)
-
-
-def inner(one: Update, other: Update) -> float:
-    """<U, V> in weight space; of low-rank updates without forming their products."""
-    if len(one.parts) == len(other.parts) == 1:
-        p, q = one.parts[0], other.parts[0]
-        if isinstance(p, LowRank) and isinstance(q, LowRank):
-            return _factor_inner(p, q)
-    left, right = one.dense(), other.dense()
-    return sum(float((t.double() * right[n].double()).sum()) for n, t in left.items() if n in right)
+    def disclosure(self, out: Sent) -> Disclosure:
+        what = f"the mean of the updates of {len(self.clients)} clients" if self.round else "nothing but a beginning"
+        return Disclosure(what, out.to, sizes(out.message), "nothing", "no formal privacy")
 
 
-def _factor_inner(p: LowRank, q: LowRank) -> float:
-    """tr((B_p A_p)^T B_q A_q) = sum of (B_p^T B_q) * (A_p A_q^T)."""
-    total = 0.0
-    for n in p.a.keys() & q.a.keys():
-        left, right = p.b[n].double().T @ q.b[n].double(), p.a[n].double() @ q.a[n].double().T
-        total += p.scale[n] * q.scale[n] * float((left * right).sum())
-    return total
+class AverageClient(Member):
+    """Tunes from what the server sends, and sends the difference."""
+
+    def __init__(self, name: str, contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> None:
+        if not view.base.same_base(contract.base):
+            raise Refused("base", f"{name}: its model is not the contract's")
+        super().__init__(name, contract.digest)
+        self.contract, self.view, self.rows = contract, view, rows
+
+    def answer(self, state: Message) -> list[Sent]:
+        start, _ = unpacked(state).to("dense")  # into the weights, so that a tuner can add its own beside them
+        with start.bind(self.view):
+            update, loss = alone(self.contract, self.view, self.rows)
+        c = self.contract
+        notes: dict[str, str | int | float] = {"rows": len(self.rows), "loss": loss, "parts": headers(update)}
+        message = Message.of(
+            "update", c.digest, self.name, c.base, packed(update), round=state.header.round, notes=notes
+        )
+        return [Sent(SERVER, message)]
+
+    def disclosure(self, out: Sent) -> Disclosure:
+        return Disclosure(
+            f"how tuning on the rows of {self.name} moved the model, its number of rows, and its last training loss",
+            out.to, sizes(out.message), "nothing", "no formal privacy: weights remember rows; audit before sending",
+        )  # fmt: skip
+
+    @property
+    def update(self) -> Update:
+        """The mean, at the end. Raises LuthierError before."""
+        if self.result is None:
+            raise LuthierError(f"{self.name} has been given no result yet")
+        return unpacked(self.result)
 
 
-def cosines(updates: Mapping[str, Update]) -> Tensor:
-    """[N, N] float64, in the order of names."""
-    names = sorted(updates)
-    gram = torch.tensor([[inner(updates[a], updates[b]) for b in names] for a in names], dtype=torch.float64)
-    length = gram.diagonal().clamp_min(1e-30).sqrt()
-    return gram / length[:, None] / length
+def alone(contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> tuple[Update, float]:
+    """(update, last training loss) of one client by itself; of everybody's rows together, what sharing would have given."""
+    trainable = contract.tuner.attach(view, None, Loop.length(rows, contract.settings))
+    try:
+        loop = Loop(view, rows, trainable, Sft(), contract.settings)
+        entry = {"loss": float("nan")}
+        for _ in range(loop.total_steps):
+            entry = loop.step()
+        return trainable.update(), entry["loss"]
+    finally:
+        trainable.detach()
 
 
-def outliers(updates: Mapping[str, Update]) -> list[str]:
-    """Clients whose update is more than ten times as long as the median."""
-    norms = {n: math.sqrt(max(inner(u, u), 0.0)) for n, u in updates.items()}
-    median = float(torch.tensor(list(norms.values())).median())
-    return sorted(n for n, x in norms.items() if x > OUTLIER * median)
+# --- updates as tensors of a message ---
 
 
-def best_step(loss: Callable[[float], float], steps: Sequence[float] = STEPS) -> tuple[float, dict[float, float]]:
-    """(the multiple of the mean with the lowest public loss, all losses with that of 0): a cheap look along the line.
-
-    A loss at 0.5 above those at 0 and at 1 is a barrier: one round has failed, and rounds are needed.
-    """
-    found = {s: loss(s) for s in (0.0, *steps)}
-    return min(steps, key=lambda s: found[s]), found
+def packed(update: Update) -> dict[str, Tensor]:
+    """An update's tensors under names of its parts."""
+    return {f"{i}.{n}": t for i, p in enumerate(update.parts) for n, t in p.tensors().items()}
 
 
-def barrier(losses: Mapping[float, float]) -> bool:
-    """Whether the middle of the way is worse than both of its ends."""
-    return losses[0.5] > max(losses[0.0], losses[1.0])
+def headers(update: Update) -> str:
+    """What belongs to the tensors of each part, in JSON."""
+    return json.dumps([[p.kind, p.header()] for p in update.parts])
 
 
-__all__ = [
-    "Running", "averaged", "barrier", "best_step", "cosines", "factor_averaged", "inner", "outliers",
-    "refuse_mixed", "shares",
-]  # fmt: skip
+def unpacked(message: Message) -> Update:
+    """The inverse. Raises Refused for tensors that are no update."""
+    head, tensors = message.header, message.tensors()
+    try:
+        kinds = json.loads(str(head.notes.get("parts", "[]")))
+        parts = []
+        for i, (kind, header) in enumerate(kinds):
+            mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
+            parts.append(KINDS[kind].restore(mine, header))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused("form", f"from {head.sender}: its parts cannot be read ({error})") from error
+    return Update(head.base, tuple(parts))
+
+
+def _moves(update: Update) -> dict[str, list[str]]:
+    """Of parts that can be averaged; of others the form alone."""
+    return {p.kind: sorted(p.names()) if isinstance(p, VECTOR_PARTS) else [] for p in update.parts}
+
+
+def _odd(found: Mapping[str, list[str]], agreed: Mapping[str, list[str]]) -> str:
+    """The first difference, in words."""
+    if list(found) != list(agreed):
+        return f"sends {', '.join(found) or 'nothing'}, the contract says {', '.join(agreed)}"
+    kind, name = next((k, n) for k in agreed for n in sorted(set(found[k]) ^ set(agreed[k])))
+    return f"{name} is {'not ' if name in agreed[kind] else ''}moved, against the contract"

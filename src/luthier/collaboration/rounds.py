@@ -57,6 +57,10 @@ class RoundServer:
         """Tensors that the next round's clients start from, by name."""
         raise NotImplementedError
 
+    def notes(self) -> dict[str, str]:
+        """What belongs to the tensors of `state`."""
+        return {}
+
     # --- the same for all ---
 
     @property
@@ -108,7 +112,7 @@ class RoundServer:
             self.gathering = self._gathering(known)
 
     def _state(self, kind: Kind) -> Message:
-        return Message.of(kind, self.run, self.name, self.base, self.state(), round=self.round)
+        return Message.of(kind, self.run, self.name, self.base, self.state(), round=self.round, notes=self.notes())
 
 
 def shares(rows: Mapping[str, int]) -> dict[str, float]:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, Field, SerializeAsAny
+from pydantic import Field
 from torch import Tensor
 
+from luthier.collaboration.agreement import Agreement
 from luthier.collaboration.base import Disclosure, Member, Sent, sizes
 from luthier.collaboration.fedkseed import FedKSeed, FedKSeedTrainable, seed_pool, seed_probabilities
 from luthier.collaboration.journal import Journal
@@ -29,7 +30,7 @@ from luthier.update.parts import noise
 SEEDS_LIMIT = 2**16  # seed indices travel as two bytes
 
 
-class SeedContract(BaseModel, frozen=True, extra="forbid"):
+class SeedContract(Agreement, frozen=True, extra="forbid"):
     """What all parties of a federation agree on."""
 
     base: Fingerprint
@@ -38,8 +39,7 @@ class SeedContract(BaseModel, frozen=True, extra="forbid"):
     whose generators differ would train different models without noticing."""
     shapes: dict[str, tuple[int, ...]]
     """Of what is tuned, in the order that directions are drawn in."""
-    tuner: SerializeAsAny[FedKSeed]
-    settings: TrainSettings
+    tuner: FedKSeed
     rounds: int = Field(ge=1)
     participation: float = Field(1.0, gt=0, le=1)
     """Share of the clients that take part in a round."""
@@ -47,10 +47,6 @@ class SeedContract(BaseModel, frozen=True, extra="forbid"):
     """Draw seeds by how much they moved the loss so far."""
     seed: int = Field(0, ge=0)
     """For the choice of clients."""
-
-    @property
-    def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
 
 
 def seed_contract(view: ModelView, tuner: FedKSeed, settings: TrainSettings, rounds: int, **more: Any) -> SeedContract:

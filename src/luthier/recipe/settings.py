@@ -176,7 +176,7 @@ class Recipe(TrainSettings):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, methods as {name: {fields}}; what `recipe.yaml` of a run holds."""
-        return {name: _written(getattr(self, name)) for name in type(self).model_fields}
+        return {name: written(getattr(self, name)) for name in type(self).model_fields}
 
 
 def set_in(model: BaseModel) -> set[str]:
@@ -185,15 +185,15 @@ def set_in(model: BaseModel) -> set[str]:
     return {n for n, f in fields if getattr(model, n) != f.get_default(call_default_factory=True)}
 
 
-def _written(value: Any) -> Any:
+def written(value: Any) -> Any:
     """A value as YAML has it; a method becomes {name: {fields}}."""
     if isinstance(value, Method):
-        return {_name_of(value): {n: _written(getattr(value, n)) for n in type(value).model_fields}}
+        return {_name_of(value): {n: written(getattr(value, n)) for n in type(value).model_fields}}
     if isinstance(value, BaseModel):
-        return {n: _written(getattr(value, n)) for n in type(value).model_fields}
+        return {n: written(getattr(value, n)) for n in type(value).model_fields}
     if isinstance(value, (list, tuple)):
-        return [_written(v) for v in value]
-    return {k: _written(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return [written(v) for v in value]
+    return {k: written(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _name_of(method: Method) -> str:

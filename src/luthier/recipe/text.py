@@ -199,6 +199,14 @@ def _build_methods(
             values[kind] = _method(kind, values[kind], lines, (*path, kind), code)
 
 
+def method(kind: str, value: Any, name: str) -> Any:
+    """A method from its name, {name: {fields}} or an instance. Raises RecipeError; never imports code it does not know.
+
+    name  of what it stands in, for errors
+    """
+    return _method(kind, value, _Lines(name, {}, frozenset()), (kind,), None)
+
+
 def _no_secrets(values: Any, path: tuple[str, ...], lines: _Lines) -> None:
     if isinstance(values, Mapping):
         for key, value in values.items():

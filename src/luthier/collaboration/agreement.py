@@ -1,0 +1,39 @@
+"""What parties agree on before anybody tunes, whatever the protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
+
+from luthier.recipe.settings import written
+from luthier.recipe.text import method
+from luthier.training.settings import TrainSettings
+from luthier.tuners.base import Tuner
+
+AnyTuner = Annotated[Tuner, BeforeValidator(lambda v: method("tuner", v, "contract")), PlainSerializer(written)]
+
+
+class Rendering(BaseModel, frozen=True, extra="forbid"):
+    """How rows become tokens: as the recipe's keys of data say."""
+
+    system: str | None = None
+    template: Literal["auto", "chat", "plain"] = "auto"
+    max_length: int | None = Field(None, ge=2)
+
+
+class Agreement(BaseModel, frozen=True, extra="forbid"):
+    """Equal for all parties; its digest names the collaboration and is in every message."""
+
+    settings: TrainSettings
+    rendering: Rendering = Rendering()
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, as they are in the contract's file."""
+        return self.model_dump(mode="json")

@@ -1,0 +1,142 @@
+"""Means of updates: exact in weight space, of factors for comparison, as they arrive, and how well one mean serves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from luthier.collaboration.rounds import shares
+from luthier.update import LowRank, Update
+
+STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+OUTLIER = 10.0  # norms above so many medians
+
+
+def averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> Update:
+    """sum of p_i U_i in weight space, exact for every form: ranks stack, dense tensors add in float32.
+
+    Clients are taken in the order of their names, so that arrival cannot change a bit.
+    Raises ValueError naming the client and the first thing in which it differs from the others.
+    """
+    refuse_mixed(updates)
+    total: Update | None = None
+    for name, p in sorted(shares(rows).items()):
+        term = p * updates[name]
+        total = term if total is None else total + term
+    assert total is not None
+    return total
+
+
+def refuse_mixed(updates: Mapping[str, Update]) -> None:
+    """Raises ValueError for updates that cannot be averaged: other bases, forms or parameters, not finite, empty."""
+    names = sorted(updates)
+    for name in names:
+        first, other = updates[names[0]], updates[name]
+        if not other.linear:
+            raise ValueError(f"{name}: a {other.parts[0].kind} part replaces or surrounds; it cannot be averaged")
+        if not first.base.same_base(other.base):
+            raise ValueError(f"{name}: tuned {other.base.weights[:12]}, {names[0]} tuned {first.base.weights[:12]}")
+        kinds = [[p.kind for p in u.parts] for u in (first, other)]
+        if kinds[0] != kinds[1]:
+            raise ValueError(f"{name}: sends {kinds[1]}, {names[0]} sends {kinds[0]}; bring them into one form first")
+        moved = [{n for p in u.parts for n in p.names()} for u in (first, other)]  # type: ignore[union-attr]
+        if odd := sorted(moved[0] ^ moved[1]):
+            raise ValueError(f"{name}: {odd[0]} is moved by one of {names[0]} and {name} only")
+        tensors = [t for p in other.parts for t in p.tensors().values()]
+        if not tensors or not all(t.isfinite().all() for t in tensors):
+            raise ValueError(f"{name}: its update is empty, or a value is not finite")
+
+
+def factor_averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> Update:
+    """The usual mean of the factors, a baseline: biased by cross terms p_i p_j B_i A_j, exact only where all A are one.
+
+    Raises ValueError for other forms than one low-rank part each, or unequal ranks or scales.
+    """
+    refuse_mixed(updates)
+    parts: dict[str, LowRank] = {}
+    for name, u in updates.items():
+        if len(u.parts) != 1 or not isinstance(u.parts[0], LowRank):
+            raise ValueError(f"{name}: factors can be averaged for low-rank updates only")
+        parts[name] = u.parts[0]
+    one = parts[min(parts)]
+    for name, part in parts.items():
+        if part.scale != one.scale or any(part.a[n].shape != one.a[n].shape for n in one.a):
+            raise ValueError(f"{name}: another rank or scale; factors can be averaged for equal ones only")
+    mean = lambda take: {n: sum(p * take(parts[c])[n] for c, p in shares(rows).items()) for n in one.a}  # noqa: E731
+    part = LowRank(mean(lambda p: p.a), mean(lambda p: p.b), one.scale, one.transposed)
+    return Update(updates[min(updates)].base, (part,))
+
+
+class Running:
+    """Arrivals one by one: after each, the mean of those that are there. Their order cannot change it."""
+
+    def __init__(self) -> None:
+        self.updates: dict[str, Update] = {}
+        self.rows: dict[str, int] = {}
+
+    def add(self, name: str, update: Update, rows: int, replace: bool = False) -> None:
+        """Raises ValueError for a second update of one client, unless it is to replace the first."""
+        if name in self.updates and not replace:
+            raise ValueError(f"{name} has sent an update already; say so if it is to replace the first")
+        shares({name: rows})
+        refuse_mixed({**self.updates, name: update})
+        self.updates[name], self.rows[name] = update, rows
+
+    def current(self) -> Update:
+        return averaged(self.updates, self.rows)
+
+
+def inner(one: Update, other: Update) -> float:
+    """<U, V> in weight space; of low-rank updates without forming their products."""
+    if len(one.parts) == len(other.parts) == 1:
+        p, q = one.parts[0], other.parts[0]
+        if isinstance(p, LowRank) and isinstance(q, LowRank):
+            return _factor_inner(p, q)
+    left, right = one.dense(), other.dense()
+    return sum(float((t.double() * right[n].double()).sum()) for n, t in left.items() if n in right)
+
+
+def _factor_inner(p: LowRank, q: LowRank) -> float:
+    """tr((B_p A_p)^T B_q A_q) = sum of (B_p^T B_q) * (A_p A_q^T)."""
+    total = 0.0
+    for n in p.a.keys() & q.a.keys():
+        left, right = p.b[n].double().T @ q.b[n].double(), p.a[n].double() @ q.a[n].double().T
+        total += p.scale[n] * q.scale[n] * float((left * right).sum())
+    return total
+
+
+def cosines(updates: Mapping[str, Update]) -> Tensor:
+    """[N, N] float64, in the order of names."""
+    names = sorted(updates)
+    gram = torch.tensor([[inner(updates[a], updates[b]) for b in names] for a in names], dtype=torch.float64)
+    length = gram.diagonal().clamp_min(1e-30).sqrt()
+    return gram / length[:, None] / length
+
+
+def length(update: Update) -> float:
+    """||Delta|| in weight space."""
+    return math.sqrt(max(inner(update, update), 0.0))
+
+
+def outliers(updates: Mapping[str, Update]) -> list[str]:
+    """Clients whose update is more than ten times as long as the median."""
+    norms = {n: length(u) for n, u in updates.items()}
+    median = float(torch.tensor(list(norms.values())).median())
+    return sorted(n for n, x in norms.items() if x > OUTLIER * median)
+
+
+def best_step(loss: Callable[[float], float], steps: Sequence[float] = STEPS) -> tuple[float, dict[float, float]]:
+    """(the multiple of the mean with the lowest public loss, all losses with that of 0): a cheap look along the line.
+
+    A loss at 0.5 above those at 0 and at 1 is a barrier: one round has failed, and rounds are needed.
+    """
+    found = {s: loss(s) for s in (0.0, *steps)}
+    return min(steps, key=lambda s: found[s]), found
+
+
+def barrier(losses: Mapping[float, float]) -> bool:
+    """Whether the middle of the way is worse than both of its ends."""
+    return losses[0.5] > max(losses[0.0], losses[1.0])
