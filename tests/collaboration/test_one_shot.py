@@ -13,9 +13,8 @@ from luthier.collaboration.one_shot import (
     AverageServer,
     OneShot,
     alone,
-    headers,
-    packed,
 )
+from luthier.collaboration.wire import headers, packed
 from luthier.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
 from luthier.training.settings import TrainSettings

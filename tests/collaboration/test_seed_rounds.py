@@ -48,7 +48,7 @@ def test_server_and_clients_hold_the_same_model_after_every_round():
     agreed = contract(rounds=3)
     server, parties = SeedServer(agreed, NAMES), clients(agreed)
     seen = carried(server, parties)
-    assert server.round == 3 and server.begin() == []
+    assert server.round == 3 and {s.message.header.kind for s in server.begin()} == {"result"}
     assert [s.message.header.kind for s, _ in seen].count("scalars") == 9
     # The model after a round is the weighted mean of what the clients that trained in it ended with.
     alone = SeedServer(contract(rounds=1), NAMES)

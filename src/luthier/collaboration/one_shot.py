@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +14,7 @@ from luthier.collaboration.base import Collaboration, Disclosure, Member, Sent, 
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
+from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.errors import LuthierError
 from luthier.method import Source, Traits
 from luthier.model.fingerprint import Fingerprint
@@ -24,7 +24,7 @@ from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.base import Tuner
 from luthier.update import Update
-from luthier.update.parts import KINDS, VECTOR_PARTS
+from luthier.update.parts import VECTOR_PARTS
 
 
 class OneShot(Collaboration):
@@ -173,33 +173,6 @@ def alone(contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> tu
         return trainable.update(), entry["loss"]
     finally:
         trainable.detach()
-
-
-# --- updates as tensors of a message ---
-
-
-def packed(update: Update) -> dict[str, Tensor]:
-    """An update's tensors under names of its parts."""
-    return {f"{i}.{n}": t for i, p in enumerate(update.parts) for n, t in p.tensors().items()}
-
-
-def headers(update: Update) -> str:
-    """What belongs to the tensors of each part, in JSON."""
-    return json.dumps([[p.kind, p.header()] for p in update.parts])
-
-
-def unpacked(message: Message) -> Update:
-    """The inverse. Raises Refused for tensors that are no update."""
-    head, tensors = message.header, message.tensors()
-    try:
-        kinds = json.loads(str(head.notes.get("parts", "[]")))
-        parts = []
-        for i, (kind, header) in enumerate(kinds):
-            mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
-            parts.append(KINDS[kind].restore(mine, header))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refused("form", f"from {head.sender}: its parts cannot be read ({error})") from error
-    return Update(head.base, tuple(parts))
 
 
 def _moves(update: Update) -> dict[str, list[str]]:

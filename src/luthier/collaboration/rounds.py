@@ -74,9 +74,10 @@ class RoundServer:
         return tuple(self.clients[i] for i in sorted(drawn.tolist()))
 
     def begin(self) -> list[Sent]:
-        """The states that this round's clients wait for; after a restart, of those that have not answered."""
+        """The states that this round's clients wait for; after a restart, of those that have not answered. At the end, the
+        results once more."""
         if self.finished:
-            return []
+            return self.results()
         return [Sent(name, self._state("state")) for name in self.chosen(self.round) if name in self.gathering.missing]
 
     def handle(self, event: Message | Tick) -> list[Sent]:

@@ -1,0 +1,194 @@
+"""Gradient Transformer: organisations tune a small model, a provider translates what moved into an update of a large one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import BeforeValidator, Field, PlainSerializer
+from torch import Tensor
+
+from luthier.collaboration.base import Collaboration, Disclosure, Member, Sent, sizes
+from luthier.collaboration.contract import Contract, Start, refuse_other, refuse_vector, start_of
+from luthier.collaboration.controls import pooled
+from luthier.collaboration.journal import Journal
+from luthier.collaboration.likeness import Likeness, likeness, mean_cosine
+from luthier.collaboration.messages import Message, Refused
+from luthier.collaboration.rounds import SERVER, RoundServer, rows_of
+from luthier.collaboration.shadows import tuned
+from luthier.collaboration.translators.base import Fitted, Pairs, Translator
+from luthier.collaboration.translators.ridge import Ridge
+from luthier.collaboration.wire import headers, packed, unpacked
+from luthier.errors import LuthierError
+from luthier.method import Source, Traits
+from luthier.model.view import ModelView
+from luthier.recipe.settings import written
+from luthier.recipe.text import method
+from luthier.training.settings import TrainSettings
+from luthier.tuners.lora import Lora
+from luthier.update import Update
+
+ALIKE = 0.3  # mean cosine of updates under which their mean is like none of them
+AnyTranslator = Annotated[
+    Translator, BeforeValidator(lambda v: method("translate", v, "collaborate")), PlainSerializer(written)
+]
+
+log = logging.getLogger(__name__)
+
+
+class GradTransformer(Collaboration):
+    """Translate LoRA updates of a small model into updates of a large one that never meets the rows.
+
+    A provider tunes both models on `sets` shadow sets of public rows, from one pinned start, and fits a translator to the
+    pairs. An organisation tunes the small model on its own rows, from the same start, and sends the difference; what comes
+    back is an adapter of the large model. Updates compare only under one start, so a contract pins the very tensors.
+    Public rows must be like the private ones: far from every shadow a translation is a guess, and the report says how far.
+    Without differential privacy nothing is promised: an update remembers rows, and should be audited before it is sent.
+    Departs from the paper: shadow sets keep one snapshot an optimiser step (16 micro-steps share one), both sides are
+    standardised (raw updates are too small to learn from), ridge is the default under 500 pairs, and pairs are split by
+    shadow set, since snapshots of one set are near copies.
+    Cost: the provider tunes both models `sets` times before it serves anybody; a client tunes the small model once.
+    """
+
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), linear=True)
+    source: ClassVar[Source] = Source(
+        "Gradient Transformer: Learning to Generate Updates for LLMs", 2026, "arXiv:2605.27591", "eq. 10-11"
+    )
+
+    translator: AnyTranslator = Ridge()
+    """How pairs become a map."""
+    sets: int = Field(200, ge=2)
+    """Shadow sets that both models are tuned on."""
+    rows: int = Field(1024, ge=1)
+    """Public rows of a shadow set."""
+    snapshots: int = Field(1, ge=1)
+    """Pairs taken from each set, after each of its last steps."""
+    pool: Literal["none", "before", "after"] = "none"
+    """"none": each organisation gets its own translation. "before" translates the mean of all updates (the provider needs
+    only their sum); "after" takes the mean of the translations."""
+    strict: bool = False
+    """Refuse updates that are unlike every shadow, in place of a warning."""
+
+    def agree(self, small: ModelView, large: ModelView, tuner: Lora, settings: TrainSettings, **more: Any) -> Contract:
+        """The contract: sides with the digests of their starts."""
+        sides = {"small": start_of(small, tuner).side, "large": start_of(large, tuner).side}
+        return Contract(**sides, tuner=tuner, settings=settings, **more)
+
+
+class Provider(RoundServer):
+    """Takes one update of the small model from each organisation; gives each an update of the large one.
+
+    report  by client: norm and distance to the shadows, rows, warnings; "cosine": mean over pairs of clients
+    """
+
+    def __init__(
+        self, contract: Contract, protocol: GradTransformer, starts: tuple[Start, Start], pairs: Pairs, translator: Fitted,
+        clients: Sequence[str], journal: Journal | None = None,
+    ) -> None:  # fmt: skip
+        self.contract, self.protocol, (self.small, self.large) = contract, protocol, starts
+        for start, side in zip(starts, (contract.small, contract.large), strict=True):
+            refuse_other(start.side, side, "the provider")
+        self.pairs, self.translator = pairs, translator
+        self.translated: dict[str, Tensor] = {}
+        self.report: dict[str, Any] = {}
+        super().__init__(contract.digest, contract.small.base, 1, clients, journal)
+
+    def accept(self, message: Message) -> None:
+        name, x = message.header.sender, message.tensors().get("update")
+        if x is None:
+            raise Refused("form", f"{name} sent no update")
+        refuse_vector(x, self.small, name)
+        rows_of(message)
+        if self.protocol.strict:
+            for said in likeness(x, self.pairs).warnings(name):
+                raise Refused("unlike", said)
+
+    def add_up(self, arrived: Mapping[str, Message]) -> None:
+        vectors = {n: m.tensors()["update"].float() for n, m in arrived.items()}
+        self.report = {n: self._seen(n, likeness(x, self.pairs), arrived[n]) for n, x in vectors.items()}
+        if len(vectors) > 1:
+            self._told_cosine(list(vectors.values()))
+        each = lambda xs: {n: self.translator(x[None])[0] for n, x in xs.items()}  # noqa: E731
+        if self.protocol.pool == "none":
+            self.translated = each(vectors)
+            return
+        before = self.protocol.pool == "before"
+        one = each({"all": pooled(vectors)})["all"] if before else pooled(each(vectors))
+        self.translated = dict.fromkeys(self.clients, one)
+
+    def _seen(self, name: str, like: Likeness, message: Message) -> dict[str, Any]:
+        said = like.warnings(name)
+        for line in said:
+            log.warning(line)
+        return {**like._asdict(), "rows": rows_of(message), "warnings": said}
+
+    def _told_cosine(self, vectors: list[Tensor]) -> None:
+        cosine = self.report["cosine"] = mean_cosine(torch.stack(vectors))
+        if cosine < ALIKE and self.protocol.pool != "none":
+            log.warning(
+                "the clients' updates have a mean cosine of %.2f: their mean is like none of them; pool: none is safer",
+                cosine,
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        return {}
+
+    def update(self, client: str) -> Update:
+        """The large model's, for one client. Raises LuthierError for one that has none."""
+        if client not in self.translated:
+            raise LuthierError(f"{client} has sent nothing, so there is nothing to translate")
+        return self.large.update(self.translated[client])
+
+    def results(self) -> list[Sent]:
+        out = []
+        for name in self.translated:
+            update, c = self.update(name), self.contract
+            notes = {"parts": headers(update)}
+            message = Message.of("result", c.digest, self.name, c.large.base, packed(update), round=1, notes=notes)
+            out.append(Sent(name, message))
+        return out
+
+    def disclosure(self, out: Sent) -> Disclosure:
+        if out.message.header.kind != "result":
+            return Disclosure("nothing but a beginning", out.to, sizes(out.message), "nothing", "no formal privacy")
+        others = (
+            "" if self.protocol.pool == "none" else f", made from the updates of {len(self.report) - 1} organisations"
+        )
+        return Disclosure(
+            f"an adapter of the large model{others}", out.to, sizes(out.message), "nothing", "no formal privacy"
+        )
+
+
+class Organisation(Member):
+    """Tunes the small model on rows that stay, and sends the difference to the contract's start."""
+
+    def __init__(self, name: str, contract: Contract, view: ModelView, rows: Sequence[Any]) -> None:
+        refuse_other(start_of(view, contract.tuner).side, contract.small, name)
+        super().__init__(name, contract.digest)
+        self.contract, self.view, self.rows = contract, view, rows
+
+    def answer(self, state: Message) -> list[Sent]:
+        return [Sent(SERVER, self.message())]
+
+    def message(self) -> Message:
+        """Tune, and put what moved into a message."""
+        c = self.contract
+        vectors = tuned(self.view, self.rows, c.tuner, c.settings)
+        assert vectors is not None
+        tensors, notes = {"update": vectors[-1]}, {"rows": len(self.rows)}
+        return Message.of("update", c.digest, self.name, c.small.base, tensors, notes=notes)
+
+    def disclosure(self, out: Sent) -> Disclosure:
+        return Disclosure(
+            f"how tuning on the rows of {self.name} moved the small model, and its number of rows", out.to,
+            sizes(out.message), "nothing", "no formal privacy: weights remember rows; audit before sending",
+        )  # fmt: skip
+
+    @property
+    def update(self) -> Update:
+        """Of the large model, at the end. Raises LuthierError before."""
+        if self.result is None:
+            raise LuthierError(f"{self.name} has been given no result yet")
+        return unpacked(self.result)
