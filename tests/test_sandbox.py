@@ -1,6 +1,8 @@
 """Hostile programs: each is stopped, and leaves nothing behind."""
 
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -90,6 +92,8 @@ def test_memory_is_limited():
 def test_a_fork_bomb_hits_its_limit():
     program = """
 import os
+import subprocess
+import sys
 children = 0
 try:
     while children < 2000:
@@ -121,6 +125,13 @@ def test_a_background_child_dies_with_the_program():
 def test_endless_output_ends():
     said = execute("while True: print('x' * 1000)", Limits(seconds=8, file_bytes=1 << 20))
     assert said.status == "failed" and len(said.stdout) <= sandbox.OUTPUT_LIMIT
+
+
+def test_an_ordinary_users_path_will_do():
+    """Debian's has no /usr/sbin, where chroot lies."""
+    code = "from luthier.sandbox import execute; print(execute('print(6 * 7)').stdout)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    assert found.stdout.strip() == "42", found.stderr
 
 
 def test_without_namespaces_nothing_runs(monkeypatch):

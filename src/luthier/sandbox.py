@@ -25,6 +25,8 @@ from luthier.errors import LuthierError
 NOBODY = 65534
 OUTPUT_LIMIT = 64_000  # bytes kept of each stream
 TOOLS = ("unshare", "setpriv", "mount", "chroot")
+# Debian's users have no /usr/sbin in their PATH, and chroot lies there.
+SEARCHED = ":".join(filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin")))
 
 # $1 new root, $2 "--reuid=..." or "", $3... folders to show read-only, up to "--"; the rest is the command, run without
 # any capability.
@@ -77,7 +79,7 @@ class Verdict:
 
 def unavailable() -> str | None:
     """Why programs cannot be run here; None where they can."""
-    missing = [t for t in TOOLS if shutil.which(t) is None]
+    missing = [t for t in TOOLS if shutil.which(t, path=SEARCHED) is None]
     if missing:
         return f"the sandbox needs {', '.join(missing)} (util-linux)"
     verdict = _run("print(40 + 2)", Limits(seconds=20.0))
@@ -151,6 +153,7 @@ def _run(program: str, limits: Limits) -> Verdict:
                 stderr=err,
                 preexec_fn=_limiter(limits),
                 cwd="/",
+                env={**os.environ, "PATH": SEARCHED},
             )
             timed_out = False
             try:

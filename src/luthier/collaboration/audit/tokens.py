@@ -1,0 +1,169 @@
+"""Audit A: which tokens can be read off a low-rank gradient or update, by an observer who only looks.
+
+The rows of dL/dW lie in the span of a layer's inputs, those of dL/dB in the span of A times them. In block 0 of a model
+with rotary positions an input depends on its token alone, so that every token of the vocabulary can be tested.
+Source: ReCIT (arXiv:2504.20570) and DAGER (arXiv:2405.15586), as derived in the sheet; formulas of ReCIT's own filter are
+not public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+
+from luthier.data.batch import collate
+from luthier.model.anatomy import Linear
+from luthier.model.view import ModelView
+
+RANK_TOLERANCE = 1e-5  # of the largest singular value, for float32 payloads
+EXACT = 1e-3  # distance under which a token is in the span
+FALSE_POSITIVES = (1e-4, 1e-3)  # rates at which recall is reported
+SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the rank, tried in soft mode
+CALIBRATION = 20  # payloads of public text at least, for soft mode
+
+
+class Found(NamedTuple):
+    """Of one tensor of a payload.
+
+    tensor    its name: "a." and "b." for the factors of a low-rank update
+    rank      of the payload, and how many dimensions there are
+    mode      "exact", "soft" or "saturated": every token lies in the span, so that nothing can be told
+    recall    share of the true tokens found, by false-positive rate; none where saturated
+    auc       chance that a true token is nearer to the span than another one
+    inside    share of the true tokens within EXACT of the span
+    """
+
+    tensor: str
+    rank: int
+    width: int
+    mode: str
+    recall: dict[float, float]
+    auc: float
+    inside: float
+
+
+def inputs_of(view: ModelView, linear: Linear) -> Tensor:
+    """[V, in] float64: what a layer of block 0 is given for each token of the vocabulary.
+
+    Raises ValueError where it depends on the position as well, or for a layer of another block, or one whose inputs mix
+    tokens.
+    """
+    if linear.block != 0 or linear.role not in ("q", "k", "v", "qkv"):
+        raise ValueError(f"{linear.module} is no projection of block 0: its inputs are mixtures of tokens")
+    seen: list[Tensor] = []
+    module = view.module.get_submodule(linear.module)
+    handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().double()))
+    size = view.embedding.num_embeddings
+    rows = [{"ids": [t, t], "labels": [-100, t], "key": str(t)} for t in range(size)]
+    try:
+        with torch.no_grad():
+            for start in range(0, size, 512):
+                view.trace(collate(rows[start : start + 512]).to(view.device))
+    finally:
+        handle.remove()
+    pairs = torch.cat([s.reshape(-1, 2, linear.shape[1]) for s in seen])  # [V, 2, in]
+    if not torch.allclose(pairs[:, 0], pairs[:, 1], atol=1e-5):
+        raise ValueError(f"{linear.module}: inputs depend on the position; tokens alone cannot be tested in this model")
+    return pairs[:, 0]
+
+
+def span(payload: Tensor, tolerance: float = RANK_TOLERANCE) -> Tensor:
+    """[k, d] float64: an orthonormal basis of the rows of [n, d], by decreasing size; k singular values exceed tolerance."""
+    _, s, rows = torch.linalg.svd(payload.double(), full_matrices=False)
+    return rows[: int((s > tolerance * s[0]).sum()) if len(s) and s[0] > 0 else 0]
+
+
+def distances(candidates: Tensor, basis: Tensor) -> Tensor:
+    """[V] of unit vectors from a subspace; candidates [V, d], basis [k, d]. Zero vectors count as far."""
+    unit = torch.nn.functional.normalize(candidates.double(), dim=1)
+    far = (unit - unit @ basis.T @ basis).norm(dim=1)
+    return torch.where(candidates.norm(dim=1) > 0, far, torch.ones_like(far))
+
+
+class TokenAudit:
+    """Of a model's low-rank updates or gradients; `calibrate` with payloads of public rows before looking softly.
+
+    initial  [R, in] of each matrix by parameter name: A0, the shared start
+    """
+
+    def __init__(self, view: ModelView, initial: Mapping[str, Tensor]) -> None:
+        linears = {x.name: x for x in view.anatomy.linears if x.name in initial and x.block == 0}
+        self.inputs = {n: inputs_of(view, x) for n, x in linears.items() if x.role in ("q", "k", "v", "qkv")}
+        if not self.inputs:
+            raise ValueError("no query, key or value matrix of block 0 was tuned, so tokens cannot be looked for")
+        self.initial = {n: initial[n].double() for n in self.inputs}
+        self.public: list[tuple[Mapping[str, Tensor], frozenset[int]]] = []
+
+    def calibrate(self, payloads: Sequence[Mapping[str, Tensor]], tokens: Sequence[Sequence[int]]) -> None:
+        """Payloads made by the same recipe from public rows, and their tokens: frequent ones are near any span."""
+        self.public = [(p, frozenset(t)) for p, t in zip(payloads, tokens, strict=True)]
+
+    def __call__(self, payload: Mapping[str, Tensor], tokens: Sequence[int]) -> list[Found]:
+        """What each tensor of block 0 gives away of these distinct tokens. Raises ValueError for a payload of another shape."""
+        true, out = frozenset(tokens), []
+        if not true:
+            raise ValueError("the true tokens are needed to say how many are found")
+        for name in self.inputs:
+            for key in (f"a.{name}", f"b.{name}"):
+                if key not in payload:
+                    raise ValueError(f"the payload has no {key}; it belongs to another adapter")
+                out.append(self._of(key, payload[key], true))
+        return out
+
+    def _of(self, key: str, tensor: Tensor, true: frozenset[int]) -> Found:
+        rows, candidates = tensor.double(), self._candidates(key)
+        if rows.shape[1] != candidates.shape[1]:
+            raise ValueError(f"{key} is {tuple(tensor.shape)}, its rows should have {candidates.shape[1]} numbers")
+        basis = span(rows)
+        width, limit = candidates.shape[1], min(rows.shape)
+        if len(basis) >= width or len(basis) == 0:
+            return Found(key, len(basis), width, "saturated", {}, float("nan"), 0.0)
+        far = distances(candidates, basis)
+        inside = float((far[sorted(true)] < EXACT).double().mean())
+        if len(basis) < limit or inside > 0 or len(self.public) < CALIBRATION:
+            return Found(key, len(basis), width, "exact", *_scored(far, true), inside)
+        return Found(key, len(basis), width, "soft", *self._soft(key, rows, true), inside)
+
+    def _soft(self, key: str, rows: Tensor, true: frozenset[int]) -> tuple[dict[float, float], float]:
+        """Distances against those to public payloads; how many directions to keep is chosen on the public ones."""
+        known = [(p[key].double(), t) for p, t in self.public]
+        best = max(SHARES, key=lambda share: np.mean([_scored(z, t)[1] for z, t in self._left_out(key, known, share)]))
+        spread = torch.stack([self._far(key, r, best) for r, _ in known])
+        return _scored(_standard(self._far(key, rows, best), spread), true)
+
+    def _left_out(self, key: str, known: list[tuple[Tensor, frozenset[int]]], share: float) -> list:
+        far = torch.stack([self._far(key, r, share) for r, _ in known])  # [P, V]
+        keep = ~torch.eye(len(far), dtype=torch.bool)
+        return [(_standard(far[i], far[keep[i]]), t) for i, (_, t) in enumerate(known)]
+
+    def _far(self, key: str, rows: Tensor, share: float) -> Tensor:
+        basis = span(rows, 0.0)
+        return distances(self._candidates(key), basis[: max(1, round(share * len(basis)))])
+
+    def _candidates(self, key: str) -> Tensor:
+        """[V, in] for an A, [V, R] for a B."""
+        inputs = self.inputs[key[2:]]
+        return inputs if key.startswith("a.") else inputs @ self.initial[key[2:]].T
+
+
+def _standard(far: Tensor, others: Tensor) -> Tensor:
+    return (far - others.mean(0)) / others.std(0).clamp_min(1e-12)
+
+
+def _scored(far: Tensor, true: frozenset[int]) -> tuple[dict[float, float], float]:
+    """(recall by false-positive rate, AUC) of "near means present"."""
+    present = torch.zeros(len(far), dtype=torch.bool)
+    present[sorted(true)] = True
+    if bool(present.all()):
+        return {}, float("nan")
+    others = far[~present].sort().values
+    recall = {}
+    for rate in FALSE_POSITIVES:
+        allowed = int(rate * len(others))
+        recall[rate] = float((far[present] < others[allowed]).double().mean())
+    return recall, float(roc_auc_score(present.numpy(), -far.numpy()))
