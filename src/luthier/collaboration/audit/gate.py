@@ -1,0 +1,162 @@
+"""What an audit found, whether that may be sent, and the five answers a reader wants."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pydantic import BaseModel, Field
+
+from luthier.collaboration.audit import canaries as of_canaries
+from luthier.collaboration.audit import membership as of_members
+from luthier.collaboration.audit.canaries import Memory
+from luthier.collaboration.audit.membership import Membership
+from luthier.collaboration.audit.tokens import FALSE_POSITIVES, Found
+from luthier.collaboration.base import Disclosure
+
+
+class Limits(BaseModel, frozen=True, extra="forbid"):
+    """Above these nothing is sent."""
+
+    token_recall: float = Field(0.1, ge=0, le=1)
+    """Share of the true tokens that may be read off any tensor, at a false-positive rate of 1 in 10,000."""
+    exposure_bits: float = Field(1.0, ge=0)
+    """How much more than controls planted canaries may stand out, on average."""
+    extraction_errors: float = Field(3.0, ge=0)
+    """How many standard errors more of them than of controls may come out whole."""
+
+
+LIMITS = Limits()
+
+
+class Leaks(NamedTuple):
+    """What was measured; None where that audit was left out."""
+
+    tokens: list[Found] | None
+    memory: Memory | None
+    membership: Membership | None
+
+
+class Verdict(NamedTuple):
+    """outcome   "pass", "fail", or "unknown": nothing failed, and too little was measured to call it safe
+    failures  why it must not be sent
+    gaps      what was not measured, or with too few rows
+    """
+
+    outcome: str
+    failures: list[str]
+    gaps: list[str]
+
+
+def judged(leaks: Leaks, limits: Limits = LIMITS, epsilon: float | None = None) -> Verdict:
+    """The gate. epsilon: what is claimed, None where nothing is."""
+    failures, gaps = [], []
+    for look in (_tokens, _memory):
+        wrong, missing = look(leaks, limits)
+        failures += wrong
+        gaps += missing
+    m = leaks.membership
+    if m is None:
+        gaps.append("membership was not measured: name held-out rows")
+    else:
+        if epsilon is not None and m.epsilon_low > epsilon:
+            failures.append(f"epsilon is at least {m.epsilon_low:.2f}, {epsilon:.2f} is claimed: the claim is wrong")
+        if m.weak:
+            gaps.append(
+                f"membership: {m.members} tuned and {m.others} held-out rows; a bound needs {of_members.FEW} of each"
+            )
+    return Verdict("fail" if failures else "unknown" if gaps else "pass", failures, gaps)
+
+
+def _tokens(leaks: Leaks, limits: Limits) -> tuple[list[str], list[str]]:
+    if leaks.tokens is None:
+        return [], ["tokens were not looked for"]
+    rate = FALSE_POSITIVES[0]
+    worst = max(leaks.tokens, key=lambda f: f.recall.get(rate, 0.0))
+    share = worst.recall.get(rate, 0.0)
+    over = [f"{share:.0%} of the tokens can be read off {worst.tensor}"] if share > limits.token_recall else []
+    return over, []
+
+
+def _memory(leaks: Leaks, limits: Limits) -> tuple[list[str], list[str]]:
+    m = leaks.memory
+    if m is None:
+        return [], ["canaries were not planted: what is remembered of single rows is not known"]
+    over, gaps = [], []
+    if m.extracted > m.extracted_controls + limits.extraction_errors * m.extraction_error:
+        over.append(
+            f"{m.extracted:.0%} of the planted secrets come out whole, {m.extracted_controls:.0%} of the controls"
+        )
+    if m.exposure > m.exposure_controls + limits.exposure_bits:
+        over.append(
+            f"planted secrets stand out by {m.exposure:.1f} bits, controls by {m.exposure_controls:.1f} "
+            f"(at most {m.highest:.1f})"
+        )
+    if m.weak:
+        gaps.append(f"{m.canaries} canaries were planted; a verdict needs {of_canaries.FEW}")
+    return over, gaps
+
+
+class Answer(NamedTuple):
+    """A question of the reader's, and what the audit says."""
+
+    question: str
+    lines: list[str]
+
+
+def answers(sent: Disclosure, leaks: Leaks, verdict: Verdict, epsilon: float | None = None) -> list[Answer]:
+    """What leaves, to whom, what could be read from it, how sure is that, what would lower it."""
+    return [
+        Answer("What leaves?", [f"{sent.what}: {sent.bytes[0]:,} bytes of numbers, {sent.bytes[1]:,} as sent"]),
+        Answer("To whom?", [f"{sent.to}, and whoever can read its disk or the line to it", f"promise: {sent.promise}"]),
+        Answer(
+            "What could be read from it?", [*(verdict.failures or ["nothing that these attacks found"]), *_read(leaks)]
+        ),
+        Answer("How sure is that?", _sure(leaks, verdict, epsilon)),
+        Answer("What would lower it?", _remedies(leaks, verdict, epsilon)),
+    ]
+
+
+def _read(leaks: Leaks) -> list[str]:
+    out = []
+    for f in leaks.tokens or []:
+        if f.mode == "saturated":
+            out.append(f"{f.tensor}: more tokens than directions ({f.width}), so that this look tells nothing")
+        else:
+            out.append(
+                f"{f.tensor}: {f.recall.get(FALSE_POSITIVES[0], 0):.0%} of the tokens ({f.mode}, AUC {f.auc:.2f})"
+            )
+    if leaks.memory is not None:
+        m = leaks.memory
+        out.append(
+            f"made-up secrets: {m.extracted:.0%} come out whole ({m.extracted_controls:.0%} of the controls); exposure "
+            f"{m.exposure:.2f} bits ({m.exposure_controls:.2f} of the controls, standard error {m.error:.2f})"
+        )
+    if leaks.membership is not None:
+        d = leaks.membership
+        out.append(f"membership: AUC {d.auc:.2f}, {d.found:.1%} of the rows found at 1% false alarms")
+    return out
+
+
+def _sure(leaks: Leaks, verdict: Verdict, epsilon: float | None) -> list[str]:
+    lines = ["these are attacks of ours: what they find can be read, what they do not find may be read by a better one"]
+    if leaks.membership is not None:
+        d = leaks.membership
+        lines.append(f"epsilon is at least {d.epsilon_low:.2f} with 95% confidence ({d.members} and {d.others} rows)")
+    lines.append("no upper bound: there is no differential privacy" if epsilon is None
+                 else f"upper bound: epsilon {epsilon:.2f}, by accounting")  # fmt: skip
+    return [*lines, *verdict.gaps]
+
+
+def _remedies(leaks: Leaks, verdict: Verdict, epsilon: float | None) -> list[str]:
+    out = []
+    if epsilon is None:
+        out.append("tune with differential privacy: it alone bounds what any attack can find")
+    elif verdict.failures:
+        out.append("a smaller epsilon")
+    m = leaks.memory
+    if m is not None and m.exposure > m.exposure_controls + 2 * m.error:
+        out.append("fewer epochs or a smaller learning rate: what is remembered of single rows grows with both")
+    if leaks.tokens and any(f.recall.get(FALSE_POSITIVES[0], 0) > 0 for f in leaks.tokens):
+        out.append("a smaller rank than there are distinct tokens, or leaving the first block out of the targets")
+    out.append("secure aggregation over several clients, where only the sum is needed (pool: before)")
+    return out

@@ -1,0 +1,66 @@
+"""Audit D: can an observer tell which rows were tuned on? And how much privacy can there be at most?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import beta
+from sklearn.metrics import roc_auc_score
+
+FEW = 500  # rows of each sort under which a bound says little
+CONFIDENCE = 0.95
+
+
+class Membership(NamedTuple):
+    """auc        chance that a tuned row looks more like one than a held-out row does
+    found       share of tuned rows found at a false-positive rate of 1%
+    epsilon_low lower bound on epsilon at 95% confidence: no smaller one can be claimed
+    members, others  rows compared
+    """
+
+    auc: float
+    found: float
+    epsilon_low: float
+    members: int
+    others: int
+
+    @property
+    def weak(self) -> bool:
+        """Too few rows for a verdict that anything is safe."""
+        return min(self.members, self.others) < FEW
+
+
+def membership(members: np.ndarray, others: np.ndarray, delta: float = 0.0) -> Membership:
+    """From scores that are larger for rows that were tuned on: how much each row's loss fell, for instance.
+
+    Raises ValueError for scores that are not finite, or none.
+    """
+    members, others = np.asarray(members, float), np.asarray(others, float)
+    if not len(members) or not len(others) or not np.isfinite(members).all() or not np.isfinite(others).all():
+        raise ValueError("membership needs finite scores of rows that were tuned on, and of rows that were not")
+    auc = roc_auc_score(np.r_[np.ones(len(members)), np.zeros(len(others))], np.r_[members, others])
+    threshold = np.quantile(others, 0.99, method="higher")
+    found = float((members > threshold).mean())
+    return Membership(float(auc), found, epsilon_low(members, others, delta), len(members), len(others))
+
+
+def epsilon_low(members: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray, delta: float) -> float:
+    """max over thresholds of ln((TPR_low - delta) / FPR_high), with one-sided Clopper-Pearson bounds; never below 0.
+
+    A threshold looked at is a test made, so the confidence is shared among them (Bonferroni): without that, the best of
+    many thresholds exceeds the truth far more often than one time in twenty.
+    """
+    members, others = np.sort(np.asarray(members, float)), np.sort(np.asarray(others, float))
+    thresholds = np.unique(np.quantile(others, np.linspace(0, 1, 33)))
+    error = (1 - CONFIDENCE) / (2 * len(thresholds))
+    best = 0.0
+    for t in thresholds:
+        hits, false = int((members > t).sum()), int((others > t).sum())
+        low = beta.ppf(error, hits, len(members) - hits + 1) if hits else 0.0
+        high = beta.ppf(1 - error, false + 1, len(others) - false) if false < len(others) else 1.0
+        if low > delta:
+            best = max(best, math.log((low - delta) / high))
+    return best

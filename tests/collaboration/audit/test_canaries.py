@@ -1,0 +1,70 @@
+"""Canaries: alike but for the coin, exposure against its closed form, and a model that has learnt them by heart."""
+
+import math
+
+import numpy as np
+import pytest
+
+from luthier.collaboration.audit.canaries import canaries, exposures, extracted, memory, rows_of
+from luthier.data.rendering import Renderer
+from luthier.model.local import SMALL, byte_tokenizer
+from luthier.model.view import ModelView
+from luthier.objectives.sft import Sft
+from luthier.rng import Streams
+from luthier.training.loop import Loop
+from luthier.training.settings import TrainSettings
+from luthier.tuners.full import Full
+
+
+@pytest.fixture(scope="module")
+def reader():
+    """A byte model of fresh weights."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=SMALL.hidden, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=SMALL.inner, max_position_embeddings=128, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+    )  # fmt: skip
+    return ModelView(LlamaForCausalLM(config).eval(), tokenizer), Renderer(tokenizer, plain=True)
+
+
+def test_halves_are_alike_and_share_no_name():
+    planted, controls = canaries(30, Streams(0))
+    assert [c.form for c in planted] == [c.form for c in controls] and len({c.prefix for c in planted + controls}) == 60
+    assert canaries(30, Streams(0)) == (planted, controls) != canaries(30, Streams(1))
+    assert {len(c.secret) for c in planted if c.form == "number"} == {8}
+
+
+def test_exposure_of_an_untuned_model_is_that_of_a_random_rank(reader):
+    _, controls = canaries(60, Streams(3))
+    found = exposures(*reader, controls, 63, 8192, Streams(0))
+    expected = np.mean([6 - math.log2(r) for r in range(1, 65)])  # 64 equally likely ranks
+    assert found.mean() == pytest.approx(expected, abs=3 * found.std() / math.sqrt(60)) and found.max() <= 6.0
+
+
+def test_a_model_that_has_learnt_them_by_heart_gives_them_away_and_controls_stay_hidden(reader):
+    view, renderer = reader
+    planted, controls = canaries(6, Streams(1))
+    rows = rows_of(planted, renderer)
+    settings = TrainSettings(max_steps=150, batch_size=6, learning_rate=1e-2, warmup_fraction=0.0)
+    trainable = Full().attach(view, None, 150)
+    loop = Loop(view, rows, trainable, Sft(), settings)
+    for _ in range(150):
+        loop.step()
+    found = memory(view, renderer, planted, controls, others=63, samples=2, streams=Streams(0))
+    trainable.detach()
+    assert found.extracted == 1.0 and found.extracted_controls == 0.0 and found.weak
+    assert found.exposure == found.highest == 6.0 and found.exposure_controls < 4 and found.error < 1
+    again = memory(view, renderer, planted, controls, others=63, samples=2, streams=Streams(0))
+    assert again.extracted == 0.0, "the base knows none"
+    assert not extracted(view, renderer, planted, 0, Streams(0)).any()
+
+
+def test_a_control_that_was_planted_is_refused(reader):
+    planted, _ = canaries(6, Streams(1))
+    with pytest.raises(ValueError, match="controls nothing"):
+        memory(*reader, planted, planted[:1], streams=Streams(0))
