@@ -81,7 +81,7 @@ def secrets_of(form: str, count: int, streams: Streams, *key: str) -> list[str]:
     """Made-up secrets of a form, alike but for chance."""
     generator = streams.at("secret", form, *key)
     letters = lambda n: "".join(generator.choice(list("abcdefghijklmnopqrstuvwxyz"), size=n))  # noqa: E731
-    digits = lambda n: "".join(str(int(d)) for d in generator.integers(10, size=n))  # noqa: E731
+    digits = lambda n: "".join(str(int(d)) for d in generator.integers(10, size=(n,)))  # noqa: E731
     makers = {
         "number": lambda: digits(8),
         "mail": lambda: f"{letters(6)}@{letters(5)}.org",
