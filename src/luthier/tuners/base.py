@@ -80,6 +80,7 @@ class Trainable:
 
     steps_by_closure = False  # True: the optimiser's step gets a closure that evaluates the loss without gradient
     reselects = False  # True: which tensors want a gradient changes from window to window
+    reads_rows = False  # True: rows' gradients decide what trains, beside moving it, which no clipping of theirs bounds
     attach_flops = attach_seconds = 0.0  # that attaching took: a first choice of what trains
 
     def __init__(self, view: ModelView) -> None:
@@ -227,7 +228,11 @@ class WithHead(Trainable):
     def __init__(self, inner: Trainable, names: list[str]) -> None:
         super().__init__(inner.view)
         self.inner = inner
-        self.steps_by_closure, self.reselects = inner.steps_by_closure, inner.reselects
+        self.steps_by_closure, self.reselects, self.reads_rows = (
+            inner.steps_by_closure,
+            inner.reselects,
+            inner.reads_rows,
+        )
         self.attach_flops, self.attach_seconds = inner.attach_flops, inner.attach_seconds
         self.head = DenseTrainable(inner.view, names, freeze=False)
 

@@ -256,7 +256,7 @@ class GreenTrainer(Tuner):
 class GreenTrainable(Trainable):
     """All weights with masters, of which the selected train."""
 
-    reselects = True
+    reselects = reads_rows = True
 
     def __init__(self, tuner: GreenTrainer, view: ModelView, every: int) -> None:
         super().__init__(view)

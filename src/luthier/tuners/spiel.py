@@ -291,6 +291,8 @@ class Spiel(Tuner):
 class SpielTrainable(Trainable):
     """Active entries, and the candidates of the open window."""
 
+    reads_rows = True
+
     def __init__(self, tuner: Spiel, view: ModelView, total_steps: int) -> None:
         super().__init__(view)
         self.freeze_base()
