@@ -110,7 +110,7 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys,
     from contract.examples import soft_rows
     from luthier import recipe
     from luthier.testing.contract import PADDED, Four
-    from luthier.testing.models import byte_tokenizer, tiny, tiny_classifier
+    from luthier.testing.models import byte_tokenizer, rows_of, tiny, tiny_classifier
 
     files_beside(tmp_path)
     monkeypatch.chdir(tmp_path)
@@ -127,6 +127,12 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys,
     }  # fmt: skip
     if EVALUATORS.get(page.removesuffix(".md")) or page == "q-tuning-offline.md":  # they ask it in words
         scope["model"] = tiny_classifier() if page == "classification.md" else tiny(vocab_size=260)
+    if page.removesuffix(".md") in manifest.classes("collaborate"):
+        scope |= {"rows": rows_of(), "large_model": tiny(layers=4, seed=1)}
+    if page.removesuffix(".md") in manifest.classes("translate"):
+        kinds = torch.zeros(2, 6, dtype=torch.int8), torch.ones(3, 8, dtype=torch.int8)
+        scope |= {"small": torch.randn(24, 2, 6), "large": torch.randn(24, 3, 8), "clients": torch.randn(2, 2, 6)}
+        scope |= {"small_kinds": kinds[0], "large_kinds": kinds[1]}
     for code in blocks(f"docs/methods/{page}", "python"):
         exec(compile(code, page, "exec"), scope)
     if page.removesuffix(".md") in EVALUATORS:

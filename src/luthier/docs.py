@@ -74,8 +74,54 @@ rows = [{row}]
 evaluator = {cls}({required})
 print(evaluator.score(model, tokenizer, rows))  # a transformers model and its tokenizer, nothing else
 ```"""
+PROTOCOL = """```python
+from luthier.collaboration import {imports}
+from luthier.collaboration.base import in_process
+from luthier.model.view import ModelView
+from luthier.training.settings import TrainSettings
+{more}
+views = [ModelView(m) for m in ({models})]  # transformers models, nothing else
+protocol, settings = {cls}({fields}), TrainSettings(max_steps=2{settings})
+contract = protocol.agree(views, {tuner}, settings)
+clients = [protocol.client(name, contract, views[0], rows) for name in ("north", "south")]
+{server}
+in_process([server, *clients], server.begin(), gate=lambda sent, disclosure: print(disclosure))  # before it leaves
+print({result})
+```
+
+`rows` are mappings of `ids` and `labels`, as `luthier.data.rendering.Renderer` makes them."""
+TRANSLATE = """```python
+from luthier.collaboration.translators import Pairs, {cls}
+
+# [N, layers, numbers a layer] of both models after the same N sets of rows; kinds from `collaboration.packing.kinds`
+pairs = Pairs(small, large, torch.arange(len(small)), small_kinds, large_kinds)
+translated = {cls}({fields}).fit(pairs)(clients)  # [clients, layers, numbers a layer]
+```"""
 # Fields that make the lines below runnable: caft's stage that comes first, a task in a folder beside the script.
 FIELDS = {"caft": 'stage="heads"', "lm-eval": 'tasks=["capitals"], folder="tasks"'}
+SERVER = 'server = protocol.server(contract, ["north", "south"], None, None)'
+CONSTANT = ', lr_scheduler_type="constant", warmup_fraction=0.0'
+LORA = {
+    "imports": "OneShot",
+    "more": "from luthier.tuners import Lora\n",
+    "models": "model,",
+    "fields": "",
+    "settings": "",
+}
+PROTOCOLS = {
+    "one-shot": {**LORA, "tuner": "Lora(rank=2)", "server": SERVER, "result": "server.update"},
+    "seed-rounds": {
+        **LORA, "imports": "FedKSeed, SeedRounds", "more": "", "fields": "rounds=2", "settings": CONSTANT,
+        "tuner": "FedKSeed(num_seeds=64)", "server": SERVER, "result": "server.update()",
+    },
+    "grad-transformer": {
+        **LORA, "imports": "GradTransformer", "models": "model, large_model", "fields": "sets=3",
+        "more": "from luthier.collaboration.grad_transformer import Provider, shadow_pairs\nfrom luthier.tuners import Lora\n",
+        "tuner": 'Lora(rank=2, targets=("q_proj", "v_proj"))', "result": 'server.update("north")',
+        "server": 'pairs = shadow_pairs(contract, views, [rows] * 3)\n'
+        'server = Provider.fitted(protocol, contract, views, pairs, ["north", "south"])',
+    },
+}  # fmt: skip
 ROWS = {
     "retrieval": '{"prompt": "Who mends violins in Porto?", "completion": "Ines does.", "gold": ["p1"]}',
     "classification": '{"text": "a fine film", "label": "good"}, {"text": "a poor one", "label": "bad"}',
@@ -109,6 +155,10 @@ def use(entry: dict[str, Any]) -> str | None:
     if entry["kind"] == "curate" and "base_view" in needs:
         return CURATOR.format(**words).replace(".choose(rows)", ".choose(rows, model=model, tokenizer=tokenizer)")
     words["row"] = ROWS.get(entry["name"], '{"prompt": "bread in French", "completion": "pain"}')
+    if entry["kind"] == "translate":
+        return TRANSLATE.format(cls=entry["class"], fields="epochs=2" if entry["name"] == "transformer" else "")
+    if entry["kind"] == "collaborate":
+        return PROTOCOL.format(cls=entry["class"], **PROTOCOLS[entry["name"]])
     texts = {"objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR, "evaluate": EVALUATOR}
     return texts[entry["kind"]].format(**words)
 

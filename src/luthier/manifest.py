@@ -23,6 +23,8 @@ KINDS = {
     "pipeline": ("pipelines",),
     "curate": ("curation",),
     "evaluate": ("evaluation",),
+    "collaborate": ("collaboration",),
+    "translate": ("collaboration.translators",),
 }
 LISTS = ("curate", "evaluate")  # keys that hold a list of methods
 GROUP = "luthier.methods"
@@ -36,12 +38,15 @@ def read() -> list[dict[str, Any]]:
 
 def classes(kind: str) -> dict[str, type]:
     """Method classes of a recipe key, by name; imports them all."""
+    from luthier.recipe.text import BASES
+
     out = {}
     for package in KINDS[kind]:
         module = importlib.import_module(f"luthier.{package}")
         for name in getattr(module, "EXPORTS", {}):
             cls = getattr(module, name)
-            out[cls.key()] = cls
+            if issubclass(cls, BASES[kind]) and cls is not BASES[kind]:
+                out[cls.key()] = cls
     return out
 
 
@@ -113,7 +118,11 @@ def _entry(kind: str, key: str, cls: Any) -> dict[str, Any]:
     schema = cls.model_json_schema()
     required = schema.get("required", [])
     fields = {
-        n: {"default": f.get("default"), "about": f.get("description", ""), "required": n in required}
+        n: {
+            "default": _default(cls.model_fields[n].default, f.get("default")),
+            "about": f.get("description", "").replace("\n", " "),
+            "required": n in required,
+        }
         | ({"example": f["examples"][0]} if "examples" in f else {})
         for n, f in schema.get("properties", {}).items()
     }
@@ -123,6 +132,11 @@ def _entry(kind: str, key: str, cls: Any) -> dict[str, Any]:
         "name": key, "kind": kind, "class": cls.__name__, "module": cls.__module__, "summary": doc.split("\n")[0],
         "doc": doc, "fields": fields, "source": source, "traits": traits,
     }  # fmt: skip
+
+
+def _default(value: Any, shown: Any) -> Any:
+    """As a recipe has it: a method by its name."""
+    return value.key() if hasattr(value, "key") else shown
 
 
 def main() -> None:

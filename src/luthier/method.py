@@ -87,3 +87,22 @@ class Method(BaseModel):
                 Problem("num_processes", f"{self.key()} runs in one process, here are {facts.num_processes}")
             )
         return problems
+
+
+def written(value: Any) -> Any:
+    """A value as YAML has it; a method becomes {name: {fields}}."""
+    if isinstance(value, Method):
+        return {_name_of(value): {n: written(getattr(value, n)) for n in type(value).model_fields}}
+    if isinstance(value, BaseModel):
+        return {n: written(getattr(value, n)) for n in type(value).model_fields}
+    if isinstance(value, (list, tuple)):
+        return [written(v) for v in value]
+    return {k: written(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _name_of(method: Method) -> str:
+    """The name of a method of ours, or module:Class."""
+    from luthier import manifest
+
+    cls = type(method)
+    return manifest.name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"

@@ -31,7 +31,7 @@ class World:
     def __init__(self):
         self.small, self.large = view_of(layers=2), view_of(layers=3, seed=1, hidden_size=32)
         self.starts = start_of(self.small, LORA), start_of(self.large, LORA)
-        self.contract = GradTransformer().agree(self.small, self.large, LORA, SETTINGS)
+        self.contract = GradTransformer().agree([self.small, self.large], LORA, SETTINGS)
         sets = [many(seed) for seed in range(100, 100 + SETS)]
         x, y = (torch.cat([tuned(v, rows, LORA, SETTINGS) for rows in sets]) for v in (self.small, self.large))
         self.pairs = Pairs(x, y, torch.arange(SETS), *(s.side.kinds() for s in self.starts))

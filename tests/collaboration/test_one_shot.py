@@ -34,7 +34,7 @@ def many(count, seed=0):
 
 
 def contract(tuner=LORA, **fields):
-    return OneShot(**fields).agree(view_of(), tuner, SETTINGS)
+    return OneShot(**fields).agree([view_of()], tuner, SETTINGS)
 
 
 def clients(agreed):
@@ -166,7 +166,7 @@ def test_an_update_far_too_long_is_left_out_and_named():
 
 def test_a_tuner_that_replaces_is_refused_and_so_is_another_model():
     with pytest.raises(LuthierError, match="the update of dept cannot be averaged"):
-        OneShot().agree(view_of(), Dept(), SETTINGS)
+        OneShot().agree([view_of()], Dept(), SETTINGS)
     with pytest.raises(LuthierError, match="base: east: its model is not the contract's"):
         AverageClient("east", contract(), view_of(seed=1), many(4))
     with pytest.raises(LuthierError, match="no result yet"):

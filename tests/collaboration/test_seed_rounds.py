@@ -8,10 +8,13 @@ from luthier.collaboration.base import Sent, Tick, in_process
 from luthier.collaboration.fedkseed import FedKSeed
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused, decode
-from luthier.collaboration.seed_rounds import SeedClient, SeedContract, SeedServer, seed_contract, sizes
+from luthier.collaboration.privacy import Privacy
+from luthier.collaboration.seed_rounds import SeedClient, SeedContract, SeedRounds, SeedServer, sizes
+from luthier.errors import LuthierError
 from luthier.scorer import mean_loss, row_scores
 from luthier.testing.models import rows_of, view_of
 from luthier.training.settings import TrainSettings
+from luthier.tuners.lora import Lora
 
 SETTINGS = TrainSettings(
     max_steps=6, batch_size=2, learning_rate=1e-3, lr_scheduler_type="constant", warmup_fraction=0.0
@@ -20,7 +23,7 @@ NAMES = ("a", "b", "c")
 
 
 def contract(rounds=2, num_seeds=64, **more):
-    return seed_contract(view_of(), FedKSeed(num_seeds=num_seeds), SETTINGS, rounds, **more)
+    return SeedRounds(rounds=rounds, **more).agree([view_of()], FedKSeed(num_seeds=num_seeds), SETTINGS)
 
 
 def clients(agreed):
@@ -78,9 +81,8 @@ def test_the_base_is_untouched_on_a_client():
 
 
 def test_4096_seeds_and_200_steps_stay_under_18_kilobytes():
-    agreed = seed_contract(
-        view_of(), FedKSeed(num_seeds=4096), SETTINGS.model_copy(update={"max_steps": 200, "batch_size": 1}), 1
-    )
+    settings = SETTINGS.model_copy(update={"max_steps": 200, "batch_size": 1})
+    agreed = SeedRounds(rounds=1).agree([view_of()], FedKSeed(num_seeds=4096), settings)
     server = SeedServer(agreed, ("a",))
     down = server.begin()[0].message
     up = SeedClient("a", agreed, view_of(), rows_of()).handle(down)[0].message
@@ -204,8 +206,12 @@ def test_other_models_and_federations_are_refused():
         SeedClient("a", agreed, view_of(seed=1), rows_of())
     with pytest.raises(Refused, match="contract: a was sent"):
         SeedClient("a", agreed, view_of(), rows_of()).handle(SeedServer(contract(rounds=5), NAMES).begin()[0].message)
-    with pytest.raises(ValueError, match="two bytes"):
+    with pytest.raises(LuthierError, match="two bytes"):
         contract(num_seeds=2**16 + 1)
+    with pytest.raises(LuthierError, match="tuner: lora sends no seeds"):
+        SeedRounds().agree([view_of()], Lora(), SETTINGS)
+    with pytest.raises(LuthierError, match="seed-rounds.privacy"):
+        contract(privacy=Privacy(epsilon=1.0))
     again = SeedContract.model_validate_json(agreed.model_dump_json())
     assert again.digest == agreed.digest and list(again.shapes) == list(agreed.shapes)
 
@@ -221,7 +227,7 @@ def test_what_leaves_is_said_with_its_bytes():
 
 def test_training_together_lowers_the_loss():
     settings = SETTINGS.model_copy(update={"max_steps": 40, "batch_size": 4, "learning_rate": 3e-3})
-    agreed = seed_contract(view_of(), FedKSeed(num_seeds=128), settings, 3)
+    agreed = SeedRounds(rounds=3).agree([view_of()], FedKSeed(num_seeds=128), settings)
     server = SeedServer(agreed, NAMES)
     carried(server, clients(agreed))
     view, rows = view_of(), [r for i in range(3) for r in rows_of(seed=i)]

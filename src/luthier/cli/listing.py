@@ -51,8 +51,12 @@ def starter(entry: dict[str, Any]) -> str:
         lines[2:] = ["task: classification", "data: {train: train.jsonl, eval: test.jsonl}  # rows of text and label"]
     required = ", ".join(f"{n}: {json.dumps(x)}" for n, x in examples_of(entry).items())
     method = f"{{{entry['name']}: {{{required}}}}}" if required else entry["name"]
+    if entry["kind"] == "translate":
+        return "\n".join([*lines, f"collaborate: {{grad-transformer: {{translator: {method}}}}}"])
+    if entry["name"] == "seed-rounds":
+        lines.append("tuner: fedkseed")
     lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] in manifest.LISTS else f"{entry['kind']}: {method}")
-    if "closure" in entry["traits"]["needs"]:
+    if "closure" in entry["traits"]["needs"] or entry["name"] == "seed-rounds":
         lines += ["lr_scheduler_type: constant", "warmup_fraction: 0.0"]
     return "\n".join(lines)
 
@@ -68,7 +72,7 @@ def recipe_schema() -> dict[str, Any]:
 
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for kind in manifest.KINDS:
+    for kind in (k for k in manifest.KINDS if k in schema["properties"]):  # translators are fields of a protocol
         options: list[dict[str, Any]] = [{"type": "string", "enum": manifest.names(kind)}]
         for name in manifest.names(kind):
             fields = manifest.find(kind, name).model_json_schema()  # type: ignore[attr-defined]

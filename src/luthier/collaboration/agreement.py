@@ -8,12 +8,24 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
-from luthier.recipe.settings import written
-from luthier.recipe.text import method
+from luthier.collaboration.privacy import Privacy
+from luthier.method import written
 from luthier.training.settings import TrainSettings
 from luthier.tuners.base import Tuner
 
-AnyTuner = Annotated[Tuner, BeforeValidator(lambda v: method("tuner", v, "contract")), PlainSerializer(written)]
+
+def named(kind: str) -> BeforeValidator:
+    """Methods of a kind from their name, or {name: {fields}}."""
+
+    def read(value: Any) -> Any:
+        from luthier.recipe.text import method  # recipes hold collaborations, which hold this
+
+        return method(kind, value, "contract")
+
+    return BeforeValidator(read)
+
+
+AnyTuner = Annotated[Tuner, named("tuner"), PlainSerializer(written)]
 
 
 class Rendering(BaseModel, frozen=True, extra="forbid"):
@@ -29,6 +41,8 @@ class Agreement(BaseModel, frozen=True, extra="forbid"):
 
     settings: TrainSettings
     rendering: Rendering = Rendering()
+    privacy: Privacy | None = None
+    """What every client promises while it tunes."""
 
     @property
     def digest(self) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Kind, Message, Refused
-from luthier.method import Method
+from luthier.collaboration.privacy import Privacy
 from luthier.model.fingerprint import Fingerprint
 
 
@@ -69,10 +69,6 @@ def in_process(parties: Iterable[Party], first: Iterable[Sent], gate: Callable[[
         waiting.extend(known[sent.to].handle(sent.message))
 
 
-class Collaboration(Method):
-    """A protocol between parties. Each has its contract, its server and its clients beside it."""
-
-
 class Member:
     """What clients of every protocol share: `answer` and `disclosure` are a protocol's own.
 
@@ -102,6 +98,14 @@ class Member:
             self.result = event
             return []
         return self.answer(event)
+
+
+def promised(privacy: Privacy | None) -> tuple[str, str]:
+    """(unit, promise) of an update that rows were tuned into."""
+    if privacy is None:
+        return "nothing", "no formal privacy: weights remember rows; audit before sending"
+    said = f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each row that it is there or not"
+    return "row", f"{said}; the number of rows is told as it is"
 
 
 def sizes(message: Message) -> tuple[int, int]:

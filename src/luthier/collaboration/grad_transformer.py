@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, PlainSerializer
+from pydantic import Field, PlainSerializer, WithJsonSchema
 from torch import Tensor
 
-from luthier.collaboration.base import Collaboration, Disclosure, Member, Sent, sizes
+from luthier.collaboration.agreement import Agreement, named
+from luthier.collaboration.base import Disclosure, Member, Sent, promised, sizes
 from luthier.collaboration.contract import Contract, Start, refuse_other, refuse_vector, start_of
 from luthier.collaboration.controls import pooled
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.likeness import Likeness, likeness, mean_cosine
 from luthier.collaboration.messages import Message, Refused
+from luthier.collaboration.protocol import Collaboration, Workshop
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of
-from luthier.collaboration.shadows import tuned
+from luthier.collaboration.shadows import draw, tuned
 from luthier.collaboration.translators.base import Fitted, Pairs, Translator
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.errors import LuthierError
-from luthier.method import Source, Traits
+from luthier.method import Source, Traits, written
 from luthier.model.view import ModelView
-from luthier.recipe.settings import written
-from luthier.recipe.text import method
+from luthier.rng import Streams
 from luthier.training.settings import TrainSettings
+from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora
 from luthier.update import Update
 
 ALIKE = 0.3  # mean cosine of updates under which their mean is like none of them
 AnyTranslator = Annotated[
-    Translator, BeforeValidator(lambda v: method("translate", v, "collaborate")), PlainSerializer(written)
-]
+    Translator, named("translate"), PlainSerializer(written),
+    WithJsonSchema({"description": "a translator's name, or {name: {fields}}"}),
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,11 @@ class GradTransformer(Collaboration):
         "Gradient Transformer: Learning to Generate Updates for LLMs", 2026, "arXiv:2605.27591", "eq. 10-11"
     )
 
+    contract: ClassVar[type[Agreement]] = Contract
+    roles: ClassVar[tuple[str, ...]] = ("small", "large")
+
+    large: str | None = None
+    """The model that is translated for, as the recipe's key `model` names the small one; the contract needs it."""
     translator: AnyTranslator = Ridge()
     """How pairs become a map."""
     sets: int = Field(200, ge=2)
@@ -71,10 +79,25 @@ class GradTransformer(Collaboration):
     strict: bool = False
     """Refuse updates that are unlike every shadow, in place of a warning."""
 
-    def agree(self, small: ModelView, large: ModelView, tuner: Lora, settings: TrainSettings, **more: Any) -> Contract:
-        """The contract: sides with the digests of their starts."""
-        sides = {"small": start_of(small, tuner).side, "large": start_of(large, tuner).side}
-        return Contract(**sides, tuner=tuner, settings=settings, **more)
+    def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> Contract:
+        """The contract: sides with the digests of their starts. Raises LuthierError for another tuner than LoRA."""
+        if not isinstance(tuner, Lora):
+            raise LuthierError(f"tuner: {tuner.key()} has no pinned start that updates compare under; set tuner: lora")
+        small, large = (start_of(v, tuner).side for v in views)
+        return Contract(small=small, large=large, tuner=tuner, settings=settings, privacy=self.privacy, **more)
+
+    def draws(self, rows: Sequence[Any], streams: Streams) -> list[list[int]]:
+        """Which public rows are in each shadow set. Raises ValueError for sets larger than there are rows."""
+        return draw(rows, self.sets, self.rows, streams)
+
+    def server(
+        self, contract: Contract, clients: Sequence[str], journal: Journal | None, workshop: Workshop
+    ) -> Provider:
+        pairs = pairs_of(contract, workshop.shadows(self.sets, self.snapshots))
+        return Provider.fitted(self, contract, [workshop.view(role) for role in self.roles], pairs, clients, journal)
+
+    def client(self, name: str, contract: Contract, view: ModelView, rows: Sequence[Any]) -> Organisation:
+        return Organisation(name, contract, view, rows)
 
 
 class Provider(RoundServer):
@@ -94,6 +117,15 @@ class Provider(RoundServer):
         self.translated: dict[str, Tensor] = {}
         self.report: dict[str, Any] = {}
         super().__init__(contract.digest, contract.small.base, 1, clients, journal)
+
+    @classmethod
+    def fitted(
+        cls, protocol: GradTransformer, contract: Contract, views: Sequence[ModelView], pairs: Pairs, clients: Sequence[str],
+        journal: Journal | None = None,
+    ) -> Provider:  # fmt: skip
+        """With a translator that learns from the pairs first."""
+        small, large = (start_of(v, contract.tuner) for v in views)
+        return cls(contract, protocol, (small, large), pairs, protocol.translator.fit(pairs), clients, journal)
 
     def accept(self, message: Message) -> None:
         name, x = message.header.sender, message.tensors().get("update")
@@ -161,6 +193,40 @@ class Provider(RoundServer):
         )
 
 
+def shadow(
+    contract: Contract, views: Sequence[ModelView], rows: Sequence[Any], number: int, snapshots: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Tensor] | None:  # fmt: skip
+    """Both models tuned on one set of public rows, "x" and "y" [snapshots, L, d]; None where it was asked to stop.
+
+    The orders of rows differ: what an organisation's run and a shadow's have in common is what rows say, no path through
+    them. Under a promise the small model is tuned as privately as the clients', so that a translator learns from noise like
+    theirs; the large one is not: public rows need no promise.
+    """
+    found = {}
+    for side, view in enumerate(views):
+        settings = contract.settings.model_copy(update={"seed": contract.settings.seed + 2 * number + side})
+        private = contract.privacy if side == 0 else None
+        vectors = tuned(view, rows, contract.tuner, settings, snapshots, stop, private)
+        if vectors is None:
+            return None
+        found["xy"[side]] = vectors
+    return found
+
+
+def pairs_of(contract: Contract, shadows: Sequence[Mapping[str, Tensor]]) -> Pairs:
+    """Aligned pairs from what `shadow` gave, set by set."""
+    x, y = (torch.cat([s[side] for s in shadows]) for side in "xy")
+    numbers = torch.cat([torch.full((len(s["x"]),), k) for k, s in enumerate(shadows)])
+    return Pairs(x, y, numbers, contract.small.kinds(), contract.large.kinds())
+
+
+def shadow_pairs(contract: Contract, views: Sequence[ModelView], sets: Sequence[Sequence[Any]]) -> Pairs:
+    """Pairs of a few sets, here and now; `luthier collaborate shadow` makes many, in processes that may be killed."""
+    made = [shadow(contract, views, rows, k) for k, rows in enumerate(sets)]
+    return pairs_of(contract, [m for m in made if m is not None])
+
+
 class Organisation(Member):
     """Tunes the small model on rows that stay, and sends the difference to the contract's start."""
 
@@ -175,7 +241,7 @@ class Organisation(Member):
     def message(self) -> Message:
         """Tune, and put what moved into a message."""
         c = self.contract
-        vectors = tuned(self.view, self.rows, c.tuner, c.settings)
+        vectors = tuned(self.view, self.rows, c.tuner, c.settings, privacy=c.privacy)
         assert vectors is not None
         tensors, notes = {"update": vectors[-1]}, {"rows": len(self.rows)}
         return Message.of("update", c.digest, self.name, c.small.base, tensors, notes=notes)
@@ -183,7 +249,7 @@ class Organisation(Member):
     def disclosure(self, out: Sent) -> Disclosure:
         return Disclosure(
             f"how tuning on the rows of {self.name} moved the small model, and its number of rows", out.to,
-            sizes(out.message), "nothing", "no formal privacy: weights remember rows; audit before sending",
+            sizes(out.message), *promised(self.contract.privacy),
         )  # fmt: skip
 
     @property

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement, AnyTuner
 from luthier.collaboration.averaging import cosines, length, outliers
-from luthier.collaboration.base import Collaboration, Disclosure, Member, Sent, sizes
+from luthier.collaboration.base import Disclosure, Member, Sent, promised, sizes
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
+from luthier.collaboration.privacy import PrivateRun, plan
+from luthier.collaboration.protocol import Collaboration, Workshop
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
 from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.errors import LuthierError
@@ -54,8 +56,9 @@ class OneShot(Collaboration):
     keep_outliers: bool = False
     """Count updates more than ten times as long as the median, too."""
 
-    def agree(self, view: ModelView, tuner: Tuner, settings: TrainSettings, **more: Any) -> AverageContract:
+    def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> AverageContract:
         """The contract. Raises LuthierError for a tuner whose update cannot be averaged."""
+        (view,) = views
         if not tuner.traits.linear:
             raise LuthierError(
                 f"tuner: the update of {tuner.key()} cannot be averaged; choose lora, full or a sparse one"
@@ -65,8 +68,17 @@ class OneShot(Collaboration):
         trainable.detach()
         shapes = {n: view.anatomy.parameters[n] for names in moves.values() for n in names}
         return AverageContract(
-            base=view.base, tuner=tuner, settings=settings, protocol=self, moves=moves, shapes=shapes, **more
-        )
+            base=view.base, tuner=tuner, settings=settings, protocol=self, moves=moves, shapes=shapes,
+            privacy=self.privacy, **more,
+        )  # fmt: skip
+
+    def server(
+        self, contract: AverageContract, clients: Sequence[str], journal: Journal | None, workshop: Workshop
+    ) -> AverageServer:
+        return AverageServer(contract, clients, journal)
+
+    def client(self, name: str, contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> AverageClient:
+        return AverageClient(name, contract, view, rows)
 
 
 class AverageContract(Agreement, frozen=True, extra="forbid"):
@@ -142,7 +154,9 @@ class AverageClient(Member):
         with start.bind(self.view):
             update, loss = alone(self.contract, self.view, self.rows)
         c = self.contract
-        notes: dict[str, str | int | float] = {"rows": len(self.rows), "loss": loss, "parts": headers(update)}
+        notes: dict[str, str | int | float] = {"rows": len(self.rows), "parts": headers(update)}
+        if loss is not None:
+            notes["loss"] = loss
         message = Message.of(
             "update", c.digest, self.name, c.base, packed(update), round=state.header.round, notes=notes
         )
@@ -150,8 +164,9 @@ class AverageClient(Member):
 
     def disclosure(self, out: Sent) -> Disclosure:
         return Disclosure(
-            f"how tuning on the rows of {self.name} moved the model, its number of rows, and its last training loss",
-            out.to, sizes(out.message), "nothing", "no formal privacy: weights remember rows; audit before sending",
+            f"how tuning on the rows of {self.name} moved the model, and its number of rows"
+            + (", and its last training loss" if "loss" in out.message.header.notes else ""),
+            out.to, sizes(out.message), *promised(self.contract.privacy),
         )  # fmt: skip
 
     @property
@@ -162,13 +177,18 @@ class AverageClient(Member):
         return unpacked(self.result)
 
 
-def alone(contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> tuple[Update, float]:
-    """(update, last training loss) of one client by itself; of everybody's rows together, what sharing would have given."""
-    trainable = contract.tuner.attach(view, None, Loop.length(rows, contract.settings))
+def alone(contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> tuple[Update, float | None]:
+    """(update, last training loss) of one client by itself; of everybody's rows together, what sharing would have given.
+    Under a promise the loss is kept back: it is no part of what is accounted for."""
+    steps, settings = Loop.length(rows, contract.settings), contract.settings
+    if contract.privacy is not None:
+        made = plan(contract.privacy, len(rows), settings.batch_size, steps)
+        return PrivateRun(view, rows, contract.tuner, settings, made).finish(), None
+    trainable = contract.tuner.attach(view, None, steps)
     try:
-        loop = Loop(view, rows, trainable, Sft(), contract.settings)
-        entry = {"loss": float("nan")}
-        for _ in range(loop.total_steps):
+        loop = Loop(view, rows, trainable, Sft(), settings)
+        entry: dict[str, float] = {}
+        for _ in range(steps):
             entry = loop.step()
         return trainable.update(), entry["loss"]
     finally:
@@ -186,3 +206,6 @@ def _odd(found: Mapping[str, list[str]], agreed: Mapping[str, list[str]]) -> str
         return f"sends {', '.join(found) or 'nothing'}, the contract says {', '.join(agreed)}"
     kind, name = next((k, n) for k in agreed for n in sorted(set(found[k]) ^ set(agreed[k])))
     return f"{name} is {'not ' if name in agreed[kind] else ''}moved, against the contract"
+
+
+OneShot.contract = AverageContract

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from luthier.collaboration.privacy import Privacy, PrivateRun, plan
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.rng import Streams
@@ -27,23 +29,29 @@ def draw(rows: Rows, count: int, size: int, streams: Streams) -> list[list[int]]
 
 def tuned(
     view: ModelView, rows: Sequence, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool] = lambda: False, privacy: Privacy | None = None,
 ) -> Tensor | None:  # fmt: skip
     """[snapshots, L, d] float32: the update after each of the last optimiser steps; None where it was asked to stop.
 
+    privacy  promise that is kept while tuning: every snapshot is as private as the last
     The model is the base again afterwards, bit for bit. Raises ValueError for more snapshots than steps.
     """
     steps = Loop.length(rows, settings)
     if snapshots > steps:
         raise ValueError(f"{snapshots} snapshots of a run of {steps} steps; lower snapshots or train longer")
-    trainable = tuner.attach(view, None, steps)
+    step_on: Callable[[], Any]
+    if privacy is not None:
+        run = PrivateRun(view, rows, tuner, settings, plan(privacy, len(rows), settings.batch_size, steps))
+        trainable, step_on = run.trainable, run.step
+    else:
+        trainable = tuner.attach(view, None, steps)
+        step_on = Loop(view, rows, trainable, Sft(), settings).step
     try:
-        loop = Loop(view, rows, trainable, Sft(), settings)
         seen: list[Tensor] = []
         for step in range(steps):
             if stop():
                 return None
-            loop.step()
+            step_on()
             if step >= steps - snapshots:
                 seen.append(trainable.update().coordinates())
     finally:

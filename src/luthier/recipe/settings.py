@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
 from luthier import manifest
+from luthier.collaboration.protocol import Collaboration
 from luthier.compute.base import Compute
 from luthier.curation.base import Curator
 from luthier.data.reading import on_hub
@@ -15,7 +16,7 @@ from luthier.evaluation.base import Evaluator
 from luthier.evaluation.classification import Classification
 from luthier.evaluation.forgetting import Forgetting
 from luthier.evaluation.loss import Loss
-from luthier.method import Facts, Method
+from luthier.method import Facts, Method, written
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Pipeline
@@ -82,6 +83,8 @@ class Recipe(TrainSettings):
     """Fewer tokens in the forward pass."""
     pipeline: SerializeAsAny[Pipeline] | None = None
     """Several stages, each with a tuner and an objective of its own, in place of one."""
+    collaborate: SerializeAsAny[Collaboration] | None = None
+    """A protocol between parties, for `luthier collaborate`."""
     evaluate: list[SerializeAsAny[Evaluator]] = Field(default_factory=list)
     """What is measured before and after, beside what always is: the loss, and classes or forgetting."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -98,7 +101,8 @@ class Recipe(TrainSettings):
         if self.pipeline is not None:
             return {"pipeline": self.pipeline}
         parts: dict[str, Method] = {"tuner": self.tuner, "objective": self.objective}
-        return parts if self.compute is None else {**parts, "compute": self.compute}
+        more = {"compute": self.compute, "collaborate": self.collaborate}
+        return {**parts, **{k: m for k, m in more.items() if m is not None}}
 
     def evaluators(self) -> list[Evaluator]:
         """Those that always measure, and those that are asked for."""
@@ -183,20 +187,3 @@ def set_in(model: BaseModel) -> set[str]:
     """Names of the fields that differ from their defaults."""
     fields = type(model).model_fields.items()
     return {n for n, f in fields if getattr(model, n) != f.get_default(call_default_factory=True)}
-
-
-def written(value: Any) -> Any:
-    """A value as YAML has it; a method becomes {name: {fields}}."""
-    if isinstance(value, Method):
-        return {_name_of(value): {n: written(getattr(value, n)) for n in type(value).model_fields}}
-    if isinstance(value, BaseModel):
-        return {n: written(getattr(value, n)) for n in type(value).model_fields}
-    if isinstance(value, (list, tuple)):
-        return [written(v) for v in value]
-    return {k: written(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
-def _name_of(method: Method) -> str:
-    """The name of a method of ours, or module:Class."""
-    cls = type(method)
-    return manifest.name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"

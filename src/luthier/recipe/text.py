@@ -17,6 +17,8 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from luthier import manifest
+from luthier.collaboration.protocol import Collaboration
+from luthier.collaboration.translators.base import Translator
 from luthier.compute.base import Compute
 from luthier.curation.base import Curator
 from luthier.errors import RecipeError
@@ -30,7 +32,7 @@ from luthier.tuners.base import Tuner
 MAX_BYTES = 1_000_000
 BASES: dict[str, type[Method]] = {
     "tuner": Tuner, "objective": Objective, "compute": Compute, "pipeline": Pipeline, "curate": Curator,
-    "evaluate": Evaluator,
+    "evaluate": Evaluator, "collaborate": Collaboration, "translate": Translator,
 }  # fmt: skip
 SECRETS = ("*token", "*api_key*", "*password*", "*secret*")
 NOT_SECRET = frozenset({"keep_tokens", "max_new_tokens"})
@@ -168,7 +170,7 @@ def build(values: Mapping[str, Any], lines: _Lines, code: Path | None = None) ->
     """Check every key and value, methods first. Raises RecipeError."""
     out = dict(values)
     _no_secrets(out, (), lines)
-    _build_methods(out, (), ("tuner", "objective", "compute", "pipeline"), lines, code)
+    _build_methods(out, (), ("tuner", "objective", "compute", "pipeline", "collaborate"), lines, code)
     for kind in manifest.LISTS:
         if (listed := out.get(kind)) is not None:
             listed = listed if isinstance(listed, list) else [listed]
@@ -244,6 +246,8 @@ def _method(kind: str, value: Any, lines: _Lines, path: tuple[str, ...], code: P
         for i, stage in enumerate(fields["stages"]):
             if isinstance(stage, dict):
                 _build_methods(stage, (*path, name, "stages", str(i)), ("tuner", "objective"), lines, code)
+    if kind == "collaborate" and fields.get("translator") is not None:
+        fields["translator"] = _method("translate", fields["translator"], lines, (*path, name, "translator"), code)
     return _validated(cls, fields, (*path, name), lines, list(cls.model_fields))
 
 

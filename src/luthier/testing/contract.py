@@ -22,6 +22,8 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from luthier import manifest, recipe
+from luthier.collaboration.protocol import Collaboration
+from luthier.collaboration.translators.base import Translator
 from luthier.curation.base import Curator
 from luthier.data.batch import IGNORE
 from luthier.errors import LuthierError, RecipeError
@@ -43,6 +45,7 @@ SETTINGS = TrainSettings(max_steps=STEPS, batch_size=4, learning_rate=1e-2)
 CONSTANT = {"lr_scheduler_type": "constant", "warmup_fraction": 0.0}  # what a closure asks for
 KINDS: tuple[tuple[str, type[Method]], ...] = (
     ("tuner", Tuner), ("objective", Objective), ("pipeline", Pipeline), ("curate", Curator), ("evaluate", Evaluator),
+    ("collaborate", Collaboration), ("translate", Translator),
 )  # fmt: skip
 
 
@@ -159,8 +162,7 @@ def test_recipe_round_trip(example: Example) -> None:
     if example.kind != "pipeline":  # its methods are found by the recipe, below
         assert same(type(method)(**json.loads(method.model_dump_json())), method)
     loaded = recipe.load(recipe_with(example, method.model_dump(mode="json", exclude_defaults=True)), code=Path())
-    found = getattr(loaded, example.kind)
-    assert same(found[0] if example.kind in manifest.LISTS else found, method)
+    assert same(found_in(loaded, example), method)
     assert recipe.load(json.dumps(loaded.as_dict()), code=Path()) == loaded
 
 
@@ -175,6 +177,7 @@ def test_a_wrong_field_names_its_key(example: Example) -> None:
     with pytest.raises(RecipeError) as refused:
         recipe.load(recipe_with(example, {"no_such_field": 1}), code=Path())
     place = f"{example.kind}.0" if example.kind in manifest.LISTS else example.kind
+    place = "collaborate.grad-transformer.translator" if example.kind == "translate" else place
     assert f"{place}.{example.name}.no_such_field: there is no such key" in str(refused.value)
 
 
@@ -188,8 +191,19 @@ def recipe_with(example: Example, fields: Mapping[str, Any]) -> str:
         tree["task"] = "classification"
     if "closure" in traits.needs:
         tree |= CONSTANT
-    tree[example.kind] = [one] if example.kind in manifest.LISTS else one
+    if example.kind == "translate":  # a field of a protocol
+        tree["collaborate"] = {"grad-transformer": {"translator": one}}
+    else:
+        tree[example.kind] = [one] if example.kind in manifest.LISTS else one
     return json.dumps(tree)
+
+
+def found_in(loaded: Any, example: Example) -> Any:
+    """The method that a recipe of `recipe_with` holds."""
+    if example.kind == "translate":
+        return loaded.collaborate.translator
+    found = getattr(loaded, example.kind)
+    return found[0] if example.kind in manifest.LISTS else found
 
 
 def test_refusals_are_those_the_traits_declare(example: Example) -> None:

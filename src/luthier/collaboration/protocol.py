@@ -1,0 +1,51 @@
+"""The kind: a protocol between parties, as a method of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from luthier.collaboration.agreement import Agreement
+from luthier.collaboration.base import Member
+from luthier.collaboration.journal import Journal
+from luthier.collaboration.privacy import Privacy
+from luthier.collaboration.rounds import RoundServer
+from luthier.method import Method
+from luthier.model.view import ModelView
+from luthier.training.settings import TrainSettings
+from luthier.tuners.base import Tuner
+
+
+class Workshop(Protocol):
+    """What a server may need beside its contract; a contract's folder is one."""
+
+    def view(self, role: str) -> ModelView:
+        """A model that the contract pins."""
+
+    def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
+        """Both models' updates on so many sets of public rows. Raises LuthierError where they are not all there."""
+
+
+class Collaboration(Method):
+    """A protocol: what its parties agree on, who serves, and what a client does."""
+
+    contract: ClassVar[type[Agreement]]
+    roles: ClassVar[tuple[str, ...]] = ("model",)
+    """Models that a contract pins; clients tune the first."""
+
+    privacy: Privacy | None = None
+    """Promise that every client keeps while it tunes: {epsilon: 8, delta: 1e-5, clip: 1}; null: none."""
+
+    def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> Agreement:
+        """The contract over these models, one for each role. Raises LuthierError for what cannot work."""
+        raise NotImplementedError
+
+    def server(self, contract: Any, clients: Sequence[str], journal: Journal | None, workshop: Workshop) -> RoundServer:
+        """Whoever clients send to."""
+        raise NotImplementedError
+
+    def client(self, name: str, contract: Any, view: ModelView, rows: Sequence[Any]) -> Member:
+        """A party with rows of its own."""
+        raise NotImplementedError
