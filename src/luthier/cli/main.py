@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 import traceback
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +22,8 @@ if "--debug" not in sys.argv:
 
 import typer  # noqa: E402
 
+from luthier.cli.collaborate import app as collaborate  # noqa: E402
+from luthier.cli.shared import AllowCode, Debug, Json, Overrides, RecipePath, load, quiet  # noqa: E402
 from luthier.errors import LuthierError  # noqa: E402
 
 app = typer.Typer(
@@ -32,17 +33,11 @@ app = typer.Typer(
     help="Fine-tune language models with less.",
 )
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe (.yaml); - reads standard input.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="a.b=value sets a key, ~a.b removes it.", show_default=False)
-]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Fresh = Annotated[bool, typer.Option(help="Work in a new folder, even where a run could be continued.")]
 MaxTime = Annotated[str | None, typer.Option(help="Save and stop after this time: 90, 30m, 2h.")]
-AllowCode = Annotated[
-    bool, typer.Option("--allow-code", help="Run Python code that the recipe names or its model brings.")
-]
-Debug = Annotated[bool, typer.Option(help="Show tracebacks and what libraries say.")]
+
+
+app.add_typer(collaborate, name="collaborate")
 
 
 def main() -> None:
@@ -83,28 +78,6 @@ def _fail(message: str, code: int, debug: bool) -> None:
     raise SystemExit(code)
 
 
-def _load(path: Path, overrides: list[str] | None, allow_code: bool = False) -> Any:
-    from luthier import recipe
-
-    code = path.parent if allow_code else None
-    if str(path) == "-":
-        return recipe.load(sys.stdin.read(), "standard input", overrides or [], code)
-    return recipe.load_file(path, overrides or [], code)
-
-
-def _quiet(debug: bool) -> None:
-    """Library chatter off."""
-    if debug:
-        return
-    import datasets
-    import transformers
-
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-
-
 def _seconds(text: str | None) -> float | None:
     if text is None:
         return None
@@ -122,7 +95,7 @@ def run(
 ) -> None:  # fmt: skip
     """Tune a model as a recipe says, with scores before and after and a report."""
     _carry_out(
-        _load(recipe, overrides, allow_code),
+        load(recipe, overrides, allow_code),
         recipe.stem if str(recipe) != "-" else "run",
         recipe.parent,
         fresh,
@@ -136,14 +109,14 @@ def run(
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Another name for run."""
     print("luthier: `train` is called `run` here", file=sys.stderr)
-    _carry_out(_load(recipe, overrides), recipe.stem, recipe.parent, False, None, False, False)
+    _carry_out(load(recipe, overrides), recipe.stem, recipe.parent, False, None, False, False)
 
 
 def _carry_out(
     recipe: Any, name: str, base: Path, fresh: bool, max_time: str | None, as_json: bool, debug: bool
 ) -> None:
     limit = _seconds(max_time)
-    _quiet(debug)
+    quiet(debug)
     from luthier.cli.progress import Bar
     from luthier.run import run as carry_out
     from luthier.run_folder import choose_folder, shared_folder
@@ -212,7 +185,7 @@ def compare(
     as_json: Json = False, allow_code: AllowCode = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Which of these is better at equal cost? Every arm gets the same search for its rate, the same seeds and rows."""
-    _quiet(debug)
+    quiet(debug)
     from luthier.cli import compare as ours
     from luthier.cli.progress import Bar
     from luthier.comparison.execute import compare as carry_out
@@ -268,8 +241,8 @@ def curate(
     debug: Debug = False,
 ) -> None:
     """Choose rows as the recipe's curate steps say, with a reason for every row, and train nothing."""
-    loaded = _load(recipe, overrides, allow_code)
-    _quiet(debug)
+    loaded = load(recipe, overrides, allow_code)
+    quiet(debug)
     from luthier.cli.progress import Bar
     from luthier.curate import curate as choose
 
@@ -302,7 +275,7 @@ def claim(
         raise LuthierError("claim: name one, or give --tier tiny, small or gpu")
     if tier is not None and tier not in claims.TIERS:
         raise LuthierError(f"--tier {tier!r}: there are {', '.join(claims.TIERS)}")
-    _quiet(debug)
+    quiet(debug)
     results = {}
     for one in [name] if name is not None else claims.of_tier(str(tier), folder):
         results[one] = claims.run(one, folder, fresh=fresh, processes=processes)
@@ -344,8 +317,8 @@ def check(
     debug: Debug = False,
 ) -> None:
     """Does the recipe hold together, is the data what you think it is, will it fit? Loads no weights."""
-    loaded = _load(recipe, overrides, allow_code)
-    _quiet(debug)
+    loaded = load(recipe, overrides, allow_code)
+    quiet(debug)
     from luthier.cli.check import check_recipe, show
     from luthier.cli.progress import Bar
 
@@ -371,7 +344,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Ask a tuned model."""
-    _quiet(debug)
+    quiet(debug)
     from luthier.tuned import answers
 
     result = answers(folder, prompts, max_new_tokens, base, allow_code)
@@ -397,7 +370,7 @@ def evaluate(
 
     result = known(folder, data)
     if result is None:
-        _quiet(debug)
+        quiet(debug)
         from luthier.tuned import scores
 
         result = scores(folder, data, Path("."), allow_code)
@@ -421,7 +394,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a tuned model in another form; it is read back and compared. Nothing is uploaded unless --push says so."""
-    _quiet(debug)
+    quiet(debug)
     from luthier.export import export as write
     from luthier.export import push_to_hub
 

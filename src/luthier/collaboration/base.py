@@ -85,6 +85,10 @@ class Member:
         """To a server's state."""
         raise NotImplementedError
 
+    def disclosure(self, out: Sent) -> Disclosure:
+        """Of a message that it is about to send."""
+        raise NotImplementedError
+
     def handle(self, event: Message | Tick) -> list[Sent]:
         """A server's state, refusal or result. Raises Refused for those of another contract."""
         if isinstance(event, Tick):

@@ -71,6 +71,11 @@ class GradTransformer(Collaboration):
     """Shadow sets that both models are tuned on."""
     rows: int = Field(1024, ge=1)
     """Public rows of a shadow set."""
+    by: str | None = None
+    """Column of the public rows that names their sort: each shadow set then mixes the sorts in shares of its own, as
+    clients do. null: sets are drawn from all rows alike."""
+    concentration: float = Field(0.5, gt=0, allow_inf_nan=False)
+    """Of the Dirichlet distribution that those shares are drawn from; small ones make sets of few sorts."""
     snapshots: int = Field(1, ge=1)
     """Pairs taken from each set, after each of its last steps."""
     pool: Literal["none", "before", "after"] = "none"
@@ -86,9 +91,19 @@ class GradTransformer(Collaboration):
         small, large = (start_of(v, tuner).side for v in views)
         return Contract(small=small, large=large, tuner=tuner, settings=settings, privacy=self.privacy, **more)
 
-    def draws(self, rows: Sequence[Any], streams: Streams) -> list[list[int]]:
-        """Which public rows are in each shadow set. Raises ValueError for sets larger than there are rows."""
-        return draw(rows, self.sets, self.rows, streams)
+    def draws(self, sorts: Sequence[str], streams: Streams) -> list[list[int]]:
+        """Which public rows are in each shadow set, and as many others of the same shares after them, to judge by.
+
+        sorts  of every public row; one name for all where nothing tells them apart
+        Raises LuthierError for sets larger than there are rows.
+        """
+        if 2 * self.rows > len(sorts):
+            raise LuthierError(
+                f"collaborate.grad-transformer.rows: {self.rows} rows a shadow set, and as many to judge by, cannot be drawn "
+                f"from {len(sorts)}; lower it or add public rows"
+            )
+        concentration = self.concentration if self.by is not None else None
+        return draw(sorts, self.sets, 2 * self.rows, streams, concentration)
 
     def server(
         self, contract: Contract, clients: Sequence[str], journal: Journal | None, workshop: Workshop

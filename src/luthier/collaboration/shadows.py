@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,19 +13,33 @@ from luthier.collaboration.privacy import Privacy, PrivateRun, plan
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.rng import Streams
-from luthier.training.loop import Loop, Rows
+from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 
-def draw(rows: Rows, count: int, size: int, streams: Streams) -> list[list[int]]:
+def draw(
+    sorts: Sequence[str], count: int, size: int, streams: Streams, concentration: float | None = None
+) -> list[list[int]]:
     """`count` shadow sets of `size` indices each: without replacement inside a set, sets independent of each other.
 
+    sorts          of every row
+    concentration  of a Dirichlet over sorts: each set has shares of its own; None: all rows are alike
     Raises ValueError where a set would be larger than what it is drawn from.
     """
-    if size > len(rows):
-        raise ValueError(f"a shadow set of {size} rows cannot be drawn from {len(rows)}; lower its size or add rows")
-    return [streams.at("shadow", k).choice(len(rows), size=size, replace=False).tolist() for k in range(count)]
+    if size > len(sorts):
+        raise ValueError(f"a shadow set of {size} rows cannot be drawn from {len(sorts)}; lower its size or add rows")
+    names, which, counts = np.unique(np.asarray(sorts), return_inverse=True, return_counts=True)
+    out = []
+    for k in range(count):
+        generator, chances = streams.at("shadow", k), None
+        if concentration is not None:
+            # A little of everything, so that a set can always be filled.
+            shares = 0.999 * generator.dirichlet([concentration] * len(names)) + 0.001 / len(names)
+            chances = (shares / counts)[which]
+            chances = chances / chances.sum()
+        out.append(generator.choice(len(sorts), size=size, replace=False, p=chances).tolist())
+    return out
 
 
 def tuned(

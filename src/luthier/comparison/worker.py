@@ -40,11 +40,11 @@ def carried_out(request: dict[str, Any]) -> dict[str, Any]:
     """{"state": "done"}, or "stopped", or "failed" with the reason."""
     import torch
 
-    from luthier.cli.main import _quiet
+    from luthier.cli.shared import quiet
     from luthier.errors import LuthierError
     from luthier.training.loop import Interrupted
 
-    _quiet(False)
+    quiet(False)
     torch.set_num_threads(request["threads"])
     folder = Path(request["folder"])
     try:

@@ -1,0 +1,136 @@
+"""`luthier collaborate`: the roles of a protocol between parties, one command each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from luthier.cli.shared import Debug, Json, Overrides, RecipePath, load, quiet
+from luthier.errors import LuthierError
+
+app = typer.Typer(no_args_is_help=True, help="Tune together without sharing rows: roles of a protocol, a command each.")
+
+Folder = Annotated[Path, typer.Argument(help="The collaboration's folder.")]
+Models = Annotated[
+    list[str] | None, typer.Option("--model", help="small=PATH: where a model of the contract lies here.")
+]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _place(folder: Path, models: list[str] | None = None) -> Any:
+    from luthier.collaboration.folder import Place
+
+    named = {}
+    for item in models or []:
+        role, equals, path = item.partition("=")
+        if not equals:
+            raise LuthierError(f"--model {item!r}: write role=path, small=./tiny for instance")
+        named[role] = path
+    return Place(folder, named)
+
+
+@app.command()
+def contract(
+    recipe: RecipePath, folder: Annotated[Path, typer.Argument(help="A new folder.")], overrides: Overrides = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Agree: models, tuner, settings and starts, pinned by hashes. Copy contract.json of the folder to every party."""
+    from luthier.collaboration.folder import Place
+
+    quiet(debug)
+    place = Place.create(load(recipe, overrides), recipe.parent, folder)
+    _say(f"contract {place.contract.digest[:12]}: {place.protocol.key()} over {', '.join(place.models.values())}")
+    print(folder / "contract.json")
+
+
+@app.command()
+def shadow(
+    folder: Folder, processes: Annotated[int | None, typer.Option(min=1, help="Side by side; one a core.")] = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Provider: tune both models on shadow sets of public rows. Stop it any way you like; the same command goes on."""
+    from luthier.collaboration.provider import make_shadows
+
+    quiet(debug)
+    make_shadows(_place(folder), processes, _say)
+    print(folder / "shadows")
+
+
+@app.command()
+def translator(folder: Folder, as_json: Json = False, debug: Debug = False) -> None:
+    """Provider: is a translated update worth more than what needs no client? Judged on shadow sets kept back."""
+    from luthier.collaboration.provider import judge, opened
+
+    quiet(debug)
+    found = judge(opened(_place(folder)), _say)
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, f in found["judged"].items():
+        print(f"{name:30} loss {f['loss']:.4f}   {f['share']:7.1%} of the true gain")
+    print(found["verdict"])
+
+
+@app.command()
+def tune(
+    folder: Folder, data: Annotated[str, typer.Argument(help="Your rows; they stay here.")],
+    name: Annotated[str, typer.Option(help="What you are called.")],
+    held: Annotated[str | None, typer.Option(help="Rows of the same sort that are not tuned on, for the audit.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the message is written.")] = Path(),
+    canaries: Annotated[int, typer.Option(min=0, help="Made-up records tuned on beside yours, for the audit.")] = 100,
+    models: Models = None,
+    send_anyway: Annotated[bool, typer.Option("--send-anyway", help="Write the message though the audit failed.")] = False,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Client: tune on your rows, audit what would leave, and write NAME.message. Nothing is sent by this command."""
+    from luthier.collaboration.sending import prepared, send
+
+    quiet(debug)
+    place = _place(folder, models)
+    rows = place.rendered(place.rows(data, Path()))
+    kept = place.rendered(place.rows(held, Path())) if held else []
+    audited = prepared(place, name, rows, kept, canaries, _say)
+    for a in audited.answers:
+        _say(f"\n{a.question}")
+        for line in a.lines:
+            _say(f"  {line}")
+    target = send(audited, output, send_anyway)
+    _say(f"\nverdict {audited.verdict.outcome}; the page of the audit: {output / f'{name}.html'}")
+    print(target)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="A folder; what is finished in it is not made again.")] = Path("runs/private"),
+    processes: Annotated[int | None, typer.Option(min=1, help="Side by side; one a core.")] = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Three organisations, one provider, all made on the spot: from rows that stay to one report. A quarter of an hour."""
+    from luthier.collaboration.demo import Size
+    from luthier.collaboration.demo import demo as carried_out
+
+    quiet(debug)
+    print(carried_out(output, Size(), _say, processes))
+
+
+@app.command()
+def translate(
+    folder: Folder, messages: Annotated[list[Path], typer.Argument(help="What clients sent.")],
+    output: Annotated[Path, typer.Option(help="A folder for results.")] = Path("results"), models: Models = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Server: take messages in, and leave an update for each sender: translated, or averaged (one-shot)."""
+    from luthier.collaboration.arriving import taken_in
+
+    quiet(debug)
+    found = taken_in(_place(folder, models), messages, output, _say)
+    for name, where in found.results.items():
+        print(f"{name}: {where}")
+    print(output / "report.html")

@@ -1,0 +1,89 @@
+"""The server's work on messages that came as files: refuse by name, add up or translate, leave an update for each sender."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from luthier.collaboration.base import Tick
+from luthier.collaboration.contract import Contract
+from luthier.collaboration.folder import LIMIT, Place
+from luthier.collaboration.grad_transformer import Provider
+from luthier.collaboration.messages import Message, Refused, decode
+from luthier.collaboration.wire import unpacked
+from luthier.errors import LuthierError
+from luthier.report.translation import write_translation
+from luthier.training.checkpoint import write_text
+from luthier.update.files import save_update
+
+Say = Callable[[str], None]
+
+
+class Arrivals(NamedTuple):
+    """results   sender -> folder of what it is given
+    refused   file -> why it was not taken
+    report    of the server, by sender
+    """
+
+    results: dict[str, Path]
+    refused: dict[str, str]
+    report: Any
+
+
+def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _: None) -> Arrivals:
+    """One round from files. A message that cannot be used is refused by name and the others count.
+
+    Raises LuthierError where none can be used, or the protocol asks for several rounds.
+    """
+    if getattr(place.protocol, "rounds", 1) != 1:
+        raise LuthierError(f"{place.protocol.key()} asks for several rounds; run it over a network (serve, join)")
+    refused: dict[str, str] = {}
+    messages: dict[Path, Message] = {}
+    for file in files:
+        try:
+            messages[file] = decode(file.read_bytes(), LIMIT)
+        except Refused as error:
+            refused[str(file)] = str(error)
+    names = sorted({m.header.sender for m in messages.values()})
+    if not names:
+        raise LuthierError(_none(refused))
+    server = place.protocol.server(place.contract, names, None, place)
+    results = []
+    for file, message in messages.items():
+        for sent in server.handle(message):
+            if sent.message.header.kind == "refusal":
+                refused[str(file)] = str(sent.message.header.notes["says"])
+            else:
+                results.append(sent)
+    results = results or server.handle(Tick())
+    if not results:
+        raise LuthierError(_none(refused))
+    for name, why in refused.items():
+        say(f"refused {name}: {why}")
+    folders = {s.to: _left(place, s.message, out / s.to) for s in results}
+    report = getattr(server, "report", {})
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "report.json", json.dumps({"report": report, "refused": refused}, indent=1, default=str))
+    write_translation(out / "report.html", place, report, refused, _judged(place), isinstance(server, Provider))
+    return Arrivals(folders, refused, report)
+
+
+def _none(refused: dict[str, str]) -> str:
+    first = next(iter(refused.items()), ("", "there is no message"))
+    return f"{first[0]}: {first[1]}; no message could be used"
+
+
+def _left(place: Place, message: Message, folder: Path) -> Path:
+    """An update's files, as peft and `luthier generate` open them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    role = place.protocol.roles[-1] if isinstance(place.contract, Contract) else place.protocol.roles[0]
+    save_update(unpacked(message), folder, place.view(role))
+    return folder
+
+
+def _judged(place: Place) -> dict[str, Any] | None:
+    file = place.path / "judged.json"
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return found

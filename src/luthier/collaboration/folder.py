@@ -1,0 +1,192 @@
+"""A collaboration on disk: what was agreed, the models, shadow runs, what has arrived. The commands work in it.
+
+contract.json      for everybody: protocol, agreement, where the models come from
+provider.json      of the provider alone: the recipe with its public rows
+shadows/           both models' updates, a file a set
+arrived/           messages, in the order they came
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from luthier import recipe as recipes
+from luthier.collaboration.agreement import Agreement, Rendering
+from luthier.collaboration.journal import Journal
+from luthier.collaboration.protocol import Collaboration
+from luthier.data.prepare import prepare
+from luthier.data.reading import Tick, no_tick, read
+from luthier.data.rendering import Renderer
+from luthier.data.store import Rows
+from luthier.errors import LuthierError, RecipeError
+from luthier.method import written
+from luthier.model.loading import load_model, load_tokenizer, locate
+from luthier.model.view import ModelView
+from luthier.recipe import Recipe
+from luthier.recipe.text import method
+from luthier.training.checkpoint import write_text
+from luthier.training.settings import TrainSettings
+
+LIMIT = 1 << 30  # bytes of a message that are taken
+
+
+class Place:
+    """An opened folder. `models` puts other places of models, by role, before those that the contract names."""
+
+    def __init__(self, path: Path, models: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        stored = _json(path / "contract.json", "make one with `luthier collaborate contract`")
+        self.protocol: Collaboration = method("collaborate", stored["protocol"], str(path / "contract.json"))
+        self.contract: Agreement = self.protocol.contract.model_validate(stored["agreement"])
+        if self.contract.digest != stored["digest"]:
+            raise LuthierError(f"{path / 'contract.json'}: was changed after it was agreed on; ask for it again")
+        self.models: dict[str, str] = {**stored["models"], **(models or {})}
+        if unknown := set(models or {}) - set(self.protocol.roles):
+            raise LuthierError(f"--model {min(unknown)}: the contract's models are {', '.join(self.protocol.roles)}")
+        self._views: dict[str, ModelView] = {}
+
+    @classmethod
+    def create(cls, recipe: Recipe, base: Path, path: Path) -> Place:
+        """Agree on what the recipe says and write it down. Raises RecipeError for what cannot be."""
+        protocol = recipe.collaborate
+        if protocol is None:
+            raise RecipeError("collaborate", "is missing", "name a protocol: one-shot, seed-rounds or grad-transformer")
+        if (path / "contract.json").exists():
+            raise LuthierError(f"{path}: holds a contract already; work in a new folder")
+        models = {r: _absolute(base, m) for r, m in zip(protocol.roles, _models(recipe), strict=True)}
+        d = recipe.data
+        rendering = Rendering(system=d.system, template=d.template, max_length=d.max_length)
+        views = [_view(m, recipe) for m in models.values()]
+        settings = _settings(recipe)
+        contract = protocol.agree(views, recipe.tuner, settings, rendering=rendering)
+        path.mkdir(parents=True, exist_ok=True)
+        provider = {"recipe": recipe.as_dict(), "base": str(base.resolve())}
+        write_text(path / "provider.json", json.dumps(provider, indent=1))
+        shared = {
+            "luthier": 1, "protocol": written(protocol), "agreement": contract.as_dict(), "digest": contract.digest,
+            "models": models,
+        }  # fmt: skip
+        write_text(path / "contract.json", json.dumps(shared, indent=1))
+        return cls(path)
+
+    # --- models and rows ---
+
+    def view(self, role: str) -> ModelView:
+        """A model that the contract pins, loaded once."""
+        if role not in self._views:
+            self._views[role] = _view(self.models[role])
+        return self._views[role]
+
+    @property
+    def first(self) -> ModelView:
+        """The model that clients tune."""
+        return self.view(self.protocol.roles[0])
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        r = self.contract.rendering
+        plain = {"auto": None, "chat": False, "plain": True}[r.template]
+        return Renderer(self.first.tokenizer, r.system, plain)
+
+    def rows(self, source: str, base: Path, tick: Tick = no_tick, columns: Mapping[str, str] | None = None) -> Rows:
+        """Rows of a file. Raises RecipeError with its line for one that cannot be used."""
+        return read(source, columns or {}, base, "causal-lm", tick=tick)[0]
+
+    def rendered(self, rows: Rows | Sequence[Any], tick: Tick = no_tick) -> Sequence[dict[str, Any]]:
+        """As the contract says."""
+        config = self.first.module.config.get_text_config()
+        room = self.contract.rendering.max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
+        return prepare(rows, self.renderer, max_length=room, tick=tick).rows
+
+    def public(self, tick: Tick = no_tick) -> tuple[Sequence[dict[str, Any]], list[str]]:
+        """(the provider's rendered rows, the sort of each)."""
+        recipe, base = self.recipe()
+        rows = self.rows(recipe.data.train, base, tick, recipe.data.columns)
+        by = getattr(self.protocol, "by", None)
+        if by is not None and by not in rows[0].values:
+            raise LuthierError(f"collaborate.grad-transformer.by: no column {by!r} in {recipe.data.train}")
+        return self.rendered(rows, tick), ["all" if by is None else str(r.values[by]) for r in rows]
+
+    def recipe(self) -> tuple[Recipe, Path]:
+        """The provider's. Raises LuthierError in a client's copy of the folder."""
+        stored = _json(self.path / "provider.json", "only the provider's folder has it")
+        return recipes.load(json.dumps(stored["recipe"]), str(self.path / "provider.json")), Path(stored["base"])
+
+    # --- shadows ---
+
+    def shadow_file(self, number: int) -> Path:
+        return self.path / "shadows" / f"{number:05d}.safetensors"
+
+    def missing_shadows(self, sets: int) -> list[int]:
+        """Numbers of the sets that are not there yet."""
+        return [k for k in range(sets) if not self.shadow_file(k).exists()]
+
+    def keep_shadow(self, number: int, made: dict[str, Tensor]) -> None:
+        """Whole or not at all; contiguous, as safetensors wants them."""
+        file = self.shadow_file(number)
+        file.parent.mkdir(exist_ok=True)
+        temporary = file.with_suffix(".part")
+        save_file({n: t.contiguous() for n, t in made.items()}, temporary, {"contract": self.contract.digest})
+        temporary.rename(file)
+
+    def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
+        """Of all sets. Raises LuthierError where some are missing, or have fewer snapshots."""
+        if missing := self.missing_shadows(sets):
+            raise LuthierError(
+                f"{self.path}: {len(missing)} of {sets} shadow sets are not made; run `luthier collaborate shadow {self.path}`"
+            )
+        found = [load_file(self.shadow_file(k)) for k in range(sets)]
+        for k, f in enumerate(found):
+            if len(f["x"]) != snapshots or len(f["y"]) != snapshots:
+                raise LuthierError(
+                    f"{self.shadow_file(k)}: {len(f['x'])} and {len(f['y'])} snapshots, the contract says {snapshots}"
+                )
+        return found
+
+    def journal(self) -> Journal:
+        """Of what clients sent."""
+        return Journal(self.path / "arrived", LIMIT)
+
+
+def _settings(recipe: Recipe) -> TrainSettings:
+    """A recipe's keys of training."""
+    return TrainSettings(**{n: getattr(recipe, n) for n in TrainSettings.model_fields})
+
+
+def _models(recipe: Recipe) -> list[str]:
+    """Of each role, the recipe's own first."""
+    assert recipe.collaborate is not None
+    others = [getattr(recipe.collaborate, role) for role in recipe.collaborate.roles[1:]]
+    for role, model in zip(recipe.collaborate.roles[1:], others, strict=True):
+        if model is None:
+            raise RecipeError(f"collaborate.{recipe.collaborate.key()}.{role}", "is missing", "name a model")
+    return [recipe.model, *others]
+
+
+def _absolute(base: Path, model: str) -> str:
+    return str((base / model).resolve()) if (base / model).exists() else model
+
+
+def _view(model: str, recipe: Recipe | None = None) -> ModelView:
+    located = locate(model, None if recipe is None else recipe.revision)
+    tokenizer = load_tokenizer(located)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return load_model(located, tokenizer=tokenizer)
+
+
+def _json(file: Path, remedy: str) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise LuthierError(f"{file}: is not there; {remedy}") from error
+    except ValueError as error:
+        raise LuthierError(f"{file}: cannot be read ({error})") from error
+    return found

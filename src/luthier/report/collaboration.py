@@ -1,0 +1,70 @@
+"""The one page of a whole collaboration: what each had, what it got, what sharing would have given, and what left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from luthier import __version__
+from luthier.forecast import in_time
+from luthier.report.audit import SAYS
+from luthier.report.curve import Range, interval_chart
+from luthier.report.page import template
+from luthier.report.translation import _rows
+from luthier.training.checkpoint import write_text
+
+
+def write_collaboration(
+    target: Path, found: Mapping[str, Any], audits: Mapping[str, Any], report: Mapping[str, Any]
+) -> Path:
+    """found   losses by organisation and model, and how the translator was judged
+    audits  by organisation, from `collaboration.sending.prepared`
+    report  of the server, by organisation
+    """
+    names = list(found["losses"])
+    models = list(next(iter(found["losses"].values())))
+    lines = [{"model": m, "losses": [found["losses"][n][m] for n in names], "mean": _mean(found, m)} for m in models]
+    chart = interval_chart(
+        [Range(x["model"], x["mean"], min(x["losses"]), max(x["losses"]), i) for i, x in enumerate(lines)],
+        "loss on rows that nobody tuned on: mean, lowest and highest of the organisations",
+        _mean(found, "large model, untouched"),
+    )
+    sent = [
+        {
+            "name": n, "what": a.disclosure.what, "bytes": a.disclosure.bytes, "promise": a.disclosure.promise,
+            "tone": SAYS[a.verdict.outcome][0], "verdict": SAYS[a.verdict.outcome][1], "answers": a.answers,
+            "warnings": report[n]["warnings"],
+        }
+        for n, a in audits.items()
+    ]  # fmt: skip
+    page = template("collaboration.html").render(
+        name="Three organisations, and no row that left", names=names, lines=lines, chart=chart, sent=sent,
+        judged=_rows(found["judged"]), verdict=found["judged"]["verdict"], sets=found["judged"]["sets"],
+        took=in_time(found["seconds"]), version=__version__, lead=_lead(found),
+    )  # fmt: skip
+    write_text(target, page)
+    return target
+
+
+def _mean(found: Mapping[str, Any], model: str) -> float:
+    values = [by[model] for by in found["losses"].values()]
+    return sum(values) / len(values)
+
+
+def _lead(found: Mapping[str, Any]) -> str:
+    """The answer in a sentence or two."""
+    had, got = (
+        _mean(found, "its own small model, tuned on its rows"),
+        _mean(found, "large model with its translated update"),
+    )
+    bare = _mean(found, "large model, untouched")
+    shared = _mean(found, "large model tuned on its own rows (needs them to be shared)")
+    controls = min(_mean(found, m) for m in next(iter(found["losses"].values())) if "(C" in m)
+    gained = (bare - got) / (bare - shared) if bare != shared else float("nan")
+    beats = "beats" if got < controls else "does not beat"
+    return (
+        f"Each had a small model of its own with a loss of {had:.3f}, on average. It got a large one with {got:.3f}, which is "
+        f"{gained:.0%} of what sharing its rows would have gained ({bare:.3f} untouched, {shared:.3f} shared). That {beats} the "
+        f"best that needs no organisation's rows or updates ({controls:.3f})."
+    )
