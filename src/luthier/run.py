@@ -213,6 +213,8 @@ def run(
     Under `torchrun` or `accelerate launch` every process calls; the first writes and speaks.
     Raises Interrupted after Ctrl-C, SIGTERM or max_seconds, with everything saved.
     """
+    if recipe.collaborate is not None:
+        raise RecipeError("collaborate", "is for `luthier collaborate`", "remove it to tune alone")
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     place, started = RunFolder(folder, writes=accelerator.is_main_process), time.monotonic()
     if not accelerator.is_main_process:

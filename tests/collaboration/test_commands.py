@@ -1,0 +1,180 @@
+"""`luthier collaborate`: every role by its command, killed in the middle, with bad messages and a shut gate."""
+
+import json
+import signal
+import subprocess
+import time
+
+import pytest
+from ruamel.yaml import YAML
+
+from luthier.collaboration.demo import NAMES, Size, made
+from luthier.collaboration.folder import LIMIT, Place
+from luthier.collaboration.messages import Message, decode
+from luthier.model.local import LARGE, SMALL, Schooling, schooled
+from luthier.update.files import load
+from test_run import LUTHIER, luthier
+
+SIZE = Size(Schooling(steps=3, batch=4), sets=12, rows=8, steps=2, public=120, held=6, houses=24)
+
+
+def lines(rows):
+    return "".join(json.dumps(r) + "\n" for r in rows)
+
+
+def recipe(folder, **changes):
+    """Rows of a provider and of two clients, and the provider's recipe."""
+    rows = made(SIZE)
+    small, large = (schooled(rows.read, shape, SIZE.schooling) for shape in (SMALL, LARGE))
+    (folder / "public.jsonl").write_text(lines(rows.public))
+    for name in NAMES:
+        (folder / f"{name}.jsonl").write_text(lines(rows.private[name]))
+        (folder / f"{name}-held.jsonl").write_text(lines(rows.held[name]))
+    values = {
+        "model": str(small), "data": {"train": "public.jsonl", "template": "plain"}, "max_steps": 2, "batch_size": 4,
+        "tuner": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}, "learning_rate": 0.01,
+        "collaborate": {"grad-transformer": {"large": str(large), "by": "house", "sets": 12, "rows": 8}}, **changes,
+    }  # fmt: skip
+    with (folder / "r.yaml").open("w") as file:
+        YAML().dump(values, file)
+    return folder / "r.yaml"
+
+
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("roles")
+    recipe(folder)
+    done = luthier("collaborate", "contract", "r.yaml", "c", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    done = luthier("collaborate", "shadow", "c", "--processes", 1, cwd=folder)
+    assert done.returncode == 0 and "11 more sets of 8 rows" in done.stderr, done.stderr
+    return folder
+
+
+def tune(folder, name, *more):
+    return luthier("collaborate", "tune", "c", f"{name}.jsonl", "--name", name, "--canaries", 0, *more, cwd=folder)
+
+
+def test_a_contract_is_pinned_and_made_once(agreed):
+    stored = json.loads((agreed / "c/contract.json").read_text())
+    assert stored["digest"] == Place(agreed / "c").contract.digest and "public" not in json.dumps(stored)
+    again = luthier("collaborate", "contract", "r.yaml", "c", cwd=agreed)
+    assert again.returncode == 2 and "holds a contract already" in again.stderr
+
+
+def test_a_changed_contract_is_refused(agreed, tmp_path):
+    stored = json.loads((agreed / "c/contract.json").read_text())
+    stored["agreement"]["settings"]["learning_rate"] = 0.5
+    (tmp_path / "contract.json").write_text(json.dumps(stored))
+    done = luthier("collaborate", "tune", tmp_path, "x.jsonl", "--name", "x", cwd=tmp_path)
+    assert done.returncode == 2 and "was changed after it was agreed on" in done.stderr
+
+
+def test_shadow_runs_killed_at_any_moment_go_on(agreed, tmp_path):
+    recipe(tmp_path)
+    assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
+    command = [*LUTHIER, "collaborate", "shadow", "c", "--processes", "2"]
+    for ending in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        before = len(list(tmp_path.glob("c/shadows/*.safetensors")))
+        until = time.monotonic() + 60
+        while len(list(tmp_path.glob("c/shadows/*.safetensors"))) <= before and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(ending)
+        process.wait(timeout=60)
+    half = {f.name: f.read_bytes() for f in tmp_path.glob("c/shadows/*.safetensors")}
+    assert half
+    done = luthier("collaborate", "shadow", "c", "--processes", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = {f.name: f for f in tmp_path.glob("c/shadows/*.safetensors")}
+    assert len(files) == 12 and all(files[n].read_bytes() == b for n, b in half.items())
+    whole = {f.name: f.read_bytes() for f in agreed.glob("c/shadows/*.safetensors")}
+    assert {n: f.read_bytes() for n, f in files.items()} == whole, "equal to a run that was never stopped"
+
+
+def test_the_translator_is_judged_beside_all_controls(agreed):
+    done = luthier("collaborate", "translator", "c", "--json", cwd=agreed)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [n.split()[0] for n in said["judged"]] == ["C0", "C1", "C2", "C3", "C4", "C5", "translated", "true"]
+    assert said["judged"]["true update"]["share"] == 1.0 and said["judged"]["C0 no update"]["share"] == 0.0
+    assert said["verdict"].startswith("translations")
+
+
+def test_messages_are_audited_written_and_translated_and_a_bad_one_does_not_stop_the_others(agreed):
+    for name in NAMES[:2]:
+        done = tune(agreed, name, "--held", f"{name}-held.jsonl")
+        assert done.returncode == 0 and "What leaves?" in done.stderr and "verdict unknown" in done.stderr, done.stderr
+    audit = json.loads((agreed / f"{NAMES[0]}.audit.json").read_text())
+    assert audit["verdict"]["outcome"] == "unknown" and len(audit["answers"]) == 5
+    assert "What could be read from it?" in (agreed / f"{NAMES[0]}.html").read_text()
+    cut = (agreed / f"{NAMES[0]}.message").read_bytes()[:-10]
+    (agreed / "cut.message").write_bytes(cut)
+    whole = decode((agreed / f"{NAMES[1]}.message").read_bytes(), LIMIT)
+    broken = Message.of(
+        "update", whole.header.run, "ward", whole.header.base, {"update": whole.tensors()["update"] * float("nan")},
+        notes={"rows": 8},
+    )  # fmt: skip
+    (agreed / "nan.message").write_bytes(broken.encode())
+    files = [f"{n}.message" for n in (*NAMES[:2], "cut", "nan")]
+    done = luthier("collaborate", "translate", "c", *files, "--output", "out", cwd=agreed)
+    assert done.returncode == 0, done.stderr
+    assert "refused cut.message: truncated" in done.stderr and "refused nan.message: not-finite" in done.stderr
+    place = Place(agreed / "c")
+    for name in NAMES[:2]:
+        assert load(agreed / "out" / name).base.same_base(place.view("large").base)
+    page = (agreed / "out/report.html").read_text()
+    assert "truncated" in page and NAMES[0] in page and "Share of the true gain" in page
+    none = luthier("collaborate", "translate", "c", "cut.message", cwd=agreed)
+    assert none.returncode == 2 and "no message could be used" in none.stderr
+
+
+def test_a_shut_gate_keeps_the_message_back(agreed, monkeypatch):
+    from luthier.collaboration import sending
+    from luthier.collaboration.audit.gate import Verdict
+
+    monkeypatch.setattr(sending, "judged", lambda *_: Verdict("fail", ["40% of the tokens can be read off a.x"], []))
+    done = tune(agreed, NAMES[2])
+    assert done.returncode == 2 and "not written, since 40% of the tokens" in done.stderr
+    assert not (agreed / f"{NAMES[2]}.message").exists() and (agreed / f"{NAMES[2]}.html").exists()
+    assert tune(agreed, NAMES[2], "--send-anyway").returncode == 0 and (agreed / f"{NAMES[2]}.message").exists()
+
+
+def test_one_shot_by_files(agreed, tmp_path):
+    recipe(tmp_path, collaborate={"one-shot": {"privacy": {"epsilon": 8.0, "delta": 0.01}}})
+    assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
+    for name in NAMES:
+        done = tune(tmp_path, name)
+        assert done.returncode == 0 and "epsilon 8" in done.stderr and "for each row" in done.stderr, done.stderr
+    done = luthier("collaborate", "translate", "c", *[f"{n}.message" for n in NAMES], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    place, updates = Place(tmp_path / "c"), [load(tmp_path / "results" / n) for n in NAMES]
+    assert updates[0].base.same_base(place.first.base) and len({u.digest() for u in updates}) == 1
+    page = (tmp_path / "results/report.html").read_text()
+    assert "Who counted how much" in page and "kept back" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("contract", "r.yaml", "new", "~collaborate"), "collaborate: is missing; name a protocol"),
+        (("contract", "r.yaml", "new", "collaborate.grad-transformer.large=null"), "large: is missing; name a model"),
+        (("contract", "r.yaml", "new", "tuner=full"), "tuner: full has no pinned start"),
+        (("shadow", "nowhere"), "make one with `luthier collaborate contract`"),
+        (("tune", "c", "no.jsonl", "--name", "x"), "no.jsonl"),
+        (
+            ("tune", "c", "clinic.jsonl", "--name", "x", "--model", "middle=x"),
+            "--model middle: the contract's models are",
+        ),
+        (("tune", "c", "clinic.jsonl", "--name", "x", "--model", "small"), "write role=path"),
+        (("translate", "c", "missing.message"), "missing.message: No such file"),
+    ],
+)
+def test_faults_are_said_before_anything_is_tuned(agreed, words, says):
+    done = luthier("collaborate", *words, cwd=agreed)
+    assert done.returncode != 0 and says in done.stderr, done.stderr
+
+
+def test_a_recipe_with_a_protocol_is_not_run_as_one(agreed):
+    done = luthier("run", "r.yaml", cwd=agreed)
+    assert done.returncode == 2 and "collaborate: is for `luthier collaborate`" in done.stderr
