@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.base import Tuner
 from luthier.update import Update
+
+FINE, COARSE = 1e-4, 3e-3
 
 
 class Privacy(BaseModel, frozen=True, extra="forbid"):
@@ -73,26 +76,38 @@ def plan(privacy: Privacy, rows: int, batch_size: int, steps: int) -> Plan:
     )
 
 
-def epsilon_of(noise: float, delta: float, rate: float, steps: int) -> float:
-    """Epsilon of so many steps of the sampled Gaussian mechanism, by privacy loss distributions; infinite without noise."""
+@cache
+def epsilon_of(noise: float, delta: float, rate: float, steps: int, coarseness: float = FINE) -> float:
+    """Epsilon of so many steps of the sampled Gaussian mechanism, by privacy loss distributions; infinite without noise.
+
+    coarseness  of the distributions: a coarse one is quick, and too large by a little
+    """
     if noise == 0:
         return math.inf
     accounting, pld = _accounting()
-    accountant = pld.PLDAccountant(accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    relation = accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+    accountant = pld.PLDAccountant(relation, value_discretization_interval=coarseness)
     return float(accountant.compose(_event(accounting, noise, rate, steps)).get_epsilon(delta))
 
 
+@cache
 def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
     """The least noise multiplier, to 1%, under which epsilon is kept."""
-    low, high = 0.0, 1.0
-    while epsilon_of(high, delta, rate, steps) > epsilon:
-        low, high = high, 2 * high
-    while high - low > 0.01 * high:
+    high = 1.0
+    while epsilon_of(high, delta, rate, steps, COARSE) > epsilon:
+        high *= 2
+    high = _bisected(0.0, high, 0.1, lambda noise: epsilon_of(noise, delta, rate, steps, COARSE) <= epsilon)
+    low = 0.9 * high
+    while epsilon_of(low, delta, rate, steps) <= epsilon:
+        low, high = 0.9 * low, low
+    return _bisected(low, high, 0.01, lambda noise: epsilon_of(noise, delta, rate, steps) <= epsilon)
+
+
+def _bisected(low: float, high: float, share: float, kept: Callable[[float], bool]) -> float:
+    """The upper end, where the promise is kept, of an interval no wider than a share of it."""
+    while high - low > share * high:
         middle = (low + high) / 2
-        if epsilon_of(middle, delta, rate, steps) > epsilon:
-            low = middle
-        else:
-            high = middle
+        low, high = (low, middle) if kept(middle) else (middle, high)
     return high
 
 
