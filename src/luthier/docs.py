@@ -109,15 +109,15 @@ LORA = {
     "settings": "",
 }
 PROTOCOLS = {
-    "one-shot": {**LORA, "tuner": "Lora(rank=2)", "server": SERVER, "result": "server.update"},
+    "one-shot": {**LORA, "tuner": "Lora(rank=2)", "server": SERVER, "result": 'server.outcome("north")'},
     "seed-rounds": {
         **LORA, "imports": "FedKSeed, SeedRounds", "more": "", "fields": "rounds=2", "settings": CONSTANT,
-        "tuner": "FedKSeed(num_seeds=64)", "server": SERVER, "result": "server.update()",
+        "tuner": "FedKSeed(num_seeds=64)", "server": SERVER, "result": 'server.outcome("north")',
     },
     "grad-transformer": {
         **LORA, "imports": "GradTransformer", "models": "model, large_model", "fields": "sets=3",
         "more": "from luthier.collaboration.grad_transformer import Provider, shadow_pairs\nfrom luthier.tuners import Lora\n",
-        "tuner": 'Lora(rank=2, targets=("q_proj", "v_proj"))', "result": 'server.update("north")',
+        "tuner": 'Lora(rank=2, targets=("q_proj", "v_proj"))', "result": 'server.outcome("north")',
         "server": 'pairs = shadow_pairs(contract, views, [rows] * 3)\n'
         'server = Provider.fitted(protocol, contract, views, pairs, ["north", "south"])',
     },

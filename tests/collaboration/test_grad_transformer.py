@@ -167,6 +167,6 @@ def test_without_an_update_there_is_nothing_to_give(world):
     provider = world.provider()
     assert provider.handle(Tick()) == []
     with pytest.raises(LuthierError, match="clinic has sent nothing"):
-        provider.update("clinic")
+        provider.outcome("clinic")
     with pytest.raises(LuthierError, match="no result yet"):
         _ = world.organisations()[0].update

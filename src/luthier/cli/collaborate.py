@@ -106,6 +106,49 @@ def tune(
     print(target)
 
 
+Certificates = Annotated[
+    Path | None, typer.Option(help="A folder with ca.pem; for the server server.pem and server.key.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Let what travels to another machine be readable on the way.")
+]
+
+
+@app.command()
+def serve(
+    folder: Folder, clients: Annotated[str, typer.Option(help="Names that may take part: clinic,library.")],
+    listen: Annotated[str, typer.Option("--address", help="host:port to listen at.")] = "127.0.0.1:9092",
+    patience: Annotated[float, typer.Option(help="Seconds that a round waits; then whoever has answered counts.")] = 3600.0,
+    output: Annotated[Path, typer.Option(help="A folder for results.")] = Path("results"),
+    certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Server, over flwr: wait for clients, carry the rounds. Killed, the same command goes on; nothing that arrived is lost."""
+    from luthier.collaboration.network import address
+    from luthier.collaboration.network import serve as served
+
+    quiet(debug)
+    _place(folder)
+    served(folder, clients.split(","), address(listen, certificates, insecure), patience, output, _say)
+    print(output / "report.html")
+
+
+@app.command()
+def join(
+    folder: Folder, data: Annotated[str, typer.Argument(help="Your rows; they stay here.")],
+    name: Annotated[str, typer.Option(help="What you are called.")],
+    server: Annotated[str, typer.Option("--address", help="host:port of the server.")] = "127.0.0.1:9092",
+    certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Client, over flwr: tune when asked, send what the contract says, until the server gives a result."""
+    from luthier.collaboration.network import address
+    from luthier.collaboration.network import join as joined
+
+    quiet(debug)
+    place = _place(folder)
+    place.rows(data, Path())
+    print(joined(folder, name, data, address(server, certificates, insecure), _say))
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="A folder; what is finished in it is not made again.")] = Path("runs/private"),

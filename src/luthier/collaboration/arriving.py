@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ from luthier.collaboration.contract import Contract
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.grad_transformer import Provider
 from luthier.collaboration.messages import Message, Refused, decode
-from luthier.collaboration.wire import unpacked
+from luthier.collaboration.rounds import RoundServer
 from luthier.errors import LuthierError
 from luthier.report.translation import write_translation
 from luthier.training.checkpoint import write_text
+from luthier.update import Update
 from luthier.update.files import save_update
 
 Say = Callable[[str], None]
@@ -62,12 +63,17 @@ def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _
         raise LuthierError(_none(refused))
     for name, why in refused.items():
         say(f"refused {name}: {why}")
-    folders = {s.to: _left(place, s.message, out / s.to) for s in results}
-    report = getattr(server, "report", {})
+    return Arrivals(left(place, server, out, refused), refused, getattr(server, "report", {}))
+
+
+def left(place: Place, server: RoundServer, out: Path, refused: Mapping[str, str] | None = None) -> dict[str, Path]:
+    """A finished server's results, by sender, and the page of what came of it."""
+    folders = {s.to: _files(place, server.outcome(s.to), out / s.to) for s in server.results()}
+    report, refused = getattr(server, "report", {}), refused or {}
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.json", json.dumps({"report": report, "refused": refused}, indent=1, default=str))
     write_translation(out / "report.html", place, report, refused, _judged(place), isinstance(server, Provider))
-    return Arrivals(folders, refused, report)
+    return folders
 
 
 def _none(refused: dict[str, str]) -> str:
@@ -75,11 +81,11 @@ def _none(refused: dict[str, str]) -> str:
     return f"{first[0]}: {first[1]}; no message could be used"
 
 
-def _left(place: Place, message: Message, folder: Path) -> Path:
+def _files(place: Place, update: Update, folder: Path) -> Path:
     """An update's files, as peft and `luthier generate` open them."""
     folder.mkdir(parents=True, exist_ok=True)
     role = place.protocol.roles[-1] if isinstance(place.contract, Contract) else place.protocol.roles[0]
-    save_update(unpacked(message), folder, place.view(role))
+    save_update(update, folder, place.view(role))
     return folder
 
 

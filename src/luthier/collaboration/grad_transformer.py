@@ -182,7 +182,7 @@ class Provider(RoundServer):
     def state(self) -> dict[str, Tensor]:
         return {}
 
-    def update(self, client: str) -> Update:
+    def outcome(self, client: str) -> Update:
         """The large model's, for one client. Raises LuthierError for one that has none."""
         if client not in self.translated:
             raise LuthierError(f"{client} has sent nothing, so there is nothing to translate")
@@ -191,7 +191,7 @@ class Provider(RoundServer):
     def results(self) -> list[Sent]:
         out = []
         for name in self.translated:
-            update, c = self.update(name), self.contract
+            update, c = self.outcome(name), self.contract
             notes = {"parts": headers(update)}
             message = Message.of("result", c.digest, self.name, c.large.base, packed(update), round=1, notes=notes)
             out.append(Sent(name, message))

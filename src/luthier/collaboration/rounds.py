@@ -10,6 +10,7 @@ from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Kind, Message, Refused
 from luthier.model.fingerprint import Fingerprint
 from luthier.rng import Streams
+from luthier.update import Update
 
 SERVER = "server"
 
@@ -55,6 +56,10 @@ class RoundServer:
 
     def state(self) -> dict[str, Any]:
         """Tensors that the next round's clients start from, by name."""
+        raise NotImplementedError
+
+    def outcome(self, client: str) -> Update:
+        """What a client ends with. Raises LuthierError for one that gets nothing."""
         raise NotImplementedError
 
     def notes(self) -> dict[str, str]:

@@ -1,0 +1,172 @@
+"""flwr's processes around our parties: a superlink and a run for whoever serves, a supernode for whoever joins."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from luthier.errors import LuthierError
+
+Say = Callable[[str], None]
+STARTING = 60.0  # seconds that flwr's server may take to listen
+
+
+class Address(NamedTuple):
+    """host:port of the server, and the folder of certificates that protect the line (None: it is not protected).
+
+    certificates  ca.pem for clients; server.pem and server.key beside it for the server
+    """
+
+    host: str
+    port: int
+    certificates: Path | None
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+def address(text: str, certificates: Path | None, insecure: bool) -> Address:
+    """Raises LuthierError for what is no address, or a line to another machine that anybody could read."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise LuthierError(f"{text!r} is no address: write host:port, 127.0.0.1:9092 for instance")
+    if certificates is None and not insecure and not _loopback(host):
+        raise LuthierError(
+            f"{text}: what travels to another machine could be read and changed by anybody on the way; "
+            "name a folder with --certificates, or say --insecure"
+        )
+    return Address(host, int(port), certificates)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(folder: Path, clients: Sequence[str], at: Address, patience: float, output: Path, say: Say) -> None:
+    """Wait for clients, carry the rounds, leave the results. Started again after a kill it goes on with its journal."""
+    from luthier.collaboration.flower import app_in
+
+    home = folder / "flwr"
+    app_in(
+        home, str(at), at.certificates, folder=str(folder.resolve()), clients=",".join(clients), output=str(output.resolve()),
+        patience=patience,
+    )  # fmt: skip
+    link = ["flower-superlink", "--host", at.host, "--port", str(at.port), *_server_side(at)]
+    with ExitStack() as running:
+        superlink = running.enter_context(_process(link, home, "superlink.log"))
+        _listening(at, superlink, home / "superlink.log")
+        say(f"serve   {at}: waiting for {', '.join(clients)}")
+        run = running.enter_context(_process(["flwr", "run", str(home), "here", "--stream"], home, "run.log"))
+        _told(run, home / "run.log", say)
+    if not (output / "report.html").exists():
+        raise LuthierError(f"the run ended without a result; see {home / 'run.log'}")
+
+
+def join(folder: Path, name: str, data: str, at: Address, say: Say) -> Path:
+    """Answer a server until it has given a result; returns the result's file."""
+    result, home = folder / f"{name}.result", folder / f"flwr-{name}"
+    home.mkdir(exist_ok=True)
+    config = {"name": name, "folder": str(folder.resolve()), "data": str(Path(data).resolve())}
+    words = " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())
+    command = [
+        "flower-supernode", "--superlink", str(at), "--port", str(_free_port()), "--node-config", words, *_client_side(at),
+    ]  # fmt: skip
+    began = result.stat().st_mtime_ns if result.exists() else 0
+    with _process(command, home, "supernode.log") as node:
+        say(f"join    {at} as {name}; rows stay here, what leaves is written to {folder / 'sent.jsonl'}")
+        while not result.exists() or result.stat().st_mtime_ns == began:
+            if node.poll() is not None:
+                raise LuthierError(f"flwr's node ended with {node.returncode}; see {home / 'supernode.log'}")
+            time.sleep(0.5)
+        time.sleep(2.0)  # until flwr has said that it arrived
+    return result
+
+
+def _server_side(at: Address) -> list[str]:
+    if at.certificates is None:
+        return ["--insecure"]
+    pem = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.pem"}
+    return [w for flag, file in pem.items() for w in (f"--ssl-{flag}", str(at.certificates / file))]
+
+
+def _client_side(at: Address) -> list[str]:
+    return ["--insecure"] if at.certificates is None else ["--root-certificates", str(at.certificates / "ca.pem")]
+
+
+@contextmanager
+def _process(command: list[str], home: Path, log: str) -> Any:
+    """A process of flwr's, whose group ends with the block."""
+    from luthier.collaboration.flower import environment
+
+    program = Path(sys.executable).parent / command[0]
+    with (home / log).open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            [str(program), *command[1:]],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment(home),
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Its whole group: flwr starts processes of its own."""
+    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _listening(at: Address, process: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + STARTING
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise LuthierError(f"flwr's server ended with {process.returncode}; see {log}")
+        with socket.socket() as one:
+            one.settimeout(1.0)
+            if one.connect_ex((at.host, at.port)) == 0:
+                return
+        time.sleep(0.2)
+    raise LuthierError(f"{at}: flwr's server did not listen within {STARTING:.0f} s; see {log}")
+
+
+def _told(process: subprocess.Popen[bytes], log: Path, say: Say) -> None:
+    """Pass on what our server says, until the run ends."""
+    seen = 0
+    while True:
+        ended = process.poll() is not None
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        for line in lines[seen:]:
+            if line.startswith(("joined ", "round ", "refused ", "lost ")):
+                say(line)
+        seen = len(lines)
+        if ended:
+            return
+        time.sleep(0.3)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

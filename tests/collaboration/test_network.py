@@ -1,0 +1,143 @@
+"""Parties as processes of their own on loopback, over flwr: equal to one process; killed, slow and hostile ones."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+
+import pytest
+
+from collaboration.test_commands import recipe
+from luthier.collaboration.base import in_process
+from luthier.collaboration.demo import NAMES
+from luthier.collaboration.folder import Place
+from luthier.collaboration.network import address
+from luthier.errors import LuthierError
+from luthier.update.files import load
+from test_run import LUTHIER, luthier
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+class Network:
+    """A server's folder and one for each client, with commands that run in them."""
+
+    def __init__(self, folder, protocol):
+        recipe(folder, collaborate=protocol)
+        assert luthier("collaborate", "contract", "r.yaml", "server", cwd=folder).returncode == 0
+        for name in NAMES:
+            (folder / name).mkdir()
+            (folder / name / "contract.json").write_bytes((folder / "server/contract.json").read_bytes())
+        self.folder, self.at, self.running = folder, f"127.0.0.1:{free_port()}", []
+
+    def start(self, *words):
+        log = (self.folder / f"log-{len(self.running)}").open("w")
+        process = subprocess.Popen(
+            [*LUTHIER, "collaborate", *map(str, words)], cwd=self.folder, stdout=log, stderr=log, start_new_session=True
+        )
+        self.running.append(process)
+        return process
+
+    def serve(self, *names, patience=240):
+        return self.start(
+            "serve",
+            "server",
+            "--clients",
+            ",".join(names),
+            "--address",
+            self.at,
+            "--patience",
+            patience,
+            "--output",
+            "out",
+        )
+
+    def join(self, name):
+        return self.start("join", name, f"{name}.jsonl", "--name", name, "--address", self.at)
+
+    def said(self):
+        return "\n".join(f.read_text() for f in sorted(self.folder.glob("log-*")))
+
+    def end(self):
+        for process in self.running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def network(tmp_path):
+    made = []
+
+    def make(protocol):
+        made.append(Network(tmp_path, protocol))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()
+
+
+def test_over_a_network_the_same_parties_come_to_the_same_numbers(network):
+    net = network({"one-shot": {}})
+    names = NAMES[:2]
+    server, clients = net.serve(*names), [net.join(n) for n in names]
+    assert server.wait(timeout=280) == 0, net.said()
+    assert [c.wait(timeout=60) for c in clients] == [0, 0], net.said()
+    place = Place(net.folder / "server")
+    alone = place.protocol.server(place.contract, names, None, place)
+    rows = {n: place.rendered(place.rows(str(net.folder / f"{n}.jsonl"), net.folder)) for n in names}
+    parties = [place.protocol.client(n, place.contract, place.first, rows[n]) for n in names]
+    in_process([alone, *parties], alone.begin(), lambda sent, disclosure: None)
+    for name in names:
+        found, expected = load(net.folder / "out" / name).dense(), alone.update.dense()
+        assert max(float((found[k] - expected[k]).abs().max()) for k in expected) < 1e-6
+    noted = [json.loads(x) for x in (net.folder / names[0] / "sent.jsonl").read_text().splitlines()]
+    assert len(noted) == 1 and noted[0]["to"] == "server" and noted[0]["bytes"][0] > 0
+    assert not (net.folder / names[0] / "provider.json").exists(), "a client needs the contract alone"
+
+
+@pytest.mark.soak
+def test_a_killed_client_a_killed_server_and_whoever_is_late(network):
+    """Minutes. The first client answers, then its process and the server's are killed; the second never comes."""
+    net = network({"one-shot": {}})
+    server, client = net.serve(*NAMES[:2], patience=40), net.join(NAMES[0])
+    journal = net.folder / "server/arrived"
+    until = time.monotonic() + 200
+    while not list(journal.glob("*.message")) and time.monotonic() < until:
+        time.sleep(0.3)
+    assert len(list(journal.glob("*.message"))) == 1, net.said()
+    for process in (client, server):
+        os.killpg(process.pid, signal.SIGKILL)
+    subprocess.run(["pkill", "-KILL", "-f", f"{net.folder}"], check=False)
+    subprocess.run(["pkill", "-KILL", "-f", net.at.rpartition(":")[2]], check=False)
+    net.at = f"127.0.0.1:{free_port()}"
+    server = net.serve(*NAMES[:2], patience=40)
+    assert server.wait(timeout=280) == 0, net.said()
+    assert "time is up" in net.said()
+    report = json.loads((net.folder / "out/report.json").read_text())["report"]
+    assert [r["client"] for r in report] == [NAMES[0]], "what had arrived counts"
+
+
+@pytest.mark.parametrize(
+    ("text", "insecure", "says"),
+    [
+        ("somewhere", False, "is no address"),
+        ("10.0.0.7:9092", False, "could be read and changed by anybody"),
+        ("example.org:9092", False, "could be read and changed by anybody"),
+    ],
+)
+def test_a_line_that_anybody_could_read_is_asked_for(text, insecure, says):
+    with pytest.raises(LuthierError, match=says):
+        address(text, None, insecure)
+
+
+def test_loopback_certificates_and_those_who_say_so_are_fine(tmp_path):
+    assert address("127.0.0.1:1", None, False).port == address("localhost:1", None, False).port == 1
+    assert address("10.0.0.7:9092", tmp_path, False).certificates == tmp_path
+    assert str(address("10.0.0.7:9092", None, True)) == "10.0.0.7:9092"
