@@ -7,7 +7,9 @@ import shutil
 import pytest
 from PIL import Image
 
+from collaboration.test_demo import TINY
 from luthier import claims
+from luthier.collaboration.demo import demo
 from luthier.report.claims import write_claims
 from test_run import luthier, rows, write
 
@@ -50,7 +52,10 @@ def pages(model_folder, tmp_path_factory):
     found = {"base": {s: {"m": float(s)} for s in range(3)}, "better": {s: {"m": s + 0.9 + 0.01 * s} for s in range(3)}}
     measured = claim.model_copy(update={"measured": claims.measured(claim, found, 12.0)})
     write_claims(folder / "claims/out/report.html", {"one": measured, "two": claim}, "luthier claim one")
-    return {name: folder / name / "out/report.html" for name in ("run", "curate", "compare", "claims")}
+    made = {name: folder / name / "out/report.html" for name in ("run", "curate", "compare", "claims")}
+    private = demo(folder / "private", TINY, processes=1)
+    sent, back = folder / "private/sent/clinic.html", folder / "private/results/report.html"
+    return {**made, "collaboration": private, "audit": sent, "translation": back}
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +101,7 @@ return worst;
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["run", "curate", "compare", "claims"])
+@pytest.mark.parametrize("name", ["run", "curate", "compare", "claims", "collaboration", "audit", "translation"])
 def test_a_page_fits_its_window_reads_well_and_asks_for_nothing(browser, pages, name, mode, tmp_path):
     opened(browser, pages[name], mode)
     width = MODES[mode][0]
@@ -114,7 +119,7 @@ def test_a_page_fits_its_window_reads_well_and_asks_for_nothing(browser, pages, 
     assert corner < 60 if mode == "dark" else corner > 200
 
 
-@pytest.mark.parametrize("name", ["run", "compare", "claims"])
+@pytest.mark.parametrize("name", ["run", "compare", "claims", "collaboration", "translation"])
 def test_everything_that_scrolls_is_reached_by_keyboard(browser, pages, name):
     from selenium.webdriver.common.keys import Keys
 
