@@ -25,7 +25,7 @@ from luthier.collaboration.sending import Audited, prepared, public_payloads, se
 from luthier.collaboration.shadows import tuned
 from luthier.data.demo_requests import demo_rows
 from luthier.model.local import LARGE, SMALL, Schooling, pieces, python_sources, schooled
-from luthier.report.collaboration import write_collaboration
+from luthier.report import collaboration as page
 from luthier.rng import Streams
 from luthier.training.checkpoint import write_text
 from luthier.update.files import load
@@ -121,7 +121,7 @@ def demo(folder: Path, size: Size = Size(), say: Say = lambda _: None, processes
     losses = {n: _losses(shop, folder, n, audits[n], arrived.results[n]) for n in NAMES}
     found = {"losses": losses, "judged": judged, "seconds": time.monotonic() - began}
     write_text(folder / "found.json", json.dumps(found, indent=1))
-    return write_collaboration(folder / "report.html", found, audits, arrived.report)
+    return page.write_collaboration(folder / "report.html", found, audits, arrived.report)
 
 
 def _file(folder: Path, name: str, which: str) -> Path:
@@ -175,14 +175,13 @@ def _losses(shop: Shop, folder: Path, name: str, audited: Audited, got: Path) ->
     start = start_of(large, c.tuner)
     public = start.update(on_public(shop, lambda _: None))
     given = {
-        "large model, untouched": None, "large model with the mean shadow (C1)": start.update(mean_shadow(pairs, pairs.x[:1])[0]),
-        "large model tuned on all public rows (C2)": public, "large model with its translated update": load(got),
-        "large model tuned on its own rows (needs them to be shared)": start.update(_tuned(place, own)),
-        "large model tuned on all three organisations' rows (needs them to be shared)": start.update(_tuned(place, everybody)),
+        page.BARE: None, page.MEAN: start.update(mean_shadow(pairs, pairs.x[:1])[0]), page.PUBLIC: public,
+        page.TRANSLATED: load(got), page.SHARED: start.update(_tuned(place, own)),
+        page.ALL: start.update(_tuned(place, everybody)),
     }  # fmt: skip
     with audited.update.bind(place.first):
         small = loss_of(shop, None, held, "small")
-    return {"its own small model, tuned on its rows": small} | {n: loss_of(shop, u, held) for n, u in given.items()}
+    return {page.OWN: small} | {n: loss_of(shop, u, held) for n, u in given.items()}
 
 
 def _tuned(place: Place, rows: Sequence[Any]) -> torch.Tensor:

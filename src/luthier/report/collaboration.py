@@ -14,6 +14,16 @@ from luthier.report.page import template
 from luthier.report.translation import _rows
 from luthier.training.checkpoint import write_text
 
+OWN, BARE = "its own small model, tuned on its rows", "large model, untouched"
+MEAN, PUBLIC = "large model with the mean shadow (C1)", "large model tuned on all public rows (C2)"
+TRANSLATED = "large model with its translated update"
+SHARED = "large model tuned on its own rows (needs them to be shared)"
+ALL = "large model tuned on all three organisations' rows (needs them to be shared)"
+SHORT = {  # a picture has no room for more
+    OWN: "own small model", BARE: "untouched", MEAN: "mean shadow", PUBLIC: "public rows", TRANSLATED: "translated",
+    SHARED: "own rows", ALL: "all rows",
+}  # fmt: skip
+
 
 def write_collaboration(
     target: Path, found: Mapping[str, Any], audits: Mapping[str, Any], report: Mapping[str, Any]
@@ -26,9 +36,9 @@ def write_collaboration(
     models = list(next(iter(found["losses"].values())))
     lines = [{"model": m, "losses": [found["losses"][n][m] for n in names], "mean": _mean(found, m)} for m in models]
     chart = interval_chart(
-        [Range(x["model"], x["mean"], min(x["losses"]), max(x["losses"]), i) for i, x in enumerate(lines)],
+        [Range(SHORT[x["model"]], x["mean"], min(x["losses"]), max(x["losses"]), i) for i, x in enumerate(lines)],
         "loss on rows that nobody tuned on: mean, lowest and highest of the organisations",
-        _mean(found, "large model, untouched"),
+        _mean(found, BARE),
     )
     sent = [
         {
@@ -54,13 +64,8 @@ def _mean(found: Mapping[str, Any], model: str) -> float:
 
 def _lead(found: Mapping[str, Any]) -> str:
     """The answer in a sentence or two."""
-    had, got = (
-        _mean(found, "its own small model, tuned on its rows"),
-        _mean(found, "large model with its translated update"),
-    )
-    bare = _mean(found, "large model, untouched")
-    shared = _mean(found, "large model tuned on its own rows (needs them to be shared)")
-    controls = min(_mean(found, m) for m in next(iter(found["losses"].values())) if "(C" in m)
+    had, got, bare, shared = (_mean(found, m) for m in (OWN, TRANSLATED, BARE, SHARED))
+    controls = min(_mean(found, m) for m in (MEAN, PUBLIC))
     gained = (bare - got) / (bare - shared) if bare != shared else float("nan")
     beats = "beats" if got < controls else "does not beat"
     return (
