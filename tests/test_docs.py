@@ -166,7 +166,10 @@ def test_a_guides_recipes_load_its_commands_exist_and_its_links_lead_somewhere(g
     commands = get_command(app).commands
     for line in re.findall(r"^    (?:torchrun .* -m )?luthier (.+)$", text, re.M):
         name, *words = line.split()
-        options = {o for p in commands[name].params for o in (*p.opts, *p.secondary_opts)}
+        command = commands[name]
+        if hasattr(command, "commands"):  # a group: collaborate tune
+            command = command.commands[words.pop(0)]
+        options = {o for p in command.params for o in (*p.opts, *p.secondary_opts)}
         assert {w for w in words if w.startswith("--")} <= options, line
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("http") or ((ROOT / guide).parent / link).exists(), link

@@ -36,11 +36,12 @@ class Network:
             (folder / name / "contract.json").write_bytes((folder / "server/contract.json").read_bytes())
         self.folder, self.at, self.running = folder, f"127.0.0.1:{free_port()}", []
 
-    def start(self, *words):
+    def start(self, *words, **environment):
         log = (self.folder / f"log-{len(self.running)}").open("w")
         process = subprocess.Popen(
-            [*LUTHIER, "collaborate", *map(str, words)], cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-        )
+            [*LUTHIER, "collaborate", *map(str, words)], cwd=self.folder, stdout=log, stderr=log, start_new_session=True,
+            env={**os.environ, **environment},
+        )  # fmt: skip
         self.running.append(process)
         return process
 
@@ -122,6 +123,81 @@ def test_a_killed_client_a_killed_server_and_whoever_is_late(network):
     assert "time is up" in net.said()
     report = json.loads((net.folder / "out/report.json").read_text())["report"]
     assert [r["client"] for r in report] == [NAMES[0]], "what had arrived counts"
+
+
+HOSTILE = """
+import sys, importlib.abc, importlib.util
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "luthier.collaboration.flower":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def patched(module):
+            run(module)
+            honest = module.answered
+            module.answered = lambda *given: corrupted(honest(*given))
+        spec.loader.exec_module = patched
+        return spec
+
+def corrupted(data):
+    import torch
+    from luthier.collaboration.messages import Message, decode
+    how = HOW
+    if not data:
+        return data
+    if how == "truncated":
+        return data[:-7]
+    if how == "changed":
+        return data[:-1] + bytes([data[-1] ^ 1])
+    if how == "pickle":
+        import pickle
+        return pickle.dumps({"a": 1})
+    m = decode(data, 1 << 30)
+    head, tensors = m.header, m.tensors()
+    if how == "not-finite":
+        tensors = {n: t * float("nan") for n, t in tensors.items()}
+    if how == "shape":
+        tensors = {n: t[:-1] for n, t in tensors.items()}
+    if how == "base":
+        head = head.model_copy(update={"base": head.base.model_copy(update={"weights": "0" * 64})})
+    if how == "contract":
+        head = head.model_copy(update={"run": "0" * 64})
+    if how == "sender":
+        head = head.model_copy(update={"sender": "clinic"})
+    return Message.of(head.kind, head.run, head.sender, head.base, tensors, round=head.round, notes=head.notes).encode()
+
+sys.meta_path.insert(0, Hook())
+"""
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("how", ["truncated", "changed", "pickle", "not-finite", "shape", "base", "contract", "sender"])
+def test_a_hostile_client_is_refused_by_name_and_the_others_count(network, how):
+    """A client whose process corrupts what it sends; the server names it, and closes the round without it."""
+    net = network({"one-shot": {}})
+    (net.folder / "hostile").mkdir()
+    (net.folder / "hostile/sitecustomize.py").write_text(HOSTILE.replace("HOW", repr(how)))
+    server = net.serve(*NAMES[:2], patience=45)
+    honest = net.join(NAMES[0])
+    hostile = net.start(
+        "join",
+        NAMES[1],
+        f"{NAMES[1]}.jsonl",
+        "--name",
+        NAMES[1],
+        "--address",
+        net.at,
+        PYTHONPATH=str(net.folder / "hostile"),
+    )
+    assert server.wait(timeout=280) == 0, net.said()
+    assert honest.wait(timeout=60) == 0 and hostile.poll() in (None, 0)
+    names = {"changed": "digest", "pickle": "version"}
+    assert f"refused {NAMES[1]}: {names.get(how, how)}" in net.said(), net.said()
+    report = json.loads((net.folder / "out/report.json").read_text())["report"]
+    assert [r["client"] for r in report] == [NAMES[0]]
 
 
 @pytest.mark.parametrize(

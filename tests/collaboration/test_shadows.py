@@ -1,13 +1,16 @@
 """The contract's refusals, shadow runs and what is said of an update's likeness; numbers in names are the sheet's."""
 
+import numpy as np
 import pytest
 import torch
 
 from luthier.collaboration.contract import Contract, refuse_other, refuse_vector, start_of
 from luthier.collaboration.controls import controls, gap_recovered, mean_shadow, pooled, share_of_gain
+from luthier.collaboration.grad_transformer import GradTransformer, shadow
 from luthier.collaboration.likeness import likeness, mean_cosine
 from luthier.collaboration.messages import Refused
 from luthier.collaboration.packing import kinds
+from luthier.collaboration.privacy import Privacy
 from luthier.collaboration.shadows import draw, tuned
 from luthier.collaboration.translators.base import Pairs
 from luthier.collaboration.translators.ridge import Ridge
@@ -72,6 +75,28 @@ def test_a_run_that_is_asked_to_stop_leaves_the_base():
     before = logits(view)
     assert tuned(view, rows_of(), TUNER, SETTINGS, stop=lambda: True) is None
     assert torch.equal(logits(view), before)
+
+
+def test_under_a_promise_the_small_side_is_as_noisy_as_a_clients_and_the_large_one_is_not():
+    small, large = view_of(layers=2), view_of(layers=3, seed=1)
+    rows, loud = rows_of(), Privacy(epsilon=0.5, delta=0.01)
+    plain, private = (GradTransformer(privacy=p).agree([small, large], TUNER, SETTINGS) for p in (None, loud))
+    quiet, noisy = (shadow(c, [small, large], rows, 0) for c in (plain, private))
+    again = shadow(private, [small, large], rows, 0)
+    assert torch.equal(quiet["y"], noisy["y"]), "public rows of the large model need no promise"
+    assert not torch.allclose(quiet["x"], noisy["x"]) and not torch.equal(noisy["x"], again["x"]), (
+        "noise is the machine's own"
+    )
+    assert plain.digest != private.digest, "what clients promise is part of what is agreed on"
+
+
+def test_sets_mix_sorts_in_shares_of_their_own_where_rows_tell_them_apart():
+    sorts = ["a"] * 60 + ["b"] * 60 + ["c"] * 60
+    mixed = draw(sorts, 40, 20, Streams(0), concentration=0.05)
+    alike = draw(sorts, 40, 20, Streams(0))
+    largest = lambda sets: np.mean([max(sum(sorts[i] == s for i in one) for s in "abc") for one in sets])  # noqa: E731
+    assert largest(mixed) > 17 > 12 > largest(alike) and all(len(set(one)) == 20 for one in mixed)
+    assert mixed[:7] == draw(sorts, 7, 20, Streams(0), concentration=0.05)
 
 
 def test_shadow_sets_are_drawn_alike_everywhere_and_independently():

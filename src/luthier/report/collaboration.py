@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import __version__
+from luthier.collaboration.controls import gap_recovered
 from luthier.forecast import in_time
 from luthier.report.audit import SAYS
 from luthier.report.curve import Range, interval_chart
@@ -50,7 +51,7 @@ def write_collaboration(
     ]  # fmt: skip
     page = template("collaboration.html").render(
         name="Three organisations, and no row that left", names=names, lines=lines, chart=chart, sent=sent,
-        judged=_rows(found["judged"]), verdict=found["judged"]["verdict"], sets=found["judged"]["sets"],
+        recovered=[_recovered(by) for by in found["losses"].values()], judged=_rows(found["judged"]), verdict=found["judged"]["verdict"], sets=found["judged"]["sets"],
         took=in_time(found["seconds"]), version=__version__, lead=_lead(found),
     )  # fmt: skip
     write_text(target, page)
@@ -60,6 +61,11 @@ def write_collaboration(
 def _mean(found: Mapping[str, Any], model: str) -> float:
     values = [by[model] for by in found["losses"].values()]
     return sum(values) / len(values)
+
+
+def _recovered(by: Mapping[str, float]) -> float:
+    """PGR in percent, from losses: of the way from the own small model to the large one tuned on the same rows."""
+    return gap_recovered(-by[TRANSLATED], -by[OWN], -by[SHARED])
 
 
 def _lead(found: Mapping[str, Any]) -> str:
