@@ -51,7 +51,8 @@ def write_collaboration(
     ]  # fmt: skip
     page = template("collaboration.html").render(
         name="Three organisations, and no row that left", names=names, lines=lines, chart=chart, sent=sent,
-        recovered=[_recovered(by) for by in found["losses"].values()], judged=_rows(found["judged"]), verdict=found["judged"]["verdict"], sets=found["judged"]["sets"],
+        recovered=[_recovered(by) for by in found["losses"].values()], judged=_rows(found["judged"]),
+        verdict=found["judged"]["verdict"], sets=found["judged"]["sets"],
         took=in_time(found["seconds"]), version=__version__, lead=_lead(found),
     )  # fmt: skip
     write_text(target, page)
