@@ -23,6 +23,13 @@ def test_the_bound_stays_under_the_true_epsilon_and_comes_near_with_many_rows(ep
     assert epsilon_low(*responses(epsilon, 200_000), 0.0) == pytest.approx(epsilon, abs=0.1)
 
 
+def test_looking_at_many_thresholds_is_paid_for():
+    """Scores of nobody's: a bound above zero is an error, and must not come more often than one time in twenty."""
+    generator = np.random.default_rng(0)
+    above = [epsilon_low(*generator.normal(size=(2, 300)), 0.0) > 0 for _ in range(300)]
+    assert np.mean(above) <= 0.05
+
+
 def test_scores_that_tell_nothing_bound_nothing():
     generator = np.random.default_rng(0)
     found = membership(generator.normal(size=1000), generator.normal(size=1000))
