@@ -37,8 +37,9 @@ class World:
         self.pairs = Pairs(x, y, torch.arange(SETS), *(s.side.kinds() for s in self.starts))
         self.fitted = Ridge().fit(self.pairs)
 
-    def provider(self, journal=None, names=NAMES, **fields):
-        return Provider(self.contract, GradTransformer(**fields), self.starts, self.pairs, self.fitted, names, journal)
+    def provider(self, journal=None, names=NAMES, fitted=None, **fields):
+        learnt = fitted or self.fitted
+        return Provider(self.contract, GradTransformer(**fields), self.starts, self.pairs, learnt, names, journal)
 
     def organisations(self, names=NAMES):
         return [Organisation(n, self.contract, self.small, many(i)) for i, n in enumerate(names)]
@@ -102,6 +103,10 @@ def test_6_a_linear_map_may_pool_on_either_side_and_a_transformer_may_not(world)
     xs = torch.cat([vector(world, i) for i in range(3)])
     gap = lambda f: float((f(xs.mean(0)[None])[0] - f(xs).mean(0)).abs().max())  # noqa: E731
     assert gap(world.fitted) <= 1e-5 < gap(fitted)
+    for pool, expected in (("before", fitted(xs.mean(0)[None])[0]), ("after", fitted(xs).mean(0))):
+        provider = world.provider(fitted=fitted, pool=pool)
+        carried(provider, world.organisations())
+        assert torch.allclose(provider.translated["lab"], expected, atol=1e-6)
 
 
 def test_updates_unlike_each_other_and_unlike_the_shadows_are_told(world, caplog):
