@@ -12,11 +12,15 @@ from luthier.collaboration.averaging import (
     best_step,
     cosines,
     factor_averaged,
+    gap_bound,
     inner,
     outliers,
     shares,
 )
+from luthier.data.batch import collate
 from luthier.model.fingerprint import Fingerprint
+from luthier.model.plain import plain_operations
+from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
@@ -238,3 +242,21 @@ def test_sparse_updates_average_too():
 
     mean = averaged({"a": make([0, 5]), "b": make([5, 7])}, {"a": 1, "b": 3}).dense()[NAMES[0]].view(-1)
     assert mean[[0, 5, 7]].tolist() == pytest.approx([0.25, 1.0, 0.75])
+
+
+def test_the_bound_on_the_gap_is_made_of_curvature_and_distance():
+    """For a small step the change of the gradient is the Hessian's product with it, taken here by autograd twice."""
+    view, rows = view_of(), rows_of()
+    generator = torch.Generator().manual_seed(0)
+    name = "model.layers.0.mlp.up_proj.weight"
+    direction = torch.randn(view.weight(name).shape, generator=generator)
+    small = Update(view.base, (Dense({name: 1e-3 * direction}),))
+    found = gap_bound(view, {"a": small, "b": 2 * small}, small, rows, horizon=3)
+    weight = view.weight(name).requires_grad_(True)
+    with plain_operations():
+        loss = Forward(collate(rows), view).nll().mean()
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        (product,) = torch.autograd.grad((gradient * direction).sum(), weight)
+    assert found.smoothness == pytest.approx(float(product.norm() / direction.norm()), rel=0.02)
+    assert found.travel == pytest.approx(float(2e-3 * direction.norm() / weight.norm()), rel=1e-5)
+    assert found.bound == pytest.approx(found.smoothness * found.travel * 3 * 2)

@@ -178,3 +178,8 @@ def test_faults_are_said_before_anything_is_tuned(agreed, words, says):
 def test_a_recipe_with_a_protocol_is_not_run_as_one(agreed):
     done = luthier("run", "r.yaml", cwd=agreed)
     assert done.returncode == 2 and "collaborate: is for `luthier collaborate`" in done.stderr
+
+
+def test_check_says_what_leaves(agreed):
+    done = luthier("check", "r.yaml", cwd=agreed)
+    assert done.returncode == 0 and "whoever serves gets an update of each organisation's small model" in done.stdout

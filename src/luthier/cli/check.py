@@ -71,6 +71,8 @@ def destinations(recipe: Recipe, base: Path) -> list[str]:
         source = getattr(recipe.data, key)
         if source is not None and on_hub(source):
             out.append(f"data.{key}: the Hub, to download {source}")
+    if recipe.collaborate is not None:
+        out.append(f"collaborate: whoever serves gets {recipe.collaborate.leaves}")
     out += [f"evaluate.{e.key()}: {place}" for e in recipe.evaluators() for place in e.destinations()]
     return out + [f"report_to: {t}" for t in recipe.report_to if t != "none"]
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from luthier.collaboration.rounds import shares
+from luthier.data.batch import collate
+from luthier.model.view import ModelView
+from luthier.objectives.base import Forward
 from luthier.update import LowRank, Update
 
 STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -140,3 +144,48 @@ def best_step(loss: Callable[[float], float], steps: Sequence[float] = STEPS) ->
 def barrier(losses: Mapping[float, float]) -> bool:
     """Whether the middle of the way is worse than both of its ends."""
     return losses[0.5] > max(losses[0.0], losses[1.0])
+
+
+# --- how far one round can be from many ---
+
+
+class Gap(NamedTuple):
+    """What bounds the distance between one round's model and many rounds': smoothness * travel * horizon * clients.
+
+    smoothness  ||grad f(w0 + Delta) - grad f(w0)|| / ||Delta||, of the mean, on public rows
+    travel      longest ||Delta_i|| / ||w0||, over the parameters that move
+    """
+
+    smoothness: float
+    travel: float
+    bound: float
+
+
+def gap_bound(view: ModelView, updates: Mapping[str, Update], mean: Update, rows: Sequence[Any], horizon: int) -> Gap:
+    """Compare numbers of one set-up with another's: the bound itself is loose.
+
+    horizon  rounds times local epochs that one round stands for
+    """
+    names = sorted({n for p in mean.parts for n in p.names()})  # type: ignore[union-attr]
+    before = _gradient(view, names, rows)
+    with mean.to("dense")[0].bind(view):
+        after = _gradient(view, names, rows)
+    moved = torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)])
+    smoothness = float(moved.norm()) / max(length(mean), 1e-30)
+    whole = math.sqrt(sum(float(view.weight(n).double().square().sum()) for n in names))
+    travel = max(length(u) for u in updates.values()) / whole
+    return Gap(smoothness, travel, smoothness * travel * horizon * len(updates))
+
+
+def _gradient(view: ModelView, names: Sequence[str], rows: Sequence[Any]) -> list[Tensor]:
+    """Of the mean loss a token, with respect to base weights; nothing is left behind."""
+    weights = [view.weight(n) for n in names]
+    flags = [w.requires_grad for w in weights]
+    try:
+        for w in weights:
+            w.requires_grad_(True)
+        nll = Forward(collate(rows).to(view.device), view).nll()
+        return [g.double() for g in torch.autograd.grad(nll.mean(), weights)]
+    finally:
+        for w, flag in zip(weights, flags, strict=True):
+            w.requires_grad_(flag)

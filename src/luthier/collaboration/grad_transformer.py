@@ -62,6 +62,7 @@ class GradTransformer(Collaboration):
 
     contract: ClassVar[type[Agreement]] = Contract
     roles: ClassVar[tuple[str, ...]] = ("small", "large")
+    leaves: ClassVar[str] = "an update of each organisation's small model, and its number of rows"
 
     large: str | None = None
     """The model that is translated for, as the recipe's key `model` names the small one; the contract needs it."""

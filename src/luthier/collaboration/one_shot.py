@@ -47,6 +47,8 @@ class OneShot(Collaboration):
         "exact averaging of low-rank updates from FLoRA, arXiv:2409.05976",
     )  # fmt: skip
 
+    leaves: ClassVar[str] = "an update of each client's model, and its number of rows"
+
     rounds: int = Field(1, ge=1)
     """1: each client sends once."""
     weights: Literal["rows", "equal"] = "rows"

@@ -35,6 +35,9 @@ class Collaboration(Method):
     roles: ClassVar[tuple[str, ...]] = ("model",)
     """Models that a contract pins; clients tune the first."""
 
+    leaves: ClassVar[str]
+    """What a client sends, in words."""
+
     privacy: Privacy | None = None
     """Promise that every client keeps while it tunes: {epsilon: 8, delta: 1e-5, clip: 1}; null: none."""
 

@@ -51,6 +51,8 @@ class SeedRounds(Collaboration):
         "arXiv:2312.06353", "algorithm 1, and Pro in section 4.4",
     )  # fmt: skip
 
+    leaves: ClassVar[str] = "a number a step of each client: the slope of its loss along an agreed direction"
+
     rounds: int = Field(10, ge=1)
     """How often clients are asked."""
     participation: float = Field(1.0, gt=0, le=1)
