@@ -85,6 +85,7 @@ def tune(
     held: Annotated[str | None, typer.Option(help="Rows of the same sort that are not tuned on, for the audit.")] = None,
     output: Annotated[Path, typer.Option(help="Where the message is written.")] = Path(),
     canaries: Annotated[int, typer.Option(min=0, help="Made-up records tuned on beside yours, for the audit.")] = 100,
+    others: Annotated[int, typer.Option(min=1, help="Made-up secrets that each of them is ranked among.")] = 100,
     models: Models = None,
     send_anyway: Annotated[bool, typer.Option("--send-anyway", help="Write the message though the audit failed.")] = False,
     debug: Debug = False,
@@ -96,7 +97,7 @@ def tune(
     place = _place(folder, models)
     rows = place.rendered(place.rows(data, Path()))
     kept = place.rendered(place.rows(held, Path())) if held else []
-    audited = prepared(place, name, rows, kept, canaries, _say)
+    audited = prepared(place, name, rows, kept, canaries, _say, others=others)
     for a in audited.answers:
         _say(f"\n{a.question}")
         for line in a.lines:

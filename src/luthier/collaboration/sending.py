@@ -32,6 +32,7 @@ from luthier.tuners.lora import Lora
 from luthier.update import LowRank, Update
 
 Say = Callable[[str], None]
+OTHERS = 100  # made-up secrets for each canary: 6.7 bits of exposure at most, minutes for a model of 135M weights
 Payloads = Sequence[tuple[Mapping[str, Tensor], Sequence[int]]]  # of public rows, with their tokens
 
 
@@ -48,7 +49,7 @@ class Audited(NamedTuple):
 
 def prepared(
     place: Place, name: str, rows: Sequence[Any], held: Sequence[Any], num_canaries: int = 100, say: Say = lambda _: None,
-    limits: Limits = LIMITS, public: Payloads = (), others: int = 1000,
+    limits: Limits = LIMITS, public: Payloads = (), others: int = OTHERS,
 ) -> Audited:  # fmt: skip
     """Tune under the contract and audit what would be sent.
 
@@ -66,7 +67,9 @@ def prepared(
     (sent,) = party.answer(Message.of("state", place.contract.digest, SERVER, base, {}))
     disclosure = party.disclosure(sent)
     update = update_of(place, sent.message)
-    say("audit   tokens, canaries, membership")
+    say(
+        f"audit   tokens, {2 * len(known)} canaries among {others} made-up secrets each, membership of {len(rows) + len(held)} rows"
+    )
     leaks = Leaks(
         _tokens(place, update, rows, public),
         _memory(place, update, known, controls, others) if known else None,
