@@ -92,16 +92,20 @@ def test_shadow_runs_killed_at_any_moment_go_on(agreed, tmp_path):
     assert {n: f.read_bytes() for n, f in files.items()} == whole, "equal to a run that was never stopped"
 
 
-def test_the_translator_is_judged_beside_all_controls(agreed):
+@pytest.fixture(scope="module")
+def judged(agreed):
     done = luthier("collaborate", "translator", "c", "--json", cwd=agreed)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout)
-    assert [n.split()[0] for n in said["judged"]] == ["C0", "C1", "C2", "C3", "C4", "C5", "translated", "true"]
-    assert said["judged"]["true update"]["share"] == 1.0 and said["judged"]["C0 no update"]["share"] == 0.0
-    assert said["verdict"].startswith("translations")
+    return json.loads(done.stdout)
 
 
-def test_messages_are_audited_written_and_translated_and_a_bad_one_does_not_stop_the_others(agreed):
+def test_the_translator_is_judged_beside_all_controls(judged):
+    assert [n.split()[0] for n in judged["judged"]] == ["C0", "C1", "C2", "C3", "C4", "C5", "translated", "true"]
+    assert judged["judged"]["true update"]["share"] == 1.0 and judged["judged"]["C0 no update"]["share"] == 0.0
+    assert judged["verdict"].startswith("translations")
+
+
+def test_messages_are_audited_written_and_translated_and_a_bad_one_does_not_stop_the_others(agreed, judged):
     for name in NAMES[:2]:
         done = tune(agreed, name, "--held", f"{name}-held.jsonl")
         assert done.returncode == 0 and "What leaves?" in done.stderr and "verdict unknown" in done.stderr, done.stderr

@@ -68,7 +68,8 @@ def prepared(
     disclosure = party.disclosure(sent)
     update = update_of(place, sent.message)
     say(
-        f"audit   tokens, {2 * len(known)} canaries among {others} made-up secrets each, membership of {len(rows) + len(held)} rows"
+        f"audit   tokens, {2 * len(known)} canaries among {others} made-up secrets each, "
+        f"membership of {len(rows) + len(held)} rows"
     )
     leaks = Leaks(
         _tokens(place, update, rows, public),
