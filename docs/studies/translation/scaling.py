@@ -1,12 +1,16 @@
 """What more shadow sets buy, from the runs that `experiment.py` left: ridge learnt from a part of them, at several strengths.
 
 python docs/studies/translation/scaling.py conventions
+python docs/studies/translation/scaling.py conventions sets=240 --seeds 2   # four times as many; hours
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from experiment import shares
@@ -22,12 +26,13 @@ STRENGTHS = (0.03, 0.1, 0.3, 1.0)
 Losses = dict[str, list[float]]
 
 
-def of_seed(s: Setting, seed: int) -> Losses:
+def of_seed(s: Setting, seed: int, threads: int) -> Losses:
     """Loss of every client, by how much was learnt from and how; kept in a file once made."""
     file = RUNS / s.name / f"seed-{seed}" / f"scaling-{s.sets}.json"
     if file.exists():
         found: Losses = json.loads(file.read_text())
         return found
+    torch.set_num_threads(threads)
     both = models(s.world, s.rank)
     shadows, clients = tune_all(s, "shadow", s.sets, seed), tune_all(s, "client", s.clients, seed)
     kinds = both.small_start.side.kinds(), both.large_start.side.kinds()
@@ -48,9 +53,17 @@ def of_seed(s: Setting, seed: int) -> Losses:
 
 def main() -> None:
     """Entry point."""
-    s = named(sys.argv[1], sys.argv[2:])
-    seeds = sorted(int(p.name.removeprefix("seed-")) for p in (RUNS / s.name).glob("seed-*"))
-    found = [of_seed(s, seed) for seed in seeds]
+    parser = argparse.ArgumentParser(description="What do more shadow sets buy?")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("name", help="Of a setting that experiment.py has run.")
+    parser.add_argument("values", nargs="*", help="Of the setting: sets=240 makes those that are missing.")
+    asked = parser.parse_args()
+    s = named(asked.name, asked.values)
+    models(s.world, s.rank)
+    with ProcessPoolExecutor(asked.processes, multiprocessing.get_context("spawn")) as pool:
+        threads = max(1, (os.cpu_count() or 1) // asked.processes)
+        found = [p.result() for p in [pool.submit(of_seed, s, seed, threads) for seed in range(asked.seeds)]]
     print("| update of the large model | share of the true gain |\n|---|---|")
     for name, e in shares(found).items():
         print(f"| {name} | {e.value:.2f} ({e.low:.2f} to {e.high:.2f}) |")
