@@ -52,7 +52,9 @@ def measure(arm, seed, say):
     before, one, three = mean_nll(view, held), loss(view, once, held), loss(view, thrice, held)
     by_itself = float(np.mean([loss(view, alone(contract, view, rows)[0], held) for rows in clients]))
     together, _ = alone(
-        contract.model_copy(update={"settings": settings(EPOCHS * CLIENTS, rate)}), view, [r for c in clients for r in c]
+        contract.model_copy(update={"settings": settings(EPOCHS * CLIENTS, rate)}),
+        view,
+        [r for c in clients for r in c],
     )
     return {
         "before": before, "one_shot": one, "rounds": three, "alone": by_itself, "pooled": loss(view, together, held),
