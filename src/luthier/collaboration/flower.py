@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -185,8 +186,10 @@ patience = {patience}
 
 
 def environment(home: Path) -> dict[str, str]:
-    """For flwr's processes: nothing is told to anybody, nothing is installed; its files lie in `home`."""
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home)}
+    """For flwr's processes: nothing is told to anybody, nothing is installed; its files lie in `home`. They start others by
+    name, so that the folder of this Python's programs comes first in their path."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
 
 
 def app_in(path: Path, control: str, certificates: Path | None, **config: Any) -> None:
