@@ -14,7 +14,7 @@ from luthier.collaboration.audit.canaries import Canary, canaries, memory
 from luthier.collaboration.audit.canaries import rows_of as planted_rows
 from luthier.collaboration.audit.gate import LIMITS, Answer, Leaks, Limits, Verdict, answers, judged
 from luthier.collaboration.audit.membership import membership
-from luthier.collaboration.audit.tokens import TokenAudit
+from luthier.collaboration.audit.tokens import Found, TokenAudit
 from luthier.collaboration.base import Disclosure
 from luthier.collaboration.contract import Contract, start_of
 from luthier.collaboration.folder import Place
@@ -71,10 +71,12 @@ def prepared(
         f"audit   tokens, {2 * len(known)} canaries among {others} made-up secrets each, "
         f"membership of {len(rows) + len(held)} rows"
     )
+    tokens, untold = _tokens(place, update, rows, public)
     leaks = Leaks(
-        _tokens(place, update, rows, public),
+        tokens,
         _memory(place, update, known, controls, others) if known else None,
         _membership(place, update, rows, held) if len(held) else None,
+        untold,
     )
     epsilon = None if place.contract.privacy is None else place.contract.privacy.epsilon
     verdict = judged(leaks, limits, epsilon)
@@ -128,18 +130,19 @@ def public_payloads(place: Place, sets: Sequence[tuple[Tensor, Sequence[Any]]]) 
     return [(unpack(x, place.contract.small.shapes), _distinct(rows)) for x, rows in sets]
 
 
-def _tokens(place: Place, update: Update, rows: Sequence[Any], public: Payloads) -> list[Any] | None:
+def _tokens(place: Place, update: Update, rows: Sequence[Any], public: Payloads) -> tuple[list[Found] | None, str]:
+    """(what each tensor gives away, or None and why it was not looked at)."""
     payload = factors(place, update)
     if payload is None:
-        return None
+        return None, "they are looked for in the factors of LoRA alone"
     initial = start_of(place.first, place.contract.tuner).chart.initial  # type: ignore[attr-defined]
     try:
         audit = TokenAudit(place.first, {n.removeprefix("a."): t for n, t in initial.items()})
-    except ValueError:  # no projection of the first block was tuned, or its inputs tell more than the token
-        return None
+    except ValueError as error:  # no projection of the first block was tuned, or its inputs tell more than the token
+        return None, str(error)
     if public:
         audit.calibrate([p for p, _ in public], [t for _, t in public])
-    return audit(payload, _distinct(rows))
+    return audit(payload, _distinct(rows)), ""
 
 
 def _distinct(rows: Sequence[Any]) -> list[int]:

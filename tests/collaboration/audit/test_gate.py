@@ -49,7 +49,7 @@ def test_thresholds_are_arguments():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"tokens": None}, "tokens were not looked for"),
+        ({"tokens": None, "untold": "inputs depend on the position"}, "tokens were not looked for: inputs depend"),
         ({"memory": None}, "canaries were not planted"),
         ({"memory": QUIET.memory._replace(canaries=99)}, "99 canaries were planted; a verdict needs 100"),
         ({"membership": None}, "membership was not measured"),

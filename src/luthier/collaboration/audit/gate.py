@@ -29,11 +29,12 @@ LIMITS = Limits()
 
 
 class Leaks(NamedTuple):
-    """What was measured; None where that audit was left out."""
+    """What was measured; None where that audit was left out. `untold` says why tokens were."""
 
     tokens: list[Found] | None
     memory: Memory | None
     membership: Membership | None
+    untold: str = ""
 
 
 class Verdict(NamedTuple):
@@ -69,7 +70,7 @@ def judged(leaks: Leaks, limits: Limits = LIMITS, epsilon: float | None = None) 
 
 def _tokens(leaks: Leaks, limits: Limits) -> tuple[list[str], list[str]]:
     if leaks.tokens is None:
-        return [], ["tokens were not looked for"]
+        return [], ["tokens were not looked for" + (f": {leaks.untold}" if leaks.untold else "")]
     rate = FALSE_POSITIVES[0]
     worst = max(leaks.tokens, key=lambda f: f.recall.get(rate, 0.0))
     share = worst.recall.get(rate, 0.0)
