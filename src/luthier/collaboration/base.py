@@ -10,7 +10,10 @@ from typing import NamedTuple, Protocol
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Kind, Message, Refused
 from luthier.collaboration.privacy import Privacy
+from luthier.collaboration.wire import unpacked
+from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
+from luthier.update import Update
 
 
 class Tick(NamedTuple):
@@ -88,6 +91,13 @@ class Member:
     def disclosure(self, out: Sent) -> Disclosure:
         """Of a message that it is about to send."""
         raise NotImplementedError
+
+    @property
+    def update(self) -> Update:
+        """What it was given at the end. Raises LuthierError before."""
+        if self.result is None:
+            raise LuthierError(f"{self.name} has been given no result yet")
+        return unpacked(self.result)
 
     def handle(self, event: Message | Tick) -> list[Sent]:
         """A server's state, refusal or result. Raises Refused for those of another contract."""

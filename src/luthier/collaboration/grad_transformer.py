@@ -22,7 +22,7 @@ from luthier.collaboration.rounds import SERVER, RoundServer, rows_of
 from luthier.collaboration.shadows import draw, tuned
 from luthier.collaboration.translators.base import Fitted, Pairs, Translator
 from luthier.collaboration.translators.ridge import Ridge
-from luthier.collaboration.wire import headers, packed, unpacked
+from luthier.collaboration.wire import headers, packed
 from luthier.errors import LuthierError
 from luthier.method import Source, Traits, written
 from luthier.model.view import ModelView
@@ -267,10 +267,3 @@ class Organisation(Member):
             f"how tuning on the rows of {self.name} moved the small model, and its number of rows", out.to,
             sizes(out.message), *promised(self.contract.privacy),
         )  # fmt: skip
-
-    @property
-    def update(self) -> Update:
-        """Of the large model, at the end. Raises LuthierError before."""
-        if self.result is None:
-            raise LuthierError(f"{self.name} has been given no result yet")
-        return unpacked(self.result)

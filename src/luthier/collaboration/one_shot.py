@@ -174,13 +174,6 @@ class AverageClient(Member):
             out.to, sizes(out.message), *promised(self.contract.privacy),
         )  # fmt: skip
 
-    @property
-    def update(self) -> Update:
-        """The mean, at the end. Raises LuthierError before."""
-        if self.result is None:
-            raise LuthierError(f"{self.name} has been given no result yet")
-        return unpacked(self.result)
-
 
 def alone(contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> tuple[Update, float | None]:
     """(update, last training loss) of one client by itself; of everybody's rows together, what sharing would have given.

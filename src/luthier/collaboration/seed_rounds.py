@@ -195,6 +195,12 @@ class SeedClient(Member):
             out.to, sizes(out.message), "nothing", "no formal privacy",
         )  # fmt: skip
 
+    @property
+    def update(self) -> Update:
+        if self.result is None:
+            return super().update
+        return update_of(self.contract, self.result.tensors()["scalars"])
+
     def _trained(self, round: int, scalars: Tensor, probabilities: Tensor | None) -> Message:
         c, streams = self.contract, Streams(self.contract.seed)
         own = int(streams.at("client", self.name, round).integers(2**31))
