@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from luthier.errors import LuthierError
 
 Say = Callable[[str], None]
+PR_SET_PDEATHSIG = 1
 STARTING = 60.0  # seconds that flwr's server may take to listen
 
 
@@ -119,11 +121,17 @@ def _process(command: list[str], home: Path, log: str) -> Any:
             stderr=subprocess.STDOUT,
             env=environment(home),
             start_new_session=True,
+            preexec_fn=_with_us,
         )
         try:
             yield process
         finally:
             _end(process)
+
+
+def _with_us() -> None:
+    """flwr's process ends where ours is killed."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
