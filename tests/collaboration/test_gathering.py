@@ -73,6 +73,20 @@ def test_a_refused_message_is_not_on_disk(tmp_path):
     assert list(Journal(tmp_path, 1000)) == []
 
 
+def declined(sender="north", **more):
+    return Message.of("refusal", "run", sender, BASE, {}, notes={"name": "held-back"}, **more)
+
+
+def test_whoever_declines_is_not_waited_for_and_may_change_its_mind():
+    g = gathering()
+    g.decline(declined())
+    assert g.missing == {"south", "west"} and not g.arrived
+    assert g.take(message("north")) and not g.declined
+    for odd, name in ((declined("stranger"), "unknown"), (declined(round=2), "round")):
+        with pytest.raises(Refused, match=name):
+            g.decline(odd)
+
+
 class Counter:
     """Sends a number on until it is zero."""
 

@@ -36,6 +36,15 @@ def test_a_message_comes_back_as_it_was():
     assert back.header.notes == {"rows": 120}
 
 
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".", "-x", "a\nb", "x" * 65])
+def test_a_sender_whose_name_is_a_path_is_refused(name):
+    header = {**message().header.model_dump(), "sender": name}
+    head = json.dumps({"header": header, "digest": "0" * 64, "size": 0}).encode()
+    assert refusal(MAGIC + len(head).to_bytes(4, "little") + head) == "header"
+    with pytest.raises(ValueError, match="sender"):
+        Message.of("update", "run", name, message().header.base, {})
+
+
 def test_every_message_has_its_own_nonce():
     assert message().header.nonce != message().header.nonce
 

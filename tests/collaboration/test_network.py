@@ -46,21 +46,12 @@ class Network:
         return process
 
     def serve(self, *names, patience=240):
-        return self.start(
-            "serve",
-            "server",
-            "--clients",
-            ",".join(names),
-            "--address",
-            self.at,
-            "--patience",
-            patience,
-            "--output",
-            "out",
-        )
+        words = ["--clients", ",".join(names), "--address", self.at, "--patience", patience, "--output", "out"]
+        return self.start("serve", "server", *words)
 
-    def join(self, name):
-        return self.start("join", name, f"{name}.jsonl", "--name", name, "--address", self.at)
+    def join(self, name, *more, **environment):
+        words = ["--name", name, "--address", self.at, "--canaries", 0, *more]
+        return self.start("join", name, f"{name}.jsonl", *words, **environment)
 
     def said(self):
         return "\n".join(f.read_text() for f in sorted(self.folder.glob("log-*")))
@@ -182,16 +173,7 @@ def test_a_hostile_client_is_refused_by_name_and_the_others_count(network, how):
     (net.folder / "hostile/sitecustomize.py").write_text(HOSTILE.replace("HOW", repr(how)))
     server = net.serve(*NAMES[:2], patience=45)
     honest = net.join(NAMES[0])
-    hostile = net.start(
-        "join",
-        NAMES[1],
-        f"{NAMES[1]}.jsonl",
-        "--name",
-        NAMES[1],
-        "--address",
-        net.at,
-        PYTHONPATH=str(net.folder / "hostile"),
-    )
+    hostile = net.join(NAMES[1], PYTHONPATH=str(net.folder / "hostile"))
     assert server.wait(timeout=280) == 0, net.said()
     assert honest.wait(timeout=60) == 0 and hostile.poll() in (None, 0)
     names = {"changed": "digest", "pickle": "version"}

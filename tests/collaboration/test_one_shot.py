@@ -131,6 +131,24 @@ def changed(agreed, **tensors):
     return Update(agreed.base, (Dense(values | tensors),))
 
 
+def test_a_round_ends_without_those_that_decline_and_not_with_none():
+    agreed = contract()
+    declined = lambda name: Message.of("refusal", agreed.digest, name, agreed.base, {})  # noqa: E731
+    server, (north, *_) = AverageServer(agreed, NAMES), clients(agreed)
+    for name in NAMES[1:]:
+        assert server.handle(declined(name)) == []
+    assert [s.to for s in server.back(NAMES[1])] == [NAMES[1]] and server.gathering.missing == {NAMES[0], NAMES[1]}
+    assert server.handle(declined(NAMES[1])) == []
+    (state, *_) = server.begin()
+    (sent,) = north.handle(state.message)
+    assert {s.message.header.kind for s in server.handle(sent.message)} == {"result"} and server.finished
+    assert [s.to for s in server.back(NAMES[1])] == [NAMES[1]], "whoever comes late is given the result"
+    nobody = AverageServer(agreed, NAMES)
+    with pytest.raises(LuthierError, match="will not send anything"):
+        for name in NAMES:
+            nobody.handle(declined(name))
+
+
 def test_what_cannot_be_added_is_refused_by_name_and_the_rest_counts():
     agreed = contract(Full())
     first = agreed.moves["dense"][0]

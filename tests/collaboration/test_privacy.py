@@ -148,6 +148,12 @@ def test_the_noise_found_keeps_the_promise_and_little_less_would_not():
     assert made.rate == 0.032 and made.spent <= 2.0 < 1.05 * made.spent
 
 
+def test_a_promise_covers_all_rounds_together():
+    one, three = (plan(Privacy(epsilon=2.0), 1000, 32, 20, rounds) for rounds in (1, 3))
+    assert three.steps == one.steps == 20 and three.noise == plan(Privacy(epsilon=2.0), 1000, 32, 60).noise
+    assert epsilon_of(one.noise, 1e-5, 0.032, 60) > 2.0 >= epsilon_of(three.noise, 1e-5, 0.032, 60)
+
+
 def test_rows_come_by_coin_and_empty_batches_take_a_step_of_noise():
     counts = [len(coins(100, 0.05, np.random.default_rng(seed))) for seed in range(400)]
     assert np.mean(counts) == pytest.approx(5, abs=0.4) and np.var(counts) == pytest.approx(4.75, rel=0.25)

@@ -20,6 +20,12 @@ Models = Annotated[
 ]
 
 
+Held = Annotated[str | None, typer.Option(help="Rows of the same sort that are not tuned on, for the audit.")]
+Canaries = Annotated[int, typer.Option(min=0, help="Made-up records tuned on beside yours, for the audit.")]
+Others = Annotated[int, typer.Option(min=1, help="Made-up secrets that each of them is ranked among.")]
+SendAnyway = Annotated[bool, typer.Option("--send-anyway", help="Let the message go though its audit failed.")]
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
@@ -82,22 +88,22 @@ def translator(folder: Folder, as_json: Json = False, debug: Debug = False) -> N
 def tune(
     folder: Folder, data: Annotated[str, typer.Argument(help="Your rows; they stay here.")],
     name: Annotated[str, typer.Option(help="What you are called.")],
-    held: Annotated[str | None, typer.Option(help="Rows of the same sort that are not tuned on, for the audit.")] = None,
-    output: Annotated[Path, typer.Option(help="Where the message is written.")] = Path(),
-    canaries: Annotated[int, typer.Option(min=0, help="Made-up records tuned on beside yours, for the audit.")] = 100,
-    others: Annotated[int, typer.Option(min=1, help="Made-up secrets that each of them is ranked among.")] = 100,
-    models: Models = None,
-    send_anyway: Annotated[bool, typer.Option("--send-anyway", help="Write the message though the audit failed.")] = False,
+    held: Held = None, output: Annotated[Path, typer.Option(help="Where the message is written.")] = Path(),
+    canaries: Canaries = 100, others: Others = 100, models: Models = None, send_anyway: SendAnyway = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Client: tune on your rows, audit what would leave, and write NAME.message. Nothing is sent by this command."""
-    from luthier.collaboration.sending import prepared, send
+    from luthier.collaboration.arriving import refuse_rounds
+    from luthier.collaboration.messages import refuse_name
+    from luthier.collaboration.sending import Look, prepared, send
 
     quiet(debug)
+    refuse_name(name)
     place = _place(folder, models)
+    refuse_rounds(place)
     rows = place.rendered(place.rows(data, Path()))
     kept = place.rendered(place.rows(held, Path())) if held else []
-    audited = prepared(place, name, rows, kept, canaries, _say, others=others)
+    audited = prepared(place, name, rows, Look(kept, canaries, others), say=_say)
     for a in audited.answers:
         _say(f"\n{a.question}")
         for line in a.lines:
@@ -124,11 +130,14 @@ def serve(
     certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Server, over flwr: wait for clients, carry the rounds. Killed, the same command goes on; nothing that arrived is lost."""
+    from luthier.collaboration.messages import refuse_name
     from luthier.collaboration.network import address
     from luthier.collaboration.network import serve as served
 
     quiet(debug)
     _place(folder)
+    for name in clients.split(","):
+        refuse_name(name)
     served(folder, clients.split(","), address(listen, certificates, insecure), patience, output, _say)
     print(output / "report.html")
 
@@ -138,16 +147,22 @@ def join(
     folder: Folder, data: Annotated[str, typer.Argument(help="Your rows; they stay here.")],
     name: Annotated[str, typer.Option(help="What you are called.")],
     server: Annotated[str, typer.Option("--address", help="host:port of the server.")] = "127.0.0.1:9092",
+    held: Held = None, canaries: Canaries = 100, others: Others = 100, send_anyway: SendAnyway = False,
     certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Client, over flwr: tune when asked, send what the contract says, until the server gives a result."""
-    from luthier.collaboration.network import address
+    """Client, over flwr: tune when asked, audit what would leave, send it, until the server gives a result."""
+    from luthier.collaboration.messages import refuse_name
+    from luthier.collaboration.network import Client, address
     from luthier.collaboration.network import join as joined
 
     quiet(debug)
+    refuse_name(name)
     place = _place(folder)
-    place.rows(data, Path())
-    print(joined(folder, name, data, address(server, certificates, insecure), _say))
+    for file in (data, held):
+        if file is not None:
+            place.rows(file, Path())
+    client = Client(name, data, held, canaries, others, send_anyway)
+    print(joined(folder, client, address(server, certificates, insecure), _say))
 
 
 @app.command()

@@ -38,8 +38,7 @@ def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _
 
     Raises LuthierError where none can be used, or the protocol asks for several rounds.
     """
-    if getattr(place.protocol, "rounds", 1) != 1:
-        raise LuthierError(f"{place.protocol.key()} asks for several rounds; run it over a network (serve, join)")
+    refuse_rounds(place)
     refused: dict[str, str] = {}
     messages: dict[Path, Message] = {}
     for file in files:
@@ -64,6 +63,12 @@ def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _
     for name, why in refused.items():
         say(f"refused {name}: {why}")
     return Arrivals(left(place, server, out, refused), refused, getattr(server, "report", {}))
+
+
+def refuse_rounds(place: Place) -> None:
+    """Files carry one round. Raises LuthierError where the protocol asks for several."""
+    if getattr(place.protocol, "rounds", 1) != 1:
+        raise LuthierError(f"{place.protocol.key()} asks for several rounds; run it over a network (serve, join)")
 
 
 def left(place: Place, server: RoundServer, out: Path, refused: Mapping[str, str] | None = None) -> dict[str, Path]:

@@ -92,6 +92,14 @@ class Member:
         """Of a message that it is about to send."""
         raise NotImplementedError
 
+    def moved(self, message: Message) -> Update:
+        """What a message of its own does to the model that it tuned."""
+        raise NotImplementedError
+
+    def start(self, state: Message) -> Update:
+        """What a server's state adds to the base: where its tuning starts."""
+        return Update(state.header.base, ())
+
     @property
     def update(self) -> Update:
         """What it was given at the end. Raises LuthierError before."""
@@ -136,6 +144,8 @@ class Gathering:
     accept   raises Refused for a payload that this protocol cannot use
     journal  None: in memory only
     known    what a journal holds of this round already
+
+    declined  whoever said that it will not send; it may change its mind while the round is open
     """
 
     def __init__(
@@ -145,13 +155,20 @@ class Gathering:
         self.kind, self.run, self.base, self.senders, self.round = kind, run, base, frozenset(senders), round
         self.accept, self.journal = accept, journal
         self.arrived: dict[str, Message] = {}
+        self.declined: set[str] = set()
         for message in known:
             self._check(message)
             self.arrived[message.header.sender] = message
 
     @property
     def missing(self) -> frozenset[str]:
-        return self.senders - self.arrived.keys()
+        """Whoever may still send."""
+        return self.senders - self.arrived.keys() - self.declined
+
+    def decline(self, message: Message) -> None:
+        """A sender will not send. Raises Refused for one that was not asked."""
+        self._asked(message)
+        self.declined.add(message.header.sender)
 
     def take(self, message: Message) -> bool:
         """True where it is new, False for a duplicate of one that has arrived. Raises Refused."""
@@ -164,18 +181,14 @@ class Gathering:
         if self.journal is not None:
             self.journal.append(message)
         self.arrived[message.header.sender] = message
+        self.declined.discard(message.header.sender)
         return True
 
     def _check(self, message: Message) -> None:
+        self._asked(message)
         head = message.header
-        if head.sender not in self.senders:
-            raise Refused("unknown", f"{head.sender!r} takes no part in this")
         if head.kind != self.kind:
             raise Refused("kind", f"{head.sender} sent {head.kind!r} where {self.kind!r} is waited for")
-        if head.run != self.run:
-            raise Refused("contract", f"{head.sender} is under contract {head.run[:12]}, this is {self.run[:12]}")
-        if head.round != self.round:
-            raise Refused("round", f"{head.sender} sent for round {head.round}, this is round {self.round}")
         if head.base.weights != self.base.weights:
             raise Refused(
                 "base", f"{head.sender} tuned {head.base.weights[:12]}, the contract's is {self.base.weights[:12]}"
@@ -183,6 +196,15 @@ class Gathering:
         if head.base.tokenizer != self.base.tokenizer:
             raise Refused("tokenizer", f"{head.sender} has another tokenizer or template than the contract's")
         self.accept(message)
+
+    def _asked(self, message: Message) -> None:
+        head = message.header
+        if head.sender not in self.senders:
+            raise Refused("unknown", f"{head.sender!r} takes no part in this")
+        if head.run != self.run:
+            raise Refused("contract", f"{head.sender} is under contract {head.run[:12]}, this is {self.run[:12]}")
+        if head.round != self.round:
+            raise Refused("round", f"{head.sender} sent for round {head.round}, this is round {self.round}")
 
 
 def refusal(error: Refused, message: Message, sender: str, base: Fingerprint) -> Sent:

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,18 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from luthier.collaboration.arriving import left
-from luthier.collaboration.base import Disclosure, Sent, Tick
+from luthier.collaboration.base import Sent, Tick
 from luthier.collaboration.folder import LIMIT, Place
+from luthier.collaboration.messages import Message as Envelope
 from luthier.collaboration.messages import Refused, decode
+from luthier.collaboration.network import Client
 from luthier.collaboration.rounds import RoundServer
+from luthier.collaboration.sending import HeldBack, Look, prepared, send
+from luthier.errors import LuthierError
+from luthier.training.checkpoint import write_text
 
 RECORD = "luthier"
+SENT = "sent"  # folder of a client's messages and audits, by name and round
 PATIENCE = 0.2  # seconds between looks for answers
 
 server = ServerApp()
@@ -40,55 +46,89 @@ def _serve(grid: Grid, context: Context) -> None:
     place = Place(Path(str(config["folder"])))
     clients = str(config["clients"]).split(",")
     party = place.protocol.server(place.contract, clients, place.journal(), place)
-    serve(party, grid, clients, float(config["patience"]), lambda text: print(text, flush=True))
+    try:
+        serve(party, grid, clients, float(config["patience"]), _said)
+    except LuthierError as error:
+        _said(f"ended   {error}")
+        return
     left(place, party, Path(str(config["output"])))
 
 
+class Line:
+    """flwr's nodes: which client sits at which, and what was asked. A client that is killed and joins again comes as a new one.
+
+    nodes  client -> flwr's number of its node
+    asked  flwr's number of a message -> client, or None where a node was asked who it is
+    """
+
+    def __init__(self, grid: Grid, clients: list[str]) -> None:
+        self.grid, self.clients = grid, clients
+        self.nodes: dict[str, int] = {}
+        self.asked: dict[str, str | None] = {}
+        self._seen: set[int] = set()
+
+    def look(self) -> None:
+        """Ask nodes that are new who they are."""
+        new = sorted(set(self.grid.get_node_ids()) - self._seen)
+        self._seen |= set(new)
+        if new:
+            self.asked |= dict.fromkeys(self.grid.push_messages([_message(b"", n) for n in new]))
+
+    def send(self, sent: list[Sent]) -> None:
+        """To those that are there."""
+        here = [s for s in sent if s.to in self.nodes]
+        if not here:
+            return
+        numbers = self.grid.push_messages([_message(s.message.encode(), self.nodes[s.to]) for s in here])
+        # A refusal wants no answer, but flwr gives every message one.
+        self.asked |= {n: s.to for n, s in zip(numbers, here, strict=True) if s.message.header.kind == "state"}
+
+    def answers(self) -> Iterator[tuple[str | None, Message]]:
+        """(client, what came back), client None for a node's name."""
+        for reply in self.grid.pull_messages(list(self.asked)):
+            yield self.asked.pop(reply.metadata.reply_to_message_id), reply
+
+    def named(self, reply: Message) -> str | None:
+        """The client that says so; None for one that takes no part."""
+        name = str(reply.content[RECORD]["name"])
+        if name not in self.clients:
+            return None
+        self.nodes[name] = reply.metadata.src_node_id
+        return name
+
+
 def serve(party: RoundServer, grid: Grid, clients: list[str], patience: float, say: Callable[[str], None]) -> None:
-    """Rounds until the last is closed.
+    """Rounds until the last is closed. Raises LuthierError where nobody will send.
 
     patience  seconds that a round waits for whoever has not answered; then those that have count
     """
-    nodes = _nodes(grid, clients, patience, say)
-    waiting, began = party.begin(), time.monotonic()
-    asked: dict[str, str] = {}  # flwr's number of a message -> client
+    line, began, round = Line(grid, clients), time.monotonic(), party.round
     while not party.finished:
-        asked |= _pushed(grid, [s for s in waiting if s.to in nodes], nodes)
-        waiting, round = [], party.round
-        for reply in grid.pull_messages(list(asked)):
-            name = asked.pop(reply.metadata.reply_to_message_id)
+        line.look()
+        for name, reply in line.answers():
             if reply.has_error():
-                say(f"lost    {name}: {reply.error.reason}")
-                continue
-            waiting += _taken(party, name, bytes(reply.content[RECORD]["bytes"]), say)  # type: ignore[arg-type]
+                say(f"lost    {name or 'a node'}: {reply.error.reason}")
+            elif name is not None:
+                line.send(_taken(party, name, bytes(reply.content[RECORD]["bytes"]), say))  # type: ignore[arg-type]
+            elif (new := line.named(reply)) is not None:
+                say(f"joined  {new}")
+                line.send(party.back(new))
         if party.round == round and time.monotonic() - began > patience:
-            say(f"round   {round}: time is up; {', '.join(sorted(party.gathering.missing))} did not answer")
-            waiting += party.handle(Tick())
+            say(f"round   {round}: time is up; {_late(party)}")
+            line.send(party.handle(Tick()))
             began = time.monotonic()
         if party.round != round:
-            say(f"round   {round} of {party.rounds} is closed")
-            began = time.monotonic()
+            say(f"round   {party.round} of {party.rounds} is closed")
+            began, round = time.monotonic(), party.round
         time.sleep(PATIENCE)
-    results = [s for s in party.results() if s.to in nodes]
-    for _ in grid.send_and_receive(_wrapped(results, nodes), timeout=patience):
+    results = [s for s in party.results() if s.to in line.nodes]
+    for _ in grid.send_and_receive([_message(s.message.encode(), line.nodes[s.to]) for s in results], timeout=patience):
         pass
 
 
-def _nodes(grid: Grid, clients: list[str], patience: float, say: Callable[[str], None]) -> dict[str, int]:
-    """Client -> flwr's number of its node; those that are there when time is up."""
-    known: dict[str, int] = {}
-    began = time.monotonic()
-    while len(known) < len(clients) and time.monotonic() - began < patience:
-        new = [n for n in grid.get_node_ids() if n not in known.values()]
-        asks = [_message(b"", n) for n in new]
-        for reply in grid.send_and_receive(asks, timeout=patience) if asks else []:
-            if not reply.has_error():
-                name = str(reply.content[RECORD]["name"])
-                if name in clients:
-                    known[name] = reply.metadata.src_node_id
-                    say(f"joined  {name}")
-        time.sleep(PATIENCE)
-    return known
+def _late(party: RoundServer) -> str:
+    missing = ", ".join(sorted(party.gathering.missing))
+    return f"{missing} did not answer" + ("" if party.gathering.arrived else ", nor did anybody; it goes on waiting")
 
 
 def _taken(party: RoundServer, name: str, data: bytes, say: Callable[[str], None]) -> list[Sent]:
@@ -100,21 +140,13 @@ def _taken(party: RoundServer, name: str, data: bytes, say: Callable[[str], None
     except Refused as error:
         say(f"refused {name}: {error}")
         return []
+    if message.header.kind == "refusal":
+        say(f"without {name}: {message.header.notes.get('says', 'it does not say why')}")
     answers = party.handle(message)
     for sent in answers:
         if sent.message.header.kind == "refusal":
             say(f"refused {sent.to}: {sent.message.header.notes['says']}")
     return answers
-
-
-def _pushed(grid: Grid, sent: list[Sent], nodes: Mapping[str, int]) -> dict[str, str]:
-    numbers = list(grid.push_messages(_wrapped(sent, nodes))) if sent else []
-    # A refusal wants no answer, but flwr gives every message one.
-    return {number: s.to for number, s in zip(numbers, sent, strict=True) if s.message.header.kind == "state"}
-
-
-def _wrapped(sent: list[Sent], nodes: Mapping[str, int]) -> list[Message]:
-    return [_message(s.message.encode(), nodes[s.to]) for s in sent]
 
 
 def _message(data: bytes, node: int) -> Message:
@@ -130,33 +162,57 @@ def _answer(message: Message, context: Context) -> Message:
     name, data = str(config["name"]), bytes(message.content[RECORD]["bytes"])  # type: ignore[arg-type]
     if not data:
         return _reply(message, name=name)
-    found = answered(Path(str(config["folder"])), name, str(config["data"]), data)
-    return _reply(message, bytes=found)
+    asked = Client.from_config(config)
+    return _reply(message, bytes=answered(Path(str(config["folder"])), asked, data))
 
 
 def _reply(message: Message, **values: Any) -> Message:
     return Message(RecordDict({RECORD: ConfigRecord(values)}), reply_to=message)
 
 
-def answered(folder: Path, name: str, data: str, received: bytes) -> bytes:
-    """What a client says to a server's bytes; every answer is written to sent.jsonl first: what leaves, to whom, how much."""
-    place = Place(folder)
-    message = decode(received, LIMIT)
+def answered(folder: Path, who: Client, received: bytes) -> bytes:
+    """What a client says to a server's bytes: audited first, and noted in sent.jsonl, before it leaves.
+
+    A round is answered once: asked again, the very same bytes go. Tuning anew would cost a promise twice.
+    """
+    place, message = Place(folder), decode(received, LIMIT)
     if message.header.kind == "result":
-        (folder / f"{name}.result").write_bytes(received)
+        (folder / f"{who.name}.result").write_bytes(received)
     if message.header.kind != "state":
         return b""
-    rows = place.rendered(place.rows(data, Path()))
-    party = place.protocol.client(name, place.contract, place.first, rows)
-    (sent,) = party.handle(message)
-    _note(folder, party.disclosure(sent), sent)
-    return sent.message.encode()
-
-
-def _note(folder: Path, disclosure: Disclosure, sent: Sent) -> None:
-    entry = {**disclosure._asdict(), "round": sent.message.header.round, "digest": sent.message.digest}
+    stem = f"{who.name}-{message.header.round}"
+    kept = folder / SENT / f"{stem}.message"
+    if not kept.exists():
+        try:
+            _prepare(place, who, message, stem)
+        except HeldBack as error:
+            write_text(folder / f"{who.name}.held-back", str(error))
+            return _declined(who.name, message).encode()
+    data = kept.read_bytes()
+    note = json.loads(kept.with_suffix(".audit.json").read_text(encoding="utf-8"))
+    entry = {**note["disclosure"], "round": message.header.round, "digest": decode(data, LIMIT).digest}
     with (folder / "sent.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
+    return data
+
+
+def _prepare(place: Place, who: Client, state: Envelope, stem: str) -> None:
+    rows = place.rendered(place.rows(who.data, Path()))
+    held = place.rendered(place.rows(who.held, Path())) if who.held else []
+    audited = prepared(place, who.name, rows, Look(held, who.canaries, who.others), state, _said)
+    _said(f"audit   round {state.header.round}: {audited.verdict.outcome}; {place.path / SENT / f'{stem}.html'}")
+    send(audited, place.path / SENT, who.send_anyway, stem)
+
+
+def _declined(name: str, state: Envelope) -> Envelope:
+    """Says no more than that: what an audit found is the client's own."""
+    head = state.header
+    notes = {"name": "held-back", "says": "its audit does not let the message go"}
+    return Envelope.of("refusal", head.run, name, head.base, {}, round=head.round, notes=notes)
+
+
+def _said(text: str) -> None:
+    print(text, flush=True)
 
 
 # --- flwr's own processes ---

@@ -262,6 +262,9 @@ class Organisation(Member):
         tensors, notes = {"update": vectors[-1]}, {"rows": len(self.rows)}
         return Message.of("update", c.digest, self.name, c.small.base, tensors, notes=notes)
 
+    def moved(self, message: Message) -> Update:
+        return start_of(self.view, self.contract.tuner).update(message.tensors()["update"])
+
     def disclosure(self, out: Sent) -> Disclosure:
         return Disclosure(
             f"how tuning on the rows of {self.name} moved the small model, and its number of rows", out.to,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Mapping
 from typing import Literal
@@ -18,6 +19,7 @@ from luthier.model.fingerprint import Fingerprint
 
 MAGIC = b"LUTHIER\x01"  # the last byte is the version
 HEADER_LIMIT = 64 * 1024  # bytes
+NAME = r"^\w[\w .-]{0,63}$"  # of a party: names of folders are made of it
 Kind = Literal["update", "scalars", "state", "result", "refusal"]
 
 
@@ -29,6 +31,14 @@ class Refused(LuthierError):
         super().__init__(f"{name}: {what}")
 
 
+def refuse_name(name: str) -> None:
+    """Raises LuthierError for what cannot be a party's name."""
+    if re.match(NAME, name) is None:
+        raise LuthierError(
+            f"{name!r} is no name for a party: take letters, digits, '_', '-', '.' and spaces, 64 at most"
+        )
+
+
 class Header(BaseModel, frozen=True, extra="forbid"):
     """What a message says of itself."""
 
@@ -36,7 +46,7 @@ class Header(BaseModel, frozen=True, extra="forbid"):
     run: str
     """Digest of the contract it was made under."""
     round: int = Field(0, ge=0)
-    sender: str
+    sender: str = Field(pattern=NAME)
     nonce: str
     """Drawn anew for each message: the same nonce twice is a duplicate or a replay."""
     base: Fingerprint

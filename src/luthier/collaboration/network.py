@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,32 @@ class Address(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
+
+
+class Client(NamedTuple):
+    """Who joins, with which rows, and how closely it looks at what it would send (see `collaboration.sending.Look`)."""
+
+    name: str
+    data: str
+    held: str | None = None
+    canaries: int = 100
+    others: int = 100
+    send_anyway: bool = False
+
+    def to_config(self) -> dict[str, str | int | bool]:
+        """For flwr's node, whose working folder is another."""
+        files = {k: str(Path(v).resolve()) for k, v in (("data", self.data), ("held", self.held)) if v is not None}
+        return {
+            "name": self.name,
+            "canaries": self.canaries,
+            "others": self.others,
+            "send_anyway": self.send_anyway,
+            **files,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Client:
+        return cls(**{k: config[k] for k in cls._fields if k in config})
 
 
 def address(text: str, certificates: Path | None, insecure: bool) -> Address:
@@ -72,16 +98,25 @@ def serve(folder: Path, clients: Sequence[str], at: Address, patience: float, ou
         _listening(at, superlink, home / "superlink.log")
         say(f"serve   {at}: waiting for {', '.join(clients)}")
         run = running.enter_context(_process(["flwr", "run", str(home), "here", "--stream"], home, "run.log"))
-        _told(run, home / "run.log", say)
+        told = Tail(home / "run.log", say)
+        while run.poll() is None:
+            told.read()
+            time.sleep(0.3)
+        told.read()
+    if told.ended:
+        raise LuthierError(told.ended)
     if not (output / "report.html").exists():
         raise LuthierError(f"the run ended without a result; see {home / 'run.log'}")
 
 
-def join(folder: Path, name: str, data: str, at: Address, say: Say) -> Path:
-    """Answer a server until it has given a result; returns the result's file."""
-    result, home = folder / f"{name}.result", folder / f"flwr-{name}"
+def join(folder: Path, client: Client, at: Address, say: Say) -> Path:
+    """Answer a server until it has given a result; returns the result's file. Raises LuthierError where an audit held a
+    message back."""
+    name = client.name
+    result, held, home = folder / f"{name}.result", folder / f"{name}.held-back", folder / f"flwr-{name}"
     home.mkdir(exist_ok=True)
-    config = {"name": name, "folder": str(folder.resolve()), "data": str(Path(data).resolve())}
+    held.unlink(missing_ok=True)
+    config = {"folder": str(folder.resolve()), **client.to_config()}
     words = " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())
     command = [
         "flower-supernode", "--superlink", str(at), "--port", str(_free_port()), "--node-config", words, *_client_side(at),
@@ -89,11 +124,18 @@ def join(folder: Path, name: str, data: str, at: Address, say: Say) -> Path:
     began = result.stat().st_mtime_ns if result.exists() else 0
     with _process(command, home, "supernode.log") as node:
         say(f"join    {at} as {name}; rows stay here, what leaves is written to {folder / 'sent.jsonl'}")
-        while not result.exists() or result.stat().st_mtime_ns == began:
+        if kept := sorted(folder.glob(f"sent/{name}-*.message")):
+            say(f"again   rounds that were answered before get the same answer: {', '.join(map(str, kept))}")
+        told = Tail(home / "supernode.log", say)
+        while not held.exists() and (not result.exists() or result.stat().st_mtime_ns == began):
             if node.poll() is not None:
                 raise LuthierError(f"flwr's node ended with {node.returncode}; see {home / 'supernode.log'}")
+            told.read()
             time.sleep(0.5)
         time.sleep(2.0)  # until flwr has said that it arrived
+        told.read()
+    if held.exists():
+        raise LuthierError(held.read_text(encoding="utf-8"))
     return result
 
 
@@ -159,19 +201,24 @@ def _listening(at: Address, process: subprocess.Popen[bytes], log: Path) -> None
     raise LuthierError(f"{at}: flwr's server did not listen within {STARTING:.0f} s; see {log}")
 
 
-def _told(process: subprocess.Popen[bytes], log: Path, say: Say) -> None:
-    """Pass on what our server says, until the run ends."""
-    seen = 0
-    while True:
-        ended = process.poll() is not None
-        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        for line in lines[seen:]:
-            if line.startswith(("joined ", "round ", "refused ", "lost ")):
-                say(line)
-        seen = len(lines)
-        if ended:
-            return
-        time.sleep(0.3)
+class Tail:
+    """Passes on what our parties say, out of flwr's log. `ended` is why there will be no result."""
+
+    TOLD = ("joined ", "round ", "refused ", "lost ", "without ", "tune ", "audit ")
+
+    def __init__(self, log: Path, say: Say) -> None:
+        self.log, self.say, self.seen, self.ended = log, say, 0, ""
+
+    def read(self) -> None:
+        """What is new, in whole lines."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        for line in lines[self.seen :]:
+            if line.startswith(self.TOLD):
+                self.say(line)
+            if line.startswith("ended "):
+                self.ended = line.removeprefix("ended ").strip()
+        self.seen = len(lines)
 
 
 def _free_port() -> int:

@@ -155,7 +155,7 @@ class AverageClient(Member):
         self.contract, self.view, self.rows = contract, view, rows
 
     def answer(self, state: Message) -> list[Sent]:
-        start, _ = unpacked(state).to("dense")  # into the weights, so that a tuner can add its own beside them
+        start, _ = self.start(state).to("dense")  # into the weights, so that a tuner can add its own beside them
         with start.bind(self.view):
             update, loss = alone(self.contract, self.view, self.rows)
         c = self.contract
@@ -166,6 +166,12 @@ class AverageClient(Member):
             "update", c.digest, self.name, c.base, packed(update), round=state.header.round, notes=notes
         )
         return [Sent(SERVER, message)]
+
+    def start(self, state: Message) -> Update:
+        return unpacked(state)
+
+    def moved(self, message: Message) -> Update:
+        return unpacked(message)
 
     def disclosure(self, out: Sent) -> Disclosure:
         return Disclosure(
@@ -180,7 +186,7 @@ def alone(contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> tu
     Under a promise the loss is kept back: it is no part of what is accounted for."""
     steps, settings = Loop.length(rows, contract.settings), contract.settings
     if contract.privacy is not None:
-        made = plan(contract.privacy, len(rows), settings.batch_size, steps)
+        made = plan(contract.privacy, len(rows), settings.batch_size, steps, contract.protocol.rounds)
         return PrivateRun(view, rows, contract.tuner, settings, made).finish(), None
     trainable = contract.tuner.attach(view, None, steps)
     try:

@@ -51,29 +51,26 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     rate: float
     """Chance of each row to be in a step: batch size over rows."""
     steps: int
+    """Of one run."""
+    rounds: int = 1
+    """Runs on the same rows that the promise covers together."""
     noise: float
     """Deviation of the noise on a sum of gradients, in units of the clip."""
     spent: float
     """Epsilon by accounting."""
 
 
-def plan(privacy: Privacy, rows: int, batch_size: int, steps: int) -> Plan:
-    """The least noise that keeps the promise. Raises LuthierError for a promise that means nothing."""
+def plan(privacy: Privacy, rows: int, batch_size: int, steps: int, rounds: int = 1) -> Plan:
+    """The least noise that keeps the promise over all rounds together. Raises LuthierError for one that means nothing."""
     if privacy.delta >= 1 / rows:
         raise LuthierError(
             f"privacy.delta: {privacy.delta:g} with {rows} rows would allow giving one of them away; "
             f"set it below {1 / rows:.2g}"
         )
     rate = min(1.0, batch_size / rows)
-    noise = noise_for(privacy.epsilon, privacy.delta, rate, steps)
-    return Plan(
-        privacy=privacy,
-        rows=rows,
-        rate=rate,
-        steps=steps,
-        noise=noise,
-        spent=epsilon_of(noise, privacy.delta, rate, steps),
-    )
+    noise = noise_for(privacy.epsilon, privacy.delta, rate, rounds * steps)
+    spent = epsilon_of(noise, privacy.delta, rate, rounds * steps)
+    return Plan(privacy=privacy, rows=rows, rate=rate, steps=steps, rounds=rounds, noise=noise, spent=spent)
 
 
 @cache

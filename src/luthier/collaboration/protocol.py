@@ -52,3 +52,7 @@ class Collaboration(Method):
     def client(self, name: str, contract: Any, view: ModelView, rows: Sequence[Any]) -> Member:
         """A party with rows of its own."""
         raise NotImplementedError
+
+    def beginning(self, contract: Any) -> dict[str, Tensor]:
+        """Tensors of the first state that clients start from."""
+        return {}

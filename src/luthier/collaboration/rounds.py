@@ -8,6 +8,7 @@ from typing import Any
 from luthier.collaboration.base import Gathering, Sent, Tick, refusal
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Kind, Message, Refused
+from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
 from luthier.rng import Streams
 from luthier.update import Update
@@ -86,16 +87,35 @@ class RoundServer:
         return [Sent(name, self._state("state")) for name in self.chosen(self.round) if name in self.gathering.missing]
 
     def handle(self, event: Message | Tick) -> list[Sent]:
-        """A client's message, or the end of a round's time: then whoever has arrived counts."""
+        """A client's message, or the end of a round's time: then whoever has arrived counts.
+
+        Raises LuthierError where everybody declined: there is nothing to close the round with.
+        """
         if isinstance(event, Tick):
             return self._close() if self.gathering.arrived and not self.finished else []
         try:
             if self.finished:
                 raise Refused("round", f"{event.header.sender} sent for round {event.header.round}, all are closed")
-            self.gathering.take(event)
+            if event.header.kind == "refusal":
+                self.gathering.decline(event)
+            else:
+                self.gathering.take(event)
         except Refused as error:
             return [refusal(error, event, self.name, self.base)]
-        return [] if self.gathering.missing else self._close()
+        if self.gathering.missing:
+            return []
+        if not self.gathering.arrived:
+            raise LuthierError(
+                f"round {self.round}: {', '.join(sorted(self.gathering.declined))} will not send anything"
+            )
+        return self._close()
+
+    def back(self, client: str) -> list[Sent]:
+        """What a client that comes, or comes again, waits for."""
+        if self.finished:
+            return [s for s in self.results() if s.to == client]
+        self.gathering.declined.discard(client)
+        return [Sent(client, self._state("state"))] if client in self.gathering.missing else []
 
     def results(self) -> list[Sent]:
         """What all clients get at the end."""

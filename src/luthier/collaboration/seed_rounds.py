@@ -88,6 +88,9 @@ class SeedRounds(Collaboration):
     def client(self, name: str, contract: SeedContract, view: ModelView, rows: Sequence[Any]) -> SeedClient:
         return SeedClient(name, contract, view, rows)
 
+    def beginning(self, contract: SeedContract) -> dict[str, Tensor]:
+        return SeedServer(contract, [SERVER]).state()
+
 
 class SeedContract(Agreement, frozen=True, extra="forbid"):
     """What all parties of a federation agree on."""
@@ -163,9 +166,8 @@ class SeedServer(RoundServer):
         weight = shares({name: rows_of(m) for name, m in arrived.items()})
         for name, message in arrived.items():
             tensors = message.tensors()
-            index, value = tensors["index"].to(torch.int64), tensors["scalar"].double()
-            self.scalars.index_add_(0, index, value, alpha=weight[name])
-            for j, g in zip(index.tolist(), value.tolist(), strict=True):
+            self.scalars += weight[name] * added(tensors, len(self.scalars))
+            for j, g in zip(tensors["index"].tolist(), tensors["scalar"].tolist(), strict=True):
                 self.history[j].append(g)
 
     def state(self) -> dict[str, Tensor]:
@@ -187,6 +189,13 @@ class SeedClient(Member):
     def answer(self, state: Message) -> list[Sent]:
         tensors = state.tensors()
         return [Sent(SERVER, self._trained(state.header.round, tensors["scalars"], tensors.get("probabilities")))]
+
+    def start(self, state: Message) -> Update:
+        return update_of(self.contract, state.tensors()["scalars"])
+
+    def moved(self, message: Message) -> Update:
+        tensors = message.tensors()
+        return update_of(self.contract, added(tensors, self.contract.tuner.num_seeds).float())
 
     def disclosure(self, out: Sent) -> Disclosure:
         steps = out.message.header.notes["steps"]
@@ -222,6 +231,12 @@ class SeedClient(Member):
         return Message.of(
             "scalars", c.digest, self.name, c.base, {"index": index, "scalar": value}, round=round, notes=notes
         )
+
+
+def added(tensors: Mapping[str, Tensor], num_seeds: int) -> Tensor:
+    """[K] float64: a client's numbers, by seed."""
+    out = torch.zeros(num_seeds, dtype=torch.float64)
+    return out.index_add_(0, tensors["index"].to(torch.int64), tensors["scalar"].double())
 
 
 def update_of(contract: SeedContract, scalars: Tensor) -> Update:

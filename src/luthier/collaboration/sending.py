@@ -21,7 +21,6 @@ from luthier.collaboration.folder import Place
 from luthier.collaboration.messages import Message
 from luthier.collaboration.packing import factor_deltas, unpack
 from luthier.collaboration.rounds import SERVER
-from luthier.collaboration.wire import unpacked
 from luthier.errors import LuthierError
 from luthier.model.view import ModelView
 from luthier.report.audit import write_audit
@@ -36,6 +35,27 @@ OTHERS = 100  # made-up secrets for each canary: 6.7 bits of exposure at most, m
 Payloads = Sequence[tuple[Mapping[str, Tensor], Sequence[int]]]  # of public rows, with their tokens
 
 
+class HeldBack(LuthierError):
+    """A message whose audit failed: it is not written, and not sent."""
+
+
+class Look(NamedTuple):
+    """How closely a client looks at what it would send.
+
+    held      rows of the same sort that are not tuned on; empty leaves membership out
+    canaries  made-up records tuned on beside the rows, to see what is remembered of single ones; 0 leaves that out
+    others    made-up secrets that each canary is ranked among
+    public    payloads of public rows by the same recipe: without them only exact leaks of tokens are seen
+    limits    of the gate
+    """
+
+    held: Sequence[Any] = ()
+    canaries: int = 100
+    others: int = OTHERS
+    public: Payloads = ()
+    limits: Limits = LIMITS
+
+
 class Audited(NamedTuple):
     """A message that is ready, and what it would give away."""
 
@@ -48,67 +68,60 @@ class Audited(NamedTuple):
 
 
 def prepared(
-    place: Place, name: str, rows: Sequence[Any], held: Sequence[Any], num_canaries: int = 100, say: Say = lambda _: None,
-    limits: Limits = LIMITS, public: Payloads = (), others: int = OTHERS,
+    place: Place, name: str, rows: Sequence[Any], look: Look = Look(), state: Message | None = None,  # noqa: B008
+    say: Say = lambda _: None,
 ) -> Audited:  # fmt: skip
     """Tune under the contract and audit what would be sent.
 
-    held          rows of the same sort that are not tuned on; empty leaves membership out
-    num_canaries  made-up records tuned on beside the rows, to see what is remembered of single ones; 0 leaves that out
-    public        payloads of public rows by the same recipe: without them only exact leaks of tokens are seen
-    others        made-up secrets that each canary is ranked among
+    state  what a server sent; None: the first state of a protocol
     """
-    streams = Streams(place.contract.settings.seed)
-    known, controls = canaries(num_canaries, streams) if num_canaries else ([], [])
-    everything = [*rows, *planted_rows(known, place.renderer)]
-    party = place.protocol.client(name, place.contract, place.first, everything)
+    streams, contract = Streams(place.contract.settings.seed), place.contract
+    known, controls = canaries(look.canaries, streams) if look.canaries else ([], [])
+    party = place.protocol.client(name, contract, place.first, [*rows, *planted_rows(known, place.renderer)])
+    if state is None:
+        state = Message.of(
+            "state", contract.digest, SERVER, place.first.base, place.protocol.beginning(contract)
+        )  # fmt: skip
     say(f"tune    {len(rows)} rows and {len(known)} canaries" + _promise(place))
-    base = place.first.base
-    (sent,) = party.answer(Message.of("state", place.contract.digest, SERVER, base, {}))
-    disclosure = party.disclosure(sent)
-    update = update_of(place, sent.message)
+    (sent,) = party.handle(state)
+    disclosure, update = party.disclosure(sent), party.moved(sent.message)
     say(
-        f"audit   tokens, {2 * len(known)} canaries among {others} made-up secrets each, "
-        f"membership of {len(rows) + len(held)} rows"
+        f"audit   tokens, {2 * len(known)} canaries among {look.others} made-up secrets each, "
+        f"membership of {len(rows) + len(look.held)} rows"
     )
-    tokens, untold = _tokens(place, update, rows, public)
-    leaks = Leaks(
-        tokens,
-        _memory(place, update, known, controls, others) if known else None,
-        _membership(place, update, rows, held) if len(held) else None,
-        untold,
-    )
-    epsilon = None if place.contract.privacy is None else place.contract.privacy.epsilon
-    verdict = judged(leaks, limits, epsilon)
+    start, _ = party.start(state).to("dense")
+    with start.bind(place.first):  # an observer knows where the client started
+        tokens, untold = _tokens(place, update, rows, look.public)
+        remembered = _memory(place, update, known, controls, look.others) if known else None
+        members = _membership(place, update, rows, look.held) if len(look.held) else None
+    leaks = Leaks(tokens, remembered, members, untold)
+    epsilon = None if contract.privacy is None else contract.privacy.epsilon
+    verdict = judged(leaks, look.limits, epsilon)
     return Audited(sent.message, disclosure, leaks, verdict, answers(disclosure, leaks, verdict, epsilon), update)
 
 
-def send(audited: Audited, folder: Path, anyway: bool = False) -> Path:
-    """Write NAME.message, with what was found beside it. Raises LuthierError where the gate is shut."""
-    name = audited.message.header.sender
+def send(audited: Audited, folder: Path, anyway: bool = False, stem: str | None = None) -> Path:
+    """Write STEM.message, with what was found beside it. Raises HeldBack where the gate is shut.
+
+    stem  of the files' names; None: the sender's name
+    """
+    stem = stem or audited.message.header.sender
     folder.mkdir(parents=True, exist_ok=True)
     found = {
         "disclosure": audited.disclosure._asdict(), "verdict": audited.verdict._asdict(),
         "answers": [a._asdict() for a in audited.answers],
     }  # fmt: skip
-    write_text(folder / f"{name}.audit.json", json.dumps(found, indent=1))
-    page = write_audit(folder / f"{name}.html", name, audited)
+    write_text(folder / f"{stem}.audit.json", json.dumps(found, indent=1))
+    page = write_audit(folder / f"{stem}.html", audited.message.header.sender, audited)
     if audited.verdict.outcome == "fail" and not anyway:
-        raise LuthierError(
-            f"{name}: not written, since {audited.verdict.failures[0]}; see {page}, or use --send-anyway to send it as it is"
+        raise HeldBack(
+            f"{stem}: not written, since {audited.verdict.failures[0]}; see {page}, or use --send-anyway to send it as it is"
         )
-    target = folder / f"{name}.message"
+    target = folder / f"{stem}.message"
     temporary = target.with_suffix(".part")
     temporary.write_bytes(audited.message.encode())
     temporary.rename(target)
     return target
-
-
-def update_of(place: Place, message: Message) -> Update:
-    """What a message would do to the model that was tuned."""
-    if isinstance(place.contract, Contract):
-        return start_of(place.first, place.contract.tuner).update(message.tensors()["update"])
-    return unpacked(message)
 
 
 def _promise(place: Place) -> str:

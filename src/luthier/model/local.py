@@ -85,16 +85,19 @@ def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str
 
 
 def schooled(
-    rows: Sequence[Mapping[str, Any]], shape: Shape, schooling: Schooling = SCHOOLING, say: Said = lambda entry: None
-) -> Path:
+    rows: Sequence[Mapping[str, Any]], shape: Shape, schooling: Schooling = SCHOOLING, say: Said = lambda entry: None,
+    tokenizer: Any = None,
+) -> Path:  # fmt: skip
     """The folder of a Llama that has read these rows; made once, kept in the cache.
 
+    tokenizer  of another model, that this one is to share; None: bytes
     It is small and has seen next to nothing: it stands for a model wherever a path is tested, and for no model's quality.
     """
-    folder = cache_folder() / "local" / key_of(list(rows), shape, schooling)
+    words = [] if tokenizer is None else [sorted(tokenizer.get_vocab().items())]
+    folder, s = cache_folder() / "local" / key_of(list(rows), shape, schooling, *words), schooling
     if folder.exists():
         return folder
-    tokenizer, s = byte_tokenizer(), schooling
+    tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
     with torch.random.fork_rng():
         torch.manual_seed(s.seed)
         model = LlamaForCausalLM(
@@ -119,8 +122,8 @@ def schooled(
     return folder
 
 
-def opened(folder: Path) -> ModelView:
-    """A model made here."""
+def opened(folder: Path | str) -> ModelView:
+    """A model by its folder or name, with its tokenizer."""
     located = locate(str(folder))
     return load_model(located, tokenizer=load_tokenizer(located))
 

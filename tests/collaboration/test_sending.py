@@ -1,0 +1,108 @@
+"""A client's work, as files and over a network alike: tuned from where the server says, audited, sent once or held back."""
+
+import json
+
+import pytest
+import torch
+
+from collaboration.test_commands import recipe
+from luthier.collaboration import sending
+from luthier.collaboration.audit.gate import Verdict
+from luthier.collaboration.demo import NAMES
+from luthier.collaboration.flower import answered
+from luthier.collaboration.folder import LIMIT, Place
+from luthier.collaboration.messages import Message, decode
+from luthier.collaboration.network import Client
+from luthier.collaboration.rounds import SERVER
+from luthier.collaboration.sending import Look, prepared
+from luthier.collaboration.wire import headers, packed
+from test_run import luthier
+
+
+@pytest.fixture(scope="module")
+def agreed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sending")
+    recipe(folder, collaborate={"one-shot": {"rounds": 2}})
+    done = luthier("collaborate", "contract", "r.yaml", "c", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def place(agreed, tmp_path):
+    (tmp_path / "contract.json").write_bytes((agreed / "c/contract.json").read_bytes())
+    return Place(tmp_path)
+
+
+def who(agreed, **more):
+    return Client(NAMES[0], str(agreed / f"{NAMES[0]}.jsonl"), canaries=0, **more)
+
+
+def state(place, round=0, update=None):
+    tensors, notes = (packed(update), {"parts": headers(update)}) if update is not None else ({}, {})
+    base = place.contract.base
+    return Message.of("state", place.contract.digest, SERVER, base, tensors, round=round, notes=notes)
+
+
+def notes(place):
+    return [json.loads(x) for x in (place.path / "sent.jsonl").read_text().splitlines()]
+
+
+def test_a_round_is_answered_once_and_every_sending_is_noted(agreed, place):
+    first = answered(place.path, who(agreed), state(place).encode())
+    again = answered(place.path, who(agreed), state(place).encode())
+    assert first == again, "tuned anew it would have another nonce, and cost a promise twice"
+    assert [n["round"] for n in notes(place)] == [0, 0] and len({n["digest"] for n in notes(place)}) == 1
+    other = answered(place.path, who(agreed), state(place, 1).encode())
+    assert other != first and decode(other, LIMIT).header.round == 1
+    assert (place.path / "sent" / f"{NAMES[0]}-1.html").exists()
+
+
+def test_what_an_audit_holds_back_is_not_sent_and_the_server_hears_no_reason(agreed, place, monkeypatch):
+    monkeypatch.setattr(sending, "judged", lambda *_: Verdict("fail", ["40% of the tokens can be read off a.x"], []))
+    said = decode(answered(place.path, who(agreed), state(place).encode()), LIMIT)
+    assert said.header.kind == "refusal" and said.tensors() == {} and "40%" not in json.dumps(said.header.notes)
+    assert "40% of the tokens" in (place.path / f"{NAMES[0]}.held-back").read_text()
+    assert not (place.path / "sent.jsonl").exists() and not list(place.path.glob("sent/*.message"))
+    anyway = decode(answered(place.path, who(agreed, send_anyway=True), state(place).encode()), LIMIT)
+    assert anyway.header.kind == "update" and len(notes(place)) == 1
+
+
+def test_a_later_round_is_audited_from_where_it_started(agreed, place):
+    rows = place.rendered(place.rows(str(agreed / f"{NAMES[0]}.jsonl"), place.path))
+    held = place.rendered(place.rows(str(agreed / f"{NAMES[0]}-held.jsonl"), place.path))
+    first = prepared(place, NAMES[0], rows, Look(held, 0))
+    later = prepared(place, NAMES[0], rows, Look(held, 0), state(place, 1, 40.0 * first.update))
+    alone = sending._membership(place, later.update, rows, held)
+    assert later.leaks.membership != alone, "an observer knows the start, so the audit begins there"
+    start, _ = (40.0 * first.update).to("dense")
+    with start.bind(place.first):
+        assert later.leaks.membership == sending._membership(place, later.update, rows, held)
+
+
+def test_what_seeds_say_is_audited_as_what_they_do(agreed, tmp_path):
+    recipe(
+        tmp_path, collaborate={"seed-rounds": {"rounds": 1}}, tuner={"fedkseed": {"num_seeds": 8}}, learning_rate=1e-4,
+        lr_scheduler_type="constant", warmup_fraction=0.0,
+    )  # fmt: skip
+    assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
+    place = Place(tmp_path / "c")
+    rows = place.rendered(place.rows(str(tmp_path / f"{NAMES[0]}.jsonl"), tmp_path))
+    audited = prepared(place, NAMES[0], rows, Look((), 0))
+    sent = audited.message.tensors()
+    (part,) = audited.update.parts
+    assert len(part.tensors()) and set(sent) == {"index", "scalar"}
+    moved = audited.update.to("dense")[0].parts[0].tensors()
+    assert sum(float(t.double().pow(2).sum()) for t in moved.values()) > 0
+    assert torch.isfinite(sent["scalar"]).all() and "tokens were not looked for" in audited.verdict.gaps[0]
+
+
+def test_files_carry_one_round(agreed):
+    done = luthier("collaborate", "tune", "c", f"{NAMES[0]}.jsonl", "--name", "x", cwd=agreed)
+    assert done.returncode == 2 and "asks for several rounds" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65])
+def test_a_name_that_is_a_path_is_refused(agreed, name):
+    done = luthier("collaborate", "tune", "c", f"{NAMES[0]}.jsonl", "--name", name, cwd=agreed)
+    assert done.returncode == 2 and "is no name for a party" in done.stderr
