@@ -170,7 +170,7 @@ def test_one_shot_by_files(agreed, tmp_path):
             ("tune", "c", "clinic.jsonl", "--name", "x", "--model", "middle=x"),
             "--model middle: the contract's models are",
         ),
-        (("tune", "c", "clinic.jsonl", "--name", "x", "--model", "small"), "write role=path"),
+        (("tune", "c", "clinic.jsonl", "--name", "x", "--model", "small"), "write name=path"),
         (("translate", "c", "missing.message"), "missing.message: No such file"),
     ],
 )

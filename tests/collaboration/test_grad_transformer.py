@@ -7,7 +7,7 @@ import torch
 
 from luthier.collaboration.base import Tick, in_process
 from luthier.collaboration.contract import Contract, start_of
-from luthier.collaboration.grad_transformer import GradTransformer, Organisation, Provider
+from luthier.collaboration.grad_transformer import GradTransformer, Organisation, Provider, shadow
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.shadows import tuned
@@ -52,6 +52,15 @@ def many(seed):
 @pytest.fixture(scope="module")
 def world():
     return World()
+
+
+def test_the_large_model_may_have_a_rate_of_its_own(world):
+    views, rows = [world.small, world.large], many(5)
+    other = GradTransformer(large_learning_rate=2e-3).agree(views, LORA, SETTINGS)
+    one, two = (shadow(c, views, rows, 0) for c in (world.contract, other))
+    assert torch.equal(one["x"], two["x"]) and not torch.equal(one["y"], two["y"])
+    alone = tuned(world.large, rows, LORA, SETTINGS.model_copy(update={"learning_rate": 2e-3, "seed": 1}))
+    assert torch.equal(two["y"], alone) and other.digest != world.contract.digest
 
 
 def carried(provider, parties, heard=lambda sent, disclosure: None):

@@ -1,5 +1,7 @@
 """one-shot's parties: one round and several, kills, refusals, what leaves."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -14,7 +16,7 @@ from luthier.collaboration.one_shot import (
     OneShot,
     alone,
 )
-from luthier.collaboration.wire import headers, packed
+from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
 from luthier.training.settings import TrainSettings
@@ -129,6 +131,22 @@ def changed(agreed, **tensors):
     names = agreed.moves["dense"]
     values = {n: torch.zeros(agreed.shapes[n]) for n in names}
     return Update(agreed.base, (Dense(values | tensors),))
+
+
+def test_arrivals_one_by_one_come_to_the_same_mean_whatever_their_order():
+    agreed = contract(weights="rows")
+    sent = {c.name: c.handle(AverageServer(agreed, NAMES).begin()[0].message)[0].message for c in clients(agreed)}
+    seen = []
+    for order in itertools.permutations(NAMES):
+        server = AverageServer(agreed, NAMES)
+        assert server.so_far() is None
+        for i, name in enumerate(order):
+            server.handle(sent[name])
+            here = {n: unpacked(sent[n]) for n in order[: i + 1]}
+            rows = {n: sent[n].header.notes["rows"] for n in here}
+            assert gap(server.so_far(), averaged(here, rows)) < 1e-6, "the mean of those that are there"
+        seen.append(server.so_far().digest())
+    assert len(set(seen)) == 1 and seen[0] == server.update.digest()
 
 
 def test_a_round_ends_without_those_that_decline_and_not_with_none():

@@ -33,13 +33,31 @@ def _say(text: str) -> None:
 def _place(folder: Path, models: list[str] | None = None) -> Any:
     from luthier.collaboration.folder import Place
 
-    named = {}
-    for item in models or []:
-        role, equals, path = item.partition("=")
+    return Place(folder, _named(models or [], "--model", "small=./tiny"))
+
+
+def _named(items: list[str], what: str, instance: str) -> dict[str, str]:
+    """Raises LuthierError for words that are not name=path, or a name given twice."""
+    named: dict[str, str] = {}
+    for item in items:
+        name, equals, path = item.partition("=")
         if not equals:
-            raise LuthierError(f"--model {item!r}: write role=path, small=./tiny for instance")
-        named[role] = path
-    return Place(folder, named)
+            raise LuthierError(f"{what} {item!r}: write name=path, {instance} for instance")
+        if name in named:
+            raise LuthierError(f"{what} {item!r}: {name} is given twice")
+        named[name] = path
+    return named
+
+
+def _table(found: dict[str, Any]) -> None:
+    """Of a simulation."""
+    from luthier.report.simulation import lead, mean
+
+    names = list(found["losses"]["alone"])
+    print(f"{'':10}" + "".join(f"{n[:12]:>14}" for n in names) + f"{'mean':>14}")
+    for model, by in found["losses"].items():
+        print(f"{model:10}" + "".join(f"{x:14.4f}" for x in by.values()) + f"{mean(by):14.4f}")
+    print(lead(found))
 
 
 @app.command()
@@ -163,6 +181,29 @@ def join(
             place.rows(file, Path())
     client = Client(name, data, held, canaries, others, send_anyway)
     print(joined(folder, client, address(server, certificates, insecure), _say))
+
+
+@app.command()
+def simulate(
+    folder: Folder, clients: Annotated[list[str], typer.Argument(help="name=rows of each: clinic=clinic.jsonl")],
+    held: Annotated[float, typer.Option(min=0, max=1, help="Share of each one's rows to judge by.")] = 0.2,
+    output: Annotated[Path, typer.Option(help="A folder; what is finished in it is not made again.")] = Path("simulated"),
+    models: Models = None, as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """All parties in one process: what each client would have alone, together, and if everybody shared rows."""
+    from luthier.collaboration.messages import refuse_name
+    from luthier.collaboration.simulation import simulate as simulated
+
+    quiet(debug)
+    files = _named(clients, "rows", "clinic=clinic.jsonl")
+    for name in files:
+        refuse_name(name)
+    page = simulated(_place(folder, models), files, held, output, _say)
+    if as_json:
+        print((output / "found.json").read_text(encoding="utf-8"))
+    else:
+        _table(json.loads((output / "found.json").read_text(encoding="utf-8")))
+        print(page)
 
 
 @app.command()

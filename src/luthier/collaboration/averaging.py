@@ -74,25 +74,6 @@ def factor_averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> U
     return Update(updates[min(updates)].base, (part,))
 
 
-class Running:
-    """Arrivals one by one: after each, the mean of those that are there. Their order cannot change it."""
-
-    def __init__(self) -> None:
-        self.updates: dict[str, Update] = {}
-        self.rows: dict[str, int] = {}
-
-    def add(self, name: str, update: Update, rows: int, replace: bool = False) -> None:
-        """Raises ValueError for a second update of one client, unless it is to replace the first."""
-        if name in self.updates and not replace:
-            raise ValueError(f"{name} has sent an update already; say so if it is to replace the first")
-        shares({name: rows})
-        refuse_mixed({**self.updates, name: update})
-        self.updates[name], self.rows[name] = update, rows
-
-    def current(self) -> Update:
-        return averaged(self.updates, self.rows)
-
-
 def inner(one: Update, other: Update) -> float:
     """<U, V> in weight space; of low-rank updates without forming their products."""
     if len(one.parts) == len(other.parts) == 1:

@@ -13,6 +13,7 @@ from luthier.collaboration.messages import Refused
 from luthier.collaboration.packing import factor_deltas, from_deltas, kinds, pack, unpack
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView
+from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 from luthier.update import Chart, LowRank, Update
 
@@ -78,7 +79,15 @@ class Contract(Agreement, frozen=True, extra="forbid"):
     small: Side
     large: Side
     tuner: Lora
+    large_learning_rate: float | None = None
+    """Of the large model's runs; None: that of the settings."""
     packing: int = PACKING
+
+    def settings_of(self, side: str) -> TrainSettings:
+        """How "small" or "large" is tuned."""
+        if side == "small" or self.large_learning_rate is None:
+            return self.settings
+        return self.settings.model_copy(update={"learning_rate": self.large_learning_rate})
 
 
 def refuse_other(found: Side, agreed: Side, who: str) -> None:

@@ -14,15 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from luthier.collaboration.arriving import taken_in
 from luthier.collaboration.contract import start_of
 from luthier.collaboration.controls import mean_shadow
 from luthier.collaboration.folder import Place
 from luthier.collaboration.provider import Shop, judge, loss_of, make_shadows, on_public, opened, pairs_in
 from luthier.collaboration.sending import Audited, Look, prepared, public_payloads, send
-from luthier.collaboration.shadows import tuned
 from luthier.data.demo_requests import demo_rows
 from luthier.model.local import LARGE, SMALL, Schooling, pieces, python_sources, schooled
 from luthier.report import collaboration as page
@@ -176,15 +173,9 @@ def _losses(shop: Shop, folder: Path, name: str, audited: Audited, got: Path) ->
     public = start.update(on_public(shop, lambda _: None))
     given = {
         page.BARE: None, page.MEAN: start.update(mean_shadow(pairs, pairs.x[:1])[0]), page.PUBLIC: public,
-        page.TRANSLATED: load(got), page.SHARED: start.update(_tuned(place, own)),
-        page.ALL: start.update(_tuned(place, everybody)),
+        page.TRANSLATED: load(got), page.SHARED: shop.protocol.centralised(c, place, own),
+        page.ALL: shop.protocol.centralised(c, place, everybody),
     }  # fmt: skip
     with audited.update.bind(place.first):
         small = loss_of(shop, None, held, "small")
     return {page.OWN: small} | {n: loss_of(shop, u, held) for n, u in given.items()}
-
-
-def _tuned(place: Place, rows: Sequence[Any]) -> torch.Tensor:
-    vectors = tuned(place.view("large"), rows, place.contract.tuner, place.contract.settings)  # type: ignore[attr-defined]
-    assert vectors is not None
-    return vectors[-1]

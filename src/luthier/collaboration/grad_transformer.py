@@ -70,6 +70,8 @@ class GradTransformer(Collaboration):
     """How pairs become a map."""
     sets: int = Field(200, ge=2)
     """Shadow sets that both models are tuned on."""
+    large_learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Of the large model's shadow runs, where the small one's `learning_rate` does not suit it; null: the same."""
     rows: int = Field(1024, ge=1)
     """Public rows of a shadow set."""
     by: str | None = None
@@ -90,7 +92,10 @@ class GradTransformer(Collaboration):
         if not isinstance(tuner, Lora):
             raise LuthierError(f"tuner: {tuner.key()} has no pinned start that updates compare under; set tuner: lora")
         small, large = (start_of(v, tuner).side for v in views)
-        return Contract(small=small, large=large, tuner=tuner, settings=settings, privacy=self.privacy, **more)
+        return Contract(
+            small=small, large=large, tuner=tuner, settings=settings, privacy=self.privacy,
+            large_learning_rate=self.large_learning_rate, **more,
+        )  # fmt: skip
 
     def draws(self, sorts: Sequence[str], streams: Streams) -> list[list[int]]:
         """Which public rows are in each shadow set, and as many others of the same shares after them, to judge by.
@@ -114,6 +119,18 @@ class GradTransformer(Collaboration):
 
     def client(self, name: str, contract: Contract, view: ModelView, rows: Sequence[Any]) -> Organisation:
         return Organisation(name, contract, view, rows)
+
+    def alone(self, name: str, contract: Contract, workshop: Workshop, rows: Sequence[Any]) -> Update:
+        """The small model, tuned."""
+        client = self.client(name, contract, workshop.view("small"), rows)
+        return client.moved(client.message())
+
+    def centralised(self, contract: Contract, workshop: Workshop, rows: Sequence[Any]) -> Update:
+        """The large model, tuned as the shadows are."""
+        large = workshop.view("large")
+        vectors = tuned(large, rows, contract.tuner, contract.settings_of("large"))
+        assert vectors is not None
+        return start_of(large, contract.tuner).update(vectors[-1])
 
 
 class Provider(RoundServer):
@@ -220,13 +237,13 @@ def shadow(
     theirs; the large one is not: public rows need no promise.
     """
     found = {}
-    for side, view in enumerate(views):
-        settings = contract.settings.model_copy(update={"seed": contract.settings.seed + 2 * number + side})
-        private = contract.privacy if side == 0 else None
+    for i, (side, view) in enumerate(zip(("small", "large"), views, strict=True)):
+        settings = contract.settings_of(side).model_copy(update={"seed": contract.settings.seed + 2 * number + i})
+        private = contract.privacy if side == "small" else None
         vectors = tuned(view, rows, contract.tuner, settings, snapshots, stop, private)
         if vectors is None:
             return None
-        found["xy"[side]] = vectors
+        found["xy"[i]] = vectors
     return found
 
 

@@ -114,22 +114,38 @@ class AverageServer(RoundServer):
         rows_of(message)
 
     def add_up(self, arrived: Mapping[str, Message]) -> None:
-        protocol = self.contract.protocol
-        updates = {name: unpacked(m) for name, m in arrived.items()}
-        left_out = [] if protocol.keep_outliers else outliers(updates)
+        kept, weight, left_out = self._counted(arrived)
         if left_out:
             self.left_out[self.round] = left_out
-        kept = {n: u for n, u in updates.items() if n not in left_out}
-        rows = {n: rows_of(arrived[n]) if protocol.weights == "rows" else 1 for n in kept}
-        weight = shares(rows)
         alike = cosines(kept)
-        for i, (name, u) in enumerate(kept.items()):  # in the order of names: arrival cannot change a bit
-            self.update = self.update + weight[name] * u
+        for i, (name, u) in enumerate(kept.items()):
             self.report.append({"round": self.round, "client": name, "rows": rows_of(arrived[name]), "weight": weight[name],
                                 "loss": arrived[name].header.notes.get("loss"), "length": length(u),
                                 "cosines": alike[i].tolist()})  # fmt: skip
-        if protocol.rank is not None:
-            self.update, _ = self.update.to("lowrank", rank=protocol.rank)
+        self.update = self._moved_by(kept, weight)
+
+    def so_far(self) -> Update | None:
+        """The mean of those that are there: order cannot change it, and whoever comes later only adds to it."""
+        arrived = dict(sorted(self.gathering.arrived.items()))
+        if self.finished or not arrived:
+            return self.update if self.round else None
+        kept, weight, _ = self._counted(arrived)
+        return self._moved_by(kept, weight)
+
+    def _counted(self, arrived: Mapping[str, Message]) -> tuple[dict[str, Update], dict[str, float], list[str]]:
+        """(updates that count, weight of each, clients whose update is too long to count)."""
+        protocol = self.contract.protocol
+        updates = {name: unpacked(m) for name, m in arrived.items()}
+        left_out = [] if protocol.keep_outliers else outliers(updates)
+        kept = {n: u for n, u in updates.items() if n not in left_out}
+        return kept, shares({n: rows_of(arrived[n]) if protocol.weights == "rows" else 1 for n in kept}), left_out
+
+    def _moved_by(self, kept: Mapping[str, Update], weight: Mapping[str, float]) -> Update:
+        """The mean so far, moved on; in the order of names, so that arrival cannot change a bit."""
+        rank, out = self.contract.protocol.rank, self.update
+        for name, u in kept.items():
+            out = out + weight[name] * u
+        return out if rank is None else out.to("lowrank", rank=rank)[0]
 
     def state(self) -> dict[str, Tensor]:
         return packed(self.update)

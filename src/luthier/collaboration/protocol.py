@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement
-from luthier.collaboration.base import Member
+from luthier.collaboration.base import Member, in_process
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.privacy import Privacy
 from luthier.collaboration.rounds import RoundServer
@@ -16,6 +16,7 @@ from luthier.method import Method
 from luthier.model.view import ModelView
 from luthier.training.settings import TrainSettings
 from luthier.tuners.base import Tuner
+from luthier.update import Update
 
 
 class Workshop(Protocol):
@@ -52,6 +53,17 @@ class Collaboration(Method):
     def client(self, name: str, contract: Any, view: ModelView, rows: Sequence[Any]) -> Member:
         """A party with rows of its own."""
         raise NotImplementedError
+
+    def alone(self, name: str, contract: Any, workshop: Workshop, rows: Sequence[Any]) -> Update:
+        """What a client has without the others, of the model that it tunes: the same protocol with nobody else in it."""
+        server = self.server(contract, [name], None, workshop)
+        client = self.client(name, contract, workshop.view(self.roles[0]), rows)
+        in_process([server, client], server.begin(), lambda sent, disclosure: None)
+        return server.outcome(name)
+
+    def centralised(self, contract: Any, workshop: Workshop, rows: Sequence[Any]) -> Update:
+        """What tuning on everybody's rows gives, of the model that is served; it needs them to be shared."""
+        return self.alone("everybody", contract, workshop, rows)
 
     def beginning(self, contract: Any) -> dict[str, Tensor]:
         """Tensors of the first state that clients start from."""

@@ -210,7 +210,7 @@ def on_public(shop: Shop, say: Say) -> Tensor:
         steps = c.settings.max_steps or 1 + shop.protocol.rows // c.settings.batch_size
         start, made = start_of(view, c.tuner), []
         for k in LENGTHS:
-            y = tuned(view, rows, c.tuner, c.settings.model_copy(update={"max_steps": k * steps}))
+            y = tuned(view, rows, c.tuner, c.settings_of("large").model_copy(update={"max_steps": k * steps}))
             assert y is not None
             made.append(y[-1])
         best = min(made, key=lambda y: loss_of(shop, start.update(y), held))

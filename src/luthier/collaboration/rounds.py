@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from luthier.collaboration.base import Gathering, Sent, Tick, refusal
+from luthier.collaboration.base import Disclosure, Gathering, Sent, Tick, refusal
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Kind, Message, Refused
 from luthier.errors import LuthierError
@@ -62,6 +62,15 @@ class RoundServer:
     def outcome(self, client: str) -> Update:
         """What a client ends with. Raises LuthierError for one that gets nothing."""
         raise NotImplementedError
+
+    def disclosure(self, out: Sent) -> Disclosure:
+        """Of a message that it is about to send."""
+        raise NotImplementedError
+
+    def so_far(self) -> Update | None:
+        """What everybody would be given if the round closed now; None where it is not the same for all, or nothing has
+        arrived."""
+        return None
 
     def notes(self) -> dict[str, str]:
         """What belongs to the tensors of `state`."""
