@@ -112,10 +112,28 @@ def test_a_killed_client_a_killed_server_and_whoever_is_late(network):
     server = net.serve(*NAMES[:2], patience=40)
     assert server.wait(timeout=280) == 0, net.said()
     assert "time is up" in net.said()
-    report = json.loads((net.folder / "out/report.json").read_text())["report"]
-    assert [r["client"] for r in report] == [NAMES[0]], "what had arrived counts"
+    assert counted(net) == {(0, NAMES[0])}, "what had arrived counts"
 
 
+SLOW = 75  # seconds: longer than a round waits
+STRICT = """
+import sys, importlib.abc, importlib.util
+
+class Hook(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "luthier.collaboration.sending":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        run = spec.loader.exec_module
+        def patched(module):
+            run(module)
+            module.judged = lambda *given: module.Verdict("fail", ["everything can be read"], [])
+        spec.loader.exec_module = patched
+        return spec
+
+sys.meta_path.insert(0, Hook())
+"""
 HOSTILE = """
 import sys, importlib.abc, importlib.util
 
@@ -134,6 +152,9 @@ class Hook(importlib.abc.MetaPathFinder):
         return spec
 
 def corrupted(data):
+    import pathlib
+    import time
+
     import torch
     from luthier.collaboration.messages import Message, decode
     how = HOW
@@ -146,7 +167,20 @@ def corrupted(data):
     if how == "pickle":
         import pickle
         return pickle.dumps({"a": 1})
-    m = decode(data, 1 << 30)
+    m, first = decode(data, 1 << 30), pathlib.Path(__file__).with_name("first")
+    if how == "size":
+        import json
+        head = json.dumps({"header": m.header.model_dump(), "digest": m.digest, "size": 1 << 40}).encode()
+        return data[:8] + len(head).to_bytes(4, "little") + head + m.payload
+    if how == "replay":
+        if m.header.round == 0:
+            first.write_bytes(data)
+        return first.read_bytes()
+    if how == "slow" and m.header.round == 0:
+        time.sleep(SLOW)
+        return data
+    if how == "stall":
+        time.sleep(600)
     head, tensors = m.header, m.tensors()
     if how == "not-finite":
         tensors = {n: t * float("nan") for n, t in tensors.items()}
@@ -164,22 +198,79 @@ sys.meta_path.insert(0, Hook())
 """
 
 
+def corrupting(net, how):
+    """The environment of a client whose process corrupts what it sends."""
+    folder = net.folder / "hostile"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(HOSTILE.replace("HOW", repr(how)).replace("SLOW", str(SLOW)))
+    return {"PYTHONPATH": str(folder)}
+
+
+def counted(net):
+    """(round, client) of everything that counted."""
+    report = json.loads((net.folder / "out/report.json").read_text())["report"]
+    return {(r["round"], r["client"]) for r in report}
+
+
 @pytest.mark.soak
-@pytest.mark.parametrize("how", ["truncated", "changed", "pickle", "not-finite", "shape", "base", "contract", "sender"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "changed", "pickle", "size", "not-finite", "shape", "base", "contract", "sender"]
+)
 def test_a_hostile_client_is_refused_by_name_and_the_others_count(network, how):
     """A client whose process corrupts what it sends; the server names it, and closes the round without it."""
     net = network({"one-shot": {}})
-    (net.folder / "hostile").mkdir()
-    (net.folder / "hostile/sitecustomize.py").write_text(HOSTILE.replace("HOW", repr(how)))
     server = net.serve(*NAMES[:2], patience=45)
-    honest = net.join(NAMES[0])
-    hostile = net.join(NAMES[1], PYTHONPATH=str(net.folder / "hostile"))
+    honest, hostile = net.join(NAMES[0]), net.join(NAMES[1], **corrupting(net, how))
     assert server.wait(timeout=280) == 0, net.said()
     assert honest.wait(timeout=60) == 0 and hostile.poll() in (None, 0)
     names = {"changed": "digest", "pickle": "version"}
     assert f"refused {NAMES[1]}: {names.get(how, how)}" in net.said(), net.said()
-    report = json.loads((net.folder / "out/report.json").read_text())["report"]
-    assert [r["client"] for r in report] == [NAMES[0]]
+    assert counted(net) == {(0, NAMES[0])}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(("how", "also"), [("replay", {(0, NAMES[1])}), ("slow", {(1, NAMES[1])})])
+def test_a_message_of_another_round_is_refused_by_name(network, how, also):
+    """One client sends its first message again in the second round; the other answers the first when it is over."""
+    net = network({"one-shot": {"rounds": 2}})
+    server = net.serve(*NAMES[:2], patience=45)
+    honest = net.join(NAMES[0])
+    net.join(NAMES[1], **corrupting(net, how))
+    assert server.wait(timeout=400) == 0, net.said()
+    assert honest.wait(timeout=60) == 0
+    assert f"refused {NAMES[1]}: round" in net.said(), net.said()
+    assert counted(net) == {(0, NAMES[0]), (1, NAMES[0]), *also}, net.said()
+
+
+@pytest.mark.soak
+def test_a_client_that_is_killed_joins_again_and_counts(network):
+    net = network({"one-shot": {}})
+    server, _ = net.serve(*NAMES[:2], patience=400), net.join(NAMES[0])
+    killed = net.join(NAMES[1], **corrupting(net, "stall"))
+    until = time.monotonic() + 200
+    while not list((net.folder / NAMES[1]).glob("sent/*.message")) and time.monotonic() < until:
+        time.sleep(0.3)
+    os.killpg(killed.pid, signal.SIGKILL)
+    again = net.join(NAMES[1])
+    assert server.wait(timeout=300) == 0, net.said()
+    assert again.wait(timeout=60) == 0 and net.said().count(f"joined  {NAMES[1]}") == 2
+    assert counted(net) == {(0, NAMES[0]), (0, NAMES[1])}
+    assert "get the same answer" in net.said()
+
+
+@pytest.mark.soak
+def test_a_message_that_its_audit_holds_back_never_leaves(network):
+    """The client's gate finds fault with everything."""
+    net = network({"one-shot": {}})
+    (net.folder / "strict").mkdir()
+    (net.folder / "strict/sitecustomize.py").write_text(STRICT)
+    server, honest = net.serve(*NAMES[:2], patience=240), net.join(NAMES[0])
+    strict = net.join(NAMES[1], PYTHONPATH=str(net.folder / "strict"))
+    assert server.wait(timeout=280) == 0, net.said()
+    assert honest.wait(timeout=60) == 0 and strict.wait(timeout=60) == 2
+    assert f"without {NAMES[1]}: its audit does not let the message go" in net.said()
+    assert counted(net) == {(0, NAMES[0])} and not (net.folder / NAMES[1] / "sent.jsonl").exists()
+    assert "not written, since" in net.said() and not list((net.folder / NAMES[1]).glob("sent/*.message"))
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import shutil
 import pytest
 from PIL import Image
 
+from collaboration.test_commands import recipe
 from collaboration.test_demo import TINY
 from luthier import claims
-from luthier.collaboration.demo import demo
+from luthier.collaboration.demo import NAMES, demo
 from luthier.report.claims import write_claims
 from test_run import luthier, rows, write
 
@@ -55,7 +56,24 @@ def pages(model_folder, tmp_path_factory):
     made = {name: folder / name / "out/report.html" for name in ("run", "curate", "compare", "claims")}
     private = demo(folder / "private", TINY, processes=1)
     sent, back = folder / "private/sent/clinic.html", folder / "private/results/report.html"
-    return {**made, "collaboration": private, "audit": sent, "translation": back}
+    return {
+        **made,
+        "collaboration": private,
+        "audit": sent,
+        "translation": back,
+        "simulation": simulated(folder / "simulation"),
+    }
+
+
+def simulated(folder):
+    """Three clients by name, two rounds."""
+    folder.mkdir()
+    recipe(folder, collaborate={"one-shot": {"rounds": 2}})
+    files = [f"{n}={n}.jsonl" for n in NAMES]
+    for words in (("contract", "r.yaml", "c"), ("simulate", "c", *files, "--held", "0.5", "--output", "out")):
+        done = luthier("collaborate", *words, cwd=folder)
+        assert done.returncode == 0, done.stderr
+    return folder / "out/report.html"
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +119,9 @@ return worst;
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["run", "curate", "compare", "claims", "collaboration", "audit", "translation"])
+@pytest.mark.parametrize(
+    "name", ["run", "curate", "compare", "claims", "collaboration", "audit", "translation", "simulation"]
+)
 def test_a_page_fits_its_window_reads_well_and_asks_for_nothing(browser, pages, name, mode, tmp_path):
     opened(browser, pages[name], mode)
     width = MODES[mode][0]
@@ -119,7 +139,7 @@ def test_a_page_fits_its_window_reads_well_and_asks_for_nothing(browser, pages, 
     assert corner < 60 if mode == "dark" else corner > 200
 
 
-@pytest.mark.parametrize("name", ["run", "compare", "claims", "collaboration", "translation"])
+@pytest.mark.parametrize("name", ["run", "compare", "claims", "collaboration", "translation", "simulation"])
 def test_everything_that_scrolls_is_reached_by_keyboard(browser, pages, name):
     from selenium.webdriver.common.keys import Keys
 

@@ -39,14 +39,18 @@ def labelled(values: list[float]) -> list[tuple[float, str]]:
     return [(v, f"{v / unit:.{digits}f}{' kMGTPE'[power].strip()}") for v in values]
 
 
-def line_chart(series: list[Series], x_name: str, title: str) -> Markup:
-    """The chart; points that are not finite are left out."""
+def line_chart(series: list[Series], x_name: str, title: str, from_zero: bool = True) -> Markup:
+    """The chart; points that are not finite are left out.
+
+    from_zero  the axis begins at zero; False where small differences of large values are the point
+    """
     clean = [Series(s.name, [(x, y) for x, y in s.points if math.isfinite(x) and math.isfinite(y)]) for s in series]
     xs = [x for s in clean for x, _ in s.points]
     ys = [y for s in clean for _, y in s.points]
     if not xs:
         return Markup("")
-    x0, x1, y0, y1 = min(xs), max(xs), min(0.0, *ys), max(ys)
+    x0, x1 = min(xs), max(xs)
+    y0, y1 = (min(0.0, *ys), max(ys)) if from_zero else _span(ys)
     y1 = y1 if y1 > y0 else y0 + 1.0
     at_x = lambda x: LEFT + (x - x0) / ((x1 - x0) or 1.0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
     at_y = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731

@@ -35,6 +35,7 @@ def write_simulation(target: Path, place: Any, found: Mapping[str, Any]) -> Path
         lead=lead(found), names=names, lines=lines, chart=chart, counted=counted, rounds=found["rounds"],
         arrivals=found["arrivals"], arriving=_arriving(found), line=found["line"], along=_along(found),
         leaves=place.protocol.leaves, two_models=len(place.protocol.roles) > 1, version=__version__,
+        steps=place.contract.settings.max_steps,
     )  # fmt: skip
     write_text(target, page)
     return target
@@ -63,8 +64,8 @@ def lead(found: Mapping[str, Any]) -> str:
 
 def _arriving(found: Mapping[str, Any]) -> Any:
     points = [(float(i), a["loss"]) for i, a in enumerate(found["arrivals"], 1)]
-    return line_chart([Series("mean so far", points)], "messages that have arrived", "loss on everybody's rows")
+    return line_chart([Series("mean so far", points)], "messages that have arrived", "loss on everybody's rows", False)
 
 
 def _along(found: Mapping[str, Any]) -> Any:
-    return line_chart([Series("loss", found["line"])], "multiple of the result", "loss on everybody's rows")
+    return line_chart([Series("loss", found["line"])], "multiple of the result", "loss on everybody's rows", False)
