@@ -10,7 +10,7 @@ from luthier.collaboration.seed_rounds import SeedRounds
 from luthier.rng import Streams
 from luthier.training.settings import TrainSettings
 
-ARMS = {"Pro, K 1024": (1024, True), "plain, K 1024": (1024, False), "plain, K 4096": (4096, False)}
+ARMS = {"Pro, K 1024": (1024, True), "plain, K 4096": (4096, False)}
 
 
 def measure(arm, seed, say):
