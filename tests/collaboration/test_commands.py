@@ -7,11 +7,15 @@ import subprocess
 import time
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from luthier.collaboration.demo import NAMES, Size, made
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.messages import Message, decode
+from luthier.collaboration.provider import opened
+from luthier.collaboration.sending import public_payloads
+from luthier.errors import LuthierError
 from luthier.model.local import LARGE, SMALL, Schooling, schooled
 from luthier.update.files import load
 from test_run import LUTHIER, luthier
@@ -91,6 +95,23 @@ def test_shadow_runs_killed_at_any_moment_go_on(agreed, tmp_path):
     assert len(files) == 12 and all(files[n].read_bytes() == b for n, b in half.items())
     whole = {f.name: f.read_bytes() for f in agreed.glob("c/shadows/*.safetensors")}
     assert {n: f.read_bytes() for n, f in files.items()} == whole, "equal to a run that was never stopped"
+
+
+def test_what_audits_compare_with_may_be_handed_to_clients(agreed, tmp_path):
+    (tmp_path / "contract.json").write_bytes((agreed / "c/contract.json").read_bytes())
+    client, provider = Place(tmp_path), Place(agreed / "c")
+    assert client.calibrated() == [] and public_payloads(client) == ()
+    (tmp_path / "calibration.safetensors").write_bytes((agreed / "c/calibration.safetensors").read_bytes())
+    shop, made = opened(provider), provider.shadows(12, 1)
+    for k, (x, tokens) in enumerate(client.calibrated()):
+        assert torch.equal(x, made[k]["x"][-1]) and tokens == sorted({t for r in shop.of_set(k) for t in r["ids"]})
+    assert len(public_payloads(client)) == 12 and set(public_payloads(client)[0][0]) == set(
+        client.contract.small.shapes
+    )
+    x, tokens = client.calibrated()[0]
+    client.contract = client.contract.model_copy(update={"large_learning_rate": 0.5})
+    with pytest.raises(LuthierError, match="belongs to another contract"):
+        client.calibrated()
 
 
 @pytest.fixture(scope="module")

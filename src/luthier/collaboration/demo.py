@@ -19,7 +19,7 @@ from luthier.collaboration.contract import start_of
 from luthier.collaboration.controls import mean_shadow
 from luthier.collaboration.folder import Place
 from luthier.collaboration.provider import Shop, judge, loss_of, make_shadows, on_public, opened, pairs_in
-from luthier.collaboration.sending import Audited, Look, prepared, public_payloads, send
+from luthier.collaboration.sending import Audited, Look, prepared, send
 from luthier.data.demo_requests import demo_rows
 from luthier.model.local import LARGE, SMALL, Schooling, pieces, python_sources, schooled
 from luthier.report import collaboration as page
@@ -36,7 +36,6 @@ WRAPS = ("{}", "[{}]", "<{}>", '"{}"')
 ENDS = ("", ".", ";", " !")
 STYLES = tuple(itertools.product(LEADS, CASES, JOINTS, WRAPS, ENDS))  # 576 houses
 WIDTH = 64  # characters of a request, or of a piece of text
-CALIBRATING = 24  # shadow sets that the audit of tokens is calibrated with
 
 
 class Size(NamedTuple):
@@ -105,13 +104,10 @@ def demo(folder: Path, size: Size = Size(), say: Say = lambda _: None, processes
     make_shadows(place, processes, say)
     shop = opened(place)
     judged = judge(shop, say)
-    sets = [(place.shadows(size.sets, 1)[k]["x"][-1], shop.of_set(k)) for k in range(min(CALIBRATING, size.sets))]
     audits: dict[str, Audited] = {}
-    public = public_payloads(place, sets)
     for name in NAMES:
         own, held = (place.rendered(place.rows(str(_file(folder, name, w)), Path())) for w in ("private", "held"))
-        look = Look(held, size.canaries, size.others, public)
-        audits[name] = prepared(place, name, own, look, say=say)
+        audits[name] = prepared(place, name, own, Look(held, size.canaries, size.others), say=say)
         send(audits[name], folder / "sent", anyway=True)  # a demonstration: nothing leaves this machine
     arrived = taken_in(place, [folder / "sent" / f"{n}.message" for n in NAMES], folder / "results", say)
     say("compare what each had, what it got, and what sharing rows would have given")

@@ -3,6 +3,7 @@
 contract.json      for everybody: protocol, agreement, where the models come from
 provider.json      of the provider alone: the recipe with its public rows
 shadows/           both models' updates, a file a set
+calibration.safetensors   updates of public rows with their tokens, for clients' audits; the provider may hand it on
 arrived/           messages, in the order they came
 """
 
@@ -14,6 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -149,6 +152,33 @@ class Place:
                     f"{self.shadow_file(k)}: {len(f['x'])} and {len(f['y'])} snapshots, the contract says {snapshots}"
                 )
         return found
+
+    # --- for audits ---
+
+    @property
+    def calibration(self) -> Path:
+        """Of the file."""
+        return self.path / "calibration.safetensors"
+
+    def keep_calibration(self, updates: Tensor, tokens: Sequence[Sequence[int]]) -> None:
+        """The first model's updates [N, L, d] of N sets of public rows, and the distinct tokens of each."""
+        held = {"x": updates.contiguous(), "tokens": torch.tensor([t for one in tokens for t in one]),
+                "lengths": torch.tensor([len(one) for one in tokens])}  # fmt: skip
+        temporary = self.calibration.with_suffix(".part")
+        save_file(held, temporary, {"contract": self.contract.digest})
+        temporary.rename(self.calibration)
+
+    def calibrated(self) -> list[tuple[Tensor, list[int]]]:
+        """(update, distinct tokens) of each set; none where there is no such file. Raises LuthierError for another
+        contract's."""
+        if not self.calibration.exists():
+            return []
+        with safe_open(self.calibration, "pt") as file:
+            if (file.metadata() or {}).get("contract") != self.contract.digest:
+                raise LuthierError(f"{self.calibration}: belongs to another contract; ask the provider for this one's")
+            x, tokens, lengths = (file.get_tensor(n) for n in ("x", "tokens", "lengths"))
+        parts = tokens.split(lengths.tolist())
+        return [(u, t.tolist()) for u, t in zip(x, parts, strict=True)]
 
     def journal(self) -> Journal:
         """Of what clients sent."""

@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from luthier.collaboration.audit.tokens import distinct
 from luthier.collaboration.contract import Contract, start_of
 from luthier.collaboration.controls import mean_shadow, nearest_shadow, share_of_gain
 from luthier.collaboration.folder import Place
@@ -34,6 +36,7 @@ from luthier.training.checkpoint import write_text
 Say = Callable[[str], None]
 HELD_BACK = 0.1  # share of the shadow sets that a translator is judged on
 LENGTHS = (1, 4)  # of the run over all public rows, in lengths of a shadow run; the better one counts
+CALIBRATING = 24  # shadow sets that audits of tokens are calibrated with
 NEWS = 10.0  # seconds between lines of progress
 PR_SET_PDEATHSIG = 1
 
@@ -76,21 +79,35 @@ def make_shadows(place: Place, processes: int | None, say: Say, tick: Tick = no_
     shop = opened(place, tick)
     with RunFolder(place.path).locked():
         missing = place.missing_shadows(shop.protocol.sets)
-        if not missing:
+        if missing:
+            _make_missing(shop, missing, processes, say)
+        else:
             say(f"all {shop.protocol.sets} shadow sets are made")
-            return
-        first, *others = missing
-        began = time.monotonic()
-        _make(shop, first)
-        seconds, count = time.monotonic() - began, processes or os.cpu_count() or 1
-        passes = shop.protocol.sets * shop.protocol.rows / len(shop.rows)
-        say(
-            f"expect  {len(others)} more sets of {shop.protocol.rows} rows, {seconds:.1f} s each here: "
-            f"{in_time(seconds * len(others) / count)} in {count} processes; all {shop.protocol.sets} sets hold as many rows "
-            f"as {passes:.1f} passes over the public ones"
-        )
-        if others:
-            _side_by_side(place.path, others, min(count, len(others)), say)
+        if not place.calibration.exists():
+            _calibrate(shop)
+
+
+def _calibrate(shop: Shop) -> None:
+    """What clients' audits compare with: updates of public rows, with the tokens of those rows."""
+    numbers = range(min(CALIBRATING, shop.protocol.sets))
+    updates = torch.stack([load_file(shop.place.shadow_file(k))["x"][-1] for k in numbers])
+    shop.place.keep_calibration(updates, [distinct(shop.of_set(k)) for k in numbers])
+
+
+def _make_missing(shop: Shop, missing: list[int], processes: int | None, say: Say) -> None:
+    """The first tells how long the others take; those go side by side."""
+    first, *others = missing
+    began = time.monotonic()
+    _make(shop, first)
+    seconds, count = time.monotonic() - began, processes or os.cpu_count() or 1
+    passes = shop.protocol.sets * shop.protocol.rows / len(shop.rows)
+    say(
+        f"expect  {len(others)} more sets of {shop.protocol.rows} rows, {seconds:.1f} s each here: "
+        f"{in_time(seconds * len(others) / count)} in {count} processes; all {shop.protocol.sets} sets hold as many rows "
+        f"as {passes:.1f} passes over the public ones"
+    )
+    if others:
+        _side_by_side(shop.place.path, others, min(count, len(others)), say)
 
 
 def _make(shop: Shop, number: int) -> None:
@@ -198,8 +215,6 @@ def loss_of(shop: Shop, update: Any, rows: Sequence[Any], role: str = "large") -
 
 def on_public(shop: Shop, say: Say) -> Tensor:
     """[L, d], C2: the large model tuned on all public rows, kept once made."""
-    from safetensors.torch import load_file, save_file
-
     file = shop.place.path / "public.safetensors"
     if not file.exists():
         say("public  the large model on all public rows, a control")

@@ -14,7 +14,7 @@ from luthier.collaboration.audit.canaries import Canary, canaries, memory
 from luthier.collaboration.audit.canaries import rows_of as planted_rows
 from luthier.collaboration.audit.gate import LIMITS, Answer, Leaks, Limits, Verdict, answers, judged
 from luthier.collaboration.audit.membership import membership
-from luthier.collaboration.audit.tokens import Found, TokenAudit
+from luthier.collaboration.audit.tokens import Found, TokenAudit, distinct
 from luthier.collaboration.base import Disclosure
 from luthier.collaboration.contract import Contract, start_of
 from luthier.collaboration.folder import Place
@@ -45,14 +45,12 @@ class Look(NamedTuple):
     held      rows of the same sort that are not tuned on; empty leaves membership out
     canaries  made-up records tuned on beside the rows, to see what is remembered of single ones; 0 leaves that out
     others    made-up secrets that each canary is ranked among
-    public    payloads of public rows by the same recipe: without them only exact leaks of tokens are seen
     limits    of the gate
     """
 
     held: Sequence[Any] = ()
     canaries: int = 100
     others: int = OTHERS
-    public: Payloads = ()
     limits: Limits = LIMITS
 
 
@@ -91,7 +89,7 @@ def prepared(
     )
     start, _ = party.start(state).to("dense")
     with start.bind(place.first):  # an observer knows where the client started
-        tokens, untold = _tokens(place, update, rows, look.public)
+        tokens, untold = _tokens(place, update, rows)
         remembered = _memory(place, update, known, controls, look.others) if known else None
         members = _membership(place, update, rows, look.held) if len(look.held) else None
     leaks = Leaks(tokens, remembered, members, untold)
@@ -137,15 +135,19 @@ def factors(place: Place, update: Update) -> dict[str, Tensor] | None:
     return factor_deltas(update.parts[0], start_of(place.first, tuner).chart)
 
 
-def public_payloads(place: Place, sets: Sequence[tuple[Tensor, Sequence[Any]]]) -> Payloads:
-    """From shadow sets: (packed update, rows) of each."""
+def public_payloads(place: Place) -> Payloads:
+    """Of the public sets that the provider handed on for this: none where it did not."""
+    found = place.calibrated()
+    if not found:
+        return ()
     assert isinstance(place.contract, Contract)
-    return [(unpack(x, place.contract.small.shapes), _distinct(rows)) for x, rows in sets]
+    return [(unpack(x, place.contract.small.shapes), tokens) for x, tokens in found]
 
 
-def _tokens(place: Place, update: Update, rows: Sequence[Any], public: Payloads) -> tuple[list[Found] | None, str]:
-    """(what each tensor gives away, or None and why it was not looked at)."""
-    payload = factors(place, update)
+def _tokens(place: Place, update: Update, rows: Sequence[Any]) -> tuple[list[Found] | None, str]:
+    """(what each tensor gives away, or None and why it was not looked at). Without public payloads to compare with, exact
+    leaks only are seen."""
+    payload, public = factors(place, update), public_payloads(place)
     if payload is None:
         return None, "they are looked for in the factors of LoRA alone"
     initial = start_of(place.first, place.contract.tuner).chart.initial  # type: ignore[attr-defined]
@@ -155,11 +157,7 @@ def _tokens(place: Place, update: Update, rows: Sequence[Any], public: Payloads)
         return None, str(error)
     if public:
         audit.calibrate([p for p, _ in public], [t for _, t in public])
-    return audit(payload, _distinct(rows)), ""
-
-
-def _distinct(rows: Sequence[Any]) -> list[int]:
-    return sorted({int(t) for r in rows for t in r["ids"]})
+    return audit(payload, distinct(rows)), ""
 
 
 def _memory(place: Place, update: Update, known: list[Canary], controls: list[Canary], others: int) -> Any:

@@ -9,7 +9,7 @@ not public.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,6 +83,11 @@ def distances(candidates: Tensor, basis: Tensor) -> Tensor:
     unit = torch.nn.functional.normalize(candidates.double(), dim=1)
     far = (unit - unit @ basis.T @ basis).norm(dim=1)
     return torch.where(candidates.norm(dim=1) > 0, far, torch.ones_like(far))
+
+
+def distinct(rows: Sequence[Any]) -> list[int]:
+    """The tokens of rows, each once."""
+    return sorted({int(t) for r in rows for t in r["ids"]})
 
 
 class TokenAudit:
