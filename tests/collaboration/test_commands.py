@@ -10,6 +10,8 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from luthier.collaboration.arriving import leave_so_far
+from luthier.collaboration.averaging import averaged
 from luthier.collaboration.demo import NAMES, Size, made
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.messages import Message, decode
@@ -181,6 +183,25 @@ def test_one_shot_by_files(agreed, tmp_path):
     assert updates[0].base.same_base(place.first.base) and len({u.digest() for u in updates}) == 1
     page = (tmp_path / "results/report.html").read_text()
     assert "Who counted how much" in page and "kept back" in page
+
+
+def test_the_mean_so_far_lies_there_after_each_arrival(agreed, tmp_path):
+    recipe(tmp_path, collaborate="one-shot")
+    assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
+    place, seen = Place(tmp_path / "c"), {}
+    server = place.protocol.server(place.contract, NAMES[:2], None, place)
+    leave_so_far(place, server, tmp_path / "out")
+    assert not (tmp_path / "out").exists(), "nothing has arrived"
+    for name in NAMES[:2]:
+        party = place.protocol.client(
+            name, place.contract, place.first, place.rendered(place.rows(f"{name}.jsonl", tmp_path))
+        )
+        (sent,) = party.handle(server.begin()[0].message)
+        seen[name] = party.moved(sent.message)
+        server.handle(sent.message)
+        leave_so_far(place, server, tmp_path / "out")
+        found, expected = load(tmp_path / "out/so-far").dense(), averaged(seen, dict.fromkeys(seen, 1)).dense()
+        assert max(float((found[k] - expected[k]).abs().max()) for k in expected) < 1e-6
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def test_over_a_network_the_same_parties_come_to_the_same_numbers(network):
     for name in names:
         found, expected = load(net.folder / "out" / name).dense(), alone.update.dense()
         assert max(float((found[k] - expected[k]).abs().max()) for k in expected) < 1e-6
+    so_far = load(net.folder / "out/so-far").dense()
+    assert max(float((so_far[k] - expected[k]).abs().max()) for k in expected) < 1e-6, "all have arrived"
     noted = [json.loads(x) for x in (net.folder / names[0] / "sent.jsonl").read_text().splitlines()]
     assert len(noted) == 1 and noted[0]["to"] == "server" and noted[0]["bytes"][0] > 0
     assert not (net.folder / names[0] / "provider.json").exists(), "a client needs the contract alone"

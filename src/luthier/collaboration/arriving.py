@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from luthier.cache import whole
 from luthier.collaboration.base import Tick
-from luthier.collaboration.contract import Contract
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.grad_transformer import Provider
 from luthier.collaboration.messages import Message, Refused, decode
@@ -19,6 +20,7 @@ from luthier.training.checkpoint import write_text
 from luthier.update import Update
 from luthier.update.files import save_update
 
+SO_FAR = "so-far"
 Say = Callable[[str], None]
 
 
@@ -81,6 +83,16 @@ def left(place: Place, server: RoundServer, out: Path, refused: Mapping[str, str
     return folders
 
 
+def leave_so_far(place: Place, server: RoundServer, out: Path) -> None:
+    """SO-FAR in the results' folder: what everybody would get if nobody else came, where a protocol can say that."""
+    update = server.so_far()
+    if update is None:
+        return
+    shutil.rmtree(out / SO_FAR, ignore_errors=True)
+    with whole(out / SO_FAR) as temporary:
+        _files(place, update, temporary)
+
+
 def _none(refused: dict[str, str]) -> str:
     first = next(iter(refused.items()), ("", "there is no message"))
     return f"{first[0]}: {first[1]}; no message could be used"
@@ -89,8 +101,7 @@ def _none(refused: dict[str, str]) -> str:
 def _files(place: Place, update: Update, folder: Path) -> Path:
     """An update's files, as peft and `luthier generate` open them."""
     folder.mkdir(parents=True, exist_ok=True)
-    role = place.protocol.roles[-1] if isinstance(place.contract, Contract) else place.protocol.roles[0]
-    save_update(update, folder, place.view(role))
+    save_update(update, folder, place.view(place.protocol.roles[-1]))
     return folder
 
 

@@ -18,7 +18,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from luthier.collaboration.arriving import left
+from luthier.collaboration.arriving import leave_so_far, left
 from luthier.collaboration.base import Sent, Tick
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.messages import Message as Envelope
@@ -46,12 +46,13 @@ def _serve(grid: Grid, context: Context) -> None:
     place = Place(Path(str(config["folder"])))
     clients = str(config["clients"]).split(",")
     party = place.protocol.server(place.contract, clients, place.journal(), place)
+    output = Path(str(config["output"]))
     try:
-        serve(party, grid, clients, float(config["patience"]), _said)
+        serve(party, grid, clients, float(config["patience"]), _said, lambda: leave_so_far(place, party, output))
     except LuthierError as error:
         _said(f"ended   {error}")
         return
-    left(place, party, Path(str(config["output"])))
+    left(place, party, output)
 
 
 class Line:
@@ -97,10 +98,14 @@ class Line:
         return name
 
 
-def serve(party: RoundServer, grid: Grid, clients: list[str], patience: float, say: Callable[[str], None]) -> None:
+def serve(
+    party: RoundServer, grid: Grid, clients: list[str], patience: float, say: Callable[[str], None],
+    arrived: Callable[[], None],
+) -> None:  # fmt: skip
     """Rounds until the last is closed. Raises LuthierError where nobody will send.
 
     patience  seconds that a round waits for whoever has not answered; then those that have count
+    arrived   called after each answer
     """
     line, began, round = Line(grid, clients), time.monotonic(), party.round
     while not party.finished:
@@ -110,6 +115,7 @@ def serve(party: RoundServer, grid: Grid, clients: list[str], patience: float, s
                 say(f"lost    {name or 'a node'}: {reply.error.reason}")
             elif name is not None:
                 line.send(_taken(party, name, bytes(reply.content[RECORD]["bytes"]), say))  # type: ignore[arg-type]
+                arrived()
             elif (new := line.named(reply)) is not None:
                 say(f"joined  {new}")
                 line.send(party.back(new))
