@@ -111,6 +111,12 @@ def test_killed_between_messages_it_goes_on_with_what_had_arrived(simulated, tmp
     assert all(torch.equal(one[k], other[k]) for k in one) and "3 messages have arrived" in "".join(again)
 
 
+def test_a_client_whose_update_is_refused_is_named(tmp_path):
+    folder = contract(tmp_path, "one-shot", learning_rate=1e30)
+    done = luthier(*words(), cwd=folder)
+    assert done.returncode == 2 and "not-finite" in done.stderr, done.stderr
+
+
 def test_a_translation_is_simulated_too(tmp_path):
     recipe(tmp_path)
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0

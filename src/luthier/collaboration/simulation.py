@@ -65,7 +65,10 @@ def simulate(
                     save_update(update, temporary, place.view(place.protocol.roles[-1]))
         say("judge   on rows that were kept back")
         found = _found(place, clients, of_own, given, shared)
-        found |= _on_the_way(place, clients, out) | {"rounds": server.rounds, "report": getattr(server, "report", {})}
+        found |= _on_the_way(place, server, clients, out) | {
+            "rounds": server.rounds,
+            "report": getattr(server, "report", {}),
+        }
         write_text(out / "found.json", json.dumps(found, indent=1, default=str))
         return write_simulation(out / "report.html", place, found)
 
@@ -135,6 +138,9 @@ def _together(place: Place, server: RoundServer, clients: Mapping[str, Client], 
                 parties[state.to] = place.protocol.client(state.to, place.contract, place.first, rows)
             (sent,) = parties[state.to].handle(state.message)
             answers = server.handle(sent.message)
+            for answer in answers:
+                if answer.message.header.kind == "refusal":
+                    raise LuthierError(f"the server refuses {state.to}: {answer.message.header.notes['says']}")
             work.finished(f"{state.to} in round {round + 1}")
         waiting = answers
 
@@ -169,21 +175,20 @@ def _found(
     }
 
 
-def _on_the_way(place: Place, clients: Mapping[str, Client], out: Path) -> dict[str, Any]:
+def _on_the_way(place: Place, server: RoundServer, clients: Mapping[str, Client], out: Path) -> dict[str, Any]:
     """Of a protocol whose result is the same for all: its loss on everybody's rows after each arrival, and along the line
     from nothing to it."""
+    end = server.so_far()
+    if end is None:
+        return {"arrivals": [], "line": []}
     role = place.protocol.roles[-1]
     mean = lambda u: float(np.mean([_loss(place, role, u, c.held) for c in clients.values()]))  # noqa: E731
-    server, arrivals = place.protocol.server(place.contract, list(clients), None, place), []
+    again, arrivals = place.protocol.server(place.contract, list(clients), None, place), []
     for message in Journal(out / "arrived", LIMIT):
-        if message.header.kind == server.waits_for:
-            server.handle(message)
-            if (now := server.so_far()) is not None:
-                head = message.header
-                arrivals.append({"round": head.round, "client": head.sender, "loss": mean(now)})
-    if not arrivals:
-        return {"arrivals": [], "line": []}
-    end = server.so_far()
-    assert end is not None
+        if message.header.kind == again.waits_for:
+            again.handle(message)
+            now, head = again.so_far(), message.header
+            assert now is not None  # something has arrived
+            arrivals.append({"round": head.round, "client": head.sender, "loss": mean(now)})
     losses = best_step(lambda step: mean(step * end), STEPS)[1]
     return {"arrivals": arrivals, "line": sorted(losses.items())}
