@@ -11,6 +11,8 @@ from luthier.collaboration import simulation
 from luthier.collaboration.averaging import averaged
 from luthier.collaboration.demo import NAMES
 from luthier.collaboration.folder import Place
+from luthier.collaboration.messages import Refused
+from luthier.collaboration.one_shot import AverageServer
 from luthier.collaboration.simulation import ALONE, SHARED, TOGETHER, UNTOUCHED, simulate
 from luthier.errors import LuthierError
 from luthier.scorer import mean_loss, row_scores
@@ -111,10 +113,14 @@ def test_killed_between_messages_it_goes_on_with_what_had_arrived(simulated, tmp
     assert all(torch.equal(one[k], other[k]) for k in one) and "3 messages have arrived" in "".join(again)
 
 
-def test_a_client_whose_update_is_refused_is_named(tmp_path):
-    folder = contract(tmp_path, "one-shot", learning_rate=1e30)
-    done = luthier(*words(), cwd=folder)
-    assert done.returncode == 2 and "not-finite" in done.stderr, done.stderr
+def test_a_client_whose_update_is_refused_is_named(simulated, monkeypatch):
+    def accept(self, message):
+        if message.header.sender == TWO[1]:
+            raise Refused("not-finite", "a value")
+
+    monkeypatch.setattr(AverageServer, "accept", accept)
+    done = luthier(*words("--output", "refused"), cwd=simulated)
+    assert done.returncode == 2 and f"the server refuses {TWO[1]}: not-finite: a value" in done.stderr, done.stderr
 
 
 def test_a_translation_is_simulated_too(tmp_path):
