@@ -11,7 +11,7 @@ from luthier.collaboration.audit.gate import Verdict
 from luthier.collaboration.demo import NAMES
 from luthier.collaboration.flower import answered
 from luthier.collaboration.folder import LIMIT, Place
-from luthier.collaboration.messages import Message, decode
+from luthier.collaboration.messages import Message, Refused, decode
 from luthier.collaboration.network import Client
 from luthier.collaboration.rounds import SERVER
 from luthier.collaboration.sending import Look, prepared
@@ -56,6 +56,8 @@ def test_a_round_is_answered_once_and_every_sending_is_noted(agreed, place):
     other = answered(place.path, who(agreed), state(place, 1).encode())
     assert other != first and decode(other, LIMIT).header.round == 1
     assert (place.path / "sent" / f"{NAMES[0]}-1.html").exists()
+    with pytest.raises(Refused, match="round 3 of 2: more was not agreed on"):
+        answered(place.path, who(agreed), state(place, 2).encode())
 
 
 def test_what_an_audit_holds_back_is_not_sent_and_the_server_hears_no_reason(agreed, place, monkeypatch):

@@ -91,8 +91,8 @@ class Line:
 
     def named(self, reply: Message) -> str | None:
         """The client that says so; None for one that takes no part."""
-        name = str(reply.content[RECORD]["name"])
-        if name not in self.clients:
+        name = _field(reply, "name")
+        if not isinstance(name, str) or name not in self.clients:
             return None
         self.nodes[name] = reply.metadata.src_node_id
         return name
@@ -114,7 +114,7 @@ def serve(
             if reply.has_error():
                 say(f"lost    {name or 'a node'}: {reply.error.reason}")
             elif name is not None:
-                line.send(_taken(party, name, bytes(reply.content[RECORD]["bytes"]), say))  # type: ignore[arg-type]
+                line.send(_taken(party, name, _field(reply, "bytes"), say))
                 arrived()
             elif (new := line.named(reply)) is not None:
                 say(f"joined  {new}")
@@ -137,9 +137,17 @@ def _late(party: RoundServer) -> str:
     return f"{missing} did not answer" + ("" if party.gathering.arrived else ", nor did anybody; it goes on waiting")
 
 
-def _taken(party: RoundServer, name: str, data: bytes, say: Callable[[str], None]) -> list[Sent]:
+def _field(reply: Message, name: str) -> Any:
+    """Of a reply's content, which anybody may have written; None where it is not there."""
+    record = reply.content.get(RECORD)
+    return record.get(name) if isinstance(record, ConfigRecord) else None
+
+
+def _taken(party: RoundServer, name: str, data: Any, say: Callable[[str], None]) -> list[Sent]:
     """What a client's bytes lead to; bytes that are no message are refused, and lose nothing that has arrived."""
     try:
+        if not isinstance(data, bytes):
+            raise Refused("form", f"{name} sent no bytes")
         message = decode(data, LIMIT)
         if message.header.sender != name:
             raise Refused("sender", f"{name} sent a message of {message.header.sender}")
@@ -186,6 +194,9 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
         (folder / f"{who.name}.result").write_bytes(received)
     if message.header.kind != "state":
         return b""
+    rounds = getattr(place.protocol, "rounds", 1)
+    if message.header.round >= rounds:
+        raise Refused("round", f"asked for round {message.header.round + 1} of {rounds}: more was not agreed on")
     stem = f"{who.name}-{message.header.round}"
     kept = folder / SENT / f"{stem}.message"
     if not kept.exists():
@@ -218,7 +229,8 @@ def _declined(name: str, state: Envelope) -> Envelope:
 
 
 def _said(text: str) -> None:
-    print(text, flush=True)
+    """A line is a line, whatever others wrote into it."""
+    print(" ".join(text.splitlines()), flush=True)
 
 
 # --- flwr's own processes ---
