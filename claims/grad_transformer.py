@@ -98,8 +98,13 @@ def measure(arm, seed, say):
     true, mean = losses(large, starts[1], y[SHADOWS:]), losses(large, starts[1], mean_shadow(pairs, clients))
     found = losses(large, starts[1], made_by(arm, pairs, clients, seed))
     own = losses(small, starts[0], clients)
+    return worth(none, found, true, mean, own)
+
+
+def worth(untouched, loss, true, mean, own):
+    """From each client's loss under an update, and under what it is compared with."""
     return {
-        "untouched": float(none.mean()), "loss": float(found.mean()), "true": float(true.mean()), "own_small": float(own.mean()),
-        "share": float((none - found).mean() / (none - true).mean()), "ahead": float((found < mean).mean()),
-        "over_own_small": float((own - found).mean()),
+        "untouched": float(untouched.mean()), "loss": float(loss.mean()), "true": float(true.mean()),
+        "own_small": float(own.mean()), "share": float((untouched - loss).mean() / (untouched - true).mean()),
+        "ahead": float((loss < mean).mean()), "over_own_small": float((own - loss).mean()),
     }  # fmt: skip

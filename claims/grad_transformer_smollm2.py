@@ -11,7 +11,7 @@ from functools import cache
 
 import numpy as np
 import torch
-from grad_transformer import made_by
+from grad_transformer import made_by, worth
 from safetensors.torch import load_file, save_file
 from toys import rows_of
 
@@ -140,8 +140,4 @@ def measure(arm, seed, say):
     mean = losses(large, starts[1], mean_shadow(pairs, clients))
     none = np.array([mean_loss(row_scores(large, rows, 2048, "causal-lm")) for rows in held])
     own = losses(small, starts[0], clients)
-    return {
-        "untouched": float(none.mean()), "loss": float(loss.mean()), "true": float(true.mean()),
-        "own_small": float(own.mean()), "ahead": float((loss < mean).mean()),
-        "share": float((none - loss).mean() / (none - true).mean()), "over_own_small": float((own - loss).mean()),
-    }  # fmt: skip
+    return worth(none, loss, true, mean, own)

@@ -117,40 +117,37 @@ def test_a_killed_client_a_killed_server_and_whoever_is_late(network):
     assert counted(net) == {(0, NAMES[0])}, "what had arrived counts"
 
 
-STRICT = """
+HOOK = """
 import sys, importlib.abc, importlib.util
 
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "luthier.collaboration.sending":
+        if name != "luthier.collaboration.MODULE":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
         run = spec.loader.exec_module
         def patched(module):
             run(module)
-            module.judged = lambda *given: module.Verdict("fail", ["everything can be read"], [])
+            patch(module)
         spec.loader.exec_module = patched
         return spec
 
 sys.meta_path.insert(0, Hook())
 """
-HOSTILE = """
-import sys, importlib.abc, importlib.util
-
-class Hook(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name != "luthier.collaboration.flower":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        run = spec.loader.exec_module
-        def patched(module):
-            run(module)
-            honest = module.answered
-            module.answered = lambda *given: corrupted(honest(*given))
-        spec.loader.exec_module = patched
-        return spec
+STRICT = (
+    HOOK.replace("MODULE", "sending")
+    + """
+def patch(module):
+    module.judged = lambda *given: module.Verdict("fail", ["everything can be read"], [])
+"""
+)
+HOSTILE = (
+    HOOK.replace("MODULE", "flower")
+    + """
+def patch(module):
+    honest = module.answered
+    module.answered = lambda *given: corrupted(honest(*given))
 
 def corrupted(data):
     import pathlib
@@ -195,9 +192,8 @@ def corrupted(data):
     if how == "sender":
         head = head.model_copy(update={"sender": "clinic"})
     return Message.of(head.kind, head.run, head.sender, head.base, tensors, round=head.round, notes=head.notes).encode()
-
-sys.meta_path.insert(0, Hook())
 """
+)
 
 
 def corrupting(net, how):
