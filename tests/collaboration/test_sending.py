@@ -82,6 +82,12 @@ def test_a_later_round_is_audited_from_where_it_started(agreed, place):
         assert later.leaks.membership == sending._membership(place, later.update, rows, held)
 
 
+def test_canaries_do_not_count_as_rows(agreed, place):
+    rows = place.rendered(place.rows(str(agreed / f"{NAMES[0]}.jsonl"), place.path))
+    audited = prepared(place, NAMES[0], rows, Look((), 3, 5))
+    assert audited.message.header.notes["rows"] == len(rows) and audited.leaks.memory.canaries == 3
+
+
 def test_what_seeds_say_is_audited_as_what_they_do(agreed, tmp_path):
     recipe(
         tmp_path, collaborate={"seed-rounds": {"rounds": 1}}, tuner={"fedkseed": {"num_seeds": 8}}, learning_rate=1e-4,

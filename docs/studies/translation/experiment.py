@@ -1,7 +1,6 @@
 """Is a translated update worth more than what the provider could make without it? Clients, controls, three further tests.
 
 python docs/studies/translation/experiment.py conventions           # two cores; goes on where it was
-python docs/studies/translation/experiment.py topics world=topics concentration=0.5
 python docs/studies/translation/experiment.py try --seeds 1 sets=20 clients=8 further=false
 """
 
@@ -18,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from made import RUNS, Setting, Tuned, client_loss, models, named, tune_all, tuned_on_public, world
+from conventions import leans
+from made import RUNS, Setting, Tuned, client_loss, models, named, tune_all, tuned_on_public
 from torch import Tensor
 
 from luthier.collaboration.controls import mean_shadow, nearest_shadow, pooled
@@ -62,7 +62,7 @@ def beside_controls(s: Setting, seed: int, pairs: Pairs, clients: Tuned) -> Loss
 def kind_missing(s: Setting, seed: int, pairs: Pairs, shadows: Tuned, clients: Tuned) -> dict[str, Losses]:
     """No shadow set leans to one kind: what becomes of the clients of that kind, and of the others? As many sets, drawn at
     random, are left out for comparison."""
-    leaning = torch.tensor([world(s).leans(w) for w in shadows.who])
+    leaning = torch.tensor([leans(w) for w in shadows.who])
     order = torch.from_numpy(Streams(seed).at("left-out").permutation(s.sets))
     as_many = torch.zeros(s.sets, dtype=torch.bool).index_fill(0, order[: int(leaning.sum())], True)
     out = {}
@@ -124,7 +124,7 @@ def one_seed(s: Setting, seed: int, threads: int) -> dict:
     """All tests of one seed; each is kept in a file as soon as it is done."""
     torch.set_num_threads(threads)
     shadows, clients = tune_all(s, "shadow", s.sets, seed), tune_all(s, "client", s.clients, seed)
-    both = models(s.world, s.rank)
+    both = models(s.rank)
     kinds = both.small_start.side.kinds(), both.large_start.side.kinds()
     pairs = Pairs(shadows.x, shadows.y, torch.arange(s.sets), *kinds)
     tests = {"main": lambda: beside_controls(s, seed, pairs, clients)}
@@ -188,7 +188,7 @@ def main() -> None:
     asked = parser.parse_args()
     s = named(asked.name, asked.values)
     Path(RUNS / s.name).mkdir(parents=True, exist_ok=True)
-    models(s.world, s.rank)  # made once, before processes ask for them
+    models(s.rank)  # made once, before processes ask for them
     with ProcessPoolExecutor(asked.processes, multiprocessing.get_context("spawn")) as pool:
         parts = [
             pool.submit(one_seed, s, seed, max(1, (os.cpu_count() or 1) // asked.processes))

@@ -1,15 +1,15 @@
 """What the study is made of: two small models, and update vectors of both after the same rows.
 
-Two Llamas made on the spot stand for TinyLM and LLM. What their rows are is a world's matter: topics.py, conventions.py.
+Two Llamas made on the spot stand for TinyLM and LLM; their rows come from conventions.py.
 """
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import conventions
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,7 +33,6 @@ class Setting(NamedTuple):
     """One experiment."""
 
     name: str
-    world: str = "conventions"
     sets: int = 60  # shadow sets
     clients: int = 20
     asked: int = 8  # clients of the further tests
@@ -57,11 +56,6 @@ def named(name: str, values: list[str]) -> Setting:
     return s
 
 
-def world(s: Setting) -> Any:
-    """The module that draws clients and rows."""
-    return importlib.import_module(s.world)
-
-
 # --- models and their updates ---
 
 
@@ -76,10 +70,10 @@ class Both(NamedTuple):
 
 
 @cache
-def models(which: str, rank: int) -> Both:
-    """Of a world."""
+def models(rank: int) -> Both:
+    """Made once, kept in the cache."""
     tuner = Lora(rank=rank, alpha=16.0 * rank, targets=("q_proj", "v_proj"))
-    rows = importlib.import_module(which).school(SCHOOLING.steps * SCHOOLING.batch, Streams(0))
+    rows = conventions.school(SCHOOLING.steps * SCHOOLING.batch, Streams(0))
     small, large = (opened(schooled(rows, shape, SCHOOLING)) for shape in (SMALL, LARGE))
     return Both(small, large, start_of(small, tuner), start_of(large, tuner), tuner)
 
@@ -106,15 +100,15 @@ def tune_all(s: Setting, role: str, count: int, seed: int) -> Tuned:
 
     The order of rows differs between the models: their updates share the rows' content, not a path through them.
     """
-    both, folder, place = models(s.world, s.rank), RUNS / s.name / f"seed-{seed}", world(s)
+    both, folder = models(s.rank), RUNS / s.name / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     xs, ys, who = [], [], []
     for i in range(count):
         streams = Streams(number_of(role, seed, i))
-        mine = place.client(streams, s.concentration, role == "left-out")
+        mine = conventions.client(streams, s.concentration, role == "left-out")
         file = folder / f"{role}-{i}.safetensors"
         if not file.exists():
-            drawn = place.drawn("public" if role == "shadow" else "private", mine, s.rows, streams)
+            drawn = conventions.drawn("public" if role == "shadow" else "private", mine, s.rows, streams)
             rows = rendered(drawn, both.small.tokenizer)
             x = tuned(both.small, rows, both.tuner, settings(s.steps, s.small_rate, 2 * i))
             y = tuned(both.large, rows, both.tuner, settings(s.steps, s.large_rate, 2 * i + 1))
@@ -143,21 +137,21 @@ def loss(view: ModelView, start: Start, update: Tensor | None, rows: list[dict])
 
 def client_loss(s: Setting, seed: int, i: int, clients: Tuned, update: Tensor | None, small: bool = False) -> float:
     """Of a client, on rows of its own sort that nobody trained on."""
-    both = models(s.world, s.rank)
-    drawn = world(s).drawn("held", clients.who[i], s.held, Streams(number_of("held", seed, i)))
+    both = models(s.rank)
+    drawn = conventions.drawn("held", clients.who[i], s.held, Streams(number_of("held", seed, i)))
     view, start = (both.small, both.small_start) if small else (both.large, both.large_start)
     return loss(view, start, update, rendered(drawn, view.tokenizer))
 
 
 def tuned_on_public(s: Setting, seed: int) -> Tensor:
     """C2: the large model on public rows of everybody, in several lengths; the best on other public rows."""
-    both, file = models(s.world, s.rank), RUNS / s.name / f"seed-{seed}" / "public.safetensors"
+    both, file = models(s.rank), RUNS / s.name / f"seed-{seed}" / "public.safetensors"
     if not file.exists():
         rows = rendered(
-            world(s).everybody("public", s.rows * s.sets, Streams(number_of("public", seed))), both.large.tokenizer
+            conventions.everybody("public", s.rows * s.sets, Streams(number_of("public", seed))), both.large.tokenizer
         )
         valid = rendered(
-            world(s).everybody("public", 4 * s.held, Streams(number_of("valid", seed))), both.large.tokenizer
+            conventions.everybody("public", 4 * s.held, Streams(number_of("valid", seed))), both.large.tokenizer
         )
         made = [tuned(both.large, rows, both.tuner, settings(k * s.steps, s.large_rate, seed)) for k in C2_LENGTHS]
         best = min((m[-1] for m in made if m is not None), key=lambda y: loss(both.large, both.large_start, y, valid))

@@ -1,14 +1,15 @@
 """Which learning rates the study takes: both models on public rows of a few made-up clients, judged on other public rows.
 
-python docs/studies/translation/rates.py conventions world=conventions
+python docs/studies/translation/rates.py conventions
 """
 
 from __future__ import annotations
 
 import sys
 
+import conventions
 import torch
-from made import Setting, loss, models, named, number_of, settings, world
+from made import Setting, loss, models, named, number_of, settings
 
 from luthier.collaboration.shadows import tuned
 from luthier.model.local import rendered
@@ -20,13 +21,13 @@ CLIENTS = 4
 
 def gains(s: Setting, rate: float) -> tuple[float, float]:
     """Nats a token that tuning saves at this rate, (small, large), on average over clients."""
-    both, place = models(s.world, s.rank), world(s)
+    both = models(s.rank)
     saved = torch.zeros(2)
     for i in range(CLIENTS):
         streams = Streams(number_of("rates", i))
-        who = place.client(streams, s.concentration)
+        who = conventions.client(streams, s.concentration)
         rows, held = (
-            rendered(place.drawn("public", who, n, Streams(number_of("rates", i, part))), both.small.tokenizer)
+            rendered(conventions.drawn("public", who, n, Streams(number_of("rates", i, part))), both.small.tokenizer)
             for part, n in (("rows", s.rows), ("held", s.held))
         )
         for side, (view, start) in enumerate(((both.small, both.small_start), (both.large, both.large_start))):

@@ -33,7 +33,7 @@ def of_seed(s: Setting, seed: int, threads: int) -> Losses:
         found: Losses = json.loads(file.read_text())
         return found
     torch.set_num_threads(threads)
-    both = models(s.world, s.rank)
+    both = models(s.rank)
     shadows, clients = tune_all(s, "shadow", s.sets, seed), tune_all(s, "client", s.clients, seed)
     kinds = both.small_start.side.kinds(), both.large_start.side.kinds()
     pairs = Pairs(shadows.x, shadows.y, torch.arange(s.sets), *kinds)
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("values", nargs="*", help="Of the setting: sets=240 makes those that are missing.")
     asked = parser.parse_args()
     s = named(asked.name, asked.values)
-    models(s.world, s.rank)
+    models(s.rank)
     with ProcessPoolExecutor(asked.processes, multiprocessing.get_context("spawn")) as pool:
         threads = max(1, (os.cpu_count() or 1) // asked.processes)
         found = [p.result() for p in [pool.submit(of_seed, s, seed, threads) for seed in range(asked.seeds)]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import sysconfig
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +25,3 @@ def stretch(which: str, whole: T) -> T:
     """What models learn from, public, private and held-out: by place in the source."""
     low, high = STRETCHES[which]
     return whole[int(low * len(whole)) : int(high * len(whole))]
-
-
-@cache
-def code() -> str:
-    """Source of Python's standard library."""
-    library = Path(sysconfig.get_paths()["stdlib"])
-    return "\n".join(f.read_text(encoding="utf-8") for f in sorted(library.glob("*.py"))[:150])

@@ -4,8 +4,8 @@ replay after a kill."""
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Kind, Message, Refused
@@ -73,14 +73,16 @@ def in_process(parties: Iterable[Party], first: Iterable[Sent], gate: Callable[[
 
 
 class Member:
-    """What clients of every protocol share: `answer` and `disclosure` are a protocol's own.
+    """What clients of every protocol share: `answer`, `disclosure` and `moved` are a protocol's own.
 
+    rows      that it tunes on
+    counted   how many of them it tells a server that weighs by rows: canaries of an audit do not count
     refusals  what the server would not take from it, and why
     result    what it was given at the end
     """
 
-    def __init__(self, name: str, run: str) -> None:
-        self.name, self.run = name, run
+    def __init__(self, name: str, run: str, rows: Sequence[Any]) -> None:
+        self.name, self.run, self.rows, self.counted = name, run, rows, len(rows)
         self.refusals: list[str] = []
         self.result: Message | None = None
 

@@ -265,8 +265,8 @@ class Organisation(Member):
 
     def __init__(self, name: str, contract: Contract, view: ModelView, rows: Sequence[Any]) -> None:
         refuse_other(start_of(view, contract.tuner).side, contract.small, name)
-        super().__init__(name, contract.digest)
-        self.contract, self.view, self.rows = contract, view, rows
+        super().__init__(name, contract.digest, rows)
+        self.contract, self.view = contract, view
 
     def answer(self, state: Message) -> list[Sent]:
         return [Sent(SERVER, self.message())]
@@ -276,7 +276,7 @@ class Organisation(Member):
         c = self.contract
         vectors = tuned(self.view, self.rows, c.tuner, c.settings, privacy=c.privacy)
         assert vectors is not None
-        tensors, notes = {"update": vectors[-1]}, {"rows": len(self.rows)}
+        tensors, notes = {"update": vectors[-1]}, {"rows": self.counted}
         return Message.of("update", c.digest, self.name, c.small.base, tensors, notes=notes)
 
     def moved(self, message: Message) -> Update:

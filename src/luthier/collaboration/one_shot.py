@@ -167,15 +167,15 @@ class AverageClient(Member):
     def __init__(self, name: str, contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> None:
         if not view.base.same_base(contract.base):
             raise Refused("base", f"{name}: its model is not the contract's")
-        super().__init__(name, contract.digest)
-        self.contract, self.view, self.rows = contract, view, rows
+        super().__init__(name, contract.digest, rows)
+        self.contract, self.view = contract, view
 
     def answer(self, state: Message) -> list[Sent]:
         start, _ = self.start(state).to("dense")  # into the weights, so that a tuner can add its own beside them
         with start.bind(self.view):
             update, loss = alone(self.contract, self.view, self.rows)
         c = self.contract
-        notes: dict[str, str | int | float] = {"rows": len(self.rows), "parts": headers(update)}
+        notes: dict[str, str | int | float] = {"rows": self.counted, "parts": headers(update)}
         if loss is not None:
             notes["loss"] = loss
         message = Message.of(

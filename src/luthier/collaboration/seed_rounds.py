@@ -183,8 +183,8 @@ class SeedClient(Member):
     def __init__(self, name: str, contract: SeedContract, view: ModelView, rows: Sequence[Any]) -> None:
         if weights_digest(view, contract.tuner) != contract.weights or not view.base.same_base(contract.base):
             raise Refused("base", f"{name}: its model, or the random numbers of its machine, are not the contract's")
-        super().__init__(name, contract.digest)
-        self.contract, self.view, self.rows = contract, view, rows
+        super().__init__(name, contract.digest, rows)
+        self.contract, self.view = contract, view
 
     def answer(self, state: Message) -> list[Sent]:
         tensors = state.tensors()
@@ -227,7 +227,7 @@ class SeedClient(Member):
                 client.detach()
         index = torch.from_numpy(np.array([i for i, _ in client.observed], dtype=np.uint16))
         value = torch.tensor([g for _, g in client.observed], dtype=torch.float32)
-        notes = {"steps": len(index), "rows": len(self.rows)}
+        notes = {"steps": len(index), "rows": self.counted}
         return Message.of(
             "scalars", c.digest, self.name, c.base, {"index": index, "scalar": value}, round=round, notes=notes
         )

@@ -76,6 +76,7 @@ def prepared(
     streams, contract = Streams(place.contract.settings.seed), place.contract
     known, controls = canaries(look.canaries, streams) if look.canaries else ([], [])
     party = place.protocol.client(name, contract, place.first, [*rows, *planted_rows(known, place.renderer)])
+    party.counted = len(rows)
     if state is None:
         state = Message.of(
             "state", contract.digest, SERVER, place.first.base, place.protocol.beginning(contract)
