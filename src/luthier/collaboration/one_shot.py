@@ -36,7 +36,9 @@ class OneShot(Collaboration):
     low-rank ones stack and may differ between clients. With `rounds` above 1 it is federated averaging: each round starts
     from the mean so far. Compare at equal local work, say 1 round of 3 epochs with 3 rounds of 1; the schedule of the
     learning rate, and Adam's moments, begin anew in each round.
-    Good where clients' rows are alike; where each has a topic of its own, one mean can be worse than none, and rounds help.
+    Nobody waits for the last: the mean of those that are there is to be had after each arrival, and order changes nothing.
+    Good where clients' rows are alike; where each has a topic of its own, one mean can be worse than none, and rounds help:
+    `luthier collaborate simulate` shows both, beside each client alone and everybody's rows in one place.
     Cost: traffic of one update a client and round; work of tuning alone.
     Refuses: updates that replace or surround weights (prompts, new heads), other forms or parameters than the contract's.
     """
