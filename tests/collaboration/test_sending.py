@@ -15,7 +15,8 @@ from luthier.collaboration.messages import Message, Refused, decode
 from luthier.collaboration.network import Client
 from luthier.collaboration.rounds import SERVER
 from luthier.collaboration.sending import Look, prepared
-from luthier.collaboration.wire import headers, packed
+from luthier.collaboration.wire import headers, packed, unpacked
+from luthier.update.files import load
 from test_run import luthier
 
 
@@ -58,6 +59,20 @@ def test_a_round_is_answered_once_and_every_sending_is_noted(agreed, place):
     assert (place.path / "sent" / f"{NAMES[0]}-1.html").exists()
     with pytest.raises(Refused, match="round 3 of 2: more was not agreed on"):
         answered(place.path, who(agreed), state(place, 2).encode())
+
+
+def test_what_a_server_gives_is_kept_as_an_adapter(agreed, place):
+    sent = decode(answered(place.path, who(agreed), state(place).encode()), LIMIT)
+    result = Message.of(
+        "result", place.contract.digest, SERVER, place.contract.base, sent.tensors(), round=2,
+        notes={"parts": sent.header.notes["parts"]},
+    )  # fmt: skip
+    for _ in range(2):
+        assert answered(place.path, who(agreed), result.encode()) == b""
+    given = load(place.path / "given" / NAMES[0])
+    expected = unpacked(sent).dense()
+    assert all(torch.equal(given.dense()[k], expected[k]) for k in expected) and given.base.same_base(place.first.base)
+    assert (place.path / "given" / NAMES[0] / "adapter_config.json").exists(), "as peft opens it"
 
 
 def test_what_an_audit_holds_back_is_not_sent_and_the_server_hears_no_reason(agreed, place, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,16 +19,18 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from luthier.cache import whole
 from luthier.collaboration.arriving import leave_so_far, left
 from luthier.collaboration.base import Sent, Tick
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.messages import Message as Envelope
 from luthier.collaboration.messages import Refused, decode
-from luthier.collaboration.network import Client
+from luthier.collaboration.network import GIVEN, Client
 from luthier.collaboration.rounds import RoundServer
 from luthier.collaboration.sending import HeldBack, Look, prepared, send
 from luthier.errors import LuthierError
 from luthier.training.checkpoint import write_text
+from luthier.update.files import save_update
 
 RECORD = "luthier"
 SENT = "sent"  # folder of a client's messages and audits, by name and round
@@ -191,7 +194,7 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
     """
     place, message = Place(folder), decode(received, LIMIT)
     if message.header.kind == "result":
-        (folder / f"{who.name}.result").write_bytes(received)
+        _keep(place, who, message)
     if message.header.kind != "state":
         return b""
     rounds = getattr(place.protocol, "rounds", 1)
@@ -211,6 +214,16 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
     with (folder / "sent.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")
     return data
+
+
+def _keep(place: Place, who: Client, result: Envelope) -> None:
+    """What the server gave, as an adapter's folder. A client need not have the model that it is for."""
+    party = place.protocol.client(who.name, place.contract, place.first, [])
+    party.handle(result)
+    target = place.path / GIVEN / who.name
+    shutil.rmtree(target, ignore_errors=True)
+    with whole(target) as temporary:
+        save_update(party.update, temporary, place.first if len(place.protocol.roles) == 1 else None)
 
 
 def _prepare(place: Place, who: Client, state: Envelope, stem: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError
 
+GIVEN = "given"  # folder of what a server gave, by client
 Say = Callable[[str], None]
 PR_SET_PDEATHSIG = 1
 STARTING = 60.0  # seconds that flwr's server may take to listen
@@ -110,10 +111,11 @@ def serve(folder: Path, clients: Sequence[str], at: Address, patience: float, ou
 
 
 def join(folder: Path, client: Client, at: Address, say: Say) -> Path:
-    """Answer a server until it has given a result; returns the result's file. Raises LuthierError where an audit held a
+    """Answer a server until it has given a result; returns the adapter's folder. Raises LuthierError where an audit held a
     message back."""
     name = client.name
-    result, held, home = folder / f"{name}.result", folder / f"{name}.held-back", folder / f"flwr-{name}"
+    given, held, home = folder / GIVEN / name, folder / f"{name}.held-back", folder / f"flwr-{name}"
+    result = given / "update.json"
     home.mkdir(exist_ok=True)
     held.unlink(missing_ok=True)
     config = {"folder": str(folder.resolve()), **client.to_config()}
@@ -136,7 +138,7 @@ def join(folder: Path, client: Client, at: Address, say: Say) -> Path:
         told.read()
     if held.exists():
         raise LuthierError(held.read_text(encoding="utf-8"))
-    return result
+    return given
 
 
 def _server_side(at: Address) -> list[str]:
