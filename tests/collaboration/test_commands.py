@@ -233,3 +233,8 @@ def test_a_recipe_with_a_protocol_is_not_run_as_one(agreed):
 def test_check_says_what_leaves(agreed):
     done = luthier("check", "r.yaml", cwd=agreed)
     assert done.returncode == 0 and "whoever serves gets an update of each organisation's small model" in done.stdout
+
+
+def test_help_says_what_each_argument_is(agreed):
+    done = luthier("collaborate", "tune", "--help", cwd=agreed)
+    assert done.returncode == 0 and "Your rows; they stay here." in done.stdout
