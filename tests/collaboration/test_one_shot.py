@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from luthier.collaboration import one_shot
 from luthier.collaboration.averaging import averaged
 from luthier.collaboration.base import Tick, in_process
 from luthier.collaboration.journal import Journal
@@ -16,6 +17,7 @@ from luthier.collaboration.one_shot import (
     OneShot,
     alone,
 )
+from luthier.collaboration.privacy import Privacy, plan
 from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
@@ -165,6 +167,14 @@ def test_a_round_ends_without_those_that_decline_and_not_with_none():
     with pytest.raises(LuthierError, match="will not send anything"):
         for name in NAMES:
             nobody.handle(declined(name))
+
+
+def test_under_a_promise_each_round_has_the_noise_of_all_together(monkeypatch):
+    seen = []
+    monkeypatch.setattr(one_shot, "plan", lambda *given: seen.append(plan(*given)) or seen[-1])
+    agreed = contract(rounds=2, privacy=Privacy(epsilon=4.0, delta=0.01))
+    carried(AverageServer(agreed, NAMES), clients(agreed))
+    assert len(seen) == 2 * len(NAMES) and {p.rounds for p in seen} == {2} and all(p.spent <= 4.0 for p in seen)
 
 
 def test_what_cannot_be_added_is_refused_by_name_and_the_rest_counts():
