@@ -307,7 +307,8 @@ def evidence(folder: Path = FOLDER) -> str:
     for m in listed:
         claim = written.get(m["name"])
         entry = have.get(m["name"]) or (have.get(claim.method) if claim else None)  # the code may have another name
-        code = f"[{entry['kind']}](methods/{entry['name']}.md)" if entry else "not there yet"
+        page = f"[{entry['kind']}](methods/{entry['name']}.md)" if entry else "not there yet"
+        code = m.get("code", page)  # of what is no method of a recipe
         lines.append(f"| {m['name']} | {m['title']}, {m['year']}, {m['reference']} | {code} | {_told(claim)} |")
     others = [n for n in written if n not in {m["name"] for m in listed}]
     lines += ["", "## Further claims", ""] if others else []
