@@ -64,19 +64,19 @@ def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _
         raise LuthierError(_none(refused))
     for name, why in refused.items():
         say(f"refused {name}: {why}")
-    return Arrivals(left(place, server, out, refused), refused, getattr(server, "report", {}))
+    return Arrivals(left(place, server, out, refused), refused, server.report)
 
 
 def refuse_rounds(place: Place) -> None:
     """Files carry one round. Raises LuthierError where the protocol asks for several."""
-    if getattr(place.protocol, "rounds", 1) != 1:
+    if place.protocol.turns != 1:
         raise LuthierError(f"{place.protocol.key()} asks for several rounds; run it over a network (serve, join)")
 
 
 def left(place: Place, server: RoundServer, out: Path, refused: Mapping[str, str] | None = None) -> dict[str, Path]:
     """A finished server's results, by sender, and the page of what came of it."""
     folders = {s.to: _files(place, server.outcome(s.to), out / s.to) for s in server.results()}
-    report, refused = getattr(server, "report", {}), refused or {}
+    report, refused = server.report, refused or {}
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.json", json.dumps({"report": report, "refused": refused}, indent=1, default=str))
     write_translation(out / "report.html", place, report, refused, _judged(place), isinstance(server, Provider))

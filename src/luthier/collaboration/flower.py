@@ -197,9 +197,9 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
         _keep(place, who, message)
     if message.header.kind != "state":
         return b""
-    rounds = getattr(place.protocol, "rounds", 1)
-    if message.header.round >= rounds:
-        raise Refused("round", f"asked for round {message.header.round + 1} of {rounds}: more was not agreed on")
+    if message.header.round >= place.protocol.turns:
+        asked = f"asked for round {message.header.round + 1} of {place.protocol.turns}"
+        raise Refused("round", f"{asked}: more was not agreed on")
     stem = f"{who.name}-{message.header.round}"
     kept = folder / SENT / f"{stem}.message"
     if not kept.exists():

@@ -60,6 +60,10 @@ class OneShot(Collaboration):
     keep_outliers: bool = False
     """Count updates more than ten times as long as the median, too."""
 
+    @property
+    def turns(self) -> int:
+        return self.rounds
+
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> AverageContract:
         """The contract. Raises LuthierError for a tuner whose update cannot be averaged."""
         (view,) = views

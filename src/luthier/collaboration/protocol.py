@@ -42,6 +42,11 @@ class Collaboration(Method):
     privacy: Privacy | None = None
     """Promise that every client keeps while it tunes: {epsilon: 8, delta: 1e-5, clip: 1}; null: none."""
 
+    @property
+    def turns(self) -> int:
+        """How often a client may be asked."""
+        return 1
+
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> Agreement:
         """The contract over these models, one for each role. Raises LuthierError for what cannot work."""
         raise NotImplementedError

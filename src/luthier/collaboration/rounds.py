@@ -20,6 +20,7 @@ class RoundServer:
     """What every protocol of rounds shares; `accept`, `add_up`, `state` and `disclosure` are a protocol's own.
 
     waits_for      kind of the clients' messages
+    report         what came of it, for a page
     run, base      digest of the contract, and of the model
     participation  share of the clients that a round asks; which ones is known before training starts
     journal        where arrivals and closed rounds are kept; a server with the journal of a killed one goes on where it was
@@ -27,6 +28,7 @@ class RoundServer:
 
     name = SERVER
     waits_for: Kind = "update"
+    report: Any = ()
 
     def __init__(
         self, run: str, base: Fingerprint, rounds: int, clients: Sequence[str], journal: Journal | None = None,

@@ -62,6 +62,10 @@ class SeedRounds(Collaboration):
     seed: int = Field(0, ge=0)
     """For the choice of clients."""
 
+    @property
+    def turns(self) -> int:
+        return self.rounds
+
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> SeedContract:
         """The contract that this model makes. Raises LuthierError for what its rounds cannot do."""
         (view,) = views

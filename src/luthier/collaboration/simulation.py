@@ -67,7 +67,7 @@ def simulate(
         found = _found(place, clients, of_own, given, shared)
         found |= _on_the_way(place, server, clients, out) | {
             "rounds": server.rounds,
-            "report": getattr(server, "report", {}),
+            "report": server.report,
         }
         write_text(out / "found.json", json.dumps(found, indent=1, default=str))
         return write_simulation(out / "report.html", place, found)
