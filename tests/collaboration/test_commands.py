@@ -157,6 +157,17 @@ def test_messages_are_audited_written_and_translated_and_a_bad_one_does_not_stop
     assert none.returncode == 2 and "no message could be used" in none.stderr
 
 
+def test_a_translation_is_simulated_too(agreed):
+    files = [f"{n}={n}.jsonl" for n in NAMES[:2]]
+    done = luthier("collaborate", "simulate", "c", *files, "--held", 0.5, cwd=agreed)
+    assert done.returncode == 0, done.stderr
+    found, place = json.loads((agreed / "simulated/found.json").read_text()), Place(agreed / "c")
+    assert found["arrivals"] == [] and "small model" in (agreed / "simulated/report.html").read_text()
+    assert load(agreed / "simulated/alone" / NAMES[0]).base.same_base(place.view("small").base)
+    for folder in ("together/" + NAMES[0], "shared"):
+        assert load(agreed / "simulated" / folder).base.same_base(place.view("large").base)
+
+
 def test_a_shut_gate_keeps_the_message_back(agreed, monkeypatch):
     from luthier.collaboration import sending
     from luthier.collaboration.audit.gate import Verdict

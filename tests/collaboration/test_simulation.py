@@ -123,21 +123,6 @@ def test_a_client_whose_update_is_refused_is_named(simulated, monkeypatch):
     assert done.returncode == 2 and f"the server refuses {TWO[1]}: not-finite: a value" in done.stderr, done.stderr
 
 
-def test_a_translation_is_simulated_too(tmp_path):
-    recipe(tmp_path)
-    assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
-    refused = luthier(*words(), cwd=tmp_path)
-    assert refused.returncode == 2 and "shadow sets are not made" in refused.stderr
-    assert luthier("collaborate", "shadow", "c", "--processes", 1, cwd=tmp_path).returncode == 0
-    done = luthier(*words(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    f, place = found(tmp_path), Place(tmp_path / "c")
-    assert f["arrivals"] == [] and "small model" in (tmp_path / "simulated/report.html").read_text()
-    assert load(tmp_path / "simulated/alone" / TWO[0]).base.same_base(place.view("small").base)
-    for folder in ("together/" + TWO[0], "shared"):
-        assert load(tmp_path / "simulated" / folder).base.same_base(place.view("large").base)
-
-
 @pytest.mark.parametrize(
     ("more", "says"),
     [
