@@ -6,6 +6,7 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from luthier.collaboration import flower
+from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message
 from luthier.collaboration.one_shot import AverageClient, AverageServer, OneShot
 from luthier.errors import LuthierError
@@ -46,6 +47,8 @@ class Grid:
             self.count += 1
             numbers.append(str(self.count))
             data, node = bytes(m.content["luthier"]["bytes"]), m.metadata.dst_node_id
+            if data and flower.decode(data, 10**8).header.kind == "result":
+                self.results.append(node)
             content = self.nodes[node](data) if node in self.nodes else None
             if content is not None:
                 self.waiting[numbers[-1]] = (node, content)
@@ -61,10 +64,6 @@ class Grid:
                 SimpleNamespace(metadata=meta, content=content, error=error, has_error=lambda e=error: e is not None)
             )
         return out
-
-    def send_and_receive(self, messages, timeout):
-        self.results = [m.metadata.dst_node_id for m in messages]
-        return []
 
 
 def content(**values):
@@ -87,9 +86,11 @@ def node(name, agreed, answer=None):
     return reply
 
 
-def served(agreed, grid, patience=0.5):
-    party, said, arrivals = AverageServer(agreed, NAMES), [], []
-    flower.serve(party, grid, list(NAMES), patience, said.append, lambda: arrivals.append(len(party.gathering.arrived)))
+def served(agreed, grid, patience=0.5, journal=None):
+    party, said, arrivals = AverageServer(agreed, NAMES, journal), [], []
+    line = flower.Line(grid, list(NAMES))
+    flower.serve(party, line, patience, said.append, lambda: arrivals.append(len(party.gathering.arrived)))
+    flower.give(party, line, said.append, patience)
     return party, said, arrivals
 
 
@@ -131,6 +132,17 @@ def test_a_client_that_died_is_asked_again_where_it_comes_back(agreed):
 
     party, said, _ = served(agreed, grid, patience=60)
     assert said.count("joined  south") == 2 and party.finished and len(party.report) == 2
+
+
+def test_a_server_started_again_at_the_end_gives_results_to_those_that_come(agreed, tmp_path):
+    first = Grid(a=node("north", agreed), b=node("south", agreed))
+    served(agreed, first, patience=60, journal=Journal(tmp_path, 10**8))
+    again = Grid(a=node("south", agreed), b=node("stranger", agreed), c=node("north", agreed))
+    party, said, _ = served(agreed, again, patience=60, journal=Journal(tmp_path, 10**8))
+    assert party.heard == set(NAMES) and sorted(first.results) == [1, 2] and sorted(again.results) == [1, 3]
+    assert said == ["joined  south", "joined  north"]
+    _, said, _ = served(agreed, Grid(), patience=0.5, journal=Journal(tmp_path, 10**8))
+    assert said == [], "nobody comes: it does not wait for ever"
 
 
 def declined(name, agreed):

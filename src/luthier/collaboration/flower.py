@@ -34,6 +34,7 @@ from luthier.update.files import save_update
 
 RECORD = "luthier"
 SENT = "sent"  # folder of a client's messages and audits, by name and round
+GIVING = 60.0  # seconds that whoever took part has to come back for its result
 PATIENCE = 0.2  # seconds between looks for answers
 
 server = ServerApp()
@@ -50,12 +51,14 @@ def _serve(grid: Grid, context: Context) -> None:
     clients = str(config["clients"]).split(",")
     party = place.protocol.server(place.contract, clients, place.journal(), place)
     output = Path(str(config["output"]))
+    line = Line(grid, clients)
     try:
-        serve(party, grid, clients, float(config["patience"]), _said, lambda: leave_so_far(place, party, output))
+        serve(party, line, float(config["patience"]), _said, lambda: leave_so_far(place, party, output))
     except LuthierError as error:
         _said(f"ended   {error}")
         return
     left(place, party, output)
+    give(party, line, _said)
 
 
 class Line:
@@ -85,7 +88,7 @@ class Line:
             return
         numbers = self.grid.push_messages([_message(s.message.encode(), self.nodes[s.to]) for s in here])
         # A refusal wants no answer, but flwr gives every message one.
-        self.asked |= {n: s.to for n, s in zip(numbers, here, strict=True) if s.message.header.kind == "state"}
+        self.asked |= {n: s.to for n, s in zip(numbers, here, strict=True) if s.message.header.kind != "refusal"}
 
     def answers(self) -> Iterator[tuple[str | None, Message]]:
         """(client, what came back), client None for a node's name."""
@@ -102,37 +105,60 @@ class Line:
 
 
 def serve(
-    party: RoundServer, grid: Grid, clients: list[str], patience: float, say: Callable[[str], None],
-    arrived: Callable[[], None],
+    party: RoundServer, line: Line, patience: float, say: Callable[[str], None], arrived: Callable[[], None]
 ) -> None:  # fmt: skip
     """Rounds until the last is closed. Raises LuthierError where nobody will send.
 
     patience  seconds that a round waits for whoever has not answered; then those that have count
     arrived   called after each answer
     """
-    line, began, round = Line(grid, clients), time.monotonic(), party.round
+    began, round = time.monotonic(), party.round
     while not party.finished:
         line.look()
         for name, reply in line.answers():
             if reply.has_error():
                 say(f"lost    {name or 'a node'}: {reply.error.reason}")
             elif name is not None:
-                line.send(_taken(party, name, _field(reply, "bytes"), say))
+                line.send(_at_once(_taken(party, name, _field(reply, "bytes"), say)))
                 arrived()
             elif (new := line.named(reply)) is not None:
                 say(f"joined  {new}")
                 line.send(party.back(new))
         if party.round == round and time.monotonic() - began > patience:
             say(f"round   {round}: time is up; {_late(party)}")
-            line.send(party.handle(Tick()))
+            line.send(_at_once(party.handle(Tick())))
             began = time.monotonic()
         if party.round != round:
             say(f"round   {party.round} of {party.rounds} is closed")
             began, round = time.monotonic(), party.round
         time.sleep(PATIENCE)
-    results = [s for s in party.results() if s.to in line.nodes]
-    for _ in grid.send_and_receive([_message(s.message.encode(), line.nodes[s.to]) for s in results], timeout=patience):
-        pass
+
+
+def give(party: RoundServer, line: Line, say: Callable[[str], None], patience: float = GIVING) -> None:
+    """The results, to whoever is there, and to those that took part and come back in time; the same command gives them
+    again."""
+    results, began = {s.to: s for s in party.results()}, time.monotonic()
+    sent: set[str] = set()
+    given: set[str] = set()
+    while not (party.heard & results.keys()) <= given and time.monotonic() - began < patience:
+        line.look()
+        for name, reply in line.answers():
+            if reply.has_error():
+                say(f"lost    {name or 'a node'}: {reply.error.reason}")
+            elif name is not None and _field(reply, "bytes") == b"":  # not a late answer to a round
+                given.add(name)
+            elif name is None and (new := line.named(reply)) is not None:
+                say(f"joined  {new}")
+                sent.discard(new)
+        waiting = [results[n] for n in line.nodes if n in results and n not in sent]
+        line.send(waiting)
+        sent |= {s.to for s in waiting}
+        time.sleep(PATIENCE)
+
+
+def _at_once(sent: list[Sent]) -> list[Sent]:
+    """All but results, which go when they lie on disk here."""
+    return [s for s in sent if s.message.header.kind != "result"]
 
 
 def _late(party: RoundServer) -> str:

@@ -36,6 +36,7 @@ class RoundServer:
     ) -> None:  # fmt: skip
         self.run, self.base, self.rounds, self.clients = run, base, rounds, tuple(sorted(clients))
         self.journal, self.participation, self.seed, self.round = journal, participation, seed, 0
+        self.heard: set[str] = set()  # whoever has sent something that counts
         known: dict[int, list[Message]] = {}
         closed = set()
         for message in journal or ():
@@ -143,6 +144,7 @@ class RoundServer:
         return self.results() if self.finished else self.begin()
 
     def _next(self, known: Sequence[Message] = ()) -> None:
+        self.heard |= self.gathering.arrived.keys()
         self.add_up(dict(sorted(self.gathering.arrived.items())))
         self.round += 1
         if not self.finished:
