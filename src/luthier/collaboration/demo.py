@@ -18,7 +18,7 @@ from luthier.collaboration.arriving import taken_in
 from luthier.collaboration.contract import start_of
 from luthier.collaboration.controls import mean_shadow
 from luthier.collaboration.folder import Place
-from luthier.collaboration.provider import Shop, judge, loss_of, make_shadows, on_public, opened, pairs_in
+from luthier.collaboration.provider import Shop, judge, make_shadows, on_public, opened, pairs_in
 from luthier.collaboration.sending import Audited, Look, prepared, send
 from luthier.data.demo_requests import demo_rows
 from luthier.model.local import LARGE, SMALL, Schooling, pieces, python_sources, schooled
@@ -173,5 +173,5 @@ def _losses(shop: Shop, folder: Path, name: str, audited: Audited, got: Path) ->
         page.ALL: shop.protocol.centralised(c, place, everybody),
     }  # fmt: skip
     with audited.update.bind(place.first):
-        small = loss_of(shop, None, held, "small")
-    return {page.OWN: small} | {n: loss_of(shop, u, held) for n, u in given.items()}
+        small = place.loss("small", None, held)
+    return {page.OWN: small} | {n: place.loss("large", u, held) for n, u in given.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,10 @@ from luthier.model.loading import load_model, load_tokenizer, locate
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.recipe.text import method
+from luthier.scorer import mean_loss, row_scores
 from luthier.training.checkpoint import write_text
 from luthier.training.settings import TrainSettings
+from luthier.update import Update
 
 LIMIT = 1 << 30  # bytes of a message that are taken
 
@@ -91,6 +94,12 @@ class Place:
     def first(self) -> ModelView:
         """The model that clients tune."""
         return self.view(self.protocol.roles[0])
+
+    def loss(self, role: str, update: Update | None, rows: Sequence[Any]) -> float:
+        """Nats a token of a model on rendered rows, with an update or without."""
+        view, tokens = self.view(role), 2 * self.contract.settings.tokens_per_forward
+        with nullcontext() if update is None else update.bind(view):
+            return mean_loss(row_scores(view, rows, tokens, "causal-lm"))
 
     @cached_property
     def renderer(self) -> Renderer:

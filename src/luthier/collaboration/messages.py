@@ -33,7 +33,7 @@ class Refused(LuthierError):
 
 def refuse_name(name: str) -> None:
     """Raises LuthierError for what cannot be a party's name."""
-    if re.match(NAME, name) is None:
+    if re.fullmatch(NAME, name) is None:
         raise LuthierError(
             f"{name!r} is no name for a party: take letters, digits, '_', '-', '.' and spaces, 64 at most"
         )

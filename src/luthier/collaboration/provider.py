@@ -30,7 +30,6 @@ from luthier.errors import LuthierError
 from luthier.forecast import in_time
 from luthier.rng import Streams
 from luthier.run_folder import RunFolder
-from luthier.scorer import mean_loss, row_scores
 from luthier.training.checkpoint import write_text
 
 Say = Callable[[str], None]
@@ -180,7 +179,7 @@ def judge(shop: Shop, say: Say, limit: int = 10) -> dict[str, Any]:
     for i, k in enumerate(asked.shadow.tolist()):
         rows = shop.beside(k)
         for name, y in updates.items():
-            losses[name].append(loss_of(shop, None if y is None else start.update(y[i]), rows))
+            losses[name].append(shop.place.loss("large", None if y is None else start.update(y[i]), rows))
     found = {n: {"losses": x, "loss": float(np.mean(x))} for n, x in losses.items()}
     for f in found.values():
         f["share"] = share_of_gain(f["loss"], found["C0 no update"]["loss"], found["true update"]["loss"])  # type: ignore[arg-type]
@@ -204,15 +203,6 @@ def verdict(losses: dict[str, list[float]]) -> str:
     )
 
 
-def loss_of(shop: Shop, update: Any, rows: Sequence[Any], role: str = "large") -> float:
-    """Nats a token of a model, with an update or without."""
-    view, tokens = shop.place.view(role), 2 * shop.contract.settings.tokens_per_forward
-    if update is None:
-        return mean_loss(row_scores(view, rows, tokens, "causal-lm"))
-    with update.bind(view):
-        return mean_loss(row_scores(view, rows, tokens, "causal-lm"))
-
-
 def on_public(shop: Shop, say: Say) -> Tensor:
     """[L, d], C2: the large model tuned on all public rows, kept once made."""
     file = shop.place.path / "public.safetensors"
@@ -228,7 +218,7 @@ def on_public(shop: Shop, say: Say) -> Tensor:
             y = tuned(view, rows, c.tuner, c.settings_of("large").model_copy(update={"max_steps": k * steps}))
             assert y is not None
             made.append(y[-1])
-        best = min(made, key=lambda y: loss_of(shop, start.update(y), held))
+        best = min(made, key=lambda y: shop.place.loss("large", start.update(y), held))
         save_file({"y": best.contiguous()}, str(file) + ".part")
         os.replace(str(file) + ".part", file)
     return load_file(file)["y"]

@@ -24,7 +24,6 @@ from luthier.forecast import in_time
 from luthier.report.simulation import ALONE, SHARED, TOGETHER, UNTOUCHED, write_simulation
 from luthier.rng import Streams
 from luthier.run_folder import RunFolder
-from luthier.scorer import mean_loss, row_scores
 from luthier.training.checkpoint import write_text
 from luthier.update import Update
 from luthier.update.files import load, save_update
@@ -148,15 +147,6 @@ def _together(place: Place, server: RoundServer, clients: Mapping[str, Client], 
 # --- what they are worth ---
 
 
-def _loss(place: Place, role: str, update: Update | None, rows: Sequence[Any]) -> float:
-    """Nats a token."""
-    view, tokens = place.view(role), 2 * place.contract.settings.tokens_per_forward
-    if update is None:
-        return mean_loss(row_scores(view, rows, tokens, "causal-lm"))
-    with update.bind(view):
-        return mean_loss(row_scores(view, rows, tokens, "causal-lm"))
-
-
 def _found(
     place: Place, clients: Mapping[str, Client], of_own: Mapping[str, Update], given: Mapping[str, Update], shared: Update
 ) -> dict[str, Any]:  # fmt: skip
@@ -167,7 +157,7 @@ def _found(
         SHARED: lambda n: (last, shared),
     }  # fmt: skip
     table = {
-        m: {n: [_loss(place, *of(n), c.held) for c in clients.values()] for n in clients} for m, of in models.items()
+        m: {n: [place.loss(*of(n), c.held) for c in clients.values()] for n in clients} for m, of in models.items()
     }
     return {
         "losses": {m: {n: by[n][i] for i, n in enumerate(clients)} for m, by in table.items()},
@@ -182,7 +172,7 @@ def _on_the_way(place: Place, server: RoundServer, clients: Mapping[str, Client]
     if end is None:
         return {"arrivals": [], "line": []}
     role = place.protocol.roles[-1]
-    mean = lambda u: float(np.mean([_loss(place, role, u, c.held) for c in clients.values()]))  # noqa: E731
+    mean = lambda u: float(np.mean([place.loss(role, u, c.held) for c in clients.values()]))  # noqa: E731
     again, arrivals = place.protocol.server(place.contract, list(clients), None, place), []
     for message in Journal(out / "arrived", LIMIT):
         if message.header.kind == again.waits_for:
