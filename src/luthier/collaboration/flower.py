@@ -25,7 +25,7 @@ from luthier.collaboration.base import Sent, Tick
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.messages import Message as Envelope
 from luthier.collaboration.messages import Refused, decode
-from luthier.collaboration.network import GIVEN, Client
+from luthier.collaboration.network import GIVEN, SENT, Client
 from luthier.collaboration.rounds import RoundServer
 from luthier.collaboration.sending import HeldBack, Look, prepared, send
 from luthier.errors import LuthierError
@@ -33,7 +33,6 @@ from luthier.training.checkpoint import write_text
 from luthier.update.files import save_update
 
 RECORD = "luthier"
-SENT = "sent"  # folder of a client's messages and audits, by name and round
 GIVING = 60.0  # seconds that whoever took part has to come back for its result
 PATIENCE = 0.2  # seconds between looks for answers
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from luthier.errors import LuthierError
 
+SENT = "sent"  # folder of a client's messages and audits, by name and round
 GIVEN = "given"  # folder of what a server gave, by client
 Say = Callable[[str], None]
 PR_SET_PDEATHSIG = 1
@@ -126,7 +127,7 @@ def join(folder: Path, client: Client, at: Address, say: Say) -> Path:
     began = result.stat().st_mtime_ns if result.exists() else 0
     with _process(command, home, "supernode.log") as node:
         say(f"join    {at} as {name}; rows stay here, what leaves is written to {folder / 'sent.jsonl'}")
-        if kept := sorted(folder.glob(f"sent/{name}-*.message")):
+        if kept := sorted(folder.glob(f"{SENT}/{name}-*.message")):
             say(f"again   rounds that were answered before get the same answer: {', '.join(map(str, kept))}")
         told = Tail(home / "supernode.log", say)
         while not held.exists() and (not result.exists() or result.stat().st_mtime_ns == began):
