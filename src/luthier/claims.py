@@ -157,7 +157,7 @@ def run(
     """
     claim = load(folder / f"{name}.yaml")
     if processes > 1:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _thread_share, (processes,)) as pool:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _begin, (processes,)) as pool:
             parts = [pool.submit(_of_seed, name, folder, runs, seed, fresh) for seed in range(claim.seeds)]
             stored = [part.result() for part in parts]
     else:
@@ -169,9 +169,12 @@ def run(
     return {**out, "date": max(one["date"] for one in every), "machine": machines}
 
 
-def _thread_share(processes: int) -> None:
+def _begin(processes: int) -> None:
     import torch
 
+    from luthier import machine
+
+    machine.end_with_parent()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 

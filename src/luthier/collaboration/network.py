@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import json
 import os
@@ -16,12 +15,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from luthier import machine
 from luthier.errors import LuthierError
 
 SENT = "sent"  # folder of a client's messages and audits, by name and round
 GIVEN = "given"  # folder of what a server gave, by client
 Say = Callable[[str], None]
-PR_SET_PDEATHSIG = 1
 STARTING = 60.0  # seconds that flwr's server may take to listen
 
 
@@ -166,17 +165,12 @@ def _process(command: list[str], home: Path, log: str) -> Any:
             stderr=subprocess.STDOUT,
             env=environment(home),
             start_new_session=True,
-            preexec_fn=_with_us,
+            preexec_fn=machine.end_with_parent,
         )
         try:
             yield process
         finally:
             _end(process)
-
-
-def _with_us() -> None:
-    """flwr's process ends where ours is killed."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

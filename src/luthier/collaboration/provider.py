@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from luthier import machine
 from luthier.collaboration.audit.tokens import distinct
 from luthier.collaboration.contract import Contract, start_of
 from luthier.collaboration.controls import mean_shadow, nearest_shadow, share_of_gain
@@ -37,7 +37,6 @@ HELD_BACK = 0.1  # share of the shadow sets that a translator is judged on
 LENGTHS = (1, 4)  # of the run over all public rows, in lengths of a shadow run; the better one counts
 CALIBRATING = 24  # shadow sets that audits of tokens are calibrated with
 NEWS = 10.0  # seconds between lines of progress
-PR_SET_PDEATHSIG = 1
 
 
 class Shop(NamedTuple):
@@ -133,9 +132,8 @@ _SHOP: list[Shop] = []  # of a worker process, opened once
 
 def _begin(path: str, threads: int) -> None:
     """A worker's start: it dies with the process that asked for it, and leaves Ctrl-C to that one."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    machine.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    from luthier import machine
     from luthier.cli.shared import quiet
 
     machine.prepare()

@@ -6,27 +6,24 @@ importing torch takes.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
+from luthier import machine
+
 LOCK_PATIENCE = 60.0  # seconds: a killed comparison's own worker may still be saving
-PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Until standard input ends, or the parent does."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    machine.end_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to standard error
-    from luthier import machine
-
     machine.prepare()
     for line in sys.stdin:
         answer = carried_out(json.loads(line))

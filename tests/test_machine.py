@@ -1,0 +1,27 @@
+"""A process that asked for it ends when the one that started it is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+
+CHILD = "from luthier import machine; machine.end_with_parent(); print('up', flush=True); import time; time.sleep(60)"
+PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {CHILD!r}]); time.sleep(60)"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process that its parent ended")
+def test_a_killed_process_takes_its_children_along():
+    parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, start_new_session=True)
+    assert parent.stdout is not None
+    try:
+        assert parent.stdout.readline() == b"up\n"
+        parent.kill()
+        assert parent.communicate(timeout=10)[0] == b""  # the child held the pipe's other end: it has ended
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
