@@ -52,7 +52,7 @@ docs: $(VENV)/dev.done
 
 # Hours, not minutes: fuzzing at length, kills at random moments.
 soak: $(VENV)/dev.done
-	$(BIN)/python -m pytest tests/test_soak.py -m soak --timeout 3600
+	$(BIN)/python -m pytest -m soak --timeout 3600
 	LUTHIER_FUZZ=40 $(BIN)/python -m pytest tests/test_fuzz.py --timeout 7200
 
 clean:

@@ -55,6 +55,7 @@ def test_gguf_reads_back_as_the_run(run_folder, tmp_path):
     assert 'PARAMETER stop "<|im_end|>"' in (tmp_path / "g" / "Modelfile").read_text()
 
 
+@pytest.mark.parametrize("run_folder", ["lora"], indirect=True)  # whatever was tuned, files are read
 def test_what_was_measured_before_is_read_without_a_model(run_folder, tmp_path):
     import subprocess
     import sys

@@ -160,29 +160,28 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(finished)
     assert other.returncode == 2 and "holds the run of another recipe" in other.stderr
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_saves_and_goes_on_to_the_same_weights(sent, code, model_folder, tmp_path):
+def test_interrupted_twice_it_saves_and_goes_on_to_the_same_weights(model_folder, tmp_path):
     from luthier.update.files import load
 
-    ends = []
-    for name in ("whole", "stopped"):
-        recipe = write(tmp_path / name, model_folder, epochs=40)
-        if name == "stopped":
-            child = subprocess.Popen(
-                [*LUTHIER, "run", str(recipe)], cwd=tmp_path / name, stderr=subprocess.PIPE, text=True
-            )
-            log = tmp_path / name / "out" / "log.jsonl"
-            deadline = time.monotonic() + 60
-            while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 5):
-                time.sleep(0.01)
-            child.send_signal(sent)
-            _, said = child.communicate(timeout=60)
-            assert child.returncode == code, said
-            assert "Traceback" not in said
-            assert json.loads((tmp_path / name / "out" / "run.json").read_text())["state"] == "stopped"
-        done = luthier(*(told(said) if name == "stopped" else ["run", recipe]), cwd=tmp_path / name)
+    recipes = {name: write(tmp_path / name, model_folder, epochs=40) for name in ("whole", "stopped")}
+    folder, words = tmp_path / "stopped", ["run", str(recipes["stopped"])]
+    log = folder / "out" / "log.jsonl"
+    for sent, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        before = log.read_text().count("\n") if log.exists() else 0
+        child = subprocess.Popen([*LUTHIER, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > before + 5):
+            time.sleep(0.01)
+        child.send_signal(sent)
+        _, said = child.communicate(timeout=60)
+        assert child.returncode == code, said
+        assert "Traceback" not in said
+        assert json.loads((folder / "out/run.json").read_text())["state"] == "stopped"
+        words = told(said)
+    for name, asked in (("whole", ["run", recipes["whole"]]), ("stopped", words)):
+        done = luthier(*asked, cwd=tmp_path / name)
         assert done.returncode == 0, done.stderr
-        ends.append(load(tmp_path / name / "out").dense())
+    ends = [load(tmp_path / name / "out").dense() for name in recipes]
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
 
 

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from luthier.files import whole
+
 
 def cache_folder() -> Path:
     """LUTHIER_CACHE, else ~/.cache/luthier."""
@@ -47,21 +49,8 @@ def content_of(path: Path) -> str:
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` as one act at the end; on any error it is removed."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
 def made(folder: Path) -> Iterator[Path]:
-    """The same for a folder of the cache: where another process was faster, its folder stays."""
+    """A folder of the cache, whole or not at all: where another process was faster, its folder stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder.parent)
     try:

@@ -29,9 +29,9 @@ from ruamel.yaml import YAML
 from luthier import __version__
 from luthier.cache import content_of, key_of
 from luthier.errors import LuthierError, RecipeError
+from luthier.files import write_text
 from luthier.recipe.text import parse
 from luthier.statistics import Estimate, Outcome, estimate
-from luthier.training.checkpoint import write_text
 
 TIERS = {"tiny": 120.0, "small": 1800.0, "gpu": math.inf}  # seconds a claim may take
 FOLDER = Path("claims")

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from luthier.cache import whole
 from luthier.curation.base import Base
 from luthier.data.reading import Tick, no_tick, read
 from luthier.errors import LuthierError, RecipeError
+from luthier.files import whole
 from luthier.recipe import Recipe
 from luthier.report.page import write_curation
 from luthier.rows import decisions, kept_by

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GgufConfig, PreTrainedModel
 
-from luthier.cache import whole
 from luthier.errors import LuthierError
+from luthier.files import whole
 from luthier.report.card import card
 from luthier.tuned import Tuned, open_run, state_of
 

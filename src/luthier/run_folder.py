@@ -19,8 +19,8 @@ from accelerate.utils import broadcast_object_list
 from ruamel.yaml import YAML
 
 from luthier.errors import LuthierError
+from luthier.files import write_text
 from luthier.recipe import Recipe
-from luthier.training import checkpoint
 
 # Keys that say how a run goes, not what comes out of it.
 HOW = frozenset(
@@ -73,7 +73,7 @@ class RunFolder:
     def write(self, name: str, text: str) -> None:
         """Replace a file, as one act."""
         if self.writes:
-            checkpoint.write_text(self.path / name, text)
+            write_text(self.path / name, text)
 
     def write_yaml(self, name: str, values: dict[str, Any]) -> None:
         text = io.StringIO()

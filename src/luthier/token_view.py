@@ -12,9 +12,9 @@ from torch import Tensor
 
 from luthier.data.batch import IGNORE, Batch, collate
 from luthier.data.rendering import Renderer
+from luthier.files import write_text
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Window, count
-from luthier.training.checkpoint import write_text
 from luthier.training.order import micro_batches
 from luthier.training.probe import Probe
 

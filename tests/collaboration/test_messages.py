@@ -131,4 +131,4 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path):
                 writer.send_signal(signal.SIGKILL)
                 break
     assert len(list(Journal(tmp_path, LIMIT))) >= said
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(".*"))

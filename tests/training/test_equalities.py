@@ -240,7 +240,7 @@ torch.save(loop.trainable.state_dict(), {target!r})
 """
 
 
-@pytest.mark.parametrize("name", ["lora", "spiel", "full"])
+@pytest.mark.parametrize("name", ["spiel", *(pytest.param(n, marks=pytest.mark.soak) for n in ("lora", "full"))])
 def test_killed_by_sigkill_and_resumed_ends_on_the_same_weights(name, tmp_path):
     def start(folder, target):
         code = KILLED.format(tests=str(Path(__file__).parents[1]), name=name, folder=str(folder), target=str(target))

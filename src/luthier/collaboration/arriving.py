@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from luthier.cache import whole
 from luthier.collaboration.base import Tick
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.grad_transformer import Provider
 from luthier.collaboration.messages import Message, Refused, decode
 from luthier.collaboration.rounds import RoundServer
 from luthier.errors import LuthierError
+from luthier.files import whole, write_text
 from luthier.report.translation import write_translation
-from luthier.training.checkpoint import write_text
 from luthier.update import Update
 from luthier.update.files import save_update
 

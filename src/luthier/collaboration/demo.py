@@ -21,10 +21,10 @@ from luthier.collaboration.folder import Place
 from luthier.collaboration.provider import Shop, judge, make_shadows, on_public, opened, pairs_in
 from luthier.collaboration.sending import Audited, Look, prepared, send
 from luthier.data.demo_requests import demo_rows
+from luthier.files import write_text
 from luthier.model.local import LARGE, SMALL, Schooling, pieces, python_sources, schooled
 from luthier.report import collaboration as page
 from luthier.rng import Streams
-from luthier.training.checkpoint import write_text
 from luthier.update.files import load
 
 Say = Callable[[str], None]

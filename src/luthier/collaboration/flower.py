@@ -1,4 +1,4 @@
-"""The same parties as processes of their own, over flwr: a server's app and a client's.
+"""The same parties as processes of their own, over flwr: what its apps do.
 
 flwr carries bytes; what they are, who may send them and what is refused is decided by the parties, as in one process. A
 server's journal lies in its folder, so that a run that was killed is simply started again.
@@ -7,52 +7,40 @@ server's journal lies in its folder, so that a run that was killed is simply sta
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid, ServerApp
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
 
-from luthier.cache import whole
 from luthier.collaboration.arriving import leave_so_far, left
 from luthier.collaboration.base import Sent, Tick
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.messages import Message as Envelope
 from luthier.collaboration.messages import Refused, decode
-from luthier.collaboration.network import GIVEN, SENT, Client
+from luthier.collaboration.network import GIVEN, RECORD, SENT, Client
 from luthier.collaboration.rounds import RoundServer
 from luthier.collaboration.sending import HeldBack, Look, prepared, send
 from luthier.errors import LuthierError
-from luthier.training.checkpoint import write_text
+from luthier.files import whole, write_text
 from luthier.update.files import save_update
 
-RECORD = "luthier"
 GIVING = 60.0  # seconds that whoever took part has to come back for its result
 PATIENCE = 0.2  # seconds between looks for answers
-
-server = ServerApp()
-client = ClientApp()
-
 
 # --- the server's process ---
 
 
-@server.main()
-def _serve(grid: Grid, context: Context) -> None:
-    config = context.run_config
-    place = Place(Path(str(config["folder"])))
-    clients = str(config["clients"]).split(",")
+def carried(grid: Grid, folder: Path, clients: list[str], output: Path, patience: float) -> None:
+    """A server's whole work, from its journal on: rounds, the results on disk, then to the clients."""
+    place = Place(folder)
     party = place.protocol.server(place.contract, clients, place.journal(), place)
-    output = Path(str(config["output"]))
     line = Line(grid, clients)
     try:
-        serve(party, line, float(config["patience"]), _said, lambda: leave_so_far(place, party, output))
+        serve(party, line, patience, _said, lambda: leave_so_far(place, party, output))
     except LuthierError as error:
         _said(f"ended   {error}")
         return
@@ -198,20 +186,6 @@ def _message(data: bytes, node: int) -> Message:
 # --- a client's process ---
 
 
-@client.query()
-def _answer(message: Message, context: Context) -> Message:
-    config = context.node_config
-    name, data = str(config["name"]), bytes(message.content[RECORD]["bytes"])  # type: ignore[arg-type]
-    if not data:
-        return _reply(message, name=name)
-    asked = Client.from_config(config)
-    return _reply(message, bytes=answered(Path(str(config["folder"])), asked, data))
-
-
-def _reply(message: Message, **values: Any) -> Message:
-    return Message(RecordDict({RECORD: ConfigRecord(values)}), reply_to=message)
-
-
 def answered(folder: Path, who: Client, received: bytes) -> bytes:
     """What a client says to a server's bytes: audited first, and noted in sent.jsonl, before it leaves.
 
@@ -269,51 +243,3 @@ def _declined(name: str, state: Envelope) -> Envelope:
 def _said(text: str) -> None:
     """A line is a line, whatever others wrote into it."""
     print(" ".join(text.splitlines()), flush=True)
-
-
-# --- flwr's own processes ---
-
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}  # fmt: skip
-APP = """[project]
-name = "luthier-collaboration"
-version = "0.1.0"
-description = "Parties of a collaboration by luthier"
-license = "Apache-2.0"
-
-[tool.flwr.app]
-publisher = "luthier"
-
-[tool.flwr.app.components]
-serverapp = "luthier_collaboration:server"
-clientapp = "luthier_collaboration:client"
-
-[tool.flwr.app.config]
-folder = {folder}
-clients = {clients}
-output = {output}
-patience = {patience}
-"""
-
-
-def environment(home: Path) -> dict[str, str]:
-    """For flwr's processes: nothing is told to anybody, nothing is installed; its files lie in `home`. They start others by
-    name, so that the folder of this Python's programs comes first in their path."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
-
-
-def app_in(path: Path, control: str, certificates: Path | None, **config: Any) -> None:
-    """flwr's folder of an app, and the configuration that leads to the superlink at `control`."""
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "pyproject.toml").write_text(APP.format(**{k: json.dumps(v) for k, v in config.items()}), encoding="utf-8")
-    (path / "luthier_collaboration.py").write_text(
-        '"""Our parties, as flwr finds them."""\n\nfrom luthier.collaboration.flower import client, server\n\n'
-        '__all__ = ["client", "server"]\n'
-    )
-    line = (
-        "insecure = true" if certificates is None else f"root-certificates = {json.dumps(str(certificates / 'ca.pem'))}"
-    )
-    connection = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{control}"\n{line}\n'
-    (path / "config.toml").write_text(connection)

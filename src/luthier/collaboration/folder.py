@@ -30,13 +30,13 @@ from luthier.data.reading import Tick, no_tick, read
 from luthier.data.rendering import Renderer
 from luthier.data.store import Rows
 from luthier.errors import LuthierError, RecipeError
+from luthier.files import replaced, write_text
 from luthier.method import written
 from luthier.model.loading import load_model, load_tokenizer, locate
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.recipe.text import method
 from luthier.scorer import mean_loss, row_scores
-from luthier.training.checkpoint import write_text
 from luthier.training.settings import TrainSettings
 from luthier.update import Update
 
@@ -144,9 +144,8 @@ class Place:
         """Whole or not at all; contiguous, as safetensors wants them."""
         file = self.shadow_file(number)
         file.parent.mkdir(exist_ok=True)
-        temporary = file.with_suffix(".part")
-        save_file({n: t.contiguous() for n, t in made.items()}, temporary, {"contract": self.contract.digest})
-        temporary.rename(file)
+        with replaced(file) as temporary:
+            save_file({n: t.contiguous() for n, t in made.items()}, temporary, {"contract": self.contract.digest})
 
     def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
         """Of all sets. Raises LuthierError where some are missing, or have fewer snapshots."""
@@ -173,9 +172,8 @@ class Place:
         """The first model's updates [N, L, d] of N sets of public rows, and the distinct tokens of each."""
         held = {"x": updates.contiguous(), "tokens": torch.tensor([t for one in tokens for t in one]),
                 "lengths": torch.tensor([len(one) for one in tokens])}  # fmt: skip
-        temporary = self.calibration.with_suffix(".part")
-        save_file(held, temporary, {"contract": self.contract.digest})
-        temporary.rename(self.calibration)
+        with replaced(self.calibration) as temporary:
+            save_file(held, temporary, {"contract": self.contract.digest})
 
     def calibrated(self) -> list[tuple[Tensor, list[int]]]:
         """(update, distinct tokens) of each set; none where there is no such file. Raises LuthierError for another

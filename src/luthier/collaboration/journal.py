@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from luthier.collaboration.messages import Message, Refused, decode
+from luthier.files import replaced, sync
 
 
 class Journal:
@@ -18,22 +18,18 @@ class Journal:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob("*.part"):  # of a write that was cut off: never acknowledged, so the sender has it
+        for left in folder.glob(
+            ".*.message.*"
+        ):  # of a write that was cut off: never acknowledged, so the sender has it
             left.unlink()
         self.count = len(list(folder.glob("*.message")))
 
     def append(self, message: Message) -> Path:
         """Write and sync; when this returns, a power cut does not lose the message."""
         target = self.folder / f"{self.count:06d}.message"
-        temporary = target.with_suffix(".part")
-        with temporary.open("wb") as file:
-            file.write(message.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(target)
-        entry = os.open(self.folder, os.O_RDONLY)
-        os.fsync(entry)
-        os.close(entry)
+        with replaced(target) as temporary:
+            temporary.write_bytes(message.encode())
+        sync(self.folder)
         self.count += 1
         return target
 

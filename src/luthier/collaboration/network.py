@@ -20,8 +20,32 @@ from luthier.errors import LuthierError
 
 SENT = "sent"  # folder of a client's messages and audits, by name and round
 GIVEN = "given"  # folder of what a server gave, by client
+RECORD = "luthier"  # of flwr's messages, the one that ours is in
 Say = Callable[[str], None]
 STARTING = 60.0  # seconds that flwr's server may take to listen
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}  # fmt: skip
+APP = """[project]
+name = "luthier-collaboration"
+version = "0.1.0"
+description = "Parties of a collaboration by luthier"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "luthier"
+
+[tool.flwr.app.components]
+serverapp = "luthier_collaboration:server"
+clientapp = "luthier_collaboration:client"
+
+[tool.flwr.app.config]
+folder = {folder}
+clients = {clients}
+output = {output}
+patience = {patience}
+"""
 
 
 class Address(NamedTuple):
@@ -86,8 +110,6 @@ def _loopback(host: str) -> bool:
 
 def serve(folder: Path, clients: Sequence[str], at: Address, patience: float, output: Path, say: Say) -> None:
     """Wait for clients, carry the rounds, leave the results. Started again after a kill it goes on with its journal."""
-    from luthier.collaboration.flower import app_in
-
     home = folder / "flwr"
     app_in(
         home, str(at), at.certificates, folder=str(folder.resolve()), clients=",".join(clients), output=str(output.resolve()),
@@ -152,11 +174,31 @@ def _client_side(at: Address) -> list[str]:
     return ["--insecure"] if at.certificates is None else ["--root-certificates", str(at.certificates / "ca.pem")]
 
 
+def environment(home: Path) -> dict[str, str]:
+    """For flwr's processes: nothing is told to anybody, nothing is installed; its files lie in `home`. They start others by
+    name, so that the folder of this Python's programs comes first in their path."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+
+
+def app_in(path: Path, control: str, certificates: Path | None, **config: Any) -> None:
+    """flwr's folder of an app, and the configuration that leads to the superlink at `control`."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "pyproject.toml").write_text(APP.format(**{k: json.dumps(v) for k, v in config.items()}), encoding="utf-8")
+    (path / "luthier_collaboration.py").write_text(
+        '"""Our parties, as flwr finds them."""\n\nfrom luthier.collaboration.apps import client, server\n\n'
+        '__all__ = ["client", "server"]\n'
+    )
+    line = (
+        "insecure = true" if certificates is None else f"root-certificates = {json.dumps(str(certificates / 'ca.pem'))}"
+    )
+    connection = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{control}"\n{line}\n'
+    (path / "config.toml").write_text(connection)
+
+
 @contextmanager
 def _process(command: list[str], home: Path, log: str) -> Any:
     """A process of flwr's, whose group ends with the block."""
-    from luthier.collaboration.flower import environment
-
     program = Path(sys.executable).parent / command[0]
     with (home / log).open("w", encoding="utf-8") as out:
         process = subprocess.Popen(

@@ -27,10 +27,10 @@ from luthier.collaboration.translators.base import Pairs
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.data.reading import Tick, no_tick
 from luthier.errors import LuthierError
+from luthier.files import replaced, write_text
 from luthier.forecast import in_time
 from luthier.rng import Streams
 from luthier.run_folder import RunFolder
-from luthier.training.checkpoint import write_text
 
 Say = Callable[[str], None]
 HELD_BACK = 0.1  # share of the shadow sets that a translator is judged on
@@ -217,6 +217,6 @@ def on_public(shop: Shop, say: Say) -> Tensor:
             assert y is not None
             made.append(y[-1])
         best = min(made, key=lambda y: shop.place.loss("large", start.update(y), held))
-        save_file({"y": best.contiguous()}, str(file) + ".part")
-        os.replace(str(file) + ".part", file)
+        with replaced(file) as temporary:
+            save_file({"y": best.contiguous()}, temporary)
     return load_file(file)["y"]

@@ -22,11 +22,11 @@ from luthier.collaboration.messages import Message
 from luthier.collaboration.packing import factor_deltas, unpack
 from luthier.collaboration.rounds import SERVER
 from luthier.errors import LuthierError
+from luthier.files import replaced, write_text
 from luthier.model.view import ModelView
 from luthier.report.audit import write_audit
 from luthier.rng import Streams
 from luthier.scorer import row_scores
-from luthier.training.checkpoint import write_text
 from luthier.tuners.lora import Lora
 from luthier.update import LowRank, Update
 
@@ -117,9 +117,8 @@ def send(audited: Audited, folder: Path, anyway: bool = False, stem: str | None 
             f"{stem}: not written, since {audited.verdict.failures[0]}; see {page}, or use --send-anyway to send it as it is"
         )
     target = folder / f"{stem}.message"
-    temporary = target.with_suffix(".part")
-    temporary.write_bytes(audited.message.encode())
-    temporary.rename(target)
+    with replaced(target) as temporary:
+        temporary.write_bytes(audited.message.encode())
     return target
 
 

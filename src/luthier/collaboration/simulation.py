@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from luthier.cache import key_of, whole
+from luthier.cache import key_of
 from luthier.collaboration.averaging import STEPS, best_step
 from luthier.collaboration.base import Member, Sent
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.rounds import RoundServer
 from luthier.errors import LuthierError
+from luthier.files import whole, write_text
 from luthier.forecast import in_time
 from luthier.report.simulation import ALONE, SHARED, TOGETHER, UNTOUCHED, write_simulation
 from luthier.rng import Streams
 from luthier.run_folder import RunFolder
-from luthier.training.checkpoint import write_text
 from luthier.update import Update
 from luthier.update.files import load, save_update
 

@@ -20,13 +20,13 @@ from luthier.comparison.steps import Arm, Done, Job, budget_of, forecast, next_j
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.base import Evaluator
 from luthier.evaluation.forgetting import NONE, Forgetting
+from luthier.files import write_text
 from luthier.forecast import available_memory, in_time, in_words
 from luthier.model.meter import in_flops
 from luthier.recipe import Recipe
 from luthier.run import gather
 from luthier.run_folder import RunFolder
 from luthier.signals import handled
-from luthier.training.checkpoint import write_text
 from luthier.training.loop import Interrupted, Loop
 
 Say = Callable[[str], None]

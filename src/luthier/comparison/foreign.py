@@ -15,6 +15,7 @@ from luthier.cache import key_of
 from luthier.errors import LuthierError
 from luthier.evaluation import kept
 from luthier.evaluation.base import Exam
+from luthier.files import whole
 from luthier.model.loading import Located, load_model
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
@@ -70,10 +71,9 @@ def _base_folder(recipe: Recipe, target: Path) -> Path:
     """The base model as a plain folder, written once."""
     if not (target / "config.json").exists():
         ready = make_ready(recipe, target, Path("."), gather(recipe, Path(".")))
-        temporary = target.with_name(f".model.{os.getpid()}")
-        ready.view.module.save_pretrained(temporary)
-        ready.renderer.tokenizer.save_pretrained(temporary)
-        temporary.rename(target)
+        with whole(target) as temporary:
+            ready.view.module.save_pretrained(temporary)
+            ready.renderer.tokenizer.save_pretrained(temporary)
     return target.resolve()
 
 

@@ -14,6 +14,7 @@ from luthier.comparison.plan import Comparison
 from luthier.data.reading import read
 from luthier.data.store import Row, Rows
 from luthier.errors import RecipeError
+from luthier.files import replaced
 from luthier.recipe import Recipe
 from luthier.rng import Streams
 
@@ -83,11 +84,9 @@ def _write(path: Path, rows: Iterable[Row]) -> Path:
     """One object a line; a file that is there was written whole."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".part")
-        with temporary.open("w", encoding="utf-8") as file:
+        with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row.values, ensure_ascii=False, default=_plain) + "\n")
-        temporary.replace(path)
     return path.resolve()
 
 

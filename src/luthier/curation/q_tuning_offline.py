@@ -15,6 +15,7 @@ from luthier.curation.base import Base, Curator, Selection
 from luthier.data.batch import collate
 from luthier.data.store import Row
 from luthier.errors import RecipeError
+from luthier.files import replaced
 from luthier.method import Source, Traits
 from luthier.objectives.base import Forward, sequence_sum
 from luthier.quadrants import NLL_CLAMP, choose_rows, named
@@ -85,9 +86,8 @@ def _kept(rows: Sequence[Row], base: Base) -> tuple[np.ndarray, float]:
     if not file.exists():
         plane, flops = scored(rows, base)
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".part.npz")
-        np.savez(temporary, plane=plane, flops=flops)
-        temporary.replace(file)
+        with replaced(file) as temporary, temporary.open("wb") as out:
+            np.savez(out, plane=plane, flops=flops)
     stored: Any = np.load(file)
     return stored["plane"], float(stored["flops"])
 

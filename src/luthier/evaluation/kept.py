@@ -6,7 +6,7 @@ import json
 
 from luthier.cache import MEASURING, cache_folder, code_key, key_of
 from luthier.evaluation.base import Evaluator, Exam, Results, examine
-from luthier.training.checkpoint import write_text
+from luthier.files import write_text
 
 
 def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> str:

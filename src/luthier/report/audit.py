@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier import __version__
+from luthier.files import write_text
 from luthier.report.page import template
-from luthier.training.checkpoint import write_text
 
 SAYS = {
     "pass": ("good", "it may be sent"),

@@ -19,13 +19,13 @@ from luthier.comparison.plan import Foreign
 from luthier.comparison.steps import budget_of
 from luthier.evaluation.base import Results
 from luthier.evaluation.measures import SIDE
+from luthier.files import write_text
 from luthier.forecast import in_time, in_words
 from luthier.model.meter import in_flops
 from luthier.report.curve import Point, Range, Series, interval_chart, line_chart, point_chart
 from luthier.report.page import gates_shown, template
 from luthier.run import environment
 from luthier.statistics import Estimate
-from luthier.training.checkpoint import write_text
 
 FORGOTTEN = ("general_loss", "canaries", "canary_loss")
 COSTS = (

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from luthier import __version__
+from luthier.files import write_text
 from luthier.report.curve import Range, Series, interval_chart, line_chart
 from luthier.report.page import template
-from luthier.training.checkpoint import write_text
 
 UNTOUCHED, ALONE, TOGETHER, SHARED = "untouched", "alone", "together", "shared"
 SAYS = {
