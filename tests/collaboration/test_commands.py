@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -9,7 +10,9 @@ import time
 import pytest
 import torch
 from ruamel.yaml import YAML
+from transformers import AutoTokenizer
 
+from luthier import recipe as recipes
 from luthier.collaboration.arriving import leave_so_far
 from luthier.collaboration.averaging import averaged
 from luthier.collaboration.demo import NAMES, Size, made
@@ -18,6 +21,7 @@ from luthier.collaboration.messages import Message, decode
 from luthier.collaboration.provider import opened
 from luthier.collaboration.sending import public_payloads
 from luthier.errors import LuthierError
+from luthier.model.loading import locate
 from luthier.model.local import LARGE, SMALL, Schooling, schooled
 from luthier.update.files import load
 from test_run import LUTHIER, luthier
@@ -67,6 +71,45 @@ def test_a_contract_is_pinned_and_made_once(agreed):
     assert stored["digest"] == Place(agreed / "c").contract.digest and "public" not in json.dumps(stored)
     again = luthier("collaborate", "contract", "r.yaml", "c", cwd=agreed)
     assert again.returncode == 2 and "holds a contract already" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "template", "words"),
+    [
+        (lambda t: t.add_tokens(["new"]), "plain", "has other tokens than `model`"),
+        (lambda t: setattr(t, "chat_template", "{{ messages }}"), "auto", "has another chat template than `model`"),
+        (lambda t: setattr(t, "chat_template", "{{ messages }}"), "plain", ""),
+    ],
+)
+def test_models_that_would_read_rows_otherwise_are_refused(change, template, words, tmp_path):
+    path = recipe(tmp_path, data={"train": "public.jsonl", "template": template})
+    large = YAML().load(path)["collaborate"]["grad-transformer"]["large"]
+    shutil.copytree(large, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(large)
+    change(tokenizer)
+    tokenizer.save_pretrained(tmp_path / "other")
+    changed = "collaborate.grad-transformer.large=other"
+    done = luthier("collaborate", "contract", "r.yaml", "c", changed, cwd=tmp_path)
+    assert done.returncode == (2 if words else 0) and words in done.stderr, done.stderr
+    assert (tmp_path / "c").exists() == (not words)
+
+
+def test_a_revision_is_the_small_models_and_stays_in_the_contract(tmp_path, monkeypatch):
+    path = recipe(tmp_path)
+    values = YAML().load(path)
+    small, large = values["model"], values["collaborate"]["grad-transformer"]["large"]
+    here, asked = {"a/small@v1": small, "b/large": large}, []
+
+    def found(name):
+        asked.append(name)
+        return locate(here[name])
+
+    monkeypatch.setattr("luthier.collaboration.folder.locate", found)
+    changed = {"model": "a/small", "revision": "v1", "collaborate": {"grad-transformer": {"large": "b/large"}}}
+    place = Place.create(recipes.load(json.dumps({"luthier": 1, **values, **changed}), "r"), tmp_path, tmp_path / "c")
+    assert place.models == {"small": "a/small@v1", "large": "b/large"} and set(asked) == set(here)
+    asked.clear()
+    assert Place(tmp_path / "c").first.base == place.first.base and asked[-1] == "a/small@v1"
 
 
 def test_a_changed_contract_is_refused(agreed, tmp_path):

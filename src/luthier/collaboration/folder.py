@@ -69,7 +69,8 @@ class Place:
         models = {r: _absolute(base, m) for r, m in zip(protocol.roles, _models(recipe), strict=True)}
         d = recipe.data
         rendering = Rendering(system=d.system, template=d.template, max_length=d.max_length)
-        views = [_view(m, recipe) for m in models.values()]
+        views = [_view(m) for m in models.values()]
+        _refuse_other_words(dict(zip(protocol.roles, views, strict=True)), protocol.key(), rendering)
         settings = _settings(recipe)
         contract = protocol.agree(views, recipe.tuner, settings, rendering=rendering)
         path.mkdir(parents=True, exist_ok=True)
@@ -204,15 +205,32 @@ def _models(recipe: Recipe) -> list[str]:
     for role, model in zip(recipe.collaborate.roles[1:], others, strict=True):
         if model is None:
             raise RecipeError(f"collaborate.{recipe.collaborate.key()}.{role}", "is missing", "name a model")
-    return [recipe.model, *others]
+    pinned = recipe.revision is not None and "@" not in recipe.model  # whoever opens the contract knows no recipe
+    return [f"{recipe.model}@{recipe.revision}" if pinned else recipe.model, *others]
+
+
+def _refuse_other_words(views: Mapping[str, ModelView], protocol: str, rendering: Rendering) -> None:
+    """Rows are rendered once, by the first model's tokenizer. Raises RecipeError for a model that would read them otherwise."""
+    first, *others = views.items()
+    words = first[1].tokenizer
+    for role, view in others:
+        key = f"collaborate.{protocol}.{role}"
+        if view.tokenizer.get_vocab() != words.get_vocab():
+            raise RecipeError(
+                key, "has other tokens than `model`, and rows are rendered once", "take two of one family"
+            )
+        if rendering.template != "plain" and view.tokenizer.chat_template != words.chat_template:
+            raise RecipeError(
+                key, "has another chat template than `model`", "take two of one family, or template: plain"
+            )
 
 
 def _absolute(base: Path, model: str) -> str:
     return str((base / model).resolve()) if (base / model).exists() else model
 
 
-def _view(model: str, recipe: Recipe | None = None) -> ModelView:
-    located = locate(model, None if recipe is None else recipe.revision)
+def _view(model: str) -> ModelView:
+    located = locate(model)
     tokenizer = load_tokenizer(located)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
