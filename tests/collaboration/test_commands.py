@@ -94,6 +94,17 @@ def test_models_that_would_read_rows_otherwise_are_refused(change, template, wor
     assert (tmp_path / "c").exists() == (not words)
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["objective=caft", "dtype=bfloat16", "data.limit=5", "save_steps=3", "curate=[{random: {keep_fraction: 0.5}}]"],
+)
+def test_keys_that_no_party_would_hear_of_are_refused(words, agreed, tmp_path):
+    done = luthier("collaborate", "contract", agreed / "r.yaml", tmp_path / "c", words, cwd=tmp_path)
+    key = words.partition("=")[0]
+    assert done.returncode == 2 and f"luthier: {key}: is not read by collaborations" in done.stderr, done.stderr
+    assert not (tmp_path / "c").exists()
+
+
 def test_a_revision_is_the_small_models_and_stays_in_the_contract(tmp_path, monkeypatch):
     path = recipe(tmp_path)
     values = YAML().load(path)

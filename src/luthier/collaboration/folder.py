@@ -35,12 +35,17 @@ from luthier.method import written
 from luthier.model.loading import load_model, load_tokenizer, locate
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
+from luthier.recipe.settings import set_in
 from luthier.recipe.text import method
 from luthier.scorer import mean_loss, row_scores
 from luthier.training.settings import TrainSettings
 from luthier.update import Update
 
 LIMIT = 1 << 30  # bytes of a message that are taken
+# What a contract takes from a recipe, beside how to train; evaluations and checkpoints are a single run's.
+TAKEN = {"luthier", "model", "revision", "data", "tuner", "collaborate"}
+OF_A_RUN = {"eval_steps", "early_stopping_patience", "load_best", "save_steps", "save_limit", "logging_steps"}
+TAKEN_OF_DATA = {"train", "columns", "system", "template", "max_length"}
 
 
 class Place:
@@ -66,6 +71,7 @@ class Place:
             raise RecipeError("collaborate", "is missing", "name a protocol: one-shot, seed-rounds or grad-transformer")
         if (path / "contract.json").exists():
             raise LuthierError(f"{path}: holds a contract already; work in a new folder")
+        _refuse_unread(recipe)
         models = {r: _absolute(base, m) for r, m in zip(protocol.roles, _models(recipe), strict=True)}
         d = recipe.data
         rendering = Rendering(system=d.system, template=d.template, max_length=d.max_length)
@@ -207,6 +213,14 @@ def _models(recipe: Recipe) -> list[str]:
             raise RecipeError(f"collaborate.{recipe.collaborate.key()}.{role}", "is missing", "name a model")
     pinned = recipe.revision is not None and "@" not in recipe.model  # whoever opens the contract knows no recipe
     return [f"{recipe.model}@{recipe.revision}" if pinned else recipe.model, *others]
+
+
+def _refuse_unread(recipe: Recipe) -> None:
+    """Raises RecipeError for a key that was set and that no party would hear of."""
+    more = (set_in(recipe) - TAKEN - TrainSettings.model_fields.keys()) | (set_in(recipe) & OF_A_RUN)
+    more |= {f"data.{key}" for key in set_in(recipe.data) - TAKEN_OF_DATA}
+    if more:
+        raise RecipeError(min(more), "is not read by collaborations: all parties tune by sft on all rows", "remove it")
 
 
 def _refuse_other_words(views: Mapping[str, ModelView], protocol: str, rendering: Rendering) -> None:
