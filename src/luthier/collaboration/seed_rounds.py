@@ -51,7 +51,9 @@ class SeedRounds(Collaboration):
         "arXiv:2312.06353", "algorithm 1, and Pro in section 4.4",
     )  # fmt: skip
 
-    leaves: ClassVar[str] = "a number a step of each client: the slope of its loss along an agreed direction"
+    leaves: ClassVar[str] = (
+        "a number a step of each client, the slope of its loss along an agreed direction; its number of rows"
+    )
 
     rounds: int = Field(10, ge=1)
     """How often clients are asked."""
@@ -81,7 +83,7 @@ class SeedRounds(Collaboration):
             )
         return SeedContract(
             base=view.base, weights=weights_digest(view, tuner), shapes=view.anatomy.parameters, tuner=tuner,
-            settings=settings, rounds=self.rounds, participation=self.participation, pro=self.pro, seed=self.seed, **more,
+            settings=settings, protocol=self, **more,
         )  # fmt: skip
 
     def server(
@@ -106,13 +108,7 @@ class SeedContract(Agreement, frozen=True, extra="forbid"):
     shapes: dict[str, tuple[int, ...]]
     """Of what is tuned, in the order that directions are drawn in."""
     tuner: FedKSeed
-    rounds: int = Field(ge=1)
-    participation: float = Field(1.0, gt=0, le=1)
-    """Share of the clients that take part in a round."""
-    pro: bool = False
-    """Draw seeds by how much they moved the loss so far."""
-    seed: int = Field(0, ge=0)
-    """For the choice of clients."""
+    protocol: SeedRounds
 
 
 def weights_digest(view: ModelView, tuner: FedKSeed) -> str:
@@ -130,12 +126,10 @@ class SeedServer(RoundServer):
     waits_for = "scalars"
 
     def __init__(self, contract: SeedContract, clients: Sequence[str], journal: Journal | None = None) -> None:
-        self.contract, k = contract, contract.tuner.num_seeds
+        self.contract, k, p = contract, contract.tuner.num_seeds, contract.protocol
         self.scalars = torch.zeros(k, dtype=torch.float64)
         self.history: list[list[float]] = [[0.0] for _ in range(k)]
-        super().__init__(
-            contract.digest, contract.base, contract.rounds, clients, journal, contract.participation, contract.seed
-        )
+        super().__init__(contract.digest, contract.base, p.rounds, clients, journal, p.participation, p.seed)
 
     def disclosure(self, out: Sent) -> Disclosure:
         return Disclosure(
@@ -176,13 +170,13 @@ class SeedServer(RoundServer):
 
     def state(self) -> dict[str, Tensor]:
         tensors = {"scalars": self.scalars.float()}
-        if self.contract.pro:
+        if self.contract.protocol.pro:
             tensors["probabilities"] = torch.from_numpy(seed_probabilities(self.history)).float()
         return tensors
 
 
 class SeedClient(Member):
-    """Rebuilds the model from the server's scalars, takes its steps, and sends what it saw: nothing else leaves."""
+    """Rebuilds the model from the server's scalars, takes its steps, and sends what it saw and its number of rows."""
 
     def __init__(self, name: str, contract: SeedContract, view: ModelView, rows: Sequence[Any]) -> None:
         if weights_digest(view, contract.tuner) != contract.weights or not view.base.same_base(contract.base):
@@ -204,7 +198,8 @@ class SeedClient(Member):
     def disclosure(self, out: Sent) -> Disclosure:
         steps = out.message.header.notes["steps"]
         return Disclosure(
-            f"{steps} numbers: how fast the loss on rows of {self.name} changes along agreed random directions",
+            f"{steps} numbers: how fast the loss on rows of {self.name} changes along agreed random directions, "
+            "and its number of rows",
             out.to, sizes(out.message), "nothing", "no formal privacy",
         )  # fmt: skip
 
@@ -215,7 +210,7 @@ class SeedClient(Member):
         return update_of(self.contract, self.result.tensors()["scalars"])
 
     def _trained(self, round: int, scalars: Tensor, probabilities: Tensor | None) -> Message:
-        c, streams = self.contract, Streams(self.contract.seed)
+        c, streams = self.contract, Streams(self.contract.protocol.seed)
         own = int(streams.at("client", self.name, round).integers(2**31))
         tuner = c.tuner.model_copy(update={"seed": own})
         drawn = None if probabilities is None else probabilities.double().numpy()
