@@ -93,11 +93,6 @@ def test_a_full_disk_is_foreseen(monkeypatch, model_folder, tmp_path):
         run(recipe, tmp_path / "out", tmp_path)
 
 
-def test_numbers_as_people_say_them():
-    assert [fc.in_words(x) for x in (2.5e9, 3.2e6)] == ["2.5 GB", "3 MB"]
-    assert [fc.in_time(x) for x in (90, 600, 9000)] == ["90 s", "10 min", "2.5 h"]
-
-
 def test_a_recipe_whose_miniature_does_not_work_runs_without_a_forecast(tmp_path):
     """More entries than four layers have, and fewer than the model's twelve."""
     from luthier.run import run

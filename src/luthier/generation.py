@@ -101,7 +101,7 @@ class Keyed(LogitsProcessor):
 
 def sampled(
     view: ModelView, prompts: Sequence[Sequence[int]], renderer: Renderer, max_new_tokens: int, count: int, temperature: float,
-    streams: Streams, keys: Sequence[str],
+    streams: Streams, keys: Sequence[str], tick: Tick = no_tick,
 ) -> list[list[str]]:  # fmt: skip
     """`count` drawn answers to each prompt."""
     several = [p for p in prompts for _ in range(count)]
@@ -110,7 +110,7 @@ def sampled(
     def chooser(part: list[int]) -> LogitsProcessor:
         return Keyed([streams.torch("sample", *names[i]) for i in part], temperature)
 
-    out = [c.text for c in generate(view, several, renderer, max_new_tokens, chooser=chooser)]
+    out = [c.text for c in generate(view, several, renderer, max_new_tokens, tick=tick, chooser=chooser)]
     return [out[i : i + count] for i in range(0, len(out), count)]
 
 

@@ -25,7 +25,7 @@ from luthier.data.rendering import Renderer
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation import kept
 from luthier.evaluation.base import Exam, Results
-from luthier.forecast import NoForecast, disk_needed, forget_peak, in_time, in_words, miss, peak_memory, resolved
+from luthier.forecast import NoForecast, disk_needed, forget_peak, miss, peak_memory, resolved
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import CLASSES, Located, load_config, load_model, load_tokenizer, locate, named_classes
 from luthier.model.view import ModelView
@@ -42,6 +42,7 @@ from luthier.tracking import Trackers
 from luthier.training.loop import Interrupted, Loop, Progress
 from luthier.training.probe import Probe
 from luthier.tuners.base import with_head
+from luthier.units import in_bytes, in_time
 from luthier.update import Update
 from luthier.update.files import save_update, verify_update
 
@@ -280,13 +281,13 @@ def _foreseen(
         say(f"expect  no forecast ({expected.reason})")
         return recipe
     place.note(forecast=asdict(expected))
-    say(f"expect  {in_words(expected.memory_bytes)} of memory, {in_time(expected.seconds)} of training")
+    say(f"expect  {in_bytes(expected.memory_bytes)} of memory, {in_time(expected.seconds)} of training")
     if recipe.gradient_checkpointing:
         say("memory  is short: activations are computed again in the backward pass (gradient_checkpointing)")
     need, free = disk_needed(recipe, expected), shutil.disk_usage(place.path).free
     if need > free:
         raise LuthierError(
-            f"output_dir: {place.path} needs about {in_words(need)}, {in_words(free)} are free; "
+            f"output_dir: {place.path} needs about {in_bytes(need)}, {in_bytes(free)} are free; "
             "choose a folder on another disk, or lower save_limit"
         )
     return recipe

@@ -61,6 +61,16 @@ def test_a_round_is_answered_once_and_every_sending_is_noted(agreed, place):
         answered(place.path, who(agreed), state(place, 2).encode())
 
 
+def test_tuning_and_audit_say_how_far_they_are(agreed, place, monkeypatch):
+    monkeypatch.setattr("luthier.collaboration.progress.EVERY", 0.0)
+    said = []
+    rows = place.rendered(place.rows(str(agreed / f"{NAMES[0]}.jsonl"), agreed))
+    prepared(place, NAMES[0], rows, Look([], canaries=2, others=3), say=said.append)
+    heard = [line.partition(",")[0] for line in said]
+    assert "tune    step 2 of 2" in heard and "audit   canary 3 of 4" in heard
+    assert "audit   drawn answer 75 of 80" in heard
+
+
 def test_what_a_server_gives_is_kept_as_an_adapter(agreed, place):
     sent = decode(answered(place.path, who(agreed), state(place).encode()), LIMIT)
     result = Message.of(

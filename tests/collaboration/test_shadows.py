@@ -70,10 +70,17 @@ def test_snapshots_are_one_an_optimiser_step():
         tuned(view, rows_of(), TUNER, SETTINGS, 5)
 
 
-def test_a_run_that_is_asked_to_stop_leaves_the_base():
+def test_a_run_that_is_stopped_leaves_the_base():
     view = view_of()
     before = logits(view)
-    assert tuned(view, rows_of(), TUNER, SETTINGS, stop=lambda: True) is None
+
+    def stop(what, done, total):
+        assert (what, total) == ("tune    step", 4)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tuned(view, rows_of(), TUNER, SETTINGS, progress=stop)
     assert torch.equal(logits(view), before)
 
 

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from contract.examples import EXAMPLES
 from luthier.compute.lemo import Lemo
-from luthier.model.meter import Meter, in_flops, svd_flops
+from luthier.model.meter import Meter, svd_flops
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Lab
 from luthier.testing.contract import CONSTANT, SETTINGS
@@ -122,6 +122,5 @@ def test_generation_with_its_cache():
     assert meter.total == before, "nothing is counted that is not watched"
 
 
-def test_flops_in_words():
-    assert in_flops(3.21e12) == "3.21 TFLOP" and in_flops(0) == "0 FLOP" and in_flops(999) == "999 FLOP"
+def test_a_decomposition_costs_the_same_lying_down():
     assert svd_flops(4, 8) == svd_flops(8, 4) == 14 * 8 * 16 + 8 * 64

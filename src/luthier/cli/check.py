@@ -13,9 +13,10 @@ from rich.text import Text
 from luthier.data.batch import IGNORE
 from luthier.data.reading import Tick, no_tick, on_hub
 from luthier.data.rendering import Renderer
-from luthier.forecast import NoForecast, in_time, in_words, resolved
+from luthier.forecast import NoForecast, resolved
 from luthier.recipe import Recipe
 from luthier.run import outline
+from luthier.units import in_bytes, in_time
 
 
 def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool = True) -> dict[str, Any]:
@@ -119,8 +120,8 @@ def _about_model(result: dict[str, Any]) -> list[str]:
         return [*out, f"weights: {result['weights']:,}", f"no forecast: {result['no_forecast']}"]
     share = f["trained_weights"] / result["weights"]
     out.append(f"weights: {result['weights']:,}, trained {f['trained_weights']:,} ({share:.2%})")
-    parts = ", ".join(f"{n.replace('_', ' ')} {in_words(f[n])}" for n in ("weights", "trained_state", "activations"))
-    out.append(f"memory: {in_words(f['memory_bytes'])} at most ({parts}, the rest libraries and buffers)")
+    parts = ", ".join(f"{n.replace('_', ' ')} {in_bytes(f[n])}" for n in ("weights", "trained_state", "activations"))
+    out.append(f"memory: {in_bytes(f['memory_bytes'])} at most ({parts}, the rest libraries and buffers)")
     out.append(f"time: {in_time(f['seconds'])} of training, beside evaluation")
     return out
 

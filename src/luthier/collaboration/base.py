@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Kind, Message, Refused
 from luthier.collaboration.privacy import Privacy
+from luthier.collaboration.progress import Progress, untold
 from luthier.collaboration.wire import unpacked
 from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
@@ -77,12 +78,14 @@ class Member:
 
     rows      that it tunes on
     counted   how many of them it tells a server that weighs by rows: canaries of an audit do not count
+    progress  hears of every step of its tuning
     refusals  what the server would not take from it, and why
     result    what it was given at the end
     """
 
     def __init__(self, name: str, run: str, rows: Sequence[Any]) -> None:
         self.name, self.run, self.rows, self.counted = name, run, rows, len(rows)
+        self.progress: Progress = untold
         self.refusals: list[str] = []
         self.result: Message | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -130,7 +130,6 @@ class GradTransformer(Collaboration):
         """The large model, tuned as the shadows are."""
         large = workshop.view("large")
         vectors = tuned(large, rows, contract.tuner, contract.settings_of("large"))
-        assert vectors is not None
         return start_of(large, contract.tuner).update(vectors[-1])
 
 
@@ -228,10 +227,9 @@ class Provider(RoundServer):
 
 
 def shadow(
-    contract: Contract, views: Sequence[ModelView], rows: Sequence[Any], number: int, snapshots: int = 1,
-    stop: Callable[[], bool] = lambda: False,
-) -> dict[str, Tensor] | None:  # fmt: skip
-    """Both models tuned on one set of public rows, "x" and "y" [snapshots, L, d]; None where it was asked to stop.
+    contract: Contract, views: Sequence[ModelView], rows: Sequence[Any], number: int, snapshots: int = 1
+) -> dict[str, Tensor]:
+    """Both models tuned on one set of public rows, "x" and "y" [snapshots, L, d].
 
     The orders of rows differ: what an organisation's run and a shadow's have in common is what rows say, no path through
     them. Under a promise the small model is tuned as privately as the clients', so that a translator learns from noise like
@@ -241,10 +239,7 @@ def shadow(
     for i, (side, view) in enumerate(zip(("small", "large"), views, strict=True)):
         settings = contract.settings_of(side).model_copy(update={"seed": contract.settings.seed + 2 * number + i})
         private = contract.privacy if side == "small" else None
-        vectors = tuned(view, rows, contract.tuner, settings, snapshots, stop, private)
-        if vectors is None:
-            return None
-        found["xy"[i]] = vectors
+        found["xy"[i]] = tuned(view, rows, contract.tuner, settings, snapshots, private)
     return found
 
 
@@ -257,8 +252,7 @@ def pairs_of(contract: Contract, shadows: Sequence[Mapping[str, Tensor]]) -> Pai
 
 def shadow_pairs(contract: Contract, views: Sequence[ModelView], sets: Sequence[Sequence[Any]]) -> Pairs:
     """Pairs of a few sets, here and now; `luthier collaborate shadow` makes many, in processes that may be killed."""
-    made = [shadow(contract, views, rows, k) for k, rows in enumerate(sets)]
-    return pairs_of(contract, [m for m in made if m is not None])
+    return pairs_of(contract, [shadow(contract, views, rows, k) for k, rows in enumerate(sets)])
 
 
 class Organisation(Member):
@@ -275,8 +269,7 @@ class Organisation(Member):
     def message(self) -> Message:
         """Tune, and put what moved into a message."""
         c = self.contract
-        vectors = tuned(self.view, self.rows, c.tuner, c.settings, privacy=c.privacy)
-        assert vectors is not None
+        vectors = tuned(self.view, self.rows, c.tuner, c.settings, privacy=c.privacy, progress=self.progress)
         tensors, notes = {"update": vectors[-1]}, {"rows": self.counted}
         return Message.of("update", c.digest, self.name, c.small.base, tensors, notes=notes)
 

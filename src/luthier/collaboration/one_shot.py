@@ -14,6 +14,7 @@ from luthier.collaboration.base import Disclosure, Member, Sent, promised, sizes
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.privacy import PrivateRun, plan
+from luthier.collaboration.progress import Progress, untold
 from luthier.collaboration.protocol import Collaboration, Workshop
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
 from luthier.collaboration.wire import headers, packed, unpacked
@@ -179,7 +180,7 @@ class AverageClient(Member):
     def answer(self, state: Message) -> list[Sent]:
         start, _ = self.start(state).to("dense")  # into the weights, so that a tuner can add its own beside them
         with start.bind(self.view):
-            update, loss = alone(self.contract, self.view, self.rows)
+            update, loss = alone(self.contract, self.view, self.rows, self.progress)
         c = self.contract
         notes: dict[str, str | int | float] = {"rows": self.counted, "parts": headers(update)}
         if loss is not None:
@@ -203,19 +204,22 @@ class AverageClient(Member):
         )  # fmt: skip
 
 
-def alone(contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> tuple[Update, float | None]:
+def alone(
+    contract: AverageContract, view: ModelView, rows: Sequence[Any], progress: Progress = untold
+) -> tuple[Update, float | None]:
     """(update, last training loss) of one client by itself; of everybody's rows together, what sharing would have given.
     Under a promise the loss is kept back: it is no part of what is accounted for."""
     steps, settings = Loop.length(rows, contract.settings), contract.settings
     if contract.privacy is not None:
         made = plan(contract.privacy, len(rows), settings.batch_size, steps, contract.protocol.rounds)
-        return PrivateRun(view, rows, contract.tuner, settings, made).finish(), None
+        return PrivateRun(view, rows, contract.tuner, settings, made).finish(progress), None
     trainable = contract.tuner.attach(view, None, steps)
     try:
         loop = Loop(view, rows, trainable, Sft(), settings)
         entry: dict[str, float] = {}
-        for _ in range(steps):
+        for step in range(steps):
             entry = loop.step()
+            progress("tune    step", step + 1, steps)
         return trainable.update(), entry["loss"]
     finally:
         trainable.detach()

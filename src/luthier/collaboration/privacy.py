@@ -18,6 +18,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
+from luthier.collaboration.progress import Progress, untold
 from luthier.data.batch import IGNORE, collate
 from luthier.errors import LuthierError
 from luthier.model.view import ModelView
@@ -195,11 +196,12 @@ class PrivateRun:
         self.trainable.after_step(Clock(self.taken, self.plan.steps, 0.0))
         return len(chosen)
 
-    def finish(self) -> Update:
+    def finish(self, progress: Progress = untold) -> Update:
         """Take the steps that are left; the base is back afterwards."""
         try:
             while self.taken < self.plan.steps:
                 self.step()
+                progress("tune    step", self.taken, self.plan.steps)
             return self.trainable.update()
         finally:
             self.trainable.detach()

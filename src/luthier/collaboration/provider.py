@@ -22,21 +22,21 @@ from luthier.collaboration.contract import Contract, start_of
 from luthier.collaboration.controls import mean_shadow, nearest_shadow, share_of_gain
 from luthier.collaboration.folder import Place
 from luthier.collaboration.grad_transformer import GradTransformer, pairs_of, shadow
+from luthier.collaboration.progress import Lines
 from luthier.collaboration.shadows import tuned
 from luthier.collaboration.translators.base import Pairs
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.data.reading import Tick, no_tick
 from luthier.errors import LuthierError
 from luthier.files import replaced, write_text
-from luthier.forecast import in_time
 from luthier.rng import Streams
 from luthier.run_folder import RunFolder
+from luthier.units import in_time
 
 Say = Callable[[str], None]
 HELD_BACK = 0.1  # share of the shadow sets that a translator is judged on
 LENGTHS = (1, 4)  # of the run over all public rows, in lengths of a shadow run; the better one counts
 CALIBRATING = 24  # shadow sets that audits of tokens are calibrated with
-NEWS = 10.0  # seconds between lines of progress
 
 
 class Shop(NamedTuple):
@@ -111,20 +111,16 @@ def _make_missing(shop: Shop, missing: list[int], processes: int | None, say: Sa
 def _make(shop: Shop, number: int) -> None:
     views = [shop.place.view(r) for r in shop.protocol.roles]
     made = shadow(shop.contract, views, shop.of_set(number), number, shop.protocol.snapshots)
-    assert made is not None
     shop.place.keep_shadow(number, made)
 
 
 def _side_by_side(path: Path, numbers: list[int], processes: int, say: Say) -> None:
-    began = told = time.monotonic()
+    progress = Lines(say)
+    progress("shadow  set", 0, len(numbers))
     context = multiprocessing.get_context("spawn")
     with context.Pool(processes, _begin, (str(path), max(1, (os.cpu_count() or 1) // processes))) as pool:
         for done, _ in enumerate(pool.imap_unordered(_work, numbers), 1):
-            now = time.monotonic()
-            if now - told > NEWS or done == len(numbers):
-                left = (now - began) / done * (len(numbers) - done)
-                say(f"shadow  {done} of {len(numbers)}, {done / (now - began) * 60:.1f} a minute, {in_time(left)} left")
-                told = now
+            progress("shadow  set", done, len(numbers))
 
 
 _SHOP: list[Shop] = []  # of a worker process, opened once
@@ -214,7 +210,6 @@ def on_public(shop: Shop, say: Say) -> Tensor:
         start, made = start_of(view, c.tuner), []
         for k in LENGTHS:
             y = tuned(view, rows, c.tuner, c.settings_of("large").model_copy(update={"max_steps": k * steps}))
-            assert y is not None
             made.append(y[-1])
         best = min(made, key=lambda y: shop.place.loss("large", start.update(y), held))
         with replaced(file) as temporary:

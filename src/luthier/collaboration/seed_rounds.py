@@ -220,8 +220,9 @@ class SeedClient(Member):
             )
             try:
                 loop = Loop(self.view, self.rows, client, Sft(), c.settings.model_copy(update={"seed": own}))
-                for _ in range(loop.total_steps):
+                for step in range(loop.total_steps):
                     loop.step()
+                    self.progress("tune    step", step + 1, loop.total_steps)
             finally:
                 client.detach()
         index = torch.from_numpy(np.array([i for i, _ in client.observed], dtype=np.uint16))

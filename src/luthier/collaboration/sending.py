@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from luthier.collaboration.audit.canaries import Canary, canaries, memory
+from luthier.collaboration.audit.canaries import Canary, Memory, canaries, memory
 from luthier.collaboration.audit.canaries import rows_of as planted_rows
 from luthier.collaboration.audit.gate import LIMITS, Answer, Leaks, Limits, Verdict, answers, judged
 from luthier.collaboration.audit.membership import membership
@@ -20,6 +20,7 @@ from luthier.collaboration.contract import Contract, start_of
 from luthier.collaboration.folder import Place
 from luthier.collaboration.messages import Message
 from luthier.collaboration.packing import factor_deltas, unpack
+from luthier.collaboration.progress import Lines
 from luthier.collaboration.rounds import SERVER
 from luthier.errors import LuthierError
 from luthier.files import replaced, write_text
@@ -76,7 +77,7 @@ def prepared(
     streams, contract = Streams(place.contract.settings.seed), place.contract
     known, controls = canaries(look.canaries, streams) if look.canaries else ([], [])
     party = place.protocol.client(name, contract, place.first, [*rows, *planted_rows(known, place.renderer)])
-    party.counted = len(rows)
+    party.counted, party.progress = len(rows), Lines(say)
     if state is None:
         state = Message.of(
             "state", contract.digest, SERVER, place.first.base, place.protocol.beginning(contract)
@@ -91,7 +92,7 @@ def prepared(
     start, _ = party.start(state).to("dense")
     with start.bind(place.first):  # an observer knows where the client started
         tokens, untold = _tokens(place, update, rows)
-        remembered = _memory(place, update, known, controls, look.others) if known else None
+        remembered = _memory(place, update, known, controls, look.others, say) if known else None
         members = _membership(place, update, rows, look.held) if len(look.held) else None
     leaks = Leaks(tokens, remembered, members, untold)
     epsilon = None if contract.privacy is None else contract.privacy.epsilon
@@ -160,12 +161,19 @@ def _tokens(place: Place, update: Update, rows: Sequence[Any]) -> tuple[list[Fou
     return audit(payload, distinct(rows)), ""
 
 
-def _memory(place: Place, update: Update, known: list[Canary], controls: list[Canary], others: int) -> Any:
+def _memory(place: Place, update: Update, known: list[Canary], controls: list[Canary], others: int, say: Say) -> Memory:
     with update.bind(place.first) as view:
         tokens = 2 * place.contract.settings.tokens_per_forward
         streams = Streams(place.contract.settings.seed)
         return memory(
-            view, place.renderer, known, controls, others=others, tokens_per_forward=tokens, samples=20, streams=streams
+            view,
+            place.renderer,
+            known,
+            controls,
+            others=others,
+            tokens_per_forward=tokens,
+            streams=streams,
+            progress=Lines(say),
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luthier.collaboration.privacy import Privacy, PrivateRun, plan
+from luthier.collaboration.progress import Progress, untold
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.rng import Streams
@@ -44,11 +45,12 @@ def draw(
 
 def tuned(
     view: ModelView, rows: Sequence, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
-    stop: Callable[[], bool] = lambda: False, privacy: Privacy | None = None,
-) -> Tensor | None:  # fmt: skip
-    """[snapshots, L, d] float32: the update after each of the last optimiser steps; None where it was asked to stop.
+    privacy: Privacy | None = None, progress: Progress = untold,
+) -> Tensor:  # fmt: skip
+    """[snapshots, L, d] float32: the update after each of the last optimiser steps.
 
-    privacy  promise that is kept while tuning: every snapshot is as private as the last
+    privacy   promise that is kept while tuning: every snapshot is as private as the last
+    progress  hears of every step
     The model is the base again afterwards, bit for bit. Raises ValueError for more snapshots than steps.
     """
     steps = Loop.length(rows, settings)
@@ -64,9 +66,8 @@ def tuned(
     try:
         seen: list[Tensor] = []
         for step in range(steps):
-            if stop():
-                return None
             step_on()
+            progress("tune    step", step + 1, steps)
             if step >= steps - snapshots:
                 seen.append(trainable.update().coordinates())
     finally:

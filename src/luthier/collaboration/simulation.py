@@ -21,10 +21,10 @@ from luthier.collaboration.journal import Journal
 from luthier.collaboration.rounds import RoundServer
 from luthier.errors import LuthierError
 from luthier.files import whole, write_text
-from luthier.forecast import in_time
 from luthier.report.simulation import ALONE, SHARED, TOGETHER, UNTOUCHED, write_simulation
 from luthier.rng import Streams
 from luthier.run_folder import RunFolder
+from luthier.units import in_time
 from luthier.update import Update
 from luthier.update.files import load, save_update
 

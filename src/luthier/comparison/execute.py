@@ -21,13 +21,13 @@ from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.base import Evaluator
 from luthier.evaluation.forgetting import NONE, Forgetting
 from luthier.files import write_text
-from luthier.forecast import available_memory, in_time, in_words
-from luthier.model.meter import in_flops
+from luthier.forecast import available_memory
 from luthier.recipe import Recipe
 from luthier.run import gather
 from luthier.run_folder import RunFolder
 from luthier.signals import handled
 from luthier.training.loop import Interrupted, Loop
+from luthier.units import in_bytes, in_flops, in_time
 
 Say = Callable[[str], None]
 ROOM = 0.8  # of the free memory that runs side by side may take
@@ -332,7 +332,7 @@ def _side_by_side(bench: Bench, asked: int | None) -> int:
     fitting = int(ROOM * available_memory() / max(peaks)) if peaks else 1
     count = max(1, min(os.cpu_count() or 1, fitting, len(bench.plan.arms) * len(bench.plan.seeds)))
     if peaks:
-        bench.say(f"queue   {count} at a time ({in_words(max(peaks))} each at most)")
+        bench.say(f"queue   {count} at a time ({in_bytes(max(peaks))} each at most)")
     return count
 
 

@@ -8,7 +8,6 @@ A test holds the sums against torch's own counter for every tuner and objective.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -200,11 +199,3 @@ def svd_flops(rows: int, columns: int) -> float:
     """Of a thin singular value decomposition: 14 m n^2 + 8 n^3 for m >= n (Golub and Van Loan, table 8.6.1)."""
     m, n = max(rows, columns), min(rows, columns)
     return 14.0 * m * n * n + 8.0 * n**3
-
-
-def in_flops(count: float) -> str:
-    """As people write them: 3.2 TFLOP."""
-    if count <= 0 or not math.isfinite(count):
-        return f"{count:g} FLOP"
-    power = min(6, max(0, int(math.log10(count) // 3)))
-    return f"{count / 1000**power:.3g} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}FLOP"

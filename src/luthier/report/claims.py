@@ -8,10 +8,10 @@ from typing import Any
 
 from luthier import __version__
 from luthier.files import write_text
-from luthier.forecast import in_time
 from luthier.report.curve import Range, interval_chart
 from luthier.report.page import template
 from luthier.run import environment
+from luthier.units import in_time
 
 TONES = {"held": "good", "not held": "bad"}
 

@@ -9,11 +9,11 @@ from typing import Any
 from luthier import __version__
 from luthier.collaboration.controls import gap_recovered
 from luthier.files import write_text
-from luthier.forecast import in_time
 from luthier.report.audit import SAYS
 from luthier.report.curve import Range, interval_chart
 from luthier.report.page import template
 from luthier.report.translation import _rows
+from luthier.units import in_time
 
 OWN, BARE = "its own small model, tuned on its rows", "large model, untouched"
 MEAN, PUBLIC = "large model with the mean shadow (C1)", "large model tuned on all public rows (C2)"

@@ -20,12 +20,11 @@ from luthier.comparison.steps import budget_of
 from luthier.evaluation.base import Results
 from luthier.evaluation.measures import SIDE
 from luthier.files import write_text
-from luthier.forecast import in_time, in_words
-from luthier.model.meter import in_flops
 from luthier.report.curve import Point, Range, Series, interval_chart, line_chart, point_chart
 from luthier.report.page import gates_shown, template
 from luthier.run import environment
 from luthier.statistics import Estimate
+from luthier.units import in_bytes, in_flops, in_time
 
 FORGOTTEN = ("general_loss", "canaries", "canary_loss")
 COSTS = (
@@ -166,7 +165,7 @@ def _seconds(x: float) -> str:
 
 
 def _bytes(x: float) -> str:
-    return in_words(x) if math.isfinite(x) and x else ""
+    return in_bytes(x) if math.isfinite(x) and x else ""
 
 
 def _how_sure(bench: Bench) -> str:

@@ -18,10 +18,10 @@ from ruamel.yaml import YAML
 from luthier import __version__, token_view
 from luthier.evaluation.measures import SIDE
 from luthier.files import write_text
-from luthier.model.meter import in_flops
 from luthier.recipe import Recipe
 from luthier.report.curve import Series, line_chart, plane_chart
 from luthier.statistics import wilson
+from luthier.units import in_flops
 
 SAMPLES = 12
 NEAR_ONE = 0.05  # pulls within this of 1 are plain cross-entropy, up to rounding

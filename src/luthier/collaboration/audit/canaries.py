@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from luthier.collaboration.progress import Progress, untold
 from luthier.data.people import people
 from luthier.data.rendering import Renderer
 from luthier.generation import generate, sampled
@@ -91,11 +92,13 @@ def secrets_of(form: str, count: int, streams: Streams, *key: str) -> list[str]:
 
 
 def exposures(
-    view: ModelView, renderer: Renderer, found: Sequence[Canary], others: int, tokens_per_forward: int, streams: Streams
-) -> np.ndarray:
+    view: ModelView, renderer: Renderer, found: Sequence[Canary], others: int, tokens_per_forward: int, streams: Streams,
+    progress: Progress = untold,
+) -> np.ndarray:  # fmt: skip
     """[N] bits: log2(n) - log2(rank of the true secret by loss among n), n = others + 1."""
     out = []
-    for canary in found:
+    for at, canary in enumerate(found):
+        progress("audit   canary", at, len(found))
         among = [canary.secret, *secrets_of(canary.form, others, streams, "among", canary.prefix)]
         rows = [renderer.render({"prompt": canary.prefix, "completion": s}, f"canary:{i}") for i, s in enumerate(among)]
         losses = np.array([s.total for s in row_scores(view, rows, tokens_per_forward, "causal-lm")])
@@ -105,27 +108,31 @@ def exposures(
 
 
 def extracted(
-    view: ModelView, renderer: Renderer, found: Sequence[Canary], samples: int, streams: Streams
-) -> np.ndarray:
+    view: ModelView, renderer: Renderer, found: Sequence[Canary], samples: int, streams: Streams,
+    progress: Progress = untold,
+) -> np.ndarray:  # fmt: skip
     """[N] bool: whether the secret comes out whole after its prefix."""
     prompts = [renderer.prompt_ids({"prompt": c.prefix}) for c in found]
     answers = [[c.text] for c in generate(view, prompts, renderer, SECRET_TOKENS)]
     if samples:
         keys = [c.prefix for c in found]
-        drawn = sampled(view, prompts, renderer, SECRET_TOKENS, samples, 1.0, streams, keys)
+        tick = lambda stage, done, at: progress("audit   drawn answer", done, samples * len(found))  # noqa: E731
+        drawn = sampled(view, prompts, renderer, SECRET_TOKENS, samples, 1.0, streams, keys, tick)
         answers = [a + d for a, d in zip(answers, drawn, strict=True)]
     return np.array([any(c.secret in text for text in texts) for c, texts in zip(found, answers, strict=True)])
 
 
 def memory(
     view: ModelView, renderer: Renderer, planted: Sequence[Canary], controls: Sequence[Canary], *, others: int = 1000,
-    samples: int = SAMPLES, tokens_per_forward: int = 8192, streams: Streams,
+    samples: int = SAMPLES, tokens_per_forward: int = 8192, streams: Streams, progress: Progress = untold,
 ) -> Memory:  # fmt: skip
     """Of the tuned model as it stands. Raises ValueError where a control was planted."""
     if {c.prefix for c in planted} & {c.prefix for c in controls}:
         raise ValueError("a control canary was tuned on, so it controls nothing")
-    exposure = [exposures(view, renderer, c, others, tokens_per_forward, streams) for c in (planted, controls)]
-    out = [extracted(view, renderer, c, samples, streams).astype(float) for c in (planted, controls)]
+    every, half = [*planted, *controls], len(planted)
+    bits = exposures(view, renderer, every, others, tokens_per_forward, streams, progress)
+    whole = extracted(view, renderer, every, samples, streams, progress).astype(float)
+    exposure, out = (bits[:half], bits[half:]), (whole[:half], whole[half:])
     error, extraction_error = (math.sqrt(sum(float(x.var(ddof=1)) / len(x) for x in pair)) for pair in (exposure, out))
     return Memory(
         float(out[0].mean()), float(out[1].mean()), float(exposure[0].mean()), float(exposure[1].mean()), error,
