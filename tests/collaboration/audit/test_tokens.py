@@ -74,7 +74,7 @@ def test_2_true_tokens_lie_in_the_span_and_others_do_not():
     view, trainable = exactly(32)
     payload = gradient(view, trainable, [row(IDS)])
     basis = span(derived(view, trainable, [row(IDS)])[V], 1e-10)
-    x = inputs_of(view, next(linear for linear in view.anatomy.linears if linear.name == V))
+    x = inputs_of(view, [linear for linear in view.anatomy.linears if linear.name == V])[V]
     far = distances(x @ trainable.initial[f"a.{V}"].T, basis)
     members = IDS[:-1]  # the last input has no label after it
     others = [t for t in range(VOCABULARY) if t not in IDS]
@@ -101,7 +101,7 @@ def test_4_a_full_span_says_nothing_and_so_does_the_audit():
     view, trainable = exactly(4)
     payload = gradient(view, trainable, [row(IDS)])
     basis = span(payload[f"b.{V}"], 1e-10)
-    x = inputs_of(view, next(linear for linear in view.anatomy.linears if linear.name == V))
+    x = inputs_of(view, [linear for linear in view.anatomy.linears if linear.name == V])[V]
     far = distances(x @ trainable.initial[f"a.{V}"].T, basis)
     assert float(far[x.any(1)].max()) <= 1e-12, "but for the padding token, whose embedding is zero"
     found = {f.tensor: f for f in audit_of(view, trainable)(payload, IDS)}[f"b.{V}"]
@@ -182,7 +182,25 @@ def test_what_cannot_be_audited_is_refused():
     learnt = view_of("gpt2", layers=2)
     qkv = next(x for x in learnt.anatomy.linears if x.role == "qkv" and x.block == 0)
     with pytest.raises(ValueError, match="depend on the position"):
-        inputs_of(learnt, qkv)
+        inputs_of(learnt, [qkv])
     with pytest.raises(ValueError, match="mixtures of tokens"):
-        inputs_of(view, next(x for x in view.anatomy.linears if x.block == 1))
+        inputs_of(view, [next(x for x in view.anatomy.linears if x.block == 1)])
     assert EXACT < 5e-3
+
+
+def test_inputs_are_those_of_a_whole_forward_and_no_later_block_is_run():
+    view = view_of(layers=2)
+    linears = [x for x in view.anatomy.linears if x.block == 0 and x.role in ("q", "v")]
+    ran = []
+    handle = view.block(1).register_forward_pre_hook(lambda module, args: ran.append(1))
+    found = inputs_of(view, linears)
+    assert not ran and len(found) == 2 and len(found[V]) == view.embedding.num_embeddings
+    seen = []
+    other = view.module.get_submodule(V.removesuffix(".weight")).register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].detach())
+    )
+    view.trace(collate([{"ids": [5, 9, 5, 7], "labels": [-100, 9, 5, 7], "key": "a"}]))
+    handle.remove()
+    other.remove()
+    assert ran == [1]
+    torch.testing.assert_close(found[V][[5, 9, 5, 7]].float(), seen[0].reshape(4, -1), rtol=1e-5, atol=1e-6)

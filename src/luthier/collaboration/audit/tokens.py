@@ -9,17 +9,20 @@ not public.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.data.batch import collate
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
 
+ROLES = ("q", "k", "v", "qkv")  # of block 0's linears: those whose inputs are single tokens
 RANK_TOLERANCE = 1e-5  # of the largest singular value, for float32 payloads
 EXACT = 1e-3  # distance under which a token is in the span
 FALSE_POSITIVES = (1e-4, 1e-3)  # rates at which recall is reported
@@ -47,29 +50,43 @@ class Found(NamedTuple):
     inside: float
 
 
-def inputs_of(view: ModelView, linear: Linear) -> Tensor:
-    """[V, in] float64: what a layer of block 0 is given for each token of the vocabulary.
+class _Reached(Exception):
+    """All layers that were asked for have been given their inputs: what comes after them is not needed."""
+
+
+def inputs_of(view: ModelView, linears: Sequence[Linear]) -> dict[str, Tensor]:
+    """[V, in] float64 of each by its name: what these layers of block 0 are given for each token of the vocabulary.
 
     Raises ValueError where it depends on the position as well, or for a layer of another block, or one whose inputs mix
     tokens.
     """
-    if linear.block != 0 or linear.role not in ("q", "k", "v", "qkv"):
-        raise ValueError(f"{linear.module} is no projection of block 0: its inputs are mixtures of tokens")
-    seen: list[Tensor] = []
-    module = view.module.get_submodule(linear.module)
-    handle = module.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().double()))
+    for linear in linears:
+        if linear.block != 0 or linear.role not in ROLES:
+            raise ValueError(f"{linear.module} is no projection of block 0: its inputs are mixtures of tokens")
+    seen: dict[str, list[Tensor]] = {x.name: [] for x in linears}
+
+    def keep(linear: Linear, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        pairs = args[0].detach().double().reshape(-1, 2, linear.shape[1])  # a token at two positions
+        if not torch.allclose(pairs[:, 0], pairs[:, 1], atol=1e-5):
+            raise ValueError(
+                f"{linear.module}: inputs depend on the position; tokens alone cannot be tested in this model"
+            )
+        seen[linear.name].append(pairs[:, 0])
+        if len({len(s) for s in seen.values()}) == 1:
+            raise _Reached
+
+    handles = [view.module.get_submodule(x.module).register_forward_pre_hook(partial(keep, x)) for x in linears]
     size = view.embedding.num_embeddings
     rows = [{"ids": [t, t], "labels": [-100, t], "key": str(t)} for t in range(size)]
     try:
         with torch.no_grad():
             for start in range(0, size, 512):
-                view.trace(collate(rows[start : start + 512]).to(view.device))
+                with suppress(_Reached):
+                    view.trace(collate(rows[start : start + 512]).to(view.device))
     finally:
-        handle.remove()
-    pairs = torch.cat([s.reshape(-1, 2, linear.shape[1]) for s in seen])  # [V, 2, in]
-    if not torch.allclose(pairs[:, 0], pairs[:, 1], atol=1e-5):
-        raise ValueError(f"{linear.module}: inputs depend on the position; tokens alone cannot be tested in this model")
-    return pairs[:, 0]
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(s) for name, s in seen.items()}
 
 
 def span(payload: Tensor, tolerance: float = RANK_TOLERANCE) -> Tensor:
@@ -97,10 +114,10 @@ class TokenAudit:
     """
 
     def __init__(self, view: ModelView, initial: Mapping[str, Tensor]) -> None:
-        linears = {x.name: x for x in view.anatomy.linears if x.name in initial and x.block == 0}
-        self.inputs = {n: inputs_of(view, x) for n, x in linears.items() if x.role in ("q", "k", "v", "qkv")}
-        if not self.inputs:
+        linears = [x for x in view.anatomy.linears if x.name in initial and x.block == 0 and x.role in ROLES]
+        if not linears:
             raise ValueError("no query, key or value matrix of block 0 was tuned, so tokens cannot be looked for")
+        self.inputs = inputs_of(view, linears)
         self.initial = {n: initial[n].double() for n in self.inputs}
         self.public: list[tuple[Mapping[str, Tensor], frozenset[int]]] = []
 
