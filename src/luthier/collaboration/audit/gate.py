@@ -159,5 +159,5 @@ def _remedies(leaks: Leaks, verdict: Verdict, epsilon: float | None) -> list[str
         out.append("fewer epochs or a smaller learning rate: what is remembered of single rows grows with both")
     if leaks.tokens and any(f.recall.get(FALSE_POSITIVES[0], 0) > 0 for f in leaks.tokens):
         out.append("a smaller rank than there are distinct tokens, or leaving the first block out of the targets")
-    out.append("secure aggregation over several clients, where only the sum is needed (pool: before)")
+    out.append("secure aggregation over several clients, where only the sum is needed")
     return out
