@@ -105,6 +105,9 @@ def test_what_cannot_be_is_said(run_folder, tmp_path):
         export(run_folder, "hf", tmp_path / "full")
     with pytest.raises(LuthierError, match="is no run of ours"):
         open_run(tmp_path)
+    (tmp_path / "update.json").write_text("{}")
+    with pytest.raises(LuthierError, match="holds an update and no run"):
+        open_run(tmp_path)
     if "lora" in str(run_folder):
         assert 0 <= export(run_folder, "peft", tmp_path / "p")["difference"] < 1e-4
     else:

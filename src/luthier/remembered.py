@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from luthier.cache import MEASURING, code_key, content_of, key_of
+from luthier.files import write_text
 
 FILE = "evaluations.json"
 BUILTIN = "builtin:"
@@ -23,9 +23,7 @@ def remember(folder: Path, data: str | None, values: dict[str, float]) -> None:
     """Keep them beside the run."""
     key = _key(folder, data)
     if key is not None:
-        temporary = folder / f".{FILE}.{os.getpid()}"
-        temporary.write_text(json.dumps({**_read(folder), key: values}), encoding="utf-8")
-        temporary.replace(folder / FILE)
+        write_text(folder / FILE, json.dumps({**_read(folder), key: values}))
 
 
 def _read(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,10 @@ def state_of(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
+        if not file.exists() and (folder / "update.json").exists():
+            raise LuthierError(
+                f"{folder}: holds an update and no run, as a collaboration gives it; open it with luthier.load, or peft"
+            ) from error
         raise LuthierError(
             f"{folder}: is no run of ours ({file.name} cannot be read); give the folder a run ended in"
         ) from error

@@ -16,6 +16,7 @@ from luthier.collaboration.network import Client
 from luthier.collaboration.rounds import SERVER
 from luthier.collaboration.sending import Look, prepared
 from luthier.collaboration.wire import headers, packed, unpacked
+from luthier.errors import RecipeError
 from luthier.update.files import load
 from test_run import luthier
 
@@ -59,6 +60,17 @@ def test_a_round_is_answered_once_and_every_sending_is_noted(agreed, place):
     assert (place.path / "sent" / f"{NAMES[0]}-1.html").exists()
     with pytest.raises(Refused, match="round 3 of 2: more was not agreed on"):
         answered(place.path, who(agreed), state(place, 2).encode())
+
+
+def test_a_model_may_lie_elsewhere_than_the_contract_says(agreed, place, tmp_path):
+    stored = json.loads((tmp_path / "contract.json").read_text())
+    here = stored["models"]["model"]
+    (tmp_path / "contract.json").write_text(json.dumps({**stored, "models": {"model": "/on/the/servers/disk"}}))
+    client = who(agreed, models={"model": here})
+    assert Client.from_config(client.to_config()) == client
+    with pytest.raises(RecipeError, match="/on/the/servers/disk"):
+        answered(place.path, who(agreed), state(place).encode())
+    assert decode(answered(place.path, client, state(place).encode()), LIMIT).header.kind == "update"
 
 
 def test_tuning_and_audit_say_how_far_they_are(agreed, place, monkeypatch):

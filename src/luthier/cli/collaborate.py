@@ -131,6 +131,22 @@ def tune(
     print(target)
 
 
+@app.command()
+def translate(
+    folder: Folder, messages: Annotated[list[Path], typer.Argument(help="What clients sent.")],
+    output: Annotated[Path, typer.Option(help="A folder for results.")] = Path("results"), models: Models = None,
+    debug: Debug = False,
+) -> None:  # fmt: skip
+    """Server: take messages in, and leave an update for each sender: translated, or averaged (one-shot)."""
+    from luthier.collaboration.arriving import taken_in
+
+    quiet(debug)
+    found = taken_in(_place(folder, models), messages, output, _say)
+    for name, where in found.results.items():
+        print(f"{name}: {where}")
+    print(output / "report.html")
+
+
 Certificates = Annotated[
     Path | None, typer.Option(help="A folder with ca.pem; for the server server.pem and server.key.")
 ]
@@ -144,7 +160,7 @@ def serve(
     folder: Folder, clients: Annotated[str, typer.Option(help="Names that may take part: clinic,library.")],
     listen: Annotated[str, typer.Option("--address", help="host:port to listen at.")] = "127.0.0.1:9092",
     patience: Annotated[float, typer.Option(help="Seconds that a round waits; then whoever has answered counts.")] = 3600.0,
-    output: Annotated[Path, typer.Option(help="A folder for results.")] = Path("results"),
+    output: Annotated[Path, typer.Option(help="A folder for results.")] = Path("results"), models: Models = None,
     certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Server, over flwr: wait for clients, carry the rounds. Killed, the same command goes on; nothing that arrived is lost."""
@@ -153,10 +169,10 @@ def serve(
     from luthier.collaboration.network import serve as served
 
     quiet(debug)
-    _place(folder)
+    place = _place(folder, models)
     for name in clients.split(","):
         refuse_name(name)
-    served(folder, clients.split(","), address(listen, certificates, insecure), patience, output, _say)
+    served(folder, clients.split(","), address(listen, certificates, insecure), patience, output, _say, place.given)
     print(output / "report.html")
 
 
@@ -165,8 +181,8 @@ def join(
     folder: Folder, data: Annotated[str, typer.Argument(help="Your rows; they stay here.")],
     name: Annotated[str, typer.Option(help="What you are called.")],
     server: Annotated[str, typer.Option("--address", help="host:port of the server.")] = "127.0.0.1:9092",
-    held: Held = None, canaries: Canaries = 100, others: Others = 100, send_anyway: SendAnyway = False,
-    certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
+    held: Held = None, canaries: Canaries = 100, others: Others = 100, models: Models = None,
+    send_anyway: SendAnyway = False, certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Client, over flwr: tune when asked, audit what would leave, send it, until the server gives a result."""
     from luthier.collaboration.messages import refuse_name
@@ -175,11 +191,11 @@ def join(
 
     quiet(debug)
     refuse_name(name)
-    place = _place(folder)
+    place = _place(folder, models)
     for file in (data, held):
         if file is not None:
             place.rows(file, Path())
-    client = Client(name, data, held, canaries, others, send_anyway)
+    client = Client(name, data, held, canaries, others, send_anyway, place.given)
     print(joined(folder, client, address(server, certificates, insecure), _say))
 
 
@@ -218,19 +234,3 @@ def demo(
 
     quiet(debug)
     print(carried_out(output, Size(), _say, processes))
-
-
-@app.command()
-def translate(
-    folder: Folder, messages: Annotated[list[Path], typer.Argument(help="What clients sent.")],
-    output: Annotated[Path, typer.Option(help="A folder for results.")] = Path("results"), models: Models = None,
-    debug: Debug = False,
-) -> None:  # fmt: skip
-    """Server: take messages in, and leave an update for each sender: translated, or averaged (one-shot)."""
-    from luthier.collaboration.arriving import taken_in
-
-    quiet(debug)
-    found = taken_in(_place(folder, models), messages, output, _say)
-    for name, where in found.results.items():
-        print(f"{name}: {where}")
-    print(output / "report.html")

@@ -3,6 +3,7 @@ that a node says who it is in half a second, not in ten."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ client = ClientApp()
 @server.main()
 def _serve(grid: Grid, context: Context) -> None:
     from luthier.collaboration.flower import carried
+    from luthier.collaboration.folder import Place
 
     c = context.run_config
-    carried(grid, Path(str(c["folder"])), str(c["clients"]).split(","), Path(str(c["output"])), float(c["patience"]))
+    place = Place(Path(str(c["folder"])), json.loads(str(c["models"])))
+    carried(grid, place, str(c["clients"]).split(","), Path(str(c["output"])), float(c["patience"]))
 
 
 @client.query()

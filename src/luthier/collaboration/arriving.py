@@ -98,7 +98,7 @@ def _none(refused: dict[str, str]) -> str:
 
 
 def _files(place: Place, update: Update, folder: Path) -> Path:
-    """An update's files, as peft and `luthier generate` open them."""
+    """An update's files, as `luthier.load` opens them, and peft where it is low-rank."""
     folder.mkdir(parents=True, exist_ok=True)
     save_update(update, folder, place.view(place.protocol.roles[-1]))
     return folder

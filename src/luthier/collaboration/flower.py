@@ -34,9 +34,8 @@ PATIENCE = 0.2  # seconds between looks for answers
 # --- the server's process ---
 
 
-def carried(grid: Grid, folder: Path, clients: list[str], output: Path, patience: float) -> None:
+def carried(grid: Grid, place: Place, clients: list[str], output: Path, patience: float) -> None:
     """A server's whole work, from its journal on: rounds, the results on disk, then to the clients."""
-    place = Place(folder)
     party = place.protocol.server(place.contract, clients, place.journal(), place)
     line = Line(grid, clients)
     try:
@@ -191,7 +190,7 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
 
     A round is answered once: asked again, the very same bytes go. Tuning anew would cost a promise twice.
     """
-    place, message = Place(folder), decode(received, LIMIT)
+    place, message = Place(folder, who.models), decode(received, LIMIT)
     if message.header.kind == "result":
         _keep(place, who, message)
     if message.header.kind != "state":

@@ -49,7 +49,8 @@ TAKEN_OF_DATA = {"train", "columns", "system", "template", "max_length"}
 
 
 class Place:
-    """An opened folder. `models` puts other places of models, by role, before those that the contract names."""
+    """An opened folder. `models` puts other places of models, by role, before those that the contract names; `given` holds
+    them."""
 
     def __init__(self, path: Path, models: Mapping[str, str] | None = None) -> None:
         self.path = path
@@ -58,7 +59,8 @@ class Place:
         self.contract: Agreement = self.protocol.contract.model_validate(stored["agreement"])
         if self.contract.digest != stored["digest"]:
             raise LuthierError(f"{path / 'contract.json'}: was changed after it was agreed on; ask for it again")
-        self.models: dict[str, str] = {**stored["models"], **(models or {})}
+        self.given = dict(models or {})
+        self.models: dict[str, str] = {**stored["models"], **self.given}
         if unknown := set(models or {}) - set(self.protocol.roles):
             raise LuthierError(f"--model {min(unknown)}: the contract's models are {', '.join(self.protocol.roles)}")
         self._views: dict[str, ModelView] = {}

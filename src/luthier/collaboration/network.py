@@ -45,6 +45,7 @@ folder = {folder}
 clients = {clients}
 output = {output}
 patience = {patience}
+models = {models}
 """
 
 
@@ -63,7 +64,10 @@ class Address(NamedTuple):
 
 
 class Client(NamedTuple):
-    """Who joins, with which rows, and how closely it looks at what it would send (see `collaboration.sending.Look`)."""
+    """Who joins, with which rows, and how closely it looks at what it would send (see `collaboration.sending.Look`).
+
+    models  where models of the contract lie here, by role
+    """
 
     name: str
     data: str
@@ -71,6 +75,7 @@ class Client(NamedTuple):
     canaries: int = 100
     others: int = 100
     send_anyway: bool = False
+    models: Mapping[str, str] | None = None
 
     def to_config(self) -> dict[str, str | int | bool]:
         """For flwr's node, whose working folder is another."""
@@ -80,12 +85,18 @@ class Client(NamedTuple):
             "canaries": self.canaries,
             "others": self.others,
             "send_anyway": self.send_anyway,
+            "models": _written(self.models),
             **files,
         }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Client:
-        return cls(**{k: config[k] for k in cls._fields if k in config})
+        return cls(**{k: config[k] for k in cls._fields if k in config} | {"models": json.loads(config["models"])})
+
+
+def _written(models: Mapping[str, str] | None) -> str:
+    """Models by role as flwr's configurations hold them; folders by their whole path."""
+    return json.dumps({r: str(Path(m).resolve()) if Path(m).exists() else m for r, m in (models or {}).items()})
 
 
 def address(text: str, certificates: Path | None, insecure: bool) -> Address:
@@ -108,12 +119,18 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def serve(folder: Path, clients: Sequence[str], at: Address, patience: float, output: Path, say: Say) -> None:
-    """Wait for clients, carry the rounds, leave the results. Started again after a kill it goes on with its journal."""
+def serve(
+    folder: Path, clients: Sequence[str], at: Address, patience: float, output: Path, say: Say,
+    models: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Wait for clients, carry the rounds, leave the results. Started again after a kill it goes on with its journal.
+
+    models  where models of the contract lie here, by role
+    """
     home = folder / "flwr"
     app_in(
         home, str(at), at.certificates, folder=str(folder.resolve()), clients=",".join(clients), output=str(output.resolve()),
-        patience=patience,
+        patience=patience, models=_written(models),
     )  # fmt: skip
     link = ["flower-superlink", "--host", at.host, "--port", str(at.port), *_server_side(at)]
     with ExitStack() as running:
