@@ -29,7 +29,7 @@ from luthier.scorer import mean_loss, row_scores
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
-SHADOWS, CLIENTS, ROWS, HELD, STEPS, BATCH, PUBLIC = 20, 5, 240, 64, 40, 8, 150
+SHADOWS, CLIENTS, ROWS, HELD, STEPS, BATCH, PUBLIC = 40, 10, 240, 64, 40, 8, 150
 SMALL_RATE, LARGE_RATE = 1e-2, 3e-3
 SHAPE = Shape(hidden=48, layers=2, heads=4, key_value_heads=2, inner=128)
 SCHOOLING = Schooling(steps=1200, batch=32)

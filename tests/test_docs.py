@@ -184,13 +184,17 @@ def test_the_guides_python_runs(model_folder, tmp_path):
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     text = json.dumps({"model": str(model_folder), "data": {"train": "x.jsonl"}, "max_steps": 2, "learning_rate": 0.01})
     run(recipe.load(text), tmp_path / "out", tmp_path)
-    scope = {"run": tmp_path / "out", "view": open_run(tmp_path / "out").view, "ids": torch.tensor([[5, 6, 7]])}
+    tuned, ids = open_run(tmp_path / "out"), torch.tensor([[5, 6, 7]])
+    scope = {"run": tmp_path / "out", "view": open_run(tmp_path / "out").view, "ids": ids}
+    scope |= {"base": model_folder, "given": tmp_path / "out"}
     ran = 0
     for guide in GUIDES:
         for code in blocks(guide, "python"):
             exec(compile(code, guide, "exec"), scope)
             ran += 1
     assert ran >= 2 and 0 < scope["error"] < 1 and scope["logits"].shape[:2] == (1, 3)
+    with tuned.update.bind(tuned.view):
+        torch.testing.assert_close(scope["model"](ids).logits, tuned.view.module(ids).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_the_api_page_is_what_the_docstrings_say():
