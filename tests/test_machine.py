@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -10,10 +11,13 @@ from contextlib import suppress
 
 import pytest
 
+from luthier import machine
+
 CHILD = "from luthier import machine; machine.end_with_parent(); print('up', flush=True); import time; time.sleep(60)"
 PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {CHILD!r}]); time.sleep(60)"
 
 
+# prctl's PR_SET_PDEATHSIG is Linux's own; macOS and Windows have nothing like it, so nothing is promised there.
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process that its parent ended")
 def test_a_killed_process_takes_its_children_along():
     parent = subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, start_new_session=True)
@@ -25,3 +29,9 @@ def test_a_killed_process_takes_its_children_along():
     finally:
         with suppress(ProcessLookupError):
             os.killpg(parent.pid, signal.SIGKILL)
+
+
+def test_elsewhere_nothing_is_called(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda *given, **more: pytest.fail("prctl is Linux's"))
+    machine.end_with_parent()

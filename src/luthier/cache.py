@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
-from luthier.files import whole
+from luthier.files import sweep, whole
 
 
 def cache_folder() -> Path:
@@ -52,18 +51,10 @@ def content_of(path: Path) -> str:
 def made(folder: Path) -> Iterator[Path]:
     """A folder of the cache, whole or not at all: where another process was faster, its folder stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder.parent)
+    sweep(folder.parent)
     try:
         with whole(folder) as temporary:
             yield temporary
     except OSError:
         if not folder.is_dir():
             raise
-
-
-def _sweep(parent: Path) -> None:
-    """Remove what killed processes left half made."""
-    for path in parent.glob(".*.*"):
-        number = path.name.rpartition(".")[2]
-        if number.isdigit() and not Path("/proc", number).exists() and Path("/proc").is_dir():
-            shutil.rmtree(path, ignore_errors=True)

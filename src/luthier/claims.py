@@ -30,6 +30,7 @@ from luthier import __version__
 from luthier.cache import content_of, key_of
 from luthier.errors import LuthierError, RecipeError
 from luthier.files import write_text
+from luthier.machine import end_with_parent
 from luthier.recipe.text import parse
 from luthier.statistics import Estimate, Outcome, estimate
 
@@ -172,9 +173,7 @@ def run(
 def _begin(processes: int) -> None:
     import torch
 
-    from luthier import machine
-
-    machine.end_with_parent()
+    end_with_parent()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 
@@ -50,5 +51,16 @@ def whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def sweep(folder: Path, name: str = "*") -> None:
+    """Remove what killed processes left half made, beside a file or folder of this name (a pattern)."""
+    if not Path("/proc").is_dir():  # no telling who lives: what is left stays
+        return
+    for path in folder.glob(f".{name}.*"):
+        number = path.name.rpartition(".")[2]
+        if number.isdigit() and not Path("/proc", number).exists():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 def _beside(path: Path) -> Path:
+    sweep(path.parent, escape(path.name))
     return path.with_name(f".{path.name}.{os.getpid()}")

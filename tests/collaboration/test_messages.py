@@ -130,5 +130,6 @@ def test_what_was_acknowledged_survives_a_kill(tmp_path):
             if said == 20:
                 writer.send_signal(signal.SIGKILL)
                 break
+    (tmp_path / f".000099.message.{writer.pid}").write_bytes(b"cut off")
     assert len(list(Journal(tmp_path, LIMIT))) >= said
     assert not list(tmp_path.glob(".*"))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from luthier.collaboration.messages import Message, Refused, decode
-from luthier.files import replaced, sync
+from luthier.files import replaced, sweep, sync
 
 
 class Journal:
@@ -18,10 +18,7 @@ class Journal:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(
-            ".*.message.*"
-        ):  # of a write that was cut off: never acknowledged, so the sender has it
-            left.unlink()
+        sweep(folder)  # of a write that was cut off: never acknowledged, so the sender has it
         self.count = len(list(folder.glob("*.message")))
 
     def append(self, message: Message) -> Path:

@@ -14,7 +14,7 @@ from luthier.collaboration.base import Disclosure, Member, Sent, promised, sizes
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.privacy import PrivateRun, plan
-from luthier.collaboration.progress import Progress, untold
+from luthier.collaboration.progress import Progress, steps, untold
 from luthier.collaboration.protocol import Collaboration, Workshop
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
 from luthier.collaboration.wire import headers, packed, unpacked
@@ -209,17 +209,16 @@ def alone(
 ) -> tuple[Update, float | None]:
     """(update, last training loss) of one client by itself; of everybody's rows together, what sharing would have given.
     Under a promise the loss is kept back: it is no part of what is accounted for."""
-    steps, settings = Loop.length(rows, contract.settings), contract.settings
+    total, settings = Loop.length(rows, contract.settings), contract.settings
     if contract.privacy is not None:
-        made = plan(contract.privacy, len(rows), settings.batch_size, steps, contract.protocol.rounds)
+        made = plan(contract.privacy, len(rows), settings.batch_size, total, contract.protocol.rounds)
         return PrivateRun(view, rows, contract.tuner, settings, made).finish(progress), None
-    trainable = contract.tuner.attach(view, None, steps)
+    trainable = contract.tuner.attach(view, None, total)
     try:
         loop = Loop(view, rows, trainable, Sft(), settings)
         entry: dict[str, float] = {}
-        for step in range(steps):
+        for _ in steps(total, progress):
             entry = loop.step()
-            progress("tune    step", step + 1, steps)
         return trainable.update(), entry["loss"]
     finally:
         trainable.detach()

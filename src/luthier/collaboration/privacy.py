@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
-from luthier.collaboration.progress import Progress, untold
+from luthier.collaboration.progress import Progress, steps, untold
 from luthier.data.batch import IGNORE, collate
 from luthier.errors import LuthierError
 from luthier.model.view import ModelView
@@ -199,9 +199,8 @@ class PrivateRun:
     def finish(self, progress: Progress = untold) -> Update:
         """Take the steps that are left; the base is back afterwards."""
         try:
-            while self.taken < self.plan.steps:
+            for _ in steps(self.plan.steps, progress, self.taken):
                 self.step()
-                progress("tune    step", self.taken, self.plan.steps)
             return self.trainable.update()
         finally:
             self.trainable.detach()

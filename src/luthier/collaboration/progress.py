@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from luthier.units import in_time
 
@@ -14,6 +14,13 @@ Progress = Callable[[str, int, int], None]  # (what is counted, done, of how man
 
 def untold(what: str, done: int, total: int) -> None:
     """Nobody is told."""
+
+
+def steps(total: int, progress: Progress, done: int = 0) -> Iterator[int]:
+    """Of a tuning, from `done` on; told of after each."""
+    for step in range(done, total):
+        yield step
+        progress("tune    step", step + 1, total)
 
 
 class Lines:

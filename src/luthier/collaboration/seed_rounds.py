@@ -17,6 +17,7 @@ from luthier.collaboration.base import Disclosure, Member, Sent, sizes
 from luthier.collaboration.fedkseed import FedKSeed, FedKSeedTrainable, seed_pool, seed_probabilities
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
+from luthier.collaboration.progress import steps
 from luthier.collaboration.protocol import Collaboration, Workshop
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
 from luthier.errors import LuthierError
@@ -220,9 +221,8 @@ class SeedClient(Member):
             )
             try:
                 loop = Loop(self.view, self.rows, client, Sft(), c.settings.model_copy(update={"seed": own}))
-                for step in range(loop.total_steps):
+                for _ in steps(loop.total_steps, self.progress):
                     loop.step()
-                    self.progress("tune    step", step + 1, loop.total_steps)
             finally:
                 client.detach()
         index = torch.from_numpy(np.array([i for i, _ in client.observed], dtype=np.uint16))

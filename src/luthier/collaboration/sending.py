@@ -166,15 +166,9 @@ def _memory(place: Place, update: Update, known: list[Canary], controls: list[Ca
         tokens = 2 * place.contract.settings.tokens_per_forward
         streams = Streams(place.contract.settings.seed)
         return memory(
-            view,
-            place.renderer,
-            known,
-            controls,
-            others=others,
-            tokens_per_forward=tokens,
-            streams=streams,
+            view, place.renderer, known, controls, others=others, tokens_per_forward=tokens, streams=streams,
             progress=Lines(say),
-        )
+        )  # fmt: skip
 
 
 def _membership(place: Place, update: Update, rows: Sequence[Any], held: Sequence[Any]) -> Any:

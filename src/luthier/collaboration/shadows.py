@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from luthier.collaboration.privacy import Privacy, PrivateRun, plan
-from luthier.collaboration.progress import Progress, untold
+from luthier.collaboration.progress import Progress, steps, untold
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.rng import Streams
@@ -53,22 +53,21 @@ def tuned(
     progress  hears of every step
     The model is the base again afterwards, bit for bit. Raises ValueError for more snapshots than steps.
     """
-    steps = Loop.length(rows, settings)
-    if snapshots > steps:
-        raise ValueError(f"{snapshots} snapshots of a run of {steps} steps; lower snapshots or train longer")
+    total = Loop.length(rows, settings)
+    if snapshots > total:
+        raise ValueError(f"{snapshots} snapshots of a run of {total} steps; lower snapshots or train longer")
     step_on: Callable[[], Any]
     if privacy is not None:
-        run = PrivateRun(view, rows, tuner, settings, plan(privacy, len(rows), settings.batch_size, steps))
+        run = PrivateRun(view, rows, tuner, settings, plan(privacy, len(rows), settings.batch_size, total))
         trainable, step_on = run.trainable, run.step
     else:
-        trainable = tuner.attach(view, None, steps)
+        trainable = tuner.attach(view, None, total)
         step_on = Loop(view, rows, trainable, Sft(), settings).step
     try:
         seen: list[Tensor] = []
-        for step in range(steps):
+        for step in steps(total, progress):
             step_on()
-            progress("tune    step", step + 1, steps)
-            if step >= steps - snapshots:
+            if step >= total - snapshots:
                 seen.append(trainable.update().coordinates())
     finally:
         trainable.detach()
