@@ -106,7 +106,7 @@ def test_what_cannot_be_is_said(run_folder, tmp_path):
     with pytest.raises(LuthierError, match="is no run of ours"):
         open_run(tmp_path)
     (tmp_path / "update.json").write_text("{}")
-    with pytest.raises(LuthierError, match="holds an update and no run"):
+    with pytest.raises(LuthierError, match="nothing that says how it is used"):
         open_run(tmp_path)
     if "lora" in str(run_folder):
         assert 0 <= export(run_folder, "peft", tmp_path / "p")["difference"] < 1e-4

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GgufConfig, PreTrainedModel
 
+from luthier.collaboration.given import given_in
 from luthier.errors import LuthierError
 from luthier.files import whole
 from luthier.report.card import card
@@ -25,9 +26,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dict[str, Any]:
-    """Write a finished run in another form; returns where and how far off it is. A 4-bit run is merged into the whole
-    weights it was made from.
+    """Write a finished run, or what a collaboration gave, in another form; returns where and how far off it is.
 
+    A 4-bit run is merged into the whole weights it was made from.
     Raises LuthierError where the form cannot hold the update, or what was written differs from what was tuned.
     """
     if to not in FORMS:
@@ -108,6 +109,9 @@ def _hf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
 
 
 def _card(run: Tuned) -> str:
+    given = given_in(run.folder)
+    if given is not None:
+        return given.card(run.folder.name, "merge")
     return card(run.folder, state_of(run.folder), run.recipe, run.view.name, "merge")
 
 

@@ -1,16 +1,15 @@
-"""A finished run as something to use: load it, ask it, score it, export it."""
+"""A finished run, or what a collaboration gave, as something to use: load it, ask it, score it, export it."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from luthier.collaboration.given import given_in
 from luthier.data.batch import IGNORE, collate
 from luthier.data.rendering import Renderer
 from luthier.errors import LuthierError
@@ -19,14 +18,14 @@ from luthier.model.view import ModelView
 from luthier.objectives.base import Forward
 from luthier.recipe import Recipe, load_file
 from luthier.remembered import remember
-from luthier.run import Ready, make_ready, tokens_and_config
+from luthier.run import make_ready, tokens_and_config
 from luthier.update import Update
 from luthier.update.files import load
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """A run's recipe, its base model, and what it learnt."""
+    """A recipe, its base model, and what was learnt. Of a collaboration's gift the recipe holds no rows."""
 
     recipe: Recipe
     folder: Path
@@ -43,7 +42,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         if not file.exists() and (folder / "update.json").exists():
             raise LuthierError(
-                f"{folder}: holds an update and no run, as a collaboration gives it; open it with luthier.load, or peft"
+                f"{folder}: holds an update, and nothing that says how it is used; open it with luthier.load, or peft"
             ) from error
         raise LuthierError(
             f"{folder}: is no run of ours ({file.name} cannot be read); give the folder a run ended in"
@@ -57,25 +56,35 @@ def state_of(folder: Path) -> dict[str, Any]:
     return state
 
 
-def recipe_of(folder: Path, state: dict[str, Any], allow_code: bool) -> tuple[Recipe, Path]:
-    """(recipe as run, the folder its paths are relative to)."""
+def recipe_of(folder: Path, allow_code: bool, rows: str | None = None) -> tuple[Recipe, Path, tuple[str, ...]]:
+    """(recipe as run or agreed on, the folder its paths are relative to, names of its classes).
+
+    rows  to be scored, in place of the recipe's data.eval
+    """
+    given = given_in(folder)
+    if given is not None:
+        return given.recipe(rows), Path(), ()
+    state = state_of(folder)
     base = Path(state["recipe_folder"])
-    return load_file(folder / "recipe.yaml", code=base if allow_code else None), base
+    recipe = load_file(folder / "recipe.yaml", code=base if allow_code else None)
+    if rows is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": rows})})
+    return recipe, base, tuple(state.get("classes", ()))
 
 
 def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> Tuned:
-    """Load a finished run: its base model and its update.
+    """Load a finished run, or what a collaboration gave: its base model and its update.
 
     quantize  False: the whole weights even where the run held them in 4 bits
+    Raises LuthierError for a folder that is neither.
     """
     from luthier.model.loading import load_model
 
-    state = state_of(folder)
-    recipe, base = recipe_of(folder, state, allow_code)
+    recipe, base, classes = recipe_of(folder, allow_code)
     located, renderer, _ = tokens_and_config(recipe, base)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     view = load_model(
-        located, recipe.task, dtype, tokenizer=renderer.tokenizer, labels=state.get("classes", ()), seed=recipe.seed,
+        located, recipe.task, dtype, tokenizer=renderer.tokenizer, labels=classes, seed=recipe.seed,
         quantize=recipe.quantize if quantize else None,
     )  # fmt: skip
     return Tuned(recipe, folder, view, renderer, load(folder))
@@ -116,22 +125,14 @@ def _classified(run: Tuned, text: str) -> dict[str, Any]:
 
 def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = False) -> dict[str, Any]:
     """The tuned model on rows: those of the recipe's data.eval, or `data`."""
-    with _ready(folder, data, split_base, allow_code) as (ready, run):
-        if ready.data.held is None:
-            raise LuthierError(f"{folder}: its recipe has no data.eval; name rows with --data")
-        with run.update.bind(ready.view):
-            results = ready.results(run.update.digest())
+    rows = data if data is None or data.startswith("builtin:") else str((split_base / data).resolve())
+    recipe, base, _ = recipe_of(folder, allow_code, rows)
+    if recipe.data.eval is None:
+        raise LuthierError(f"{folder}: its recipe has no data.eval; name rows with --data")
+    ready = make_ready(recipe, folder, base)
+    update = load(folder)
+    with update.bind(ready.view):
+        results = ready.results(update.digest())
     values = {name: m.value for name, m in results.measures.items()}
     remember(folder, data, values)
     return values
-
-
-@contextmanager
-def _ready(folder: Path, data: str | None, split_base: Path, allow_code: bool) -> Iterator[tuple[Ready, Tuned]]:
-    state = state_of(folder)
-    recipe, base = recipe_of(folder, state, allow_code)
-    if data is not None:
-        where = data if data.startswith("builtin:") else str((split_base / data).resolve())
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": where})})
-    ready = make_ready(recipe, folder, base)
-    yield ready, Tuned(recipe, folder, ready.view, ready.renderer, load(folder))

@@ -330,7 +330,7 @@ def check(
         show(result)
 
 
-RunPath = Annotated[Path, typer.Argument(help="The folder of a finished run.")]
+RunPath = Annotated[Path, typer.Argument(help="The folder of a finished run, or of what a collaboration gave.")]
 
 
 @app.command()

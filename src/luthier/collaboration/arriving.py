@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from luthier.collaboration.base import Tick
 from luthier.collaboration.folder import LIMIT, Place
+from luthier.collaboration.given import leave
 from luthier.collaboration.grad_transformer import Provider
 from luthier.collaboration.messages import Message, Refused, decode
 from luthier.collaboration.rounds import RoundServer
@@ -17,7 +18,6 @@ from luthier.errors import LuthierError
 from luthier.files import whole, write_text
 from luthier.report.translation import write_translation
 from luthier.update import Update
-from luthier.update.files import save_update
 
 SO_FAR = "so-far"
 Say = Callable[[str], None]
@@ -74,7 +74,7 @@ def refuse_rounds(place: Place) -> None:
 
 def left(place: Place, server: RoundServer, out: Path, refused: Mapping[str, str] | None = None) -> dict[str, Path]:
     """A finished server's results, by sender, and the page of what came of it."""
-    folders = {s.to: _files(place, server.outcome(s.to), out / s.to) for s in server.results()}
+    folders = {s.to: _left(place, server.outcome(s.to), out / s.to, s.to) for s in server.results()}
     report, refused = server.report, refused or {}
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.json", json.dumps({"report": report, "refused": refused}, indent=1, default=str))
@@ -89,7 +89,7 @@ def leave_so_far(place: Place, server: RoundServer, out: Path) -> None:
         return
     shutil.rmtree(out / SO_FAR, ignore_errors=True)
     with whole(out / SO_FAR) as temporary:
-        _files(place, update, temporary)
+        _left(place, update, temporary, SO_FAR)
 
 
 def _none(refused: dict[str, str]) -> str:
@@ -97,11 +97,9 @@ def _none(refused: dict[str, str]) -> str:
     return f"{first[0]}: {first[1]}; no message could be used"
 
 
-def _files(place: Place, update: Update, folder: Path) -> Path:
-    """An update's files, as `luthier.load` opens them, and peft where it is low-rank."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_update(update, folder, place.view(place.protocol.roles[-1]))
-    return folder
+def _left(place: Place, update: Update, folder: Path, name: str) -> Path:
+    role = place.protocol.roles[-1]
+    return leave(place, role, update, folder, name, place.view(role))
 
 
 def _judged(place: Place) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from luthier.collaboration.arriving import leave_so_far, left
 from luthier.collaboration.base import Sent, Tick
 from luthier.collaboration.folder import LIMIT, Place
+from luthier.collaboration.given import leave
 from luthier.collaboration.messages import Message as Envelope
 from luthier.collaboration.messages import Refused, decode
 from luthier.collaboration.network import GIVEN, RECORD, SENT, Client
@@ -26,7 +27,6 @@ from luthier.collaboration.rounds import RoundServer
 from luthier.collaboration.sending import HeldBack, Look, prepared, send
 from luthier.errors import LuthierError
 from luthier.files import whole, write_text
-from luthier.update.files import save_update
 
 GIVING = 60.0  # seconds that whoever took part has to come back for its result
 PATIENCE = 0.2  # seconds between looks for answers
@@ -221,7 +221,8 @@ def _keep(place: Place, who: Client, result: Envelope) -> None:
     target = place.path / GIVEN / who.name
     shutil.rmtree(target, ignore_errors=True)
     with whole(target) as temporary:
-        save_update(party.update, temporary, place.first if len(place.protocol.roles) == 1 else None)
+        roles = place.protocol.roles
+        leave(place, roles[-1], party.update, temporary, who.name, place.first if len(roles) == 1 else None)
 
 
 def _prepare(place: Place, who: Client, state: Envelope, stem: str) -> None:

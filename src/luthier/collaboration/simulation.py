@@ -17,6 +17,7 @@ from luthier.cache import key_of
 from luthier.collaboration.averaging import STEPS, best_step
 from luthier.collaboration.base import Member, Sent
 from luthier.collaboration.folder import LIMIT, Place
+from luthier.collaboration.given import leave
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.rounds import RoundServer
 from luthier.errors import LuthierError
@@ -26,7 +27,7 @@ from luthier.rng import Streams
 from luthier.run_folder import RunFolder
 from luthier.units import in_time
 from luthier.update import Update
-from luthier.update.files import load, save_update
+from luthier.update.files import load
 
 Say = Callable[[str], None]
 FEW = 2  # rows of a client that are kept back, at least
@@ -61,7 +62,8 @@ def simulate(
         for n, update in given.items():
             if not (out / "together" / n).exists():
                 with whole(out / "together" / n) as temporary:
-                    save_update(update, temporary, place.view(place.protocol.roles[-1]))
+                    role = place.protocol.roles[-1]
+                    leave(place, role, update, temporary, n, place.view(role))
         say("judge   on rows that were kept back")
         found = _found(place, clients, of_own, given, shared)
         found |= _on_the_way(place, server, clients, out) | {
@@ -116,7 +118,8 @@ def _kept(place: Place, folder: Path, work: Work, what: str, rows: Sequence[Any]
         else:
             update = protocol.alone(name, place.contract, place, rows)
         with whole(folder) as temporary:
-            save_update(update, temporary, place.view(protocol.roles[0 if name else -1]))
+            role = protocol.roles[0 if name else -1]
+            leave(place, role, update, temporary, what, place.view(role))
     (work.found if there else work.finished)(what)
     return load(folder)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,8 @@ def card(folder: Path, state: Mapping[str, Any], recipe: Recipe, base_name: str,
         for n, m in after.items()
     ]
     census, peft = state["census"], (folder / "adapter_config.json").exists() and relation == "adapter"
-    library = "peft" if peft else "transformers"
     lines = [
-        "---",
-        f"base_model: {recipe.model if recipe.model.count('/') == 1 else base_name}",
-        f"base_model_relation: {relation}",
-        f"library_name: {library}",
-        f"tags: [luthier, {recipe.tuner.key()}, {recipe.objective.key()}]",
-        "---",
+        *front(recipe.model, base_name, relation, peft, (recipe.tuner.key(), recipe.objective.key())),
         "",
         f"# {folder.name}",
         "",
@@ -48,3 +42,15 @@ def card(folder: Path, state: Mapping[str, Any], recipe: Recipe, base_name: str,
         "",
     ]
     return "\n".join(lines)
+
+
+def front(model: str, base_name: str, relation: str, peft: bool, tags: Sequence[str]) -> list[str]:
+    """The front matter's lines; `model` is named where it is a Hub id, `base_name` elsewhere."""
+    return [
+        "---",
+        f"base_model: {model if model.count('/') == 1 else base_name}",
+        f"base_model_relation: {relation}",
+        f"library_name: {'peft' if peft else 'transformers'}",
+        f"tags: [{', '.join(('luthier', *tags))}]",
+        "---",
+    ]
