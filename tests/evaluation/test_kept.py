@@ -1,0 +1,58 @@
+"""What was measured is read again, under a key of everything that went into it; a damaged file is measured anew."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from luthier.data.rendering import Renderer
+from luthier.evaluation import Calibration, Loss, Rouge
+from luthier.evaluation.kept import exam_key, kept, read
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def exam(exam_of):
+    return exam_of([{"prompt": f"p{i}", "completion": "answer " * (i + 1)} for i in range(3)])
+
+
+def test_it_is_measured_once(exam, own_cache):
+    first = kept("k", exam, [Loss()])
+    again = replace(exam)  # nothing asked yet
+    with torch.no_grad():
+        exam.view.head_weight.mul_(0.5)
+    assert kept("k", again, [Loss()]).as_dict() == first.as_dict()
+    anew = kept("other", replace(exam), [Loss()])
+    assert anew.measures["loss"].value != first.measures["loss"].value
+    assert read("k") is not None and read("never") is None
+    assert sorted(f.stem for f in (own_cache / "scores").iterdir()) == ["k", "other"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"measures": [{}], "samples": []}', '{"measures": 3, "samples": []}'])
+def test_a_damaged_file_is_measured_anew(exam, own_cache, text):
+    first = kept("k", exam, [Loss()])
+    (own_cache / "scores/k.json").write_text(text)
+    assert read("k") is None
+    assert kept("k", replace(exam), [Loss()]).measures["loss"].value == first.measures["loss"].value
+    assert read("k").measures["loss"].value == first.measures["loss"].value
+
+
+def test_the_key_changes_with_all_that_went_in(exam):
+    def key(exam=exam, evaluators=(), model="m", rows="r"):
+        return exam_key(exam, [Loss(), *evaluators], model, rows)
+
+    said = Renderer(exam.renderer.tokenizer, "Be brief.", exam.renderer.plain)
+    keys = [
+        key(), key(model="n"), key(rows="s"), key(evaluators=[Calibration()]), key(replace(exam, seed=1)),
+        key(replace(exam, renderer=said)), key(evaluators=[Rouge(rows=2)]), key(evaluators=[Rouge(rows=3)]),
+    ]  # fmt: skip
+    before = exam.view.module.dtype
+    exam.view.module.to(torch.bfloat16)
+    keys.append(key())
+    exam.view.module.to(before)
+    assert len(set(keys)) == len(keys) and key() == keys[0]
