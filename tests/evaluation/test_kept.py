@@ -23,11 +23,16 @@ def exam(exam_of):
 
 def test_it_is_measured_once(exam, own_cache):
     first = kept("k", exam, [Loss()])
-    again = replace(exam)  # nothing asked yet
-    with torch.no_grad():
-        exam.view.head_weight.mul_(0.5)
-    assert kept("k", again, [Loss()]).as_dict() == first.as_dict()
-    anew = kept("other", replace(exam), [Loss()])
+    weight = exam.view.head_weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(0.5)
+        again, anew = kept("k", replace(exam), [Loss()]), kept("other", replace(exam), [Loss()])
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert again.as_dict() == first.as_dict()
     assert anew.measures["loss"].value != first.measures["loss"].value
     assert read("k") is not None and read("never") is None
     assert sorted(f.stem for f in (own_cache / "scores").iterdir()) == ["k", "other"]
