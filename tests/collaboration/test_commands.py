@@ -198,14 +198,18 @@ def test_messages_are_audited_written_and_translated_and_a_bad_one_does_not_stop
         notes={"rows": 8},
     )  # fmt: skip
     (agreed / "nan.message").write_bytes(broken.encode())
-    files = [f"{n}.message" for n in (*NAMES[:2], "cut", "nan")]
+    own = (whole.header.run, "report.html", whole.header.base, whole.tensors())
+    (agreed / "own.message").write_bytes(Message.of("update", *own, notes={"rows": 8}).encode())
+    files = [f"{n}.message" for n in (*NAMES[:2], "cut", "nan", "own")]
     done = luthier("collaborate", "translate", "c", *files, "--output", "out", cwd=agreed)
     assert done.returncode == 0, done.stderr
     assert "refused cut.message: truncated" in done.stderr and "refused nan.message: not-finite" in done.stderr
+    assert "refused own.message: 'report.html' is no name for a party" in done.stderr
     place = Place(agreed / "c")
     for name in NAMES[:2]:
         assert load(agreed / "out" / name).base.same_base(place.view("large").base)
-    page = (agreed / "out/report.html").read_text()
+    page, report = (agreed / "out/report.html").read_text(), json.loads((agreed / "out/report.json").read_text())
+    assert set(report["report"]) == set(NAMES[:2]) and f"{report['cosine']:.2f}" in page
     assert "truncated" in page and NAMES[0] in page and "Share of the true gain" in page
     none = luthier("collaborate", "translate", "c", "cut.message", cwd=agreed)
     assert none.returncode == 2 and "no message could be used" in none.stderr

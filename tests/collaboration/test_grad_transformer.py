@@ -127,7 +127,9 @@ def test_updates_unlike_each_other_and_unlike_the_shadows_are_told(world, caplog
         provider.handle(opposed)
     assert "mean cosine of -1.00: their mean is like none of them" in caplog.text
     assert [w.split(":")[0] for w in provider.report["lab"]["warnings"]] == ["lab", "lab"], "norm and distance"
-    assert provider.report["cosine"] == pytest.approx(-1, abs=1e-5) and provider.report["clinic"]["rows"] == 8
+    assert set(provider.report) == {"clinic", "lab"}, "by client"
+    assert "from the updates of 2 organisations" in provider.disclosure(provider.results()[0]).what
+    assert provider.cosine == pytest.approx(-1, abs=1e-5) and provider.report["clinic"]["rows"] == 8
     (refused,) = world.provider(strict=True).handle(opposed)
     assert refused.message.header.notes["name"] == "unlike"
 

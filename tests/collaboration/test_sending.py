@@ -147,7 +147,7 @@ def test_files_carry_one_round(agreed):
     assert done.returncode == 2 and "asks for several rounds" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65, "x\n"])
-def test_a_name_that_is_a_path_is_refused(agreed, name):
+@pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65, "x\n", "server", "so-far", "Report.html"])
+def test_a_name_that_is_a_path_or_taken_is_refused(agreed, name):
     done = luthier("collaborate", "tune", "c", f"{NAMES[0]}.jsonl", "--name", name, cwd=agreed)
     assert done.returncode == 2 and "is no name for a party" in done.stderr

@@ -12,7 +12,7 @@ from luthier.collaboration.base import Tick
 from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.given import leave
 from luthier.collaboration.grad_transformer import Provider
-from luthier.collaboration.messages import Message, Refused, decode
+from luthier.collaboration.messages import Message, decode, refuse_name
 from luthier.collaboration.rounds import RoundServer
 from luthier.errors import LuthierError
 from luthier.files import whole, write_text
@@ -44,8 +44,10 @@ def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _
     messages: dict[Path, Message] = {}
     for file in files:
         try:
-            messages[file] = decode(file.read_bytes(), LIMIT)
-        except Refused as error:
+            message = decode(file.read_bytes(), LIMIT)
+            refuse_name(message.header.sender)
+            messages[file] = message
+        except LuthierError as error:
             refused[str(file)] = str(error)
     names = sorted({m.header.sender for m in messages.values()})
     if not names:
@@ -75,10 +77,11 @@ def refuse_rounds(place: Place) -> None:
 def left(place: Place, server: RoundServer, out: Path, refused: Mapping[str, str] | None = None) -> dict[str, Path]:
     """A finished server's results, by sender, and the page of what came of it."""
     folders = {s.to: _left(place, server.outcome(s.to), out / s.to, s.to) for s in server.results()}
-    report, refused = server.report, refused or {}
+    cosine = server.cosine if isinstance(server, Provider) else None
+    found = {"report": server.report, "cosine": cosine, "refused": refused or {}}
     out.mkdir(parents=True, exist_ok=True)
-    write_text(out / "report.json", json.dumps({"report": report, "refused": refused}, indent=1, default=str))
-    write_translation(out / "report.html", place, report, refused, _judged(place), isinstance(server, Provider))
+    write_text(out / "report.json", json.dumps(found, indent=1, default=str))
+    write_translation(out / "report.html", place, found, _judged(place))
     return folders
 
 

@@ -136,7 +136,8 @@ class GradTransformer(Collaboration):
 class Provider(RoundServer):
     """Takes one update of the small model from each organisation; gives each an update of the large one.
 
-    report  by client: norm and distance to the shadows, rows, warnings; "cosine": mean over pairs of clients
+    report  by client: norm and distance to the shadows, rows, warnings
+    cosine  of clients' updates, the mean over pairs; None where fewer than two have sent one
     """
 
     def __init__(
@@ -148,7 +149,8 @@ class Provider(RoundServer):
             refuse_other(start.side, side, "the provider")
         self.pairs, self.translator = pairs, translator
         self.translated: dict[str, Tensor] = {}
-        self.report: dict[str, Any] = {}
+        self.report: dict[str, dict[str, Any]] = {}
+        self.cosine: float | None = None
         super().__init__(contract.digest, contract.small.base, 1, clients, journal)
 
     @classmethod
@@ -175,13 +177,15 @@ class Provider(RoundServer):
         self.report = {n: self._seen(n, likeness(x, self.pairs), arrived[n]) for n, x in vectors.items()}
         if len(vectors) > 1:
             self._told_cosine(list(vectors.values()))
-        each = lambda xs: {n: self.translator(x[None])[0] for n, x in xs.items()}  # noqa: E731
-        if self.protocol.pool == "none":
-            self.translated = each(vectors)
+        if self.protocol.pool == "before":
+            self.translated = dict.fromkeys(self.clients, self._translation(pooled(vectors)))
             return
-        before = self.protocol.pool == "before"
-        one = each({"all": pooled(vectors)})["all"] if before else pooled(each(vectors))
-        self.translated = dict.fromkeys(self.clients, one)
+        each = {n: self._translation(x) for n, x in vectors.items()}
+        self.translated = each if self.protocol.pool == "none" else dict.fromkeys(self.clients, pooled(each))
+
+    def _translation(self, x: Tensor) -> Tensor:
+        """[L_S, d_S] -> [L_T, d_T]."""
+        return self.translator(x[None])[0]
 
     def _seen(self, name: str, like: Likeness, message: Message) -> dict[str, Any]:
         said = like.warnings(name)
@@ -190,7 +194,7 @@ class Provider(RoundServer):
         return {**like._asdict(), "rows": rows_of(message), "warnings": said}
 
     def _told_cosine(self, vectors: list[Tensor]) -> None:
-        cosine = self.report["cosine"] = mean_cosine(torch.stack(vectors))
+        cosine = self.cosine = mean_cosine(torch.stack(vectors))
         if cosine < ALIKE and self.protocol.pool != "none":
             log.warning(
                 "the clients' updates have a mean cosine of %.2f: their mean is like none of them; pool: none is safer",
@@ -218,9 +222,8 @@ class Provider(RoundServer):
     def disclosure(self, out: Sent) -> Disclosure:
         if out.message.header.kind != "result":
             return Disclosure("nothing but a beginning", out.to, sizes(out.message), "nothing", "no formal privacy")
-        others = (
-            "" if self.protocol.pool == "none" else f", made from the updates of {len(self.report) - 1} organisations"
-        )
+        pools = self.protocol.pool != "none"
+        others = f", made from the updates of {len(self.report)} organisations" if pools else ""
         return Disclosure(
             f"an adapter of the large model{others}", out.to, sizes(out.message), "nothing", "no formal privacy"
         )

@@ -20,6 +20,7 @@ from luthier.model.fingerprint import Fingerprint
 MAGIC = b"LUTHIER\x01"  # the last byte is the version
 HEADER_LIMIT = 64 * 1024  # bytes
 NAME = r"^\w[\w .-]{0,63}$"  # of a party: names of folders are made of it
+TAKEN = ("report.html", "report.json", "so-far", "server")  # what lies beside those folders, and who makes them
 Kind = Literal["update", "scalars", "state", "result", "refusal"]
 
 
@@ -33,6 +34,8 @@ class Refused(LuthierError):
 
 def refuse_name(name: str) -> None:
     """Raises LuthierError for what cannot be a party's name."""
+    if name.lower() in TAKEN:
+        raise LuthierError(f"{name!r} is no name for a party: {', '.join(TAKEN)} are taken")
     if re.fullmatch(NAME, name) is None:
         raise LuthierError(
             f"{name!r} is no name for a party: take letters, digits, '_', '-', '.' and spaces, 64 at most"

@@ -11,21 +11,17 @@ from luthier.files import write_text
 from luthier.report.page import template
 
 
-def write_translation(
-    target: Path,
-    place: Any,
-    report: Any,
-    refused: Mapping[str, str],
-    judged: Mapping[str, Any] | None,
-    translates: bool,
-) -> Path:
-    """report    of the server: by sender (grad-transformer), or a list of who counted how much (one-shot)
-    judged    what `collaborate translator` found; None where it was not run
+def write_translation(target: Path, place: Any, found: Mapping[str, Any], judged: Mapping[str, Any] | None) -> Path:
+    """found   "report" of the server: by sender (grad-transformer), or a list of who counted how much (one-shot);
+            "cosine" of the senders' updates, or None; "refused" by file
+    judged  what `collaborate translator` found; None where it was not run
     """
-    senders = [{"name": n, **r} for n, r in report.items() if isinstance(r, Mapping)] if translates else []
+    report = found["report"]
+    translates = isinstance(report, Mapping)
+    senders = [{"name": n, **r} for n, r in report.items()] if translates else []
     page = template("translation.html").render(
         name=f"{place.path.name}: what came of it", senders=senders, counted=[] if translates else report,
-        cosine=report.get("cosine") if translates else None, refused=refused, rows=_rows(judged),
+        cosine=found["cosine"], refused=found["refused"], rows=_rows(judged),
         verdict=None if judged is None else judged["verdict"], sets=None if judged is None else judged["sets"],
         protocol=place.protocol.key(), digest=place.contract.digest[:12], version=__version__, translates=translates,
     )  # fmt: skip
