@@ -1,6 +1,7 @@
 """What a message refuses, by name, and what a journal keeps through a kill."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -77,6 +78,17 @@ def test_every_changed_byte_is_found():
 def test_a_header_of_another_shape_is_refused():
     head = json.dumps({"header": {"kind": "gossip"}, "digest": "", "size": 0}).encode()
     assert refusal(MAGIC + len(head).to_bytes(4, "little") + head) == "header"
+    whole = message().encode()
+    length = int.from_bytes(whole[len(MAGIC) : len(MAGIC) + 4], "little")
+    found = json.loads(whole[len(MAGIC) + 4 :][:length])
+    for text in (
+        "[" * 60_000,
+        "null",
+        "1e999",
+        json.dumps({**found, "size": math.inf}),
+        json.dumps({**found, "size": -1}),
+    ):
+        assert refusal(MAGIC + len(text).to_bytes(4, "little") + text.encode()) == "header"
     assert refusal(MAGIC + (HEADER_LIMIT + 1).to_bytes(4, "little") + b"x" * HEADER_LIMIT) == "header"
     with pytest.raises(ValueError, match="header of"):
         message(notes={"long": "x" * HEADER_LIMIT}).encode()

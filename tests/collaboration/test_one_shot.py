@@ -1,6 +1,8 @@
 """one-shot's parties: one round and several, kills, refusals, what leaves."""
 
 import itertools
+import json
+import math
 
 import pytest
 import torch
@@ -197,6 +199,106 @@ def test_what_cannot_be_added_is_refused_by_name_and_the_rest_counts():
         (answer,) = server.handle(sent)
         assert str(answer.message.header.notes["says"]).startswith(words) and not server.gathering.arrived
     assert server.handle(message(agreed, changed(agreed))) == [] and list(server.gathering.arrived) == ["east"]
+
+
+def sent(agreed, part, tensors=None, **more):
+    """A message of one part; `more` changes its header."""
+    head = json.dumps([[part.kind, {**part.header(), **more}]])
+    tensors = packed(Update(agreed.base, (part,))) if tensors is None else tensors
+    notes = {"rows": 8, "parts": head}
+    return Message.of("update", agreed.digest, "east", agreed.base, tensors, notes=notes)
+
+
+def learnt(agreed):
+    return alone(agreed, view_of(), many(4))[0].parts[0]
+
+
+@pytest.fixture(scope="module")
+def low_rank():
+    agreed = contract()
+    return agreed, learnt(agreed)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("not-finite", lambda p, n: {"scale": {**p.scale, n: math.nan}}),
+        ("not-finite", lambda p, n: {"scale": {**p.scale, n: -math.inf}}),
+        ("form", lambda p, n: {"scale": {**p.scale, n: "x"}}),
+        ("form", lambda p, n: {"scale": {**p.scale, n: None}}),
+        ("form", lambda p, n: {"scale": [1.0]}),
+        ("form", lambda p, n: {"transposed": 3}),
+        ("form", lambda p, n: {"transposed": [n]}),
+        ("form", lambda p, n: {"transposed": ["other"]}),
+    ],
+)
+def test_a_header_that_would_stop_or_turn_the_mean_is_refused(low_rank, name, change):
+    agreed, part = low_rank
+    server = AverageServer(agreed, NAMES)
+    (answer,) = server.handle(sent(agreed, part, **change(part, next(iter(part.a)))))
+    assert answer.message.header.notes["name"] == name and not server.gathering.arrived
+    assert server.handle(sent(agreed, part)) == [] and list(server.gathering.arrived) == ["east"]
+
+
+@pytest.mark.parametrize(
+    "parts", ["[" * 20_000, '[["lowrank", 3]]', '[[["a"], {}]]', "3", '[["seeds", {"shapes": 3}]]']
+)
+def test_notes_that_are_no_parts_are_refused(low_rank, parts):
+    agreed, part = low_rank
+    tensors = packed(Update(agreed.base, (part,)))
+    message = Message.of("update", agreed.digest, "east", agreed.base, tensors, notes={"rows": 8, "parts": parts})
+    (answer,) = AverageServer(agreed, NAMES).handle(message)
+    assert answer.message.header.notes["name"] == "form"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.int64, "shape"), (torch.bool, "dtype"), (torch.complex64, "dtype"), (torch.float8_e4m3fn, "dtype"),
+        (torch.int32, "dtype"), (torch.float64, ""), (torch.bfloat16, ""), (torch.float16, ""),
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_added_are_refused(low_rank, dtype, name):
+    agreed, part = low_rank
+    tensors = {n: t.to(dtype) for n, t in packed(Update(agreed.base, (part,))).items()}
+    server = AverageServer(agreed, ("east", "north"))
+    answers = server.handle(sent(agreed, part, tensors))
+    assert [a.message.header.notes["name"] for a in answers] == ([name] if name else [])
+    if not name:
+        whole = sent(agreed, part)
+        server.handle(
+            Message.of("update", agreed.digest, "north", agreed.base, whole.tensors(), notes=whole.header.notes)
+        )
+        expected = Update(agreed.base, (part,))
+        assert server.finished and gap(server.update, expected) < 0.02 * max(
+            float(t.abs().max()) for t in expected.dense().values()
+        )
+
+
+def test_sparse_values_that_cannot_be_added_are_refused():
+    agreed = contract(Spiel(density=0.05))
+    part, server = learnt(agreed), AverageServer(agreed, NAMES)
+    whole = {n: list(s) for n, s in part.shapes.items()}
+    first = next(iter(part.indices))
+    for tensors, header in (
+        ({f"0.values.{first}": part.values[first].half()}, {}),
+        ({f"0.values.{first}": part.values[first].long()}, {}),
+        ({"0.values.other": torch.ones(2)}, {}),
+        ({}, {"shapes": {**whole, "other": [1]}}),
+    ):
+        (answer,) = server.handle(sent(agreed, part, packed(Update(agreed.base, (part,))) | tensors, **header))
+        assert answer.message.header.notes["name"] == "shape" and not server.gathering.arrived
+
+
+@pytest.mark.parametrize("loss", ["<b>", math.nan, math.inf])
+def test_a_loss_that_is_no_number_is_refused(low_rank, loss):
+    agreed, part = low_rank
+    notes = {**sent(agreed, part).header.notes, "loss": loss}
+    tensors = packed(Update(agreed.base, (part,)))
+    (answer,) = AverageServer(agreed, NAMES).handle(
+        Message.of("update", agreed.digest, "east", agreed.base, tensors, notes=notes)
+    )
+    assert answer.message.header.notes["name"] == "loss"
 
 
 def test_an_update_far_too_long_is_left_out_and_named():

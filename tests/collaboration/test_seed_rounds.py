@@ -166,8 +166,8 @@ def test_time_up_closes_a_round_with_those_that_came_and_a_restart_does_not_open
     assert torch.equal(again.scalars, server.scalars)
 
 
-def scalars(server, index=(1, 2), value=(0.5, -1.0), sender="a", **notes):
-    tensors = {"index": torch.from_numpy(np.array(index, dtype=np.uint16)), "scalar": torch.tensor(value)}
+def scalars(server, index=(1, 2), value=(0.5, -1.0), sender="a", dtype=np.uint16, **notes):
+    tensors = {"index": torch.from_numpy(np.array(index, dtype=dtype)), "scalar": torch.tensor(value)}
     told = {"steps": len(index), "rows": 4, **notes}
     c = server.contract
     return Message.of("scalars", c.digest, sender, c.base, tensors, round=server.round, notes=told)
@@ -177,6 +177,9 @@ def scalars(server, index=(1, 2), value=(0.5, -1.0), sender="a", **notes):
     ("more", "name"),
     [
         ({"index": (64, 2)}, "seed"),
+        ({"index": (1, 2), "dtype": np.int64}, "dtype"),
+        ({"index": (-1, 2), "dtype": np.int64}, "dtype"),
+        ({"index": (0.5, 2), "dtype": np.float32}, "dtype"),
         ({"value": (float("nan"), 1.0)}, "not-finite"),
         ({"value": (float("inf"), 1.0)}, "not-finite"),
         ({"value": (1.0,)}, "shape"),

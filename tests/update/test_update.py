@@ -54,6 +54,16 @@ def test_mixed_sorts_add_in_weight_space(base):
     torch.testing.assert_close(mixed.dense()[NAME], expected)
 
 
+def test_factors_stored_the_other_way_round_add_too(base):
+    square = parts(0)["lowrank"]
+    turned = LowRank({NAME: square.b[NAME].T}, {NAME: square.a[NAME].T}, square.scale, frozenset([NAME]))
+    for one, other in ((square, turned), (turned, square)):
+        both = Update(base, (one,)) + Update(base, (other,))
+        expected = Update(base, (one,)).dense()[NAME] + Update(base, (other,)).dense()[NAME]
+        torch.testing.assert_close(both.dense()[NAME], expected)
+        assert both.parts[0].transposed == one.transposed
+
+
 @pytest.mark.parametrize("part", [Replace({NAME: torch.zeros(32, 32)}), Prompt(torch.zeros(2, 32))])
 def test_compositions_refuse_plus_and_scale_by_name(part, base):
     u = Update(base, (part,))
@@ -118,12 +128,18 @@ def test_a_strangers_update_is_refused_in_a_sentence():
         (Dense({NAME: torch.zeros(3, 3)}), "has shape"),
         (Dense({"nowhere": torch.zeros(3)}), "no such tensor"),
         (Dense({NAME: torch.full((32, 32), float("nan"))}), "not finite"),
+        (Dense({NAME: torch.zeros(32, 32, dtype=torch.int64)}), "real numbers are wanted"),
+        (Sparse({NAME: torch.tensor([5])}, {NAME: torch.ones(1).half()}, {NAME: (32, 32)}), "float32 is wanted"),
+        (Sparse({NAME: torch.tensor([5])}, {NAME: torch.ones(1)}, {NAME: (32, 32), "more": (1,)}), "names of indices"),
         (Sparse({NAME: torch.tensor([5, 5])}, {NAME: torch.ones(2)}, {NAME: (32, 32)}), "occurs twice"),
         (Sparse({NAME: torch.tensor([-1])}, {NAME: torch.ones(1)}, {NAME: (32, 32)}), "outside"),
         (Sparse({NAME: torch.tensor([1 << 40])}, {NAME: torch.ones(1)}, {NAME: (32, 32)}), "outside"),
         (Sparse({NAME: torch.tensor([1])}, {NAME: torch.ones(2)}, {NAME: (32, 32)}), "do not pair"),
         (LowRank({NAME: torch.zeros(2, 31)}, {NAME: torch.zeros(32, 2)}, {NAME: 1.0}), "the base"),
         (LowRank({NAME: torch.zeros(2, 32)}, {}, {NAME: 1.0}), "names of A, B"),
+        (LowRank({NAME: torch.zeros(2, 32)}, {NAME: torch.zeros(32, 2)}, {NAME: float("nan")}), "not finite"),
+        (LowRank({NAME: torch.zeros(2, 32).int()}, {NAME: torch.zeros(32, 2)}, {NAME: 1.0}), "real numbers are wanted"),
+        (Seeds(torch.tensor([1]), torch.zeros(1), {}), "float64 is wanted"),
         (Seeds(torch.tensor([1, 1]), torch.zeros(2, dtype=torch.float64), {}), "seed occurs twice"),
         (Seeds(torch.tensor([1]), torch.tensor([float("inf")], dtype=torch.float64), {}), "not finite"),
     ],
@@ -204,7 +220,7 @@ def test_damaged_files_are_named(tmp_path, base):
     header.write_text(good)
     tensors = load_file(tmp_path / "update.safetensors")
     save_file({k: v for k, v in tensors.items() if "values" not in k}, tmp_path / "update.safetensors")
-    with pytest.raises(LuthierError, match="do not pair"):
+    with pytest.raises(LuthierError, match="the names of indices, values and shapes differ"):
         load(tmp_path).validate(view_of().anatomy.parameters)
     (tmp_path / "update.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(LuthierError, match=r"update\.safetensors: is no safetensors"):

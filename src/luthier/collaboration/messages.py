@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import safetensors.torch
+import torch
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
@@ -21,6 +22,7 @@ MAGIC = b"LUTHIER\x01"  # the last byte is the version
 HEADER_LIMIT = 64 * 1024  # bytes
 NAME = r"^\w[\w .-]{0,63}$"  # of a party: names of folders are made of it
 TAKEN = ("report.html", "report.json", "so-far", "server")  # what lies beside those folders, and who makes them
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint16)  # that travel
 Kind = Literal["update", "scalars", "state", "result", "refusal"]
 
 
@@ -88,11 +90,17 @@ class Message(BaseModel, frozen=True, arbitrary_types_allowed=True):
         return hashlib.sha256(_canonical(self.header) + self.payload).hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Raises Refused for a payload that is no safetensors file."""
+        """Raises Refused for a payload that is no safetensors file, or numbers that no update is made of."""
         try:
-            return safetensors.torch.load(self.payload)  # bytes of tensors only: no pickle, nothing is run
+            found = safetensors.torch.load(self.payload)  # bytes of tensors only: no pickle, nothing is run
         except (SafetensorError, KeyError, ValueError) as error:
             raise Refused("payload", f"from {self.header.sender}: no safetensors ({error})") from error
+        for name, t in found.items():
+            if t.dtype not in NUMBERS:
+                raise Refused(
+                    "dtype", f"from {self.header.sender}: {name} is of {t.dtype}, which nothing here is made of"
+                )
+        return found
 
     def encode(self) -> bytes:
         """Bytes for a wire or a file."""
@@ -118,23 +126,31 @@ def decode(data: bytes, limit: int) -> Message:
         raise Refused("header", f"{length} bytes where at most {HEADER_LIMIT} are taken")
     if len(data) < at + length:
         raise Refused("truncated", f"{len(data)} bytes end inside the header")
-    header, digest, size = _header(data[at : at + length])
+    head = _head(data[at : at + length])
+    header, size = head.header, head.size
     if size > limit:
         raise Refused("size", f"from {header.sender}: a payload of {size} bytes where at most {limit} are taken")
     payload = data[at + length :]
     if len(payload) != size:
         raise Refused("truncated", f"from {header.sender}: {len(payload)} bytes of payload where {size} were announced")
     message = Message(header=header, payload=payload)
-    if message.digest != digest:
+    if message.digest != head.digest:
         raise Refused("digest", f"from {header.sender}: header or payload were changed on the way")
     return message
 
 
-def _header(data: bytes) -> tuple[Header, str, int]:
+class _Head(BaseModel, extra="forbid"):
+    """What stands before the payload."""
+
+    header: Header
+    digest: str
+    size: int = Field(ge=0)
+
+
+def _head(data: bytes) -> _Head:
     try:
-        found = json.loads(data)
-        return Header.model_validate(found["header"]), str(found["digest"]), int(found["size"])
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        return _Head.model_validate_json(data)
+    except ValidationError as error:
         raise Refused("header", f"cannot be read ({' '.join(str(error).split())})") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +27,7 @@ from luthier.objectives.sft import Sft
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings
 from luthier.tuners.base import Tuner
-from luthier.update import Update
+from luthier.update import LowRank, Seeds, Update
 from luthier.update.parts import VECTOR_PARTS
 
 
@@ -73,12 +74,13 @@ class OneShot(Collaboration):
                 f"tuner: the update of {tuner.key()} cannot be averaged; choose lora, full or a sparse one"
             )
         trainable = tuner.attach(view, None, settings.max_steps)
-        moves = _moves(trainable.update())
+        update = trainable.update()
         trainable.detach()
+        moves = _moves(update)
         shapes = {n: view.anatomy.parameters[n] for names in moves.values() for n in names}
         return AverageContract(
             base=view.base, tuner=tuner, settings=settings, protocol=self, moves=moves, shapes=shapes,
-            privacy=self.privacy, **more,
+            transposed=_transposed(update), privacy=self.privacy, **more,
         )  # fmt: skip
 
     def server(
@@ -100,6 +102,8 @@ class AverageContract(Agreement, frozen=True, extra="forbid"):
     """Form of an update's parts -> the parameters they move."""
     shapes: dict[str, tuple[int, ...]]
     """Of these."""
+    transposed: list[str]
+    """Those with low-rank factors that the model stores as [in, out]."""
 
 
 class AverageServer(RoundServer):
@@ -114,11 +118,16 @@ class AverageServer(RoundServer):
     def accept(self, message: Message) -> None:
         head, update = message.header, unpacked(message)
         found = _moves(update)
-        if found != self.contract.moves:
+        if found != self.contract.moves or len(update.parts) != len(found):
             raise Refused("form", f"{head.sender}: {_odd(found, self.contract.moves)}")
+        if _transposed(update) != self.contract.transposed:
+            raise Refused("form", f"{head.sender}: its factors are not stored as the contract's are")
         for problem in (p for part in update.parts for p in part.problems(self.contract.shapes)):
             raise Refused("not-finite" if "not finite" in problem else "shape", f"{head.sender}: {problem}")
         rows_of(message)
+        loss = head.notes.get("loss", 0.0)
+        if isinstance(loss, str) or not math.isfinite(loss):
+            raise Refused("loss", f"{head.sender}: its last training loss is {loss!r}, a number is wanted")
 
     def add_up(self, arrived: Mapping[str, Message]) -> None:
         kept, weight, left_out = self._counted(arrived)
@@ -225,16 +234,23 @@ def alone(
 
 
 def _moves(update: Update) -> dict[str, list[str]]:
-    """Of parts that can be averaged; of others the form alone."""
-    return {p.kind: sorted(p.names()) if isinstance(p, VECTOR_PARTS) else [] for p in update.parts}
+    """Of parts that can be averaged; of others the form alone. Seeds mean something in the order of their parameters."""
+    names = {p.kind: list(p.names()) if isinstance(p, VECTOR_PARTS) else [] for p in update.parts}
+    return {kind: found if kind == Seeds.kind else sorted(found) for kind, found in names.items()}
+
+
+def _transposed(update: Update) -> list[str]:
+    return sorted(n for p in update.parts if isinstance(p, LowRank) for n in p.transposed)
 
 
 def _odd(found: Mapping[str, list[str]], agreed: Mapping[str, list[str]]) -> str:
     """The first difference, in words."""
     if list(found) != list(agreed):
         return f"sends {', '.join(found) or 'nothing'}, the contract says {', '.join(agreed)}"
-    kind, name = next((k, n) for k in agreed for n in sorted(set(found[k]) ^ set(agreed[k])))
-    return f"{name} is {'not ' if name in agreed[kind] else ''}moved, against the contract"
+    for kind, names in agreed.items():
+        for name in sorted(set(found[kind]) ^ set(names)):
+            return f"{name} is {'not ' if name in names else ''}moved, against the contract"
+    return "its parts come twice, or in another order than the contract's"
 
 
 OneShot.contract = AverageContract

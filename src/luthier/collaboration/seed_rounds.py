@@ -151,6 +151,8 @@ class SeedServer(RoundServer):
         index, value = tensors.get("index"), tensors.get("scalar")
         if index is None or value is None or index.shape != value.shape or index.ndim != 1:
             raise Refused("shape", f"{head.sender}: seed indices and scalars do not pair up")
+        if index.dtype != torch.uint16:
+            raise Refused("dtype", f"{head.sender}: seed indices are {index.dtype}, they travel as torch.uint16")
         if len(index) != head.notes.get("steps"):
             raise Refused(
                 "length", f"{head.sender}: {len(index)} scalars where {head.notes.get('steps')} were announced"

@@ -7,6 +7,7 @@ Every part knows its tensors (for the file), its numbers (for the JSON header), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -101,12 +102,17 @@ class Sparse:
         return cls(pick("indices."), pick("values."), {n: tuple(s) for n, s in header["shapes"].items()})
 
     def problems(self, shapes: Shapes) -> Iterator[str]:
+        if not self.indices.keys() == self.values.keys() == self.shapes.keys():
+            yield "the names of indices, values and shapes differ"
+            return
         for name, index in self.indices.items():
-            value = self.values.get(name)
-            if name not in shapes or tuple(self.shapes.get(name, ())) != tuple(shapes[name]):
-                yield f"{name} has shape {self.shapes.get(name)}, the base {shapes.get(name, 'no such tensor')}"
-            elif value is None or value.shape != index.shape or index.dtype != torch.int64 or index.ndim != 1:
+            value = self.values[name]
+            if name not in shapes or tuple(self.shapes[name]) != tuple(shapes[name]):
+                yield f"{name} has shape {self.shapes[name]}, the base {shapes.get(name, 'no such tensor')}"
+            elif value.shape != index.shape or index.dtype != torch.int64 or index.ndim != 1:
                 yield f"{name}: indices and values do not pair up"
+            elif value.dtype != torch.float32:
+                yield f"{name}: values of {value.dtype}, torch.float32 is wanted"
             elif len(index) and not (int(index.min()) >= 0 and int(index.max()) < _size(shapes[name])):
                 yield f"{name}: an index lies outside 0..{_size(shapes[name]) - 1}"
             elif len(index.unique()) != len(index):
@@ -134,10 +140,13 @@ class LowRank:
         """Exact: ranks stack. The scales move into B, so that one scale of 1 holds for both."""
         a, b = dict(self.a), {n: self.scale[n] * t for n, t in self.b.items()}
         for n in other.a:
-            scaled = other.scale[n] * other.b[n]
-            a[n] = torch.cat([a[n], other.a[n]]) if n in a else other.a[n]
+            theirs, scaled = other.a[n], other.scale[n] * other.b[n]
+            if n in a and (n in self.transposed) != (n in other.transposed):  # (B A)^T = A^T B^T
+                theirs, scaled = scaled.T, theirs.T
+            a[n] = torch.cat([a[n], theirs]) if n in a else theirs
             b[n] = torch.cat([b[n], scaled], dim=1) if n in b else scaled
-        return LowRank(a, b, dict.fromkeys(a, 1.0), self.transposed | other.transposed)
+        mine = self.transposed & self.a.keys()
+        return LowRank(a, b, dict.fromkeys(a, 1.0), mine | (other.transposed - self.a.keys()))
 
     def times(self, c: float) -> LowRank:
         return LowRank(self.a, self.b, {n: c * s for n, s in self.scale.items()}, self.transposed)
@@ -167,7 +176,8 @@ class LowRank:
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> LowRank:
         pick = lambda head: {n[len(head) :]: t for n, t in tensors.items() if n.startswith(head)}  # noqa: E731
-        return cls(pick("a."), pick("b."), header["scale"], frozenset(header["transposed"]))
+        scale = {n: float(s) for n, s in header["scale"].items()}
+        return cls(pick("a."), pick("b."), scale, frozenset(header["transposed"]))
 
     def problems(self, shapes: Shapes) -> Iterator[str]:
         if self.a.keys() != self.b.keys() or self.a.keys() != self.scale.keys():
@@ -179,7 +189,9 @@ class LowRank:
             got = ((a.shape[1], b.shape[0]) if name in self.transposed else (b.shape[0], a.shape[1])) if fits else None
             if shape is None or got != tuple(shape):
                 yield f"{name}: B A is {got}, the base {shape or 'has no such tensor'}"
-            elif not (a.isfinite().all() and b.isfinite().all()):
+            elif not (a.is_floating_point() and b.is_floating_point()):
+                yield f"{name}: factors of {a.dtype} and {b.dtype}, real numbers are wanted"
+            elif not (a.isfinite().all() and b.isfinite().all() and math.isfinite(self.scale[name])):
                 yield f"{name}: a factor is not finite"
 
 
@@ -235,6 +247,8 @@ class Seeds:
     def problems(self, shapes: Shapes) -> Iterator[str]:
         if self.seeds.ndim != 1 or self.seeds.shape != self.scalars.shape or self.seeds.dtype != torch.int64:
             yield "seeds and scalars do not pair up"
+        elif self.scalars.dtype != torch.float64:
+            yield f"scalars of {self.scalars.dtype}, torch.float64 is wanted"
         elif len(self.seeds.unique()) != len(self.seeds):
             yield "a seed occurs twice"
         elif not self.scalars.isfinite().all():
@@ -484,6 +498,8 @@ def overwrite_entries(view: Any, part: Sparse, scale: float) -> Undo:
 def _misfit(name: str, t: Tensor, shapes: Shapes) -> Iterator[str]:
     if name not in shapes or tuple(t.shape) != tuple(shapes[name]):
         yield f"{name} has shape {tuple(t.shape)}, the base {shapes.get(name, 'no such tensor')}"
+    elif not t.is_floating_point():
+        yield f"{name}: values of {t.dtype}, real numbers are wanted"
     elif not t.isfinite().all():
         yield f"{name}: a value is not finite"
 
