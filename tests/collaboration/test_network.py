@@ -13,6 +13,7 @@ from collaboration.test_commands import recipe
 from luthier.collaboration.base import in_process
 from luthier.collaboration.demo import NAMES
 from luthier.collaboration.folder import Place
+from luthier.collaboration.given import given_in
 from luthier.collaboration.network import address
 from luthier.errors import LuthierError
 from luthier.update.files import load
@@ -91,6 +92,7 @@ def test_over_a_network_the_same_parties_come_to_the_same_numbers(network):
         for adapter in (net.folder / "out" / name, net.folder / name / "given" / name):
             found = load(adapter).dense()
             assert max(float((found[k] - expected[k]).abs().max()) for k in expected) < 1e-6
+            assert given_in(adapter).contract == place.contract.digest
     so_far = load(net.folder / "out/so-far").dense()
     assert max(float((so_far[k] - expected[k]).abs().max()) for k in expected) < 1e-6, "all have arrived"
     noted = [json.loads(x) for x in (net.folder / names[0] / "sent.jsonl").read_text().splitlines()]
@@ -183,6 +185,9 @@ def corrupted(data):
     if how == "stall":
         time.sleep(600)
     head, tensors = m.header, m.tensors()
+    if how == "scale":  # nothing that a tensor shows
+        parts = head.notes["parts"].replace('"scale": {', '"scale": {"x": "y", ')
+        head = head.model_copy(update={"notes": {**head.notes, "parts": parts}})
     if how == "not-finite":
         tensors = {n: t * float("nan") for n, t in tensors.items()}
     if how == "shape":
@@ -216,7 +221,7 @@ def counted(net):
 
 @pytest.mark.soak
 @pytest.mark.parametrize(
-    "how", ["truncated", "changed", "pickle", "size", "not-finite", "shape", "base", "contract", "sender"]
+    "how", ["truncated", "changed", "pickle", "size", "not-finite", "shape", "scale", "base", "contract", "sender"]
 )
 def test_a_hostile_client_is_refused_by_name_and_the_others_count(network, how):
     """A client whose process corrupts what it sends; the server names it, and closes the round without it."""
@@ -225,7 +230,7 @@ def test_a_hostile_client_is_refused_by_name_and_the_others_count(network, how):
     honest, hostile = net.join(NAMES[0]), net.join(NAMES[1], **corrupting(net, how))
     assert server.wait(timeout=280) == 0, net.said()
     assert honest.wait(timeout=60) == 0 and hostile.poll() in (None, 0)
-    names = {"changed": "digest", "pickle": "version"}
+    names = {"changed": "digest", "pickle": "version", "scale": "form"}
     assert f"refused {NAMES[1]}: {names.get(how, how)}" in net.said(), net.said()
     assert counted(net) == {(0, NAMES[0])}
 

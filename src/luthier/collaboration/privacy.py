@@ -40,7 +40,7 @@ class Privacy(BaseModel, frozen=True, extra="forbid"):
     """Upper bound; noise is found so that it is kept."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """Smaller than one over the number of rows."""
-    clip: float = Field(1.0, gt=0)
+    clip: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Longest gradient of a row (C)."""
 
 
