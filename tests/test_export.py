@@ -55,6 +55,15 @@ def test_gguf_reads_back_as_the_run(run_folder, tmp_path):
     assert 'PARAMETER stop "<|im_end|>"' in (tmp_path / "g" / "Modelfile").read_text()
 
 
+@pytest.mark.parametrize("to", ["peft", "gguf"])
+def test_weights_of_half_precision_are_exported_without_its_rounding(model_folder, tmp_path, to):
+    recipe = write(tmp_path / "r", model_folder, epochs=2, dtype="bfloat16", tuner={"lora": {"rank": 4, "alpha": 64}})
+    done = luthier("run", recipe, cwd=tmp_path / "r")
+    assert done.returncode == 0, done.stderr
+    assert open_run(tmp_path / "r/out").view.dtype == torch.bfloat16
+    assert export(tmp_path / "r/out", to, tmp_path / "x")["difference"] < 2e-3
+
+
 @pytest.mark.parametrize("run_folder", ["lora"], indirect=True)  # whatever was tuned, files are read
 def test_what_was_measured_before_is_read_without_a_model(run_folder, tmp_path):
     import subprocess

@@ -36,7 +36,7 @@ def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dic
     if output.exists() and any(output.iterdir()):
         raise LuthierError(f"{output}: exists and is not empty; choose another folder")
     run = open_run(folder, allow_code, quantize=False)
-    if to == "peft":  # it rounds in other places than we do: what both say without rounding is compared
+    if to != "hf":  # peft and GGUF round in other places than we do: what both say without rounding is compared
         run.view.widen()
     probe = torch.tensor([run.renderer.tokenizer("The quick brown fox jumps over it.")["input_ids"]])
     with run.update.bind(run.view):

@@ -128,7 +128,7 @@ def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = 
     rows = data if data is None or data.startswith("builtin:") else str((split_base / data).resolve())
     recipe, base, _ = recipe_of(folder, allow_code, rows)
     if recipe.data.eval is None:
-        raise LuthierError(f"{folder}: its recipe has no data.eval; name rows with --data")
+        raise LuthierError(f"{folder}: nothing says which rows are held out (data.eval); name rows with --data")
     ready = make_ready(recipe, folder, base)
     update = load(folder)
     with update.bind(ready.view):

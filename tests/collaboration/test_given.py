@@ -74,7 +74,7 @@ def test_it_is_exported_with_a_card(folder, place, update, tmp_path):
     for card, relation, library in ((folder, "adapter", "peft"), (tmp_path / "hf", "merge", "transformers")):
         found = front(card)
         assert found["base_model_relation"] == relation and found["library_name"] == library
-        assert found["base_model"] == place.models["model"] and "one-shot" in found["tags"]
+        assert found["base_model"] == place.first.name and "one-shot" in found["tags"]
         assert place.contract.digest[:16] in (card / "README.md").read_text()
 
 
@@ -113,5 +113,5 @@ def test_a_damaged_file_is_named(folder, text):
 
 def test_a_model_that_is_not_at_hand_is_named_in_the_card_all_the_same(place, update, tmp_path):
     folder = leave(place, "model", update, tmp_path / "g", NAME)
-    assert front(folder)["base_model"] == place.models["model"]
+    assert front(folder)["base_model"] == place.first.name
     assert load(folder).digest() == update.digest()

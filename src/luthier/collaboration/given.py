@@ -12,6 +12,7 @@ from luthier.collaboration.agreement import Rendering
 from luthier.collaboration.folder import Place
 from luthier.errors import LuthierError, RecipeError
 from luthier.files import write_text
+from luthier.model.fingerprint import Fingerprint
 from luthier.model.loading import locate
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
@@ -32,8 +33,8 @@ class Given(BaseModel, frozen=True, extra="forbid"):
     """Digest of what was agreed on."""
     model: str
     """Where the base model is: a folder, a .gguf file, a Hub id."""
-    base: str
-    """Digest of its weights."""
+    base: Fingerprint
+    """What it must be."""
     rendering: Rendering
 
     def recipe(self, rows: str | None) -> Recipe:
@@ -44,12 +45,12 @@ class Given(BaseModel, frozen=True, extra="forbid"):
     def card(self, name: str, relation: str, peft: bool = False) -> str:
         """The model card."""
         lines = [
-            *front(self.model, self.model, relation, peft, (self.protocol,)),
+            *front(self.model, self.base.name, relation, peft, (self.protocol,)),
             "",
             f"# {name}",
             "",
             f"Given by luthier's {self.protocol}: several parties tuned, none showed its rows to another. For "
-            f"{self.model} (weights {self.base[:16]}), under the contract {self.contract[:16]}.",
+            f"{self.base.name} (weights {self.base.weights[:16]}), under the contract {self.contract[:16]}.",
             "",
             "The licence is the base model's; read it before you share this.",
             "",
@@ -66,7 +67,7 @@ def leave(place: Place, role: str, update: Update, folder: Path, name: str, view
     folder.mkdir(parents=True, exist_ok=True)
     save_update(update, folder, view)
     given = Given(
-        protocol=place.protocol.key(), contract=place.contract.digest, model=place.models[role], base=update.base.weights,
+        protocol=place.protocol.key(), contract=place.contract.digest, model=place.models[role], base=update.base,
         rendering=place.contract.rendering,
     )  # fmt: skip
     write_text(folder / FILE, given.model_dump_json(indent=1))

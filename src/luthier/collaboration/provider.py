@@ -160,7 +160,7 @@ def judge(shop: Shop, say: Say, limit: int = 10) -> dict[str, Any]:
     known, kept = pairs.split(1 - HELD_BACK, streams)
     last = torch.tensor([int((kept.shadow == k).nonzero().max()) for k in kept.shadow.unique()[:limit]])
     asked = kept.take(last)
-    say(f"judge   on {len(asked.x)} shadow sets that are kept back, learning from {len(known.shadow.unique())}")
+    say(f"judge   by {len(asked.x)} shadow sets kept back, learning from {len(known.shadow.unique())}")
     updates = {
         "C0 no update": None, "C1 mean shadow": mean_shadow(known, asked.x),
         "C2 tuned on all public rows": on_public(shop, say).expand_as(asked.y),
