@@ -7,6 +7,7 @@ that "untouched" is what can be had without any client. What updates must tell i
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 
 import numpy as np
@@ -29,10 +30,12 @@ from luthier.scorer import mean_loss, row_scores
 from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
-SHADOWS, CLIENTS, ROWS, HELD, STEPS, BATCH, PUBLIC = 40, 10, 240, 64, 40, 8, 150
+SHADOWS, CLIENTS, ROWS, HELD, STEPS, BATCH, PUBLIC = 40, 30, 480, 96, 80, 8, 150
+CEILING = 10  # clients whose true update is made, too: it takes thirty times what their own does
 SMALL_RATE, LARGE_RATE = 1e-2, 3e-3
 SHAPE = Shape(hidden=48, layers=2, heads=4, key_value_heads=2, inner=128)
 SCHOOLING = Schooling(steps=1200, batch=32)
+DESIGN = (SHADOWS, CLIENTS, CEILING, ROWS, STEPS, BATCH, SMALL_RATE, LARGE_RATE, SHAPE, SCHOOLING)
 TUNER = Lora(rank=2, alpha=32, targets=("q_proj", "v_proj"))
 WAYS = ("label: {}", "[{}]", "=> {}.", '"{}" !')
 WIDTH = 72  # characters of a prompt
@@ -94,9 +97,10 @@ def settings(seed, rate, steps=STEPS, batch=BATCH):
     )
 
 
+@cache
 def sets(seed):
-    """Rows of each shadow set, of each client, and those that clients are judged on."""
-    generator = Streams(seed).at("sets")
+    """Rows of each shadow set and client, and those that clients are judged on."""
+    generator = Streams(seed).at("sets", ROWS)
     shares = generator.dirichlet([0.3] * len(WAYS), size=SHADOWS + CLIENTS)
     large = models()[1]
     rows = [drawn("public" if i < SHADOWS else "private", s, ROWS, generator) for i, s in enumerate(shares)]
@@ -104,40 +108,55 @@ def sets(seed):
     return [rendered(r, large) for r in rows], [rendered(r, large) for r in held]
 
 
-def updates(seed, say):
-    """x and y of one seed: shadow sets first, then clients; kept in the cache."""
-    key = key_of(
-        "smollm2-updates", seed, SHADOWS, CLIENTS, ROWS, STEPS, BATCH, SMALL_RATE, LARGE_RATE, SHAPE, SCHOOLING, 1
-    )
-    file = cache_folder() / "claims" / key / "updates.safetensors"
+def update(seed, i):
+    """x, and y but of the last clients, of one set of one seed; kept in the cache."""
+    key = key_of("smollm2-update", seed, i, *DESIGN)
+    file = cache_folder() / "claims" / key / "update.safetensors"
     if not file.exists():
-        (small, large), xs, ys = models(), [], []
-        rows = sets(seed)[0]
-        for i, mine in enumerate(rows):
-            xs.append(tuned(small, mine, TUNER, settings(2 * i, SMALL_RATE))[-1])
-            ys.append(tuned(large, mine, TUNER, settings(2 * i + 1, LARGE_RATE))[-1])
-            say(f"seed {seed}: tuned {i + 1} of {len(rows)} sets")
+        (small, large), rows = models(), sets(seed)[0][i]
+        found = {"x": tuned(small, rows, TUNER, settings(2 * i, SMALL_RATE))[-1]}
+        if i < SHADOWS + CEILING:
+            found["y"] = tuned(large, rows, TUNER, settings(2 * i + 1, LARGE_RATE))[-1]
         with made(file.parent) as temporary:
-            save_file({"x": torch.stack(xs), "y": torch.stack(ys)}, temporary / file.name)
+            save_file(found, temporary / file.name)
     return load_file(file)
 
 
-def measure(arm, seed, say):
-    found, (small, large) = updates(seed, say), models()
-    held, x, y = sets(seed)[1], found["x"], found["y"]
+def losses(view, start, given, held):
+    """Mean loss of each client's rows under the update given for it; None: under none."""
+    out = []
+    for one, rows in zip(given, held, strict=False):
+        with start.update(one).bind(view) if one is not None else nullcontext():
+            out.append(mean_loss(row_scores(view, rows, 2048, "causal-lm")))
+    return np.array(out)
+
+
+@cache
+def known(seed, say):
+    """(pairs, clients' updates, losses that no arm changes: none, true of the first, mean, own)."""
+    found = []
+    for i in range(SHADOWS + CLIENTS):
+        found.append(update(seed, i))
+        say(f"seed {seed}: tuned {i + 1} of {SHADOWS + CLIENTS} sets")
+    (small, large), held = models(), sets(seed)[1]
     starts = start_of(small, TUNER), start_of(large, TUNER)
+    x, y = torch.stack([f["x"] for f in found]), torch.stack([f["y"] for f in found if "y" in f])
     pairs = Pairs(x[:SHADOWS], y[:SHADOWS], torch.arange(SHADOWS), *(s.side.kinds() for s in starts))
     clients = x[SHADOWS:]
+    return pairs, clients, {
+        "untouched": losses(large, starts[1], [None] * CLIENTS, held),
+        "true": losses(large, starts[1], y[SHADOWS:], held),
+        "mean": losses(large, starts[1], mean_shadow(pairs, clients), held),
+        "own": losses(small, starts[0], clients, held),
+    }  # fmt: skip
 
-    def losses(view, start, given):
-        out = []
-        for update, rows in zip(given, held, strict=True):
-            with start.update(update).bind(view):
-                out.append(mean_loss(row_scores(view, rows, 2048, "causal-lm")))
-        return np.array(out)
 
-    loss, true = losses(large, starts[1], made_by(arm, pairs, clients, seed)), losses(large, starts[1], y[SHADOWS:])
-    mean = losses(large, starts[1], mean_shadow(pairs, clients))
-    none = np.array([mean_loss(row_scores(large, rows, 2048, "causal-lm")) for rows in held])
-    own = losses(small, starts[0], clients)
-    return worth(none, loss, true, mean, own)
+def measure(arm, seed, say):
+    pairs, clients, fixed = known(seed, say)
+    large = models()[1]
+    if arm == "mean shadow":
+        loss = fixed["mean"]
+    else:
+        loss = losses(large, start_of(large, TUNER), made_by(arm, pairs, clients, seed), sets(seed)[1])
+    first = worth(*(a[:CEILING] for a in (fixed["untouched"], loss, fixed["true"], fixed["mean"], fixed["own"])))
+    return first | {"ahead": float((loss < fixed["mean"]).mean())}
