@@ -226,6 +226,7 @@ def low_rank():
         ("not-finite", lambda p, n: {"scale": {**p.scale, n: -math.inf}}),
         ("form", lambda p, n: {"scale": {**p.scale, n: "x"}}),
         ("form", lambda p, n: {"scale": {**p.scale, n: None}}),
+        ("form", lambda p, n: {"scale": {**p.scale, n: 10**400}}),
         ("form", lambda p, n: {"scale": [1.0]}),
         ("form", lambda p, n: {"transposed": 3}),
         ("form", lambda p, n: {"transposed": [n]}),
@@ -290,7 +291,7 @@ def test_sparse_values_that_cannot_be_added_are_refused():
         assert answer.message.header.notes["name"] == "shape" and not server.gathering.arrived
 
 
-@pytest.mark.parametrize("loss", ["<b>", math.nan, math.inf])
+@pytest.mark.parametrize("loss", ["<b>", math.nan, math.inf, 10**400])
 def test_a_loss_that_is_no_number_is_refused(low_rank, loss):
     agreed, part = low_rank
     notes = {**sent(agreed, part).header.notes, "loss": loss}

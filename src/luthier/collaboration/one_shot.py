@@ -126,7 +126,7 @@ class AverageServer(RoundServer):
             raise Refused("not-finite" if "not finite" in problem else "shape", f"{head.sender}: {problem}")
         rows_of(message)
         loss = head.notes.get("loss", 0.0)
-        if isinstance(loss, str) or not math.isfinite(loss):
+        if not isinstance(loss, float) or not math.isfinite(loss):
             raise Refused("loss", f"{head.sender}: its last training loss is {loss!r}, a number is wanted")
 
     def add_up(self, arrived: Mapping[str, Message]) -> None:

@@ -30,6 +30,6 @@ def unpacked(message: Message) -> Update:
         for i, (kind, header) in enumerate(kinds):
             mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
             parts.append(KINDS[kind].restore(mine, header))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Refused("form", f"from {head.sender}: its parts cannot be read ({error})") from error
     return Update(head.base, tuple(parts))
