@@ -92,7 +92,8 @@ class Message(BaseModel, frozen=True, arbitrary_types_allowed=True):
     def tensors(self) -> dict[str, Tensor]:
         """Raises Refused for a payload that is no safetensors file, or numbers that no update is made of."""
         try:
-            found = safetensors.torch.load(self.payload)  # bytes of tensors only: no pickle, nothing is run
+            # Not torch.load: safetensors holds tensors alone, so that nothing of a stranger's bytes is unpickled or run.
+            found = safetensors.torch.load(self.payload)
         except (SafetensorError, KeyError, ValueError) as error:
             raise Refused("payload", f"from {self.header.sender}: no safetensors ({error})") from error
         for name, t in found.items():
