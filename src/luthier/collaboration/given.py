@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Literal
 
@@ -82,7 +81,7 @@ def given_in(folder: Path) -> Given | None:
     if not file.exists():
         return None
     try:
-        given = Given.model_validate(json.loads(file.read_text(encoding="utf-8")))
+        given = Given.model_validate_json(file.read_bytes())
     except ValueError as error:
         first = str(error).splitlines()[0]
         raise LuthierError(f"{file}: cannot be read ({first}); ask for what was given again") from error
