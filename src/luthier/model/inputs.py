@@ -16,7 +16,7 @@ PROMPT = "prompt"  # name of the per-token column that marks the prompt side
 
 
 def prepend(inputs: Inputs, vectors: Tensor) -> Inputs:
-    """Insert [M, D] before every sequence. Labels there are IGNORE; positions of the rest move by M.
+    """Insert [M, D] before every sequence. Labels there are IGNORE, other columns 0; positions of the rest move by M.
 
     `source` keeps where each original token went, so that what comes out of the trunk lines up with the batch.
     """
@@ -37,10 +37,18 @@ def prepend(inputs: Inputs, vectors: Tensor) -> Inputs:
     out = out.index_copy(0, front.nonzero().squeeze(1), vectors.to(embeds.dtype).repeat(count, 1))
     longer = Batch(
         ids=fill(batch.ids, 0), labels=fill(batch.labels, IGNORE), seq=seq, pos=pos,
-        lengths=tuple(n + m for n in batch.lengths), row=batch.row, keys=batch.keys,
+        lengths=tuple(n + m for n in batch.lengths), token={k: fill(v, 0) for k, v in batch.token.items()},
+        row=batch.row, keys=batch.keys,
     )  # fmt: skip
     source = where if inputs.source is None else where[inputs.source]
     return Inputs(longer, out, source)
+
+
+def num_inserted(inputs: Inputs) -> int:
+    """Vectors that stand before every sequence already."""
+    if inputs.source is None:
+        return 0
+    return (inputs.batch.num_tokens - len(inputs.source)) // inputs.batch.num_sequences
 
 
 def soft_prompt(
@@ -50,7 +58,7 @@ def soft_prompt(
 
     vectors  [M, D], asked for at every call
     offsets  [S, D], added out of place to the token at position < S of the prompt side (scope "prompt") or of the
-             whole sequence ("all")
+             whole sequence ("all"); positions count the text's own tokens, whatever vectors stand before them
     Raises ValueError where scope "prompt" meets a batch without the per-token column "prompt".
     """
 
@@ -59,14 +67,15 @@ def soft_prompt(
         embeds = view.embedding(batch.ids) if inputs.embeds is None else inputs.embeds
         if offsets is not None:
             table = offsets()  # [S, D]
-            inside = batch.pos < len(table)
+            place = batch.pos - num_inserted(inputs)  # of the text's own tokens; another prompt's vectors are below 0
+            inside = (place >= 0) & (place < len(table))
             if scope == PROMPT:
                 if PROMPT not in batch.token:
                     raise ValueError(
                         "offsets on the prompt need to know it: the batch has no per-token column 'prompt'"
                     )
                 inside = inside & batch.token[PROMPT].bool()
-            rows = table[batch.pos.clamp(max=len(table) - 1)].to(embeds.dtype)  # [T, D]
+            rows = table[place.clamp(0, len(table) - 1)].to(embeds.dtype)  # [T, D]
             embeds = embeds + rows * inside[:, None]
         return prepend(replace_embeds(inputs, embeds), vectors())
 

@@ -123,6 +123,8 @@ class DeptTrainable(Trainable):
             ids = torch.randint(len(table), (m,), generator=streams.torch("dept-ids"))
         else:
             text = view.tokenizer(self.tuner.init_text, add_special_tokens=False)["input_ids"]
+            if not text:
+                raise RecipeError("dept.init_text", f"{self.tuner.init_text!r} holds no token", "write some words")
             ids = torch.tensor((text * (m // len(text) + 1))[:m], dtype=torch.long)
         return table[ids.to(table.device)].clone()
 
