@@ -53,7 +53,12 @@ def test_inserted_vectors_stand_before_each_sequence():
 def test_a_second_prompt_stands_before_the_first_and_offsets_count_the_texts_own_tokens():
     """Two prompts at one input, as when an update with a prompt is bound and another one trains."""
     view, batch = view_of(), batch_of((6, 4), answer=2)
-    first, second, offsets, more = draw(2, WIDTH), draw(1, WIDTH, seed=1), draw(3, WIDTH, seed=2), draw(9, WIDTH, seed=3)
+    first, second, offsets, more = (
+        draw(2, WIDTH),
+        draw(1, WIDTH, seed=1),
+        draw(3, WIDTH, seed=2),
+        draw(9, WIDTH, seed=3),
+    )
     _, once = hooked(view, batch, first, offsets)
     out = soft_prompt(lambda: second, lambda: more)(once, view)
     plain = view.embedding(batch.ids)

@@ -5,8 +5,8 @@ import torch
 
 from luthier.data.batch import collate
 from luthier.errors import RecipeError
-from luthier.objectives.sft import Sft
 from luthier.model.view import ModelView
+from luthier.objectives.sft import Sft
 from luthier.testing.models import batch_of, byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.training.settings import TrainSettings

@@ -79,7 +79,9 @@ def test_embeddings_can_stay_and_with_them_a_head_that_is_tied(kind):
     )
     assert table in stays and not view.weight(table).requires_grad
     assert all(not p.requires_grad for n, p in view.module.named_parameters() if n == table)
-    assert {n for n in before if n not in stays} >= {n for n in before if n.endswith(("q_proj.weight", "c_attn.weight"))}
+    assert {n for n in before if n not in stays} >= {
+        n for n in before if n.endswith(("q_proj.weight", "c_attn.weight"))
+    }
     assert ("lm_head.weight" in before) == (kind == "llama") and "lm_head.weight" not in stays
 
 

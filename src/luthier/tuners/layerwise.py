@@ -96,7 +96,6 @@ class Layerwise(Tuner):
             self._refuse_other_residuals(view.anatomy)
         return LayerwiseTrainable(self, view)
 
-
     def _refuse_other_residuals(self, anatomy: Anatomy) -> None:
         """Raises RecipeError for a block to be made the identity that writes through another matrix (a convolution's)."""
         for i in range(len(anatomy.blocks) - self.reinit_blocks, len(anatomy.blocks)):

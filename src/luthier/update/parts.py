@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
+from luthier.model.peft_modules import PeftModules
 
 Undo = Callable[[], None]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -396,32 +397,32 @@ class PeftPart:
             if not t.isfinite().all():
                 yield f"{name}: a value is not finite"
 
-    def attach(self, module: Any) -> Any:
-        """peft's model around this one. Raises LuthierError where configuration and tensors do not fit each other."""
-        from peft import get_peft_model, set_peft_model_state_dict
+    def attach(self, module: Any) -> PeftModules:
+        """peft's modules on this model, not to be trained. Raises LuthierError where configuration and tensors do not
+        fit each other.
+        """
+        from peft import get_peft_model
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         known = {k: v for k, v in self.config.items() if k not in NOT_TAKEN_UP}
         try:
-            kind = PEFT_TYPE_TO_CONFIG_MAPPING[self.config["peft_type"]]
-            wrapped = get_peft_model(module, kind(**known))
-            result: Any = set_peft_model_state_dict(wrapped, dict(self.state))
+            config = PEFT_TYPE_TO_CONFIG_MAPPING[self.config["peft_type"]](**known)
+            placed = PeftModules(module, lambda model: get_peft_model(model, config))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise LuthierError(f"this adapter cannot be put on the base ({error})") from error
-        if result.unexpected_keys:
-            peft_unload(wrapped)
-            raise LuthierError(f"this adapter holds tensors the base has no place for: {result.unexpected_keys[0]}")
-        return wrapped
+        placed.freeze()
+        try:
+            without_place = placed.take_up(self.state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            placed.undo()
+            raise LuthierError(f"this adapter cannot be put on the base ({error})") from error
+        if without_place:
+            placed.undo()
+            raise LuthierError(f"this adapter holds tensors the base has no place for: {without_place[0]}")
+        return placed
 
     def apply(self, view: Any) -> Undo:
-        return partial(peft_unload, self.attach(view.module))
-
-
-def peft_unload(wrapped: Any) -> None:
-    """Take peft's modules out again; the model is the object it was."""
-    module = wrapped.unload()
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        module.__dict__.pop(name, None)
+        return self.attach(view.module).undo
 
 
 VECTOR_PARTS = (Dense, Sparse, LowRank, Seeds)

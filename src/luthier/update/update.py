@@ -177,7 +177,7 @@ class Update:
                 for name, value in part.values.items():
                     model.get_parameter(name).copy_(value)
             elif isinstance(part, PeftPart):
-                part.attach(model).merge_and_unload()
+                part.attach(model).wrapped.merge_and_unload()
             else:
                 raise TypeError(f"a {part.kind} part cannot be merged into weights")
 
