@@ -152,14 +152,12 @@ def test_dropout_acts_in_training_only_and_on_the_addition_only():
     assert not torch.equal(view.trace(batch).hidden[-1], view.trace(batch).hidden[-1])
 
 
-def test_targets_are_patterns_that_must_all_match_and_two_adapters_do_not_share_a_layer():
+def test_targets_are_patterns_that_must_all_match():
     view = view_of()
     trainable = Lora(rank=2, targets=("q_proj", "*.mlp.*")).attach(view)
     assert {n.split(".")[-2] for n in trainable.a} == {"q_proj", "gate_proj", "up_proj", "down_proj"}
     with pytest.raises(LuthierError, match="no_such"):
         Lora(targets=("q_proj", "no_such")).attach(view_of())
-    with pytest.raises(ValueError, match="already carries an adapter"):
-        Lora(rank=2).attach(view)
 
 
 @pytest.mark.parametrize("fields", [{"rank": 0}, {"alpha": 0}, {"dropout": 1.0}])

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from luthier.data.batch import IGNORE, Batch
+from luthier.model.additions import around
+from luthier.model.hanging import Forward, Undo, in_turn
 from luthier.model.view import InputHook, Inputs
 
 PROMPT = "prompt"  # name of the per-token column that marks the prompt side
@@ -87,73 +89,69 @@ def replace_embeds(inputs: Inputs, embeds: Tensor) -> Inputs:
     return inputs._replace(embeds=embeds, batch=replace(inputs.batch))
 
 
-def patch_model(view: Any, hook: InputHook, num_vectors: int) -> Callable[[], None]:
-    """Make the plain model call apply the hook too, for loops and trainers that know nothing of luthier.
+def patch_model(view: Any) -> Undo:
+    """Make the plain model call apply the view's input hooks too, for loops and trainers that know nothing of luthier.
 
     `model(input_ids, attention_mask, labels[, prompt_mask])` and `model.generate(input_ids, attention_mask)` then see
     the vectors and offsets; logits of the inserted positions are cut off. The prompt side is `prompt_mask`, else what
     stands before the first label; generation takes all of its input as prompt. Raises ValueError where neither is given.
     """
-    model = view.module
-    plain_forward, plain_generate = model.forward, model.generate
 
-    def widen(ids: Tensor, mask: Tensor | None, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, L] -> embeddings [S, M + L, D], mask [S, M + L], positions [S, M + L]."""
-        mask = torch.ones_like(ids) if mask is None else mask
-        real = mask.bool()
-        lengths = real.sum(1)
-        rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
-        where = (mask.cumsum(1) - 1)[real]
-        flat = Batch(
-            ids[real],
-            torch.full_like(ids[real], IGNORE),
-            rows[real],
-            where,
-            tuple(lengths.tolist()),
-            {PROMPT: prompt[real]},
-        )
-        out = hook(Inputs(flat, None, None), view)
-        assert out.embeds is not None and out.source is not None
-        width = out.embeds.shape[1]
-        body = out.embeds.new_zeros(*ids.shape, width)
-        body[real] = out.embeds[out.source]
-        front = torch.ones(out.batch.num_tokens, dtype=torch.bool, device=ids.device)
-        front[out.source] = False
-        vectors = out.embeds[front].view(len(ids), num_vectors, width)
-        longer = torch.cat([mask.new_ones(len(ids), num_vectors), mask], dim=1)
-        return torch.cat([vectors, body], dim=1), longer, (longer.cumsum(1) - 1).clamp_min(0)
+    def call(plain: Forward) -> Forward:
+        def forward(
+            input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+            prompt_mask: Tensor | None = None, **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            if input_ids is None or kwargs.get("past_key_values") is not None:
+                return plain(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            if prompt_mask is None:
+                if labels is None:
+                    raise ValueError("a soft prompt with offsets needs prompt_mask, or labels to find the prompt by")
+                prompt_mask = (labels != IGNORE).cumsum(1) == 0
+            embeds, longer = widened(view, input_ids, attention_mask, prompt_mask)
+            count = embeds.shape[1] - input_ids.shape[1]
+            if labels is not None:
+                labels = torch.cat([labels.new_full((len(labels), count), IGNORE), labels], dim=1)
+            positions = (longer.cumsum(1) - 1).clamp_min(0)
+            out = plain(inputs_embeds=embeds, attention_mask=longer, position_ids=positions, labels=labels, **kwargs)
+            out.logits = out.logits[:, count:]
+            return out
 
-    def forward(
-        input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-        prompt_mask: Tensor | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        if input_ids is None or kwargs.get("past_key_values") is not None:
-            return plain_forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        if prompt_mask is None:
-            if labels is None:
-                raise ValueError("a soft prompt with offsets needs prompt_mask, or labels to find the prompt by")
-            prompt_mask = (labels != IGNORE).cumsum(1) == 0
-        embeds, longer, positions = widen(input_ids, attention_mask, prompt_mask)
-        if labels is not None:
-            labels = torch.cat([labels.new_full((len(labels), num_vectors), IGNORE), labels], dim=1)
-        out = plain_forward(
-            inputs_embeds=embeds, attention_mask=longer, position_ids=positions, labels=labels, **kwargs
-        )
-        out.logits = out.logits[:, num_vectors:]
-        return out
+        return forward
 
-    def generate(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        embeds, longer, _ = widen(input_ids, attention_mask, torch.ones_like(input_ids))
-        out = plain_generate(inputs_embeds=embeds, attention_mask=longer, **kwargs)
-        # The prompt's ids stand before the new ones, as they do without vectors of ours.
-        if isinstance(out, Tensor):
-            return torch.cat([input_ids, out], dim=1)
-        out.sequences = torch.cat([input_ids, out.sequences], dim=1)
-        return out
+    def write(plain: Forward) -> Forward:
+        def generate(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+            embeds, longer = widened(view, input_ids, attention_mask, torch.ones_like(input_ids))
+            out = plain(inputs_embeds=embeds, attention_mask=longer, **kwargs)
+            # The prompt's ids stand before the new ones, as they do without vectors of ours.
+            if isinstance(out, Tensor):
+                return torch.cat([input_ids, out], dim=1)
+            out.sequences = torch.cat([input_ids, out.sequences], dim=1)
+            return out
 
-    model.forward, model.generate = forward, generate
+        return generate
 
-    def undo() -> None:
-        del model.forward, model.generate
+    undo = [around(view.module, call), around(view.module, write, "generate")]
+    return in_turn(undo)
 
-    return undo
+
+def widened(view: Any, ids: Tensor, mask: Tensor | None, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """[S, L] -> (embeddings [S, M + L, D] with what the view's input hooks make of them, mask [S, M + L])."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    real = mask.bool()
+    rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    flat = Batch(
+        ids[real], torch.full_like(ids[real], IGNORE), rows[real], (mask.cumsum(1) - 1)[real],
+        tuple(real.sum(1).tolist()), {PROMPT: prompt[real]},
+    )  # fmt: skip
+    out = Inputs(flat, None, None)
+    for hook in view.input_hooks:
+        out = hook(out, view)
+    assert out.embeds is not None and out.source is not None
+    count, width = num_inserted(out), out.embeds.shape[1]
+    body = out.embeds.new_zeros(*ids.shape, width)
+    body[real] = out.embeds[out.source]
+    front = torch.ones(out.batch.num_tokens, dtype=torch.bool, device=ids.device)
+    front[out.source] = False
+    vectors = out.embeds[front].view(len(ids), count, width)
+    return torch.cat([vectors, body], dim=1), torch.cat([mask.new_ones(len(ids), count), mask], dim=1)

@@ -9,14 +9,44 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
+from luthier.model.hanging import KEY as HUNG
 
+DEAF = frozenset({"HRALinear", "HRAConv2d"})  # of peft's layers, those that multiply by the weight themselves
 MARKS = ("peft_config", "_hf_peft_config_loaded")  # what peft and transformers leave on the model
+
+
+def own_layer(model: nn.Module, name: str) -> nn.Module:
+    """The model's own module of this name, inside what peft may have put around it."""
+    module = model.get_submodule(name)
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
+    """A parameter of the model's own by its name without peft's modules."""
+    holder, _, leaf = name.rpartition(".")
+    return own_layer(model, holder).get_parameter(leaf)
+
+
+def listening_layer(model: nn.Module, name: str) -> nn.Module:
+    """`own_layer`, for something that is to act on what it computes.
+
+    Raises LuthierError where the layer is never called: peft's HRA multiplies by its weight.
+    """
+    outer = model.get_submodule(name)
+    if type(outer).__name__ in DEAF:
+        raise LuthierError(
+            f"{name} has an adapter of peft's HRA, under which nothing else takes effect; detach it first"
+        )
+    return own_layer(model, name)
 
 
 class PeftModules:
     """What peft put around a model's layers.
 
     wrap  makes peft's model around this one; where it raises, the model is as it was
+    Raises LuthierError where peft is there already, or where it would not compute with what hangs on a layer.
     peft's own way out keeps what it trained beside its adapters: biases, and modules that it saves whole.
     """
 
@@ -28,6 +58,7 @@ class PeftModules:
         self._flags = [(p, p.requires_grad) for p in module.parameters()]
         try:
             self.wrapped = wrap(module)
+            self._refuse_deaf(children)
         except BaseException:
             self._places = children
             self._put_back()
@@ -39,6 +70,15 @@ class PeftModules:
             part.training = module.training
         # Biases, where peft trains them.
         self._stored = {p: p.detach().clone() for p, _ in self._flags if p.requires_grad}
+
+    def _refuse_deaf(self, known: Mapping[nn.Module, Any]) -> None:
+        for name, part in self.module.named_modules():
+            if part in known:
+                continue
+            if HUNG in part.__dict__:
+                raise LuthierError(f"{name}: peft would train a copy of a layer with adapters on it; detach them first")
+            if type(part).__name__ in DEAF and HUNG in own_layer(self.module, name).__dict__:
+                raise LuthierError(f"{name}: peft's HRA would pass over the adapter that is on it; detach it first")
 
     def take_up(self, state: Mapping[str, Tensor]) -> list[str]:
         """Load tensors under peft's names; returns names that have no place."""

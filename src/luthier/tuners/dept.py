@@ -114,7 +114,7 @@ class DeptTrainable(Trainable):
         hook = soft_prompt(lambda: self.vectors, self.offsets if rank else None)
         view.input_hooks.append(hook)
         self._undo.append(lambda: view.input_hooks.remove(hook))
-        self._undo.append(patch_model(view, hook, tuner.length))
+        self._undo.append(patch_model(view))
 
     def _start(self, view: ModelView, streams: Streams) -> Tensor:
         """[M, D] float32."""

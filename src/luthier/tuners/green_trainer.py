@@ -262,6 +262,7 @@ class GreenTrainable(Trainable):
         super().__init__(view)
         self.tuner, self.every = tuner, every
         self.dense = DenseTrainable(view, list(view.anatomy.parameters), tuner.seed)
+        self.own(self.dense)
         self.selected: list[str] = []
         self.spent: dict[str, float] = {}
         self._make: Callable[[list[Any]], Optimizer] | None = None

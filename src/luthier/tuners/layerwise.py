@@ -16,11 +16,11 @@ from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.features import FeatureCache
+from luthier.model.hanging import Undo
 from luthier.model.view import ModelView
 from luthier.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Dense, Replace, Update
-from luthier.update.parts import Undo
 
 Convention = Literal["contiguous", "head_gap"]
 
@@ -120,6 +120,7 @@ class LayerwiseTrainable(Trainable):
             for name, value in fresh.items():
                 view.weight(name).copy_(value)
         self.dense = DenseTrainable(view, [n for n in anatomy.parameters if n not in self.frozen], tuner.seed)
+        self.own(self.dense)
         self._undo += [still(view.module, m) for m in frozen_modules(view, tuner.freeze_blocks)]
         self.features = FeatureCache(view, tuner.freeze_blocks) if tuner.cache_features else None
         if self.features is not None:

@@ -8,18 +8,17 @@ Every part knows its tensors (for the file), its numbers (for the JSON header), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
+from luthier.model.hanging import Undo, in_turn
 from luthier.model.peft_modules import PeftModules
 
-Undo = Callable[[], None]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -353,11 +352,12 @@ class Modules:
 
     def apply(self, view: Any) -> Undo:
         from luthier.model.additions import output_adapter
+        from luthier.model.hanging import Fixed
 
         undo = []
         for name in self.a:
             a, b = self.a[name].to(view.device), self.b[name].to(view.device)
-            undo.append(output_adapter(view.module.get_submodule(name), partial(constant, a), partial(constant, b)))
+            undo.append(output_adapter(view.layer(name), Fixed(a), Fixed(b)))
         return in_turn(undo)
 
 
@@ -444,20 +444,6 @@ class Chart:
         from luthier.model.fingerprint import tensor_hash
 
         return tensor_hash(dict(self.initial))
-
-
-def constant(value: Tensor) -> Tensor:
-    return value
-
-
-def in_turn(undo: list[Undo]) -> Undo:
-    """One undo for several, last first."""
-
-    def all_of_them() -> None:
-        for step in reversed(undo):
-            step()
-
-    return all_of_them
 
 
 def overwrite(view: Any, values: Iterable[tuple[str, Tensor]]) -> Undo:

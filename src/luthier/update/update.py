@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint, tensor_hash
+from luthier.model.hanging import in_turn
 from luthier.update.parts import (
     VECTOR_PARTS,
     Chart,
@@ -26,8 +27,6 @@ from luthier.update.parts import (
     Prompt,
     Replace,
     Sparse,
-    constant,
-    in_turn,
     overwrite,
     overwrite_entries,
 )
@@ -186,14 +185,13 @@ def _apply(part: Part, view: Any, scale: float) -> Any:
     """Bind one part; returns its undo. Low-rank parts stay beside the weight, so that low precision loses nothing."""
     if isinstance(part, LowRank):
         from luthier.model.additions import low_rank_adapter
+        from luthier.model.hanging import Fixed
 
         undo = []
         for name, a in part.a.items():
-            module = view.module.get_submodule(name.removesuffix(".weight"))
-            here, there = a.to(view.device), part.b[name].to(view.device)
-            undo.append(
-                low_rank_adapter(module, partial(constant, here), partial(constant, there), scale * part.scale[name])
-            )
+            here, there = Fixed(a.to(view.device)), Fixed(part.b[name].to(view.device))
+            layer = view.layer(name.removesuffix(".weight"))
+            undo.append(low_rank_adapter(layer, here, there, scale * part.scale[name]))
         return in_turn(undo)
     if isinstance(part, Sparse):
         return overwrite_entries(view, part, scale)
