@@ -48,6 +48,7 @@ def test_inserted_vectors_stand_before_each_sequence():
     assert torch.equal(out.batch.labels[out.source], batch.labels)
     front = [0, 1, 5, 6]
     assert (out.batch.labels[front] == IGNORE).all()
+    assert out.batch.token["prompt"].tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 0]
 
 
 def test_a_second_prompt_stands_before_the_first_and_offsets_count_the_texts_own_tokens():

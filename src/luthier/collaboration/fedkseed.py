@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import refuse_packed
+from luthier.model.change import swapped
 from luthier.model.view import ModelView
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Seeds, Update
@@ -154,6 +155,7 @@ class FedKSeedTrainable(Trainable):
         self.probabilities = probabilities
         self.names = list(view.anatomy.parameters)
         self.start = {n: view.weight(n).detach().clone() for n in self.names}
+        self._withouts.append(lambda: swapped([(view.weight(n), value) for n, value in self.start.items()]))
         low = any(t.dtype != torch.float32 for t in self.start.values())
         # In low precision a perturbation does not come off again exactly: keep float32 weights and round once.
         self.masters = {n: t.float() for n, t in self.start.items()} if low else None

@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
+from luthier.model.change import Change, Undo
 from luthier.model.hanging import KEY as HUNG
-from luthier.model.hanging import Behind, Beside, Core, Factor, Forward, Own, Undo, bias_of, hang, is_packed, oriented
+from luthier.model.hanging import Behind, Beside, Core, Factor, Forward, Own, bias_of, hang, is_packed, oriented
 from luthier.model.meter import KEY
 from luthier.model.peft_modules import parameter_of
 
@@ -42,22 +43,22 @@ def register(module: nn.Module, name: str, value: nn.Parameter) -> tuple[Own, Un
     return Own(module, full), undo
 
 
-def replace_product(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Undo:
+def replace_product(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Change:
     """Compute the layer's own product in another way; what hangs beside and behind it stays."""
     return hang(module, Core(lambda beneath: forward))
 
 
-def around(module: nn.Module, wrap: Callable[[Forward], Forward], method: str = "forward") -> Undo:
+def around(module: nn.Module, wrap: Callable[[Forward], Forward], method: str = "forward") -> Change:
     """Put something around a method of a module; `wrap` gets the method as it is with all that hangs on it so far."""
     return hang(module, Behind(wrap), method)
 
 
-def low_rank_adapter(module: nn.Module, a: Factor, b: Factor, scale: float, dropout: float = 0.0) -> Undo:
+def low_rank_adapter(module: nn.Module, a: Factor, b: Factor, scale: float, dropout: float = 0.0) -> Change:
     """y = x W^T + bias + scale (drop(x) A^T) B^T; a() [R, in], b() [out, R] float32, asked for at every call."""
     return hang(module, Beside(a, b, scale, dropout))
 
 
-def output_adapter(module: nn.Module, a: Factor, b: Factor) -> Undo:
+def output_adapter(module: nn.Module, a: Factor, b: Factor) -> Change:
     """h' = h + B (A h) on the layer's output h; a() [R, out], b() [out, R], asked for at every call."""
 
     def wrap(beneath: Forward) -> Forward:

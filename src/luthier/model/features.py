@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier.data.batch import Batch, pad, unpad
 from luthier.model.additions import around
-from luthier.model.hanging import Undo
+from luthier.model.change import Change, together
 from luthier.model.view import Inputs, ModelView
 
 
@@ -29,14 +29,10 @@ class FeatureCache:
         self._batch: Batch | None = None
         self._keys: list[bytes] = []
 
-    def install(self) -> list[Undo]:
+    def install(self) -> Change:
         """Put itself in the blocks' places."""
-        self.view.input_hooks.append(self._look)
-        undo: list[Undo] = [lambda: self.view.input_hooks.remove(self._look)]
-        for i in range(self.count):
-            block = self.view.block(i)
-            undo.append(around(block, partial(self._around, i)))
-        return undo
+        blocks = [around(self.view.block(i), partial(self._around, i)) for i in range(self.count)]
+        return together([self.view.hook_inputs(self._look), *blocks])
 
     def _around(self, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
         return partial(self._block, index, plain)

@@ -7,7 +7,8 @@ weight and adapters behind it came, and one at a time they give what an Update w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -17,21 +18,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import LuthierError
+from luthier.model.change import Change
 from luthier.training.linear import low_rank_linear
 
 KEY = "luthier_hung"  # of a module's stacks, in its __dict__
 Forward = Callable[..., Any]
-Undo = Callable[[], None]
-
-
-def in_turn(undo: Sequence[Undo]) -> Undo:
-    """One undo for several, last first."""
-
-    def all_of_them() -> None:
-        for step in reversed(undo):
-            step()
-
-    return all_of_them
 
 
 class Factor(Protocol):
@@ -110,13 +101,19 @@ class Stack:
         self.module, self.method = module, method
         self.foreign: Forward | None = module.__dict__.get(method)  # another library's, which comes back in the end
         self.hung: list[Hung] = []
+        self.left_out: list[Hung] = []  # for now; one that is left out twice stands here twice
+
+    @property
+    def active(self) -> list[Hung]:
+        """What the module computes with, in the order it came."""
+        return [h for h in self.hung if h not in self.left_out]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
         return self  # of the module it was made for: see `stack_of`
 
     def add(self, what: Hung) -> None:
         if isinstance(what, Core) and any(isinstance(h, Core) for h in self.hung):
-            raise LuthierError("entries of this layer's weight train already; detach that tuner first")
+            raise ValueError("this layer's product is computed in another way already")
         self.hung.append(what)
         self._rebuild()
 
@@ -129,13 +126,24 @@ class Stack:
             if not stacks:
                 del self.module.__dict__[KEY]
 
+    @contextmanager
+    def without(self, what: Hung) -> Iterator[None]:
+        """Compute as if this did not hang here."""
+        self.left_out.append(what)
+        self._rebuild()
+        try:
+            yield
+        finally:
+            self.left_out.remove(what)
+            self._rebuild()
+
     def _rebuild(self) -> None:
-        if self.hung:
-            setattr(self.module, self.method, self._composed(self.hung))
+        if active := self.active:
+            setattr(self.module, self.method, self._composed(active))
         elif self.foreign is not None:
             setattr(self.module, self.method, self.foreign)
         else:
-            delattr(self.module, self.method)
+            self.module.__dict__.pop(self.method, None)
 
     def _composed(self, hung: Sequence[Hung]) -> Forward:
         forward: Forward = self.foreign or getattr(type(self.module), self.method).__get__(self.module)
@@ -149,10 +157,10 @@ class Stack:
         return forward
 
 
-def hang(module: nn.Module, what: Hung, method: str = "forward") -> Undo:
-    """Put something on a module's method; returns how to take it off, in whatever order.
+def hang(module: nn.Module, what: Hung, method: str = "forward") -> Change:
+    """Put something on a module's method; it comes off in whatever order.
 
-    Raises LuthierError for a second thing that computes the layer's own product, and for a copy of a layer with adapters.
+    Raises ValueError for a second Core, LuthierError for a copy of a layer with adapters.
     """
     stacks = module.__dict__.setdefault(KEY, {})
     stack = stacks.get(method)
@@ -161,13 +169,19 @@ def hang(module: nn.Module, what: Hung, method: str = "forward") -> Undo:
     if stack.module is not module:
         raise LuthierError("this layer is a copy of one with adapters on it, and would compute with that one's")
     stack.add(what)
-    return partial(stack.remove, what)
+    return Change(partial(stack.remove, what), partial(stack.without, what))
+
+
+def replaces_product(module: nn.Module) -> bool:
+    """True for a layer on which a Core hangs."""
+    stack = module.__dict__.get(KEY, {}).get("forward")
+    return stack is not None and any(isinstance(h, Core) for h in stack.hung)
 
 
 def factors_of(module: nn.Module) -> list[tuple[Beside | Behind, Factor, Factor]]:
-    """Adapters on a layer with their A and B, in the order in which it computes with them."""
+    """Adapters that a layer computes with, in its order, with their A and B."""
     stack = module.__dict__.get(KEY, {}).get("forward")
-    hung = [] if stack is None or stack.module is not module else stack.hung
+    hung = [] if stack is None or stack.module is not module else stack.active
     beside = [(h, h.a, h.b) for h in hung if isinstance(h, Beside)]
     return [*beside, *((h, *h.factors) for h in hung if isinstance(h, Behind) and h.factors)]
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from luthier.data.batch import IGNORE, Batch
 from luthier.model.additions import around
-from luthier.model.hanging import Forward, Undo, in_turn
+from luthier.model.change import Change, together
+from luthier.model.hanging import Forward
 from luthier.model.view import InputHook, Inputs
 
 PROMPT = "prompt"  # name of the per-token column that marks the prompt side
@@ -89,7 +90,7 @@ def replace_embeds(inputs: Inputs, embeds: Tensor) -> Inputs:
     return inputs._replace(embeds=embeds, batch=replace(inputs.batch))
 
 
-def patch_model(view: Any) -> Undo:
+def patch_model(view: Any) -> Change:
     """Make the plain model call apply the view's input hooks too, for loops and trainers that know nothing of luthier.
 
     `model(input_ids, attention_mask, labels[, prompt_mask])` and `model.generate(input_ids, attention_mask)` then see
@@ -131,8 +132,7 @@ def patch_model(view: Any) -> Undo:
 
         return generate
 
-    undo = [around(view.module, call), around(view.module, write, "generate")]
-    return in_turn(undo)
+    return together([around(view.module, call), around(view.module, write, "generate")])
 
 
 def widened(view: Any, ids: Tensor, mask: Tensor | None, prompt: Tensor) -> tuple[Tensor, Tensor]:

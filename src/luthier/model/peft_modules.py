@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from luthier.errors import LuthierError
+from luthier.model.change import Change, swapped
 from luthier.model.hanging import KEY as HUNG
 
 DEAF = frozenset({"HRALinear", "HRAConv2d"})  # of peft's layers, those that multiply by the weight themselves
@@ -40,6 +42,13 @@ def listening_layer(model: nn.Module, name: str) -> nn.Module:
             f"{name} has an adapter of peft's HRA, under which nothing else takes effect; detach it first"
         )
     return own_layer(model, name)
+
+
+def arrange(places: Mapping[nn.Module, Mapping[str, nn.Module | None]]) -> None:
+    """Give each module these children."""
+    for part, children in places.items():
+        part._modules.clear()
+        part._modules.update(children)
 
 
 class PeftModules:
@@ -98,6 +107,23 @@ class PeftModules:
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
 
+    @property
+    def change(self) -> Change:
+        return Change(self.undo, self.without)
+
+    @contextmanager
+    def without(self) -> Iterator[None]:
+        """The model's own modules in their places, with their own numbers."""
+        now = {part: dict(part._modules) for part in self._places}
+        marks = {name: self.module.__dict__[name] for name in MARKS if name in self.module.__dict__}
+        with swapped(list(self._stored.items())):
+            self._put_back()
+            try:
+                yield
+            finally:
+                arrange(now)
+                self.module.__dict__.update(marks)
+
     @torch.no_grad()
     def undo(self) -> None:
         """Take peft's modules out; the weights are what they were."""
@@ -106,9 +132,7 @@ class PeftModules:
         self._put_back()
 
     def _put_back(self) -> None:
-        for part, children in self._places.items():
-            part._modules.clear()
-            part._modules.update(children)
+        arrange(self._places)
         for name in MARKS:
             self.module.__dict__.pop(name, None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from luthier.data.batch import Batch, pad, unpad
 from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention function
 from luthier.model.anatomy import Anatomy
+from luthier.model.change import Change, Without, leaving_out
 from luthier.model.fingerprint import Fingerprint, fingerprint
 from luthier.model.meter import Meter
 from luthier.model.peft_modules import listening_layer, parameter_of
@@ -25,7 +26,14 @@ ATTACHED = "luthier_attached"
 
 
 class Attached(list[Any]):
-    """What is on a model now; a copied model has its weights and nothing of this."""
+    """What is on a model now; a copied model has its weights and nothing of this.
+
+    left_out  whose scopes are open, the outermost first
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: list[int] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
         return Attached()
@@ -114,15 +122,66 @@ class ModelView:
         return listening_layer(self.module, name)
 
     @property
-    def attached(self) -> list[Any]:
-        """What is on the model now, first come first: trainables. All views of a model share it."""
-        found: list[Any] = self.module.__dict__.setdefault(ATTACHED, Attached())
+    def attached(self) -> Attached:
+        """What is on the model now, first come first: trainables, bound updates. All views of a model share it."""
+        found: Attached = self.module.__dict__.setdefault(ATTACHED, Attached())
         return found
+
+    @property
+    def standing(self) -> tuple[tuple[int, ...], ...]:
+        """Equal where the model computes with the same things: what is on it, less what is left out."""
+        return tuple(id(x) for x in self.attached), tuple(self.attached.left_out)
+
+    @contextmanager
+    def leaving_out(self, who: Any, withouts: Sequence[Without]) -> Iterator[None]:
+        """Without these changes, which are the work of `who`."""
+        left_out = self.attached.left_out
+        left_out.append(id(who))
+        try:
+            with leaving_out(withouts):
+                yield
+        finally:
+            left_out.pop()
 
     def block(self, index: int) -> nn.Module:
         return self.module.get_submodule(self.anatomy.blocks[index])
 
+    @contextmanager
+    def without_update(self) -> Iterator[ModelView]:
+        """The untouched base for the calls inside, to the bit, whatever trains on the model or is bound to it.
+
+        Dropout is off and no gradient is taken: a backward that comes later would meet the tuned weights. For a gradient
+        of the base enable it inside, and take it inside. Optimisers and backward passes of the tuned model stay outside.
+        Raises LuthierError where a trainable does not say how the model computes without it.
+        """
+        modes = [(part, part.training) for part in self.module.modules()]
+        with torch.no_grad(), self.leaving_out(None, [x.base_view for x in self.attached]):
+            self.module.eval()
+            try:
+                yield self
+            finally:
+                for part, mode in modes:
+                    part.training = mode
+
     # --- the trunk ---
+
+    def hook_inputs(self, hook: InputHook) -> Change:
+        """Apply this to the inputs of every trunk call, after the hooks that are there."""
+        self.input_hooks.append(hook)
+
+        @contextmanager
+        def without() -> Iterator[None]:
+            if hook not in self.input_hooks:  # left out already
+                yield
+                return
+            at = self.input_hooks.index(hook)
+            self.input_hooks.pop(at)
+            try:
+                yield
+            finally:
+                self.input_hooks.insert(at, hook)
+
+        return Change(lambda: self.input_hooks.remove(hook), without)
 
     def trace(self, batch: Batch, layers: tuple[int, ...] = (-1,), embeds: Tensor | None = None) -> Trace:
         """Run the trunk once over the batch and keep the hidden states asked for, each [T, D].

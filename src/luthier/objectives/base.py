@@ -102,12 +102,12 @@ class Forward:
 
     def __init__(self, batch: Batch, view: ModelView, extra: nn.Module | None = None) -> None:
         self.batch, self.view, self.extra = batch, view, extra
-        self._traces: dict[tuple[int, tuple[int, ...]], Trace] = {}
+        self._traces: dict[tuple[int, Any, tuple[int, ...]], Trace] = {}
 
     def trace(self, *layers: int, embeds: Tensor | None = None, view: ModelView | None = None) -> Trace:
-        """One trunk run that keeps these layers; asked again it is not run again."""
+        """One trunk run that keeps these layers; asked again it is not run again, unless the base is asked meanwhile."""
         view = view or self.view
-        key = (id(view), layers)
+        key = (id(view), view.standing, layers)
         if embeds is not None:
             return view.trace(self.batch, layers, embeds)
         if key not in self._traces:
@@ -116,8 +116,9 @@ class Forward:
 
     def hidden(self, layer: int = -1, embeds: Tensor | None = None, view: ModelView | None = None) -> Tensor:
         """[T, D]: the final state (-1), or the input of block `layer`."""
-        for (owner, layers), trace in self._traces.items():
-            if embeds is None and owner == id(view or self.view) and layer in layers:
+        asked = view or self.view
+        for (owner, standing, layers), trace in self._traces.items():
+            if embeds is None and owner == id(asked) and standing == asked.standing and layer in layers:
                 return trace.hidden[layer]
         return self.trace(layer, embeds=embeds, view=view).hidden[layer]
 

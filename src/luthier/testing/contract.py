@@ -25,16 +25,17 @@ from luthier import manifest, recipe
 from luthier.collaboration.protocol import Collaboration
 from luthier.collaboration.translators.base import Translator
 from luthier.curation.base import Curator
-from luthier.data.batch import IGNORE
+from luthier.data.batch import IGNORE, Batch
 from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.base import Evaluator
 from luthier.method import Facts, Method
 from luthier.model.view import ModelView, probe_layout
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Forward, Objective, Term, Window
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Lab, Pipeline
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Interrupted, Loop
+from luthier.training.probe import Probe
 from luthier.training.settings import TrainSettings
 from luthier.tuners.adapter import Adapter
 from luthier.tuners.base import Stats, Trainable, Tuner
@@ -249,6 +250,83 @@ def test_the_saved_update_in_a_fresh_base_gives_the_same_states(tuner: Example, 
     with load(tmp_path).bind(fresh):
         torch.testing.assert_close(fresh.trace(batch).hidden[-1], live, atol=2e-5, rtol=1e-4)
     assert update.linear == type(tuner.method).traits.linear or not tuner.trains
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_the_update_the_model_is_the_base(tuner: Example, dtype: torch.dtype) -> None:
+    """To the bit inside and, once outside again, to the bit what it was: after an error, and nested, too."""
+    view, batch = view_in(dtype), batch_of()
+    base = states(view_in(dtype), batch)
+    attached(tuner, view)
+    view.module.eval()
+    tuned = states(view, batch)
+    with view.without_update():
+        assert torch.equal(states(view, batch), base)
+        with view.without_update():
+            assert torch.equal(states(view, batch), base)
+        assert torch.equal(states(view, batch), base)
+    assert torch.equal(states(view, batch), tuned) and torch.equal(tuned, base) != tuner.trains
+    with pytest.raises(ZeroDivisionError), view.without_update():
+        raise ZeroDivisionError
+    assert torch.equal(states(view, batch), tuned)
+
+
+def test_who_looks_at_the_base_trains_as_who_does_not(tuner: Example) -> None:
+    """The base is asked before each step, and between the forward and the backward of every micro-batch."""
+    if not tuner.trains:
+        return
+    looking, blind = loop_of(tuner, Example(Looking()), adam_eps=1e-5), loop_of(tuner, PLAIN, adam_eps=1e-5)
+    assert [looking.step()["loss"] for _ in range(STEPS)] == [blind.step()["loss"] for _ in range(STEPS)]
+    mine, theirs = looking.trainable.state_dict(), blind.trainable.state_dict()
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+    assert all(
+        torch.equal(p, q) for p, q in zip(looking.view.module.parameters(), blind.view.module.parameters(), strict=True)
+    )
+
+
+class Looking(Sft):
+    """The usual loss, by one who compares the base with a fresh one on every occasion."""
+
+    def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
+        with probe.quiet():
+            probe.view.module.train()
+            look(probe.forward(window.micro[0]))
+        with probe.view.without_update():
+            scored = probe.scores(window.micro)[0].nll
+            names = [n for n in probe.view.anatomy.parameters if n.endswith("norm.weight")]
+            probe.gradients(window.micro, names)
+        with probe.quiet(), probe.view.without_update():
+            assert torch.equal(probe.forward(window.micro[0]).scores().nll, scored)
+        return super().plan(window, probe)
+
+    def loss(self, fwd: Forward) -> Mapping[str, Term]:
+        look(Forward(fwd.batch, fwd.view))
+        terms, tuned = super().loss(fwd), fwd.hidden()
+        look(fwd)
+        assert fwd.hidden() is tuned
+        return terms
+
+
+def look(fwd: Forward) -> None:
+    view, fresh = fwd.view, view_in(fwd.view.dtype)
+    mode = view.module.training
+    with view.without_update():
+        assert not view.module.training
+        assert torch.equal(fwd.hidden(), states(fresh, fwd.batch))
+        assert torch.equal(fwd.scores().nll, Forward(fwd.batch, fresh).scores().nll)
+    assert view.module.training == mode
+
+
+def view_in(dtype: torch.dtype) -> ModelView:
+    view = view_of()
+    torch.nn.Module.to(view.module, dtype)
+    return view
+
+
+@torch.no_grad()  # attention takes another way with a gradient, which rounds in its own way
+def states(view: ModelView, batch: Batch) -> Tensor:
+    """[T, D] the last hidden states."""
+    return view.trace(batch).hidden[-1]
 
 
 def test_same_seed_same_numbers(tuner: Example) -> None:

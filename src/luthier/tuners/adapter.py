@@ -54,15 +54,15 @@ class AdapterTrainable(Trainable):
     """a: module -> [R, out], b: module -> [out, R]; float32."""
 
     def __init__(self, tuner: Adapter, view: ModelView) -> None:
+        places = [x for x in view.anatomy.block_linears if x.role in ("o", "down")]
+        layers = [view.layer(x.module) for x in places]
         super().__init__(view)
         self.freeze_base()
         self.a: dict[str, nn.Parameter] = {}
         self.b: dict[str, nn.Parameter] = {}
         streams = Streams(tuner.seed)
-        for x in view.anatomy.block_linears:
-            if x.role not in ("o", "down"):
-                continue
-            generator, module = streams.torch("adapter", x.module), view.layer(x.module)
+        for x, module in zip(places, layers, strict=True):
+            generator = streams.torch("adapter", x.module)
             a = torch.randn(tuner.rank, x.shape[0], generator=generator) * tuner.init_std
             b = torch.randn(x.shape[0], tuner.rank, generator=generator) * tuner.init_std
             self.a[x.module], self.b[x.module] = (
@@ -73,7 +73,8 @@ class AdapterTrainable(Trainable):
                 register(module, "a", self.a[x.module]),
                 register(module, "b", self.b[x.module]),
             )
-            self._undo += [undo_a, undo_b, output_adapter(module, get_a, get_b)]
+            self._undo += [undo_a, undo_b]
+            self.put(output_adapter(module, get_a, get_b))
 
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup([*self.a.values(), *self.b.values()])]

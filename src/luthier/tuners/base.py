@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from luthier.errors import LuthierError
 from luthier.method import Method
 from luthier.model.additions import refuse_packed
-from luthier.model.hanging import Undo
+from luthier.model.change import Change, Undo, Without, swapped
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Clock, Window
 from luthier.rng import Streams
@@ -88,6 +89,7 @@ class Trainable:
         self.base = view.base  # before anything moves
         self._flags = {p: p.requires_grad for p in view.module.parameters()}
         self._undo: list[Undo] = []
+        self._withouts: list[Without] = []  # of what this does to the model, in the order it was done
         self._owned = False
         view.attached.append(self)
 
@@ -102,6 +104,24 @@ class Trainable:
             self._flags |= inner._flags
         attached.remove(inner)
         inner._owned = True
+        self._withouts.append(inner.base_view)
+
+    def put(self, change: Change) -> None:
+        """Answer for a change to the model: `detach` undoes it, `base_view` leaves it out."""
+        self._undo.append(change.undo)
+        self._withouts.append(change.without)
+
+    def base_view(self) -> AbstractContextManager[None]:
+        """A scope in which the model computes as it did before this was attached; see `ModelView.without_update`.
+
+        Override it, or `put` every change. Raises LuthierError where neither was done.
+        """
+        if not self._withouts:
+            raise LuthierError(
+                f"{type(self).__name__} does not say how the model computes without it: call put() with each change to "
+                "the model, or write base_view()"
+            )
+        return self.view.leaving_out(self, self._withouts)
 
     def groups(self) -> list[ParamGroup]:
         raise NotImplementedError
@@ -172,20 +192,24 @@ class DenseTrainable(Trainable):
     """
 
     def __init__(self, view: ModelView, names: list[str], seed: int = 0, freeze: bool = True) -> None:
-        super().__init__(view)
-        if freeze:
-            self.freeze_base()
         refuse_packed("tuner", view.module, names)
         for holder in {n.rpartition(".")[0] for n in names}:
             view.layer(holder)
+        super().__init__(view)
+        if freeze:
+            self.freeze_base()
         self.names, self._streams, self._steps = names, Streams(seed), 0
         self._stored = {n: view.weight(n).detach().clone() for n in names}
         self._moved: set[str] = set()
         self._masters: dict[str, nn.Parameter] = {}
+        self._withouts.append(self._stored_weights)
         for n in names:
             p = view.weight(n)
             p.requires_grad_(True)
             self._masters[n] = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+
+    def _stored_weights(self) -> AbstractContextManager[None]:
+        return swapped([(self.view.weight(n), value) for n, value in self._stored.items()])
 
     def master(self, name: str) -> nn.Parameter:
         return self._masters[name]

@@ -94,17 +94,17 @@ class DeptTrainable(Trainable):
     """vectors [M, D], A [S, R], B [R, D]; all float32."""
 
     def __init__(self, tuner: Dept, view: ModelView) -> None:
+        self.tuner, streams, width = tuner, Streams(tuner.seed), view.anatomy.hidden_size
+        start = self._start(view, streams)
         super().__init__(view)
         self.freeze_base()
-        self.tuner, width = tuner, view.anatomy.hidden_size
         rank = (
             budget_rank(tuner.budget_length, tuner.length, width, tuner.max_length)
             if tuner.rank is None
             else tuner.rank
         )
         self.rank, self.scale = rank, scale(tuner.alpha, rank)
-        streams = Streams(tuner.seed)
-        self.vectors = nn.Parameter(self._start(view, streams))
+        self.vectors = nn.Parameter(start)
         limit = 1 / math.sqrt(rank) if rank else 0.0
         a = torch.empty(tuner.max_length, rank).uniform_(-limit, limit, generator=streams.torch("dept"))
         self.a = nn.Parameter(a.to(view.device))
@@ -112,9 +112,8 @@ class DeptTrainable(Trainable):
         for name, p in (("prompt", self.vectors), ("offset_a", self.a), ("offset_b", self.b)):
             self._undo.append(register(view.embedding, name, p)[1])
         hook = soft_prompt(lambda: self.vectors, self.offsets if rank else None)
-        view.input_hooks.append(hook)
-        self._undo.append(lambda: view.input_hooks.remove(hook))
-        self._undo.append(patch_model(view))
+        self.put(view.hook_inputs(hook))
+        self.put(patch_model(view))
 
     def _start(self, view: ModelView, streams: Streams) -> Tensor:
         """[M, D] float32."""

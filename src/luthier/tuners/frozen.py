@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -32,6 +33,9 @@ class FrozenTrainable(Trainable):
 
     def groups(self) -> list[ParamGroup]:
         return []
+
+    def base_view(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def update(self) -> Update:
         return Update(self.base, ())

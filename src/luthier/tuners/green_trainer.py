@@ -259,9 +259,9 @@ class GreenTrainable(Trainable):
     reselects = reads_rows = True
 
     def __init__(self, tuner: GreenTrainer, view: ModelView, every: int) -> None:
+        self.dense = DenseTrainable(view, list(view.anatomy.parameters), tuner.seed)
         super().__init__(view)
         self.tuner, self.every = tuner, every
-        self.dense = DenseTrainable(view, list(view.anatomy.parameters), tuner.seed)
         self.own(self.dense)
         self.selected: list[str] = []
         self.spent: dict[str, float] = {}

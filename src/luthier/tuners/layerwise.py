@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
+from luthier.model.additions import refuse_packed
 from luthier.model.anatomy import Anatomy
+from luthier.model.change import Undo, swapped
 from luthier.model.features import FeatureCache
-from luthier.model.hanging import Undo
 from luthier.model.view import ModelView
 from luthier.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
@@ -111,20 +112,26 @@ class LayerwiseTrainable(Trainable):
     """Upper weights with masters, grouped by depth."""
 
     def __init__(self, tuner: Layerwise, view: ModelView) -> None:
-        super().__init__(view)
         self.tuner, anatomy = tuner, view.anatomy
+        refuse_packed("tuner", view.module, anatomy.parameters)
+        fresh = new_weights(view, tuner.reinit_blocks, tuner.reinit_style, Streams(tuner.seed))
+        super().__init__(view)
         self.frozen = {n for n in anatomy.parameters if tuner.freeze_blocks and anatomy.depth(n) <= tuner.freeze_blocks}
         self.original = {n: view.weight(n).detach().clone() for n in reinitialised(anatomy, tuner.reinit_blocks)}
-        fresh = new_weights(view, tuner.reinit_blocks, tuner.reinit_style, Streams(tuner.seed))
         with torch.no_grad():
             for name, value in fresh.items():
                 view.weight(name).copy_(value)
+        self._withouts.append(self._original_weights)
         self.dense = DenseTrainable(view, [n for n in anatomy.parameters if n not in self.frozen], tuner.seed)
         self.own(self.dense)
         self._undo += [still(view.module, m) for m in frozen_modules(view, tuner.freeze_blocks)]
         self.features = FeatureCache(view, tuner.freeze_blocks) if tuner.cache_features else None
         if self.features is not None:
-            self._undo += self.features.install()
+            self.put(self.features.install())
+
+    def _original_weights(self) -> AbstractContextManager[None]:
+        """What stood where new weights were drawn."""
+        return swapped([(self.view.weight(n), value) for n, value in self.original.items()])
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

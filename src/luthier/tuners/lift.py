@@ -21,7 +21,7 @@ from luthier.model.view import ModelView
 from luthier.objectives.base import Clock
 from luthier.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_dicts, as_view
-from luthier.tuners.sparse import SparseWeights, top
+from luthier.tuners.sparse import SparseWeights, refuse_entries, top
 from luthier.update import Sparse, Update
 
 log = logging.getLogger(__name__)
@@ -159,9 +159,7 @@ class LiftTrainable(Trainable):
     """The entries that train, and those that did before: positions, base values and differences of each."""
 
     def __init__(self, tuner: Lift, view: ModelView, total_steps: int) -> None:
-        super().__init__(view)
-        self.freeze_base()
-        self.tuner, self._streams, self._steps = tuner, Streams(tuner.seed), 0
+        self.tuner, self.view, self._streams, self._steps = tuner, view, Streams(tuner.seed), 0
         self.every = tuner.every(total_steps)
         linears, seen = [], set()
         for x in view.anatomy.match(tuner.targets):
@@ -171,12 +169,17 @@ class LiftTrainable(Trainable):
                 seen.add(id(weight))
         if view.anatomy.tied and any(x.module == view.anatomy.head for x in linears):
             raise RecipeError("lift.targets", "the head is tied to the embeddings", "leave it out")
+        refuse_entries(view, linears)
         before, started = view.meter.total, time.perf_counter()
-        self.sparse = SparseWeights(view, linears, {x.name: self._choose(x) for x in linears})
+        chosen = {x.name: self._choose(x) for x in linears}
+        super().__init__(view)
+        self.freeze_base()
+        self.sparse = SparseWeights(view, linears, chosen)
         self.attach_flops, self.attach_seconds = view.meter.total - before, time.perf_counter() - started
         # Dropped entries: positions (ascending), what the base holds there, and the difference training left.
         empty = torch.zeros(0, dtype=torch.long, device=view.device)
         self.left = {n: (empty, s[:0].clone(), v.detach()[:0].clone()) for n, s, v in self._both()}
+        self._withouts.append(lambda: self.sparse.without({n: (at, base) for n, (at, base, _) in self.left.items()}))
         self._optimizer: Optimizer | None = None
         self.overlap: dict[str, float] = {}
 

@@ -53,20 +53,21 @@ class LoraTrainable(Trainable):
     """The attached factors, by parameter name."""
 
     def __init__(self, tuner: Lora, view: ModelView) -> None:
+        self.targets = view.anatomy.match(tuner.targets)
+        layers = [view.layer(x.module) for x in self.targets]  # refused, if at all, before anything is changed
         super().__init__(view)
         self.freeze_base()
         self.scale = tuner.alpha / tuner.rank
-        self.targets = view.anatomy.match(tuner.targets)
         self.a: dict[str, nn.Parameter] = {}
         self.b: dict[str, nn.Parameter] = {}
         streams = Streams(tuner.seed)
-        for x in self.targets:
-            module = view.layer(x.module)
+        for x, module in zip(self.targets, layers, strict=True):
             a = nn.Parameter(initial_a(x, tuner.rank, streams).to(view.device))
             b = nn.Parameter(torch.zeros(x.shape[0], tuner.rank, device=view.device))
             self.a[x.name], self.b[x.name] = a, b
             (get_a, undo_a), (get_b, undo_b) = register(module, "a", a), register(module, "b", b)
-            self._undo += [undo_a, undo_b, low_rank_adapter(module, get_a, get_b, self.scale, tuner.dropout)]
+            self._undo += [undo_a, undo_b]
+            self.put(low_rank_adapter(module, get_a, get_b, self.scale, tuner.dropout))
         self.initial = {f"a.{n}": a.detach().clone() for n, a in self.a.items()}
 
     def groups(self) -> list[ParamGroup]:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.errors import RecipeError
+from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.peft_modules import PeftModules
 from luthier.model.view import ModelView
@@ -79,9 +79,9 @@ class PeftTrainable(Trainable):
         from peft import PeftType, get_peft_model
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+        targets = view.anatomy.match(tuner.targets)
         super().__init__(view)
         self.freeze_base()
-        targets = view.anatomy.match(tuner.targets)
         options: dict[str, Any] = {"target_modules": sorted(x.module for x in targets), **tuner.options}
         if tuner.type == "IA3":  # it scales what the layers put out, but for those whose input it scales
             options.setdefault("feedforward_modules", sorted(x.module for x in targets if x.role == "down"))
@@ -91,9 +91,13 @@ class PeftTrainable(Trainable):
                 torch.manual_seed(int(Streams(tuner.seed).at("peft").integers(1 << 31)))
                 self.placed = PeftModules(view.module, lambda model: get_peft_model(model, config))
         except (ValueError, TypeError) as error:
+            self.detach()
             raise RecipeError("tuner.peft.options", str(error).splitlines()[0], "see peft's documentation") from error
-
+        except LuthierError:
+            self.detach()
+            raise
         self.wrapped = self.placed.wrapped
+        self.put(self.placed.change)
 
     def named(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad}
@@ -115,7 +119,3 @@ class PeftTrainable(Trainable):
         state = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
         config = self.wrapped.peft_config["default"].to_dict()
         return Update(self.base, (PeftPart(config, {n: t.detach().cpu().clone() for n, t in state.items()}),))
-
-    def detach(self) -> None:
-        self.placed.undo()
-        super().detach()

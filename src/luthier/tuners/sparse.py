@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from luthier.errors import LuthierError
 from luthier.model.additions import bias_of, oriented, refuse_packed, register, replace_product
 from luthier.model.anatomy import Linear
-from luthier.model.hanging import Undo
+from luthier.model.change import Change, Undo, leaving_out
+from luthier.model.hanging import replaces_product
 from luthier.model.view import ModelView
 from luthier.training.linear import sparse_linear, stochastic_round
 from luthier.update import Sparse
 
 Observe = Callable[[Tensor], None]
+
+
+def refuse_entries(view: ModelView, linears: Sequence[Linear]) -> None:
+    """Raises LuthierError for layers whose entries cannot train: packed ones, and those whose entries train already."""
+    refuse_packed("tuner", view.module, [x.name for x in linears])
+    for x in linears:
+        if replaces_product(view.layer(x.module)):
+            raise LuthierError(f"entries of {x.name} train already; detach that tuner first")
 
 
 class SparseWeights:
@@ -27,18 +38,20 @@ class SparseWeights:
 
     def __init__(self, view: ModelView, linears: Sequence[Linear], indices: dict[str, Tensor]) -> None:
         self.view, self.linears = view, {x.name: x for x in linears}
-        refuse_packed("tuner", view.module, self.linears)
+        refuse_entries(view, linears)
         self.indices = {n: i.to(view.device, self._dtype(n)) for n, i in indices.items()}
         self.values: dict[str, nn.Parameter] = {}
         self.observe: dict[str, Observe | None] = dict.fromkeys(self.linears)
         self.stored: dict[str, Tensor] = {}
         self.undo: list[Undo] = []
+        self.products: list[Change] = []
         for name, x in self.linears.items():
             module = view.layer(x.module)
             self.stored[name] = self.read(name)
             self.values[name] = nn.Parameter(torch.zeros(len(self.indices[name]), device=view.device))
             self.undo.append(register(module, "values", self.values[name])[1])
-            self.undo.append(replace_product(module, self._forward(name, module)))
+            self.products.append(replace_product(module, self._forward(name, module)))
+            self.undo.append(self.products[-1].undo)
 
     def _dtype(self, name: str) -> torch.dtype:
         rows, columns = self.linears[name].shape
@@ -51,18 +64,22 @@ class SparseWeights:
 
         return forward
 
-    def _weight(self, name: str) -> Tensor:
-        """[out, in], a view of what is stored."""
-        return oriented(self.view.layer(self.linears[name].module)).detach()
+    def _weight(self, name: str, unseen: bool = False) -> Tensor:
+        """[out, in], a view of what is stored.
+
+        unseen  autograd is not to count what is written there
+        """
+        weight = oriented(self.view.layer(self.linears[name].module))
+        return weight.data if unseen else weight.detach()
 
     def at(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         columns = self.linears[name].shape[1]
         return indices // columns, indices % columns
 
-    def put(self, name: str, values: Tensor, indices: Tensor | None = None) -> None:
+    def put(self, name: str, values: Tensor, indices: Tensor | None = None, unseen: bool = False) -> None:
         """Write entries of the layer's weight; a flat view where the weight is stored as it is computed with."""
         indices = self.indices[name] if indices is None else indices
-        weight = self._weight(name)
+        weight = self._weight(name, unseen)
         if weight.is_contiguous():
             weight.view(-1)[indices] = values
         else:
@@ -109,6 +126,26 @@ class SparseWeights:
             indices[name], values[name] = index[order].cpu(), self.values[name].detach()[order].cpu()
             shapes[name] = tuple(self.view.weight(name).shape)
         return Sparse(indices, values, shapes)
+
+    @contextmanager
+    def without(self, more: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> Iterator[None]:
+        """The base's entries in the layers, for the calls inside.
+
+        more  name -> (positions, what the base holds there), beside the entries that train
+        A backward from before finds what it saved: the writes are taken back, and autograd does not count them.
+        """
+        base = {n: (self.indices[n].long(), value) for n, value in self.stored.items()}
+        for n, (where, value) in (more or {}).items():
+            base[n] = torch.cat([base[n][0], where]), torch.cat([base[n][1], value])
+        tuned = {n: self.read(n, at) for n, (at, _) in base.items()}
+        with leaving_out([p.without for p in self.products]):
+            try:
+                for n, (at, value) in base.items():
+                    self.put(n, value, at, unseen=True)
+                yield
+            finally:
+                for n, (at, _) in base.items():
+                    self.put(n, tuned[n], at, unseen=True)
 
     @torch.no_grad()
     def detach(self) -> None:

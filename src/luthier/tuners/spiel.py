@@ -21,7 +21,7 @@ from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Window
 from luthier.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_dicts, as_view
-from luthier.tuners.sparse import SparseWeights, top, top_magnitudes
+from luthier.tuners.sparse import SparseWeights, refuse_entries, top, top_magnitudes
 from luthier.update import Update
 
 # --- the mathematics ---
@@ -294,10 +294,11 @@ class SpielTrainable(Trainable):
     reads_rows = True
 
     def __init__(self, tuner: Spiel, view: ModelView, total_steps: int) -> None:
-        super().__init__(view)
-        self.freeze_base()
         self.tuner, self.total_steps, self._streams = tuner, total_steps, Streams(tuner.seed)
         linears = self._with_budget(view)
+        refuse_entries(view, [x for x, _ in linears])
+        super().__init__(view)
+        self.freeze_base()
         first = {}
         for x, k in linears:
             generator = self._streams.torch("spiel", x.module)
@@ -305,6 +306,7 @@ class SpielTrainable(Trainable):
             # Copied: a slice would keep the whole permutation alive, 8 bytes for every weight.
             first[x.name] = torch.randperm(size, generator=generator)[:k].clone() if k < size else torch.arange(size)
         self.sparse = SparseWeights(view, [x for x, _ in linears], first)
+        self._withouts.append(self.sparse.without)
         self.observed: Observed | None = None
         # Candidates are agreed on inside the backward pass, so not on the group that reduces gradients.
         self._ranks = dist.new_group() if dist.is_initialized() and dist.get_world_size() > 1 else None

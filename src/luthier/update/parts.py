@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
-from luthier.model.hanging import Undo, in_turn
+from luthier.model.change import Change, swapped, together
 from luthier.model.peft_modules import PeftModules
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -282,7 +283,7 @@ class Replace:
         for name, t in self.values.items():
             yield from _misfit(name, t, shapes)
 
-    def apply(self, view: Any) -> Undo:
+    def apply(self, view: Any) -> Change:
         return overwrite(view, self.values.items())
 
 
@@ -310,15 +311,15 @@ class Prompt:
             if t.ndim != 2 or not t.isfinite().all():
                 yield f"prompt {name} is not a finite matrix"
 
-    def apply(self, view: Any) -> Undo:
+    def apply(self, view: Any) -> Change:
         from luthier.model.inputs import soft_prompt
 
         if self.vectors.shape[1] != view.anatomy.hidden_size:
             raise LuthierError(f"the prompt's width is {self.vectors.shape[1]}, the model's {view.anatomy.hidden_size}")
         offsets = self.offsets
         hook = soft_prompt(lambda: self.vectors, None if offsets is None else lambda: offsets, self.scope)
-        view.input_hooks.append(hook)
-        return lambda: view.input_hooks.remove(hook)
+        change: Change = view.hook_inputs(hook)
+        return change
 
 
 @dataclass(frozen=True)
@@ -350,15 +351,15 @@ class Modules:
             elif not (a.isfinite().all() and b.isfinite().all()):
                 yield f"{module}: a factor is not finite"
 
-    def apply(self, view: Any) -> Undo:
+    def apply(self, view: Any) -> Change:
         from luthier.model.additions import output_adapter
         from luthier.model.hanging import Fixed
 
-        undo = []
-        for name in self.a:
+        changes = []
+        for name, layer in {name: view.layer(name) for name in self.a}.items():
             a, b = self.a[name].to(view.device), self.b[name].to(view.device)
-            undo.append(output_adapter(view.layer(name), Fixed(a), Fixed(b)))
-        return in_turn(undo)
+            changes.append(output_adapter(layer, Fixed(a), Fixed(b)))
+        return together(changes)
 
 
 # Of a stranger's adapter configuration: its own kind, starts that would rewrite the base, code to import.
@@ -421,8 +422,8 @@ class PeftPart:
             raise LuthierError(f"this adapter holds tensors the base has no place for: {without_place[0]}")
         return placed
 
-    def apply(self, view: Any) -> Undo:
-        return self.attach(view.module).undo
+    def apply(self, view: Any) -> Change:
+        return self.attach(view.module).change
 
 
 VECTOR_PARTS = (Dense, Sparse, LowRank, Seeds)
@@ -446,8 +447,8 @@ class Chart:
         return tensor_hash(dict(self.initial))
 
 
-def overwrite(view: Any, values: Iterable[tuple[str, Tensor]]) -> Undo:
-    """Write tensors over parameters, one at a time; the returned function puts the stored bits back."""
+def overwrite(view: Any, values: Iterable[tuple[str, Tensor]]) -> Change:
+    """Write tensors over parameters, one at a time; undone, these have their stored bits back."""
     stored: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, value in values:
@@ -460,10 +461,10 @@ def overwrite(view: Any, values: Iterable[tuple[str, Tensor]]) -> Undo:
             for name, value in stored.items():
                 view.weight(name).copy_(value)
 
-    return undo
+    return Change(undo, lambda: swapped([(view.weight(n), value) for n, value in stored.items()]))
 
 
-def overwrite_entries(view: Any, part: Sparse, scale: float) -> Undo:
+def overwrite_entries(view: Any, part: Sparse, scale: float) -> Change:
     """Add a sparse part to the weights in float32; only the entries it touches are kept for the undo."""
     stored: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -479,7 +480,20 @@ def overwrite_entries(view: Any, part: Sparse, scale: float) -> Undo:
                 weight = view.weight(name)
                 weight.view(-1)[part.indices[name].to(weight.device)] = value
 
-    return undo
+    @contextmanager
+    def without() -> Iterator[None]:
+        places = [(n, value, part.indices[n].to(value.device)) for n, value in stored.items()]
+        flat = lambda n: view.weight(n).data.view(-1)  # noqa: E731 - of `data`, whose writes autograd does not count
+        tuned = [flat(n)[at] for n, _, at in places]
+        try:
+            for n, value, at in places:
+                flat(n)[at] = value
+            yield
+        finally:
+            for (n, _, at), value in zip(places, tuned, strict=True):
+                flat(n)[at] = value
+
+    return Change(undo, without)
 
 
 def _misfit(name: str, t: Tensor, shapes: Shapes) -> Iterator[str]:

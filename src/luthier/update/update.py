@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from luthier.errors import LuthierError
+from luthier.model.change import Change, together
 from luthier.model.fingerprint import Fingerprint, tensor_hash
-from luthier.model.hanging import in_turn
 from luthier.update.parts import (
     VECTOR_PARTS,
     Chart,
@@ -33,6 +33,19 @@ from luthier.update.parts import (
 
 # In a composition these come in this order: deltas first, replaced tensors over them, then what is added around.
 _ORDER = {**dict.fromkeys(VECTOR_PARTS, 0), Replace: 1, Modules: 2, PeftPart: 2, Prompt: 3}
+
+
+@dataclass(eq=False)
+class Bound:
+    """An update that is on a model now."""
+
+    view: Any
+    changes: list[Change] = field(default_factory=list)
+
+    def base_view(self) -> AbstractContextManager[None]:
+        """A scope in which the model computes as it did before."""
+        scope: AbstractContextManager[None] = self.view.leaving_out(self, [c.without for c in self.changes])
+        return scope
 
 
 @dataclass(frozen=True)
@@ -141,14 +154,16 @@ class Update:
             )
         self.validate(view.anatomy.parameters)
         self._refuse_packed(view.module, besides=(LowRank,))
-        undo = []
+        bound = Bound(view)
+        view.attached.append(bound)
         try:
             for part in self.parts:
-                undo.append(_apply(part, view, scale))
+                bound.changes.append(_apply(part, view, scale))
             yield view
         finally:
-            for step in reversed(undo):
-                step()
+            view.attached.remove(bound)
+            for change in reversed(bound.changes):
+                change.undo()
 
     def validate(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises LuthierError with the first thing that does not fit tensors of these shapes."""
@@ -181,18 +196,18 @@ class Update:
                 raise TypeError(f"a {part.kind} part cannot be merged into weights")
 
 
-def _apply(part: Part, view: Any, scale: float) -> Any:
-    """Bind one part; returns its undo. Low-rank parts stay beside the weight, so that low precision loses nothing."""
+def _apply(part: Part, view: Any, scale: float) -> Change:
+    """Bind one part. Low-rank parts stay beside the weight, so that low precision loses nothing."""
     if isinstance(part, LowRank):
         from luthier.model.additions import low_rank_adapter
         from luthier.model.hanging import Fixed
 
-        undo = []
-        for name, a in part.a.items():
-            here, there = Fixed(a.to(view.device)), Fixed(part.b[name].to(view.device))
-            layer = view.layer(name.removesuffix(".weight"))
-            undo.append(low_rank_adapter(layer, here, there, scale * part.scale[name]))
-        return in_turn(undo)
+        changes = []
+        layers = {name: view.layer(name.removesuffix(".weight")) for name in part.a}
+        for name, layer in layers.items():
+            here, there = Fixed(part.a[name].to(view.device)), Fixed(part.b[name].to(view.device))
+            changes.append(low_rank_adapter(layer, here, there, scale * part.scale[name]))
+        return together(changes)
     if isinstance(part, Sparse):
         return overwrite_entries(view, part, scale)
     if isinstance(part, VECTOR_PARTS):
