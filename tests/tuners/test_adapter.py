@@ -46,8 +46,9 @@ def test_both_matrices_start_at_the_stated_deviation_and_differ():
     trainable = Adapter(rank=64, init_std=0.03).attach(view_of())
     every = [p.detach() for p in trainable.parameters()]
     assert all(float(p.std()) == pytest.approx(0.03, rel=0.06) for p in every)
-    name = next(iter(trainable.a))
+    name, other = list(trainable.a)[:2]
     assert not torch.equal(trainable.a[name], trainable.b[name].T)
+    assert not torch.equal(trainable.a[name], trainable.a[other]), "keyed by layer"
     assert not torch.equal(every[0], next(Adapter(rank=64, init_std=0.03, seed=1).attach(view_of()).parameters()))
 
 

@@ -182,6 +182,21 @@ def test_logits_equal_the_formula(kind, reach):
     assert float((bare - wanted).abs().max()) > 0.05
 
 
+def test_the_prompt_side_of_a_plain_call_ends_at_the_first_label():
+    """Tokens without a label after the answer, of a second turn or of padding, get no offset."""
+    view = view_of()
+    moved(view)
+    ids = torch.randint(3, 90, (1, 10), generator=torch.Generator().manual_seed(1))
+    labels = torch.full_like(ids, -100)
+    labels[0, 4:6] = ids[0, 4:6]
+    labels[0, 8:] = ids[0, 8:]
+    by_labels = view.module(input_ids=ids, labels=labels)
+    by_mask = view.module(input_ids=ids, labels=labels, prompt_mask=(torch.arange(10) < 4).long()[None])
+    assert torch.equal(by_labels.logits, by_mask.logits) and torch.equal(by_labels.loss, by_mask.loss)
+    own = torch.nn.functional.cross_entropy(by_mask.logits[0, :-1], labels[0, 1:])  # the vectors carry no label
+    torch.testing.assert_close(by_mask.loss, own)
+
+
 def test_the_official_scales():
     """c = 8 / sqrt(r) at the ranks of the released checkpoints: not alpha / r."""
     assert [round(scale(8.0, r), 2) for r in (15, 24, 30, 45)] == [2.07, 1.63, 1.46, 1.19]

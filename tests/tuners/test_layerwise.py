@@ -164,6 +164,16 @@ def test_5_reinitialised_blocks(kind):
     assert any(view.anatomy.depth(n) == 3 for n in fresh)
 
 
+def test_5_every_tensor_is_drawn_by_its_own_name_and_the_seed():
+    views = [ModelView(tiny()) for _ in range(3)]
+    for view, seed in zip(views, (0, 0, 1), strict=True):
+        Layerwise(reinit_blocks=2, seed=seed).attach(view)
+    first, same, other = (v.weight("model.layers.2.mlp.up_proj.weight") for v in views)
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    assert not torch.equal(first, views[0].weight("model.layers.2.mlp.gate_proj.weight"))
+    assert not torch.equal(first, views[0].weight("model.layers.1.mlp.up_proj.weight"))
+
+
 def test_5_the_pooler_starts_anew_with_the_top_block_and_not_without():
     view = ModelView(tiny("bert-classifier", hidden_size=64, intermediate_size=128))
     before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
@@ -299,6 +309,9 @@ def test_4_features_are_known_by_tokens_and_positions_and_kept_in_training_only(
     trainable = Layerwise(freeze_blocks=1, cache_features=True).attach(view)
     view.trace(batch)
     assert not trainable.features.states
+    with trainable.phase("score"):
+        view.trace(batch)
+    assert not trainable.features.states and not trainable.features.active
     with trainable.phase("train"):
         once = view.trace(batch).hidden[-1]
         assert set(trainable.features.states) == set(keys_of(batch)) and len(set(keys_of(batch))) == 2
