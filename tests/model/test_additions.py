@@ -442,3 +442,30 @@ def test_updates_of_several_low_rank_parts_bind_as_they_are():
         seen = view.trace(batch).hidden[-1]
     with (one + two).bind(view):
         torch.testing.assert_close(view.trace(batch).hidden[-1], seen, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "sparse", "replace"])
+@pytest.mark.parametrize("update_first", [True, False])
+def test_what_writes_over_weights_leaves_in_turn_or_is_refused(name, update_first):
+    """Each gives back what it found, so that out of turn the base would be lost."""
+    view, plain = view_of(), tiny()
+    update = PARTS[name].bind(view)
+    if update_first:
+        update.__enter__()
+    trainable = Full().attach(view)
+    if not update_first:
+        update.__enter__()
+        with pytest.raises(
+            LuthierError, match=r"Bound came later and changed model.* too; take it off before DenseTrainable"
+        ):
+            trainable.detach()
+        update.__exit__(None, None, None)
+        trainable.detach()
+    else:
+        with pytest.raises(
+            LuthierError, match=r"DenseTrainable came later and changed model.* too; take it off before Bound"
+        ):
+            update.__exit__(None, None, None)
+        trainable.detach()
+        view.attached[0].changes[0].undo()
+    assert all(torch.equal(p, plain.get_parameter(n)) for n, p in view.module.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import refuse_packed
-from luthier.model.change import swapped
+from luthier.model.change import Change, swapped
 from luthier.model.view import ModelView
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Seeds, Update
@@ -155,7 +156,7 @@ class FedKSeedTrainable(Trainable):
         self.probabilities = probabilities
         self.names = list(view.anatomy.parameters)
         self.start = {n: view.weight(n).detach().clone() for n in self.names}
-        self._withouts.append(lambda: swapped([(view.weight(n), value) for n, value in self.start.items()]))
+        self.put(Change(self._restore, self._stored_weights), self.names)
         low = any(t.dtype != torch.float32 for t in self.start.values())
         # In low precision a perturbation does not come off again exactly: keep float32 weights and round once.
         self.masters = {n: t.float() for n, t in self.start.items()} if low else None
@@ -227,10 +228,12 @@ class FedKSeedTrainable(Trainable):
         return Update(self.base, (part,))
 
     @torch.no_grad()
-    def detach(self) -> None:
+    def _restore(self) -> None:
         for n, t in self.start.items():
             self.view.weight(n).copy_(t)
-        super().detach()
+
+    def _stored_weights(self) -> AbstractContextManager[None]:
+        return swapped([(self.view.weight(n), t) for n, t in self.start.items()])
 
 
 __all__ = ["FedKSeed", "aggregate", "projected_gradient", "rebuild", "seed_pool", "seed_probabilities"]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.data.batch import Batch, pad, unpad
+from luthier.errors import LuthierError
 from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention function
 from luthier.model.anatomy import Anatomy
 from luthier.model.change import Change, Without, leaving_out
@@ -131,6 +132,16 @@ class ModelView:
     def standing(self) -> tuple[tuple[int, ...], ...]:
         """Equal where the model computes with the same things: what is on it, less what is left out."""
         return tuple(id(x) for x in self.attached), tuple(self.attached.left_out)
+
+    def refuse_out_of_turn(self, leaving: Any) -> None:
+        """Raises LuthierError where something came later and wrote over the same weights: it would give back what it found."""
+        if leaving not in self.attached:
+            return
+        for later in self.attached[self.attached.index(leaving) + 1 :]:
+            if both := sorted(leaving.writes & later.writes):
+                raise LuthierError(
+                    f"{type(later).__name__} came later and changed {both[0]} too; take it off before {type(leaving).__name__}"
+                )
 
     @contextmanager
     def leaving_out(self, who: Any, withouts: Sequence[Without]) -> Iterator[None]:

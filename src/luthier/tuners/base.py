@@ -90,6 +90,7 @@ class Trainable:
         self._flags = {p: p.requires_grad for p in view.module.parameters()}
         self._undo: list[Undo] = []
         self._withouts: list[Without] = []  # of what this does to the model, in the order it was done
+        self.writes: set[str] = set()  # names of parameters that get other numbers
         self._owned = False
         view.attached.append(self)
 
@@ -104,12 +105,16 @@ class Trainable:
             self._flags |= inner._flags
         attached.remove(inner)
         inner._owned = True
-        self._withouts.append(inner.base_view)
+        self.put(Change(inner.detach, inner.base_view), inner.writes)
 
-    def put(self, change: Change) -> None:
-        """Answer for a change to the model: `detach` undoes it, `base_view` leaves it out."""
+    def put(self, change: Change, writes: Iterable[str] = ()) -> None:
+        """Answer for a change to the model: `detach` undoes it, `base_view` leaves it out.
+
+        writes  names of the parameters that it gives other numbers
+        """
         self._undo.append(change.undo)
         self._withouts.append(change.without)
+        self.writes.update(writes)
 
     def base_view(self) -> AbstractContextManager[None]:
         """A scope in which the model computes as it did before this was attached; see `ModelView.without_update`.
@@ -163,7 +168,12 @@ class Trainable:
         raise NotImplementedError
 
     def detach(self) -> None:
-        """Take everything out again: the base is bit-identical to what it was."""
+        """Take everything out again: the base is bit-identical to what it was.
+
+        Raises LuthierError, before anything is done, where something that came later wrote over the same weights.
+        """
+        if not self._owned:
+            self.view.refuse_out_of_turn(self)
         for step in reversed(self._undo):
             step()
         self._undo.clear()
@@ -202,11 +212,16 @@ class DenseTrainable(Trainable):
         self._stored = {n: view.weight(n).detach().clone() for n in names}
         self._moved: set[str] = set()
         self._masters: dict[str, nn.Parameter] = {}
-        self._withouts.append(self._stored_weights)
+        self.put(Change(self._restore, self._stored_weights), names)
         for n in names:
             p = view.weight(n)
             p.requires_grad_(True)
             self._masters[n] = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for n, value in self._stored.items():
+            self.view.weight(n).copy_(value)
 
     def _stored_weights(self) -> AbstractContextManager[None]:
         return swapped([(self.view.weight(n), value) for n, value in self._stored.items()])
@@ -261,12 +276,6 @@ class DenseTrainable(Trainable):
     def update(self) -> Update:
         changes = {n: (m.detach() - self._stored[n].float()).cpu() for n, m in self._masters.items()}
         return Update(self.base, (Dense(changes),))
-
-    @torch.no_grad()
-    def detach(self) -> None:
-        for n, value in self._stored.items():
-            self.view.weight(n).copy_(value)
-        super().detach()
 
 
 class WithHead(Trainable):
@@ -323,11 +332,6 @@ class WithHead(Trainable):
     def update(self) -> Update:
         learnt = {n: self.head.master(n).detach().cpu().clone() for n in self.head.names}
         return Update(self.base, (*self.inner.update().parts, Replace(learnt)))
-
-    def detach(self) -> None:
-        self.head.detach()
-        self.inner.detach()
-        super().detach()
 
 
 def with_head(trainable: Trainable, head: list[str]) -> Trainable:

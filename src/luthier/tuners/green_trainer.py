@@ -342,9 +342,5 @@ class GreenTrainable(Trainable):
     def update(self) -> Update:
         return self.dense.update()
 
-    def detach(self) -> None:
-        self.dense.detach()
-        super().detach()
-
 
 __all__ = ["CostModel", "GreenTrainer", "Item", "cost_model", "select"]

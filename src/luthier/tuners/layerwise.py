@@ -16,7 +16,7 @@ from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import refuse_packed
 from luthier.model.anatomy import Anatomy
-from luthier.model.change import Undo, swapped
+from luthier.model.change import Change, Undo, swapped
 from luthier.model.features import FeatureCache
 from luthier.model.view import ModelView
 from luthier.rng import Streams
@@ -121,13 +121,18 @@ class LayerwiseTrainable(Trainable):
         with torch.no_grad():
             for name, value in fresh.items():
                 view.weight(name).copy_(value)
-        self._withouts.append(self._original_weights)
+        self.put(Change(self._restore, self._original_weights), self.original)
         self.dense = DenseTrainable(view, [n for n in anatomy.parameters if n not in self.frozen], tuner.seed)
         self.own(self.dense)
         self._undo += [still(view.module, m) for m in frozen_modules(view, tuner.freeze_blocks)]
         self.features = FeatureCache(view, tuner.freeze_blocks) if tuner.cache_features else None
         if self.features is not None:
             self.put(self.features.install())
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for name, value in self.original.items():
+            self.view.weight(name).copy_(value)
 
     def _original_weights(self) -> AbstractContextManager[None]:
         """What stood where new weights were drawn."""
@@ -178,13 +183,6 @@ class LayerwiseTrainable(Trainable):
         whole = {n: self.dense.master(n).detach().cpu().clone() for n in self.original}
         parts: list[Dense | Replace] = [Dense(changes)] if changes else []
         return Update(self.base, (*parts, Replace(whole)) if whole else tuple(parts))
-
-    @torch.no_grad()
-    def detach(self) -> None:
-        self.dense.detach()
-        for name, value in self.original.items():
-            self.view.weight(name).copy_(value)
-        super().detach()
 
 
 def frozen_modules(view: ModelView, count: int) -> list[nn.Module]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Linear
+from luthier.model.change import Change
 from luthier.model.meter import svd_flops
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock
@@ -179,7 +181,7 @@ class LiftTrainable(Trainable):
         # Dropped entries: positions (ascending), what the base holds there, and the difference training left.
         empty = torch.zeros(0, dtype=torch.long, device=view.device)
         self.left = {n: (empty, s[:0].clone(), v.detach()[:0].clone()) for n, s, v in self._both()}
-        self._withouts.append(lambda: self.sparse.without({n: (at, base) for n, (at, base, _) in self.left.items()}))
+        self.put(Change(self._restore, self._without), self.sparse.values)
         self._optimizer: Optimizer | None = None
         self.overlap: dict[str, float] = {}
 
@@ -296,8 +298,11 @@ class LiftTrainable(Trainable):
         return Update(self.base, (Sparse(indices, values, part.shapes),))
 
     @torch.no_grad()
-    def detach(self) -> None:
+    def _restore(self) -> None:
         for name, (where, base, _) in self.left.items():
             self.sparse.put(name, base, where)
         self.sparse.detach()
-        super().detach()
+
+    def _without(self) -> AbstractContextManager[None]:
+        """The base's entries where any ever trained."""
+        return self.sparse.without({n: (where, base) for n, (where, base, _) in self.left.items()})

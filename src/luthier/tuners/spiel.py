@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Linear
+from luthier.model.change import Change
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Window
 from luthier.rng import Streams
@@ -306,7 +307,7 @@ class SpielTrainable(Trainable):
             # Copied: a slice would keep the whole permutation alive, 8 bytes for every weight.
             first[x.name] = torch.randperm(size, generator=generator)[:k].clone() if k < size else torch.arange(size)
         self.sparse = SparseWeights(view, [x for x, _ in linears], first)
-        self._withouts.append(self.sparse.without)
+        self.put(Change(self.sparse.detach, self.sparse.without), self.sparse.values)
         self.observed: Observed | None = None
         # Candidates are agreed on inside the backward pass, so not on the group that reduces gradients.
         self._ranks = dist.new_group() if dist.is_initialized() and dist.get_world_size() > 1 else None
@@ -449,7 +450,3 @@ class SpielTrainable(Trainable):
 
     def update(self) -> Update:
         return Update(self.base, (self.sparse.part(),))
-
-    def detach(self) -> None:
-        self.sparse.detach()
-        super().detach()

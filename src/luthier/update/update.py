@@ -26,6 +26,7 @@ from luthier.update.parts import (
     PeftPart,
     Prompt,
     Replace,
+    Seeds,
     Sparse,
     overwrite,
     overwrite_entries,
@@ -40,6 +41,7 @@ class Bound:
     """An update that is on a model now."""
 
     view: Any
+    writes: set[str]
     changes: list[Change] = field(default_factory=list)
 
     def base_view(self) -> AbstractContextManager[None]:
@@ -145,7 +147,8 @@ class Update:
     def bind(self, view: Any, scale: float = 1.0) -> Iterator[Any]:
         """The tuned model, for the calls inside; afterwards the base has its stored bits back.
 
-        Raises LuthierError where this update belongs to another base or does not fit.
+        Raises LuthierError where this update belongs to another base or does not fit, and, on leaving, where something
+        that came later wrote over the same weights and is still there.
         """
         if not self.base.same_base(view.base):
             raise LuthierError(
@@ -154,13 +157,15 @@ class Update:
             )
         self.validate(view.anatomy.parameters)
         self._refuse_packed(view.module, besides=(LowRank,))
-        bound = Bound(view)
+        written = (Dense, Sparse, Seeds, Replace)
+        bound = Bound(view, {n for p in self.parts if isinstance(p, written) for n in p.names()})
         view.attached.append(bound)
         try:
             for part in self.parts:
                 bound.changes.append(_apply(part, view, scale))
             yield view
         finally:
+            view.refuse_out_of_turn(bound)
             view.attached.remove(bound)
             for change in reversed(bound.changes):
                 change.undo()
