@@ -109,7 +109,7 @@ class Stack:
         return [h for h in self.hung if h not in self.left_out]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
-        return self  # of the module it was made for: see `stack_of`
+        return self  # it is that of the module it was made for, which `hang` looks at
 
     def add(self, what: Hung) -> None:
         if isinstance(what, Core) and any(isinstance(h, Core) for h in self.hung):
