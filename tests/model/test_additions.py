@@ -117,6 +117,10 @@ def test_one_alone_is_the_fused_kernel_to_the_bit_and_several_share_it(kind, mon
     hang["two"]()
     module(x)
     assert calls == [3, 5], "one product of rank 3 + 2"
+    low_rank_adapter(module, Fixed(a), Fixed(b), 0.7, dropout=0.5)
+    module.eval()(x)
+    module.train()(x)
+    assert calls == [3, 5, 8, 5], "what drops out stands apart while training"
 
 
 def test_in_bf16_two_adapters_and_the_product_are_rounded_once():
@@ -151,6 +155,15 @@ def test_dropout_of_one_leaves_the_other_alone():
     torch.testing.assert_close(seen, wanted, atol=1e-5, rtol=1e-5)
     module.eval()
     torch.testing.assert_close(module(x), formula(module, x, low, {}), atol=1e-5, rtol=1e-5)
+    a3, b3 = draw(2, 32, seed=8), draw(64, 2, seed=8)
+    low_rank_adapter(module, Fixed(a3), Fixed(b3), 0.5, dropout=0.25)
+    module.train()
+    torch.manual_seed(1)
+    both = module(x)
+    torch.manual_seed(1)
+    F.dropout(torch.ones_like(x), 0.5)
+    kept = F.dropout(torch.ones_like(x), 0.25)
+    torch.testing.assert_close(both, seen + 0.5 * (x * kept) @ a3.T @ b3.T, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("trains", [True, False])
@@ -290,15 +303,15 @@ def test_two_low_rank_updates_in_one_another_are_their_sum():
         torch.testing.assert_close(view.trace(batch).hidden[-1], nested, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tuner", [Lora(rank=3), Full()], ids=["lora", "full"])
+@pytest.mark.parametrize("tuner", [Lora(rank=3), Full(), Spiel(density=0.2)], ids=["lora", "full", "spiel"])
 def test_training_goes_on_from_a_low_rank_update(tuner):
     """The same losses as on a base with that update merged in; the sum of both updates is the result."""
     first, rows, batch = update_of(Lora(rank=2, seed=5, targets=("q_proj", "up_proj"))), rows_of(), batch_of()
     view, merged = view_of(), view_of()
     first.merge_into(merged.module)
     with first.bind(view):
-        loop = Loop(view, rows, tuner.attach(view), Sft(), SETTINGS)
-        wanted = Loop(merged, rows, tuner.attach(merged), Sft(), SETTINGS)
+        loop = Loop(view, rows, tuner.attach(view, total_steps=3), Sft(), SETTINGS)
+        wanted = Loop(merged, rows, tuner.attach(merged, total_steps=3), Sft(), SETTINGS)
         losses = [(loop.step()["loss"], wanted.step()["loss"]) for _ in range(3)]
         assert [x for x, _ in losses] == pytest.approx([y for _, y in losses], abs=1e-5)
         assert losses[2][0] < losses[0][0] - 0.05
