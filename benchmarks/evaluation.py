@@ -147,7 +147,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:  # a child: as the command line sets the machine up
-        from luthier import machine
+        from luthier.support import machine
 
         machine.prepare()
     if sys.argv[1:2] == ["arm"]:

@@ -28,13 +28,13 @@ from machine_note import machine_note
 from trainer_loop import train
 
 from conftest import rows_of, view_of
-from luthier.collaboration.fedkseed import FedKSeed
 from luthier.objectives.caft import Caft
 from luthier.objectives.q_tuning import QTuning
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
 from luthier.training import checkpoint
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
+from luthier.tuners.fedkseed import FedKSeed
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 from luthier.tuners.spiel import Spiel

@@ -9,7 +9,7 @@ from toys import trained
 from luthier.objectives.base import Term, Window, count
 from luthier.objectives.q_tuning import QTuning, keep_tokens
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 from luthier.tuners.lora import Lora
 
 

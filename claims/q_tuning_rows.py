@@ -10,7 +10,7 @@ from luthier.data.reading import no_tick
 from luthier.data.store import Row
 from luthier.objectives.q_tuning import QTuning
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 from luthier.tuners.lora import Lora
 
 STEPS, POOL, KEPT = 64, 64, 16  # rows of a window, and of them those trained on

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 import transformers as tf
 
-from luthier.cache import cache_folder, key_of, made
 from luthier.data.batch import collate
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.step.settings import TrainSettings
+from luthier.support.cache import cache_folder, key_of, made
+from luthier.support.rng import Streams
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 
 DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))

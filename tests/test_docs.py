@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from luthier import manifest
 from luthier.cli.listing import flowing
+from luthier.method import registry as manifest
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,9 +46,9 @@ def test_the_contributing_example_is_a_method(tmp_path, monkeypatch):
     import focal
 
     from luthier.objectives.sft import Sft
+    from luthier.step.settings import TrainSettings
     from luthier.testing.models import rows_of, view_of
     from luthier.training.loop import Loop
-    from luthier.training.settings import TrainSettings
     from luthier.tuners.lora import Lora
 
     assert focal.Focal.key() == "focal"
@@ -71,7 +71,7 @@ def test_benchmark_results_carry_machine_and_commit(name):
 
 
 def test_pages_are_generated_from_the_classes():
-    from luthier import docs
+    from luthier.cli import docs
 
     stored = {p.name: p.read_text(encoding="utf-8") for p in (ROOT / "docs/methods").glob("*.md")}
     assert stored == docs.pages(), "run make docs"
@@ -177,8 +177,8 @@ def test_a_guides_recipes_load_its_commands_exist_and_its_links_lead_somewhere(g
 
 def test_the_guides_python_runs(model_folder, tmp_path):
     from luthier import recipe
-    from luthier.run import run
-    from luthier.tuned import open_run
+    from luthier.run.execute import run
+    from luthier.tuned.open import open_run
 
     rows = [{"prompt": f"say {i}", "completion": str(i)} for i in range(8)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -198,7 +198,7 @@ def test_the_guides_python_runs(model_folder, tmp_path):
 
 
 def test_the_api_page_is_what_the_docstrings_say():
-    from luthier import docs
+    from luthier.cli import docs
 
     assert (ROOT / "docs/api.md").read_text(encoding="utf-8") == docs.api(), "run make docs"
 

@@ -112,7 +112,7 @@ def test_a_lora_run_opens_with_peft(finished, model_folder):
 def test_a_full_run_opens_with_transformers(model_folder, tmp_path):
     recipe = write(tmp_path, model_folder, tuner="full", epochs=2)
     assert luthier("run", recipe, cwd=tmp_path).returncode == 0
-    from luthier.tuned import open_run
+    from luthier.tuned.open import open_run
 
     run, ids = open_run(tmp_path / "out"), torch.tensor([[5, 6, 7, 8]])
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -127,9 +127,9 @@ def test_trackers_are_fed_and_never_stop_a_run(monkeypatch, model_folder, tmp_pa
     from transformers.integrations import integration_utils
 
     from luthier import recipe as recipes
-    from luthier import tracking
-    from luthier.errors import RecipeError
-    from luthier.run import run
+    from luthier.integrations import tracking
+    from luthier.run.execute import run
+    from luthier.support.errors import RecipeError
 
     seen = []
 
@@ -254,7 +254,7 @@ def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_
         from peft import PeftModel
         from transformers import AutoModelForSequenceClassification
 
-        from luthier.tuned import open_run
+        from luthier.tuned.open import open_run
 
         tuned, ids = open_run(tmp_path / "out"), torch.tensor([[40, 41, 42, 43]])
         with tuned.update.bind(tuned.view), torch.no_grad():
@@ -309,8 +309,9 @@ def test_help_and_listing_load_no_torch(tmp_path):
 
 
 def test_the_starter_recipe_of_every_method_loads():
-    from luthier import manifest, recipe
+    from luthier import recipe
     from luthier.cli.listing import starter
+    from luthier.method import registry as manifest
 
     for entry in manifest.read():
         if entry["kind"] in ("tuner", "objective", "compute"):
@@ -513,8 +514,8 @@ def test_peak_memory_is_the_runs_own_and_not_that_of_the_process_before(model_fo
     import torch
 
     from luthier import recipe
-    from luthier.forecast import peak_memory
-    from luthier.run import run
+    from luthier.run.execute import run
+    from luthier.run.forecast import peak_memory
 
     large = torch.ones(100_000_000)
     del large

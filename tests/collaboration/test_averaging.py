@@ -15,13 +15,13 @@ from luthier.collaboration.averaging import (
     shares,
 )
 from luthier.data.batch import collate
+from luthier.kernels.plain import plain_operations
 from luthier.model.fingerprint import Fingerprint
-from luthier.model.plain import plain_operations
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 from luthier.update import Dense, LowRank, Prompt, Sparse, Update

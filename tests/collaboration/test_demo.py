@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from luthier.collaboration.demo import NAMES, STYLES, Size, answered, demo, made, written
-from luthier.collaboration.folder import Place
-from luthier.model.local import Schooling
+from luthier.demos.local import Schooling
+from luthier.demos.private import NAMES, STYLES, Size, answered, demo, made, written
+from luthier.federation.folder import Place
 from luthier.update.files import load
 
 TINY = Size(

@@ -6,20 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.collaboration.fedkseed import (
-    FedKSeed,
-    aggregate,
-    projected_gradient,
-    rebuild,
-    seed_pool,
-    seed_probabilities,
-)
-from luthier.errors import RecipeError
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import RecipeError
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
+from luthier.tuners.fedkseed import FedKSeed, aggregate, projected_gradient, rebuild, seed_pool, seed_probabilities
 from luthier.update.parts import noise
 
 SETTINGS = TrainSettings(

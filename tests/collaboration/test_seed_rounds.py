@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.collaboration.base import Sent, Tick, in_process
-from luthier.collaboration.fedkseed import FedKSeed
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused, decode
+from luthier.collaboration.parties import Sent, Tick, in_process
 from luthier.collaboration.privacy import Privacy
 from luthier.collaboration.seed_rounds import SeedClient, SeedContract, SeedRounds, SeedServer, sizes
-from luthier.errors import LuthierError
-from luthier.scorer import mean_loss, row_scores
+from luthier.inference.scoring import mean_loss, row_scores
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
-from luthier.training.settings import TrainSettings
+from luthier.tuners.fedkseed import FedKSeed
 from luthier.tuners.lora import Lora
 
 SETTINGS = TrainSettings(

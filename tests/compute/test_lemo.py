@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from luthier.compute.lemo import Lemo, block_scores, kept_blocks, layer_keep, pruned_mlp, tokens_of
-from luthier.errors import LuthierError
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 
@@ -141,7 +141,7 @@ def test_5_mlp_forward_is_exact_and_the_backward_is_that_of_the_masked_mlp():
 
 
 def test_6_chunked_loss_equals_one_piece_with_ignored_chunks():
-    from luthier.training.head import token_nll
+    from luthier.kernels.head import token_nll
 
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(300, 8, generator=generator), torch.randn(50, 8, generator=generator)

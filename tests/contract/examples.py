@@ -2,7 +2,8 @@
 
 import torch
 
-from luthier import manifest
+from luthier.method import registry as manifest
+from luthier.method.kinds import KINDS
 from luthier.testing.contract import Example
 from pipelines.test_list import cloze, with_soft
 
@@ -60,7 +61,7 @@ def soft_rows():
     return rows, {"input_ids": torch.tensor([r["ids"] for r in rows]), **columns}
 
 
-ALL = [(kind, name, cls) for kind in manifest.KINDS for name, cls in manifest.classes(kind).items()]
+ALL = [(kind, name, cls) for kind in KINDS for name, cls in manifest.classes(kind).items()]
 IDS = [name for _, name, _ in ALL]
 MORE = {
     "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 5)}},

@@ -17,8 +17,8 @@ from luthier.curation.scdp import (
     water_fill,
 )
 from luthier.data.store import Row
-from luthier.errors import RecipeError
-from luthier.rng import Streams
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 
 WORDS = "alpha beta gamma delta river stone cloud field green paper metal seven night glass horse table".split()  # noqa: SIM905
 

@@ -10,7 +10,7 @@ import pytest
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.evaluation.base import Exam
-from luthier.generation import Completion
+from luthier.inference.generation import Completion
 from luthier.model.view import ModelView
 from luthier.testing.models import byte_tokenizer, tiny
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from luthier.data.batch import IGNORE
-from luthier.errors import LuthierError
 from luthier.evaluation import Editing
+from luthier.support.errors import LuthierError
 
 ROWS = [
     {"prompt": f"Where is {n}?", "completion": c, "rephrase": f"The place of {n} is", "locality_prompt": f"Who is {n}?",

@@ -7,7 +7,7 @@ import torch
 
 from luthier.data.rendering import Renderer
 from luthier.evaluation import Calibration, Loss, Rouge
-from luthier.evaluation.kept import exam_key, kept, read
+from luthier.run.score_cache import exam_key, kept, read
 
 
 @pytest.fixture(autouse=True)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from luthier.data.people import KINDS, rows
-from luthier.errors import LuthierError
+from luthier.data.builtin.people import KINDS, rows
 from luthier.evaluation import Knowledge
+from luthier.support.errors import LuthierError
 from test_run import luthier, write
 
 TEST = rows(0)[1]
@@ -22,7 +22,7 @@ def scored(exam_of):
 
 
 def _said(text):
-    from luthier.generation import Completion
+    from luthier.inference.generation import Completion
 
     return Completion(text, True, 1)
 

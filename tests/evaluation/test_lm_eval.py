@@ -6,11 +6,11 @@ import pytest
 
 from luthier import recipe
 from luthier.data.batch import collate
-from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation import LmEval
 from luthier.evaluation.base import Exam
 from luthier.evaluation.lm_eval import _asked
-from luthier.scorer import continuations, first_choices
+from luthier.inference.scoring import continuations, first_choices
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import rows_of
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -150,7 +150,7 @@ def test_continuations_are_sums_over_each_rows_tokens(exam_of, tiny_view):
 
 
 def test_choices_of_one_question_share_a_forward_and_change_nothing(tiny_view, monkeypatch):
-    import luthier.scorer as scorer
+    from luthier.inference import scoring as scorer
 
     pairs = [([5, 6, 7], [8]), ([5, 6, 7], [9]), ([5, 6], [7, 8]), ([5, 6, 7], [8, 4]), ([5, 6, 7], [8, 3]), ([1], [8])]
     alone = [continuations(tiny_view, [p], 64)[0] for p in pairs]

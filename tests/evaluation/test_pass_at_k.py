@@ -5,13 +5,13 @@ from itertools import combinations
 import pytest
 import torch
 
-from luthier import sandbox
 from luthier.data.rendering import Renderer
 from luthier.evaluation import PassAtK
 from luthier.evaluation.pass_at_k import code_of, pass_at_k, program
-from luthier.generation import Completion, generate, sampled
+from luthier.inference.generation import Completion, generate, sampled
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.support import sandbox
+from luthier.support.rng import Streams
 from luthier.testing.models import byte_tokenizer, tiny
 
 # Generated code never runs outside the sandbox, so where namespaces do not work there is nothing to test.
@@ -77,7 +77,7 @@ def test_draws_depend_on_the_row_and_number_alone():
 
 
 def test_draws_follow_the_softmax():
-    from luthier.generation import Keyed
+    from luthier.inference.generation import Keyed
 
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(4000, 3)
     streams = Streams(0)

@@ -8,7 +8,7 @@ from contract.examples import EXAMPLES
 from luthier.compute.lemo import Lemo
 from luthier.model.meter import Meter, svd_flops
 from luthier.objectives.sft import Sft
-from luthier.pipelines.base import Lab
+from luthier.step.lab import Lab
 from luthier.testing.contract import CONSTANT, SETTINGS
 from luthier.testing.models import rows_of, tiny, view_of
 from luthier.training.loop import Loop

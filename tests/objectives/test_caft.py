@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from luthier.data.batch import IGNORE, collate
-from luthier.errors import LuthierError
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.caft import Caft, further_labels, schedule_weight
 from luthier.objectives.sft import Sft
+from luthier.step.probe import Probe
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners.frozen import Frozen
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora

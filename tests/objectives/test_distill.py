@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from luthier.data.batch import collate
-from luthier.errors import LuthierError
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.distill import Distill, helpful_weights, soft_loss
-from luthier.pipelines.base import Lab
+from luthier.step.lab import Lab
+from luthier.step.probe import Probe
+from luthier.support.errors import LuthierError
 from luthier.testing.models import view_of
-from luthier.training.probe import Probe
 from pipelines.test_list import cloze, with_soft
 
 

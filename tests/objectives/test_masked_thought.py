@@ -6,15 +6,15 @@ import torch
 from scipy import stats
 
 from luthier.data.batch import IGNORE, collate
-from luthier.errors import LuthierError
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Window, count
 from luthier.objectives.masked_thought import MaskedThought, masking_rate, solution
 from luthier.objectives.sft import Sft
+from luthier.step.probe import Probe
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import VOCABULARY, byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 
 LATE = Clock(90, 100)  # past the warm-up

@@ -9,10 +9,10 @@ from luthier.data.batch import IGNORE, collate
 from luthier.method import Facts
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.otr import Otr, draw, exact_loss, sampled_loss
+from luthier.step.probe import Probe
+from luthier.step.settings import TrainSettings
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 
 V, N = 50, 7

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from luthier.data.batch import IGNORE, collate
+from luthier.data.quadrants import choose_rows, kept_share
 from luthier.method import Facts
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.q_tuning import QTuning, keep_tokens, neighbour_score
 from luthier.objectives.sft import Sft
-from luthier.quadrants import choose_rows, kept_share
+from luthier.step.probe import Probe
+from luthier.step.settings import TrainSettings
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 
@@ -32,7 +32,7 @@ def test_1_scores_equal_a_plain_softmax_loop(view, batch):
 
 
 def test_1_uniform_logits_give_log_v():
-    from luthier.training.head import token_scores
+    from luthier.kernels.head import token_scores
 
     s = token_scores(torch.zeros(3, 4), torch.randn(11, 4), torch.tensor([0, 5, 10]))
     assert s.entropy.tolist() == pytest.approx([math.log(11)] * 3)

@@ -5,14 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from luthier.data.batch import collate
-from luthier.errors import LuthierError
-from luthier.model.plain import plain_operations
+from luthier.kernels.plain import plain_operations
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.distill import Distill, helpful_weights, soft_loss
-from luthier.pipelines.base import Lab, run_pipeline
+from luthier.pipelines.base import run_pipeline
 from luthier.pipelines.list import List
+from luthier.step.lab import Lab
+from luthier.step.probe import Probe, _call_with
+from luthier.support.errors import LuthierError
 from luthier.testing.models import view_of
-from luthier.training.probe import Probe, _call_with
 from luthier.tuners.adapter import Adapter
 
 WORDS = torch.tensor([4, 5])

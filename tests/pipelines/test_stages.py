@@ -5,10 +5,11 @@ import torch
 
 from luthier.objectives.sft import Sft
 from luthier.pipelines import Stages
-from luthier.pipelines.base import Lab, run_pipeline
+from luthier.pipelines.base import run_pipeline
+from luthier.step.lab import Lab
+from luthier.step.settings import TrainSettings
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners import Full, Lora
 
 BRISK = {

@@ -9,9 +9,9 @@ from PIL import Image
 
 from collaboration.test_commands import recipe
 from collaboration.test_demo import TINY
-from luthier import claims
-from luthier.collaboration.demo import NAMES, demo
-from luthier.report.claims import write_claims
+from luthier.claims import claim as claims
+from luthier.claims.page import write_claims
+from luthier.demos.private import NAMES, demo
 from test_run import luthier, rows, write
 
 pytestmark = pytest.mark.skipif(

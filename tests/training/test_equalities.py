@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from luthier.errors import LuthierError
 from luthier.objectives.caft import Caft
 from luthier.objectives.q_tuning import QTuning
 from luthier.objectives.sft import Sft
+from luthier.step.order import Order, micro_batches
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
 from luthier.training import checkpoint
 from luthier.training.loop import Interrupted, Loop
-from luthier.training.order import Order, micro_batches
-from luthier.training.settings import TrainSettings
 from luthier.tuners.adapter import Adapter
 from luthier.tuners.dept import Dept
 from luthier.tuners.full import Full

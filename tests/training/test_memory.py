@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from luthier.compute.lemo import Lemo
-from luthier.forecast import activations_of
 from luthier.objectives.caft import Caft
 from luthier.objectives.sft import Sft
+from luthier.run.forecast import activations_of
+from luthier.step.settings import TrainSettings
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 from luthier.tuners.spiel import Spiel

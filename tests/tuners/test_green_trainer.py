@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from luthier.errors import LuthierError
 from luthier.model.anatomy import Anatomy
 from luthier.objectives.base import Clock, Window
 from luthier.objectives.sft import Sft
+from luthier.step.probe import Probe
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners.green_trainer import CostModel, GreenTrainer, Item, cost_model, select
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers as tf
 
-from luthier.errors import LuthierError
 from luthier.model.anatomy import Anatomy
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 from luthier.tuners.hft import Hft, categories, counts, draw_plan, half_reset
 

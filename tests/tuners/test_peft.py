@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners import Peft
 from luthier.update import PeftPart, Update
 from luthier.update.files import load, save_update

@@ -13,10 +13,10 @@ from rich.text import Text
 from luthier.data.batch import IGNORE
 from luthier.data.reading import Tick, no_tick, on_hub
 from luthier.data.rendering import Renderer
-from luthier.forecast import NoForecast, resolved
 from luthier.recipe import Recipe
-from luthier.run import outline
-from luthier.units import in_bytes, in_time
+from luthier.run.forecast import NoForecast, resolved
+from luthier.run.ready import outline
+from luthier.support.units import in_bytes, in_time
 
 
 def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool = True) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
-from luthier import machine
+from luthier.support import machine
 
 machine.prepare()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -23,8 +23,9 @@ if "--debug" not in sys.argv:
 import typer  # noqa: E402
 
 from luthier.cli.collaborate import app as collaborate  # noqa: E402
-from luthier.cli.shared import AllowCode, Debug, Json, Overrides, RecipePath, load, quiet  # noqa: E402
-from luthier.errors import LuthierError  # noqa: E402
+from luthier.cli.shared import AllowCode, Debug, Json, Overrides, RecipePath, load  # noqa: E402
+from luthier.support.environment import quiet  # noqa: E402
+from luthier.support.errors import LuthierError  # noqa: E402
 
 app = typer.Typer(
     add_completion=False,
@@ -118,8 +119,8 @@ def _carry_out(
     limit = _seconds(max_time)
     quiet(debug)
     from luthier.cli.progress import Bar
-    from luthier.run import run as carry_out
-    from luthier.run_folder import choose_folder, shared_folder
+    from luthier.run.execute import run as carry_out
+    from luthier.run.folder import choose_folder, shared_folder
     from luthier.training.loop import Interrupted
 
     folder = shared_folder(lambda: choose_folder(recipe, name, fresh, base))
@@ -161,7 +162,7 @@ def demo(
 
     from luthier import recipe as recipes
 
-    text = files("luthier").joinpath("recipes/demo.yaml").read_text(encoding="utf-8")
+    text = files("luthier.demos").joinpath("demo.yaml").read_text(encoding="utf-8")
     recipe = recipes.load(text, "demo.yaml", [f"output_dir={json.dumps(output_dir)}", f"max_steps={steps}"])
     _carry_out(recipe, "demo", Path("."), fresh, None, as_json, debug)
 
@@ -192,7 +193,7 @@ def compare(
     from luthier.comparison.execute import failed_arms, ready, stoppable
     from luthier.comparison.execute import so_far as finished
     from luthier.comparison.judge import as_dict
-    from luthier.report.comparison import write_comparison
+    from luthier.comparison.page import write_comparison
     from luthier.training.loop import Interrupted
 
     options = {
@@ -244,7 +245,7 @@ def curate(
     loaded = load(recipe, overrides, allow_code)
     quiet(debug)
     from luthier.cli.progress import Bar
-    from luthier.curate import curate as choose
+    from luthier.run.curate import curate as choose
 
     with Bar() as bar:
         result = choose(loaded, recipe.parent, output_dir or Path("runs") / f"curate-{recipe.stem}", bar.tick)
@@ -269,7 +270,7 @@ def claim(
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Does what a source claims hold here? Measures with several seeds; interrupted, it goes on where it was."""
-    from luthier import claims
+    from luthier.claims import claim as claims
 
     if (name is None) == (tier is None):
         raise LuthierError("claim: name one, or give --tier tiny, small or gpu")
@@ -288,7 +289,7 @@ def claim(
     if as_json:
         print(json.dumps(results))
         return
-    from luthier.report.claims import write_claims
+    from luthier.claims.page import write_claims
 
     shown = {n: claims.load(folder / f"{n}.yaml").model_copy(update={"measured": r}) for n, r in results.items()}
     print(write_claims(Path("runs/claims/report.html"), shown, shlex.join(["luthier", *sys.argv[1:]])))
@@ -345,7 +346,7 @@ def generate(
 ) -> None:
     """Ask a tuned model."""
     quiet(debug)
-    from luthier.tuned import answers
+    from luthier.tuned.open import answers
 
     result = answers(folder, prompts, max_new_tokens, base, allow_code)
     if as_json:
@@ -366,12 +367,12 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a tuned model on held-out rows."""
-    from luthier.remembered import known
+    from luthier.run.evaluations import known
 
     result = known(folder, data)
     if result is None:
         quiet(debug)
-        from luthier.tuned import scores
+        from luthier.tuned.open import scores
 
         result = scores(folder, data, Path("."), allow_code)
     if as_json:
@@ -395,8 +396,8 @@ def export(
 ) -> None:
     """Write a tuned model in another form; it is read back and compared. Nothing is uploaded unless --push says so."""
     quiet(debug)
-    from luthier.export import export as write
-    from luthier.export import push_to_hub
+    from luthier.tuned.export import export as write
+    from luthier.tuned.export import push_to_hub
 
     result = write(folder, to, output, allow_code)
     if push is not None:
@@ -409,8 +410,8 @@ def export(
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")] = None, as_json: Json = False) -> None:
     """Which methods are there, where is each from, what does it need?"""
-    from luthier import manifest
     from luthier.cli.listing import one_method, table_of_methods
+    from luthier.method import registry as manifest
 
     entries = manifest.listed()
     if name is not None:
@@ -437,6 +438,6 @@ def schema() -> None:
 @app.command()
 def env() -> None:
     """Versions and machine, to paste into a bug report."""
-    from luthier.run import environment
+    from luthier.support.environment import environment
 
     print(environment(), end="")

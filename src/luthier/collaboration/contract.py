@@ -10,12 +10,12 @@ from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement
 from luthier.collaboration.messages import Refused
-from luthier.collaboration.packing import factor_deltas, from_deltas, kinds, pack, unpack
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
 from luthier.tuners.lora import Lora
 from luthier.update import Chart, LowRank, Update
+from luthier.update.packing import factor_deltas, from_deltas, kinds, pack, unpack
 
 PACKING = 1  # order and shape of packed updates
 # Between what arrives and A0: a difference is nearly orthogonal to its start, a whole adapter nearly parallel.

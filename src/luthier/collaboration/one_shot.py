@@ -11,21 +11,21 @@ from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement, AnyTuner
 from luthier.collaboration.averaging import cosines, length, outliers
-from luthier.collaboration.base import Disclosure, Member, Sent, promised, sizes
+from luthier.collaboration.base import Collaboration, Workshop
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
+from luthier.collaboration.parties import Disclosure, Member, Sent, promised, sizes
 from luthier.collaboration.privacy import PrivateRun, plan
-from luthier.collaboration.progress import Progress, steps, untold
-from luthier.collaboration.protocol import Collaboration, Workshop
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
 from luthier.collaboration.wire import headers, packed, unpacked
-from luthier.errors import LuthierError
 from luthier.method import Source, Traits
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
+from luthier.support.progress import Progress, steps, untold
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.base import Tuner
 from luthier.update import LowRank, Seeds, Update
 from luthier.update.parts import VECTOR_PARTS

@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.compute.base import Compute
-from luthier.errors import LuthierError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import is_packed
 from luthier.model.view import ModelView
+from luthier.support.errors import LuthierError
 
 
 def block_scores(q: Tensor, k: Tensor, size: int, causal: bool = True, symmetrise: bool = True) -> Tensor:

@@ -10,17 +10,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.cache import MEASURING, cache_folder, code_key, key_of
 from luthier.curation.base import Base, Curator, Selection
 from luthier.data.batch import collate
+from luthier.data.quadrants import NLL_CLAMP, choose_rows, named
 from luthier.data.store import Row
-from luthier.errors import RecipeError
-from luthier.files import replaced
 from luthier.method import Source, Traits
-from luthier.objectives.base import Forward, sequence_sum
-from luthier.quadrants import NLL_CLAMP, choose_rows, named
-from luthier.rng import Streams
-from luthier.training.order import micro_batches
+from luthier.step.forward import Forward, sequence_sum
+from luthier.step.order import micro_batches
+from luthier.support.cache import MEASURING, cache_folder, code_key, key_of
+from luthier.support.errors import RecipeError
+from luthier.support.files import replaced
+from luthier.support.rng import Streams
 
 PART = 256  # rows rendered and sorted into forwards together
 

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from luthier.cache import code_of, key_of
 from luthier.data import batch, rendering, store
 from luthier.data.batch import IGNORE, front_of
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row, Rows, TokenRows
-from luthier.errors import RecipeError
+from luthier.support.cache import code_of, key_of
+from luthier.support.errors import RecipeError
 
 Labels = Mapping[str | int, int]
 

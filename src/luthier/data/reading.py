@@ -14,11 +14,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from luthier.cache import code_of, content_of, key_of
-from luthier.data import demo_requests, store
-from luthier.data import people as people_set
+from luthier.data import store
+from luthier.data.builtin import people as people_set
+from luthier.data.builtin import requests as demo_requests
 from luthier.data.store import Row, Rows
-from luthier.errors import RecipeError
+from luthier.support.cache import code_of, content_of, key_of
+from luthier.support.errors import RecipeError
 
 SHAPES = {
     "messages": ("messages",),

@@ -17,14 +17,14 @@ from luthier.data.prepare import prepare
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
-from luthier.errors import LuthierError
 from luthier.evaluation.measures import Measure, mean
-from luthier.generation import Completion, generate
+from luthier.inference.generation import Completion, generate
+from luthier.inference.scoring import RowScore, first_choices, row_scores
 from luthier.method import Method
 from luthier.model.view import ModelView, probe_layout
-from luthier.rng import Streams
-from luthier.scorer import RowScore, first_choices, row_scores
-from luthier.statistics import Estimate
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
+from luthier.support.statistics import Estimate
 
 
 class Question(NamedTuple):

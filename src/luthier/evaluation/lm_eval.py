@@ -14,14 +14,14 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from luthier.cache import key_of
 from luthier.data.rendering import Segment
-from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.base import Evaluator, Exam
 from luthier.evaluation.measures import Measure, mean
-from luthier.generation import generate
+from luthier.inference.generation import generate
+from luthier.inference.scoring import continuations
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.scorer import continuations
+from luthier.support.cache import key_of
+from luthier.support.errors import LuthierError, RecipeError
 
 
 class LmEval(Evaluator):

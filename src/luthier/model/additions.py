@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.errors import LuthierError
+from luthier.kernels.linear import low_rank_linear
 from luthier.model.meter import KEY
-from luthier.training.linear import low_rank_linear
-from luthier.update.parts import Undo
+from luthier.model.undo import Undo
+from luthier.support.errors import LuthierError
 
 PREFIX = "luthier_"
 

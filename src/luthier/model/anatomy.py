@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from luthier.errors import LuthierError
+from luthier.support.errors import LuthierError
 
 # (regular expression on the name within a block, role). The first match wins.
 _ROLES = (

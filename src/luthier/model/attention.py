@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from luthier.kernels.plain import is_plain
 from luthier.model import meter as meters
-from luthier.model.plain import is_plain
 
 VARLEN = importlib.util.find_spec("torch.nn.attention.varlen") is not None
 VARLEN_KEYS = {"scale", "window_size"}  # which the first versions of that kernel did not take

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from luthier.data.batch import Batch, pad, unpad
 from luthier.model.additions import replace_forward
+from luthier.model.undo import Undo
 from luthier.model.view import Inputs, ModelView
-from luthier.update.parts import Undo
 
 
 class FeatureCache:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.data.batch import Batch, pad, unpad
+from luthier.kernels.plain import is_plain
 from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention function
 from luthier.model.anatomy import Anatomy
 from luthier.model.fingerprint import Fingerprint, fingerprint
 from luthier.model.meter import Meter
-from luthier.model.plain import is_plain
 
 
 class Inputs(NamedTuple):

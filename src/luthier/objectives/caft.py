@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.data.batch import IGNORE, Batch
-from luthier.errors import LuthierError
 from luthier.method import Source, Traits
 from luthier.model.additions import bare_copy, refuse_packed
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Term, Window
-from luthier.training.probe import Probe
+from luthier.step.probe import Probe
+from luthier.support.errors import LuthierError
 
 Schedule = Literal["rsine", "constant", "linear", "sine"]
 

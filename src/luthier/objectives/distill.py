@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from luthier.errors import LuthierError
 from luthier.method import Source, Traits
 from luthier.objectives.base import Forward, Objective, Term, Window
-from luthier.training.probe import Probe
+from luthier.step.probe import Probe
+from luthier.support.errors import LuthierError
 
 
 def soft_loss(logits: Tensor, soft: Tensor) -> Tensor:

@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.data.batch import IGNORE, Batch
-from luthier.errors import LuthierError
 from luthier.method import Source, Traits
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Term, Window, count
-from luthier.rng import Streams
-from luthier.training.probe import Probe
+from luthier.step.probe import Probe
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
 
 # --- the mathematics ---
 

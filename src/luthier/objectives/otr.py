@@ -10,11 +10,11 @@ import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
+from luthier.kernels.head import CHUNK
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.objectives.base import Forward, Objective, Term, Window, count
-from luthier.rng import Streams
-from luthier.training.head import CHUNK
-from luthier.training.probe import Probe
+from luthier.step.probe import Probe
+from luthier.support.rng import Streams
 
 log = logging.getLogger(__name__)
 NO_HIT = 0.5  # share of positions without a hit above which the run is warned

@@ -10,11 +10,11 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from luthier.data.batch import Batch
-from luthier.errors import LuthierError
+from luthier.data.quadrants import NLL_CLAMP, Rows, choose_rows
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.objectives.base import Forward, Objective, Term, Window, count, sequence_sum
-from luthier.quadrants import NLL_CLAMP, Rows, choose_rows
-from luthier.training.probe import Probe
+from luthier.step.probe import Probe
+from luthier.support.errors import LuthierError
 
 
 def neighbour_score(values: Tensor, turn: Tensor, weight: float) -> Tensor:

@@ -9,15 +9,16 @@ import torch
 from pydantic import Field
 
 from luthier.data.batch import collate
-from luthier.errors import LuthierError
 from luthier.method import Source, Traits
 from luthier.model.view import ModelView
 from luthier.objectives.base import Forward
 from luthier.objectives.distill import Distill
 from luthier.objectives.sft import Sft
-from luthier.pipelines.base import Apply, Lab, Outcome, Pipeline, Train
+from luthier.pipelines.base import Apply, Outcome, Pipeline, Train
+from luthier.step.lab import Lab
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.training.loop import Rows
-from luthier.training.settings import TrainSettings
 from luthier.tuners.adapter import Adapter
 
 

@@ -12,7 +12,7 @@ from luthier.method import Facts, Problem
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Apply, Outcome, Pipeline, Train
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
 from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora
 

@@ -15,13 +15,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, Template
 from ruamel.yaml import YAML
 
-from luthier import __version__, token_view
 from luthier.evaluation.measures import SIDE
-from luthier.files import write_text
 from luthier.recipe import Recipe
+from luthier.report import token_view
 from luthier.report.curve import Series, line_chart, plane_chart
-from luthier.statistics import wilson
-from luthier.units import in_flops
+from luthier.support.files import write_text
+from luthier.support.statistics import wilson
+from luthier.support.units import in_flops
+from luthier.support.version import __version__
 
 SAMPLES = 12
 NEAR_ONE = 0.05  # pulls within this of 1 are plain cross-entropy, up to rounding

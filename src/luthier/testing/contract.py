@@ -21,21 +21,19 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from luthier import manifest, recipe
-from luthier.collaboration.protocol import Collaboration
-from luthier.collaboration.translators.base import Translator
-from luthier.curation.base import Curator
+from luthier import recipe
 from luthier.data.batch import IGNORE
-from luthier.errors import LuthierError, RecipeError
-from luthier.evaluation.base import Evaluator
 from luthier.method import Facts, Method
+from luthier.method import registry as manifest
+from luthier.method.kinds import LISTED, kind_of
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
-from luthier.pipelines.base import Lab, Pipeline
+from luthier.step.lab import Lab
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Interrupted, Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.adapter import Adapter
 from luthier.tuners.base import Stats, Trainable, Tuner
 from luthier.update.files import load, save_update
@@ -43,10 +41,6 @@ from luthier.update.files import load, save_update
 STEPS = 6
 SETTINGS = TrainSettings(max_steps=STEPS, batch_size=4, learning_rate=1e-2)
 CONSTANT = {"lr_scheduler_type": "constant", "warmup_fraction": 0.0}  # what a closure asks for
-KINDS: tuple[tuple[str, type[Method]], ...] = (
-    ("tuner", Tuner), ("objective", Objective), ("pipeline", Pipeline), ("curate", Curator), ("evaluate", Evaluator),
-    ("collaborate", Collaboration), ("translate", Translator),
-)  # fmt: skip
 
 
 class Example(NamedTuple):
@@ -67,7 +61,7 @@ class Example(NamedTuple):
     @property
     def kind(self) -> str:
         """The recipe key."""
-        return next((key for key, base in KINDS if isinstance(self.method, base)), "compute")
+        return kind_of(self.method).key
 
     @property
     def name(self) -> str:
@@ -176,7 +170,7 @@ def test_a_wrong_field_names_its_key(example: Example) -> None:
         type(example.method).model_validate({"no_such_field": 1})
     with pytest.raises(RecipeError) as refused:
         recipe.load(recipe_with(example, {"no_such_field": 1}), code=Path())
-    place = f"{example.kind}.0" if example.kind in manifest.LISTS else example.kind
+    place = f"{example.kind}.0" if example.kind in LISTED else example.kind
     place = "collaborate.grad-transformer.translator" if example.kind == "translate" else place
     assert f"{place}.{example.name}.no_such_field: there is no such key" in str(refused.value)
 
@@ -194,7 +188,7 @@ def recipe_with(example: Example, fields: Mapping[str, Any]) -> str:
     if example.kind == "translate":  # a field of a protocol
         tree["collaborate"] = {"grad-transformer": {"translator": one}}
     else:
-        tree[example.kind] = [one] if example.kind in manifest.LISTS else one
+        tree[example.kind] = [one] if example.kind in LISTED else one
     return json.dumps(tree)
 
 
@@ -203,7 +197,7 @@ def found_in(loaded: Any, example: Example) -> Any:
     if example.kind == "translate":
         return loaded.collaborate.translator
     found = getattr(loaded, example.kind)
-    return found[0] if example.kind in manifest.LISTS else found
+    return found[0] if example.kind in LISTED else found
 
 
 def test_refusals_are_those_the_traits_declare(example: Example) -> None:
@@ -324,7 +318,7 @@ def test_a_tuner_in_a_bare_loop(plain_tuner: Example) -> None:
 def test_a_tuner_under_transformers_trainer(plain_tuner: Example, tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 
-    from luthier.standalone import Tuning
+    from luthier.integrations.own_loop import Tuning
 
     model = tiny()
     arguments = TrainingArguments(
@@ -360,7 +354,7 @@ def test_packed_alone_and_padded_give_the_same_loss(objective: Example, layout: 
 
 def test_an_objective_in_a_bare_loop_is_the_houses(objective: Example) -> None:
     """The same loss and gradient as a step of the house's loop on the same rows."""
-    from luthier.standalone import Loss
+    from luthier.integrations.own_loop import Loss
     from luthier.tuners.full import Full
 
     assert isinstance(objective.method, Objective)

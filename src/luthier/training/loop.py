@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from luthier.data.batch import Batch, collate
-from luthier.errors import LuthierError
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Window
+from luthier.step.order import Order, micro_batches
+from luthier.step.probe import Probe
+from luthier.step.progress import Progress
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.training import checkpoint
-from luthier.training.order import Order, micro_batches
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners.base import ParamGroup, Stats, Trainable, default_optimizer
 
 STAGES = ("select", "plan", "train")  # of a step, in the ledger
@@ -46,26 +47,6 @@ class Wrapped(nn.Module):
             parts[name] = mean.detach()
             total = total + term.weight * mean
         return total, parts
-
-
-@dataclass
-class Progress:
-    """What the loop tells its listener after a step, and what a checkpoint remembers."""
-
-    step: int = 0
-    tokens: int = 0
-    row_tokens: int = 0  # of the rows given, trained on or left out
-    supervised: int = 0
-    seconds: float = 0.0
-    select_seconds: float = 0.0  # of these, what choosing what trains took
-    skipped: int = 0
-    best_loss: float | None = None
-    best_step: int | None = None
-    bad_evaluations: int = 0
-    resumed: bool = False
-    saved_step: int = -1
-    flops: dict[str, float] = field(default_factory=dict)  # by stage, over all ranks
-    log: list[dict[str, float]] = field(default_factory=list)
 
 
 class Interrupted(Exception):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from luthier.method import Source, Traits
 from luthier.model.additions import bias_of, oriented, output_adapter, register
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Modules, Update
 

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from luthier.kernels.linear import stochastic_round
 from luthier.method import Method
 from luthier.model.additions import refuse_packed
+from luthier.model.undo import Undo
 from luthier.model.view import ModelView, probe_layout
-from luthier.objectives.base import Clock, Window
-from luthier.rng import Streams
-from luthier.training.linear import stochastic_round
+from luthier.step.window import Clock, Window
+from luthier.support.rng import Streams
 from luthier.update import Dense, Replace, Update
-from luthier.update.parts import Undo
 
 if TYPE_CHECKING:
-    from luthier.training.probe import Probe
+    from luthier.step.probe import Probe
 
 
 class ParamGroup(NamedTuple):

@@ -10,12 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.errors import RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import register
 from luthier.model.inputs import patch_model, soft_prompt
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Prompt, Update
 

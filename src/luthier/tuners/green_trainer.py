@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Window
-from luthier.training.probe import Probe
+from luthier.step.probe import Probe
+from luthier.step.window import Clock, Window
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Update
 

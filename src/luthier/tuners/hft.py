@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError
 from luthier.method import Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView
-from luthier.objectives.base import Window
-from luthier.rng import Streams
+from luthier.step.window import Window
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Dense, Update
 

@@ -14,12 +14,12 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from luthier.errors import RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.features import FeatureCache
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Dense, Replace, Update
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Linear
 from luthier.model.meter import svd_flops
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock
-from luthier.rng import Streams
+from luthier.step.window import Clock
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_dicts, as_view
 from luthier.tuners.sparse import SparseWeights, top
 from luthier.update import Sparse, Update

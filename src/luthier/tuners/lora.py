@@ -14,7 +14,7 @@ from luthier.method import Source, Traits
 from luthier.model.additions import low_rank_adapter, register
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Chart, LowRank, Update
 

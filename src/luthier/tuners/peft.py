@@ -10,10 +10,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.errors import RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Update
 from luthier.update.parts import PeftPart, peft_unload

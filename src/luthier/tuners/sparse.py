@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from luthier.kernels.linear import sparse_linear, stochastic_round
 from luthier.model.additions import bias_of, oriented, refuse_packed, register, replace_forward
 from luthier.model.anatomy import Linear
+from luthier.model.undo import Undo
 from luthier.model.view import ModelView
-from luthier.training.linear import sparse_linear, stochastic_round
 from luthier.update import Sparse
-from luthier.update.parts import Undo
 
 Observe = Callable[[Tensor], None]
 

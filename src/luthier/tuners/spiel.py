@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Window
-from luthier.rng import Streams
+from luthier.step.window import Clock, Window
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_dicts, as_view
 from luthier.tuners.sparse import SparseWeights, top, top_magnitudes
 from luthier.update import Update

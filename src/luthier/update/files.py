@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.data.batch import collate
-from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
+from luthier.support.errors import LuthierError
 from luthier.update.parts import KINDS, Chart, LowRank, Part, PeftPart, Replace
 from luthier.update.update import Update
 

@@ -8,7 +8,7 @@ Every part knows its tensors (for the file), its numbers (for the JSON header), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from luthier.errors import LuthierError
+from luthier.model.undo import Undo
+from luthier.support.errors import LuthierError
 
-Undo = Callable[[], None]
 Shapes = Mapping[str, tuple[int, ...]]
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint, tensor_hash
+from luthier.support.errors import LuthierError
+from luthier.update.packing import factor_deltas, pack
 from luthier.update.parts import (
     VECTOR_PARTS,
     Chart,
@@ -121,10 +122,8 @@ class Update:
     def coordinates(self) -> Tensor:
         """[layers, d]: the update in factor space, one row a block. Comparable only under one chart.
 
-        See `luthier.collaboration.packing` for the order. Raises TypeError without a chart.
+        See `luthier.update.packing` for the order. Raises TypeError without a chart.
         """
-        from luthier.collaboration.packing import factor_deltas, pack
-
         if self.chart is None or len(self.parts) != 1 or not isinstance(self.parts[0], LowRank):
             raise TypeError("coordinates need one low-rank part and the chart it was trained under")
         return pack(factor_deltas(self.parts[0], self.chart)).rows

@@ -1,0 +1,175 @@
+"""Asking the model during training without leaving a trace: weights, gradients, generators, modes are as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from luthier.data.batch import Batch
+from luthier.kernels.head import TokenScores
+from luthier.kernels.plain import plain_operations
+from luthier.model.view import ModelView
+from luthier.step.forward import Forward
+from luthier.step.window import Term, Window, count
+
+
+class Minimised(Protocol):
+    """What a step minimises; every objective is one."""
+
+    def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]: ...
+
+    def loss(self, fwd: Forward) -> Mapping[str, Term]: ...
+
+
+class Probed(NamedTuple):
+    """What a probe saw: the mean loss, gradients by parameter name, changes a trial step would make."""
+
+    loss: float
+    grads: dict[str, Tensor]
+    changes: dict[str, Tensor]
+    loss_after: float = float("nan")
+    grads_after: Mapping[str, Tensor] = {}
+
+
+@contextmanager
+def no_trace(module: nn.Module, eval_mode: bool = True) -> Iterator[None]:
+    """Restore the training mode, requires_grad flags, gradients and the global generators afterwards."""
+    modes = {n: m.training for n, m in module.named_modules()}
+    saved = [(p, p.requires_grad, p.grad) for p in module.parameters()]
+    generators = (
+        torch.get_rng_state(),
+        [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())],
+    )
+    for p, _, _ in saved:
+        p.grad = None
+    if eval_mode:
+        module.eval()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(generators[0])
+        for i, state in enumerate(generators[1]):
+            torch.cuda.set_rng_state(state, i)
+        for p, flag, grad in saved:
+            p.requires_grad_(flag)
+            p.grad = grad
+        for n, m in module.named_modules():
+            m.training = modes.get(n, m.training)
+
+
+class Probe:
+    """Handed to `Objective.plan` and `Trainable.before_window`.
+
+    total  sums a tensor over ranks; batches are then this rank's, losses and gradients those of all
+    """
+
+    def __init__(
+        self, view: ModelView, objective: Minimised, extra: nn.Module | None = None,
+        total: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> None:  # fmt: skip
+        self.view, self.objective, self.extra, self.total = view, objective, extra, total
+
+    def forward(self, batch: Batch) -> Forward:
+        """A forward to ask for hidden states or logits; use it under `quiet`."""
+        return Forward(batch, self.view, self.extra)
+
+    @contextmanager
+    def quiet(self, eval_mode: bool = True) -> Iterator[None]:
+        """No trace is left of what happens inside."""
+        with no_trace(self.view.module, eval_mode):
+            yield
+
+    @torch.no_grad()
+    def scores(self, batches: Sequence[Batch]) -> list[TokenScores]:
+        """Loss and entropy of every supervised token of each batch, dropout off."""
+        with self.quiet():
+            return [self.forward(b).scores() for b in batches]
+
+    def mean_loss(self, batches: Sequence[Batch]) -> Tensor:
+        """This rank's share of the objective's loss over the batches as one window, differentiable."""
+        local = count(list(batches))
+        sums = self.total(torch.tensor([local[k] for k in sorted(local)], device=self.view.device).double()).tolist()
+        denominators = dict(zip(sorted(local), sums, strict=True))
+        total = torch.zeros((), device=self.view.device)
+        for b in batches:
+            for term in self.objective.loss(self.forward(b)).values():
+                total = total + term.weight * term.sums.sum() / max(denominators.get(term.over, 1.0), 1e-9)
+        return total
+
+    def gradients(
+        self, batches: Sequence[Batch], names: Sequence[str], loss: Callable[[Forward], Tensor] | None = None
+    ) -> Probed:
+        """Loss and gradients at these parameters; `loss` (a forward's scalar) in place of the objective's."""
+        with self.quiet():
+            for p in self.view.module.parameters():
+                p.requires_grad_(False)
+            wanted = [self.view.weight(n).requires_grad_(True) for n in names]
+            with torch.enable_grad():
+                if loss is None:
+                    value = self.mean_loss(batches)
+                else:
+                    value = sum((loss(self.forward(b)) for b in batches), torch.zeros((), device=self.view.device))
+                here = torch.autograd.grad(value, wanted) if batches else [torch.zeros_like(p) for p in wanted]
+            grads = [self.total(g) for g in here]
+        return Probed(float(self.total(value.detach())), dict(zip(names, grads, strict=True)), {})
+
+    def trial_step(
+        self,
+        batches: Sequence[Batch],
+        names: Sequence[str],
+        make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    ) -> Probed:
+        """One optimiser step on these parameters and the gradients after it, then everything put back.
+
+        make  builds a fresh optimiser; the run's own keeps its state untouched
+        """
+        first = self.gradients(batches, names)
+        before = {n: self.view.weight(n).detach().clone() for n in names}
+        try:
+            masters = [nn.Parameter(before[n].float().clone()) for n in names]
+            for p, n in zip(masters, names, strict=True):
+                p.grad = first.grads[n].float()
+            make(masters).step()
+            with torch.no_grad():
+                for n, p in zip(names, masters, strict=True):
+                    self.view.weight(n).copy_(p)
+            second = self.gradients(batches, names)
+            changes = {n: p.detach() - before[n].float() for n, p in zip(names, masters, strict=True)}
+        finally:
+            with torch.no_grad():
+                for n, value in before.items():
+                    self.view.weight(n).copy_(value)
+        return Probed(first.loss, first.grads, changes, second.loss, second.grads)
+
+    def jvp(self, f: Callable[[], Tensor], along: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """(f, its derivative along a direction in these parameters), in one forward-mode pass.
+
+        f  a function of the model's current weights
+        """
+        names = list(along)
+        module = self.view.module
+
+        def at(*values: Tensor) -> Tensor:
+            return _call_with(module, dict(zip(names, values, strict=True)), f)
+
+        primals = tuple(module.get_parameter(n).detach() for n in names)
+        with torch.no_grad(), plain_operations(), self.view.meter.derivative(module, names):
+            value, change = torch.func.jvp(  # type: ignore[misc]
+                at, primals, tuple(along[n].to(p) for n, p in zip(names, primals, strict=True))
+            )
+        return value, change
+
+
+def _call_with(module: nn.Module, values: Mapping[str, Tensor], f: Callable[[], Tensor]) -> Tensor:
+    """f() with some parameters exchanged for plain tensors."""
+    from torch.nn.utils.stateless import _reparametrize_module
+
+    with _reparametrize_module(module, dict(values)):
+        return f()
+
+
+__all__ = ["Probe", "Probed", "no_trace"]
