@@ -26,13 +26,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 
+from luthier.method import registry
 from luthier.recipe.text import parse
 from luthier.support.cache import content_of, key_of
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import write_text
 from luthier.support.machine import end_with_parent
+from luthier.support.sources import code_key, imported
 from luthier.support.statistics import Estimate, Outcome, estimate
-from luthier.support.version import __version__
 
 TIERS = {"tiny": 120.0, "small": 1800.0, "gpu": math.inf}  # seconds a claim may take
 FOLDER = Path("claims")
@@ -183,7 +184,7 @@ def _of_seed(name: str, folder: Path, runs: Path, seed: int, fresh: bool) -> dic
     All arms of a seed, so that what is there when it is interrupted is paired.
     """
     claim, module = load(folder / f"{name}.yaml"), experiment(name, folder)
-    version = key_of(*(content_of(f) for f in _files(name, folder)), _code(claim.method), __version__)
+    version = _version(name, claim.method, folder)
     stored: dict[str, dict[str, Any]] = {}
     for arm in claim.arms:
         file = runs / name / f"{arm}-{seed}-{version[:8]}.json"
@@ -216,11 +217,12 @@ def _files(name: str, folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _code(method: str) -> str:
-    """Changes with the source of the method."""
-    root = Path(__file__).parents[1]
-    file = method.replace("-", "_") + ".py"
-    return key_of(*(content_of(f) for f in sorted(root.rglob(file))))
+def _version(name: str, method: str, folder: Path) -> str:
+    """Changes with the experiment, and with every source of ours that it or the method's class reaches."""
+    files = _files(name, folder)
+    used = {m for f in files for m in imported(f.read_text(encoding="utf-8"))}
+    used |= {m["module"] for m in registry.read() if m["name"] == method}
+    return key_of(*(content_of(f) for f in files), code_key(*sorted(used)))
 
 
 def measured(claim: Claim, found: Mapping[str, Mapping[int, Mapping[str, float]]], seconds: float) -> dict[str, Any]:
@@ -290,10 +292,9 @@ def record(name: str, result: Mapping[str, Any], folder: Path = FOLDER) -> None:
 
 def evidence(folder: Path = FOLDER) -> str:
     """docs/evidence.md: a row for each of the forty-eight methods, from paper to verdict; what is missing is said."""
-    from luthier.method import registry as manifest
 
     listed = YAML(typ="safe").load((folder / "methods.yaml").read_text(encoding="utf-8"))
-    have = {m["name"]: m for m in manifest.read()}
+    have = {m["name"]: m for m in registry.read()}
     written = {n: load(folder / f"{n}.yaml") for n in names(folder)}
     lines = [
         "# Evidence",

@@ -17,6 +17,7 @@ from luthier.comparison.rows import Files, written
 from luthier.comparison.steps import Arm, Done, Job, budget_of, forecast, next_jobs, total_runs
 from luthier.evaluation.base import Evaluator
 from luthier.evaluation.forgetting import NONE, Forgetting
+from luthier.method.registry import modules_of
 from luthier.recipe import Recipe
 from luthier.run.folder import RunFolder
 from luthier.run.forecast import available_memory
@@ -25,8 +26,8 @@ from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import write_text
 from luthier.support.signals import handled
+from luthier.support.sources import code_key
 from luthier.support.units import in_bytes, in_flops, in_time
-from luthier.support.version import __version__
 from luthier.training.loop import Interrupted, Loop
 
 Say = Callable[[str], None]
@@ -97,7 +98,8 @@ class Bench:
         """Its folder: another recipe, other rows or another command are another folder."""
         keys = self.plan.arms[job.arm]
         command = keys.model_dump_json() if isinstance(keys, Foreign) else ""
-        what = key_of(self.recipe(job).as_dict(), command, job.steps, __version__)
+        recipe = self.recipe(job)
+        what = key_of(recipe.as_dict(), command, job.steps, code_key("luthier.run.execute", *modules_of(recipe)))
         return self.folder / "arms" / slug(job.arm) / f"{job.purpose}-{what[:8]}"
 
     def request(self, job: Job, side_by_side: int) -> dict[str, Any]:

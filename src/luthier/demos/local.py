@@ -18,6 +18,7 @@ from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.cache import cache_folder, key_of, made
 from luthier.support.rng import Streams
+from luthier.support.sources import code_key
 from luthier.training.loop import Loop
 from luthier.tuners.full import Full
 
@@ -94,7 +95,7 @@ def schooled(
     It is small and has seen next to nothing: it stands for a model wherever a path is tested, and for no model's quality.
     """
     words = [] if tokenizer is None else [sorted(tokenizer.get_vocab().items())]
-    folder, s = cache_folder() / "local" / key_of(list(rows), shape, schooling, *words), schooling
+    folder, s = cache_folder() / "local" / key_of(list(rows), shape, schooling, code_key(__name__), *words), schooling
     if folder.exists():
         return folder
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer

@@ -101,6 +101,20 @@ def written(value: Any) -> Any:
     return {k: written(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
+def modules_of(value: Any) -> list[str]:
+    """The modules of all methods within a method, a recipe or a list of them, sorted."""
+    found: set[str] = set()
+    if isinstance(value, Method):
+        found.add(type(value).__module__)
+    if isinstance(value, BaseModel):
+        value = [getattr(value, n) for n in type(value).model_fields]
+    elif isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        found.update(m for item in value for m in modules_of(item))
+    return sorted(found)
+
+
 def _name_of(method: Method) -> str:
     """The name of a method of ours, or module:Class."""
     cls = type(method)

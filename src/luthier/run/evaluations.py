@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from luthier.support.cache import MEASURING, code_key, content_of, key_of
+from luthier.support.cache import content_of, key_of
 from luthier.support.files import write_text
+from luthier.support.sources import ROOT, code_key
 
 FILE = "evaluations.json"
 BUILTIN = "builtin:"
@@ -46,4 +47,9 @@ def _key(folder: Path, data: str | None) -> str | None:
         files = [content_of(f) for f in sorted(folder.glob("*.safetensors"))]
     except (OSError, ValueError, KeyError):
         return None
-    return key_of(state.get("update_digest"), files, content, recipe, code_key(*MEASURING))
+    return key_of(state.get("update_digest"), files, content, recipe, code_key("luthier.run.ready", *_evaluators()))
+
+
+def _evaluators() -> list[str]:
+    """Modules of all evaluators: which of them the recipe names is not worth the seconds of reading it."""
+    return sorted(f"luthier.evaluation.{f.stem}" for f in (ROOT / "evaluation").glob("*.py") if f.stem != "__init__")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 
 from luthier.evaluation.base import Evaluator, Exam, Results, examine
-from luthier.support.cache import MEASURING, cache_folder, code_key, key_of
+from luthier.support.cache import cache_folder, key_of
 from luthier.support.files import write_text
+from luthier.support.sources import code_key
+
+MODEL = ("luthier.model.loading", "luthier.update.files")  # code that decides which weights are asked
 
 
 def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> str:
@@ -18,7 +21,8 @@ def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> 
     asked = [(e.key(), e.content()) for e in evaluators]
     machine = (str(view.dtype), view.device.type, view.layout)
     texts = (renderer.system, renderer.plain, renderer.tokenizer.chat_template)
-    return key_of(model, rows, asked, machine, texts, exam.task, exam.seed, code_key(*MEASURING))
+    code = code_key("luthier.evaluation.base", *MODEL, *sorted({type(e).__module__ for e in evaluators}))
+    return key_of(model, rows, asked, machine, texts, exam.task, exam.seed, code)
 
 
 def kept(key: str, exam: Exam, evaluators: list[Evaluator]) -> Results:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 
 from luthier.support.files import sweep, whole
 
@@ -23,22 +22,6 @@ def key_of(*parts: object) -> str:
     for part in parts:
         digest.update(repr(part).encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()[:32]
-
-
-def code_of(*modules: ModuleType) -> str:
-    """Changes with the source of these modules, so that no result of older code is ever taken up."""
-    return key_of(*(Path(str(m.__file__)).read_bytes() for m in modules))
-
-
-# Code whose change makes old measurements worthless.
-MEASURING = ("evaluation", "data/rendering.py", "data/batch.py", "inference", "kernels/head.py")
-
-
-def code_key(*names: str) -> str:
-    """Changes with the source of these files, or folders of files, of luthier; imports none of them."""
-    root = Path(__file__).parents[1]
-    files = [f for n in names for f in (sorted((root / n).glob("*.py")) if (root / n).is_dir() else [root / n])]
-    return key_of(*(content_of(f) for f in files))
 
 
 def content_of(path: Path) -> str:
