@@ -11,11 +11,11 @@ import luthier
 ROOT = Path(luthier.__file__).parent
 FLOORS = (
     ("support",),
-    ("kernels", "method"),
-    ("data",),
+    ("kernels", "method", "data"),
     ("model",),
+    ("update",),
     ("step",),
-    ("tasks", "update"),
+    ("tasks",),
     ("inference",),
     ("tuners", "objectives", "compute", "curation", "merging", "decoding", "inspection", "evaluation"),
     ("training",),

@@ -22,7 +22,7 @@ def scored(exam_of):
 
 
 def _said(text):
-    from luthier.inference.generation import Completion
+    from luthier.step.lab import Completion
 
     return Completion(text, True, 1)
 

@@ -8,8 +8,9 @@ import torch
 from luthier.data.rendering import Renderer
 from luthier.evaluation import PassAtK
 from luthier.evaluation.pass_at_k import code_of, pass_at_k, program
-from luthier.inference.generation import Completion, generate, sampled
+from luthier.inference.generation import generate, sampled
 from luthier.model.view import ModelView
+from luthier.step.lab import Completion
 from luthier.support import sandbox
 from luthier.support.rng import Streams
 from luthier.testing.models import byte_tokenizer, tiny

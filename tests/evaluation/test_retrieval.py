@@ -21,8 +21,8 @@ from luthier.evaluation.retrieval import (
     summed,
 )
 from luthier.evaluation.text import token_f1
-from luthier.inference.generation import Completion
 from luthier.method import Facts
+from luthier.step.lab import Completion
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.statistics import Estimate, estimate
 

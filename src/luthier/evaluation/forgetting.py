@@ -14,8 +14,8 @@ from pydantic import Field
 from luthier.data.batch import IGNORE
 from luthier.evaluation.base import Evaluator, Exam
 from luthier.evaluation.measures import Measure, mean, ratio
-from luthier.inference.scoring import RowScore
 from luthier.method import Facts, Problem, Source, Traits
+from luthier.step.lab import RowScore
 from luthier.support.cache import content_of
 from luthier.support.errors import RecipeError
 

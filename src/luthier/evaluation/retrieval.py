@@ -15,8 +15,8 @@ from luthier.evaluation.base import Answering, Exam, Gate, Question, Results
 from luthier.evaluation.contexts import Context, Shelf, documents_of, gold_of
 from luthier.evaluation.measures import Measure, ratio
 from luthier.evaluation.text import normalised, token_f1
-from luthier.inference.generation import Completion
 from luthier.method import Facts, Problem, Source, Traits
+from luthier.step.lab import Completion
 from luthier.support.cache import content_of
 from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams

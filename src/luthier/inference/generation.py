@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,15 +13,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.model.view import ModelView
+from luthier.step.lab import Completion
 from luthier.support.rng import Streams
-
-
-class Completion(NamedTuple):
-    """An answer, whether the model ended it by itself, and its length in tokens."""
-
-    text: str
-    stopped: bool
-    tokens: int
 
 
 @contextmanager
@@ -118,3 +111,14 @@ def _cut(tokens: list[int], stops: list[int], renderer: Renderer) -> Completion:
     end = next((i for i, t in enumerate(tokens) if t in stops), None)
     text = renderer.tokenizer.decode(tokens[:end], skip_special_tokens=True)
     return Completion(text, end is not None, len(tokens) if end is None else end)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Greedy answers in batches: a lab's `Generator`."""
+
+    renderer: Renderer
+    tick: Tick = no_tick
+
+    def __call__(self, view: ModelView, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Completion]:
+        return generate(view, prompts, self.renderer, max_new_tokens, tick=self.tick)

@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from itertools import starmap
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 
 from luthier.data.batch import IGNORE, collate
 from luthier.data.reading import Tick, no_tick
-from luthier.kernels.head import CHUNK
+from luthier.kernels.head import CHUNK, TokenScores
 from luthier.model.view import ModelView
 from luthier.step.forward import Forward, sequence_sum
+from luthier.step.lab import Choices, Continuation, Pair, RowScore
 from luthier.step.order import micro_batches
 
 T = TypeVar("T")
 WINDOW = 256  # rows sorted into forwards together
 
 
-class RowScore(NamedTuple):
-    """Of one row: summed loss in nats, over how many tokens (1 for a class), and the most likely class."""
+@dataclass(frozen=True)
+class Scoring:
+    """Asks a frozen model about rendered rows, a batch at a time, in their order: a lab's `Scorer`."""
 
-    total: float
-    over: float
-    best: int | None
+    tokens_per_forward: int = 2048
+    task: str = "causal-lm"
+    tick: Tick = no_tick
+
+    def losses(self, view: ModelView, rows: Sequence[Any]) -> Iterator[RowScore]:
+        return row_scores(view, rows, self.tokens_per_forward, self.task, self.tick)
+
+    def tokens(self, view: ModelView, rows: Sequence[Any]) -> Iterator[TokenScores]:
+        return _in_order(view, rows, self.tokens_per_forward, _token_scores, self.tick)
+
+    def choices(self, view: ModelView, rows: Sequence[Any]) -> Iterator[Choices]:
+        return first_choices(view, rows, self.tokens_per_forward, self.task, self.tick)
+
+    def continuations(self, view: ModelView, pairs: Sequence[Pair]) -> list[Continuation]:
+        return continuations(view, pairs, self.tokens_per_forward, self.tick)
+
+
+def _token_scores(fwd: Forward) -> list[TokenScores]:
+    """[N] scores of a forward, cut by sequence."""
+    found, batch = fwd.scores(), fwd.batch
+    counts = torch.bincount(batch.seq[batch.supervised], minlength=batch.num_sequences).tolist()
+    return [TokenScores(*parts) for parts in zip(*(column.split(counts) for column in found), strict=True)]
 
 
 def row_scores(
@@ -64,18 +86,9 @@ def mean_loss(scored: Iterable[RowScore]) -> float:
 
 def first_choices(
     view: ModelView, rows: Sequence[Any], tokens_per_forward: int, task: str, tick: Tick = no_tick
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """For each row, over its supervised tokens (or its class): probability of the likeliest, whether it is right, and the
-    right one.
-    """
+) -> Iterator[Choices]:
+    """For each row, over its supervised tokens (or its class)."""
     return _in_order(view, rows, tokens_per_forward, lambda fwd: _choices(fwd, task), tick)
-
-
-class Continuation(NamedTuple):
-    """Of a text that goes on in one way: its loss in nats, and whether each of its tokens is the likeliest."""
-
-    total: float
-    greedy: bool
 
 
 def continuations(
@@ -124,7 +137,7 @@ def _continued(fwd: Forward, lasts: Sequence[Sequence[int]]) -> list[list[Contin
     return out
 
 
-def _choices(fwd: Forward, task: str) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _choices(fwd: Forward, task: str) -> list[Choices]:
     batch = fwd.batch
     if task == "classification":
         top, best = fwd.logits().softmax(-1).max(-1)
@@ -136,7 +149,7 @@ def _choices(fwd: Forward, task: str) -> list[tuple[np.ndarray, np.ndarray, np.n
         right = batch.labels[rows]
         counts = torch.bincount(batch.seq[rows], minlength=batch.num_sequences).tolist()
     columns = (top.double(), (best == right).double(), right)
-    return list(zip(*([p.cpu().numpy() for p in c.split(counts)] for c in columns), strict=True))
+    return list(starmap(Choices, zip(*([p.cpu().numpy() for p in c.split(counts)] for c in columns), strict=True)))
 
 
 def _forward_scores(fwd: Forward, task: str) -> list[RowScore]:

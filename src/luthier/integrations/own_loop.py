@@ -14,6 +14,7 @@ from luthier.compute.base import Compute
 from luthier.data.batch import IGNORE, Batch, collate, front_of
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Objective, Window
+from luthier.step.lab import Lab
 from luthier.step.probe import Probe
 from luthier.training.loop import Wrapped
 from luthier.tuners.base import Trainable, as_view
@@ -33,12 +34,12 @@ class Loss(nn.Module):
     """
 
     def __init__(
-        self, objective: Objective, model: PreTrainedModel | ModelView, total_steps: int = 1, lab: Any = None,
+        self, objective: Objective, model: PreTrainedModel | ModelView, total_steps: int = 1, lab: Lab | None = None,
         compute: Compute | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self._view = as_view(model)
-        self._objective, self._lab, self._compute = objective, lab, compute
+        self._objective, self._lab, self._compute = objective, lab or Lab(), compute
         self.extra = objective.extend(self._view, None)
         self.probe = Probe(self._view, objective, self.extra)
         self._wrapped = [Wrapped(self._view, objective, self.extra)]  # in a list: the model's weights are not ours

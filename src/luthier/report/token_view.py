@@ -14,6 +14,7 @@ from luthier.data.batch import IGNORE, Batch, collate
 from luthier.data.rendering import Renderer
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Window, count
+from luthier.step.lab import Lab
 from luthier.step.order import micro_batches
 from luthier.step.probe import Probe
 from luthier.support.files import write_text
@@ -56,7 +57,7 @@ def note_weights(
     rows: Sequence[Any],
     batch_size: int,
     total_steps: int,
-    lab: Any = None,
+    lab: Lab | None = None,
     tokens_per_forward: int = 2048,
 ) -> None:
     """Put in what a first step over the first rows would do: which tokens stay, and the pull at each.
@@ -72,7 +73,7 @@ def note_weights(
         t["kept"] = False
     every = count(micro)["tokens"]
     with probe.quiet(), torch.enable_grad():
-        window, denominators = probe.objective.plan(Window(micro, Clock(0, total_steps), lab), probe)
+        window, denominators = probe.objective.plan(Window(micro, Clock(0, total_steps), lab or Lab()), probe)
         for batch in window.micro:
             pulls = _pulls(probe, batch, denominators)
             for n, at in enumerate(batch.supervised.tolist()):

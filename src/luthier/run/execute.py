@@ -28,7 +28,6 @@ from luthier.run.folder import RunFolder, recipe_hash
 from luthier.run.forecast import NoForecast, disk_needed, forget_peak, miss, peak_memory, resolved
 from luthier.run.ready import Gathered, Ready, gather, make_ready
 from luthier.run.stopping import StopRequest
-from luthier.step.lab import Lab
 from luthier.step.probe import Probe
 from luthier.step.progress import Progress
 from luthier.support.environment import environment
@@ -189,11 +188,12 @@ def _train(
     """One stage: the recipe's own tuner and objective."""
     recipe = ready.recipe
     total = Loop.length(ready.train.rows, recipe)
-    trainable = with_head(recipe.tuner.attach(ready.view, None, total), ready.view.anatomy.task_head)
+    trainable = with_head(recipe.tuner.attach(ready.view, ready.lab(), total), ready.view.anatomy.task_head)
     weights = sum(p.numel() for p in trainable.parameters())
     with _listening(ready, place, on_step, total) as listen:
         loop = Loop(
-            ready.view, ready.train.rows, trainable, recipe.objective, recipe, folder=place.path, compute=recipe.compute,
+            ready.view, ready.train.rows, trainable, recipe.objective, recipe, lab=ready.lab(), folder=place.path,
+            compute=recipe.compute,
             evaluate=None if ready.data.held is None else ready.held_out_loss, accelerator=ready.accelerator,
             on_step=listen, stop=stop, data_hash=ready.train.digest,
         )  # fmt: skip
@@ -230,10 +230,7 @@ def _pipeline(
 ) -> Trained:
     """Several stages; the last one's Update is the result."""
     assert ready.recipe.pipeline is not None
-    sets = {"train": ready.train.rows, "labelled": ready.train.rows}
-    if ready.data.pool is not None:
-        sets["unlabelled"] = ready.data.pool.rows
-    lab = Lab(sets, ready.recipe.seed)
+    lab = ready.lab()
     held = None if ready.data.held is None else ready.held_out_loss
 
     def told(stage: Train | Apply) -> None:

@@ -14,13 +14,15 @@ from luthier.data.prepare import Prepared
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.evaluation.base import Exam, Results
-from luthier.inference.scoring import mean_loss, row_scores
+from luthier.inference.scoring import mean_loss
+from luthier.inference.services import lab_with
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import CLASSES, Located, load_config, load_model, load_tokenizer, locate, named_classes
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.run import score_cache
 from luthier.run.rows import Data, prepare_rows
+from luthier.step.lab import Lab
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
 from luthier.training.loop import Loop
@@ -44,17 +46,25 @@ class Ready:
 
     def held_out_loss(self) -> float:
         assert self.data.held is not None
-        rows, task = self.data.held.rows, self.recipe.task
-        return mean_loss(row_scores(self.view, rows, 2 * self.recipe.tokens_per_forward, task))
+        return mean_loss(self.lab().scorer.losses(self.view, self.data.held.rows))
+
+    def lab(self) -> Lab:
+        """The services that methods of this run may use."""
+        recipe, data = self.recipe, self.data
+        sets = {"train": data.train.rows, "labelled": data.train.rows}
+        if data.pool is not None:
+            sets["unlabelled"] = data.pool.rows
+        return lab_with(
+            self.renderer, {"base": lambda: self.view}, task=recipe.task, seed=recipe.seed, sets=sets, tick=self.tick,
+            tokens_per_forward=2 * recipe.tokens_per_forward,
+        )  # fmt: skip
 
     def results(self, update: str = "none") -> Results:
         """Of the model as it stands, which is the base with the update of this digest; taken from the cache where it
         has been measured before."""
         held, recipe = self.data.held, self.recipe
-        exam = Exam(
-            self.view, self.renderer, recipe.task, () if held is None else held.rows, self.data.held_rows or (),
-            2 * recipe.tokens_per_forward, tick=self.tick,
-        )  # fmt: skip
+        rows_held = () if held is None else held.rows
+        exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or ())
         head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
         model = key_of(self.view.base.weights, self.view.base.tokenizer, recipe.quantize, head, update)
         rows = "none" if held is None or self.data.held_rows is None else held.digest + self.data.held_rows.digest

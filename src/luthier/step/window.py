@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from luthier.data.batch import IGNORE, Batch
+from luthier.step.lab import Lab
 
 
 class Clock(NamedTuple):
@@ -37,7 +38,7 @@ class Window:
 
     micro: list[Batch]
     clock: Clock
-    lab: Any = None
+    lab: Lab = field(default_factory=Lab)
     gather: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     total: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     rank: int = 0

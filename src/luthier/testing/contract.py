@@ -95,7 +95,7 @@ def loop_of(
     rows = objective.rows or rows_of((14, 12, 9, 11), answer=5)
     assert isinstance(tuner.method, Tuner) and isinstance(objective.method, Objective)
     trainable = tuner.method.attach(view, total_steps=settings.max_steps)
-    lab = Lab({n: list(r) for n, r in objective.pools.items()})
+    lab = Lab(sets={n: list(r) for n, r in objective.pools.items()})
     return Loop(
         view, rows, trainable, objective.method, settings, lab=lab, folder=folder, stop=stop, data_hash="contract"
     )
@@ -358,7 +358,7 @@ def test_an_objective_in_a_bare_loop_is_the_houses(objective: Example) -> None:
     from luthier.tuners.full import Full
 
     assert isinstance(objective.method, Objective)
-    model, lab = tiny(), Lab({n: list(r) for n, r in objective.pools.items()})
+    model, lab = tiny(), Lab(sets={n: list(r) for n, r in objective.pools.items()})
     loss = Loss(objective.method, model, total_steps=STEPS, lab=lab)
     value = loss(PADDED if objective.inputs is None else dict(objective.inputs))
     value.backward()

@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from luthier.data.batch import Batch, collate
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Window
+from luthier.step.lab import Lab
 from luthier.step.order import Order, micro_batches
 from luthier.step.probe import Probe
 from luthier.step.progress import Progress
@@ -64,7 +65,7 @@ class Loop:
 
     def __init__(
         self, view: ModelView, rows: Rows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
-        lab: Any = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
+        lab: Lab | None = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
         on_step: Callable[[dict[str, float], Progress, int], None] | None = None, stop: Callable[[], bool] = lambda: False,
         carried: Mapping[str, Tensor] | None = None, compute: Any = None, accelerator: Accelerator | None = None,
         data_hash: str = "",
@@ -78,7 +79,13 @@ class Loop:
             objective,
             settings,
         )
-        self.lab, self.folder, self.evaluate, self.on_step, self.stop = lab, folder, evaluate, on_step, stop
+        self.lab, self.folder, self.evaluate, self.on_step, self.stop = (
+            lab or Lab(seed=settings.seed),
+            folder,
+            evaluate,
+            on_step,
+            stop,
+        )
         self.accelerator = accelerator or Accelerator(cpu=view.device.type == "cpu")
         self.extra = objective.extend(view, carried)
         self.compute, self.data_hash = compute, data_hash

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from luthier.method import Source, Traits
 from luthier.model.additions import bias_of, oriented, output_adapter, register
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Modules, Update
@@ -45,7 +46,7 @@ class Adapter(Tuner):
     """For the start; give every student its own."""
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> AdapterTrainable:
         return AdapterTrainable(self, as_view(model))
 

@@ -16,6 +16,7 @@ from luthier.method import Method
 from luthier.model.additions import refuse_packed
 from luthier.model.undo import Undo
 from luthier.model.view import ModelView, probe_layout
+from luthier.step.lab import Lab
 from luthier.step.window import Clock, Window
 from luthier.support.rng import Streams
 from luthier.update import Dense, Replace, Update
@@ -59,7 +60,9 @@ def as_dicts(groups: list[ParamGroup], lr: float) -> list[dict[str, Any]]:
 class Tuner(Method):
     """Chooses what is trained. `attach` is all it takes to use one without the house."""
 
-    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> Trainable:
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
+    ) -> Trainable:
         """Prepare the model for training and return what moves.
 
         total_steps  all optimiser steps of the run; methods with a schedule of their own refuse None

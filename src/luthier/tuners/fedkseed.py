@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import refuse_packed
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Seeds, Update
@@ -131,7 +132,7 @@ class FedKSeed(Tuner):
         return problems
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None,
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None,
         probabilities: np.ndarray | None = None,
     ) -> FedKSeedTrainable:  # fmt: skip
         """probabilities  [K] from the server (Pro); None draws uniformly."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from luthier.method import Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.step.probe import Probe
 from luthier.step.window import Clock, Window
 from luthier.support.errors import LuthierError, RecipeError
@@ -237,7 +238,7 @@ class GreenTrainer(Tuner):
     """For stochastic rounding."""
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> GreenTrainable:
         if self.reselect_every is None and total_steps is None:
             raise RecipeError(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from luthier.method import Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.step.window import Window
 from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
@@ -193,7 +194,9 @@ class Hft(Tuner):
         stage = self.stage if self.resample == "stage" else self.stage + epoch
         return draw_plan(anatomy, self.fraction, self.level, self.balance, self.seed, stage, self.train_embeddings)
 
-    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> Trainable:
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
+    ) -> Trainable:
         view = as_view(model)
         chosen = self.plan(view.anatomy)
         if self.resample == "stage":

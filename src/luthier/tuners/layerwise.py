@@ -18,6 +18,7 @@ from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.features import FeatureCache
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
@@ -78,7 +79,7 @@ class Layerwise(Tuner):
         return found
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> LayerwiseTrainable:
         view = as_view(model)
         for problem in self.check(Facts()):

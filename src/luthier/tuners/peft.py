@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
@@ -64,7 +65,7 @@ class Peft(Tuner):
         return found
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> PeftTrainable:
         for problem in self.check(Facts()):
             raise RecipeError(f"tuner.peft.{problem.key}", problem.what, problem.remedy)

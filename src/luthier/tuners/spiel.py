@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.step.window import Clock, Window
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
@@ -279,7 +280,7 @@ class Spiel(Tuner):
         return problems
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> SpielTrainable:
         if total_steps is None:
             raise RecipeError("spiel", "needs the total number of steps", "set max_steps")
