@@ -231,7 +231,7 @@ def test_what_leaves_is_said_with_its_bytes():
 
 
 def test_training_together_lowers_the_loss():
-    settings = SETTINGS.model_copy(update={"max_steps": 40, "batch_size": 4, "learning_rate": 3e-3})
+    settings = SETTINGS.model_copy(update={"max_steps": 80, "batch_size": 4, "learning_rate": 1e-3})
     agreed = SeedRounds(rounds=3).agree([view_of()], FedKSeed(num_seeds=128), settings)
     server = SeedServer(agreed, NAMES)
     carried(server, clients(agreed))
