@@ -107,7 +107,7 @@ PAGES = sorted(p.name for p in (ROOT / "docs/methods").glob("*.md") if p.name !=
 def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys, monkeypatch):
     from transformers import Trainer, TrainingArguments
 
-    from contract.examples import soft_rows
+    from helpers.examples import soft_rows
     from luthier import recipe
     from luthier.testing.contract import PADDED, Four
     from luthier.testing.models import byte_tokenizer, rows_of, tiny, tiny_classifier

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.commands import luthier, write
 from luthier.support.errors import LuthierError
 from luthier.tuned.export import export, gguf_name, permuted
 from luthier.tuned.open import answers, open_run, scores
-from test_run import luthier, write
 
 
 @pytest.fixture(scope="module", params=["lora", "full", "spiel"])

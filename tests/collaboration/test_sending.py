@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from collaboration.test_commands import recipe
+from helpers.collaborations import recipe
+from helpers.commands import luthier
 from luthier.collaboration.audit.gate import Verdict
 from luthier.collaboration.messages import Message, Refused, decode
 from luthier.collaboration.rounds import SERVER
@@ -18,7 +19,6 @@ from luthier.federation.folder import LIMIT, Place
 from luthier.federation.network import Client
 from luthier.support.errors import RecipeError
 from luthier.update.files import load
-from test_run import luthier
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.commands import luthier, rows, write
 from luthier.curation import QTuningOffline
 from luthier.curation.base import Base
 from luthier.curation.q_tuning_offline import scored
@@ -17,7 +18,6 @@ from luthier.model.view import ModelView
 from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 from luthier.testing.models import byte_tokenizer, tiny
-from test_run import luthier, rows, write
 
 
 @pytest.fixture(scope="module")

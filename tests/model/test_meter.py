@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from contract.examples import EXAMPLES
+from helpers.cloze import cloze
+from helpers.examples import EXAMPLES
 from luthier.compute.lemo import Lemo
 from luthier.model.meter import Meter, svd_flops
 from luthier.objectives.sft import Sft
@@ -15,7 +16,6 @@ from luthier.training.loop import Loop
 from luthier.tuners.adapter import Adapter
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
-from pipelines.test_list import cloze
 
 EQUAL = (12, 12, 12, 12)  # one length: the short-attention kernel then computes no padding
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.cloze import cloze, with_soft
 from luthier.data.batch import collate
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.distill import Distill, helpful_weights, soft_loss
@@ -10,7 +11,6 @@ from luthier.step.lab import Lab
 from luthier.step.probe import Probe
 from luthier.support.errors import LuthierError
 from luthier.testing.models import view_of
-from pipelines.test_list import cloze, with_soft
 
 
 def test_the_divergence_by_hand():

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.cloze import cloze, with_soft
 from luthier.data.batch import collate
 from luthier.kernels.plain import plain_operations
 from luthier.objectives.base import Clock, Forward, Window
@@ -15,20 +16,6 @@ from luthier.step.probe import Probe, _call_with
 from luthier.support.errors import LuthierError
 from luthier.testing.models import view_of
 from luthier.tuners.adapter import Adapter
-
-WORDS = torch.tensor([4, 5])
-
-
-def cloze(count, seed):
-    """Rows whose class stands at position 2; label words 4 and 5, answer slot 5."""
-    generator, out = torch.Generator().manual_seed(seed), []
-    for i in range(count):
-        y = int(torch.randint(2, (1,), generator=generator))
-        ids = torch.randint(20, 97, (8,), generator=generator).tolist()
-        ids[2] = 10 + y
-        row = {"label": torch.tensor(y), "slot": torch.tensor(5), "words": WORDS}
-        out.append({"ids": ids, "labels": [-100] * 8, "key": str(i), "row": row})
-    return out
 
 
 def moved(view, rank=4):
@@ -81,11 +68,6 @@ def test_3_soft_loss():
     assert float(soft_loss(logits, logits.float().softmax(-1)).abs().max()) < 1e-6
     hard = torch.tensor([[1.0, 0.0, 0.0]])
     assert soft_loss(logits[:1], hard).isfinite().all()
-
-
-def with_soft(rows, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    return [{**r, "row": {**r["row"], "soft": torch.rand(2, generator=generator).softmax(-1)}} for r in rows]
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from helpers.equalities import RANKS, SETTINGS, rows, tuned
 from luthier.testing.models import view_of
 from luthier.training.loop import Loop
-from training.test_equalities import RANKS, SETTINGS, rows, tuned
 
 
 def main() -> None:

@@ -2,10 +2,10 @@
 
 import torch
 
+from helpers.cloze import cloze, with_soft
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
 from luthier.testing.contract import Example
-from pipelines.test_list import cloze, with_soft
 
 # A small instance of every method: fields away from their defaults where the tiny model needs it.
 FIELDS = {
