@@ -7,7 +7,7 @@ micro-batches and ranks, before its first backward; so one batch of eight, eight
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -54,9 +54,14 @@ class Window:
     micro: list[Batch]
     clock: Clock
     lab: Any = None
+    _: KW_ONLY
     gather: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     total: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     rank: int = 0
+
+    def with_micro(self, micro: list[Batch]) -> Window:
+        """The same window over other micro-batches."""
+        return replace(self, micro=micro)
 
 
 class Objective(Method):

@@ -141,7 +141,7 @@ class Caft(Objective):
             "tokens": targets["ahead.0"],
             "sequences": float(sum(b.num_sequences for b in micro)),
         }
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), counts
+        return window.with_micro(micro), counts
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         batch, last = fwd.batch, len(fwd.view.anatomy.blocks) - 1

@@ -73,7 +73,7 @@ class Distill(Objective):
         micro = [b.with_columns(row={"weight": w}) for b, w in zip(window.micro, raw, strict=True)]
         total = float(sum(w.sum() for w in raw))
         self._report["distill/helpful"] = float(torch.cat(raw).gt(0).float().mean())
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), {
+        return window.with_micro(micro), {
             "weight": total,
             "sequences": 1.0,
         }

@@ -162,7 +162,9 @@ class Loop:
         micro = [collate([chosen[i] for i in part]) for part in parts]
         clock = Clock(step, self.total_steps, self.order.epoch(step))
         gather = self.accelerator.gather if world > 1 else (lambda x: x)
-        return Window([b.to(self.view.device) for b in micro], clock, self.lab, gather, self._total, rank)
+        return Window(
+            [b.to(self.view.device) for b in micro], clock, self.lab, gather=gather, total=self._total, rank=rank
+        )
 
     def _live(self, window: Window) -> tuple[list[Batch], float]:
         """The forwards that have tokens, weight 1; a rank without any runs one row at weight 0, since every rank must
