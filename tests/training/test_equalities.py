@@ -77,7 +77,11 @@ def test_eight_of_one_equal_one_of_eight(name):
 def test_two_processes_equal_one(tmp_path):
     target = tmp_path / "out.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]),
+    }
     script = str(Path(__file__).with_name("two_ranks.py"))
     for _ in range(2):  # gloo's rendezvous on a busy machine may stall: once more, then it is a failure
         child = subprocess.Popen([*command, script, str(target)], env=env, start_new_session=True)

@@ -75,7 +75,10 @@ class Objective(Method):
         return None
 
     def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
-        """Without gradient: pick rows and tokens, attach columns; return every local denominator of the step."""
+        """Without gradient: pick rows and tokens, attach columns; return every local denominator of the step's terms.
+
+        Where all of them are zero over all ranks, the window has nothing to teach: the loop skips the step.
+        """
         return window, count(window.micro)
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
@@ -85,6 +88,11 @@ class Objective(Method):
     def report(self) -> Mapping[str, float]:
         """Numbers of the last plan worth logging."""
         return {}
+
+
+def mean_of(term: Term, denominators: Mapping[str, float]) -> Tensor:
+    """The term's sum over its denominator of the whole step. Where that is zero there was nothing to sum."""
+    return term.sums.sum() / (denominators[term.over] or 1.0)
 
 
 def count(micro: list[Batch]) -> dict[str, float]:
@@ -161,6 +169,8 @@ class Forward:
     def scores(self) -> TokenScores:
         """Loss and entropy of every supervised token, without a gradient."""
         rows, view = self.batch.supervised, self.view
+        if not len(rows):  # nothing to ask: a trunk may not take a batch without tokens
+            return TokenScores(torch.zeros(0, device=rows.device), torch.zeros(0, device=rows.device))
         picked = view.head_input(self.hidden()[rows])
         view.meter.head(picked, view.head_weight, False)
         return token_scores(picked, view.head_weight, self.batch.labels[rows], view.head_bias, view.head_transform())
