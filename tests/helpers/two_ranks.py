@@ -10,20 +10,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from helpers.equalities import RANKS, SETTINGS, rows, tuned
-from luthier.testing.models import view_of
-from luthier.training.loop import Loop
+from helpers.equalities import RANKS, trained
 
 
 def main() -> None:
     accelerator = Accelerator(cpu=True)
-    out = {}
-    for name, (tuner, objective) in RANKS.items():
-        view = view_of()
-        trainable = tuner.attach(view, total_steps=SETTINGS.max_steps)
-        loop = Loop(view, rows(), trainable, objective, SETTINGS, accelerator=accelerator)
-        losses = [loop.step()["loss"] for _ in range(SETTINGS.max_steps)]
-        out[name] = {"losses": losses, "weights": tuned(trainable)}
+    out = {name: trained(name, accelerator) for name in RANKS}
     if accelerator.is_main_process:
         Path(sys.argv[1]).write_text(json.dumps(out))
     dist.barrier()

@@ -80,7 +80,7 @@ def test_4_helpfulness_equals_the_explicit_look_ahead(kind, layout):
     objective = Distill(warmup_share=0.0)
     probe = Probe(view, objective)
     window = Window([batch], Clock(9, 10), Lab({"labelled": labelled}))
-    (ours,) = objective.helpfulness(window, probe)
+    ours = objective.helpfulness(window, probe)
 
     # theta(eps) = theta - eta grad sum eps_i l_i; u_i = -d CE(theta(eps)) / d eps_i at 0.
     names = [n for n, p in view.module.named_parameters() if p.requires_grad]

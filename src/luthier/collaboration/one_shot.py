@@ -228,7 +228,7 @@ def alone(
         entry: dict[str, float] = {}
         for _ in steps(total, progress):
             entry = loop.step()
-        return trainable.update(), entry["loss"]
+        return trainable.update(), entry.get("loss")  # none where the last step had nothing to learn
     finally:
         trainable.detach()
 

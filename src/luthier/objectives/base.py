@@ -14,9 +14,9 @@ from luthier.method import Method
 from luthier.model.view import ModelView
 from luthier.step.forward import Forward, sequence_sum
 from luthier.step.probe import Probe
-from luthier.step.window import Clock, Term, Window, count
+from luthier.step.window import Clock, Term, Window, count, mean_of
 
-__all__ = ["Clock", "Forward", "Objective", "Probe", "Term", "Window", "count", "sequence_sum"]
+__all__ = ["Clock", "Forward", "Objective", "Probe", "Term", "Window", "count", "mean_of", "sequence_sum"]
 
 
 class Objective(Method):
@@ -30,7 +30,10 @@ class Objective(Method):
         return None
 
     def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
-        """Without gradient: pick rows and tokens, attach columns; return every local denominator of the step."""
+        """Without gradient: pick rows and tokens, attach columns; return every local denominator of the step's terms.
+
+        Where all of them are zero over all ranks, the window has nothing to teach: the loop skips the step.
+        """
         return window, count(window.micro)
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:

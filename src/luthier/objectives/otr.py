@@ -99,7 +99,7 @@ class Otr(Objective):
         self._seen = {}
         step = torch.tensor([window.clock.step])
         micro = [b.with_columns(row={"otr": step.expand(b.num_sequences).to(b.ids.device)}) for b in window.micro]
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), count(micro)
+        return window.with_micro(micro), count(micro)
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         batch, rows = fwd.batch, fwd.batch.supervised

@@ -152,6 +152,13 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     out += [(f"Curated by {k['step']}", f"{k['rows']:,} of {k['of']:,} rows stayed") for k in run.get("curated", [])]
+    if run.get("skipped_steps"):
+        out.append(
+            (
+                "Steps that moved nothing",
+                f"{run['skipped_steps']} of {run['steps']}: nothing to learn, or no finite loss",
+            )
+        )
     if run.get("skipped"):
         out.append(("Rows that could not be read", "; ".join(run["skipped"])))
     return out

@@ -319,8 +319,9 @@ def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Traine
     """What a finished run took, which ends it."""
     p = trained.progress
     place.note(
-        state="done", steps=p.step, tokens=p.tokens, train_seconds=p.seconds, row_tokens=p.row_tokens, spent=_spent(ready, p),
-        trained_weights=trained.weights, before=before.brief(), peak_memory_bytes=peak, update_bytes=_size(trained.update),
+        state="done", steps=p.step, skipped_steps=p.skipped, tokens=p.tokens, train_seconds=p.seconds,
+        row_tokens=p.row_tokens, spent=_spent(ready, p), trained_weights=trained.weights, before=before.brief(),
+        peak_memory_bytes=peak, update_bytes=_size(trained.update),
         **more,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import get_scheduler
 
 from luthier.data.batch import Batch, collate
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Forward, Objective, Window
+from luthier.objectives.base import Clock, Forward, Objective, Window, count, mean_of
 from luthier.step.lab import Lab
 from luthier.step.order import Order, micro_batches
 from luthier.step.probe import Probe
@@ -28,7 +29,7 @@ from luthier.training import checkpoint
 from luthier.tuners.base import ParamGroup, Stats, Trainable, default_optimizer
 
 STAGES = ("select", "plan", "train")  # of a step, in the ledger
-NAN_STEPS = 10  # skipped steps in a row after which a run that skips stops as well
+NAN_STEPS = 10  # steps in a row without a finite loss after which a run that skips them stops as well
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -44,7 +45,7 @@ class Wrapped(nn.Module):
         terms = self._objective.loss(Forward(batch, self._view, self.extra))
         total, parts = torch.zeros((), device=batch.ids.device), {}
         for name, term in terms.items():
-            mean = term.sums.sum() / max(denominators[term.over], 1e-9)
+            mean = mean_of(term, denominators)
             parts[name] = mean.detach()
             total = total + term.weight * mean
         return total, parts
@@ -89,6 +90,7 @@ class Loop:
         self.accelerator = accelerator or Accelerator(cpu=view.device.type == "cpu")
         self.extra = objective.extend(view, carried)
         self.compute, self.data_hash = compute, data_hash
+        self._supervised = False  # whether some row was seen to be
         s = settings
         self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle)
         attached = trainable.attach_seconds
@@ -150,7 +152,9 @@ class Loop:
         micro = [collate([chosen[i] for i in part]) for part in parts]
         clock = Clock(step, self.total_steps, self.order.epoch(step))
         gather = self.accelerator.gather if world > 1 else (lambda x: x)
-        return Window([b.to(self.view.device) for b in micro], clock, self.lab, gather, self._total, rank)
+        return Window(
+            [b.to(self.view.device) for b in micro], clock, self.lab, gather=gather, total=self._total, rank=rank
+        )
 
     def _live(self, window: Window) -> tuple[list[Batch], float]:
         """The forwards that have tokens, weight 1; a rank without any runs one row at weight 0, since every rank must
@@ -159,9 +163,9 @@ class Loop:
         if live:
             return live, 1.0
         idle = collate([self.rows[self.order.rows(window.clock.step)[0]]]).to(self.view.device)
-        return self.objective.plan(
-            replace(window, micro=[idle], gather=lambda x: x, total=lambda x: x, rank=0), self.probe
-        )[0].micro, 0.0
+        alone = Probe(self.view, self.objective, self.extra)  # the other ranks do not plan with this one
+        window = replace(window, micro=[idle], gather=lambda x: x, total=lambda x: x, rank=0)
+        return self.objective.plan(window, alone)[0].micro, 0.0
 
     def _total(self, value: Tensor) -> Tensor:
         """The sum over ranks."""
@@ -185,39 +189,60 @@ class Loop:
         chosen = time.perf_counter() - started
         with torch.no_grad(), meter.stage("plan"):
             window, local = self.objective.plan(window, self.probe)
-        denominators = self._reduce(local)
-        if not any(denominators.values()):
-            raise LuthierError(f"step {number + 1}: no supervised token is left; look at the rows with `luthier check`")
+        denominators, p = self._reduce(local), self.progress
+        learns = any(denominators.values())
         with meter.stage("train"):
-            entry = (
-                self._closure_step(window, denominators)
-                if self.trainable.steps_by_closure
-                else self._gradient_step(window, denominators)
-            )
-        self.scheduler.step()
-        p = self.progress
+            entry, moved = self._moved_by(window, denominators) if learns else self._passed_over(number)
+        self._next_rate(moved)
         p.step += 1
+        p.skipped += not moved
         stepped = time.perf_counter()
-        with meter.stage("select"):
-            self.trainable.after_step(Clock(p.step, self.total_steps, self.order.epoch(p.step)))
+        if moved:
+            with meter.stage("select"):
+                self.trainable.after_step(Clock(p.step, self.total_steps, self.order.epoch(p.step)))
         p.select_seconds += chosen + time.perf_counter() - stepped
         for stage, flops in self._reduce({k: meter.flops.get(k, 0.0) - spent.get(k, 0.0) for k in STAGES}).items():
             p.flops[stage] = p.flops.get(stage, 0.0) + flops
         counts = self._reduce(
             {
-                "given": given, "tokens": sum(b.num_tokens for b in window.micro),
-                "supervised": denominators.get("tokens", 0.0),
+                "given": given, "tokens": learns * sum(b.num_tokens for b in window.micro),
+                "supervised": learns * count(window.micro)["tokens"],
             }
         )  # fmt: skip
         p.tokens += int(counts["tokens"])
         p.row_tokens += int(counts["given"])
-        p.supervised += int(denominators.get("tokens", 0))
+        p.supervised += int(counts["supervised"])
         seconds = time.perf_counter() - started
         p.seconds += seconds
         rate = counts["tokens"] / seconds
         clock = {"step": p.step, "epoch": self.order.epoch(p.step)}
         counts = {"num_tokens": p.tokens, "tokens_per_second": rate, "flops": sum(p.flops.values())}
+        if p.skipped:
+            counts["skipped"] = p.skipped
         return {**clock, **entry, **self.objective.report(), **counts}
+
+    def _moved_by(self, window: Window, denominators: Mapping[str, float]) -> tuple[dict[str, float], bool]:
+        """What to log of a step, and whether a weight moved."""
+        if self.trainable.steps_by_closure:
+            return self._closure_step(window, denominators), True
+        return self._gradient_step(window, denominators)
+
+    def _passed_over(self, number: int) -> tuple[dict[str, float], bool]:
+        """A step whose window has nothing to learn, on any rank: no forward, no momentum, no decay; the clock goes on.
+
+        Raises LuthierError where no row at all is supervised.
+        """
+        if not self._supervised:
+            self._supervised = any(count([collate([row])])["sequences"] for row in self.rows)
+        if not self._supervised:
+            raise LuthierError(f"step {number + 1}: no supervised token is in any row; look with `luthier check`")
+        return {"learning_rate": self.scheduler.get_last_lr()[0]}, False
+
+    def _next_rate(self, moved: bool) -> None:
+        with warnings.catch_warnings():
+            if not moved:  # torch takes a first step that is skipped for a mistake in the order of calls
+                warnings.simplefilter("ignore", UserWarning)
+            self.scheduler.step()
 
     def _losses(
         self, window: Window, denominators: Mapping[str, float], backward: bool
@@ -243,7 +268,7 @@ class Loop:
     def _patched(self, phase: str) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext() if self.compute is None else self.compute.patch(self.view, phase)
 
-    def _gradient_step(self, window: Window, denominators: Mapping[str, float]) -> dict[str, float]:
+    def _gradient_step(self, window: Window, denominators: Mapping[str, float]) -> tuple[dict[str, float], bool]:
         self.view.module.train()
         with self.trainable.phase("train"):
             loss, parts = self._losses(window, denominators, backward=True)
@@ -251,13 +276,14 @@ class Loop:
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(params, self.settings.max_grad_norm)) if params else 0.0
         entry = {**parts, "loss": loss, "grad_norm": norm, "learning_rate": self.scheduler.get_last_lr()[0]}
+        moves = False
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._not_finite(entry)
         elif self.trainable.before_step(Stats(loss, norm)):
+            moves, self.progress.not_finite = True, 0
             self.optimizer.step()
-            self.progress.skipped = 0
         self.optimizer.zero_grad(set_to_none=True)
-        return entry
+        return entry, moves
 
     def _closure_step(self, window: Window, denominators: Mapping[str, float]) -> dict[str, float]:
         """For optimisers that only ask for losses: dropout off, no graph."""
@@ -271,8 +297,8 @@ class Loop:
         return {"loss": float(loss), "learning_rate": self.scheduler.get_last_lr()[0]}
 
     def _not_finite(self, entry: dict[str, float]) -> None:
-        self.progress.skipped += 1
-        if self.settings.on_nan == "stop" or self.progress.skipped >= NAN_STEPS:
+        self.progress.not_finite += 1
+        if self.settings.on_nan == "stop" or self.progress.not_finite >= NAN_STEPS:
             raise LuthierError(
                 f"step {self.progress.step + 1}: loss {entry['loss']}, gradient norm {entry['grad_norm']}; "
                 "lower learning_rate, or set on_nan: skip to pass over single bad steps"
