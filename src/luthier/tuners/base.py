@@ -66,6 +66,10 @@ class Tuner(Method):
         """
         raise NotImplementedError
 
+    def in_stage(self, number: int) -> Tuner:
+        """The tuner for its `number`-th stage in a pipeline, from 0. Methods that draw anew for each stage differ."""
+        return self
+
     def selections(self, total_steps: int) -> int:
         """How often a run of so many steps chooses what trains, where that is work that the ledger counts."""
         return 0
@@ -128,6 +132,10 @@ class Trainable:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for i, p in enumerate(self.parameters()):
             p.copy_(state[str(i)])
+
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        """Take up the state in which an earlier stage of the same tuner ended."""
+        self.load_state_dict(state)
 
     def update(self) -> Update:
         raise NotImplementedError
@@ -264,9 +272,12 @@ class WithHead(Trainable):
         return inner | {f"head.{k}": t for k, t in self.head.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pick = lambda start: {k.removeprefix(start): t for k, t in state.items() if k.startswith(start)}  # noqa: E731
-        self.inner.load_state_dict(pick("inner."))
-        self.head.load_state_dict(pick("head."))
+        self.inner.load_state_dict(_below("inner.", state))
+        self.head.load_state_dict(_below("head.", state))
+
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        self.inner.go_on(_below("inner.", state))
+        self.head.load_state_dict(_below("head.", state))
 
     def update(self) -> Update:
         learnt = {n: self.head.master(n).detach().cpu().clone() for n in self.head.names}
@@ -275,6 +286,11 @@ class WithHead(Trainable):
     def detach(self) -> None:
         self.head.detach()
         self.inner.detach()
+
+
+def _below(start: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries under a prefix, without it."""
+    return {k.removeprefix(start): t for k, t in state.items() if k.startswith(start)}
 
 
 def with_head(trainable: Trainable, head: list[str]) -> Trainable:

@@ -81,10 +81,11 @@ def counts(blocks: int, tensors: int, fraction: float, generator: np.random.Gene
 
 def draw_plan(
     anatomy: Anatomy, fraction: float = 0.5, level: str = "category", balance: str = "params", seed: int = 0, stage: int = 0,
-    embeddings: bool = True,
+    embeddings: bool = True, epoch: int = 0,
 ) -> frozenset[str]:  # fmt: skip
-    """Names of the parameters that train in a stage. The same seed and stage give the same plan."""
-    generator, blocks = Streams(seed).at("hft", stage), categories(anatomy)
+    """Names of the parameters that train in an epoch of a stage. The same seed, stage and epoch give the same plan."""
+    drawn = (stage, epoch) if epoch else (stage,)
+    generator, blocks = Streams(seed).at("hft", *drawn), categories(anatomy)
     inside = {p for found in blocks for tensors in found.values() for ps in tensors.values() for p in ps}
     outside = {p for p in anatomy.parameters if p not in inside}
     if not embeddings:
@@ -182,16 +183,22 @@ class Hft(Tuner):
     train_embeddings: bool = True
     """Train embeddings and head too; false where they are tied and data are few."""
     resample: Literal["stage", "epoch"] = "stage"
-    """Draw once for the run, or again at every epoch (optimiser state of newly frozen tensors is dropped)."""
-    stage: int = Field(0, ge=0)
-    """Number of this stage in a sequence; each draws another half."""
+    """Draw once for the stage, or again at every epoch (optimiser state of newly frozen tensors is dropped)."""
+    stage: int | None = Field(None, ge=0)
+    """Number that the half is drawn for; None counts the stages of a pipeline that use hft, from 0."""
     seed: int = Field(0, ge=0)
     """For the draws and for stochastic rounding."""
 
+    def in_stage(self, number: int) -> Hft:
+        """With another half than in the stages before, unless the recipe says which."""
+        return self if self.stage is not None else self.model_copy(update={"stage": number})
+
     def plan(self, anatomy: Anatomy, epoch: int = 0) -> frozenset[str]:
         """Names of the parameters that train."""
-        stage = self.stage if self.resample == "stage" else self.stage + epoch
-        return draw_plan(anatomy, self.fraction, self.level, self.balance, self.seed, stage, self.train_embeddings)
+        drawn = epoch if self.resample == "epoch" else 0
+        return draw_plan(
+            anatomy, self.fraction, self.level, self.balance, self.seed, self.stage or 0, self.train_embeddings, drawn
+        )
 
     def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> Trainable:
         view = as_view(model)

@@ -217,8 +217,8 @@ class LiftTrainable(Trainable):
     def after_step(self, clock: Clock | None = None) -> None:
         self._steps += 1
         self.sparse.write(self._rounding())
-        total = None if clock is None else clock.total
-        if self.every and self._steps % self.every == 0 and (total is None or self._steps < total):
+        ended = clock is not None and clock.step >= clock.total  # nothing would train what is chosen then
+        if self.every and self._steps % self.every == 0 and not ended:
             for name, linear in self.sparse.linears.items():
                 self.reselect(name, self._choose(linear))
 

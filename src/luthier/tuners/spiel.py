@@ -445,6 +445,11 @@ class SpielTrainable(Trainable):
                 for kept, saved in zip(self.observed.sums(n), (s1[n], s2[n]), strict=True):
                     kept.copy_(saved)
 
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        """One schedule of events over both stages: positions chosen with care are not all replaced again."""
+        self.load_state_dict(state)
+        self.total_steps += self._steps
+
     def update(self) -> Update:
         return Update(self.base, (self.sparse.part(),))
 
