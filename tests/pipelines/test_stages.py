@@ -95,7 +95,7 @@ def test_another_tuner_goes_on_where_the_first_one_ended_and_the_result_holds_bo
     wanted = trained_alone(second, trained_alone(first, tiny().eval()))
     found = weights_with(done["b"].update)
     for n, p in wanted.named_parameters():
-        torch.testing.assert_close(found[n], p.detach(), atol=2e-6, rtol=1e-5, msg=lambda m, n=n: f"{n}: {m}")
+        torch.testing.assert_close(found[n], p.detach(), atol=3e-5, rtol=0, msg=lambda m, n=n: f"{n}: {m}")
     only = weights_with(done["a"].update)
     assert any(not torch.equal(only[n], found[n]) for n in only)
 
@@ -125,7 +125,7 @@ def test_a_third_stage_with_the_tuner_of_the_second_keeps_what_lies_below_both()
     wanted = trained_alone(Full(), trained_alone(Full(), trained_alone(Lora(rank=4), tiny().eval())))
     found = weights_with(done["c"].update)
     for n, p in wanted.named_parameters():
-        torch.testing.assert_close(found[n], p.detach(), atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(found[n], p.detach(), atol=3e-5, rtol=0)
 
 
 def test_small_differences_of_an_earlier_stage_survive_low_precision():

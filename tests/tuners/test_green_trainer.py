@@ -79,7 +79,7 @@ def test_2_backward_cost_equals_counted_flops(tied):
     model.set_attn_implementation("eager")
     anatomy = Anatomy(model)
     batch, length = 2, 12
-    costs = cost_model(anatomy, batch * length, batch * length**2)
+    costs = cost_model(anatomy, batch * length, batch * length**2, batch)
     ids = torch.randint(3, 90, (batch, length))
     generator = np.random.default_rng(0)
     names = list(anatomy.parameters)
@@ -103,7 +103,7 @@ def plan(view, share, batch):
 
 def test_3_share_one_selects_all_that_help_and_larger_shares_never_help_less():
     batch = batch_of()
-    costs = cost_model(view_of().anatomy, batch.num_tokens, sum(n * n for n in batch.lengths))
+    costs = cost_model(view_of().anatomy, batch.num_tokens, sum(n * n for n in batch.lengths), batch.num_sequences)
     full, last = costs.forward + costs.full_backward, 0.0
     for share in (0.45, 0.6, 0.75, 0.9, 1.0):
         view = view_of()
@@ -118,7 +118,7 @@ def test_3_share_one_selects_all_that_help_and_larger_shares_never_help_less():
 
 
 def test_4_budget_identity():
-    costs = cost_model(view_of().anatomy, 40, 500)
+    costs = cost_model(view_of().anatomy, 40, 500, 4)
     share, t_fp, t_bp = 0.7, costs.forward, costs.full_backward
     rho_bp = share * (1 + t_fp / t_bp) - t_fp / t_bp
     assert rho_bp * t_bp + t_fp == pytest.approx(share * (t_fp + t_bp))

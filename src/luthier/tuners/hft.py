@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError
+from luthier.errors import RecipeError
 from luthier.method import Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView
 from luthier.objectives.base import Window
 from luthier.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
-from luthier.update import Dense, Update
+from luthier.update import Dense, Replace, Update
 
 log = logging.getLogger(__name__)
 ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
@@ -32,7 +32,7 @@ PAIRS = (("q", "k"), ("q", "v"), ("o", "k"), ("o", "v"))  # with grouped queries
 def categories(anatomy: Anatomy) -> list[dict[str, dict[str, list[str]]]]:
     """For each block: category -> tensor -> its parameters (a bias follows its matrix, a q- or k-norm its projection).
 
-    Raises LuthierError, naming what was found, for fused projections and for blocks without one of the categories.
+    Raises RecipeError, naming what was found, for fused projections and for blocks without one of the categories.
     """
     roles = {x.module: x.role for x in anatomy.linears}
     out = []
@@ -43,14 +43,13 @@ def categories(anatomy: Anatomy) -> list[dict[str, dict[str, list[str]]]]:
             module = parameter.rpartition(".")[0]
             category, tensor = _category(module, roles.get(module))
             if category is None:
-                raise LuthierError(
-                    f"tuner.hft: {parameter} is {tensor}, which halving by tensors cannot split; choose full"
-                )
+                what = f"{parameter} is {tensor}, which halving by tensors cannot split"
+                raise RecipeError("hft.model", what, "choose full")
             found[category].setdefault(tensor, []).append(parameter)
         missing = [c for c, tensors in found.items() if not tensors]
         if missing:
             seen = ", ".join(sorted({p.rpartition(".")[0].rpartition(".")[2] for p in mine}))
-            raise LuthierError(f"tuner.hft: block {index} has no {missing[0]}; found were {seen}")
+            raise RecipeError("hft.model", f"block {index} has no {missing[0]}; found were {seen}", "choose full")
         out.append(found)
     return out
 
@@ -147,13 +146,16 @@ def half_reset(update: Update, trainable: Iterable[str]) -> Update:
     Raises KeyError for a plan that names parameters the update does not have, TypeError for an update that is not dense.
     """
     keep = set(trainable)
-    if any(not isinstance(p, Dense) for p in update.parts):
+    if any(not isinstance(p, (Dense, Replace)) for p in update.parts):
         raise TypeError("half_reset takes an update of whole tensors")
-    changes = {n: d for part in update.parts for n, d in part.tensors().items()}
-    unknown = sorted(keep - set(changes))
+    changes = {n: d for part in update.parts if isinstance(part, Dense) for n, d in part.changes.items()}
+    heads = {n: t for part in update.parts if isinstance(part, Replace) for n, t in part.values.items()}
+    unknown = sorted(keep - changes.keys() - heads.keys())
     if unknown:
         raise KeyError(f"the plan names {unknown[0]}, which this update does not have: it belongs to another model")
-    return Update(update.base, (Dense({n: d if n in keep else torch.zeros_like(d) for n, d in changes.items()}),))
+    reset = Dense({n: d if n in keep else torch.zeros_like(d) for n, d in changes.items()})
+    kept = {n: t for n, t in heads.items() if n in keep}
+    return Update(update.base, (reset, Replace(kept)) if kept else (reset,))
 
 
 # --- the method ---
@@ -188,6 +190,9 @@ class Hft(Tuner):
     """Number that the half is drawn for; None counts the stages of a pipeline that use hft, from 0."""
     seed: int = Field(0, ge=0)
     """For the draws and for stochastic rounding."""
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        categories(anatomy)
 
     def in_stage(self, number: int) -> Hft:
         """With another half than in the stages before, unless the recipe says which."""
