@@ -59,7 +59,9 @@ def exchange(indices: Tensor, values: Tensor, candidates: Tensor, scores: Tensor
     dropped = top(-values.abs(), quota)
     kept = torch.ones_like(indices, dtype=torch.bool)
     kept[dropped] = False
-    size = int(max(indices.max(), candidates.max())) + 1 if len(candidates) else 1
+    if not len(candidates):
+        return dropped[:0], candidates
+    size = int(max(indices.max(), candidates.max())) + 1
     taken = torch.zeros(size, dtype=torch.bool, device=indices.device)
     taken[indices[kept]] = True
     free = (~taken[candidates]).nonzero().squeeze(1)
