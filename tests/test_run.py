@@ -176,7 +176,10 @@ def test_a_second_process_in_the_same_folder_is_refused(model_folder, tmp_path):
     assert done.returncode == 2 and "another process is working in this folder" in done.stderr
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora", "adapter", "layerwise"])
+SPIEL = {"spiel": {"variant": "ma", "density": 0.05}}
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora", "adapter", "layerwise", "hft", "green-trainer", SPIEL], ids=str)
 def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_path, monkeypatch):
     train = [{"text": f"{'good' if i % 2 else 'poor'} thing {i}", "label": "yes" if i % 2 else "no"} for i in range(32)]
     keys = {"task": "classification", "tuner": tuner, "epochs": 6, "evaluate": []}
@@ -419,6 +422,24 @@ def test_stages_run_hand_on_and_are_taken_up_after_a_kill(model_folder, tmp_path
     assert (tmp_path / "b/out/heads/checkpoint-3/COMPLETE").exists()
     a, b = (load_file(tmp_path / x / "out/adapter_model.safetensors") for x in ("a", "b"))
     assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_stages_with_other_tuners_leave_one_update_that_holds_them_all(model_folder, tmp_path):
+    tuners = [{"lora": {"rank": 2}}, "hft", "hft"]
+    stages = [
+        {"name": f"s{i}", "tuner": t, "start": f"s{i - 1}" if i else "base", **BRISK} for i, t in enumerate(tuners)
+    ]
+    path = write(tmp_path, model_folder, pipeline={"stages": {"stages": stages}})
+    values = YAML().load(path.read_text())
+    for key in ("tuner", "batch_size", "learning_rate"):
+        values.pop(key)
+    YAML().dump(values, path)
+    done = luthier("run", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    header = json.loads((tmp_path / "out/update.json").read_text())
+    assert [p["kind"] for p in header["parts"]] == ["lowrank", "dense"] and "largest difference" in done.stderr
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["after"]["loss"]["value"] < run["before"]["loss"]["value"]
 
 
 def test_what_a_pipeline_would_not_read_is_refused(model_folder, tmp_path):

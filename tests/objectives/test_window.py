@@ -4,7 +4,6 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
-from luthier.training.probe import Probe
 
 from luthier.data.batch import collate
 from luthier.objectives.base import Clock, Window
@@ -14,7 +13,8 @@ from luthier.objectives.masked_thought import MaskedThought
 from luthier.objectives.otr import Otr
 from luthier.objectives.q_tuning import QTuning
 from luthier.objectives.sft import Sft
-from luthier.pipelines.base import Lab
+from luthier.step.lab import Lab
+from luthier.step.probe import Probe
 from luthier.testing.models import batch_of, view_of
 from pipelines.test_list import cloze, with_soft
 

@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-from luthier.collaboration.fedkseed import FedKSeed
-from luthier.errors import LuthierError
-from luthier.training.settings import TrainSettings
 
 from luthier.data.batch import IGNORE
 from luthier.objectives.caft import Caft
@@ -15,9 +12,12 @@ from luthier.objectives.masked_thought import MaskedThought
 from luthier.objectives.otr import Otr
 from luthier.objectives.q_tuning import QTuning
 from luthier.objectives.sft import Sft
-from luthier.pipelines.base import Lab
+from luthier.step.lab import Lab
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import NAN_STEPS, Loop
+from luthier.tuners.fedkseed import FedKSeed
 from luthier.tuners.frozen import Frozen
 from luthier.tuners.full import Full
 from luthier.tuners.lift import Lift

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
-from luthier import __version__
+from luthier.support.version import __version__
 from luthier.support import machine
 
 machine.prepare()

@@ -104,7 +104,8 @@ class Anatomy:
     def match(self, targets: str | Iterable[str]) -> tuple[Linear, ...]:
         """Linear layers meant by `targets`: "all-linear" (every one in the blocks), or patterns.
 
-        A pattern is a glob over the whole module name, or the last parts of one ("q_proj", "mlp.down_proj").
+        A pattern is a glob over the whole module name, or the last parts of one ("q_proj", "mlp.down_proj"). A task
+        head is never meant, since every tuner trains it whole.
         Raises LuthierError for a pattern that matches nothing, with the endings there are.
         """
         if targets == "all-linear":
@@ -117,6 +118,9 @@ class Anatomy:
                 raise LuthierError(
                     f"target {pattern!r} matches 0 of {len(self.linears)} linear layers; they end in {', '.join(endings)}"
                 )
+            hits = [x for x in hits if x.name not in self.task_head]
+            if not hits:
+                raise LuthierError(f"target {pattern!r} is the task head, which every tuner trains whole; leave it out")
             chosen.update((x.module, x) for x in hits)
         return tuple(x for x in self.linears if x.module in chosen)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import struct
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from transformers import (
     GgufConfig,
 )
 
+from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView, probe_layout
 from luthier.support.cache import cache_folder, key_of, made
 from luthier.support.errors import RecipeError
@@ -107,6 +109,15 @@ def _check_header(gguf: Path, size: int) -> None:
     # A tensor's description takes at least 24 bytes, a metadata entry at least 13.
     if version not in (2, 3) or tensors * 24 + entries * 13 > size:
         raise RecipeError("model", f"{gguf}: cannot be read as GGUF (its header is damaged)", "download the file again")
+
+
+def anatomy_of(config: Any, task: str) -> Anatomy | None:
+    """The anatomy that a model of this configuration has, without its weights; None where transformers has no such class."""
+    cls: Any = CLASSES.get(task)
+    if config is None or cls is None or type(config) not in cls._model_mapping:
+        return None
+    with torch.device("meta"):
+        return Anatomy(cls.from_config(copy.deepcopy(config)))
 
 
 def load_tokenizer(located: Located) -> Any:

@@ -22,20 +22,20 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from luthier import recipe
-from luthier.data.batch import IGNORE
+from luthier.data.batch import IGNORE, collate
 from luthier.method import Facts, Method
 from luthier.method import registry as manifest
 from luthier.method.kinds import LISTED, kind_of
 from luthier.model.view import ModelView, probe_layout
-from luthier.objectives.base import Objective
+from luthier.objectives.base import Forward, Objective
 from luthier.objectives.sft import Sft
 from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
-from luthier.testing.models import batch_of, rows_of, tiny, view_of
+from luthier.testing.models import batch_of, labelled_rows, rows_of, tiny, view_of
 from luthier.training.loop import Interrupted, Loop
 from luthier.tuners.adapter import Adapter
-from luthier.tuners.base import Stats, Trainable, Tuner
+from luthier.tuners.base import Stats, Trainable, Tuner, with_head
 from luthier.update.files import load, save_update
 
 STEPS = 6
@@ -243,6 +243,55 @@ def test_the_saved_update_in_a_fresh_base_gives_the_same_states(tuner: Example, 
     with load(tmp_path).bind(fresh):
         torch.testing.assert_close(fresh.trace(batch).hidden[-1], live, atol=2e-5, rtol=1e-4)
     assert update.linear == type(tuner.method).traits.linear or not tuner.trains
+
+
+@pytest.mark.parametrize("kind", ["llama-classifier", "gpt2-classifier", "bert-classifier"])
+def test_a_task_head_is_learnt_or_refused_by_check(tuner: Example, kind: str, tmp_path: Path) -> None:
+    learns_a_task_head(tuner, kind, tmp_path)
+
+
+def learns_a_task_head(tuner: Example, kind: str, folder: Path) -> None:
+    """Unless `check` refuses this classifier with a sentence: every step trains its head, a stopped run goes on as if it had
+    not been, and the saved update gives the same logits on a base whose head was drawn anew.
+    """
+    view, rows = view_of(kind), labelled_rows()
+    closure = "closure" in tuner.method.traits.needs
+    settings = SETTINGS.model_copy(
+        update={"tokens_per_forward": 20, **(CONSTANT if closure else {"warmup_fraction": 0.0})}
+    )
+    facts = Facts("classification", view.layout, STEPS, 4, len(rows), view.module.config, settings)
+    if refusals := tuner.method.check(facts):
+        assert all(" " in p.what for p in refusals)
+        return
+
+    def loop_on(view: ModelView) -> Loop:
+        assert isinstance(tuner.method, Tuner)
+        trainable = with_head(tuner.method.attach(view, total_steps=STEPS), view.anatomy.task_head)
+        return Loop(view, rows, trainable, Sft(), settings, folder=folder / "stopped", data_hash="contract")
+
+    def logits(view: ModelView) -> Tensor:
+        view.module.eval()
+        return Forward(collate(rows), view).logits().detach()
+
+    loop = loop_on(view)
+    heads = {n: view.weight(n).detach().clone() for n in view.anatomy.task_head}
+    losses = [loop.step()["loss"] for _ in range(2)]
+    loop.save()
+    assert losses[1] != losses[0] and all(not torch.equal(view.weight(n), t) for n, t in heads.items())
+    losses += [loop.step()["loss"] for _ in range(2)]
+    live, update = logits(view), loop.trainable.update()
+    resumed = loop_on(view_of(kind))
+    assert resumed.resume() and [resumed.step()["loss"] for _ in range(2)] == losses[2:]
+    assert torch.equal(logits(resumed.view), live)
+    save_update(update, folder, view)
+    fresh = view_of(kind)
+    with torch.no_grad():
+        for n in heads:
+            fresh.weight(n).normal_()
+    with load(folder).bind(fresh):
+        torch.testing.assert_close(logits(fresh), live, atol=2e-5, rtol=1e-4)
+    loop.trainable.detach()
+    assert all(torch.equal(view.weight(n), t) for n, t in heads.items())
 
 
 def test_same_seed_same_numbers(tuner: Example) -> None:

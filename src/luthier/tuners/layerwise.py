@@ -22,7 +22,7 @@ from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
-from luthier.update import Dense, Replace, Update
+from luthier.update import Update
 
 Convention = Literal["contiguous", "head_gap"]
 
@@ -162,15 +162,9 @@ class LayerwiseTrainable(Trainable):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.dense.load_state_dict(state)
 
-    @torch.no_grad()
     def update(self) -> Update:
         """Differences, and whole tensors for what did not start from the base."""
-        (part,) = self.dense.update().parts
-        assert isinstance(part, Dense)
-        changes = {n: d for n, d in part.changes.items() if n not in self.original}
-        whole = {n: self.dense.master(n).detach().cpu().clone() for n in self.original}
-        parts: list[Dense | Replace] = [Dense(changes)] if changes else []
-        return Update(self.base, (*parts, Replace(whole)) if whole else tuple(parts))
+        return Update(self.base, self.dense.parts(self.original))
 
     @torch.no_grad()
     def detach(self) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from luthier.method import Facts, Problem, Source, Traits
@@ -95,18 +95,18 @@ class PeftTrainable(Trainable):
         except (ValueError, TypeError) as error:
             raise RecipeError("tuner.peft.options", str(error).splitlines()[0], "see peft's documentation") from error
 
-    def named(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad}
+        # Now, since a task head that trains beside it wants gradients too.
+        self.named = {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad}
 
     def groups(self) -> list[ParamGroup]:
-        return [ParamGroup(list(self.named().values()))]
+        return [ParamGroup(list(self.named.values()))]
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {n: p.detach() for n, p in self.named().items()}
+        return {n: p.detach() for n, p in self.named.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for n, p in self.named().items():
+        for n, p in self.named.items():
             p.copy_(state[n])
 
     def update(self) -> Update:

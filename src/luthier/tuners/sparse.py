@@ -90,10 +90,10 @@ class SparseWeights:
 
     @torch.no_grad()
     def load(self, indices: dict[str, Tensor], values: dict[str, Tensor], generator: torch.Generator) -> None:
-        """Take up saved positions and values."""
+        """Take up saved positions and values; what was saved is not written to later."""
         for name in self.values:
             self.put(name, self.stored[name])
-            self.indices[name] = indices[name].to(self.view.device, self._dtype(name))
+            self.indices[name] = indices[name].to(self.view.device, self._dtype(name), copy=True)
             self.stored[name] = self.read(name)
             self.values[name].copy_(values[name])
         self.write(generator)

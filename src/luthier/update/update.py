@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.kernels.linear import stochastic_round
 from luthier.model.fingerprint import Fingerprint, tensor_hash
 from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
 from luthier.update.packing import factor_deltas, pack
 from luthier.update.parts import (
     VECTOR_PARTS,
@@ -27,6 +29,7 @@ from luthier.update.parts import (
     Prompt,
     Replace,
     Sparse,
+    Vector,
     constant,
     in_turn,
     overwrite,
@@ -81,6 +84,29 @@ class Update:
             merged[type(part)] = merged[type(part)].plus(part) if type(part) in merged else part
         return Update(self.base, tuple(merged.values()))
 
+    def then(self, later: Update) -> Update:
+        """This update followed by one that was trained with it in place, as one update of the base.
+
+        Differences add; a tensor that either replaces is replaced by what stood there in the end.
+        """
+        if not self.base.same_base(later.base):
+            raise TypeError(f"updates of different bases cannot follow each other: {self.base.name}, {later.base.name}")
+        before, after = _replaced(self), _replaced(later)
+        whole = {**before, **after}
+        moved = before.keys() - after.keys()
+        for part in later.parts:
+            if isinstance(part, VECTOR_PARTS) and moved & set(part.names()):
+                whole |= {n: whole[n].float() + d for n, d in part.deltas() if n in moved}
+        vectors: dict[type, Any] = {}
+        beside: list[Part] = []
+        for part in (*self.parts, *later.parts):
+            if isinstance(part, VECTOR_PARTS):
+                left = _without(part, whole)
+                vectors[type(left)] = vectors[type(left)].plus(left) if type(left) in vectors else left
+            elif not isinstance(part, Replace):
+                beside.append(part)
+        return Update(self.base, (*vectors.values(), *([Replace(whole)] if whole else []), *beside))
+
     def __rmul__(self, c: float) -> Update:
         for part in self.parts:
             if not isinstance(part, VECTOR_PARTS):
@@ -134,13 +160,7 @@ class Update:
 
         Raises LuthierError where this update belongs to another base or does not fit.
         """
-        if not self.base.same_base(view.base):
-            raise LuthierError(
-                f"this update was trained on {self.base.name} ({self.base.weights[:12]}), "
-                f"the model is {view.base.name} ({view.base.weights[:12]}); load that base instead"
-            )
-        self.validate(view.anatomy.parameters)
-        self._refuse_packed(view.module, besides=(LowRank,))
+        self._refuse_misfit(view)
         undo = []
         try:
             for part in self.parts:
@@ -149,6 +169,39 @@ class Update:
         finally:
             for step in reversed(undo):
                 step()
+
+    @contextmanager
+    def in_place(self, view: Any) -> Iterator[Any]:
+        """The tuned model as something to train on, for the calls inside: every difference is in the weights.
+
+        So no layer carries an adapter, and any tuner can be attached. In bf16 the weights are rounded stochastically,
+        since rounding to nearest would take small differences away from the stage that goes on. Low-rank parts stay
+        beside quantised layers. Raises LuthierError as `bind` does.
+        """
+        from luthier.model.additions import is_packed
+
+        self._refuse_misfit(view)
+        undo = []
+        try:
+            for i, part in enumerate(self.parts):
+                packed = isinstance(part, LowRank) and any(is_packed(view.weight(n)) for n in part.names())
+                if isinstance(part, VECTOR_PARTS) and not packed:
+                    undo.append(overwrite(view, _rounded(part, view, i)))
+                else:
+                    undo.append(_apply(part, view, 1.0))
+            yield view
+        finally:
+            for step in reversed(undo):
+                step()
+
+    def _refuse_misfit(self, view: Any) -> None:
+        if not self.base.same_base(view.base):
+            raise LuthierError(
+                f"this update was trained on {self.base.name} ({self.base.weights[:12]}), "
+                f"the model is {view.base.name} ({view.base.weights[:12]}); load that base instead"
+            )
+        self.validate(view.anatomy.parameters)
+        self._refuse_packed(view.module, besides=(LowRank,))
 
     def validate(self, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raises LuthierError with the first thing that does not fit tensors of these shapes."""
@@ -201,6 +254,33 @@ def _apply(part: Part, view: Any, scale: float) -> Any:
     if scale != 1.0:
         raise TypeError(f"a {part.kind} part cannot be scaled")
     return part.apply(view)
+
+
+def _rounded(part: Vector, view: Any, index: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, weight with its difference), summed in float32."""
+    for name, delta in part.deltas():
+        weight = view.weight(name)
+        generator = Streams(0).torch("in-place", index, name, device=weight.device)
+        yield name, stochastic_round(weight.float() + delta.to(weight.device), weight.dtype, generator)
+
+
+def _replaced(update: Update) -> dict[str, Tensor]:
+    """The tensors that stand in place of the base's."""
+    return {n: t for part in update.parts if isinstance(part, Replace) for n, t in part.values.items()}
+
+
+def _without(part: Vector, names: Collection[str]) -> Vector:
+    """The part without these parameters. Seeds stay whole, since their noise is keyed by place; whatever is replaced
+    is written over them.
+    """
+    left = lambda tensors: {n: t for n, t in tensors.items() if n not in names}  # noqa: E731
+    if isinstance(part, Dense):
+        return Dense(left(part.changes))
+    if isinstance(part, Sparse):
+        return Sparse(left(part.indices), left(part.values), left(part.shapes))
+    if isinstance(part, LowRank):
+        return LowRank(left(part.a), left(part.b), left(part.scale), part.transposed - set(names))
+    return part
 
 
 def _sparsest(full: dict[str, Tensor], density: float) -> Sparse:
