@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from helpers.commands import luthier
-from luthier import __version__
 from luthier.method import registry
+from luthier.support.version import __version__
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from luthier.model.meter import Meter, svd_flops
 from luthier.objectives.sft import Sft
 from luthier.step.lab import Lab
 from luthier.testing.contract import CONSTANT, SETTINGS
-from luthier.testing.models import rows_of, tiny, view_of
+from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.adapter import Adapter
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
+from luthier.tuners.spiel import Spiel
 
 EQUAL = (12, 12, 12, 12)  # one length: the short-attention kernel then computes no padding
 
@@ -72,6 +73,46 @@ def test_every_objectives_step_takes_what_torch_counts(objective):
     loop = loop_of(Lora(rank=4), objective.method, rows=objective.rows)
     torch_says = counted(loop, steps=3)
     assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=TOLERANCE.get(objective.name, 0.01))
+
+
+LAST = ("layers.2.mlp.down_proj", "layers.2.self_attn.o_proj")  # the second one's input wants no gradient
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize(
+    "tuner",
+    [Lora(rank=4), Lora(rank=4, targets=LAST), Adapter(rank=3), Full(), Spiel(density=0.05)],
+    ids=["lora", "lora above", "adapter", "full", "spiel"],
+)
+def test_what_hangs_below_a_tuner_is_counted(layout, tuner):
+    """A low-rank and an output adapter are bound on the layers that a tuner works on."""
+    below = [t.attach(view_of()).update() for t in (Lora(rank=6, seed=1), Adapter(rank=5, init_std=0.1))]
+    view = view_of()
+    view.layout, view._native_attention = layout, "eager"
+    with below[0].bind(view), below[1].bind(view):
+        settings = SETTINGS.model_copy(update={"max_steps": 3})
+        loop = Loop(view, rows_of(EQUAL, answer=5), tuner.attach(view, total_steps=3), Sft(), settings)
+        torch_says = counted(loop, steps=2)
+    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.01)
+
+
+def test_a_derivative_takes_the_factors_it_is_along():
+    """T rows, W [out, in] with A [3, in] and B [out, 3]: two products each, and one more for what moves itself."""
+    view, batch = view_of(), batch_of((8,))
+    trainable = Lora(rank=3, targets=("layers.0.mlp.up_proj",)).attach(view)
+    (name,) = trainable.a
+    layer = view.layer(name.removesuffix(".weight"))
+    (out, width), meter = view.weight(name).shape, view.meter
+    with meter.watching(layer), torch.no_grad():
+        for along, expected in (
+            ([], 2 * (out * width + 3 * width + 3 * out)),
+            (["luthier_b"], 2 * (out * width + 3 * width + 3 * out) + 3 * out),
+            (["weight", "luthier_a"], 3 * (out * width + 3 * width) + 2 * 3 * out),
+        ):
+            before = meter.total
+            with meter.derivative(view.module, [f"{name.removesuffix('.weight')}.{n}" for n in along]):
+                layer(torch.ones(batch.num_tokens, width))
+            assert meter.total - before == 2 * batch.num_tokens * expected
 
 
 def test_scoring_and_training_are_charged_apart():

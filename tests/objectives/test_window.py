@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 import pytest
 import torch
 
+from helpers.cloze import cloze, with_soft
 from luthier.data.batch import collate
 from luthier.objectives.base import Clock, Window
 from luthier.objectives.caft import Caft
@@ -16,7 +17,6 @@ from luthier.objectives.sft import Sft
 from luthier.step.lab import Lab
 from luthier.step.probe import Probe
 from luthier.testing.models import batch_of, view_of
-from pipelines.test_list import cloze, with_soft
 
 
 @dataclass(frozen=True)

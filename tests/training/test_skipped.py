@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from helpers.cloze import cloze
 from luthier.data.batch import IGNORE
 from luthier.objectives.caft import Caft
 from luthier.objectives.distill import Distill
@@ -23,7 +24,6 @@ from luthier.tuners.full import Full
 from luthier.tuners.lift import Lift
 from luthier.tuners.lora import Lora
 from luthier.tuners.spiel import Spiel
-from pipelines.test_list import cloze
 
 SETTINGS = TrainSettings(
     max_steps=3, batch_size=2, learning_rate=1e-2, shuffle=False, weight_decay=0.1, warmup_fraction=0.0

@@ -11,8 +11,8 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
-from luthier.support.version import __version__
 from luthier.support import machine
+from luthier.support.version import __version__
 
 machine.prepare()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -163,6 +163,6 @@ def _final_norm(model: nn.Module, trunk: str, block_list: str) -> str | None:
     parent = model.get_submodule(block_list.rpartition(".")[0])
     prefix = block_list.rpartition(".")[0]
     for name, _ in parent.named_children():
-        if re.fullmatch(r"norm|ln_f|final_layer_norm|final_layernorm|final_norm", name):
+        if re.fullmatch(r"norm|ln_f|final_layer_norm|final_layernorm|final_norm|embedding_norm", name):
             return f"{prefix}.{name}" if prefix else name
     return None

@@ -19,6 +19,19 @@ from luthier.model import attention as _registered  # noqa: F401 - registers the
 from luthier.model.anatomy import Anatomy
 from luthier.model.fingerprint import Fingerprint, fingerprint
 from luthier.model.meter import Meter
+from luthier.model.peft_modules import listening_layer, parameter_of
+
+ATTACHED = "luthier_attached"
+
+
+class Attached(list[Any]):
+    """What is on a model now; a copied model has its weights and nothing of this."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
+        return Attached()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Attached, ()
 
 
 class Inputs(NamedTuple):
@@ -90,8 +103,21 @@ class ModelView:
         return self.module.base_model
 
     def weight(self, name: str) -> nn.Parameter:
-        """A base parameter by its canonical name."""
-        return self.module.get_parameter(name)
+        """A base parameter by its canonical name, whatever peft put around its layer."""
+        return parameter_of(self.module, name)
+
+    def layer(self, name: str) -> nn.Module:
+        """The base's own module of this name, to hang something on or to train.
+
+        Raises LuthierError where peft put something around it that does not call it.
+        """
+        return listening_layer(self.module, name)
+
+    @property
+    def attached(self) -> list[Any]:
+        """What is on the model now, first come first: trainables. All views of a model share it."""
+        found: list[Any] = self.module.__dict__.setdefault(ATTACHED, Attached())
+        return found
 
     def block(self, index: int) -> nn.Module:
         return self.module.get_submodule(self.anatomy.blocks[index])

@@ -63,7 +63,7 @@ class AdapterTrainable(Trainable):
         for x in view.anatomy.block_linears:
             if x.role not in ("o", "down"):
                 continue
-            generator, module = streams.torch("adapter", x.module), view.module.get_submodule(x.module)
+            generator, module = streams.torch("adapter", x.module), view.layer(x.module)
             a = torch.randn(tuner.rank, x.shape[0], generator=generator) * tuner.init_std
             b = torch.randn(x.shape[0], tuner.rank, generator=generator) * tuner.init_std
             self.a[x.module], self.b[x.module] = (
@@ -84,7 +84,7 @@ class AdapterTrainable(Trainable):
         """Parameters by name with the adapters folded in."""
         out: dict[str, Tensor] = {}
         for name in self.a:
-            module = self.view.module.get_submodule(name)
+            module = self.view.layer(name)
             weight, bias = folded(oriented(module), bias_of(module), self.a[name], self.b[name])
             out[f"{name}.weight"] = weight if oriented(module) is module.weight else weight.T
             if bias is not None:

@@ -122,12 +122,22 @@ class Trainable:
     def __init__(self, view: ModelView) -> None:
         self.view = view
         self.base = view.base  # before anything moves
-        self._flags = [(p, p.requires_grad) for p in view.module.parameters()]
+        self._flags = {p: p.requires_grad for p in view.module.parameters()}
         self._undo: list[Undo] = []
+        self._owned = False
+        view.attached.append(self)
 
     def freeze_base(self) -> None:
-        for p, _ in self._flags:
+        for p in self._flags:
             p.requires_grad_(False)
+
+    def own(self, inner: Trainable) -> None:
+        """Take another trainable as a part of this one, which answers for it from now on."""
+        attached = self.view.attached
+        if attached.index(inner) < attached.index(self):
+            self._flags |= inner._flags
+        attached.remove(inner)
+        inner._owned = True
 
     def groups(self) -> list[ParamGroup]:
         raise NotImplementedError
@@ -177,7 +187,21 @@ class Trainable:
         for step in reversed(self._undo):
             step()
         self._undo.clear()
-        for p, flag in self._flags:
+        if not self._owned:
+            self._give_back_flags()
+
+    def _give_back_flags(self) -> None:
+        """Which tensors want a gradient is what it was before this came; what came later and stays keeps its own way."""
+        attached = self.view.attached
+        if self not in attached:
+            return
+        at = attached.index(self)
+        attached.remove(self)
+        later = [t for t in attached[at:] if isinstance(t, Trainable)]
+        if later:
+            later[0]._flags |= self._flags
+            return
+        for p, flag in self._flags.items():
             p.requires_grad_(flag)
             p.grad = None
 
@@ -192,6 +216,8 @@ class DenseTrainable(Trainable):
         if freeze:
             self.freeze_base()
         refuse_packed("tuner", view.module, names)
+        for holder in {n.rpartition(".")[0] for n in names}:
+            view.layer(holder)
         self.names, self._streams, self._steps = names, Streams(seed), 0
         self._stored = {n: view.weight(n).detach().clone() for n in names}
         self._moved: set[str] = set()
@@ -281,6 +307,8 @@ class WithHead(Trainable):
         )
         self.attach_flops, self.attach_seconds = inner.attach_flops, inner.attach_seconds
         self.head = DenseTrainable(inner.view, names, freeze=False)
+        self.own(inner)
+        self.own(self.head)
 
     def groups(self) -> list[ParamGroup]:
         return [*self.inner.groups(), *self.head.groups()]
@@ -323,6 +351,7 @@ class WithHead(Trainable):
     def detach(self) -> None:
         self.head.detach()
         self.inner.detach()
+        super().detach()
 
 
 def _below(start: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -293,6 +293,7 @@ class GreenTrainable(Trainable):
         self.tuner, self.every = tuner, every
         names = [n for n in view.anatomy.parameters if n not in view.anatomy.task_head]
         self.dense = DenseTrainable(view, names, tuner.seed)
+        self.own(self.dense)
         self.selected: list[str] = []
         self.spent: dict[str, float] = {}
         self._make: Callable[[list[nn.Parameter]], Optimizer] | None = None

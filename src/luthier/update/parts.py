@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from luthier.model.undo import Undo
+from luthier.model.peft_modules import PeftModules
+from luthier.model.undo import Undo, in_turn
 from luthier.support.errors import LuthierError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -352,11 +352,12 @@ class Modules:
 
     def apply(self, view: Any) -> Undo:
         from luthier.model.additions import output_adapter
+        from luthier.model.hanging import Fixed
 
         undo = []
         for name in self.a:
             a, b = self.a[name].to(view.device), self.b[name].to(view.device)
-            undo.append(output_adapter(view.module.get_submodule(name), partial(constant, a), partial(constant, b)))
+            undo.append(output_adapter(view.layer(name), Fixed(a), Fixed(b)))
         return in_turn(undo)
 
 
@@ -396,32 +397,32 @@ class PeftPart:
             if not t.isfinite().all():
                 yield f"{name}: a value is not finite"
 
-    def attach(self, module: Any) -> Any:
-        """peft's model around this one. Raises LuthierError where configuration and tensors do not fit each other."""
-        from peft import get_peft_model, set_peft_model_state_dict
+    def attach(self, module: Any) -> PeftModules:
+        """peft's modules on this model, not to be trained. Raises LuthierError where configuration and tensors do not
+        fit each other.
+        """
+        from peft import get_peft_model
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         known = {k: v for k, v in self.config.items() if k not in NOT_TAKEN_UP}
         try:
-            kind = PEFT_TYPE_TO_CONFIG_MAPPING[self.config["peft_type"]]
-            wrapped = get_peft_model(module, kind(**known))
-            result: Any = set_peft_model_state_dict(wrapped, dict(self.state))
+            config = PEFT_TYPE_TO_CONFIG_MAPPING[self.config["peft_type"]](**known)
+            placed = PeftModules(module, lambda model: get_peft_model(model, config))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise LuthierError(f"this adapter cannot be put on the base ({error})") from error
-        if result.unexpected_keys:
-            peft_unload(wrapped)
-            raise LuthierError(f"this adapter holds tensors the base has no place for: {result.unexpected_keys[0]}")
-        return wrapped
+        placed.freeze()
+        try:
+            without_place = placed.take_up(self.state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            placed.undo()
+            raise LuthierError(f"this adapter cannot be put on the base ({error})") from error
+        if without_place:
+            placed.undo()
+            raise LuthierError(f"this adapter holds tensors the base has no place for: {without_place[0]}")
+        return placed
 
     def apply(self, view: Any) -> Undo:
-        return partial(peft_unload, self.attach(view.module))
-
-
-def peft_unload(wrapped: Any) -> None:
-    """Take peft's modules out again; the model is the object it was."""
-    module = wrapped.unload()
-    for name in ("peft_config", "_hf_peft_config_loaded"):
-        module.__dict__.pop(name, None)
+        return self.attach(view.module).undo
 
 
 VECTOR_PARTS = (Dense, Sparse, LowRank, Seeds)
@@ -443,20 +444,6 @@ class Chart:
         from luthier.model.fingerprint import tensor_hash
 
         return tensor_hash(dict(self.initial))
-
-
-def constant(value: Tensor) -> Tensor:
-    return value
-
-
-def in_turn(undo: list[Undo]) -> Undo:
-    """One undo for several, last first."""
-
-    def all_of_them() -> None:
-        for step in reversed(undo):
-            step()
-
-    return all_of_them
 
 
 def overwrite(view: Any, values: Iterable[tuple[str, Tensor]]) -> Undo:

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from luthier.kernels.linear import stochastic_round
 from luthier.model.fingerprint import Fingerprint, tensor_hash
+from luthier.model.undo import in_turn
 from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
 from luthier.update.packing import factor_deltas, pack
@@ -30,8 +31,6 @@ from luthier.update.parts import (
     Replace,
     Sparse,
     Vector,
-    constant,
-    in_turn,
     overwrite,
     overwrite_entries,
 )
@@ -229,7 +228,7 @@ class Update:
                 for name, value in part.values.items():
                     model.get_parameter(name).copy_(value)
             elif isinstance(part, PeftPart):
-                part.attach(model).merge_and_unload()
+                part.attach(model).wrapped.merge_and_unload()
             else:
                 raise TypeError(f"a {part.kind} part cannot be merged into weights")
 
@@ -238,14 +237,13 @@ def _apply(part: Part, view: Any, scale: float) -> Any:
     """Bind one part; returns its undo. Low-rank parts stay beside the weight, so that low precision loses nothing."""
     if isinstance(part, LowRank):
         from luthier.model.additions import low_rank_adapter
+        from luthier.model.hanging import Fixed
 
         undo = []
         for name, a in part.a.items():
-            module = view.module.get_submodule(name.removesuffix(".weight"))
-            here, there = a.to(view.device), part.b[name].to(view.device)
-            undo.append(
-                low_rank_adapter(module, partial(constant, here), partial(constant, there), scale * part.scale[name])
-            )
+            here, there = Fixed(a.to(view.device)), Fixed(part.b[name].to(view.device))
+            layer = view.layer(name.removesuffix(".weight"))
+            undo.append(low_rank_adapter(layer, here, there, scale * part.scale[name]))
         return in_turn(undo)
     if isinstance(part, Sparse):
         return overwrite_entries(view, part, scale)
