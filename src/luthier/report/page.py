@@ -159,6 +159,8 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{run['skipped_steps']} of {run['steps']}: nothing to learn, or no finite loss",
             )
         )
+    if run.get("pool_shared"):
+        out.append(("Pool rows left out", f"{run['pool_shared']:,}, which are training rows as well"))
     if run.get("skipped"):
         out.append(("Rows that could not be read", "; ".join(run["skipped"])))
     return out
