@@ -269,9 +269,10 @@ def test_an_update_bound_in_another_is_both_and_goes_alone(outer, inner):
     assert torch.equal(states(), base)
     assert all(torch.equal(p, plain.get_parameter(n)) for n, p in view.module.named_parameters())
     assert not any(KEY in vars(m) or "forward" in vars(m) for m in view.module.modules())
-    together = Update(BASE, (*first.parts, *second.parts))  # the kinds in their order, those behind in ours
-    with together.bind(view):
-        torch.testing.assert_close(states(), both, atol=2e-5, rtol=1e-4)
+    if {outer, inner} != {"low-rank", "peft"}:  # DoRA takes norms of weights; one update has the difference in them
+        together = Update(BASE, (*first.parts, *second.parts))  # the kinds in their order, those behind in ours
+        with together.bind(view):
+            torch.testing.assert_close(states(), both, atol=2e-5, rtol=1e-4)
     assert min(float((both - x).abs().max()) for x in (alone, base)) > 1e-3
 
 

@@ -142,10 +142,10 @@ def test_6_half_reset():
             assert all(torch.equal(reset[n], d) for n, d in update.parts[0].tensors().items()), "its own plan"
     with pytest.raises(KeyError, match="belongs to another model"):
         half_reset(update, ["no.such.weight"])
-    from luthier.tuners.lora import Lora
+    from luthier.tuners.adapter import Adapter
 
     with pytest.raises(TypeError, match="whole tensors"):
-        half_reset(Lora(rank=2).attach(view_of()).update(), ())
+        half_reset(Adapter(rank=2).attach(view_of()).update(), ())
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.75])

@@ -147,10 +147,10 @@ def half_reset(update: Update, trainable: Iterable[str]) -> Update:
     Raises KeyError for a plan that names parameters the update does not have, TypeError for an update that is not dense.
     """
     keep = set(trainable)
-    if any(not isinstance(p, (Dense, Replace)) for p in update.parts):
+    if any(not part.linear and not part.replaces() for part in update.parts):
         raise TypeError("half_reset takes an update of whole tensors")
-    changes = {n: d for part in update.parts if isinstance(part, Dense) for n, d in part.changes.items()}
-    heads = {n: t for part in update.parts if isinstance(part, Replace) for n, t in part.values.items()}
+    changes = {n: d for part in update.parts if part.linear for n, d in part.deltas()}
+    heads = {n: t for part in update.parts if not part.linear for n, t in part.tensors().items()}
     unknown = sorted(keep - changes.keys() - heads.keys())
     if unknown:
         raise KeyError(f"the plan names {unknown[0]}, which this update does not have: it belongs to another model")
