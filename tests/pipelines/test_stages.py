@@ -120,15 +120,21 @@ def test_the_result_of_stages_bound_to_the_base_is_what_they_trained():
     torch.testing.assert_close(bound, ModelView(model, layout=view.layout).trace(batch).hidden[-1], atol=1e-5, rtol=0)
 
 
-def test_a_third_stage_with_the_tuner_of_the_second_keeps_what_lies_below_both():
-    full = {"tuner": Full()}
-    three = stages(
-        {"name": "a", "tuner": Lora(rank=4)}, {"name": "b", "start": "a", **full}, {"name": "c", "start": "b", **full}
-    )
+@pytest.mark.parametrize("tuner", [Full(), Lora(rank=2), Lift(density=0.1, reselect_every=0)], ids=lambda t: t.key())
+def test_a_third_stage_with_the_tuner_of_the_second_keeps_what_lies_below_both(tuner):
+    below, same = {"tuner": Lora(rank=4)}, {"tuner": tuner}
+    three = stages({"name": "a", **below}, {"name": "b", "start": "a", **same}, {"name": "c", "start": "b", **same})
     done = carried_out(three)
-    wanted = trained_alone(Full(), trained_alone(Full(), trained_alone(Lora(rank=4), tiny().eval())))
+    model = trained_alone(Lora(rank=4), tiny().eval())
+    view = ModelView(model, layout=view_of().layout)
+    trainable = tuner.attach(view, None, 3)
+    for _ in range(2):  # each stage has an optimiser of its own
+        Loop(view, rows_of(), trainable, Sft(), TrainSettings(**BRISK)).run()
+    update = trainable.update()
+    trainable.detach()
+    update.merge_into(model)
     found = weights_with(done["c"].update)
-    for n, p in wanted.named_parameters():
+    for n, p in model.named_parameters():
         torch.testing.assert_close(found[n], p.detach(), atol=3e-5, rtol=0)
 
 

@@ -17,7 +17,7 @@ from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, labelled_rows, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners import green_trainer
-from luthier.tuners.base import as_dicts
+from luthier.tuners.base import as_dicts, with_head
 from luthier.tuners.green_trainer import CostModel, GreenTrainer, Item, cost_model, scheduled, select
 
 
@@ -76,9 +76,9 @@ def test_1_coarse_rounding_stays_within_the_budget():
         assert costs.backward(select(costs, importance, budget, resolution=20)) <= budget
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_2_backward_cost_equals_counted_flops(tied):
-    model = tiny(tie_word_embeddings=tied)
+@pytest.mark.parametrize("kind", ["llama", "tied llama", "gpt2", "opt", "qwen3", "gemma3"])
+def test_2_backward_cost_equals_counted_flops(kind):
+    model = tiny(kind.removeprefix("tied "), **({"tie_word_embeddings": "tied" in kind} if "llama" in kind else {}))
     model.set_attn_implementation("eager")
     anatomy = Anatomy(model)
     batch, length = 2, 12
@@ -86,7 +86,10 @@ def test_2_backward_cost_equals_counted_flops(tied):
     ids = torch.randint(3, 90, (batch, length))
     generator = np.random.default_rng(0)
     names = list(anatomy.parameters)
-    for trial in range(32):
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids)
+    assert 2 * costs.forward == counter.get_total_flops()
+    for trial in range(32 if "llama" in kind else 8):
         chosen = [n for n in names if generator.random() < (0.1 if trial % 2 else 0.5)] or [names[-1]]
         for n, p in model.named_parameters():
             p.requires_grad_(n in chosen)
@@ -298,6 +301,21 @@ def test_4_the_budget_is_the_share_less_the_forward_by_counted_flops(share, monk
     assert trainable.spent["flops_share"] <= share and trainable.spent["tensors"] == len(trainable.selected)
 
 
+def test_a_task_head_is_priced_for_every_row_of_the_window():
+    view, rows = view_of("bert-classifier"), labelled_rows()
+    trainable = GreenTrainer(flops_share=0.8).attach(view, total_steps=9)
+    loop = Loop(
+        view, rows, with_head(trainable, view.anatomy.task_head), Sft(),
+        TrainSettings(max_steps=9, batch_size=4, tokens_per_forward=20),
+    )  # fmt: skip
+    loop.step()
+    lengths = [len(r["ids"]) for r in rows]
+    costs = cost_model(view.anatomy, sum(lengths), sum(n * n for n in lengths), len(rows))
+    spent = costs.forward + costs.backward(trainable.selected)
+    assert trainable.spent["flops_share"] == spent / (costs.forward + costs.full_backward)
+    assert not set(trainable.selected) & set(view.anatomy.task_head)
+
+
 def test_costs_are_those_of_all_ranks_together():
     """Two ranks with one batch each see the costs of both; a budget is a share of the same sum on every rank."""
     view, batch, seen = view_of(), batch_of(), []
@@ -378,6 +396,54 @@ def test_a_share_that_trains_nothing_names_the_smallest_that_does():
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="flops_share"):
             GreenTrainer(flops_share=share)
+
+
+def test_a_share_just_above_the_smallest_trains_and_one_just_below_does_not():
+    with pytest.raises(LuthierError) as refused:
+        plan(view_of(), 0.2, batch_of())
+    least = float(str(refused.value).rpartition(" ")[2])
+    with pytest.raises(LuthierError, match="nothing can be trained"):
+        plan(view_of(), least - 0.001, batch_of())
+    view, tried = view_of(), []
+    trainable, _ = run_of(view, least + 0.001)
+    trainable._importance = lambda window, probe, names: tried.extend(names) or dict.fromkeys(names, 1.0)
+    trainable.before_window(Window([batch_of()], Clock(0, 9)), Probe(view, Sft()))
+    assert trainable.selected and set(trainable.selected) <= set(tried)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 1.0])
+def test_the_trial_moves_every_tensor_that_could_be_trained_and_no_other(share):
+    view, batch, tried = view_of(), batch_of((12, 12), answer=11), []
+    trainable, _ = run_of(view, share)
+    trainable._importance = lambda window, probe, names: tried.extend(names) or dict.fromkeys(names, 1.0)
+    trainable.before_window(Window([batch], Clock(0, 9)), Probe(view, Sft()))
+    names = list(view.anatomy.parameters)
+    whole = llama_cost(view.anatomy, 2, 12, names)
+    forward = cost_model(view.anatomy, 24, 288, 2).forward  # equal to counted FLOPs in test 2
+    budget = share * (forward + whole) - forward
+    assert tried == [n for n in names if llama_cost(view.anatomy, 2, 12, [n]) <= budget]
+
+
+def test_a_trial_that_helps_nowhere_keeps_the_choice_and_stops_a_run_without_one():
+    view, probe = view_of(), Probe(view_of(), Sft())
+    trainable, _ = run_of(view, 0.7)
+    values = iter([0.0, 1.0, -1.0])
+    trainable._importance = lambda window, probe, names: dict.fromkeys(names, next(values))
+    at = lambda step: Window([batch_of()], Clock(step, 9))  # noqa: E731
+    with pytest.raises(LuthierError, match="helps through no tensor"):
+        trainable.before_window(at(0), probe)
+    trainable.before_window(at(0), probe)
+    chosen, spent = list(trainable.selected), dict(trainable.spent)
+    trainable.before_window(at(3), probe)
+    assert trainable.selected == chosen and trainable.spent == spent
+    assert {n for n in trainable.dense.names if view.weight(n).requires_grad} == set(chosen)
+
+
+def test_a_trial_step_that_is_not_finite_is_named():
+    view = view_of()
+    trainable, _ = run_of(view, 0.7, rate=float("inf"))
+    with pytest.raises(LuthierError, match="not finite; lower learning_rate"):
+        trainable.before_window(Window([batch_of()], Clock(0, 9)), Probe(view, Sft()))
 
 
 def test_unknown_architecture_is_refused():

@@ -191,9 +191,13 @@ def test_what_cannot_be_halved_is_refused_with_what_was_found(caplog):
     for wrong in (0, 1, -0.5):
         with pytest.raises(ValueError, match="fraction"):
             Hft(fraction=wrong)
+    anatomy = view_of(layers=3).anatomy
     with caplog.at_level(logging.WARNING):
-        draw_plan(view_of(layers=3).anatomy, fraction=0.05)
-    assert "no tensor of category" in caplog.text
+        caplog.clear()
+        draw_plan(anatomy, fraction=0.5)
+        assert not caplog.records
+        draw_plan(anatomy, fraction=0.05)  # of 12, 9 and 6 tensors in three blocks
+    assert [r.message.rpartition("category ")[2] for r in caplog.records] == ["ffn trains", "norms trains"]
 
 
 def test_it_halves_the_state_and_saves_a_sixth_of_the_work():
@@ -228,9 +232,12 @@ def test_any_run_of_blocks_gets_its_share_before_blocks_are_shuffled():
     assert counts(4, 2, 0.3, InOrder()).tolist() == [1, 0, 1, 0]
 
 
-@pytest.mark.parametrize("balance", ["params", "tensors"])
-def test_every_allowed_choice_is_drawn_equally_often(balance):
-    anatomy, seen = view_of(layers=4).anatomy, {}
+@pytest.mark.parametrize(
+    ("balance", "kv_heads", "pairs"), [("params", 2, 4), ("tensors", 2, 6), ("params", 4, 6), ("tensors", 4, 6)]
+)
+def test_every_allowed_choice_is_drawn_equally_often(balance, kv_heads, pairs):
+    """Of the attention's six pairs four are exactly half of the weights where queries share keys."""
+    anatomy, seen = view_of(layers=4, num_key_value_heads=kv_heads).anatomy, {}
     for seed in range(150):
         plan = draw_plan(anatomy, balance=balance, seed=seed)
         for block in range(4):
@@ -242,7 +249,7 @@ def test_every_allowed_choice_is_drawn_equally_often(balance):
                 found = tuple(of(plan, block, *names))
                 seen.setdefault((names[0], len(found)), []).append(found)
     kinds = {
-        ("q_proj", 2): 4 if balance == "params" else 6,
+        ("q_proj", 2): pairs,
         ("gate_proj", 1): 3,
         ("gate_proj", 2): 3,
         ("input_layernorm", 1): 2,

@@ -8,7 +8,7 @@ import torch
 
 from luthier.objectives.base import Clock
 from luthier.testing.models import view_of
-from luthier.tuners.lift import Lift, low_rank
+from luthier.tuners.lift import Lift, low_rank, principal
 
 B1, B2, EPS, RATE = 0.9, 0.95, 1e-6, 0.01
 
@@ -85,6 +85,9 @@ def test_masks_and_weights_are_those_of_the_sheet_at_every_step(kind, rank, filt
             weight = view.weight(name).detach()
             torch.testing.assert_close(weight.T if turned[name] else weight, n.w.float(), atol=2e-6, rtol=1e-5)
     assert any(not torch.equal(masks[n], x.mask) for n, x in naive.items()), "other entries were chosen"
+    start = view_of(kind, layers=1, seed=seed)
+    for name, delta in trainable.update().deltas():
+        torch.testing.assert_close(start.weight(name) + delta, view.weight(name), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 10])
@@ -130,3 +133,21 @@ def test_the_filter_has_the_rank_of_a_lora_with_as_many_numbers(fields, wanted):
     found = Lift(**fields).attach(view, total_steps=10).sparse.indices[name]
     k = len(found)
     assert found.tolist() == mask_of(view.weight(name).detach(), wanted, k).reshape(-1).nonzero().squeeze(1).tolist()
+
+
+def test_the_chosen_blocks_are_those_with_the_largest_sums():
+    size = torch.rand(12, 20, generator=torch.Generator().manual_seed(0)) ** 4
+    sums = {(i, j): float(size[i : i + 4, j : j + 4].sum()) for i in range(0, 12, 4) for j in range(0, 20, 4)}
+    for k, blocks in ((5, 1), (16, 1), (33, 2), (100, 6)):
+        wanted = set(sorted(sums, key=sums.__getitem__)[-blocks:])
+        index = principal(size * torch.where(torch.rand(12, 20) < 0.5, -1, 1), k, block=4)
+        rows, columns = (index // 20).tolist(), (index % 20).tolist()
+        assert {(r // 4 * 4, c // 4 * 4) for r, c in zip(rows, columns, strict=True)} == wanted
+        assert len(index) == 16 * blocks and index.tolist() == sorted(index.tolist())
+
+
+def test_a_choice_costs_what_the_page_says():
+    """14 m n^2 + 8 n^3 for the decomposition with n the shorter side, 2 m n R to put the matrix together again."""
+    trainable = Lift(density=0.1, filter_rank=3).attach(view_of(), total_steps=10)
+    shapes = [sorted(x.shape) for x in trainable.sparse.linears.values()]
+    assert trainable.attach_flops == sum(14 * m * n**2 + 8 * n**3 + 2 * m * n * 3 for n, m in shapes)

@@ -224,6 +224,15 @@ def test_5_age_adamw_equals_torch_adamw_at_equal_ages():
     torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("steps", "dtype"), [(1, torch.int16), (32_767, torch.int16), (32_768, torch.int32)])
+def test_ages_are_wide_enough_for_the_run(steps, dtype):
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = AgeAdamW([p], lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, total_steps=steps)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.state[p]["age"].dtype == dtype and optimizer.state[p]["age"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999])
 def test_the_share_unseen_keeps_its_digits(beta):
     age = torch.tensor([1, 3, 20_000], dtype=torch.int16)

@@ -64,6 +64,7 @@ CASES = {
     "sparse after replaced": (of(Replace(LAYER)), of(sparse(Q, 2, 3))),
     "seeds after replaced": (of(Replace(LAYER)), of(SEEDS)),
     "replaced after replaced": (of(Replace(LAYER), low_rank(UP, 0)), of(Replace(OTHER))),
+    "replaced and moved after replaced": (of(Replace(LAYER)), of(dense(Q), Replace(OTHER))),
     "a head both times": (of(Replace(LAYER), low_rank(UP, 0)), of(low_rank(UP, 3), Replace(OTHER))),
 }
 
