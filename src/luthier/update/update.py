@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from luthier.kernels.linear import stochastic_round
 from luthier.model.additions import is_packed
+from luthier.model.anatomy import Anatomy
 from luthier.model.fingerprint import Fingerprint, tensor_hash
 from luthier.model.undo import Undo
 from luthier.support.errors import LuthierError
