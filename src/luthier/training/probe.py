@@ -13,6 +13,7 @@ from luthier.data.batch import Batch
 from luthier.model.plain import plain_operations
 from luthier.model.view import ModelView
 from luthier.objectives.base import Forward, Objective, Window, count
+from luthier.rng import generator_states, set_generators
 from luthier.training.head import TokenScores
 
 
@@ -31,10 +32,7 @@ def no_trace(module: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     """Restore the training mode, requires_grad flags, gradients and the global generators afterwards."""
     modes = {n: m.training for n, m in module.named_modules()}
     saved = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    generators = (
-        torch.get_rng_state(),
-        [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())],
-    )
+    generators = generator_states()
     for p, _, _ in saved:
         p.grad = None
     if eval_mode:
@@ -42,9 +40,7 @@ def no_trace(module: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_rng_state(generators[0])
-        for i, state in enumerate(generators[1]):
-            torch.cuda.set_rng_state(state, i)
+        set_generators(generators)
         for p, flag, grad in saved:
             p.requires_grad_(flag)
             p.grad = grad
