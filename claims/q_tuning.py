@@ -64,6 +64,6 @@ def measure(arm, seed, say):
         "kept tokens": EveryRow(keep_rows=1.0, keep_tokens=0.7),
         "random tokens": EveryRow(keep_rows=1.0, keep_tokens=0.7, by="random", seed=seed),
     }[arm]  # fmt: skip
-    trained(view, rows, Lora(rank=16, alpha=32, seed=seed), objective, STEPS, 5e-4, batch=per_step, seed=seed)
-    told = objective.report()
+    loop = trained(view, rows, Lora(rank=16, alpha=32, seed=seed), objective, STEPS, 5e-4, batch=per_step, seed=seed)
+    told = loop.objective.report()
     return {"loss": mean_nll(view, held_out()), **({"wrong": told["wrong"]} if "wrong" in told else {})}

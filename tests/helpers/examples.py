@@ -63,8 +63,9 @@ def soft_rows():
 
 ALL = [(kind, name, cls) for kind in KINDS for name, cls in manifest.classes(kind).items()]
 IDS = [name for _, name, _ in ALL]
+# Of these labelled rows some of the others are a help in every step; where none is, distill skips.
 MORE = {
-    "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 5)}},
+    "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 8)}},
     "frozen": {"trains": False},
 }
 EXAMPLES = [Example(cls(**FIELDS.get(name, {})), **MORE.get(name, {})) for _, name, cls in ALL]

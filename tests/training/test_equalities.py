@@ -52,6 +52,8 @@ def test_two_processes_equal_one(tmp_path):
     for name in RANKS:
         assert_equal(trained(name), together[name])
     assert together["sft-silent"]["skipped"] == 2
+    dropped = together["resumed"]
+    assert dropped["parts"] == dropped["whole"] and dropped["ranks"][0] != dropped["ranks"][1]
 
 
 def test_order_is_a_pure_function_of_seed_and_step():

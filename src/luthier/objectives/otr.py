@@ -142,6 +142,14 @@ class Otr(Objective):
         }  # fmt: skip
         self._seen = {k: self._seen.get(k, 0.0) + v for k, v in more.items()}
 
+    def state_dict(self) -> dict[str, Tensor | float]:
+        """The last step's sums, which the next one may warn of, and whether it has been done."""
+        return {**self._seen, "told": self._told}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | float]) -> None:
+        self._told = bool(state["told"])
+        self._seen = {k: float(v) for k, v in state.items() if k != "told"}
+
     def report(self) -> Mapping[str, float]:
         """Means over the step's positions."""
         n = self._seen.get("tokens", 0.0)

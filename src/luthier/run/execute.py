@@ -220,7 +220,8 @@ def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
     if known or ready.recipe.task != "causal-lm" or not ready.accelerator.is_main_process:
         return
     recipe, rows = ready.recipe, ready.train.rows
-    alone = Probe(loop.view, loop.objective, loop.extra)  # sums over no ranks: only the first one looks
+    # Sums over no ranks, since only the first one looks; and a look changes nothing of what the run's own objective keeps.
+    alone = Probe(loop.view, loop.objective.fresh(), loop.extra)
     token_view.note_weights(
         tokens, alone, rows, recipe.batch_size, loop.total_steps, loop.lab, recipe.tokens_per_forward
     )

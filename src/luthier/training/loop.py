@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -25,6 +26,7 @@ from luthier.step.probe import Probe
 from luthier.step.progress import Progress
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
+from luthier.support.rng import Generators, Streams
 from luthier.training import checkpoint
 from luthier.tuners.base import ParamGroup, Stats, Trainable, default_optimizer
 
@@ -73,22 +75,16 @@ class Loop:
     ) -> None:  # fmt: skip
         if not rows:
             raise LuthierError("data.train: no row is left to train on; look at what was dropped with `luthier check`")
+        # The objective's state is this run's: one that an earlier run left in the same object stays there.
         self.view, self.rows, self.trainable, self.objective, self.settings = (
-            view,
-            rows,
-            trainable,
-            objective,
-            settings,
-        )
-        self.lab, self.folder, self.evaluate, self.on_step, self.stop = (
-            lab or Lab(seed=settings.seed),
-            folder,
-            evaluate,
-            on_step,
-            stop,
-        )
+            view, rows, trainable, objective.fresh(), settings
+        )  # fmt: skip
+        self.lab, self.folder, self.evaluate = lab or Lab(seed=settings.seed), folder, evaluate
+        self.on_step, self.stop = on_step, stop
         self.accelerator = accelerator or Accelerator(cpu=view.device.type == "cpu")
-        self.extra = objective.extend(view, carried)
+        self.generators = Generators(Streams(settings.seed), "train", self.accelerator.process_index)
+        with self.generators.drawing():
+            self.extra = self.objective.extend(view, carried)
         self.compute, self.data_hash = compute, data_hash
         self._supervised = False  # whether some row was seen to be
         s = settings
@@ -98,13 +94,13 @@ class Loop:
             seconds=attached, select_seconds=attached,
             flops={"select": trainable.attach_flops} if trainable.attach_flops else {},
         )  # fmt: skip
-        self.probe = Probe(view, objective, self.extra, self._total)
+        self.probe = Probe(view, self.objective, self.extra, self._total)
         groups = trainable.groups()
         if self.extra is not None and (beside := [p for p in self.extra.parameters() if p.requires_grad]):
             groups = [*groups, ParamGroup(beside)]
         if not any(g.params for g in groups):
             raise LuthierError(
-                f"nothing trains: {objective.key()} adds no modules beside the frozen model; choose a tuner"
+                f"nothing trains: {self.objective.key()} adds no modules beside the frozen model; choose a tuner"
             )
         self.optimizer = trainable.optimizer(groups, self._default_optimizer)
         self.scheduler = get_scheduler(
@@ -115,7 +111,7 @@ class Loop:
         if s.torch_compile:
             for i in range(len(view.anatomy.blocks)):
                 view.block(i).compile(dynamic=True)
-        wrapped = Wrapped(view, objective, self.extra)
+        wrapped = Wrapped(view, self.objective, self.extra)
         if not s.torch_compile:  # a hook would cut every compiled block
             view.meter.watch(wrapped)
         if self.accelerator.num_processes > 1:
@@ -163,9 +159,10 @@ class Loop:
         if live:
             return live, 1.0
         idle = collate([self.rows[self.order.rows(window.clock.step)[0]]]).to(self.view.device)
-        alone = Probe(self.view, self.objective, self.extra)  # the other ranks do not plan with this one
+        # The other ranks do not plan with this one, and what they keep is not changed by it.
+        objective = self.objective.fresh()
         window = replace(window, micro=[idle], gather=lambda x: x, total=lambda x: x, rank=0)
-        return self.objective.plan(window, alone)[0].micro, 0.0
+        return objective.plan(window, Probe(self.view, objective, self.extra))[0].micro, 0.0
 
     def _total(self, value: Tensor) -> Tensor:
         """The sum over ranks."""
@@ -179,7 +176,11 @@ class Loop:
         return dict(zip(keys, total.tolist(), strict=True))
 
     def step(self) -> dict[str, float]:
-        """One optimiser step; returns what to log."""
+        """One optimiser step; returns what to log. What it draws is this run's, by the recipe's seed."""
+        with self.generators.drawing():
+            return self._step()
+
+    def _step(self) -> dict[str, float]:
         started, number = time.perf_counter(), self.progress.step
         window = self.window(number)
         given = sum(b.num_tokens for b in window.micro)
@@ -356,9 +357,9 @@ class Loop:
     def _evaluated(self) -> bool:
         """Evaluate, remember the best state, and say whether to stop early."""
         assert self.evaluate is not None
-        with self.trainable.phase("score"):
-            loss = self.evaluate()
         p = self.progress
+        with self.trainable.phase("score"), Generators(Streams(self.settings.seed), "evaluate", p.step).drawing():
+            loss = self.evaluate()
         p.log.append({"step": p.step, "eval_loss": loss})
         if p.best_loss is None or loss < p.best_loss:
             p.best_loss, p.best_step, p.bad_evaluations = loss, p.step, 0
@@ -380,14 +381,20 @@ class Loop:
         self.accelerator.wait_for_everyone()
         if folder == self.folder:
             self.progress.saved_step = self.progress.step
+        generators = gather_object([self.generators.states])  # of every rank
         if self.accelerator.is_main_process:
-            state = {**vars(self.progress), "global_step": self.progress.step, "data_hash": self.data_hash}
+            kept = self.objective.state_dict()
             tensors = {f"trainable.{k}": v for k, v in self.trainable.state_dict().items()}
             if self.extra is not None:
                 tensors |= {f"extra.{k}": v for k, v in self.extra.state_dict().items()}
+            tensors |= {f"objective.{k}": v for k, v in kept.items() if isinstance(v, Tensor)}
+            state = {
+                **vars(self.progress), "global_step": self.progress.step, "data_hash": self.data_hash,
+                "objective": {k: v for k, v in kept.items() if not isinstance(v, Tensor)},
+            }  # fmt: skip
             checkpoint.save(
                 folder, self.progress.step, tensors, self.optimizer.state_dict(), self.scheduler.state_dict(),
-                {"torch": torch.get_rng_state()}, state,
+                {"ranks": generators}, state,
             )  # fmt: skip
             checkpoint.prune(folder, self.settings.save_limit)
         self.accelerator.wait_for_everyone()
@@ -410,17 +417,19 @@ class Loop:
             raise LuthierError(f"{folder}: does not fit this run ({error}); use --fresh to start over") from error
 
     def _take_up(self, saved: dict[str, Any], whole: bool) -> None:
-        tensors = saved["tensors"]
-        own = {k.removeprefix("trainable."): v for k, v in tensors.items() if k.startswith("trainable.")}
-        self.trainable.load_state_dict(own)
+        def of(owner: str) -> dict[str, Tensor]:
+            return {k.removeprefix(owner): v for k, v in saved["tensors"].items() if k.startswith(owner)}
+
+        self.trainable.load_state_dict(of("trainable."))
         if self.extra is not None:
-            self.extra.load_state_dict(
-                {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
-            )
+            self.extra.load_state_dict(of("extra."))
         if whole:
+            self.objective.load_state_dict({**of("objective."), **saved["state"]["objective"]})
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])
-            torch.set_rng_state(saved["rng"]["torch"])
+            ranks, rank = saved["rng"]["ranks"], self.accelerator.process_index
+            if rank < len(ranks):  # one that was not there before has a course of its own by the seed
+                self.generators.states = ranks[rank]
             known = Progress.__dataclass_fields__
             self.progress = Progress(**{k: v for k, v in saved["state"].items() if k in known})
             self.progress.resumed = True

@@ -357,7 +357,7 @@ class GreenTrainable(Trainable):
     def _importance(self, window: Window, probe: Probe, names: list[str]) -> dict[str, float]:
         """-<change, gradient after it> for each tensor: the loss that would come back without its change."""
         assert self._make is not None
-        seen = probe.trial_step(window.micro, names, self._make)
+        seen = probe.trial_step(window, names, self._make)
         values = {n: -float((seen.changes[n].double() * seen.grads_after[n].double()).sum()) for n in names}
         if not np.isfinite(list(values.values())).all():
             raise LuthierError("green-trainer: the trial step gave a value that is not finite; lower learning_rate")
