@@ -1,6 +1,7 @@
 """The exact checks of the sheet; numbers in names are the sheet's."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from luthier.cli.check import check_recipe
 from luthier.compute.lemo import Lemo, block_scores, kept_blocks, layer_keep, pruned_mlp, tokens_of
 from luthier.method import Facts
 from luthier.model.anatomy import Anatomy
+from luthier.model.blocks import queries_and_keys
 from luthier.model.view import ModelView, attention_implementation
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
@@ -20,7 +22,9 @@ from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import SIZES, TOKENS, batch_of, byte_tokenizer, rows_of, view_of
 from luthier.training.loop import Loop
+from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
+from luthier.tuners.spiel import Spiel
 
 KINDS = {  # blocks that differ in what methods are tempted to assume: biases, norms, activations, windows
     "llama": {"mlp_bias": True, "attention_bias": True},
@@ -225,6 +229,21 @@ def test_kept_blocks_hold_the_first():
     assert tokens_of(torch.tensor([0, 2]), 4, 10).tolist() == [0, 1, 2, 3, 8, 9]
 
 
+def test_an_attention_that_looks_ahead_is_scored_so_and_short_sequences_keep_a_block():
+    view = stirred("llama")
+    parts = replace(view.anatomy.attention(3), causal=False)
+    hidden = torch.randn(1, 35, 32, generator=torch.Generator().manual_seed(0))
+    compute = Lemo(block_size=4, keep_first_block=False)
+    with torch.no_grad():
+        kept, short = compute.choose(view, parts, hidden, (24, 8, 3), 0.5)
+        assert compute.choose(view, parts, hidden, (24, 8, 3), 0.45)[1] == (8, 4, 3)  # int(2.7), never more
+        q, k = queries_and_keys(view.module.get_submodule, parts, hidden[:, :24])
+    total = naive_scores(q, k, 4, symmetrise=True, causal=False).sum(0)
+    blocks = sorted(sorted(range(6), key=lambda n: -float(total[n]))[:3])
+    assert kept[:12].tolist() == [t for b in blocks for t in range(4 * b, 4 * b + 4)]
+    assert short == (12, 4, 3) and kept[-3:].tolist() == [32, 33, 34]
+
+
 ACTIVATIONS = {"llama": F.silu, "qwen3": F.silu, "gemma3": lambda x: F.gelu(x, approximate="tanh")}
 
 
@@ -415,6 +434,34 @@ def test_what_a_method_is_not_asked_for_need_not_be_known():
     facts = Facts(anatomy=Anatomy(moe))
     assert Lemo().check(facts) == []
     assert [p.key for p in Lemo(mlp_prune_fraction=0.5).check(facts)] == ["mlp_prune_fraction"]
+
+
+def test_a_layers_own_attention_is_given_the_places_its_tokens_had():
+    view, batch, given = view_of(layers=6), batch_of((32, 21)), {}
+    attention = view.block(3).self_attn
+    own = attention.forward
+    attention.forward = hung = lambda *a, **k: given.update(k) or own(*a, **k)
+    with Lemo(block_size=4).patch(view, "train") as state:
+        view.trace(batch)
+    assert attention.forward is hung, "what was there before is there again"
+    kept = state.kept[3]
+    assert 0 < len(kept) < 53 and torch.equal(given["position_ids"], batch.pos[kept][None])
+    assert torch.equal(given["kept_places"], batch.pos[kept])
+    assert given["sequence_lengths"] == (int((kept < 32).sum()), int((kept >= 32).sum()))
+
+
+def test_pruning_beside_a_tuner_that_trains_mlps_is_refused():
+    pruned = Lemo(mlp_prune_fraction=0.5)
+    for tuner, problems in ((Full(), ["mlp_prune_fraction"]), (Lora(), []), (Spiel(targets=("q_proj",)), [])):
+        assert [p.key for p in pruned.check(Facts(others=(tuner, pruned)))] == problems
+    assert Lemo().check(Facts(others=(Full(),))) == []
+
+
+def test_one_neuron_stays_however_many_are_pruned():
+    batch = batch_of((9, 7))
+    _, grads, _ = nll_and_grads(stirred("llama"), batch, Lemo(keep_fraction=1.0, mlp_prune_fraction=0.999))
+    _, one, _ = nll_and_grads(stirred("llama"), batch, Lemo(keep_fraction=1.0, mlp_prune_fraction=63 / 64))
+    assert all(torch.equal(a, b) for a, b in zip(grads, one, strict=True))
 
 
 def test_a_quantised_mlp_is_refused_before_it_is_loaded():
