@@ -66,8 +66,8 @@ def start_of(view: ModelView, tuner: Lora) -> Start:
     trainable = tuner.attach(view)
     update = trainable.update()
     trainable.detach()
-    part, chart = update.parts[0], update.chart
-    assert isinstance(part, LowRank) and chart is not None
+    part, chart = update.only(LowRank), update.chart
+    assert part is not None and chart is not None
     shapes = {k: tuple(t.shape) for k, t in factor_deltas(part, chart).items()}
     side = Side(base=update.base, initial=chart.digest, shapes=shapes, scale=tuner.alpha / tuner.rank)
     return Start(side, chart)

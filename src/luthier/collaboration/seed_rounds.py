@@ -30,7 +30,7 @@ from luthier.training.loop import Loop
 from luthier.tuners.base import Tuner
 from luthier.tuners.fedkseed import FedKSeed, FedKSeedTrainable, seed_pool, seed_probabilities
 from luthier.update import Seeds, Update
-from luthier.update.parts import noise
+from luthier.update.vectors import noise
 
 SEEDS_LIMIT = 2**16  # seed indices travel as two bytes
 

@@ -96,6 +96,11 @@ def sparse_linear(
     return _Sparse.apply(x, weight, bias, values, indices, observe)
 
 
+def folded(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
+    """((I + B A) W, (I + B A) b): the adapter inside the projection. weight [out, in], a [R, out], b [out, R]."""
+    return weight + b @ (a @ weight), None if bias is None else bias + b @ (a @ bias)
+
+
 def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """float32 -> bf16 so that the expected value is kept; other dtypes round to nearest.
 

@@ -75,7 +75,7 @@ class Anatomy:
             block, role = -1, "head" if name == self.head else "other"
             if name.startswith(self.block_list + "."):
                 number, _, inner = name[len(self.block_list) + 1 :].partition(".")
-                block, role = int(number), _role(inner)
+                block, role = int(number), role_of(inner)
             yield Linear(name, role, block, shape, transposed)
 
     @cached_property
@@ -137,7 +137,8 @@ def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
     return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
 
 
-def _role(inner: str) -> str:
+def role_of(inner: str) -> str:
+    """What a matrix does, by its name within a block: q k v qkv o gate gate_up up down, or other."""
     return next((role for pattern, role in _ROLES if re.search(pattern, inner)), "other")
 
 

@@ -298,15 +298,16 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
     place.write("samples.jsonl", _samples(before, after))
     place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
+    whole = keep and _whole(ready, trained.update)
     if keep:
-        _leave_model(ready, place, trained.update)
+        _leave_model(ready, place, trained.update, whole)
     _note_spent(
         ready, place, before, trained, peak, evaluation_seconds=evaluation, kept=keep, after=after.brief(),
         reload_difference=worst, update_digest=digest, gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
     )  # fmt: skip
     if keep:
         remember(place.path, None, {n: m.value for n, m in after.measures.items()})
-        _card(ready, place, trained.update)
+        _card(ready, place, "finetune" if whole else "adapter")
     expected = place.state().get("forecast")
     if expected and not progress.resumed:
         off = miss(expected, peak, progress.seconds)
@@ -320,32 +321,26 @@ def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Traine
     p = trained.progress
     place.note(
         state="done", steps=p.step, tokens=p.tokens, train_seconds=p.seconds, row_tokens=p.row_tokens, spent=_spent(ready, p),
-        trained_weights=trained.weights, before=before.brief(), peak_memory_bytes=peak, update_bytes=_size(trained.update),
+        trained_weights=trained.weights, before=before.brief(), peak_memory_bytes=peak, update_bytes=trained.update.num_bytes,
         **more,
     )  # fmt: skip
 
 
-def _size(update: Update) -> int:
-    """Bytes of its tensors."""
-    return sum(t.nbytes for part in update.parts for t in part.tensors().values())
-
-
 def _whole(ready: Ready, update: Update) -> bool:
-    """True where most weights changed, so that the whole model is left beside the update."""
-    touched = {n for part in update.parts if part.kind in ("dense", "replace") for n in part.tensors()}
-    return 2 * len(touched) > len(ready.view.anatomy.parameters)
+    """True where most weights changed and can be merged, so that the whole model is left beside the update."""
+    touched = {n for part in update.parts for n in part.whole()}
+    return 2 * len(touched) > len(ready.view.anatomy.parameters) and update.refusal(ready.view.module) is None
 
 
-def _leave_model(ready: Ready, place: RunFolder, update: Update) -> None:
+def _leave_model(ready: Ready, place: RunFolder, update: Update, whole: bool) -> None:
     """What other tools open: the tokenizer; where most weights changed, the whole model too."""
     ready.renderer.tokenizer.save_pretrained(place.path)
-    if _whole(ready, update):
+    if whole:
         update.merge_into(ready.view.module)
         ready.view.module.save_pretrained(place.path)
 
 
-def _card(ready: Ready, place: RunFolder, update: Update) -> None:
-    relation = "finetune" if _whole(ready, update) else "adapter"
+def _card(ready: Ready, place: RunFolder, relation: str) -> None:
     place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
 
 

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from luthier.kernels.linear import folded
 from luthier.method import Source, Traits
 from luthier.model.additions import bias_of, oriented, output_adapter, register
 from luthier.model.view import ModelView
@@ -16,11 +17,6 @@ from luthier.step.lab import Lab
 from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Modules, Update
-
-
-def folded(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
-    """((I + B A) W, (I + B A) b): the adapter inside the projection. weight [out, in], a [R, out], b [out, R]."""
-    return weight + b @ (a @ weight), None if bias is None else bias + b @ (a @ bias)
 
 
 class Adapter(Tuner):

@@ -19,7 +19,7 @@ from luthier.step.lab import Lab
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Seeds, Update
-from luthier.update.parts import noise
+from luthier.update.vectors import noise
 
 HISTORY_CLIP = 1000.0
 

@@ -147,9 +147,10 @@ def half_reset(update: Update, trainable: Iterable[str]) -> Update:
     Raises KeyError for a plan that names parameters the update does not have, TypeError for an update that is not dense.
     """
     keep = set(trainable)
-    if any(not isinstance(p, Dense) for p in update.parts):
+    part = update.only(Dense)
+    if part is None:
         raise TypeError("half_reset takes an update of whole tensors")
-    changes = {n: d for part in update.parts for n, d in part.tensors().items()}
+    changes = part.changes
     unknown = sorted(keep - set(changes))
     if unknown:
         raise KeyError(f"the plan names {unknown[0]}, which this update does not have: it belongs to another model")

@@ -165,8 +165,8 @@ class LayerwiseTrainable(Trainable):
     @torch.no_grad()
     def update(self) -> Update:
         """Differences, and whole tensors for what did not start from the base."""
-        (part,) = self.dense.update().parts
-        assert isinstance(part, Dense)
+        part = self.dense.update().only(Dense)
+        assert part is not None
         changes = {n: d for n, d in part.changes.items() if n not in self.original}
         whole = {n: self.dense.master(n).detach().cpu().clone() for n in self.original}
         parts: list[Dense | Replace] = [Dense(changes)] if changes else []

@@ -17,7 +17,7 @@ from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Update
-from luthier.update.parts import PeftPart, peft_unload
+from luthier.update.compositions import PeftPart, peft_unload
 
 STARTS = (True, False, "gaussian")  # peft's other starts write into the base, which then cannot be given back
 OURS = frozenset({"target_modules", "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision"})
