@@ -35,9 +35,9 @@ class Stage(TrainSettings):
 class Stages(Pipeline):
     """Train in the stages that the recipe lists; the last one's update is the result.
 
-    A stage that starts from an earlier one goes on with its trained state where the tuner is the same, and otherwise on
-    a base with that update in place; then the result is the last stage's part alone, so such a start is refused for the
-    last stage. `carry` hands on what an objective trained beside the model.
+    A stage that starts from an earlier one goes on with its trained state where the tuner is the same. Where it is
+    another, it trains on a base with the earlier update in the weights, and its result holds both. `carry` hands on what
+    an objective trained beside the model.
     Cost: the sum of its stages.
     """
 
@@ -54,11 +54,6 @@ class Stages(Pipeline):
                 if ref not in (None, "base") and ref not in seen:
                     raise ValueError(f"{key} of {stage.name} names {ref!r}, which is no earlier stage")
             seen[stage.name] = stage
-        last = self.stages[-1]
-        if last.start != "base" and seen[last.start].tuner != last.tuner:
-            raise ValueError(
-                f"{last.name} starts from {last.start} with another tuner; its update would lack that part"
-            )
         return self
 
     def check(self, facts: Facts) -> list[Problem]:

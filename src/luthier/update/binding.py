@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -26,14 +27,12 @@ def _same(value: Tensor) -> Tensor:
     return value
 
 
-def in_turn(undo: list[Undo]) -> Undo:
-    """One undo for several, last first."""
-
-    def all_of_them() -> None:
-        for step in reversed(undo):
-            step()
-
-    return all_of_them
+def in_turn(steps: Iterable[Undo]) -> Undo:
+    """One undo for steps that are taken as they come, last first. Where one fails, those before it are taken back."""
+    with ExitStack() as stack:
+        for undo in steps:
+            stack.callback(undo)
+        return stack.pop_all().close
 
 
 def nearest_bits(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,18 +43,19 @@ def nearest_bits(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.no_grad()
 def overwrite(view: Any, values: Iterable[tuple[str, Tensor]]) -> Undo:
     """Write tensors over parameters, one at a time; the returned function puts the stored bits back."""
-    stored: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def undo() -> None:
-        for name, value in stored.items():
-            view.weight(name).copy_(value)
+    def steps() -> Iterator[Undo]:
+        for name, value in values:
+            weight = view.weight(name)
+            yield partial(_write, weight, weight.detach().clone())
+            weight.copy_(value)
 
-    for name, value in values:
-        weight = view.weight(name)
-        stored.setdefault(name, weight.detach().clone())
-        weight.copy_(value)
-    return undo
+    return in_turn(steps())
+
+
+@torch.no_grad()
+def _write(weight: Tensor, value: Tensor) -> None:
+    weight.copy_(value)
 
 
 def add_to_weights(part: Part, view: Any, scale: float = 1.0, rounding: Rounding = nearest_bits) -> Undo:
@@ -74,24 +74,23 @@ def add_to_weights(part: Part, view: Any, scale: float = 1.0, rounding: Rounding
 
 
 @torch.no_grad()
-def add_entries(
-    view: Any, indices: Mapping[str, Tensor], values: Mapping[str, Tensor], scale: float
-) -> Undo:  # fmt: skip
+def add_entries(view: Any, indices: Mapping[str, Tensor], values: Mapping[str, Tensor], scale: float) -> Undo:
     """Add values at flat positions of parameters, in float32; only the entries that are touched are kept for the undo."""
-    stored: dict[str, Tensor] = {}
-    for name, index in indices.items():
-        weight = view.weight(name)
-        here, value = index.to(weight.device), values[name].to(weight.device)
-        stored[name] = weight.view(-1)[here]
-        weight.view(-1)[here] = (stored[name].float() + scale * value).to(weight.dtype)
 
-    @torch.no_grad()
-    def undo() -> None:
-        for name, value in stored.items():
+    def steps() -> Iterator[Undo]:
+        for name, index in indices.items():
             weight = view.weight(name)
-            weight.view(-1)[indices[name].to(weight.device)] = value
+            here, value = index.to(weight.device), values[name].to(weight.device)
+            stored = weight.view(-1)[here]
+            yield partial(_write_entries, weight, here, stored)
+            weight.view(-1)[here] = (stored.float() + scale * value).to(weight.dtype)
 
-    return undo
+    return in_turn(steps())
+
+
+@torch.no_grad()
+def _write_entries(weight: Tensor, index: Tensor, values: Tensor) -> None:
+    weight.view(-1)[index] = values
 
 
 @torch.no_grad()

@@ -158,11 +158,13 @@ class Modules(Part):
 
     def bind(self, view: Any, scale: float = 1.0) -> Undo:
         self.refuse_scale(scale)
-        undo = []
-        for name in self.a:
-            a, b = binding.fixed(self.a[name].to(view.device)), binding.fixed(self.b[name].to(view.device))
-            undo.append(output_adapter(view.module.get_submodule(name), a, b))
-        return binding.in_turn(undo)
+
+        def steps() -> Iterator[Undo]:
+            for name in self.a:
+                a, b = (binding.fixed(t[name].to(view.device)) for t in (self.a, self.b))
+                yield output_adapter(view.module.get_submodule(name), a, b)
+
+        return binding.in_turn(steps())
 
     def refusal(self, model: nn.Module) -> str | None:
         return packed_problem(model, [f"{n}.weight" for n in self.a])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.model.additions import refuse_packed
 from luthier.model.anatomy import Anatomy, role_of
 from luthier.model.undo import Undo
+from luthier.support.errors import LuthierError
 from luthier.update import binding
 from luthier.update.base import Cut, Order, Part, Shapes, packed_problem
 
@@ -202,14 +204,21 @@ class Structure(Part):
         self.refuse_scale(scale)
         names = self._cut_names(view.module)
         refuse_packed("structure part", view.module, names)
-        undo = [self._shorten(view.module, name) for name in names]
-        undo += [_set_counts(owner, counts) for owner, counts in self._counts(view.module)]
-        before, view.anatomy = view.anatomy, Anatomy(view.module)
+        if self.transposed != any(x.transposed for x in view.anatomy.block_linears):
+            ways = ["[out, in]", "[in, out]"]
+            raise LuthierError(
+                f"this structure was made for matrices stored as {ways[self.transposed]}, this model stores them as "
+                f"{ways[not self.transposed]}; it belongs to another base"
+            )
+        before = view.anatomy
 
-        def back() -> None:
-            view.anatomy = before
+        def steps() -> Iterator[Undo]:
+            yield from (self._shorten(view.module, name) for name in names)
+            yield from (_set_counts(owner, counts) for owner, counts in self._counts(view.module))
+            yield partial(setattr, view, "anatomy", before)
+            view.anatomy = Anatomy(view.module)
 
-        return binding.in_turn([*undo, back])
+        return binding.in_turn(steps())
 
     def _cut_names(self, model: nn.Module) -> list[str]:
         return [n for n, _ in model.named_parameters() if self.cut(n) is not None]

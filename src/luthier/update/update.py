@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, TypeVar
@@ -184,13 +184,10 @@ class Update:
 
     @contextmanager
     def _bound(self, bind: Callable[[int, Part], Undo]) -> Iterator[None]:
-        undo: list[Undo] = []
-        try:
+        with ExitStack() as stack:
             for i, part in enumerate(self.parts):
-                undo.append(bind(i, part))
+                stack.callback(bind(i, part))
             yield
-        finally:
-            binding.in_turn(undo)()
 
     def _crowded(self, anatomy: Anatomy) -> list[bool]:
         """Of each part, whether its differences must go into the weights, since a later part takes the same layers."""
@@ -251,14 +248,12 @@ def _summed(parts: Iterable[Part]) -> tuple[Part, ...]:
 def _followed(parts: tuple[Part, ...], new: Part) -> tuple[Part, ...]:
     """The parts with a new one after them, brought into their order: the new one passes the last first."""
     out: list[Part] = []
-    left: Part | None = new
+    taken_up = False
     for old in reversed(parts):
-        if left is None:
-            out.append(old)
-        else:
-            before, left = old.followed_by(left)
-            out.append(before)
-    return (*reversed(out), *([] if left is None else [left]))
+        before, left = old.followed_by(new)
+        out.append(before)
+        taken_up, new = taken_up or left is None, left or new
+    return (*reversed(out), *([] if taken_up else [new]))
 
 
 def _unbiased(index: int, view: Any) -> binding.Rounding:

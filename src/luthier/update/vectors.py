@@ -298,12 +298,14 @@ class LowRank(Part):
 
     def bind(self, view: Any, scale: float = 1.0) -> Undo:
         """Beside the weights, so that low precision loses nothing."""
-        undo = []
-        for name, a in self.a.items():
-            module = view.module.get_submodule(name.removesuffix(".weight"))
-            here, there = binding.fixed(a.to(view.device)), binding.fixed(self.b[name].to(view.device))
-            undo.append(low_rank_adapter(module, here, there, scale * self.scale[name]))
-        return binding.in_turn(undo)
+
+        def steps() -> Iterator[Undo]:
+            for name, a in self.a.items():
+                module = view.module.get_submodule(name.removesuffix(".weight"))
+                here, there = binding.fixed(a.to(view.device)), binding.fixed(self.b[name].to(view.device))
+                yield low_rank_adapter(module, here, there, scale * self.scale[name])
+
+        return binding.in_turn(steps())
 
     def merge_into(self, model: nn.Module) -> None:
         binding.merge_deltas(self, model)
