@@ -201,7 +201,7 @@ API = {
     "luthier.tuned": ("open_run", "answers", "scores"),
     "luthier.tuned.export": ("export",),
     "luthier.integrations": ("Loss", "Tuning"),
-    "luthier.update": ("Update", "add"),
+    "luthier.update": ("Update", "add", "Part", "Structure"),
     "luthier.model.loading": ("locate", "load_model"),
     "luthier.model.view": ("ModelView",),
     "luthier.data.batch": ("Batch", "collate"),

@@ -250,7 +250,7 @@ class Structure(Part):
             }  # fmt: skip
 
     def refusal(self, model: nn.Module) -> str | None:
-        """Where transformers' configuration, which holds one number for all blocks, cannot say what is left."""
+        """Why transformers' configuration, which holds one number for all blocks, cannot describe what is left, or None."""
         packed = packed_problem(model, self._cut_names(model))
         if packed:
             return packed
