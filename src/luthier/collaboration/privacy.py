@@ -209,7 +209,7 @@ class PrivateRun:
         self.view.module.train()
         fwd = Forward(collate([row]).to(self.view.device), self.view)
         count = sum(y != IGNORE for y in row["labels"])
-        with self.trainable.phase("train"):
+        with self.view.phase("train"):
             loss = sum((t.weight * t.sums.sum() for t in Sft().loss(fwd).values()), torch.zeros(())) / max(count, 1)
             loss.backward()
         self.trainable.after_backward()

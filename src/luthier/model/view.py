@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ class Inputs(NamedTuple):
 
 
 InputHook = Callable[[Inputs, "ModelView"], Inputs]
+Phase = Callable[[str], AbstractContextManager[Any]]  # entered around forwards of this phase
 
 
 @dataclass
@@ -58,6 +59,7 @@ class ModelView:
     """A model with its tokenizer, anatomy and layout.
 
     layout        "flat": one row of T tokens, attention inside each sequence only; "padded": a rectangle
+    phases        entered around forwards, with their purpose: "train", "score" or "generate"
     input_hooks   applied in order to the inputs of every trunk call (soft prompts, offsets)
     base          the fingerprint, where these are not the base's own weights: a quantised copy
     """
@@ -70,6 +72,7 @@ class ModelView:
         self.name = name or str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
         self.anatomy = Anatomy(module)
         self.input_hooks: list[InputHook] = []
+        self.phases: list[Phase] = []
         self.meter = Meter()
         self._base = base
         self._native_attention: str = module.config._attn_implementation
@@ -124,6 +127,19 @@ class ModelView:
 
     # --- the trunk ---
 
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around forwards of phase "train", "score" or "generate": tuners and compute methods prepare the model for it."""
+        with ExitStack() as stack:
+            for enter in self.phases:
+                stack.enter_context(enter(name))
+            yield
+
+    @property
+    def padded_attention(self) -> str:
+        """The attention function of padded batches."""
+        return "eager" if is_plain() else self._native_attention
+
     def trace(self, batch: Batch, layers: tuple[int, ...] = (-1,), embeds: Tensor | None = None) -> Trace:
         """Run the trunk once over the batch and keep the hidden states asked for, each [T, D].
 
@@ -174,7 +190,7 @@ class ModelView:
     def _attention_name(self) -> str:
         if self.layout == "flat":
             return "luthier"
-        return "eager" if is_plain() else self._native_attention
+        return self.padded_attention
 
     def checkpoint_blocks(self) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again then."""

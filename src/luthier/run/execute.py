@@ -195,7 +195,6 @@ def _train(
     with _listening(ready, place, on_step, total) as listen:
         loop = Loop(
             ready.view, ready.train.rows, trainable, recipe.objective, recipe, lab=ready.lab(), folder=place.path,
-            compute=recipe.compute,
             evaluate=None if ready.data.held is None else ready.held_out_loss, accelerator=ready.accelerator,
             on_step=listen, stop=stop, data_hash=ready.train.digest,
         )  # fmt: skip
@@ -206,7 +205,7 @@ def _train(
         except Interrupted:
             place.note(state="stopped", signal=stop.signal)
             raise
-    return Trained(trainable.update(), lambda: trainable.phase("score"), trainable.detach, weights, progress)
+    return Trained(trainable.update(), contextlib.nullcontext, trainable.detach, weights, progress)
 
 
 def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:

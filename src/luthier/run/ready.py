@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +67,7 @@ class Ready:
         rows_held = () if held is None else held.rows
         exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or ())
         head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
-        model = key_of(self.view.base.weights, self.view.base.tokenizer, recipe.quantize, head, update)
+        model = key_of(self.view.base.weights, self.view.base.tokenizer, recipe.quantize, recipe.compute, head, update)
         rows = "none" if held is None or self.data.held_rows is None else held.digest + self.data.held_rows.digest
         evaluators, meter = recipe.evaluators(), self.view.meter
         with meter.watching(self.view.module), meter.stage("evaluate"):
@@ -163,6 +164,8 @@ def make_ready(
         quantize=recipe.quantize,
     )  # fmt: skip
     _check(recipe, config, data.train, view.layout, accelerator.num_processes, view.anatomy)
+    if recipe.compute is not None:
+        view.phases.append(partial(recipe.compute.patch, view))
     return Ready(recipe, folder, view, renderer, data, accelerator)
 
 

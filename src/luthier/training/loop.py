@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from luthier.compute.base import Compute
 from luthier.data.batch import Batch, collate
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Window, count, mean_of
@@ -60,6 +62,7 @@ class Interrupted(Exception):
 class Loop:
     """Trains one stage.
 
+    compute   a method that changes the forward pass; it hears of every phase of this model from now on
     rows      rendered rows: mappings as `collate` takes them
     evaluate  returns the loss on held-out rows; called every eval_steps
     on_step   called after each step with (entry, progress, total steps)
@@ -70,7 +73,7 @@ class Loop:
         self, view: ModelView, rows: Rows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
         lab: Lab | None = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
         on_step: Callable[[dict[str, float], Progress, int], None] | None = None, stop: Callable[[], bool] = lambda: False,
-        carried: Mapping[str, Tensor] | None = None, compute: Any = None, accelerator: Accelerator | None = None,
+        carried: Mapping[str, Tensor] | None = None, compute: Compute | None = None, accelerator: Accelerator | None = None,
         data_hash: str = "",
     ) -> None:  # fmt: skip
         if not rows:
@@ -85,7 +88,9 @@ class Loop:
         self.generators = Generators(Streams(settings.seed), "train", self.accelerator.process_index)
         with self.generators.drawing():
             self.extra = self.objective.extend(view, carried)
-        self.compute, self.data_hash = compute, data_hash
+        self.data_hash = data_hash
+        if compute is not None:
+            view.phases.append(partial(compute.patch, view))
         self._supervised = False  # whether some row was seen to be
         s = settings
         self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle)
@@ -255,7 +260,7 @@ class Loop:
         for i, batch in enumerate(micro):
             last = i == len(micro) - 1
             sync = contextlib.nullcontext() if world == 1 or last else self.accelerator.no_sync(self.wrapped)
-            with sync, self._patched("train"):
+            with sync, self.view.phase("train"):
                 loss, named = self.wrapped(batch, denominators)
                 if backward and loss.requires_grad:
                     # Denominators are global, and the wrapper averages over ranks: undo the average.
@@ -266,13 +271,9 @@ class Loop:
         summed = self._reduce({"total": total, **{f"part.{k}": v for k, v in parts.items()}})
         return summed["total"], {k[5:]: v for k, v in summed.items() if k.startswith("part.")}
 
-    def _patched(self, phase: str) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.compute is None else self.compute.patch(self.view, phase)
-
     def _gradient_step(self, window: Window, denominators: Mapping[str, float]) -> tuple[dict[str, float], bool]:
         self.view.module.train()
-        with self.trainable.phase("train"):
-            loss, parts = self._losses(window, denominators, backward=True)
+        loss, parts = self._losses(window, denominators, backward=True)
         self.trainable.after_backward()
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(params, self.settings.max_grad_norm)) if params else 0.0
@@ -291,7 +292,7 @@ class Loop:
         self.view.module.eval()
 
         def closure() -> float:
-            with torch.no_grad(), self.trainable.phase("train"):
+            with torch.no_grad():
                 return self._losses(window, denominators, backward=False)[0]
 
         loss = self.optimizer.step(closure)
@@ -358,7 +359,7 @@ class Loop:
         """Evaluate, remember the best state, and say whether to stop early."""
         assert self.evaluate is not None
         p = self.progress
-        with self.trainable.phase("score"), Generators(Streams(self.settings.seed), "evaluate", p.step).drawing():
+        with Generators(Streams(self.settings.seed), "evaluate", p.step).drawing():
             loss = self.evaluate()
         p.log.append({"step": p.step, "eval_loss": loss})
         if p.best_loss is None or loss < p.best_loss:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> T
         located, recipe.task, dtype, tokenizer=renderer.tokenizer, labels=classes, seed=recipe.seed,
         quantize=recipe.quantize if quantize else None,
     )  # fmt: skip
+    if recipe.compute is not None:
+        view.phases.append(partial(recipe.compute.patch, view))
     return Tuned(recipe, folder, view, renderer, load(folder))
 
 

@@ -123,6 +123,7 @@ class Trainable:
         self.view = view
         self.base = view.base  # before anything moves
         self._flags = {p: p.requires_grad for p in view.module.parameters()}
+        view.phases.append(self.phase)
         self._undo: list[Undo] = []
         self._owned = False
         view.attached.append(self)
@@ -163,7 +164,7 @@ class Trainable:
         """After the optimiser moved: write trained values back into the model. clock.step counts this step."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Around "train", "score" or "generate"."""
+        """Entered around every forward, with its purpose: "train", "score" or "generate"."""
         return nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -184,6 +185,8 @@ class Trainable:
 
     def detach(self) -> None:
         """Take everything out again: the base is bit-identical to what it was."""
+        if self.phase in self.view.phases:
+            self.view.phases.remove(self.phase)
         for step in reversed(self._undo):
             step()
         self._undo.clear()
@@ -331,7 +334,7 @@ class WithHead(Trainable):
         self.head.after_step(clock)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        return self.inner.phase(name)
+        return nullcontext()  # the inner one hears of it by itself
 
     def state_dict(self) -> dict[str, Tensor]:
         inner = {f"inner.{k}": t for k, t in self.inner.state_dict().items()}
