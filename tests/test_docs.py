@@ -100,6 +100,20 @@ def files_beside(folder):
     (folder / "tasks/capitals.yaml").write_text(TASK)
 
 
+def trained_runs(folder):
+    """Two updates of the tiny model in folders, as runs leave them."""
+    from luthier.testing.models import view_of
+    from luthier.tuners import Lora
+    from luthier.update.files import save_update
+
+    out = []
+    for seed in range(2):
+        trainable = Lora(rank=2, seed=seed).attach(view_of())
+        save_update(trainable.update(), folder / f"run-{seed}")
+        out.append(folder / f"run-{seed}")
+    return out
+
+
 PAGES = sorted(p.name for p in (ROOT / "docs/methods").glob("*.md") if p.name != "index.md")
 
 
@@ -121,11 +135,17 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys,
     )
     model = tiny()
     batch = soft_rows()[1] if page == "distill.md" else PADDED
+    runs = trained_runs(tmp_path)
     scope = {
+        "runs": runs, "run": runs[0],
         "torch": torch, "Trainer": Trainer, "arguments": arguments, "rows": Four(), "model": model, "batches": [batch] * 2,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "tokenizer": byte_tokenizer(),
     }  # fmt: skip
-    if EVALUATORS.get(page.removesuffix(".md")) or page == "q-tuning-offline.md":  # they ask it in words
+    if EVALUATORS.get(page.removesuffix(".md")) or page in (
+        "q-tuning-offline.md",
+        "greedy.md",
+        "sample.md",
+    ):  # they ask it in words
         scope["model"] = tiny_classifier() if page == "classification.md" else tiny(vocab_size=260)
     if page.removesuffix(".md") in manifest.classes("collaborate"):
         scope |= {"rows": rows_of(), "large_model": tiny(layers=4, seed=1)}

@@ -10,6 +10,8 @@ from luthier.collaboration.base import Collaboration
 from luthier.compute.base import Compute
 from luthier.curation.base import Curator
 from luthier.data.reading import on_hub
+from luthier.decoding.base import Decoder
+from luthier.decoding.greedy import Greedy
 from luthier.evaluation.base import Evaluator
 from luthier.evaluation.classification import Classification
 from luthier.evaluation.forgetting import Forgetting
@@ -86,6 +88,8 @@ class Recipe(TrainSettings):
     """Several stages, each with a tuner and an objective of its own, in place of one."""
     collaborate: SerializeAsAny[Collaboration] | None = None
     """A protocol between parties, for `luthier collaborate`."""
+    decode: SerializeAsAny[Decoder] = Greedy()
+    """How answers are written, in evaluation and in use."""
     evaluate: list[SerializeAsAny[Evaluator]] = Field(default_factory=list)
     """What is measured before and after, beside what always is: the loss, and classes or forgetting."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

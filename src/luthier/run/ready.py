@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from luthier.data.prepare import Prepared
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
+from luthier.decoding.base import writing_with
 from luthier.evaluation.base import Exam, Results
 from luthier.inference.scoring import mean_loss
 from luthier.inference.services import lab_with
@@ -55,10 +56,11 @@ class Ready:
         sets = {"train": data.train.rows, "labelled": data.train.rows}
         if data.pool is not None:
             sets["unlabelled"] = data.pool.rows
-        return lab_with(
+        lab = lab_with(
             self.renderer, {"base": lambda: self.view}, task=recipe.task, seed=recipe.seed, sets=sets, tick=self.tick,
             tokens_per_forward=2 * recipe.tokens_per_forward,
         )  # fmt: skip
+        return writing_with(lab, recipe.decode)
 
     def results(self, update: str = "none") -> Results:
         """Of the model as it stands, which is the base with the update of this digest; taken from the cache where it
@@ -67,7 +69,15 @@ class Ready:
         rows_held = () if held is None else held.rows
         exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or ())
         head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
-        model = key_of(self.view.base.weights, self.view.base.tokenizer, recipe.quantize, recipe.compute, head, update)
+        model = key_of(
+            self.view.base.weights,
+            self.view.base.tokenizer,
+            recipe.quantize,
+            recipe.compute,
+            recipe.decode,
+            head,
+            update,
+        )
         rows = "none" if held is None or self.data.held_rows is None else held.digest + self.data.held_rows.digest
         evaluators, meter = recipe.evaluators(), self.view.meter
         with meter.watching(self.view.module), meter.stage("evaluate"):

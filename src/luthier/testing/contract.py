@@ -23,9 +23,12 @@ from torch import Tensor
 
 from luthier import recipe
 from luthier.data.batch import IGNORE, collate
+from luthier.decoding.base import Decoder
+from luthier.inspection.base import Case, Inspector
+from luthier.merging.base import Merger
 from luthier.method import Facts, Method
 from luthier.method import registry as manifest
-from luthier.method.kinds import LISTED, kind_of
+from luthier.method.kinds import KINDS, LISTED, kind_of
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Forward, Objective
 from luthier.objectives.sft import Sft
@@ -36,6 +39,7 @@ from luthier.testing.models import batch_of, labelled_rows, rows_of, tiny, view_
 from luthier.training.loop import Interrupted, Loop
 from luthier.tuners.adapter import Adapter
 from luthier.tuners.base import Stats, Trainable, Tuner, with_head
+from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 from luthier.update.files import load, save_update
 
@@ -154,6 +158,10 @@ def test_every_field_is_read(example: Example) -> None:
 
 
 def test_recipe_round_trip(example: Example) -> None:
+    if KINDS[example.kind].command is not None:
+        method = example.method
+        assert same(type(method)(**json.loads(method.model_dump_json())), method)
+        return
     method = example.method
     if example.kind != "pipeline":  # its methods are found by the recipe, below
         assert same(type(method)(**json.loads(method.model_dump_json())), method)
@@ -170,6 +178,8 @@ def same(a: Method, b: Method) -> bool:
 def test_a_wrong_field_names_its_key(example: Example) -> None:
     with pytest.raises(ValueError, match="no_such_field"):
         type(example.method).model_validate({"no_such_field": 1})
+    if KINDS[example.kind].command is not None:  # no key of a recipe
+        return
     with pytest.raises(RecipeError) as refused:
         recipe.load(recipe_with(example, {"no_such_field": 1}), code=Path())
     place = f"{example.kind}.0" if example.kind in LISTED else example.kind
@@ -384,6 +394,43 @@ def test_a_tuner_under_transformers_trainer(plain_tuner: Example, tmp_path: Path
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     assert tuned.update().parts
+
+
+# --- decoders, mergers, inspectors ---
+
+
+def test_an_answer_does_not_depend_on_its_batch(decode: Example) -> None:
+    from luthier.inference.services import lab_around
+    from luthier.testing.models import byte_tokenizer
+
+    assert isinstance(decode.method, Decoder)
+    lab = lab_around(tiny(vocab_size=260), byte_tokenizer(), seed=3)
+    views, prompts = {"model": lab.view()}, [[5, 6, 7], [40] * 9, [9], [70, 71, 72, 73]]
+    together = decode.method.decode(views, prompts, lab, 6)
+    assert [c.tokens for c in together] and all(c.tokens <= 6 for c in together)
+    assert together == [decode.method.decode(views, [p], lab, 6)[0] for p in prompts]
+    assert together == decode.method.decode(views, prompts[::-1], lab, 6)[::-1]
+
+
+def test_one_update_merged_alone_with_all_weight_is_itself_and_order_is_of_no_account(merge: Example) -> None:
+    assert isinstance(merge.method, Merger)
+    first, second = (attached(Example(Adapter(rank=2, init_std=0.05)), view_of(seed=0)).update() for _ in range(2))
+    with pytest.raises(LuthierError):
+        merge.method.merge([])
+    with pytest.raises(LuthierError):
+        merge.method.merge([first, second])  # added modules are no vector space
+
+
+def test_a_finding_holds_a_sentence_a_table_and_a_picture(inspect: Example) -> None:
+    view = view_of()
+    update = attached(Example(Full()), view).update()
+    assert isinstance(inspect.method, Inspector)
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    finding = inspect.method.inspect(Case(view, {"mine": update}))
+    assert finding.says.endswith(".") and "mine" in finding.says and finding.sure
+    assert finding.rows and all(len(r) == len(finding.columns) for r in finding.rows)
+    assert finding.picture.startswith("<svg") and finding.picture.endswith("</svg>")
+    assert all(torch.equal(p, before[n]) for n, p in view.module.named_parameters()), "it only looks"
 
 
 # --- objectives ---

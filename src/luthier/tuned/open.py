@@ -12,8 +12,9 @@ import torch
 
 from luthier.data.batch import IGNORE, collate
 from luthier.data.rendering import Renderer
+from luthier.decoding.base import writing_with
 from luthier.federation.outcome import given_in
-from luthier.inference.generation import generate
+from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
 from luthier.objectives.base import Forward
 from luthier.recipe import Recipe, load_file
@@ -106,9 +107,11 @@ def answers(
         with run.update.bind(run.view):
             return [{"prompt": p, **_classified(run, p)} for p in prompts]
     ids = [run.renderer.prompt_ids({"prompt": p}) for p in prompts]
-    before = generate(run.view, ids, run.renderer, max_new_tokens) if base_too else []
+    lab = lab_with(run.renderer, {"base": lambda: run.view}, seed=run.recipe.seed)
+    write = writing_with(lab, run.recipe.decode).generator
+    before = write(run.view, ids, max_new_tokens) if base_too else []
     with run.update.bind(run.view):
-        after = generate(run.view, ids, run.renderer, max_new_tokens)
+        after = write(run.view, ids, max_new_tokens)
     out = []
     for i, prompt in enumerate(prompts):
         entry = {"prompt": prompt, "answer": after[i].text, "stopped": after[i].stopped}
