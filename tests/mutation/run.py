@@ -92,7 +92,7 @@ class Outcome(NamedTuple):
 
 
 class Running(NamedTuple):
-    index: int
+    place: int
     folder: str
     start: float
 
@@ -116,7 +116,7 @@ def _outcomes(file: Path, tests: Sequence[Path], sources: Sequence[str], workers
                 os.killpg(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
             code = os.WEXITSTATUS(status) if done and os.WIFEXITED(status) else None
-            outcomes[child.index] = Outcome(code, took)
+            outcomes[child.place] = Outcome(code, took)
             shutil.rmtree(child.folder, ignore_errors=True)
             del running[pid]
         time.sleep(0.01)
