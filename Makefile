@@ -48,6 +48,7 @@ coverage: $(VENV)/dev.done
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/forecast.py
 	$(BIN)/python benchmarks/rows.py
+	$(BIN)/python benchmarks/generation.py
 	$(BIN)/python benchmarks/steps.py
 	$(BIN)/python benchmarks/loop_decision.py
 	$(BIN)/python benchmarks/sft_against_trl.py --rounds 3

@@ -1,5 +1,7 @@
 """A small instance of every exported method, for whatever is asked of all of them."""
 
+from typing import Any
+
 import torch
 
 from helpers.cloze import cloze, with_soft
@@ -8,7 +10,7 @@ from luthier.method.kinds import KINDS
 from luthier.testing.contract import Example
 
 # A small instance of every method: fields away from their defaults where the tiny model needs it.
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     "adapter": {"rank": 4, "init_std": 0.05},
     "bleu": {"rows": 2},
     "caft": {"allow_untrained_heads": True, "weight": 0.5},
@@ -68,7 +70,7 @@ def soft_rows():
 ALL = [(kind, name, cls) for kind in KINDS for name, cls in manifest.classes(kind).items()]
 IDS = [name for _, name, _ in ALL]
 # Of these labelled rows some of the others are a help in every step; where none is, distill skips.
-MORE = {
+MORE: dict[str, dict[str, Any]] = {
     "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 8)}},
     "frozen": {"trains": False},
 }

@@ -64,7 +64,7 @@ class Naive:
         k = int(self.active.sum())
         if self.candidates is None:
             self.candidates = micro[0].reshape(-1).abs().argsort(descending=True, stable=True)[:k]
-        step = sum(g.double().reshape(-1) for g in micro)
+        step = torch.stack([g.double().reshape(-1) for g in micro]).sum(0)
         self.s1[self.candidates] += step[self.candidates]
         self.s2[self.candidates] += step[self.candidates] ** 2
         self.samples += 1
@@ -131,7 +131,7 @@ class NaiveMomentum(Naive):
         self.reselect(share, product, (~self.active).nonzero().squeeze(1).tolist())
 
 
-def gradients(shape: tuple[int, int], seed: int, s: Settings) -> list[list[torch.Tensor]]:
+def gradients(shape: tuple[int, ...], seed: int, s: Settings) -> list[list[torch.Tensor]]:
     """Step -> micro-batches -> [m, n]: some directions last, most of it is noise."""
     g = torch.Generator().manual_seed(seed)
     lasting = torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) < 0.2)
@@ -178,7 +178,7 @@ def both(seed: int, s: Settings, fields: dict[str, Any]):
             micro = given[name][t - 1]
             if t in watched:
                 n.observe(micro)
-            n.adam(sum(micro), rate)
+            n.adam(torch.stack(list(micro)).sum(0), rate)
             if t in shares:
                 n.reselect_by_gradients(shares[t])
         yield t, view, trainable, naive
