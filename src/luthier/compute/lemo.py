@@ -136,9 +136,7 @@ class Lemo(Compute):
     (below keep_fraction 1) or MLP (above mlp_prune_fraction 0) is not known: fused projections, experts.
     """
 
-    traits: ClassVar[Traits] = Traits(
-        tasks=frozenset({"causal-lm"}), layouts=frozenset({"flat"}), needs=frozenset({"frozen_mlp"})
-    )
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), layouts=frozenset({"flat"}))
     source: ClassVar[Source] = Source(
         "JENGA: Enhancing LLM Long-Context Fine-tuning with Contextual Token Sparsity",
         2025,

@@ -18,7 +18,7 @@ class Greedy(Decoder):
     Cost: a forward pass over the prompt, and one over a token for each token of the answer.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source("Sequence to Sequence Learning with Neural Networks", 2014, "arXiv:1409.3215")
 
     def decode(

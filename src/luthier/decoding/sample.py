@@ -32,7 +32,7 @@ class Sample(Decoder):
     Cost: that of greedy decoding, and a sort of the vocabulary a token where top_p is below 1.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "The Curious Case of Neural Text Degeneration", 2019, "arXiv:1904.09751", "eq. 2-3"
     )

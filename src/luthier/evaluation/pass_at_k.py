@@ -54,7 +54,7 @@ class PassAtK(Answering):
     Cost: `samples` generated answers a question, and running them.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "Evaluating Large Language Models Trained on Code", 2021, "arXiv:2107.03374", "eq. 1"
     )

@@ -88,9 +88,7 @@ class Caft(Objective):
     Cost: n - 1 more layers and vocabulary products a token; frozen heads keep no optimiser state.
     """
 
-    traits: ClassVar[Traits] = Traits(
-        tasks=frozenset({"causal-lm"}), needs=frozenset({"hidden", "heads", "plain_weights"})
-    )
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"plain_weights"}))
     source: ClassVar[Source] = Source(
         "Improving large language models with concept-aware fine-tuning",
         2025,

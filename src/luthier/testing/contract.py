@@ -28,6 +28,7 @@ from luthier.inspection.base import Case, Inspector
 from luthier.merging.base import Merger
 from luthier.method import Facts, Method
 from luthier.method import registry as manifest
+from luthier.method.base import Need
 from luthier.method.kinds import KINDS, LISTED, kind_of
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Forward, Objective
@@ -219,7 +220,7 @@ def test_refusals_are_those_the_traits_declare(example: Example) -> None:
     for layout in ("flat", "padded"):
         assert refused(method, "layout", layout=layout) == (layout not in traits.layouts)
     assert refused(method, "num_processes", num_processes=2) == ("one_process" in traits.needs)
-    assert refused(method, "quantize", quantized=True) == ("plain_weights" in traits.needs)
+    assert refused(method, "quantize", quantized=True) == bool(traits.needs & {Need.PLAIN_WEIGHTS, Need.JVP})
 
 
 def refused(method: Method, key: str, **facts: Any) -> bool:
