@@ -47,8 +47,8 @@ bench: $(VENV)/dev.done
 
 # Pages that are made from the classes: docs/methods, docs/api.md.
 docs: $(VENV)/dev.done
-	$(BIN)/python -m luthier.manifest
-	$(BIN)/python -m luthier.docs
+	$(BIN)/python -m luthier.method.registry
+	$(BIN)/python -m luthier.cli.docs
 
 # Hours, not minutes: fuzzing at length, kills at random moments.
 soak: $(VENV)/dev.done

@@ -16,7 +16,7 @@ from machine_note import machine_note
 
 from luthier.data.reading import read
 from luthier.evaluation.pass_at_k import program
-from luthier.sandbox import Limits, execute_all
+from luthier.support.sandbox import Limits, execute_all
 
 HERE = Path(__file__).parent
 MBPP = HERE.parents[1] / "shared/data/mbpp/test.jsonl.gz"

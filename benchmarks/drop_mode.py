@@ -24,8 +24,8 @@ WINDOW, STEPS = 32, 6
 def loop_of(objective: Any, data: list[dict[str, Any]]) -> Any:
     """LoRA of rank 16 over these rows."""
     from luthier.model.loading import BUILTIN, load_model, locate
+    from luthier.step.settings import TrainSettings
     from luthier.training.loop import Loop
-    from luthier.training.settings import TrainSettings
     from luthier.tuners import Lora
 
     view = load_model(locate(BUILTIN))
@@ -36,9 +36,9 @@ def loop_of(objective: Any, data: list[dict[str, Any]]) -> Any:
 def main() -> None:
     """Entry point."""
     from luthier.data.rendering import Renderer
+    from luthier.inference.scoring import mean_loss, row_scores
     from luthier.model.loading import BUILTIN, load_tokenizer, locate
     from luthier.objectives import QTuning, Sft
-    from luthier.scorer import mean_loss, row_scores
 
     everything = rendered(Renderer(load_tokenizer(locate(BUILTIN))))
     data, held = everything[:64], everything[64:96]

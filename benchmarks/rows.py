@@ -45,7 +45,7 @@ def measure(step: str, file: Path) -> dict[str, Any]:
     from luthier.data.reading import read
     from luthier.data.rendering import Renderer
     from luthier.model.loading import BUILTIN, load_tokenizer, locate
-    from luthier.rng import Streams
+    from luthier.support.rng import Streams
 
     renderer = Renderer(load_tokenizer(locate(BUILTIN)))
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

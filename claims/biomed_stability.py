@@ -6,11 +6,11 @@ import numpy as np
 from dept import rendered
 from toys import mean_nll
 
+from luthier.inference.scoring import first_choices
 from luthier.model.loading import BUILTIN, load_model, locate
 from luthier.objectives.sft import Sft
-from luthier.scorer import first_choices
+from luthier.step.settings import TrainSettings
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 from luthier.tuners.layerwise import Layerwise
 

@@ -2,7 +2,7 @@
 
 from toys import bench
 
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 from luthier.tuners.green_trainer import GreenTrainable, GreenTrainer, cost_model
 
 

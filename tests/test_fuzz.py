@@ -16,12 +16,12 @@ from luthier import recipe
 from luthier.data.prepare import prepare
 from luthier.data.reading import read
 from luthier.data.rendering import Renderer
-from luthier.errors import LuthierError
 from luthier.model.loading import locate
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, byte_tokenizer, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 from luthier.tuners.spiel import Spiel
 from luthier.update.files import load, save_update

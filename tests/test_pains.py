@@ -13,12 +13,12 @@ from luthier.data.prepare import prepare
 from luthier.data.reading import read
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
-from luthier.errors import LuthierError, RecipeError
-from luthier.generation import generate
+from luthier.inference.generation import generate
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 
@@ -172,7 +172,7 @@ def test_pain_08_every_format_reads_the_same_rows(tmp_path):
 
 
 def test_pain_16_nothing_looks_at_the_network(monkeypatch, model_folder, tmp_path):
-    from luthier.run import run
+    from luthier.run.execute import run
 
     def refuse(*_, **__):
         raise AssertionError("the network was touched")
@@ -227,7 +227,7 @@ def test_generation_equals_one_prompt_at_a_time():
     r = renderer()
     view = ModelView(model, r.tokenizer)
     prompts = [r.prompt_ids({"prompt": "x" * n}) for n in (1, 9, 4, 6)]
-    together = generate(view, prompts, r, 8, batch_size=4)
+    together = generate(view, prompts, r, 8)
     assert together == [generate(view, [p], r, 8)[0] for p in prompts]
     for p, done in zip(prompts, together, strict=True):
         out = model.generate(
@@ -295,8 +295,8 @@ def test_pain_10_memory_that_ends_keeps_the_steps_and_names_the_keys(tmp_path):
 
 def test_pain_10_evaluation_keeps_running_sums_only():
     """Peak of live tensors while scoring 400 rows is that of 40."""
-    from luthier.forecast import live_bytes
-    from luthier.scorer import mean_loss, row_scores
+    from luthier.inference.scoring import mean_loss, row_scores
+    from luthier.run.forecast import live_bytes
 
     view, most = view_of(), {}
     for count in (40, 400):
@@ -332,8 +332,8 @@ def test_pain_11_resume_walks_back_to_a_whole_checkpoint(tmp_path):
 
 def test_pain_14_and_18_unchanged_logits_are_an_error_everywhere(tmp_path, model_folder):
     """A run that learnt nothing ends in an error (12), and so does the export of one; both use the run's own prompts."""
-    from luthier.export import export
-    from luthier.run import run
+    from luthier.run.execute import run
+    from luthier.tuned.export import export
 
     rows = [{"prompt": f"say {i}", "completion": str(i)} for i in range(8)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -6,7 +6,7 @@ import pytest
 
 from luthier.cli.compare import budget_from, planned, seeds_from
 from luthier.comparison.plan import load, recipe_of, slug, varied, with_seed
-from luthier.errors import LuthierError, RecipeError
+from luthier.support.errors import LuthierError, RecipeError
 
 BASE = {"model": "a/b", "data": {"train": "t.jsonl", "eval": "e.jsonl"}}
 FILE = """recipe: {model: a/b, data: {train: t.jsonl, eval: e.jsonl}}

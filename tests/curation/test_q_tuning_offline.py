@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.commands import luthier, rows, write
 from luthier.curation import QTuningOffline
 from luthier.curation.base import Base
 from luthier.curation.q_tuning_offline import scored
 from luthier.data.batch import IGNORE
+from luthier.data.quadrants import choose_rows, named
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
-from luthier.errors import RecipeError
 from luthier.model.view import ModelView
-from luthier.quadrants import choose_rows, named
-from luthier.rng import Streams
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 from luthier.testing.models import byte_tokenizer, tiny
-from test_run import luthier, rows, write
 
 
 @pytest.fixture(scope="module")

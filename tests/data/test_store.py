@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from luthier.cache import cache_folder
 from luthier.data import reading
 from luthier.data.prepare import prepare
 from luthier.data.reading import read
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
-from luthier.errors import RecipeError
+from luthier.support.cache import cache_folder
+from luthier.support.errors import RecipeError
 from luthier.testing.models import TEMPLATE, byte_tokenizer
 
 

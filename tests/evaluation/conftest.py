@@ -10,8 +10,9 @@ import pytest
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.evaluation.base import Exam
-from luthier.generation import Completion
+from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
+from luthier.step.lab import Completion
 from luthier.testing.models import byte_tokenizer, tiny
 
 
@@ -40,7 +41,8 @@ def exam_of(tiny_view):
         renderer = Renderer(tiny_view.tokenizer)
         sources = [Row(f"f.jsonl:{i}", json.loads(json.dumps(r))) for i, r in enumerate(rows, 1)]
         rendered = [renderer.render(r.values, r.key) for r in sources]
-        exam = (Exam if said is None else Scripted)(tiny_view, renderer, task, rendered, sources)
+        lab = lab_with(renderer, {"base": lambda: tiny_view}, task=task)
+        exam = (Exam if said is None else Scripted)(tiny_view, lab, task, rendered, sources)
         if said is not None:
             exam.said = said
         return exam

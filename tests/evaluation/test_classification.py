@@ -4,7 +4,7 @@ import pytest
 
 from luthier.evaluation import Calibration, Classification
 from luthier.evaluation.base import Exam
-from luthier.scorer import RowScore
+from luthier.step.lab import RowScore
 
 
 class Chosen(Exam):

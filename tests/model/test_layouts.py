@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from luthier.data.batch import IGNORE, collate, pad, unpad
+from luthier.kernels.plain import plain_operations
 from luthier.model import attention
 from luthier.model.attention import _fused, _plain, _varlen, flat_attention
 from luthier.model.loading import load_model, locate
-from luthier.model.plain import plain_operations
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Forward
 from luthier.testing.models import batch_of, tiny, view_of

@@ -2,9 +2,9 @@
 
 import torch
 
-from luthier.model.local import Schooling, Shape, byte_tokenizer, opened, pieces, python_sources, rendered, schooled
-from luthier.rng import Streams
-from luthier.scorer import mean_loss, row_scores
+from luthier.demos.local import Schooling, Shape, byte_tokenizer, opened, pieces, python_sources, rendered, schooled
+from luthier.inference.scoring import mean_loss, row_scores
+from luthier.support.rng import Streams
 
 TEXTS = {"letters": "abcabcabc" * 300, "digits": "0123456789" * 300}
 TINY = Shape(16, 2, 2, 1, 32)

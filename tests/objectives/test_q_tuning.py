@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from luthier.data.batch import IGNORE, collate
+from luthier.data.quadrants import choose_rows, kept_share
 from luthier.method import Facts
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.q_tuning import QTuning, keep_tokens, neighbour_score
 from luthier.objectives.sft import Sft
-from luthier.quadrants import choose_rows, kept_share
+from luthier.step.probe import Probe
+from luthier.step.settings import TrainSettings
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 
@@ -32,7 +32,7 @@ def test_1_scores_equal_a_plain_softmax_loop(view, batch):
 
 
 def test_1_uniform_logits_give_log_v():
-    from luthier.training.head import token_scores
+    from luthier.kernels.head import token_scores
 
     s = token_scores(torch.zeros(3, 4), torch.randn(11, 4), torch.tensor([0, 5, 10]))
     assert s.entropy.tolist() == pytest.approx([math.log(11)] * 3)
@@ -68,34 +68,137 @@ def test_3_exact_count_for_any_values_and_monotone_share():
         assert all(x <= y for x, y in itertools.pairwise(shares))
 
 
+def slow_choice(ppl, entropy, share, steps):
+    """The sheet's algorithm in loops: (kept rows, those of them whose tokens are pruned, topped-up rows, alpha)."""
+    rows = range(len(ppl))
+
+    def quantile(values, g):  # the smallest value with at least a share g at or below it
+        return next(q for q in sorted(values) if sum(v <= q for v in values) >= g * len(values) - 1e-9)
+
+    def corners(alpha):
+        p_lo, p_hi, e_lo, e_hi = (quantile(v, g) for v in (ppl, entropy) for g in (alpha, 1 - alpha))
+        second = {i for i in rows if ppl[i] >= p_hi and entropy[i] <= e_lo}
+        return second, {i for i in rows if ppl[i] <= p_lo and entropy[i] >= e_hi} - second
+
+    lo, hi, alpha = 0.0, 0.49, 0.49
+    for _ in range(steps):
+        middle = (lo + hi) / 2
+        second, fourth = corners(middle)
+        if len(second | fourth) < share * len(ppl):
+            lo = middle
+        else:
+            hi = alpha = middle
+    second, fourth = corners(alpha)
+    scale = lambda v: [(x - min(v)) / ((max(v) - min(v)) or 1.0) for x in v]  # noqa: E731
+    p, e = scale(ppl), scale(entropy)
+    inside = lambda i: i in second or i in fourth  # noqa: E731
+    best = sorted(rows, key=lambda i: (not inside(i), -abs(p[i] - e[i]), -ppl[i], i))
+    kept = sorted(best[: max(1, int(share * len(ppl)))])
+    pruned = [i for i in kept if i in second or (not inside(i) and p[i] >= e[i])]
+    return kept, pruned, [i for i in kept if not inside(i)], alpha
+
+
+def test_3_the_choice_is_the_algorithm_written_out():
+    generator, seen = np.random.default_rng(1), {"pruned": 0, "whole": 0, "topped": 0}
+    for trial in range(200):
+        b = int(generator.integers(2, 24))
+        ppl, entropy = generator.exponential(size=b), generator.random(b)
+        if trial % 4 == 0:  # ties
+            ppl, entropy = np.round(ppl, 1), np.round(entropy, 1)
+        share = float(generator.choice([0.125, 0.25, 0.5, 0.9]))
+        rows = choose_rows(ppl, entropy, share, 10)
+        kept, pruned, topped, alpha = slow_choice(ppl.tolist(), entropy.tolist(), share, 10)
+        assert rows.keep.tolist() == kept and rows.alpha == alpha
+        assert rows.keep[rows.prune_tokens].tolist() == pruned and rows.keep[rows.topped_up].tolist() == topped
+        seen = {
+            "pruned": seen["pruned"] + len(set(pruned) - set(topped)), "topped": seen["topped"] + len(topped),
+            "whole": seen["whole"] + len(set(kept) - set(pruned)),
+        }  # fmt: skip
+    assert min(seen.values()) > 50, "the draws reach every kind of row"
+
+
+def test_3_corners_come_first_then_the_largest_gaps_by_hand():
+    ppl, entropy = np.array([9.0, 1.0, 9.0, 1.0, 6.0, 4.0]), np.array([1.0, 9.0, 9.0, 1.0, 4.0, 7.0])
+    two = choose_rows(ppl, entropy, 0.34, 10)
+    assert two.keep.tolist() == [0, 1] and two.prune_tokens.tolist() == [True, False] and not two.topped_up.any()
+    # Sure where it is right and unsure where it is wrong: no row is in a corner. Scaled, row 1 lies 1/6 below, row 2
+    # 1/15 above, the others on the diagonal.
+    level = choose_rows(np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.0, 1.5, 1.8, 3.0]), 0.5, 10)
+    assert level.keep.tolist() == [1, 2] and level.topped_up.all() and level.alpha == 0.49
+    assert level.prune_tokens.tolist() == [False, True], "2 is more surprising than unsure, 1 is not"
+
+
+def test_ties_go_to_the_more_surprising_row_wherever_it_stands():
+    ppl, entropy = np.array([1.0, 5.0]), np.array([5.0, 1.0])
+    for order in ([0, 1], [1, 0]):
+        rows = choose_rows(ppl[order], entropy[order], 0.5, 10)
+        assert ppl[order][rows.keep].tolist() == [5.0] and rows.prune_tokens.tolist() == [True]
+
+
 def planned(batch, objective, view):
     window = Window([batch], Clock(0, 10))
     return objective.plan(window, Probe(view, objective))[0].micro[0]
 
 
-def test_4_pruned_rows_keep_exactly_their_share_and_gradients_match_a_hand_made_batch():
-    view, batch = view_of(), batch_of((14, 12, 13, 15, 11, 16, 12, 13), answer=7)
-    objective = QTuning(keep_rows=0.5, keep_tokens=0.7)
-    kept = planned(batch, objective, view)
-    assert kept.num_sequences == 4
-    counts = torch.bincount(kept.seq[kept.supervised], minlength=4).tolist()
-    assert set(counts) <= {7, max(1, int(0.7 * 7))} and 4 in counts
-    original = {key: i for i, key in enumerate(batch.keys)}
-    rows = []
-    for i, key in enumerate(kept.keys):
-        source = batch.seq == original[key]
-        mine = kept.seq == i
-        assert torch.equal(batch.ids[source], kept.ids[mine])
-        assert bool(((kept.labels[mine] == IGNORE) | (kept.labels[mine] == batch.labels[source])).all())
-        labels = [IGNORE, *kept.labels[mine][:-1].tolist()]
-        rows.append({"ids": kept.ids[mine].tolist(), "labels": labels})
+def row_values(view, row):
+    """(perplexity, mean entropy, [n] loss of each answer token) by a plain softmax."""
+    z = view.module(torch.tensor([row["ids"]])).logits[0].double()
+    at = [t for t, y in enumerate(row["labels"]) if y != IGNORE]
+    log_p = z.log_softmax(-1)[[t - 1 for t in at]]
+    nll = -log_p.gather(1, torch.tensor([row["ids"][t] for t in at])[:, None]).squeeze(1)
+    return float(nll.mean().exp()), float(-(log_p.exp() * log_p).sum(-1).mean()), nll
+
+
+def kept_by_hand(view, rows, keep_rows, keep_fraction, weight):
+    """key -> unshifted labels of the rows that stay."""
+    values = [row_values(view, r) for r in rows]
+    kept, pruned, _, _ = slow_choice([v[0] for v in values], [v[1] for v in values], keep_rows, 10)
+    out = {}
+    for i in kept:
+        ppl, labels = values[i][2].exp().tolist(), list(rows[i]["labels"])
+        at = [t for t, y in enumerate(labels) if y != IGNORE]
+        score = [
+            (1 - weight) * ppl[j] + weight * (ppl[max(j - 1, 0)] + ppl[min(j + 1, len(ppl) - 1)]) for j in range(len(ppl))
+        ]  # fmt: skip
+        stay = sorted(range(len(ppl)), key=lambda j: (score[j], j))[: max(1, int(keep_fraction * len(ppl)))]
+        gone = [at[j] for j in range(len(ppl)) if j not in stay] if i in pruned else []
+        out[rows[i]["key"]] = ([IGNORE if t in gone else y for t, y in enumerate(labels)], i in pruned)
+    return out
+
+
+def uneven():
+    """Answers of different lengths: a mean is no sum."""
+    lengths = ((14, 7), (12, 3), (13, 9), (15, 2), (11, 5), (16, 12), (12, 4), (13, 6))
+    return [{**rows_of((n,), seed=i, answer=k)[0], "key": str(i)} for i, (n, k) in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_4_every_row_and_token_that_stays_is_the_one_chosen_by_hand(weight):
+    view, rows = view_of(), uneven()
+    wanted = kept_by_hand(view, rows, 0.5, 0.7, weight)
+    kept = planned(collate(rows), QTuning(keep_rows=0.5, keep_tokens=0.7, neighbour_weight=weight), view)
+    assert list(kept.keys) == list(wanted)
+    assert {pruned for _, pruned in wanted.values()} == {True, False}, "both kinds of row are among them"
+    for i, (key, (labels, pruned)) in enumerate(wanted.items()):
+        found, whole = kept.labels[kept.seq == i].tolist(), [*rows[int(key)]["labels"][1:], IGNORE]
+        assert found == [*labels[1:], IGNORE]
+        n = sum(y != IGNORE for y in whole)
+        assert sum(y != IGNORE for y in found) == (max(1, int(0.7 * n)) if pruned else n)
+        assert pruned or found == whole, "rows of the fourth quadrant are unchanged"
+
+
+def test_4_gradients_match_a_hand_made_batch():
+    view, rows = view_of(), uneven()
+    wanted = kept_by_hand(view, rows, 0.5, 0.7, 0.5)
+    kept = planned(collate(rows), QTuning(keep_rows=0.5, keep_tokens=0.7), view)
+    by_hand = [{**rows[int(key)], "labels": labels} for key, (labels, _) in wanted.items()]
     trainable = Lora(rank=2).attach(view)
     with torch.no_grad():
         for p in trainable.b.values():
             p.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     grads = []
-    for b in (kept, collate(rows)):
-        Sft().loss(Forward(b, view))["loss"].sums.backward()
+    for b in (kept, collate(by_hand)):
+        QTuning().loss(Forward(b, view))["loss"].sums.backward()
         grads.append([p.grad.clone() for p in trainable.parameters()])
         for p in trainable.parameters():
             p.grad = None

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from luthier.training.head import CHUNK, CPU_ROWS, token_nll
+from luthier.kernels.head import CHUNK, CPU_ROWS, token_nll
 
 ROWS = [0, 1, CPU_ROWS + 3, 2 * CHUNK + CPU_ROWS + 5]
 

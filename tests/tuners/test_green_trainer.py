@@ -8,14 +8,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from luthier.data.batch import collate
-from luthier.errors import LuthierError
 from luthier.model.anatomy import Anatomy
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.sft import Sft
+from luthier.step.probe import Probe
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, labelled_rows, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners import green_trainer
 from luthier.tuners.base import as_dicts, with_head
 from luthier.tuners.green_trainer import CostModel, GreenTrainer, Item, cost_model, scheduled, select

@@ -7,12 +7,12 @@ import pytest
 import torch
 import transformers as tf
 
-from luthier.errors import LuthierError
 from luthier.model.anatomy import Anatomy
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import labelled_rows, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 from luthier.tuners.hft import Hft, categories, counts, draw_plan, half_reset
 
@@ -142,10 +142,10 @@ def test_6_half_reset():
             assert all(torch.equal(reset[n], d) for n, d in update.parts[0].tensors().items()), "its own plan"
     with pytest.raises(KeyError, match="belongs to another model"):
         half_reset(update, ["no.such.weight"])
-    from luthier.tuners.lora import Lora
+    from luthier.tuners.adapter import Adapter
 
     with pytest.raises(TypeError, match="whole tensors"):
-        half_reset(Lora(rank=2).attach(view_of()).update(), ())
+        half_reset(Adapter(rank=2).attach(view_of()).update(), ())
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.75])

@@ -5,12 +5,12 @@ import logging
 import pytest
 import torch
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lift import Lift, carried, low_rank, num_entries, principal
 
 SETTINGS = TrainSettings(max_steps=50, batch_size=4, learning_rate=1e-3, max_grad_norm=1e9)

@@ -6,12 +6,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.objectives.base import Clock
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.base import ParamGroup, as_dicts
 from luthier.tuners.spiel import (
     AgeAdamW,

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from luthier import manifest
+from luthier.method import registry as manifest
+from luthier.method.kinds import KINDS, LISTED
 
 
 def table_of_methods(entries: list[dict[str, Any]]) -> None:
@@ -55,7 +56,7 @@ def starter(entry: dict[str, Any]) -> str:
         return "\n".join([*lines, f"collaborate: {{grad-transformer: {{translator: {method}}}}}"])
     if entry["name"] == "seed-rounds":
         lines.append("tuner: fedkseed")
-    lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] in manifest.LISTS else f"{entry['kind']}: {method}")
+    lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] in LISTED else f"{entry['kind']}: {method}")
     if "closure" in entry["traits"]["needs"] or entry["name"] == "seed-rounds":
         lines += ["lr_scheduler_type: constant", "warmup_fraction: 0.0"]
     return "\n".join(lines)
@@ -72,7 +73,7 @@ def recipe_schema() -> dict[str, Any]:
 
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for kind in (k for k in manifest.KINDS if k in schema["properties"]):  # translators are fields of a protocol
+    for kind in (k for k in KINDS if k in schema["properties"]):  # translators are fields of a protocol
         options: list[dict[str, Any]] = [{"type": "string", "enum": manifest.names(kind)}]
         for name in manifest.names(kind):
             fields = manifest.find(kind, name).model_json_schema()  # type: ignore[attr-defined]
@@ -88,7 +89,7 @@ def recipe_schema() -> dict[str, Any]:
         one = {"anyOf": options}
         about = schema["properties"][kind].get("description", "")
         several = {"anyOf": [*options, {"type": "array", "items": one}]}
-        schema["properties"][kind] = {**(several if kind in manifest.LISTS else one), "description": about}
+        schema["properties"][kind] = {**(several if kind in LISTED else one), "description": about}
     return schema
 
 

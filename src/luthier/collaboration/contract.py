@@ -10,12 +10,12 @@ from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement
 from luthier.collaboration.messages import Refused
-from luthier.collaboration.packing import factor_deltas, from_deltas, kinds, pack, unpack
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
 from luthier.tuners.lora import Lora
 from luthier.update import Chart, LowRank, Update
+from luthier.update.packing import factor_deltas, from_deltas, kinds, pack, unpack
 
 PACKING = 1  # order and shape of packed updates
 # Between what arrives and A0: a difference is nearly orthogonal to its start, a whole adapter nearly parallel.
@@ -66,8 +66,8 @@ def start_of(view: ModelView, tuner: Lora) -> Start:
     trainable = tuner.attach(view)
     update = trainable.update()
     trainable.detach()
-    part, chart = update.parts[0], update.chart
-    assert isinstance(part, LowRank) and chart is not None
+    part, chart = update.only(LowRank), update.chart
+    assert part is not None and chart is not None
     shapes = {k: tuple(t.shape) for k, t in factor_deltas(part, chart).items()}
     side = Side(base=update.base, initial=chart.digest, shapes=shapes, scale=tuner.alpha / tuner.rank)
     return Start(side, chart)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from luthier.collaboration.translators.base import Pairs, Translator, standard
 from luthier.collaboration.translators.ridge import Ridge
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 
 
 def mean_shadow(pairs: Pairs, x: Tensor) -> Tensor:

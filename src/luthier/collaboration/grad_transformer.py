@@ -11,23 +11,24 @@ from pydantic import Field, PlainSerializer, WithJsonSchema
 from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement, named
-from luthier.collaboration.base import Disclosure, Member, Sent, promised, sizes
+from luthier.collaboration.base import Collaboration, Workshop
 from luthier.collaboration.contract import Contract, Start, refuse_other, refuse_vector, start_of
 from luthier.collaboration.controls import pooled
 from luthier.collaboration.journal import Journal
-from luthier.collaboration.likeness import Likeness, likeness, mean_cosine
 from luthier.collaboration.messages import Message, Refused
-from luthier.collaboration.protocol import Collaboration, Workshop
+from luthier.collaboration.parties import Disclosure, Member, Sent, promised, sizes
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of
 from luthier.collaboration.shadows import draw, tuned
+from luthier.collaboration.similarity import Likeness, likeness, mean_cosine
 from luthier.collaboration.translators.base import Fitted, Pairs, Translator
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.collaboration.wire import headers, packed
-from luthier.errors import LuthierError
-from luthier.method import Source, Traits, written
+from luthier.method import Source, Traits
+from luthier.method.registry import written
 from luthier.model.view import ModelView
-from luthier.rng import Streams
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
 from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora
 from luthier.update import Update

@@ -15,8 +15,8 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
+from luthier.support.errors import LuthierError
 
 MAGIC = b"LUTHIER\x01"  # the last byte is the version
 HEADER_LIMIT = 64 * 1024  # bytes

@@ -13,7 +13,7 @@ import numpy as np
 from luthier.comparison.plan import Comparison
 from luthier.comparison.steps import Done, over_budget, rates_tried
 from luthier.evaluation.measures import Measure
-from luthier.statistics import Estimate, Outcome, estimate, holm, verdict
+from luthier.support.statistics import Estimate, Outcome, estimate, holm, verdict
 
 
 class Level(NamedTuple):

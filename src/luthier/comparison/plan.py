@@ -11,9 +11,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from luthier import recipe as recipes
-from luthier.errors import RecipeError
 from luthier.recipe import Recipe
 from luthier.recipe.text import apply_overrides, parse
+from luthier.support.errors import RecipeError
 
 UNITS = ("flops", "tokens", "seconds", "bytes")
 _STRICT = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from luthier.cache import key_of
 from luthier.comparison.plan import Comparison
 from luthier.data.reading import read
 from luthier.data.store import Row, Rows
-from luthier.errors import RecipeError
-from luthier.files import replaced
 from luthier.recipe import Recipe
-from luthier.rng import Streams
+from luthier.support.cache import key_of
+from luthier.support.errors import RecipeError
+from luthier.support.files import replaced
+from luthier.support.rng import Streams
 
 DROPPED: dict[str, Any] = {
     "columns": {},

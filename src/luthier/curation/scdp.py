@@ -11,9 +11,9 @@ from pydantic import Field
 
 from luthier.curation.base import Base, Curator, Selection, text_of
 from luthier.data.store import Row
-from luthier.errors import RecipeError
 from luthier.method import Source
-from luthier.rng import Streams
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 
 NUM_STRATA = 100
 FAR_LIMIT = 1500  # kept rows up to which the farthest are taken

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,13 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from luthier.cache import code_of, key_of
-from luthier.data import batch, rendering, store
+from luthier.data import rendering, store
 from luthier.data.batch import IGNORE, front_of
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row, Rows, TokenRows
-from luthier.errors import RecipeError
+from luthier.support.cache import key_of
+from luthier.support.errors import RecipeError
+from luthier.support.sources import code_key
 
 Labels = Mapping[str | int, int]
 
@@ -74,9 +74,17 @@ def prepare(
     work = _Preparation(renderer, fit, labels, tick)
     key = None
     if isinstance(rows, Rows):
-        code = code_of(sys.modules[__name__], rendering, batch, store)
         shape = sorted(labels.items(), key=str) if labels is not None else None
-        key = key_of("tokens", rows.digest, _tokenizer_key(renderer), renderer.system, renderer.plain, fit, shape, code)
+        key = key_of(
+            "tokens",
+            rows.digest,
+            _tokenizer_key(renderer),
+            renderer.system,
+            renderer.plain,
+            fit,
+            shape,
+            code_key(__name__),
+        )
     made = store.stored(key, store.TOKEN_SCHEMA, work.batches(rows), work.notes)
     census = Census(**made.notes["census"])
     _refuse_long(census, fit, made.notes["seen"])

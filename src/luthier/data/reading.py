@@ -6,7 +6,6 @@ import csv
 import gzip
 import itertools
 import json
-import sys
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,11 +13,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from luthier.cache import code_of, content_of, key_of
-from luthier.data import demo_requests, store
-from luthier.data import people as people_set
+from luthier.data import store
+from luthier.data.builtin import people as people_set
+from luthier.data.builtin import requests as demo_requests
 from luthier.data.store import Row, Rows
-from luthier.errors import RecipeError
+from luthier.support.cache import content_of, key_of
+from luthier.support.errors import RecipeError
+from luthier.support.sources import code_key
 
 SHAPES = {
     "messages": ("messages",),
@@ -53,8 +54,7 @@ def read(
     Raises RecipeError with file and line for the first row that cannot be used.
     """
     prefix, content, raw = _opened(source, folder, split, part)
-    code = code_of(sys.modules[__name__], store, demo_requests, people_set)
-    key = key_of("rows", content, sorted(columns.items()), task, limit, on_bad, code)
+    key = key_of("rows", content, sorted(columns.items()), task, limit, on_bad, code_key(__name__))
     skipped = _Skipped(on_bad)
     rows = _checked(itertools.islice(raw(), limit), prefix, columns, task, skipped, tick)
     made = store.stored(

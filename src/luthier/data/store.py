@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from luthier.cache import cache_folder, made
+from luthier.support.cache import cache_folder, made
 
 BATCH = 1024  # rows an Arrow record batch
 T = TypeVar("T")

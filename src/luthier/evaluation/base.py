@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,17 +14,17 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from luthier.data.prepare import prepare
-from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
-from luthier.errors import LuthierError
 from luthier.evaluation.measures import Measure, mean
-from luthier.generation import Completion, generate
+from luthier.inference.scoring import Scoring
+from luthier.inference.services import lab_around
 from luthier.method import Method
-from luthier.model.view import ModelView, probe_layout
-from luthier.rng import Streams
-from luthier.scorer import RowScore, first_choices, row_scores
-from luthier.statistics import Estimate
+from luthier.model.view import ModelView
+from luthier.step.lab import Completion, Lab, RowScore
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
+from luthier.support.statistics import Estimate
 
 
 class Question(NamedTuple):
@@ -54,24 +54,25 @@ class Exam:
     """
 
     view: ModelView
-    renderer: Renderer
+    lab: Lab
     task: str
     rows: Sequence[Any] = ()
     sources: Sequence[Row] = ()
-    tokens_per_forward: int = 2048
-    seed: int = 0
-    tick: Tick = no_tick
     _answers: dict[tuple[str, int], Completion] = field(default_factory=dict)
     asked: dict[str, tuple[Question, Completion]] = field(default_factory=dict)
 
     @property
+    def renderer(self) -> Renderer:
+        return self.lab.renderer
+
+    @property
     def streams(self) -> Streams:
-        return Streams(self.seed)
+        return self.lab.streams
 
     @cached_property
     def scored(self) -> list[RowScore]:
         """Loss of every row, in order."""
-        return list(row_scores(self.view, self.rows, self.tokens_per_forward, self.task, self.tick))
+        return list(self.lab.scorer.losses(self.view, self.rows))
 
     @cached_property
     def row_keys(self) -> tuple[str, ...]:
@@ -79,16 +80,16 @@ class Exam:
 
     def losses(self, rows: Sequence[Any]) -> list[RowScore]:
         """Of an evaluator's own rows."""
-        return list(row_scores(self.view, rows, self.tokens_per_forward, self.task, self.tick))
+        return list(self.lab.scorer.losses(self.view, rows))
 
     def sure(self, rows: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each row: probabilities of its likeliest tokens (or class), and whether they are right."""
-        found = first_choices(self.view, rows, self.tokens_per_forward, self.task, self.tick)
+        found = self.lab.scorer.choices(self.view, rows)
         return ((confidence, right) for confidence, right, _ in found)
 
     def token_hits(self, rows: Sequence[Any], without: Collection[int] = ()) -> Iterator[np.ndarray]:
         """For each row: whether its supervised tokens are the likeliest, those of `without` left out."""
-        found = first_choices(self.view, rows, self.tokens_per_forward, self.task, self.tick)
+        found = self.lab.scorer.choices(self.view, rows)
         return (right[~np.isin(wanted, list(without))] for _, right, wanted in found)
 
     def questions(self, count: int) -> list[Question]:
@@ -117,7 +118,7 @@ class Exam:
 
     def generated(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Completion]:
         """Greedy completions of an evaluator's own prompts."""
-        return generate(self.view, prompts, self.renderer, max_new_tokens, tick=self.tick)
+        return self.lab.generator(self.view, prompts, max_new_tokens)
 
 
 class Gate(NamedTuple):
@@ -171,14 +172,15 @@ class Evaluator(Method):
 
         rows  with prompt and completion, or messages, or text; for a classifier text and label, one of its own names
         """
-        view, renderer = ModelView(model, tokenizer), Renderer(tokenizer)
-        view.layout, _ = probe_layout(view)
+        lab = lab_around(model, tokenizer)
+        view, renderer = lab.view(), lab.renderer
         sources = [Row(f"rows:{i}", values) for i, values in enumerate(rows, start=1)]
         labels: dict[str | int, int] | None
         labels = {name: i for i, name in enumerate(view.classes)} if view.anatomy.head is None else None
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         rendered = prepare(sources, renderer, max_length=room, labels=labels).rows if sources else ()
-        exam = Exam(view, renderer, "causal-lm" if labels is None else "classification", rendered, sources)
+        task = "causal-lm" if labels is None else "classification"
+        exam = Exam(view, replace(lab, asking=Scoring(task=task)), task, rendered, sources)
         return {m.name: m.value for m in self.evaluate(exam)}
 
 

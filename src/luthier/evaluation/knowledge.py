@@ -7,11 +7,11 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from luthier.errors import LuthierError
 from luthier.evaluation.base import Answering, Exam, Question
 from luthier.evaluation.measures import Measure, mean
 from luthier.evaluation.text import matches
 from luthier.method import Source, Traits
+from luthier.support.errors import LuthierError
 
 SCORES = (("exact", "caseless"), ("contains", "contains"))
 

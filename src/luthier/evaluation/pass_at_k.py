@@ -11,9 +11,9 @@ from pydantic import Field
 
 from luthier.evaluation.base import Answering, Exam
 from luthier.evaluation.measures import Measure, mean
-from luthier.generation import sampled
+from luthier.inference.generation import sampled
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.sandbox import Limits, execute_all
+from luthier.support.sandbox import Limits, execute_all
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 

@@ -19,10 +19,10 @@ from transformers import (
     GgufConfig,
 )
 
-from luthier.cache import cache_folder, key_of, made
-from luthier.errors import RecipeError
 from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView, probe_layout
+from luthier.support.cache import cache_folder, key_of, made
+from luthier.support.errors import RecipeError
 
 BUILTIN = "builtin:smollm2-135m"
 CLASSES = {

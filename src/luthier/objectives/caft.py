@@ -11,12 +11,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.data.batch import IGNORE, Batch
-from luthier.errors import LuthierError
 from luthier.method import Source, Traits
 from luthier.model.additions import bare_copy, refuse_packed
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Term, Window
-from luthier.training.probe import Probe
+from luthier.step.probe import Probe
+from luthier.support.errors import LuthierError
 
 Schedule = Literal["rsine", "constant", "linear", "sine"]
 
@@ -135,13 +135,9 @@ class Caft(Objective):
         targets = {
             f"ahead.{i}": float(sum(int((further_labels(b, i) != IGNORE).sum()) for b in micro))
             for i in range(self.ahead)
+            if (self.stage == "tune" if i == 0 else gamma > 0)  # the terms of this step, no other
         }
-        counts = {
-            **targets,
-            "tokens": targets["ahead.0"],
-            "sequences": float(sum(b.num_sequences for b in micro)),
-        }
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), counts
+        return window.with_micro(micro), targets
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         batch, last = fwd.batch, len(fwd.view.anatomy.blocks) - 1
@@ -153,11 +149,9 @@ class Caft(Objective):
             return terms
         assert isinstance(fwd.extra, Heads)
         for i, block in enumerate(fwd.extra.blocks, start=1):  # one at a time: one [chunk, V] lives at once
-            labels = further_labels(batch, i)
-            if bool((labels != IGNORE).any()):
-                terms[f"ahead_{i}"] = Term(
-                    fwd.nll(self._state(fwd, block, last), labels).sum(), f"ahead.{i}", gamma * self.decay**i
-                )
+            # Without targets here as well: all ranks have the same terms, and each backward reaches every head.
+            losses = fwd.nll(self._state(fwd, block, last), further_labels(batch, i))
+            terms[f"ahead_{i}"] = Term(losses.sum(), f"ahead.{i}", gamma * self.decay**i)
         return terms
 
     def _head_zero(self, fwd: Forward, last: int, gamma: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -11,12 +12,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.data.batch import IGNORE, Batch
-from luthier.errors import LuthierError
 from luthier.method import Source, Traits
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Term, Window, count
-from luthier.rng import Streams
-from luthier.training.probe import Probe
+from luthier.step.probe import Probe
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
 
 # --- the mathematics ---
 
@@ -88,7 +89,7 @@ class MaskedThought(Objective):
         rate = masking_rate(window.clock.step, window.clock.total, self.max_rate, self.warmup_share)
         words = allowed_ids(probe.view.embedding.num_embeddings, _special(probe.view))
         micro = [self._noisy(b, window.clock, rate, words) for b in window.micro]
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), count(micro)
+        return window.with_micro(micro), count(micro)
 
     def _noisy(self, batch: Batch, clock: Clock, rate: float, words: np.ndarray) -> Batch:
         """The batch with replaced inputs, and the columns "masked" (all of them) and "vector" (those without a word)."""
@@ -111,7 +112,7 @@ class MaskedThought(Objective):
             labels = labels.clone()
             labels[masked.nonzero().squeeze(1) - 1] = IGNORE
         token = {**batch.token, "masked": masked, "vector": vector}
-        return Batch(ids, labels, batch.seq, batch.pos, batch.lengths, token, batch.row, batch.keys)
+        return replace(batch, ids=ids, labels=labels, token=token)
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         hidden, extra = fwd.batch.token["vector"], fwd.extra

@@ -1,6 +1,6 @@
 """In which stages."""
 
-from luthier._lazy import lazy
+from luthier.support.lazy import lazy
 
 EXPORTS = {
     "List": "list",

@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from luthier.data.batch import Batch, collate
 from luthier.method import Method
 from luthier.model.view import ModelView
 from luthier.objectives.base import Objective
-from luthier.rng import Streams
-from luthier.training.loop import Loop, Progress, Rows
-from luthier.training.settings import TrainSettings
+from luthier.step.lab import Lab
+from luthier.step.progress import Progress
+from luthier.step.settings import TrainSettings
+from luthier.training.loop import Loop, Rows
 from luthier.tuners.base import Trainable, Tuner, with_head
 from luthier.update import Update
 
@@ -64,20 +64,6 @@ class Outcome:
     beside: Mapping[str, Tensor] | None = None
     rows: Rows | None = None
     progress: Progress | None = None
-
-
-class Lab:
-    """What methods may ask of the house: rows by name, and randomness."""
-
-    def __init__(self, rows: Mapping[str, Rows], seed: int = 0) -> None:
-        self.sets, self.streams = dict(rows), Streams(seed)
-
-    def rows(self, name: str) -> Rows:
-        return self.sets[name]
-
-    def batch(self, name: str, limit: int) -> Batch:
-        """The first rows of a set as one batch."""
-        return collate(list(self.sets[name])[:limit])
 
 
 class Pipeline(Method):

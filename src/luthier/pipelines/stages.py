@@ -12,7 +12,7 @@ from luthier.method import Facts, Problem
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Apply, Outcome, Pipeline, Train
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
 from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora
 
@@ -38,8 +38,6 @@ class Stages(Pipeline):
     A stage that starts from an earlier one goes on with its trained state where the tuner is the same. Where it is
     another, it trains on a base with the earlier update in the weights, and its result holds both. A tuner that draws
     what it trains (hft) draws anew for each of its stages. `carry` hands on what an objective trained beside the model.
-    Refuses: another tuner after one whose update is not in the weights alone (adapter, dept, peft), and on a quantised
-    base, into which no update can be written.
     Cost: the sum of its stages.
     """
 
@@ -58,14 +56,6 @@ class Stages(Pipeline):
             seen[stage.name] = stage
         if "base" in seen:
             raise ValueError("a stage is called base, which is what start names the untouched model by; rename it")
-        in_weights: dict[str, bool] = {"base": True}
-        for stage in self.stages:
-            if _another(stage, seen) and _moves(stage.tuner) and not in_weights[stage.start]:
-                raise ValueError(
-                    f"{stage.name} starts from {stage.start} with another tuner, and what {stage.start} learns is not in "
-                    "the weights alone; keep the tuner, or start from base"
-                )
-            in_weights[stage.name] = in_weights[stage.start] and _in_weights(stage.tuner)
         return self
 
     def check(self, facts: Facts) -> list[Problem]:

@@ -6,21 +6,24 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 
-from luthier import manifest
-from luthier.collaboration.protocol import Collaboration
+from luthier.collaboration.base import Collaboration
 from luthier.compute.base import Compute
 from luthier.curation.base import Curator
 from luthier.data.reading import on_hub
-from luthier.errors import RecipeError
+from luthier.decoding.base import Decoder
+from luthier.decoding.greedy import Greedy
 from luthier.evaluation.base import Evaluator
 from luthier.evaluation.classification import Classification
 from luthier.evaluation.forgetting import Forgetting
 from luthier.evaluation.loss import Loss
-from luthier.method import Facts, Method, written
+from luthier.method import Facts, Method
+from luthier.method.kinds import LISTED
+from luthier.method.registry import written
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Pipeline
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import RecipeError
 from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora
 
@@ -85,6 +88,8 @@ class Recipe(TrainSettings):
     """Several stages, each with a tuner and an objective of its own, in place of one."""
     collaborate: SerializeAsAny[Collaboration] | None = None
     """A protocol between parties, for `luthier collaborate`."""
+    decode: SerializeAsAny[Decoder] = Greedy()
+    """How answers are written, in evaluation and in use."""
     evaluate: list[SerializeAsAny[Evaluator]] = Field(default_factory=list)
     """What is measured before and after, beside what always is: the loss, and classes or forgetting."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -111,7 +116,7 @@ class Recipe(TrainSettings):
 
     def listed(self) -> dict[str, Method]:
         """The methods of keys that hold lists, by key and place."""
-        return {f"{key}.{i}": m for key in manifest.LISTS for i, m in enumerate(getattr(self, key))}
+        return {f"{key}.{i}": m for key in LISTED for i, m in enumerate(getattr(self, key))}
 
     def facts(self, **more: Any) -> Facts:
         """What methods may know before weights are loaded."""

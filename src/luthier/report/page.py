@@ -15,13 +15,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, Template
 from ruamel.yaml import YAML
 
-from luthier import __version__, token_view
 from luthier.evaluation.measures import SIDE
-from luthier.files import write_text
 from luthier.recipe import Recipe
+from luthier.report import token_view
 from luthier.report.curve import Series, line_chart, plane_chart
-from luthier.statistics import wilson
-from luthier.units import in_flops
+from luthier.support.files import write_text
+from luthier.support.statistics import wilson
+from luthier.support.units import in_flops
+from luthier.support.version import __version__
 
 SAMPLES = 12
 NEAR_ONE = 0.05  # pulls within this of 1 are plain cross-entropy, up to rounding
@@ -151,6 +152,15 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     out += [(f"Curated by {k['step']}", f"{k['rows']:,} of {k['of']:,} rows stayed") for k in run.get("curated", [])]
+    if run.get("skipped_steps"):
+        out.append(
+            (
+                "Steps that moved nothing",
+                f"{run['skipped_steps']} of {run['steps']}: nothing to learn, or no finite loss",
+            )
+        )
+    if run.get("pool_shared"):
+        out.append(("Pool rows left out", f"{run['pool_shared']:,}, which are training rows as well"))
     if run.get("skipped"):
         out.append(("Rows that could not be read", "; ".join(run["skipped"])))
     return out

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.errors import LuthierError
+from luthier.support.errors import LuthierError
 
 SIZE, DPI = (6.4, 3.2), 160  # inches; dots an inch
 INK, COLOURS = "#1d2126", ("#9a4f1c", "#2f6f8f", "#2b7a4b", "#7a4fa3", "#b3382c", "#6b6a12", "#a03a77", "#4a5a66")

@@ -11,20 +11,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError, RecipeError
+from luthier.kernels.linear import stochastic_round
 from luthier.method import Facts, Method, Problem
 from luthier.model.additions import refuse_packed
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import anatomy_of
+from luthier.model.undo import Undo
 from luthier.model.view import ModelView, probe_layout
-from luthier.objectives.base import Clock, Window
-from luthier.rng import Streams
-from luthier.training.linear import stochastic_round
+from luthier.step.lab import Lab
+from luthier.step.window import Clock, Window
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.rng import Streams
 from luthier.update import Dense, Part, Replace, Update
-from luthier.update.parts import Undo
 
 if TYPE_CHECKING:
-    from luthier.training.probe import Probe
+    from luthier.step.probe import Probe
 
 
 class ParamGroup(NamedTuple):
@@ -88,7 +89,9 @@ class Tuner(Method):
         if targets is not None:
             anatomy.match(targets)
 
-    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> Trainable:
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
+    ) -> Trainable:
         """Prepare the model for training and return what moves.
 
         total_steps  all optimiser steps of the run; methods with a schedule of their own refuse None
@@ -119,12 +122,23 @@ class Trainable:
     def __init__(self, view: ModelView) -> None:
         self.view = view
         self.base = view.base  # before anything moves
-        self._flags = [(p, p.requires_grad) for p in view.module.parameters()]
+        self._flags = {p: p.requires_grad for p in view.module.parameters()}
+        view.phases.append(self.phase)
         self._undo: list[Undo] = []
+        self._owned = False
+        view.attached.append(self)
 
     def freeze_base(self) -> None:
-        for p, _ in self._flags:
+        for p in self._flags:
             p.requires_grad_(False)
+
+    def own(self, inner: Trainable) -> None:
+        """Take another trainable as a part of this one, which answers for it from now on."""
+        attached = self.view.attached
+        if attached.index(inner) < attached.index(self):
+            self._flags |= inner._flags
+        attached.remove(inner)
+        inner._owned = True
 
     def groups(self) -> list[ParamGroup]:
         raise NotImplementedError
@@ -150,7 +164,7 @@ class Trainable:
         """After the optimiser moved: write trained values back into the model. clock.step counts this step."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Around "train", "score" or "generate"."""
+        """Entered around every forward, with its purpose: "train", "score" or "generate"."""
         return nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -171,10 +185,26 @@ class Trainable:
 
     def detach(self) -> None:
         """Take everything out again: the base is bit-identical to what it was."""
+        if self.phase in self.view.phases:
+            self.view.phases.remove(self.phase)
         for step in reversed(self._undo):
             step()
         self._undo.clear()
-        for p, flag in self._flags:
+        if not self._owned:
+            self._give_back_flags()
+
+    def _give_back_flags(self) -> None:
+        """Which tensors want a gradient is what it was before this came; what came later and stays keeps its own way."""
+        attached = self.view.attached
+        if self not in attached:
+            return
+        at = attached.index(self)
+        attached.remove(self)
+        later = [t for t in attached[at:] if isinstance(t, Trainable)]
+        if later:
+            later[0]._flags |= self._flags
+            return
+        for p, flag in self._flags.items():
             p.requires_grad_(flag)
             p.grad = None
 
@@ -189,6 +219,8 @@ class DenseTrainable(Trainable):
         if freeze:
             self.freeze_base()
         refuse_packed("tuner", view.module, names)
+        for holder in {n.rpartition(".")[0] for n in names}:
+            view.layer(holder)
         self.names, self._streams, self._steps = names, Streams(seed), 0
         self._stored = {n: view.weight(n).detach().clone() for n in names}
         self._moved: set[str] = set()
@@ -278,6 +310,8 @@ class WithHead(Trainable):
         )
         self.attach_flops, self.attach_seconds = inner.attach_flops, inner.attach_seconds
         self.head = DenseTrainable(inner.view, names, freeze=False)
+        self.own(inner)
+        self.own(self.head)
 
     def groups(self) -> list[ParamGroup]:
         return [*self.inner.groups(), *self.head.groups()]
@@ -300,7 +334,7 @@ class WithHead(Trainable):
         self.head.after_step(clock)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        return self.inner.phase(name)
+        return nullcontext()  # the inner one hears of it by itself
 
     def state_dict(self) -> dict[str, Tensor]:
         inner = {f"inner.{k}": t for k, t in self.inner.state_dict().items()}
@@ -320,6 +354,7 @@ class WithHead(Trainable):
     def detach(self) -> None:
         self.head.detach()
         self.inner.detach()
+        super().detach()
 
 
 def _below(start: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

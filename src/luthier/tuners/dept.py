@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.errors import RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import register
 from luthier.model.inputs import patch_model, soft_prompt
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.step.lab import Lab
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Prompt, Update
 
@@ -82,7 +83,7 @@ class Dept(Tuner):
         return problems
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> DeptTrainable:
         view = as_view(model)
         for problem in self.check(Facts(model_config=view.module.config)):
@@ -114,7 +115,7 @@ class DeptTrainable(Trainable):
         hook = soft_prompt(lambda: self.vectors, self.offsets if rank else None)
         view.input_hooks.append(hook)
         self._undo.append(lambda: view.input_hooks.remove(hook))
-        self._undo.append(patch_model(view, hook, tuner.length))
+        self._undo.append(patch_model(view))
 
     def _start(self, view: ModelView, streams: Streams) -> Tensor:
         """[M, D] float32."""
@@ -123,6 +124,8 @@ class DeptTrainable(Trainable):
             ids = torch.randint(len(table), (m,), generator=streams.torch("dept-ids"))
         else:
             text = view.tokenizer(self.tuner.init_text, add_special_tokens=False)["input_ids"]
+            if not text:
+                raise RecipeError("dept.init_text", f"{self.tuner.init_text!r} holds no token", "write some words")
             ids = torch.tensor((text * (m // len(text) + 1))[:m], dtype=torch.long)
         return table[ids.to(table.device)].clone()
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PreTrainedModel
 
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Update
 
@@ -18,7 +17,7 @@ class Frozen(Tuner):
     """
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> FrozenTrainable:
         return FrozenTrainable(as_view(model))
 

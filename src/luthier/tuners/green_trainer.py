@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Window
-from luthier.training.probe import Probe
+from luthier.step.lab import Lab
+from luthier.step.probe import Probe
+from luthier.step.window import Clock, Window
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view, by_decay
 from luthier.update import Update
 
@@ -263,7 +264,7 @@ class GreenTrainer(Tuner):
     """For stochastic rounding."""
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> GreenTrainable:
         if self.reselect_every is None and total_steps is None:
             raise RecipeError(
@@ -292,6 +293,7 @@ class GreenTrainable(Trainable):
         self.tuner, self.every = tuner, every
         names = [n for n in view.anatomy.parameters if n not in view.anatomy.task_head]
         self.dense = DenseTrainable(view, names, tuner.seed)
+        self.own(self.dense)
         self.selected: list[str] = []
         self.spent: dict[str, float] = {}
         self._make: Callable[[list[nn.Parameter]], Optimizer] | None = None
@@ -355,7 +357,7 @@ class GreenTrainable(Trainable):
     def _importance(self, window: Window, probe: Probe, names: list[str]) -> dict[str, float]:
         """-<change, gradient after it> for each tensor: the loss that would come back without its change."""
         assert self._make is not None
-        seen = probe.trial_step(window.micro, names, self._make)
+        seen = probe.trial_step(window, names, self._make)
         values = {n: -float((seen.changes[n].double() * seen.grads_after[n].double()).sum()) for n in names}
         if not np.isfinite(list(values.values())).all():
             raise LuthierError("green-trainer: the trial step gave a value that is not finite; lower learning_rate")

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import RecipeError
 from luthier.method import Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView
-from luthier.objectives.base import Window
-from luthier.rng import Streams
+from luthier.step.lab import Lab
+from luthier.step.window import Window
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Dense, Replace, Update
 
@@ -146,10 +147,10 @@ def half_reset(update: Update, trainable: Iterable[str]) -> Update:
     Raises KeyError for a plan that names parameters the update does not have, TypeError for an update that is not dense.
     """
     keep = set(trainable)
-    if any(not isinstance(p, (Dense, Replace)) for p in update.parts):
+    if any(not part.linear and not part.replaces() for part in update.parts):
         raise TypeError("half_reset takes an update of whole tensors")
-    changes = {n: d for part in update.parts if isinstance(part, Dense) for n, d in part.changes.items()}
-    heads = {n: t for part in update.parts if isinstance(part, Replace) for n, t in part.values.items()}
+    changes = {n: d for part in update.parts if part.linear for n, d in part.deltas()}
+    heads = {n: t for part in update.parts if not part.linear for n, t in part.tensors().items()}
     unknown = sorted(keep - changes.keys() - heads.keys())
     if unknown:
         raise KeyError(f"the plan names {unknown[0]}, which this update does not have: it belongs to another model")
@@ -205,7 +206,9 @@ class Hft(Tuner):
             anatomy, self.fraction, self.level, self.balance, self.seed, self.stage or 0, self.train_embeddings, drawn
         )
 
-    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> Trainable:
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
+    ) -> Trainable:
         view = as_view(model)
         chosen = self.plan(view.anatomy)
         if self.resample == "stage":

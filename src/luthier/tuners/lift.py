@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,13 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Anatomy, Linear
 from luthier.model.meter import svd_flops
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock
-from luthier.rng import Streams
+from luthier.step.lab import Lab
+from luthier.step.window import Clock
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_dicts, as_view
 from luthier.tuners.sparse import SparseWeights, top
 from luthier.update import Sparse, Update
@@ -140,7 +141,7 @@ class Lift(Tuner):
         return problems
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> LiftTrainable:
         if total_steps is None and self.reselect_every:
             raise RecipeError("lift", "needs the total number of steps", "set max_steps")

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.model.additions import bias_of, oriented, refuse_packed, register, replace_forward
+from luthier.kernels.linear import sparse_linear, stochastic_round
+from luthier.model.additions import bias_of, oriented, refuse_packed, register, replace_product
 from luthier.model.anatomy import Linear
+from luthier.model.undo import Undo
 from luthier.model.view import ModelView
-from luthier.training.linear import sparse_linear, stochastic_round
 from luthier.update import Sparse
-from luthier.update.parts import Undo
 
 Observe = Callable[[Tensor], None]
 
@@ -34,27 +34,26 @@ class SparseWeights:
         self.stored: dict[str, Tensor] = {}
         self.undo: list[Undo] = []
         for name, x in self.linears.items():
-            module = view.module.get_submodule(x.module)
+            module = view.layer(x.module)
             self.stored[name] = self.read(name)
             self.values[name] = nn.Parameter(torch.zeros(len(self.indices[name]), device=view.device))
             self.undo.append(register(module, "values", self.values[name])[1])
-            self.undo.append(replace_forward(module, self._forward(name, module)))
+            self.undo.append(replace_product(module, self._forward(name, module)))
 
     def _dtype(self, name: str) -> torch.dtype:
         rows, columns = self.linears[name].shape
         return torch.int32 if rows * columns <= 2**31 else torch.int64
 
     def _forward(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        weight, bias = oriented(module), bias_of(module)
-
         def forward(x: Tensor) -> Tensor:
-            return sparse_linear(x, weight, bias, self.values[name], self.indices[name], self.observe[name])
+            values, observe = self.values[name], self.observe[name]
+            return sparse_linear(x, oriented(module), bias_of(module), values, self.indices[name], observe)
 
         return forward
 
     def _weight(self, name: str) -> Tensor:
         """[out, in], a view of what is stored."""
-        return oriented(self.view.module.get_submodule(self.linears[name].module)).detach()
+        return oriented(self.view.layer(self.linears[name].module)).detach()
 
     def at(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         columns = self.linears[name].shape[1]

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Anatomy, Linear
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Window
-from luthier.rng import Streams
+from luthier.step.lab import Lab
+from luthier.step.window import Clock, Window
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_dicts, as_view
 from luthier.tuners.sparse import SparseWeights, top, top_magnitudes
 from luthier.update import Update
@@ -313,7 +314,7 @@ class Spiel(Tuner):
         return chosen
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> SpielTrainable:
         if total_steps is None:
             raise RecipeError("spiel", "needs the total number of steps", "set max_steps")

@@ -6,7 +6,7 @@ from luthier.collaboration.audit.canaries import Memory
 from luthier.collaboration.audit.gate import Leaks, Limits, answers, judged
 from luthier.collaboration.audit.membership import Membership
 from luthier.collaboration.audit.tokens import Found
-from luthier.collaboration.base import Disclosure
+from luthier.collaboration.parties import Disclosure
 
 QUIET = Leaks(
     [

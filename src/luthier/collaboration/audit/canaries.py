@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from luthier.collaboration.progress import Progress, untold
-from luthier.data.people import people
+from luthier.data.builtin.people import people
 from luthier.data.rendering import Renderer
-from luthier.generation import generate, sampled
+from luthier.inference.generation import generate, sampled
+from luthier.inference.scoring import row_scores
 from luthier.model.view import ModelView
-from luthier.rng import Streams
-from luthier.scorer import row_scores
+from luthier.support.progress import Progress, untold
+from luthier.support.rng import Streams
 
 FEW = 100  # canaries under which nothing is called safe
 FORMS = ("number", "mail", "street")

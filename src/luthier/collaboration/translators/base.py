@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from luthier.method import Method
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 
 PADDED = -1  # kind of a coordinate that a narrower layer does not have
 FLOOR = 1e-8  # of a deviation

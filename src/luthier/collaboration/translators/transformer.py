@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from luthier.collaboration.translators.base import PADDED, Fitted, Pairs, Standard, Tell, Translator, untold
 from luthier.method import Source
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 
 SETS_NEEDED = 20  # under which the sheet refuses; ridge does better below 200
 VALIDATED = 100  # pairs at most, since validation writes layer by layer
