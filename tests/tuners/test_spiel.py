@@ -12,6 +12,7 @@ from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
+from luthier.tuners.base import ParamGroup, as_dicts
 from luthier.tuners.spiel import (
     AgeAdamW,
     Observed,
@@ -293,6 +294,25 @@ def test_7_sparse_sm3_with_every_position_equals_dense_sm3():
     torch.testing.assert_close(p.view(rows, columns), w, atol=1e-6, rtol=0)
     torch.testing.assert_close(optimizer.state[p]["row"], r, atol=1e-6, rtol=0)
     torch.testing.assert_close(optimizer.state[p]["column"], c, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (5,)])
+def test_7_a_task_head_under_sm3_is_dense(shape):
+    """A matrix with its rows and columns; a bias is one column, so that each of its entries has a sum of its own."""
+    view = view_of()
+    trainable = Spiel(density=0.05, variant="ma").attach(view, total_steps=9)
+    head = torch.nn.Parameter(torch.zeros(shape))
+    groups = [*trainable.groups(), ParamGroup([head], weight_decay=0.2)]
+    optimizer = trainable.optimizer(groups, lambda g: torch.optim.AdamW(as_dicts(g, 0.1), lr=0.1))
+    w, r, c = torch.zeros(shape).view(shape[0], -1), torch.zeros(shape[0]), torch.zeros(torch.zeros(shape)[0].numel())
+    for step in range(9):
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        nu = torch.minimum(r[:, None], c[None, :]) + g.view(w.shape) ** 2
+        r, c = nu.max(1).values, nu.max(0).values
+        w = (w - 0.1 * g.view(w.shape) / (nu + 1e-8).sqrt()) * (1 - 0.1 * 0.2)
+        head.grad = g
+        optimizer.step()
+    torch.testing.assert_close(head.detach(), w.view(shape), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [3, 1000])  # few values: many equal products
