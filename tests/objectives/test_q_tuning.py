@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from luthier.data.batch import IGNORE, collate
-from luthier.data.quadrants import choose_rows, kept_share
+from luthier.data.quadrants import choose_rows, kept_share, named
 from luthier.method import Facts
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.q_tuning import QTuning, keep_tokens, neighbour_score
@@ -128,6 +128,12 @@ def test_3_corners_come_first_then_the_largest_gaps_by_hand():
     assert level.prune_tokens.tolist() == [False, True], "2 is more surprising than unsure, 1 is not"
 
 
+def test_3_rows_that_are_all_alike_count_as_misconceptions():
+    rows = choose_rows(np.ones(4), np.ones(4), 0.5, 10)
+    assert rows.prune_tokens.all() and not rows.topped_up.any() and len(rows.keep) == 2
+    assert named(np.ones(4), np.ones(4), 0.2) == ["Q2 misconception"] * 4
+
+
 def test_ties_go_to_the_more_surprising_row_wherever_it_stands():
     ppl, entropy = np.array([1.0, 5.0]), np.array([5.0, 1.0])
     for order in ([0, 1], [1, 0]):
@@ -149,13 +155,13 @@ def row_values(view, row):
     return float(nll.mean().exp()), float(-(log_p.exp() * log_p).sum(-1).mean()), nll
 
 
-def kept_by_hand(view, rows, keep_rows, keep_fraction, weight):
+def kept_by_hand(view, rows, keep_rows, keep_fraction, weight, log_domain=False):
     """key -> unshifted labels of the rows that stay."""
     values = [row_values(view, r) for r in rows]
     kept, pruned, _, _ = slow_choice([v[0] for v in values], [v[1] for v in values], keep_rows, 10)
     out = {}
     for i in kept:
-        ppl, labels = values[i][2].exp().tolist(), list(rows[i]["labels"])
+        ppl, labels = (values[i][2] if log_domain else values[i][2].exp()).tolist(), list(rows[i]["labels"])
         at = [t for t, y in enumerate(labels) if y != IGNORE]
         score = [
             (1 - weight) * ppl[j] + weight * (ppl[max(j - 1, 0)] + ppl[min(j + 1, len(ppl) - 1)]) for j in range(len(ppl))
@@ -172,11 +178,22 @@ def uneven():
     return [{**rows_of((n,), seed=i, answer=k)[0], "key": str(i)} for i, (n, k) in enumerate(lengths)]
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_4_every_row_and_token_that_stays_is_the_one_chosen_by_hand(weight):
-    view, rows = view_of(), uneven()
-    wanted = kept_by_hand(view, rows, 0.5, 0.7, weight)
-    kept = planned(collate(rows), QTuning(keep_rows=0.5, keep_tokens=0.7, neighbour_weight=weight), view)
+def opinionated(by=40.0):
+    """A model that is surer of itself than random weights are: perplexities differ by orders of magnitude."""
+    view = view_of()
+    with torch.no_grad():
+        view.weight("lm_head.weight").mul_(by)
+    return view
+
+
+@pytest.mark.parametrize(("weight", "log_domain"), [(0.0, False), (0.5, False), (0.5, True)])
+def test_4_every_row_and_token_that_stays_is_the_one_chosen_by_hand(weight, log_domain):
+    view, rows = opinionated(), uneven()
+    wanted = kept_by_hand(view, rows, 0.5, 0.7, weight, log_domain)
+    assert wanted != kept_by_hand(view, rows, 0.5, 0.7, 0.5 - weight, log_domain), "the weight matters here"
+    assert weight == 0 or wanted != kept_by_hand(view, rows, 0.5, 0.7, weight, not log_domain), "and the domain"
+    objective = QTuning(keep_rows=0.5, keep_tokens=0.7, neighbour_weight=weight, log_domain=log_domain)
+    kept = planned(collate(rows), objective, view)
     assert list(kept.keys) == list(wanted)
     assert {pruned for _, pruned in wanted.values()} == {True, False}, "both kinds of row are among them"
     for i, (key, (labels, pruned)) in enumerate(wanted.items()):
@@ -185,6 +202,86 @@ def test_4_every_row_and_token_that_stays_is_the_one_chosen_by_hand(weight):
         n = sum(y != IGNORE for y in whole)
         assert sum(y != IGNORE for y in found) == (max(1, int(0.7 * n)) if pruned else n)
         assert pruned or found == whole, "rows of the fourth quadrant are unchanged"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_3_the_report_is_of_the_search_as_it_was_asked(steps):
+    view, rows, objective = view_of(), uneven(), QTuning(keep_rows=0.5, bisection_steps=steps)
+    kept = planned(collate(rows), objective, view)
+    values = [row_values(view, r) for r in rows]
+    chosen, _, topped, alpha = slow_choice([v[0] for v in values], [v[1] for v in values], 0.5, steps)
+    before, after = sum(y != IGNORE for r in rows for y in r["labels"]), int((kept.labels != IGNORE).sum())
+    assert objective.report() == {
+        "q_tuning/alpha": alpha,
+        "q_tuning/topped_up": len(topped) / len(chosen),
+        "q_tuning/kept_tokens": after / before,
+    }
+
+
+def test_losses_beyond_what_exp_can_hold_count_as_the_largest():
+    view, rows = opinionated(1e4), uneven()
+    assert max(float(row_values(view, r)[2].mean()) for r in rows) > 200
+    kept = planned(collate(rows), QTuning(keep_rows=0.5), view)
+    assert kept.num_sequences == 4
+    (values,) = (
+        QTuning()._row_values(b, s.nll, s.entropy) for b in [collate(rows)] for s in [Forward(b, view).scores()]
+    )
+    assert values[:, 0].tolist() == pytest.approx(
+        [math.exp(min(80.0, float(row_values(view, r)[2].mean()))) for r in rows], rel=1e-2
+    )
+    ten = QTuning()._row_values(collate(rows[:1]), torch.full((7,), 10.0), torch.zeros(7))
+    assert float(ten[0, 0]) == pytest.approx(math.exp(10), rel=1e-5)
+    assert QTuning()._token_scores(torch.tensor([500.0, 10.0]), torch.tensor([3, 4])).isfinite().all()
+
+
+@pytest.mark.parametrize("pruned", ["mask", "drop"])
+def test_dropped_tokens_leave_the_input_as_well(pruned):
+    view, rows = view_of(), uneven()
+    kept = planned(collate(rows), QTuning(keep_rows=0.5, keep_tokens=0.5, pruned=pruned), view)
+    wanted = kept_by_hand(view, rows, 0.5, 0.5, 0.5)
+    gone = {
+        k: sum(y != IGNORE for y in rows[int(k)]["labels"]) - sum(y != IGNORE for y in v)
+        for k, (v, _) in wanted.items()
+    }
+    lengths = [len(rows[int(k)]["ids"]) - (gone[k] if pruned == "drop" else 0) for k in kept.keys]
+    assert sum(gone.values()) > 0 and list(kept.lengths) == lengths
+
+
+def test_rows_without_a_target_are_left_out_and_the_others_chosen_as_if_they_were_not_there():
+    view, rows = view_of(), uneven()
+    silent = {**rows[0], "labels": [IGNORE] * 14, "key": "silent"}
+    kept = planned(collate([silent, *rows]), QTuning(keep_rows=0.5), view)
+    assert kept.keys == planned(collate(rows), QTuning(keep_rows=0.5), view).keys and len(kept.keys) == 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_keeps_its_part_of_the_common_choice(rank):
+    """Two ranks of five and three rows, the other one's values handed in by gather."""
+    view, rows = view_of(), uneven()
+    parts = [rows[:5], rows[5:]]
+    whole = planned(collate(rows), QTuning(keep_rows=0.5), view)
+    found = [planned_values(view, part) for part in parts]
+
+    def gather(x):
+        if x.ndim == 1:
+            return torch.tensor([5, 3])
+        padded = [torch.cat([v, v.new_zeros(len(x) - len(v), 2)]) for v in found]
+        torch.testing.assert_close(x, padded[rank])
+        return torch.cat(padded)
+
+    objective = QTuning(keep_rows=0.5)
+    window = Window([collate(parts[rank])], Clock(0, 10), gather=gather, rank=rank)
+    (mine,) = objective.plan(window, Probe(view, objective))[0].micro
+    keys = [k for k in whole.keys if k in {r["key"] for r in parts[rank]}]
+    assert list(mine.keys) == keys and 0 < len(keys) < 4
+    for i, key in enumerate(keys):
+        assert torch.equal(mine.labels[mine.seq == i], whole.labels[whole.seq == whole.keys.index(key)])
+
+
+def planned_values(view, rows):
+    batch = collate(rows)
+    scores = Forward(batch, view).scores()
+    return QTuning()._row_values(batch, scores.nll, scores.entropy)
 
 
 def test_4_gradients_match_a_hand_made_batch():
@@ -239,6 +336,13 @@ def test_neighbours_do_not_cross_turns():
     x = torch.tensor([1.0, 9.0, 5.0])
     alone = neighbour_score(x[:2], torch.tensor([0, 0]), 0.5)
     assert neighbour_score(x, torch.tensor([0, 0, 1]), 0.5)[:2].tolist() == alone.tolist()
+    assert neighbour_score(x, torch.tensor([0, 1, 1]), 0.5).tolist() == [1.5, 4.5 + 7.0, 2.5 + 7.0]
+
+
+def test_turns_are_told_apart_by_gaps_between_answer_tokens():
+    objective, nll = QTuning(neighbour_weight=0.5, log_domain=True), torch.tensor([1.0, 9.0, 5.0, 2.0, 4.0])
+    found = objective._token_scores(nll, torch.tensor([3, 4, 8, 9, 15]))
+    assert found.tolist() == neighbour_score(nll, torch.tensor([0, 0, 1, 1, 2]), 0.5).tolist()
 
 
 def test_6_the_smallest_scores_stay():
