@@ -181,8 +181,8 @@ def recipe_with(example: Example, fields: Mapping[str, Any]) -> str:
     tree: dict[str, Any] = {"model": "a/b", "data": {"train": "x.jsonl", "eval": "x.jsonl"}}
     if "pool" in traits.needs:
         tree["data"]["pool"] = "y.jsonl"
-    if "causal-lm" not in traits.tasks or "pool" in traits.needs:
-        tree["task"] = "classification"
+    if Facts().task not in traits.tasks:
+        tree["task"] = min(traits.tasks)
     if "closure" in traits.needs:
         tree |= CONSTANT
     if example.kind == "translate":  # a field of a protocol
@@ -202,7 +202,7 @@ def found_in(loaded: Any, example: Example) -> Any:
 
 def test_refusals_are_those_the_traits_declare(example: Example) -> None:
     traits, method = type(example.method).traits, example.method
-    for task in ("causal-lm", "classification", "audio"):
+    for task in (*manifest.names("task"), "audio"):
         assert refused(method, "task", task=task) == (task not in traits.tasks)
     for layout in ("flat", "padded"):
         assert refused(method, "layout", layout=layout) == (layout not in traits.layouts)
