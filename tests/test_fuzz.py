@@ -140,7 +140,7 @@ def test_rows(tmp_path):
         (tmp_path / "d.jsonl").write_text(text + "\n" + json.dumps(row), encoding="utf-8", errors="surrogatepass")
 
         def use():
-            prepare(read("d.jsonl", {}, tmp_path, "causal-lm")[0], renderer, max_length=200)
+            prepare(read("d.jsonl", {}, tmp_path)[0], renderer, max_length=200)
 
         survives(use)
 

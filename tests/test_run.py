@@ -446,7 +446,7 @@ def test_what_a_pipeline_would_not_read_is_refused(model_folder, tmp_path):
     for change, words in (
         ("learning_rate=0.1", "learning_rate: is not read beside pipeline stages; set it in the stages"),
         ("tuner=full", "tuner: is not read beside pipeline stages"),
-        ("data.pool=x.jsonl", "data.pool: is for task: classification"),
+        ("data.pool=x.jsonl", "data.pool: is not read by task causal-lm; remove it"),
     ):
         said = luthier("check", staged(tmp_path, model_folder), change, cwd=tmp_path)
         assert said.returncode == 2 and words in said.stderr, said.stderr

@@ -59,7 +59,7 @@ def test_alone_together_and_shared_are_what_they_are_called(simulated):
     for name in TWO:
         with alone[name].bind(place.first):
             assert found(simulated)["losses"][ALONE][name] == pytest.approx(
-                mean_loss(row_scores(place.first, held[name], 10**4, "causal-lm"))
+                mean_loss(row_scores(place.first, held[name], 10**4))
             )
     assert list(found(simulated)["losses"]) == [UNTOUCHED, ALONE, TOGETHER, SHARED]
 

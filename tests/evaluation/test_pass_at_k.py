@@ -91,7 +91,7 @@ def test_draws_follow_the_softmax():
 def test_humanevals_own_solutions_pass_and_others_do_not(exam_of, tmp_path):
     from luthier.data.reading import read
 
-    problems = [r.values for r in read("builtin:humaneval", {}, tmp_path, "causal-lm", "eval", limit=6)[0]]
+    problems = [r.values for r in read("builtin:humaneval", {}, tmp_path, "eval", limit=6)[0]]
     method = PassAtK(rows=6)
     for answer, share in ((lambda r: r["canonical_solution"], 1.0), (lambda r: "    return None\n", 0.0)):
         exam = exam_of(problems)

@@ -15,7 +15,9 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bleu": {"rows": 2},
     "caft": {"allow_untrained_heads": True, "weight": 0.5},
     "calibration": {},
-    "classification": {},
+    "causal-lm": {},
+    "evaluate-classification": {},
+    "task-classification": {},
     "dept": {"budget_length": 12, "length": 4, "max_length": 16},
     "distill": {"warmup_share": 0.0},
     "editing": {"rephrase": "otherwise"},
@@ -68,11 +70,13 @@ def soft_rows():
 
 
 ALL = [(kind, name, cls) for kind in KINDS for name, cls in manifest.classes(kind).items()]
-IDS = [name for _, name, _ in ALL]
+IDS = manifest.titles([(kind, name) for kind, name, _ in ALL])
 # Of these labelled rows some of the others are a help in every step; where none is, distill skips.
 MORE: dict[str, dict[str, Any]] = {
     "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 8)}},
     "frozen": {"trains": False},
 }
-EXAMPLES = [Example(cls(**FIELDS.get(name, {})), **MORE.get(name, {})) for _, name, cls in ALL]
+EXAMPLES = [
+    Example(cls(**FIELDS.get(title, {})), **MORE.get(name, {})) for title, (_, name, cls) in zip(IDS, ALL, strict=True)
+]
 BY_NAME = dict(zip(IDS, EXAMPLES, strict=True))

@@ -1,10 +1,9 @@
 """Settings that take other ways through a tuner, on classifiers; the contract suite asks the plain ones."""
 
 import pytest
-from transformers import AutoConfig
 
 from luthier.method import Facts
-from luthier.model.loading import anatomy_of
+from luthier.model.anatomy import Anatomy
 from luthier.testing.contract import Example, learns_a_task_head
 from luthier.testing.models import tiny, view_of
 from luthier.tuners import Full, GreenTrainer, Hft, Layerwise, Lift, Lora, Peft, Spiel
@@ -52,8 +51,8 @@ def test_it_learns_a_task_head_or_check_refuses(name, kind, tmp_path):
     ],
 )
 def test_check_knows_without_weights_which_models_can_be_trained(tuner, kind, words):
-    config, task = tiny(kind).config, "classification" if "classifier" in kind else "causal-lm"
-    found = tuner.check(Facts(task=task, model_config=config))
+    task = "classification" if "classifier" in kind else "causal-lm"
+    found = tuner.check(Facts(task=task, anatomy=Anatomy(tiny(kind))))
     assert bool(found) == (words is not None)
     assert words is None or (words in found[0].what and found[0].key in {"model", *type(tuner).model_fields})
 
@@ -64,14 +63,3 @@ def test_a_task_head_is_no_target_of_its_own(tuner):
     trainable = with_head(tuner.attach(view, None, 6), view.anatomy.task_head)
     assert trainable.head.names == ["score.weight"]
     assert "score.weight" not in [n for part in trainable.inner.update().parts for n in part.names()]
-
-
-def test_an_anatomy_without_weights_is_the_models_and_leaves_the_configuration_alone():
-    model = tiny("bert-classifier")
-    before = model.config.to_dict()
-    found = anatomy_of(model.config, "classification")
-    assert found.task_head == ["classifier.weight", "classifier.bias"]
-    assert found.parameters == {n: tuple(p.shape) for n, p in model.named_parameters()}
-    assert model.config.to_dict() == before
-    assert anatomy_of(model.config, "audio") is None and anatomy_of(None, "classification") is None
-    assert anatomy_of(AutoConfig.for_model("clip"), "causal-lm") is None

@@ -170,7 +170,7 @@ def use(entry: dict[str, Any]) -> str | None:
     required = ", ".join(f"{n}={json.dumps(x)}" for n, x in examples_of(entry).items())
     required = FIELDS.get(entry["name"], required)
     words = {"package": entry["module"].rpartition(".")[0], "cls": entry["class"], "required": required, "steps": steps}
-    if entry["name"] == "frozen" or entry["kind"] == "pipeline":
+    if entry["name"] == "frozen" or entry["kind"] in ("pipeline", "task"):
         return None
     if entry["kind"] == "tuner":
         turn = CLOSURE if "closure" in needs else GRADIENT
@@ -236,6 +236,7 @@ API = {
     "luthier.tuners.base": ("Tuner", "Trainable"),
     "luthier.objectives.base": ("Objective", "Window", "Forward", "Term", "Clock"),
     "luthier.compute.base": ("Compute",),
+    "luthier.tasks.base": ("Task", "Shown"),
     "luthier.curation.base": ("Curator", "Selection"),
     "luthier.evaluation.base": ("Evaluator", "Answering", "Exam", "Question", "Results"),
     "luthier.evaluation.measures": ("Measure", "mean", "ratio"),
@@ -287,8 +288,13 @@ def pages() -> dict[str, str]:
     """File name to text, with an index of all."""
     entries = manifest.read()
     index = ["# Methods", "", "| key | name | what it does |", "|---|---|---|"]
-    index += [f"| {e['kind']} | [{e['name']}]({e['name']}.md) | {e['summary']} |" for e in entries]
-    return {f"{e['name']}.md": page(e) for e in entries} | {"index.md": "\n".join(index) + "\n"}
+    titles = manifest.titles([(e["kind"], e["name"]) for e in entries])
+    index += [
+        f"| {e['kind']} | [{e['name']}]({title}.md) | {e['summary']} |"
+        for e, title in zip(entries, titles, strict=True)
+    ]
+    made = {f"{title}.md": page(e) for e, title in zip(entries, titles, strict=True)}
+    return made | {"index.md": "\n".join(index) + "\n"}
 
 
 def main() -> None:

@@ -437,7 +437,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")]
     if as_json:
         print(json.dumps(entries))
     elif name is not None:
-        one_method(entries[0])
+        for entry in entries:  # a task and an evaluator may have one name
+            one_method(entry)
     else:
         table_of_methods(entries)
 

@@ -48,8 +48,10 @@ def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Pa
         d = recipe.data
         if d.eval is None:
             raise RecipeError(f"arm {arm}: data.eval", "is missing, so nothing can be compared", "name held-out rows")
-        held, _ = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, on_bad=d.on_bad_row)
-        key = key_of(d.train, d.columns, d.train_split, d.limit, d.on_bad_row, recipe.task)
+        held, _ = read(
+            d.eval, d.columns, base, "eval", shapes=recipe.task.shapes, part=d.eval_split, on_bad=d.on_bad_row
+        )
+        key = key_of(d.train, d.columns, d.train_split, d.limit, d.on_bad_row, recipe.task.shapes)
         if key not in made:
             made[key] = (held.digest, _files(plan, recipe, base, folder / "data", held, key[:8]))
         judged = judged or held.digest
@@ -64,12 +66,12 @@ def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Pa
 def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Rows, key: str) -> Files:
     d, search = recipe.data, plan.search
     rows, _ = read(
-        d.train, d.columns, base, recipe.task, "train", part=d.train_split, limit=d.limit, on_bad=d.on_bad_row
-    )
+        d.train, d.columns, base, "train", shapes=recipe.task.shapes, part=d.train_split, limit=d.limit, on_bad=d.on_bad_row,
+    )  # fmt: skip
     place = np.arange(len(rows))
     valid = None
     if search is not None and search.data is not None:
-        chosen, _ = read(search.data, d.columns, base, recipe.task, "eval", on_bad=d.on_bad_row)
+        chosen, _ = read(search.data, d.columns, base, "eval", shapes=recipe.task.shapes, on_bad=d.on_bad_row)
         valid = _write(folder / f"valid-{key}.jsonl", chosen)
     elif search is not None:
         if len(rows) < 2 * search.rows:

@@ -139,7 +139,8 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
 
     Each item holds `ids` and `labels` (lists of ints, unshifted labels aligned with ids: labels[i] is ids[i] where it
     is supervised, else IGNORE), optionally `key`, `token` (named per-token lists) and `row` (named values).
-    The shift happens here, once, for the whole library.
+    The shift happens here, once, for the whole library. `targets` in place of labels are not shifted: targets[i] is what
+    is to be predicted at i, where it was hidden.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -150,7 +151,7 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
     for index, item in enumerate(sequences):
         n = len(item["ids"])
         ids.extend(item["ids"])
-        labels.extend([*item["labels"][1:], IGNORE] if n else [])
+        labels.extend(item["targets"] if "targets" in item else [*item["labels"][1:], IGNORE] if n else [])
         seq.extend([index] * n)
         pos.extend(range(n))
         lengths.append(n)
@@ -168,6 +169,13 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
         row={k: torch.stack([torch.as_tensor(s["row"][k]) for s in sequences]) for k in row_names},
         keys=tuple(keys),
     )
+
+
+def predicted(item: Mapping[str, Any]) -> list[bool]:
+    """For each token of a rendered row: is it predicted? Nothing predicts the first one from what stands before it."""
+    if "targets" in item:
+        return [y != IGNORE for y in item["targets"]]
+    return [at > 0 and y != IGNORE for at, y in enumerate(item["labels"])]
 
 
 def front_of(labels: Sequence[int]) -> int:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 ROW_SCHEMA = pa.schema({"number": pa.int64(), "values": pa.large_binary()})
 TOKEN_SCHEMA = pa.schema(
-    {"key": pa.string(), "ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "front": pa.int32(), "label": pa.int64()}
+    {"key": pa.string(), "ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "front": pa.int32(), "row": pa.string()}
 )  # fmt: skip
 
 
@@ -146,9 +146,9 @@ class TokenRows(Sequence[dict[str, Any]]):
         c = self._columns
         ids, front = c["ids"][at].values.to_pylist(), c["front"][at].as_py()
         out = {"ids": ids, "labels": c["labels"][at].values.to_pylist(), "key": c["key"][at].as_py()}
-        label = c["label"][at].as_py()
-        if label is not None:
-            return {**out, "row": {"label": label}}
+        row = json.loads(c["row"][at].as_py())
+        if row:
+            return {**out, "row": row}
         return {**out, "token": {"prompt": [1] * front + [0] * (len(ids) - front)}}
 
     @property
@@ -171,7 +171,7 @@ def token_batch(items: Sequence[Mapping[str, Any]]) -> pa.RecordBatch:
         "ids": [x["ids"] for x in items],
         "labels": [x["labels"] for x in items],
         "front": [sum(x["token"]["prompt"]) if "token" in x else 0 for x in items],
-        "label": [x["row"]["label"] if "row" in x else None for x in items],
+        "row": [json.dumps(x.get("row", {})) for x in items],
     }
     return pa.record_batch([pa.array(columns[f.name], f.type) for f in TOKEN_SCHEMA], schema=TOKEN_SCHEMA)
 

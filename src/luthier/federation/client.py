@@ -183,4 +183,4 @@ def _membership(place: Place, update: Update, rows: Sequence[Any], held: Sequenc
 
 
 def _losses(view: ModelView, rows: Sequence[Any], tokens: int) -> np.ndarray:
-    return np.array([s.total / max(s.over, 1) for s in row_scores(view, rows, tokens, "causal-lm")])
+    return np.array([s.total / max(s.over, 1) for s in row_scores(view, rows, tokens)])

@@ -108,7 +108,7 @@ class Place:
         """Nats a token of a model on rendered rows, with an update or without."""
         view, tokens = self.view(role), 2 * self.contract.settings.tokens_per_forward
         with nullcontext() if update is None else update.bind(view):
-            return mean_loss(row_scores(view, rows, tokens, "causal-lm"))
+            return mean_loss(row_scores(view, rows, tokens))
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -118,7 +118,7 @@ class Place:
 
     def rows(self, source: str, base: Path, tick: Tick = no_tick, columns: Mapping[str, str] | None = None) -> Rows:
         """Rows of a file. Raises RecipeError with its line for one that cannot be used."""
-        return read(source, columns or {}, base, "causal-lm", tick=tick)[0]
+        return read(source, columns or {}, base, tick=tick)[0]
 
     def rendered(self, rows: Rows | Sequence[Any], tick: Tick = no_tick) -> Sequence[dict[str, Any]]:
         """As the contract says."""

@@ -42,6 +42,7 @@ TABLE = (
     Kind("tuner", "luthier.tuners", "Tuner"),
     Kind("objective", "luthier.objectives", "Objective"),
     Kind("compute", "luthier.compute", "Compute"),
+    Kind("task", "luthier.tasks", "Task"),
     Kind("pipeline", "luthier.pipelines", "Pipeline"),
     Kind("curate", "luthier.curation", "Curator", listed=True),
     Kind("evaluate", "luthier.evaluation", "Evaluator", listed=True),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import struct
 from collections.abc import Sequence
@@ -13,23 +12,15 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
 )
 
-from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView, probe_layout
 from luthier.support.cache import cache_folder, key_of, made
 from luthier.support.errors import RecipeError
 
 BUILTIN = "builtin:smollm2-135m"
-CLASSES = {
-    "causal-lm": AutoModelForCausalLM,
-    "masked-lm": AutoModelForMaskedLM,
-    "classification": AutoModelForSequenceClassification,
-}
 
 
 class Located(NamedTuple):
@@ -111,15 +102,6 @@ def _check_header(gguf: Path, size: int) -> None:
         raise RecipeError("model", f"{gguf}: cannot be read as GGUF (its header is damaged)", "download the file again")
 
 
-def anatomy_of(config: Any, task: str) -> Anatomy | None:
-    """The anatomy that a model of this configuration has, without its weights; None where transformers has no such class."""
-    cls: Any = CLASSES.get(task)
-    if config is None or cls is None or type(config) not in cls._model_mapping:
-        return None
-    with torch.device("meta"):
-        return Anatomy(cls.from_config(copy.deepcopy(config)))
-
-
 def load_tokenizer(located: Located) -> Any:
     """The model's own tokenizer."""
     try:
@@ -139,11 +121,12 @@ def load_config(located: Located) -> Any:
 
 
 def load_model(
-    located: Located, task: str = "causal-lm", dtype: torch.dtype | None = None, device: str | None = None,
+    located: Located, auto: Any = AutoModelForCausalLM, dtype: torch.dtype | None = None, device: str | None = None,
     labels: Sequence[str] = (), tokenizer: Any = None, seed: int = 0, quantize: str | None = None,
 ) -> ModelView:  # fmt: skip
     """Load weights (safetensors only) and find the layout.
 
+    auto    the Auto class of transformers that loads it; a task names its own
     dtype   None takes the file's
     device  None takes a GPU where there is one
     labels  names of the classes, in the order of the head's outputs; none: those the file has
@@ -154,13 +137,13 @@ def load_model(
     extra: dict[str, Any] = named_classes(labels) if labels else {}
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     if quantize is not None:
-        plain = load_model(located, task, dtype, "cpu", labels, tokenizer, seed)
+        plain = load_model(located, auto, dtype, "cpu", labels, tokenizer, seed)
         base, extra = plain.base, {**extra, **_four_bit(plain.dtype), "device_map": {"": device}}
         del plain
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = CLASSES[task].from_pretrained(
+            model = auto.from_pretrained(
                 located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True,
                 trust_remote_code=located.trust_code, **extra,
             )  # fmt: skip

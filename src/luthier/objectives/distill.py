@@ -43,7 +43,7 @@ class Distill(Objective):
     Needs: per row "soft" [C]; labelled rows from the lab under "labelled".
     """
 
-    traits: ClassVar[Traits] = Traits(needs=frozenset({"jvp", "grad"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"classification"}), needs=frozenset({"jvp", "grad"}))
     source: ClassVar[Source] = Source(
         "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners",
         2021,

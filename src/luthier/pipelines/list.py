@@ -38,7 +38,7 @@ class List(Pipeline):
     Cost: rounds x unlabelled_steps extra steps, of which the re-weighted 40% take about twice a plain one.
     """
 
-    traits: ClassVar[Traits] = Traits(needs=frozenset({"jvp", "pool"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"classification"}), needs=frozenset({"jvp", "pool"}))
     source: ClassVar[Source] = Source(
         "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners",
         2021,

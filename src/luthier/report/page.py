@@ -44,7 +44,7 @@ def write_report(folder: Path) -> Path:
         recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         env=(folder / "env.txt").read_text(encoding="utf-8"),
         name=folder.name,
-        charts=_charts(log),
+        charts=_charts(log, loss_unit(run)),
         facts=_facts(run),
         planes=_planes(folder),
         scores=_scores(run),
@@ -82,13 +82,18 @@ def _lines(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
-def _charts(log: list[dict[str, float]]) -> list[dict[str, Any]]:
+def loss_unit(run: Mapping[str, Any]) -> str:
+    """The unit of a run's loss: nats a token, a row or a masked token."""
+    return str(((run.get("after") or {}).get("loss") or {}).get("unit", "nats a token"))
+
+
+def _charts(log: list[dict[str, float]], unit: str) -> list[dict[str, Any]]:
     steps = [e for e in log if "loss" in e]
     loss = [Series("training loss", [(e["step"], e["loss"]) for e in steps])]
     held = [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
     if held:
         loss.append(Series("held-out loss", held))
-    charts = [("Loss, nats a token", loss)]
+    charts = [(f"Loss, {unit}", loss)]
     if any("grad_norm" in e for e in steps):
         charts.append(
             (

@@ -28,20 +28,20 @@ def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> di
         raise RecipeError("curate", "names no step", "write curate: [scdp: {keep_fraction: 0.5}]")
     if output.exists():
         raise LuthierError(f"{output}: is there already; name a new folder")
-    located, renderer, _ = tokens_and_config(recipe, base)
+    located, renderer, config = tokens_and_config(recipe, base)
     d = recipe.data
     rows, skipped = read(
         d.train,
         d.columns,
         base,
-        recipe.task,
         "train",
+        shapes=recipe.task.shapes,
         part=d.train_split,
         limit=d.limit,
         on_bad=d.on_bad_row,
         tick=tick,
     )
-    model = Base(untouched(recipe, located, renderer), renderer, 2 * recipe.tokens_per_forward, tick)
+    model = Base(untouched(recipe, located, renderer, config), renderer, 2 * recipe.tokens_per_forward, tick)
     told, left = [], rows
     with whole(output) as folder:
         with (folder / "decisions.jsonl").open("w", encoding="utf-8") as file:

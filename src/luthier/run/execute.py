@@ -159,7 +159,7 @@ def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Resu
     say(f"before  {shown(results)}")
     if show_tokens and place.writes and not (place.path / "tokens.json").exists():
         tokens = token_view.tokens_of(ready.renderer, ready.train.rows)
-        if ready.recipe.task == "causal-lm":
+        if ready.recipe.task.token_losses:
             token_view.note_losses(tokens, ready.view, ready.train.rows, "before")
         token_view.save(tokens, place.path)
     return results
@@ -216,7 +216,7 @@ def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
     known = any("kept" in t for row in tokens for t in row)
     if ready.recipe.gradient_checkpointing:  # memory is short, and this keeps a whole forward's activations
         return
-    if known or ready.recipe.task != "causal-lm" or not ready.accelerator.is_main_process:
+    if known or not ready.recipe.task.token_losses or not ready.accelerator.is_main_process:
         return
     recipe, rows = ready.recipe, ready.train.rows
     # Sums over no ranks, since only the first one looks; and a look changes nothing of what the run's own objective keeps.
@@ -287,7 +287,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
         for g in gates:
             say(f"gate    {g.measure} {g.change.value:+.3f} ({g.change.low:.3f} to {g.change.high:.3f}): {g.outcome}")
         evaluation = time.monotonic() - started
-        if ready.recipe.task == "causal-lm":
+        if ready.recipe.task.token_losses:
             tokens = token_view.load(place.path)
             token_view.note_losses(tokens, ready.view, ready.train.rows, "after")
             token_view.save(tokens, place.path)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from luthier.data.prepare import Prepared
-from luthier.model.loading import CLASSES
 from luthier.model.view import ModelView, probe_layout
 from luthier.recipe import Recipe
 from luthier.support.errors import LuthierError
@@ -196,7 +195,7 @@ def _miniature(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> Mode
     dtype = config.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(), torch.device(device):
-        model = CLASSES[recipe.task].from_config(config, dtype=dtype or torch.float32)
+        model = recipe.task.auto(config).from_config(config, dtype=dtype or torch.float32)
     model.config.use_cache = False
     model.config.pad_token_id = tokenizer.pad_token_id
     view = ModelView(model, tokenizer)

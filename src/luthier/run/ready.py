@@ -19,7 +19,7 @@ from luthier.evaluation.base import Exam, Results
 from luthier.inference.scoring import mean_loss
 from luthier.inference.services import lab_with
 from luthier.model.anatomy import Anatomy
-from luthier.model.loading import CLASSES, Located, load_config, load_model, load_tokenizer, locate, named_classes
+from luthier.model.loading import Located, load_config, load_model, load_tokenizer, locate, named_classes
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.run import score_cache
@@ -102,7 +102,7 @@ def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
     """What `check` looks at: rows, configuration and the anatomy of a model without weights."""
     _, renderer, config, data = gather(recipe, base, tick)
     with torch.device("meta"):
-        anatomy = Anatomy(CLASSES[recipe.task].from_config(config))
+        anatomy = Anatomy(recipe.task.auto(config).from_config(config))
     _check(recipe, config, data.train, None, anatomy=anatomy)
     return Outline(renderer, config, data, anatomy)
 
@@ -138,7 +138,7 @@ class Gathered(NamedTuple):
 def gather(recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1) -> Gathered:
     """Rows and configuration, checked against each other."""
     located, renderer, config = tokens_and_config(recipe, base)
-    view = untouched(recipe, located, renderer)
+    view = untouched(recipe, located, renderer, config)
     data = prepare_rows(recipe, renderer, config, base, view, tick)
     if data.labels:
         config.update(named_classes(data.classes))
@@ -146,14 +146,14 @@ def gather(recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1)
     return Gathered(located, renderer, config, data)
 
 
-def untouched(recipe: Recipe, located: Located, renderer: Renderer) -> Callable[[], ModelView]:
+def untouched(recipe: Recipe, located: Located, renderer: Renderer, config: Any) -> Callable[[], ModelView]:
     """The base model, loaded when first asked for, for curators."""
     loaded: list[ModelView] = []
 
     def view() -> ModelView:
         if not loaded:
-            dtype = dtype_of(recipe)
-            loaded.append(load_model(located, recipe.task, dtype, tokenizer=renderer.tokenizer, seed=recipe.seed))
+            auto, dtype = recipe.task.auto(config), dtype_of(recipe)
+            loaded.append(load_model(located, auto, dtype, tokenizer=renderer.tokenizer, seed=recipe.seed))
         return loaded[0]
 
     return view
@@ -170,9 +170,10 @@ def make_ready(
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     located, renderer, config, data = gathered or gather(recipe, base)
     view = load_model(
-        located, recipe.task, dtype_of(recipe), labels=data.classes, tokenizer=renderer.tokenizer, seed=recipe.seed,
-        quantize=recipe.quantize,
+        located, recipe.task.auto(config), dtype_of(recipe), labels=data.classes, tokenizer=renderer.tokenizer,
+        seed=recipe.seed, quantize=recipe.quantize,
     )  # fmt: skip
+    recipe.task.check_view(view)
     _check(recipe, config, data.train, view.layout, accelerator.num_processes, view.anatomy)
     if recipe.compute is not None:
         view.phases.append(partial(recipe.compute.patch, view))

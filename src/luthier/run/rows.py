@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,31 +68,34 @@ def prepare_rows(
 
     view  loads the untouched model, for curators that ask it
     """
-    d = recipe.data
+    d, task = recipe.data, recipe.task
     how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
-    rows, skipped = read(d.train, d.columns, base, recipe.task, "train", part=d.train_split, limit=d.limit, **how)
+    rows, skipped = read(
+        d.train, d.columns, base, "train", shapes=task.shapes, part=d.train_split, limit=d.limit, **how
+    )
     rows, kept, cost = curated(recipe, rows, Base(view, renderer, 2 * recipe.tokens_per_forward, tick))
     held = None
     if d.eval:
-        held, more = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, **how)
+        held, more = read(d.eval, d.columns, base, "eval", shapes=task.shapes, part=d.eval_split, **how)
         skipped += more
         for evaluator in recipe.evaluators():
             evaluator.check_rows(rows, held)
-    labels = _labels(rows, held, config.label2id or {}) if recipe.task == "classification" else {}
+    labels = task.labels(rows, held, config.label2id or {})
     room = d.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     fit: dict[str, Any] = {
-        "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "labels": labels or None, "tick": tick,
+        "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "tick": tick,
+        "maker": task.maker(renderer, labels),
     }  # fmt: skip
     pool, shared = None, 0
     if d.pool:
-        unlabelled, more = read(d.pool, d.columns, base, "unlabelled", "pool", part=d.train_split, **how)
+        unlabelled, more = read(d.pool, d.columns, base, "pool", shapes=task.pool_shapes, part=d.train_split, **how)
         skipped += more
         new = apart(unlabelled, rows)
         shared = len(unlabelled) - len(new)
         if not new:
             what = f"the training rows hold all {shared} rows of it as well"
             raise RecipeError("data.pool", what, "name rows that are not labelled")
-        pool = prepare(new, renderer, **{**fit, "labels": {}})
+        pool = prepare(new, renderer, **{**fit, "maker": task.maker(renderer, labels, labelled=False)})
     return Data(
         prepare(rows, renderer, **fit),
         prepare(held, renderer, **fit) if held is not None else None,
@@ -116,18 +119,6 @@ def apart(pool: Rows, labelled: Rows) -> Rows:
 def _likeness(row: Row) -> bytes:
     """Equal for texts that differ in case and white space only."""
     return hashlib.blake2b(" ".join(row.values["text"].casefold().split()).encode(), digest_size=16).digest()
-
-
-def _labels(rows: Rows, held: Rows | None, known: Mapping[str, int]) -> dict[str | int, int]:
-    """Class index by label: as the model has them where it knows these very names, else in alphabetical order."""
-    names = sorted({r.values["label"] for r in rows}, key=str)
-    if {str(n) for n in names} == set(known):
-        names.sort(key=lambda n: known[str(n)])
-    for r in held or ():
-        if r.values["label"] not in names:
-            what = f"label {r.values['label']!r} occurs in no training row"
-            raise RecipeError(r.key, what, "mend the label or drop the row")
-    return {n: i for i, n in enumerate(names)}
 
 
 class Decided(NamedTuple):

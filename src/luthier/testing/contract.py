@@ -194,8 +194,8 @@ def recipe_with(example: Example, fields: Mapping[str, Any]) -> str:
     tree: dict[str, Any] = {"model": "a/b", "data": {"train": "x.jsonl", "eval": "x.jsonl"}}
     if "pool" in traits.needs:
         tree["data"]["pool"] = "y.jsonl"
-    if "causal-lm" not in traits.tasks or "pool" in traits.needs:
-        tree["task"] = "classification"
+    if Facts().task not in traits.tasks:
+        tree["task"] = min(traits.tasks)
     if "closure" in traits.needs:
         tree |= CONSTANT
     if example.kind == "translate":  # a field of a protocol
@@ -215,7 +215,7 @@ def found_in(loaded: Any, example: Example) -> Any:
 
 def test_refusals_are_those_the_traits_declare(example: Example) -> None:
     traits, method = type(example.method).traits, example.method
-    for task in ("causal-lm", "classification", "audio"):
+    for task in (*manifest.names("task"), "audio"):
         assert refused(method, "task", task=task) == (task not in traits.tasks)
     for layout in ("flat", "padded"):
         assert refused(method, "layout", layout=layout) == (layout not in traits.layouts)
@@ -272,7 +272,9 @@ def learns_a_task_head(tuner: Example, kind: str, folder: Path) -> None:
     settings = SETTINGS.model_copy(
         update={"tokens_per_forward": 20, **(CONSTANT if closure else {"warmup_fraction": 0.0})}
     )
-    facts = Facts("classification", view.layout, STEPS, 4, len(rows), view.module.config, settings)
+    facts = Facts(
+        "classification", view.layout, STEPS, 4, len(rows), view.module.config, settings, anatomy=view.anatomy
+    )
     if refusals := tuner.method.check(facts):
         assert all(" " in p.what for p in refusals)
         return

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
-from luthier.data.batch import IGNORE, collate
 from luthier.data.rendering import Renderer
 from luthier.decoding.base import writing_with
 from luthier.federation.outcome import given_in
 from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
-from luthier.objectives.base import Forward
 from luthier.recipe import Recipe, load_file
 from luthier.run.evaluations import remember
 from luthier.run.ready import make_ready, tokens_and_config
@@ -83,10 +81,10 @@ def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> T
     from luthier.model.loading import load_model
 
     recipe, base, classes = recipe_of(folder, allow_code)
-    located, renderer, _ = tokens_and_config(recipe, base)
+    located, renderer, config = tokens_and_config(recipe, base)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     view = load_model(
-        located, recipe.task, dtype, tokenizer=renderer.tokenizer, labels=classes, seed=recipe.seed,
+        located, recipe.task.auto(config), dtype, tokenizer=renderer.tokenizer, labels=classes, seed=recipe.seed,
         quantize=recipe.quantize if quantize else None,
     )  # fmt: skip
     if recipe.compute is not None:
@@ -101,32 +99,17 @@ def answers(
     says.
     """
     run = open_run(folder, allow_code)
-    if run.recipe.task == "classification":
-        if base_too:
-            raise LuthierError("--base: the untouched model has no trained head, so it has no answer")
-        with run.update.bind(run.view):
-            return [{"prompt": p, **_classified(run, p)} for p in prompts]
-    ids = [run.renderer.prompt_ids({"prompt": p}) for p in prompts]
-    lab = lab_with(run.renderer, {"base": lambda: run.view}, seed=run.recipe.seed)
-    write = writing_with(lab, run.recipe.decode).generator
-    before = write(run.view, ids, max_new_tokens) if base_too else []
+    task = run.recipe.task
+    lab = writing_with(
+        lab_with(run.renderer, {"base": lambda: run.view}, task=task, seed=run.recipe.seed), run.recipe.decode
+    )
+    if base_too and not task.untuned_answers:
+        raise LuthierError("--base: the untouched model has no trained head, so it has no answer")
+    before = task.replies(run.view, lab, prompts, max_new_tokens) if base_too else []
     with run.update.bind(run.view):
-        after = write(run.view, ids, max_new_tokens)
-    out = []
-    for i, prompt in enumerate(prompts):
-        entry = {"prompt": prompt, "answer": after[i].text, "stopped": after[i].stopped}
-        out.append({**entry, "base": before[i].text} if base_too else entry)
-    return out
-
-
-@torch.no_grad()
-def _classified(run: Tuned, text: str) -> dict[str, Any]:
-    run.view.module.eval()
-    ids = run.renderer.tokenizer(text)["input_ids"]
-    batch = collate([{"ids": ids, "labels": [IGNORE] * len(ids)}]).to(run.view.device)
-    shares = Forward(batch, run.view).logits()[0].softmax(-1)
-    best = int(shares.argmax())
-    return {"answer": run.view.classes[best], "share": float(shares[best])}
+        after = task.replies(run.view, lab, prompts, max_new_tokens)
+    out = [{"prompt": prompt, **reply} for prompt, reply in zip(prompts, after, strict=True)]
+    return [{**entry, "base": b["answer"]} for entry, b in zip(out, before, strict=True)] if base_too else out
 
 
 def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = False) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from luthier.kernels.linear import stochastic_round
 from luthier.method import Facts, Method, Problem
 from luthier.model.additions import refuse_packed
 from luthier.model.anatomy import Anatomy
-from luthier.model.loading import anatomy_of
 from luthier.model.undo import Undo
 from luthier.model.view import ModelView, probe_layout
 from luthier.step.lab import Lab
@@ -71,8 +70,8 @@ class Tuner(Method):
     """Chooses what is trained. `attach` is all it takes to use one without the house."""
 
     def check(self, facts: Facts) -> list[Problem]:
-        """With what can be seen of the model in its configuration."""
-        found, anatomy = super().check(facts), anatomy_of(facts.model_config, facts.task)
+        """With what is known of the model: its layers and their shapes, before any weight."""
+        found, anatomy = super().check(facts), facts.anatomy
         if anatomy is None:
             return found
         try:

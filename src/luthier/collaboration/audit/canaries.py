@@ -101,7 +101,7 @@ def exposures(
         progress("audit   canary", at, len(found))
         among = [canary.secret, *secrets_of(canary.form, others, streams, "among", canary.prefix)]
         rows = [renderer.render({"prompt": canary.prefix, "completion": s}, f"canary:{i}") for i, s in enumerate(among)]
-        losses = np.array([s.total for s in row_scores(view, rows, tokens_per_forward, "causal-lm")])
+        losses = np.array([s.total for s in row_scores(view, rows, tokens_per_forward)])
         rank = 1 + int((losses[1:] < losses[0]).sum())
         out.append(math.log2(len(among)) - math.log2(rank))
     return np.array(out)
