@@ -11,11 +11,11 @@ from luthier.curation.scdp import (
     Scdp,
     distances,
     geometric_median,
-    quotas,
     strata_of,
     stratified,
     water_fill,
 )
+from luthier.data.mixture import quotas
 from luthier.data.store import Row
 from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from luthier.method import Source, Traits
-from luthier.objectives.base import Forward, Objective, Term, Window
+from luthier.objectives.base import Forward, Objective, Term, Window, weighed_rows
 from luthier.step.probe import Probe
 from luthier.support.errors import LuthierError
 
@@ -70,6 +70,7 @@ class Distill(Objective):
             raw = [u.clamp_min(0) for u in self.helpfulness(window, probe)]
         else:
             raw = [(b.row["soft"].max(-1).values > self.min_confidence).float() for b in window.micro]
+        raw = [weighed_rows(w, b) for w, b in zip(raw, window.micro, strict=True)]
         micro = [b.with_columns(row={"weight": w}) for b, w in zip(window.micro, raw, strict=True)]
         total = float(sum(w.sum() for w in raw))
         self._report["distill/helpful"] = float(torch.cat(raw).gt(0).float().mean())

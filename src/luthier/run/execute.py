@@ -143,8 +143,11 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     if data.skipped:
         say(f"skipped {len(data.skipped)} entries of rows that cannot be read; the first: {data.skipped[0]}")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
+    for source in ready.train.sources:
+        say(f"source  {source['name']}: {source['rows']} rows, {source['share']:.1%} of the draws")
     place.note(
         base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
+        sources=ready.train.sources,
         curated=[{n: v for n, v in k._asdict().items() if n not in ("plane", "axes")} for k in data.kept],
         classes=data.classes,
     )  # fmt: skip

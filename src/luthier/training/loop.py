@@ -15,7 +15,8 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from luthier.data.batch import Batch, collate
+from luthier.data.batch import IGNORE, Batch, collate
+from luthier.data.store import TokenRows
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Window
 from luthier.step.lab import Lab
@@ -90,7 +91,8 @@ class Loop:
         self.extra = objective.extend(view, carried)
         self.compute, self.data_hash = compute, data_hash
         s = settings
-        self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle)
+        mixture = rows.mixture if isinstance(rows, TokenRows) else None
+        self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle, mixture)
         attached = trainable.attach_seconds
         self.progress = Progress(
             seconds=attached, select_seconds=attached,
@@ -206,12 +208,12 @@ class Loop:
         counts = self._reduce(
             {
                 "given": given, "tokens": sum(b.num_tokens for b in window.micro),
-                "supervised": denominators.get("tokens", 0.0),
+                "supervised": sum(int((b.labels != IGNORE).sum()) for b in window.micro),
             }
         )  # fmt: skip
         p.tokens += int(counts["tokens"])
         p.row_tokens += int(counts["given"])
-        p.supervised += int(denominators.get("tokens", 0))
+        p.supervised += int(counts["supervised"])
         seconds = time.perf_counter() - started
         p.seconds += seconds
         rate = counts["tokens"] / seconds
