@@ -81,6 +81,13 @@ def test_keys_that_no_party_would_hear_of_are_refused(words, agreed, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+def test_several_sources_are_refused(agreed, tmp_path):
+    done = luthier(
+        "collaborate", "contract", agreed / "r.yaml", tmp_path / "c", "data.train=[{path: a.jsonl}]", cwd=tmp_path
+    )
+    assert done.returncode == 2 and "data.train: holds several sources" in done.stderr and not (tmp_path / "c").exists()
+
+
 def test_a_revision_is_the_small_models_and_stays_in_the_contract(tmp_path, monkeypatch):
     path = recipe(tmp_path)
     values = YAML().load(path)

@@ -13,13 +13,13 @@ from luthier.curation.random import Random
 from luthier.curation.scdp import (
     Scdp,
     geometric_median,
-    quotas,
     squares,
     strata_of,
     stratified,
     water_fill,
     weiszfeld,
 )
+from luthier.data.mixture import quotas
 from luthier.data.store import Row
 from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams

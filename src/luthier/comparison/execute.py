@@ -221,9 +221,12 @@ def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> No
 def _arm(plan: Comparison, arm: str, recipe: Recipe, files: Files, base: Path) -> Arm:
     keys = plan.arms[arm]
     gathered = gather(files.put_into(recipe, files.eval), base)
-    rows, census = gathered.data.train.rows, gathered.data.train.census
+    train = gathered.data.train
+    rows = train.rows
     own = Loop.length(rows, recipe)
-    a_step = census.tokens / max(1, Loop.length(rows, recipe.model_copy(update={"epochs": 1.0, "max_steps": None})))
+    a_step = train.epoch_tokens / max(
+        1, Loop.length(rows, recipe.model_copy(update={"epochs": 1.0, "max_steps": None}))
+    )
     rate = keys.learning_rate if isinstance(keys, Foreign) else recipe.learning_rate
     if isinstance(keys, Foreign):
         return Arm(arm, rate, a_step, own, keys)

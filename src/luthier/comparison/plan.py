@@ -143,12 +143,19 @@ def _text(path: Path) -> str:
 def _moved(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A recipe of another folder, with its paths made absolute."""
     out, data = dict(recipe), dict(recipe.get("data") or {})
-    for key in ("train", "eval", "pool"):
-        if isinstance(data.get(key), str) and (folder / data[key]).exists():
-            data[key] = str(folder / data[key])
-    if isinstance(out.get("model"), str) and (folder / out["model"]).exists():
-        out["model"] = str(folder / out["model"])
+    for key in {"train", "eval", "pool"} & set(data):
+        data[key] = _beside(folder, data[key])
+    if isinstance(data.get("train"), list):
+        data["train"] = [
+            {**s, "path": _beside(folder, s.get("path"))} if isinstance(s, dict) else s for s in data["train"]
+        ]
+    out |= {"model": _beside(folder, out["model"])} if "model" in out else {}
     return {**out, "data": data}
+
+
+def _beside(folder: Path, name: Any) -> Any:
+    """A path in a folder made absolute, where there is such a file; else as it is."""
+    return str(folder / name) if isinstance(name, str) and (folder / name).exists() else name
 
 
 def checked(values: Mapping[str, Any], name: str, lines: Mapping[tuple[str, ...], int] | None = None) -> Comparison:

@@ -129,10 +129,11 @@ class Place:
     def public(self, tick: Tick = no_tick) -> tuple[Sequence[dict[str, Any]], list[str]]:
         """(the provider's rendered rows, the sort of each)."""
         recipe, base = self.recipe()
-        rows = self.rows(recipe.data.train, base, tick, recipe.data.columns)
+        source = recipe.data.sources[0]
+        rows = self.rows(source.path, base, tick, source.columns)
         by = getattr(self.protocol, "by", None)
         if by is not None and by not in rows[0].values:
-            raise LuthierError(f"collaborate.grad-transformer.by: no column {by!r} in {recipe.data.train}")
+            raise LuthierError(f"collaborate.grad-transformer.by: no column {by!r} in {source.path}")
         return self.rendered(rows, tick), ["all" if by is None else str(r.values[by]) for r in rows]
 
     def recipe(self) -> tuple[Recipe, Path]:
@@ -221,6 +222,10 @@ def _refuse_unread(recipe: Recipe) -> None:
     """Raises RecipeError for a key that was set and that no party would hear of."""
     more = (set_in(recipe) - TAKEN - TrainSettings.model_fields.keys()) | (set_in(recipe) & OF_A_RUN)
     more |= {f"data.{key}" for key in set_in(recipe.data) - TAKEN_OF_DATA}
+    if not isinstance(recipe.data.train, str):
+        raise RecipeError(
+            "data.train", "holds several sources, a collaboration's model has one set of rows", "name one"
+        )
     if more:
         raise RecipeError(min(more), "is not read by collaborations: all parties tune by sft on all rows", "remove it")
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from luthier.method import Method
 from luthier.model.view import ModelView
-from luthier.step.forward import Forward, sequence_sum
+from luthier.step.forward import Forward, sequence_sum, weighed, weighed_rows
 from luthier.step.probe import Probe
 from luthier.step.window import Clock, Term, Window, count, mean_of
 
-__all__ = ["Clock", "Forward", "Objective", "Probe", "Term", "Window", "count", "mean_of", "sequence_sum"]
+__all__ = [
+    "Clock", "Forward", "Objective", "Probe", "Term", "Window", "count", "mean_of", "sequence_sum", "weighed", "weighed_rows",
+]  # fmt: skip
 
 
 class Objective(Method):
@@ -38,7 +40,8 @@ class Objective(Method):
         return window, count(window.micro)
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
-        """Named terms; the loop adds weight * sums / denominator."""
+        """Named terms; the loop adds weight * sums / denominator. Rows may have weights: `weighed` puts them in, and the
+        denominators of `count` hold them."""
         raise NotImplementedError
 
     def report(self) -> Mapping[str, float]:

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from luthier.method import Source, Traits
-from luthier.objectives.base import Forward, Objective, Term, Window
+from luthier.objectives.base import Forward, Objective, Term, Window, weighed_rows
 from luthier.step.probe import Probe
 from luthier.support.errors import LuthierError
 
@@ -75,9 +75,10 @@ class Distill(Objective):
         else:
             sure = [b.row["soft"].max(-1).values > self.min_confidence for b in window.micro]
             weights = torch.cat([*sure, torch.zeros(0, dtype=torch.bool, device=probe.view.device)]).float()
+        raw = [weighed_rows(w, b) for w, b in zip(weights.split(sizes), window.micro, strict=True)]
+        weights = torch.cat([*raw, weights[:0]])
         self._report["distill/helpful"] = float(weights.gt(0).float().sum()) / max(len(weights), 1)
-        parts = zip(window.micro, weights.split(sizes), strict=True)
-        micro = [b.with_columns(row={"weight": w}) for b, w in parts]
+        micro = [b.with_columns(row={"weight": w}) for b, w in zip(window.micro, raw, strict=True)]
         return window.with_micro(micro), {"weight": float(weights.sum())}
 
     def helpfulness(self, window: Window, probe: Probe) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from luthier.data.batch import IGNORE, Batch
 from luthier.method import Source, Traits
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Forward, Objective, Term, Window, count
+from luthier.objectives.base import Clock, Forward, Objective, Term, Window, count, weighed
 from luthier.step.probe import Probe
 from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
@@ -111,18 +111,17 @@ class MaskedThought(Objective):
         if self.loss_on == "clean":
             labels = labels.clone()
             labels[masked.nonzero().squeeze(1) - 1] = IGNORE
-        token = {**batch.token, "masked": masked, "vector": vector}
-        return replace(batch, ids=ids, labels=labels, token=token)
+        return replace(batch, ids=ids, labels=labels).with_columns(token={"masked": masked, "vector": vector})
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         hidden, extra = fwd.batch.token["vector"], fwd.extra
         if not isinstance(extra, Vector):
-            return {"loss": Term(fwd.nll().sum(), "tokens")}
+            return {"loss": Term(weighed(fwd.nll(), fwd.batch).sum(), "tokens")}
         if not bool(hidden.any()):  # every rank's backward reaches the vector
-            return {"loss": Term(fwd.nll().sum() + 0.0 * extra.vector.sum(), "tokens")}
+            return {"loss": Term(weighed(fwd.nll(), fwd.batch).sum() + 0.0 * extra.vector.sum(), "tokens")}
         plain = fwd.view.embedding(fwd.batch.ids)  # [T, D]
         embeds = torch.where(hidden[:, None], extra.vector.to(plain.dtype), plain)
-        return {"loss": Term(fwd.nll(fwd.hidden(embeds=embeds)).sum(), "tokens")}
+        return {"loss": Term(weighed(fwd.nll(fwd.hidden(embeds=embeds)), fwd.batch).sum(), "tokens")}
 
 
 def _refuse_whole(batch: Batch, part: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier.kernels.head import CHUNK
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.objectives.base import Forward, Objective, Term, Window, count
+from luthier.objectives.base import Forward, Objective, Term, Window, count, weighed
 from luthier.step.probe import Probe
 from luthier.support.rng import Streams
 
@@ -117,9 +117,9 @@ class Otr(Objective):
 
         values = fwd.map_logits(token_loss, runs)  # [N]
         if self.reduction == "token_mean":
-            return {"loss": Term(values.sum(), "tokens")}
+            return {"loss": Term(weighed(values, batch).sum(), "tokens")}
         lengths = torch.tensor(sizes, device=values.device)[batch.seq[rows]]
-        return {"loss": Term((values / lengths).sum(), "sequences")}
+        return {"loss": Term(weighed(values / lengths, batch).sum(), "sequences")}
 
     def _losses(self, z: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
         if self.draws == "exact":

@@ -156,6 +156,9 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{f['memory_bytes'] / 1e9:.2f} GB ({off['memory']:+.0%}), {f['seconds']:.0f} s ({off['seconds']:+.0%})",
             )
         )
+    out += [
+        (f"Source {s['name']}", f"{s['rows']:,} rows, {s['share']:.1%} of the draws") for s in run.get("sources", [])
+    ]
     out += [(f"Curated by {k['step']}", f"{k['rows']:,} of {k['of']:,} rows stayed") for k in run.get("curated", [])]
     if run.get("skipped_steps"):
         out.append(

@@ -145,8 +145,11 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     if data.pool_shared:
         say(f"pool    {data.pool_shared} rows are left out: they are training rows as well")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
+    for source in ready.train.sources:
+        say(f"source  {source['name']}: {source['rows']} rows, {source['share']:.1%} of the draws")
     place.note(
         base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
+        sources=ready.train.sources,
         curated=[{n: v for n, v in k._asdict().items() if n not in ("plane", "axes")} for k in data.kept],
         classes=data.classes, pool_shared=data.pool_shared,
     )  # fmt: skip

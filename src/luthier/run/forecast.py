@@ -76,7 +76,7 @@ def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Pre
     more = sum(whole[n] - getattr(high, n) for n in ("weights", "state", "activations"))
     # The end holds the update twice, as it stands and as it is read back, but no activations.
     end = 2 * whole["update"] - whole["activations"]
-    tokens = data.census.tokens * Loop.length(data.rows, recipe) / Loop.length(data.rows, _one_epoch(recipe))
+    tokens = data.epoch_tokens * Loop.length(data.rows, recipe) / Loop.length(data.rows, _one_epoch(recipe))
     stepping = max(grown("seconds_per_token"), high.seconds_per_token) * tokens
     choosing = grown("attach_seconds") * recipe.tuner.selections(Loop.length(data.rows, recipe))
     return Forecast(

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from luthier.curation.base import Base, Selection
+from luthier.data.mixture import Mix, Origin
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.reading import Tick, no_tick, read
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row, Rows
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
+from luthier.recipe.settings import DataSettings
 from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 
@@ -70,9 +72,7 @@ def prepare_rows(
     """
     d, task = recipe.data, recipe.task
     how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
-    rows, skipped = read(
-        d.train, d.columns, base, "train", shapes=task.shapes, part=d.train_split, limit=d.limit, **how
-    )
+    rows, skipped, mix = training_rows(d, base, task.shapes, tick)
     rows, kept, cost = curated(recipe, rows, Base(view, renderer, 2 * recipe.tokens_per_forward, tick))
     held = None
     if d.eval:
@@ -97,7 +97,7 @@ def prepare_rows(
             raise RecipeError("data.pool", what, "name rows that are not labelled")
         pool = prepare(new, renderer, **{**fit, "maker": task.maker(renderer, labels, labelled=False)})
     return Data(
-        prepare(rows, renderer, **fit),
+        prepare(rows, renderer, **fit, carried=d.carried, mix=mix),
         prepare(held, renderer, **fit) if held is not None else None,
         held,
         labels,
@@ -119,6 +119,30 @@ def apart(pool: Rows, labelled: Rows) -> Rows:
 def _likeness(row: Row) -> bytes:
     """Equal for texts that differ in case and white space only."""
     return hashlib.blake2b(" ".join(row.values["text"].casefold().split()).encode(), digest_size=16).digest()
+
+
+def training_rows(
+    data: DataSettings, base: Path, shapes: Sequence[str], tick: Tick = no_tick
+) -> tuple[Rows, list[str], Mix | None]:
+    """(the rows of all sources, what was wrong with skipped ones, how the sources are mixed; None for a single one).
+
+    Raises RecipeError where two sources are the same rows: their keys would be the same too.
+    """
+    found, skipped = [], []
+    origins: list[Origin] = []
+    for number, source in enumerate(data.sources):
+        rows, bad = read(
+            source.path, source.columns or {}, base, "train", shapes=shapes, part=source.split, limit=source.limit,
+            on_bad=data.on_bad_row, carried=data.carried, tick=tick,
+        )  # fmt: skip
+        prefix = rows.parts[0].prefix or ""
+        if prefix in {o.prefix for o in origins}:
+            raise RecipeError(f"data.train.{number}", f"{source.path} is named twice", "raise its weight instead")
+        found.append(rows)
+        skipped += bad
+        origins.append(Origin(source.path, prefix, source.weight))
+    mix = None if isinstance(data.train, str) else Mix(tuple(origins), data.temperature)
+    return Rows.joined(found), skipped, mix
 
 
 class Decided(NamedTuple):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from luthier.compute.base import Compute
-from luthier.data.batch import Batch, collate
+from luthier.data.batch import IGNORE, Batch, collate
+from luthier.data.store import TokenRows
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Window, count, mean_of
 from luthier.step.lab import Lab
@@ -93,7 +94,8 @@ class Loop:
             view.phases.append(partial(compute.patch, view))
         self._supervised = False  # whether some row was seen to be
         s = settings
-        self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle)
+        mixture = rows.mixture if isinstance(rows, TokenRows) else None
+        self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle, mixture)
         attached = trainable.attach_seconds
         self.progress = Progress(
             seconds=attached, select_seconds=attached,
@@ -212,7 +214,7 @@ class Loop:
         counts = self._reduce(
             {
                 "given": given, "tokens": learns * sum(b.num_tokens for b in window.micro),
-                "supervised": learns * count(window.micro)["tokens"],
+                "supervised": learns * sum(int((b.labels != IGNORE).sum()) for b in window.micro),
             }
         )  # fmt: skip
         p.tokens += int(counts["tokens"])
