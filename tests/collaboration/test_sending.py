@@ -80,7 +80,7 @@ def test_tuning_and_audit_say_how_far_they_are(agreed, place, monkeypatch):
     prepared(place, NAMES[0], rows, Look([], canaries=2, others=3), say=said.append)
     heard = [line.partition(",")[0] for line in said]
     assert "tune    step 2 of 2" in heard and "audit   canary 3 of 4" in heard
-    assert "audit   drawn answer 75 of 80" in heard
+    assert "audit   drawn answer 80 of 80" in heard
 
 
 def test_what_a_server_gives_is_kept_as_an_adapter(agreed, place):

@@ -46,7 +46,9 @@ OWN = {
     "training/checkpoint.py": ("training/test_equalities.py",),
     "training/loop.py": ("training/test_equalities.py",),
     "update/files.py": ("update/test_update.py",),
-    "update/parts.py": ("update/test_update.py",),
+    "update/compositions.py": ("update/test_parts.py", "update/test_update.py"),
+    "update/structure.py": ("update/test_structure.py",),
+    "update/vectors.py": ("update/test_parts.py", "update/test_update.py"),
 }
 MARGIN = 5.0  # a fault that takes so many times the tests' own time has been noticed
 SPARE_SECONDS = 20.0

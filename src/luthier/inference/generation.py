@@ -38,8 +38,14 @@ def generate(
     fill, stops = renderer.tokenizer.pad_token_id or 0, frozenset(renderer.stop_ids)
     done: dict[int, Completion] = {}
     for part in batches([len(p) for p in prompts], max_new_tokens):
-        tick("answering", len(done), f"prompts {len(done) + 1} to {len(done) + len(part)}")
-        written = _written(view, [prompts[i] for i in part], part, fill, stops, max_new_tokens, choose)
+        where = f"prompts {len(done) + 1} to {len(done) + len(part)}"
+
+        def ended(count: int, before: int = len(done), where: str = where) -> None:
+            tick("answering", before + count, where)
+
+        ended(0)
+        written = _written(view, [prompts[i] for i in part], part, fill, stops, max_new_tokens, choose, ended)
+        ended(len(part))
         done |= {i: _cut(tokens, stops, renderer) for i, tokens in written.items()}
     return [done[i] for i in range(len(prompts))]
 
@@ -58,9 +64,12 @@ def batches(lengths: Sequence[int], more: int) -> Iterator[list[int]]:
 
 def _written(
     view: ModelView, prompts: Sequence[Sequence[int]], names: Sequence[int], fill: int, stops: frozenset[int],
-    max_new_tokens: int, choose: Choose,
+    max_new_tokens: int, choose: Choose, ended: Callable[[int], None],
 ) -> dict[int, list[int]]:  # fmt: skip
-    """Tokens by the prompt's name, the stop included where there is one."""
+    """Tokens by the prompt's name, the stop included where there is one.
+
+    ended  told how many answers have come to their end, each time that one has
+    """
     out: dict[int, list[int]] = {name: [] for name in names}
     live, going = list(names), [True] * len(names)  # rows of the session, and which of them still write
     with Session(view, prompts, fill) as session:
@@ -72,6 +81,8 @@ def _written(
                     going[row] = token not in stops
             if not any(going) or step + 1 == max_new_tokens:
                 break
+            if not all(going):
+                ended(len(names) - sum(going))
             if sum(going) <= SHRINK * len(live):
                 rows = torch.tensor([i for i, on in enumerate(going) if on], device=tokens.device)
                 session.keep(rows)
