@@ -141,7 +141,7 @@ def gap_bound(view: ModelView, updates: Mapping[str, Update], mean: Update, rows
 
 
 def _gradient(view: ModelView, names: Sequence[str], rows: Sequence[Any]) -> list[Tensor]:
-    """Of the mean loss a token, with respect to base weights; nothing is left behind."""
+    """The gradient of the mean loss a token, with respect to base weights; nothing is left behind."""
     weights = [view.weight(n) for n in names]
     flags = [w.requires_grad for w in weights]
     try:

@@ -29,7 +29,7 @@ class Side(BaseModel, frozen=True, extra="forbid"):
     initial: str
     """Digest of the tensors that tuning starts from (A0); two low-rank updates compare under one start only."""
     shapes: dict[str, tuple[int, ...]]
-    """Of the factors, by "a.NAME" and "b.NAME"."""
+    """Shapes of the factors, by "a.NAME" and "b.NAME"."""
     scale: float
     """The addition is scale * B A."""
 
@@ -80,7 +80,7 @@ class Contract(Agreement, frozen=True, extra="forbid"):
     large: Side
     tuner: Lora
     large_learning_rate: float | None = None
-    """Of the large model's runs; None: that of the settings."""
+    """Learning rate of the large model's runs; None: that of the settings."""
     packing: int = PACKING
 
     def settings_of(self, side: str) -> TrainSettings:

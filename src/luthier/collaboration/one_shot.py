@@ -100,7 +100,7 @@ class AverageContract(Agreement, frozen=True, extra="forbid"):
     moves: dict[str, list[str]]
     """Form of an update's parts -> the parameters they move."""
     shapes: dict[str, tuple[int, ...]]
-    """Of these."""
+    """Shapes of the tensors that move."""
     transposed: list[str]
     """Those with low-rank factors that the model stores as [in, out]."""
 
@@ -233,7 +233,7 @@ def alone(
 
 
 def _moves(update: Update) -> dict[str, list[str]]:
-    """Of parts that can be averaged; of others the form alone."""
+    """Names that move, by the form of their part; for parts that cannot be averaged the form alone."""
     return {p.kind: _named(p) if p.linear else [] for p in update.parts}
 
 

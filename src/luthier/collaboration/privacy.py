@@ -52,7 +52,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     rate: float
     """Chance of each row to be in a step: batch size over rows."""
     steps: int
-    """Of one run."""
+    """Optimiser steps of one run."""
     rounds: int = 1
     """Runs on the same rows that the promise covers together."""
     noise: float

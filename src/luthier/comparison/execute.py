@@ -144,7 +144,7 @@ class Bench:
                     self.done[job.name], found = outcome, True
 
     def outcome(self, job: Job) -> Done | None:
-        """Of a finished or failed run; None where it has still to be carried out."""
+        """What came of a job; None where it has still to be carried out."""
         place = self.place(job)
         failed = place / "failed.json"
         if failed.exists():

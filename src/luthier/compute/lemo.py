@@ -116,7 +116,7 @@ def pruned_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activ
 
 @dataclass
 class LemoState:
-    """What was kept: layer -> token indices of the flat batch."""
+    """The tokens that were kept: layer -> token indices of the flat batch."""
 
     kept: dict[int, Tensor] = field(default_factory=dict)
 

@@ -54,7 +54,7 @@ class Prepared:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """Of several sources: name, rows, and share of an epoch's draws; empty for one."""
+        """What is known of each of several sources: name, rows, and share of an epoch's draws; empty for one."""
         mixture = self.rows.mixture
         return [] if mixture is None else mixture.table()
 

@@ -24,7 +24,7 @@ class Call(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Of one answer: shares of the wanted calls whose name is there, whose arguments are right too, and the order."""
+    """One answer judged: shares of the wanted calls whose name is there, whose arguments are right too, and the order."""
 
     name: float
     arguments: float

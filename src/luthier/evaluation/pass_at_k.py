@@ -66,7 +66,7 @@ class PassAtK(Answering):
     k: tuple[int, ...] = (1,)
     """For each of these, pass@k is estimated."""
     temperature: float = Field(0.8, gt=0)
-    """Of drawn programs; one alone is greedy."""
+    """Temperature that programs are drawn at; a single program is written greedily."""
     seconds: float = Field(5.0, gt=0)
     """Wall clock of one program."""
 

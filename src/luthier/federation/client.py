@@ -138,7 +138,7 @@ def factors(place: Place, update: Update) -> dict[str, Tensor] | None:
 
 
 def public_payloads(place: Place) -> Payloads:
-    """Of the public sets that the provider handed on for this: none where it did not."""
+    """Payloads of the public sets that the provider handed on for this; none where it did not."""
     found = place.calibrated()
     if not found:
         return ()

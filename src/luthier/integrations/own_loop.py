@@ -58,7 +58,7 @@ class Loss(nn.Module):
         return self._view.phase("train")
 
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Mean loss; its gradients are those a step of the house would have."""
+        """Mean loss; its gradients are those a step of luthier's own loop would have."""
         with torch.no_grad():
             window, denominators = self._objective.plan(self.window(inputs), self.probe)
         self.step += 1

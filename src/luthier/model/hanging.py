@@ -29,7 +29,7 @@ class Factor(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the parameter on the layer; empty where it is none."""
+        """The parameter's name on the layer; empty where the factor is not a parameter."""
         ...
 
     def __call__(self) -> Tensor: ...

@@ -59,9 +59,9 @@ class List(Pipeline):
     learning_rate: float = Field(1e-4, gt=0)
     """For every stage."""
     rank: int = Field(128, ge=1)
-    """Of the adapters."""
+    """Rank of the adapters."""
     init_std: float = Field(0.0002, ge=0)
-    """Of the adapters' start."""
+    """Standard deviation that the adapters start with."""
     warmup_share: float = Field(0.6, ge=0, le=1)
     """Share of a student's steps before rows are weighted."""
     reweight: bool = True

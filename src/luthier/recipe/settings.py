@@ -64,7 +64,7 @@ class DataSettings(BaseModel):
     """A .jsonl (or .jsonl.gz), .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests;
     or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Of several sources: the share of one in the draws is proportional to (weight * rows)^(1 / temperature)."""
+    """How several sources are mixed: the share of one in the draws is proportional to (weight * rows)^(1 / temperature)."""
     keep: tuple[str, ...] = ()
     """Fields of the training rows that reach the objective: numbers (weight), lists of numbers (soft), texts by the row's key."""
     spans: str | None = None
@@ -124,7 +124,7 @@ class Recipe(TrainSettings):
     model: str
     """A folder, a .gguf file, a Hub id (org/name, org/name@revision), or builtin:smollm2-135m."""
     revision: str | None = None
-    """Of a Hub model."""
+    """Revision of a Hub model: a branch, a tag or a commit."""
     trust_remote_code: bool = False
     """Run the model's own Python code; needs --allow-code on the command line as well."""
     task: SerializeAsAny[Task] = CausalLm()

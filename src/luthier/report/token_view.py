@@ -106,7 +106,7 @@ def save(tokens: Tokens, folder: Path) -> None:
 
 
 def load(folder: Path) -> Tokens:
-    """What was saved; nothing where nothing was."""
+    """The saved tokens; an empty list where none were saved."""
     file = folder / "tokens.json"
     found: Tokens = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     return found

@@ -63,7 +63,7 @@ class Ready:
         return writing_with(lab, recipe.decode)
 
     def results(self, update: str = "none") -> Results:
-        """Of the model as it stands, which is the base with the update of this digest; taken from the cache where it
+        """The results of the model as it stands, which is the base with the update of this digest; taken from the cache where it
         has been measured before."""
         held, recipe = self.data.held, self.recipe
         rows_held = () if held is None else held.rows

@@ -46,7 +46,7 @@ class Data(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of choosing rows."""
+    """What choosing rows took."""
 
     flops: float
     seconds: float

@@ -119,7 +119,7 @@ on_a_gpu = pytest.mark.skipif(
 
 
 def losses(tuner: Example, objective: Example, device: str) -> list[float]:
-    """Of a few steps in float32."""
+    """Losses of a few steps in float32."""
     AcceleratorState._reset_state(reset_partial_state=True)  # a process has one device otherwise
     view = ModelView(tiny().eval().to(device))
     view.layout, _ = probe_layout(view)
@@ -454,7 +454,7 @@ def test_packed_alone_and_padded_give_the_same_loss(objective: Example, layout: 
 
 
 def test_an_objective_in_a_bare_loop_is_the_houses(objective: Example) -> None:
-    """The same loss and gradient as a step of the house's loop on the same rows."""
+    """The same loss and gradient as a step of luthier's loop on the same rows."""
     from luthier.integrations.own_loop import Loss
     from luthier.tuners.full import Full
 
@@ -488,7 +488,7 @@ PADDED["labels"] = torch.where(
 
 
 def padded_rows() -> list[dict[str, Any]]:
-    """The rows of PADDED as the house renders them."""
+    """The rows of PADDED as luthier renders them."""
     out = []
     for k, mask in enumerate(PADDED["attention_mask"].bool()):
         ids, labels = PADDED["input_ids"][k][mask].tolist(), PADDED["labels"][k][mask].tolist()

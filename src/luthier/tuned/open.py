@@ -45,7 +45,7 @@ def state_of(folder: Path) -> dict[str, Any]:
                 f"{folder}: holds an update, and nothing that says how it is used; open it with luthier.load, or peft"
             ) from error
         raise LuthierError(
-            f"{folder}: is no run of ours ({file.name} cannot be read); give the folder a run ended in"
+            f"{folder}: is not a finished run ({file.name} cannot be read); give the folder of one"
         ) from error
     if state.get("state") != "done":
         raise LuthierError(f"{folder}: this run is {state.get('state')}, not done; finish it with luthier run")

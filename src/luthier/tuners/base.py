@@ -37,7 +37,7 @@ class ParamGroup(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Of the window about to be stepped on: mean loss, global gradient norm."""
+    """Numbers of the window that is about to be stepped on: mean loss, global gradient norm."""
 
     loss: float
     grad_norm: float
@@ -67,7 +67,7 @@ def by_decay(params: Iterable[nn.Parameter]) -> list[ParamGroup]:
 
 
 class Tuner(Method):
-    """Chooses what is trained. `attach` is all it takes to use one without the house."""
+    """Chooses what is trained. `attach` is all it takes to use one in a loop of your own."""
 
     def check(self, facts: Facts) -> list[Problem]:
         """With what is known of the model: its layers and their shapes, before any weight."""

@@ -1,4 +1,4 @@
-"""A few entries of a weight as the trained parameter: the one sparse mechanism of the house."""
+"""A few entries of a weight as the trained parameter: luthier's one sparse mechanism."""
 
 from __future__ import annotations
 

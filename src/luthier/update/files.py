@@ -55,7 +55,7 @@ def load(folder: str | Path) -> Update:
             parts.append(restore(entry["kind"], below(f"{i}.", tensors), entry["header"]))
         chart = Chart(header["chart"], below("chart.", tensors)) if header.get("chart") else None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise LuthierError(f"{folder / 'update.json'}: is no update of ours ({error!r})") from error
+        raise LuthierError(f"{folder / 'update.json'}: is not an update that luthier wrote ({error!r})") from error
     if (folder / "adapter_model.safetensors").exists():
         parts += _load_peft(folder)
     return Update(base, tuple(parts), chart)
@@ -99,7 +99,7 @@ def _load_peft(folder: Path) -> list[Part]:
 def _header(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_HEADER:
-            raise LuthierError(f"{file}: is larger than {MAX_HEADER} bytes, so it is no header of ours")
+            raise LuthierError(f"{file}: is larger than {MAX_HEADER} bytes, so it is not a header that luthier wrote")
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise LuthierError(f"{file}: cannot be read ({error})") from error
