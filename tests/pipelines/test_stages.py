@@ -217,6 +217,8 @@ TUNERS = {
     "dora": Peft(options={"r": 2, "use_dora": True}),
 }
 
+FORM = {"lora": "lowrank", "full": "dense", "spiel": "sparse", "dora": "peft"}
+
 
 def live_states(view, monkeypatch):
     """The model's states at the end of each stage, while the stage is still attached."""
@@ -256,6 +258,7 @@ def test_what_another_tuner_goes_on_with_gives_one_update_that_is_the_live_model
     assert all(torch.equal(p, base[n]) for n, p in view.module.named_parameters())
     for i, outcome in enumerate(done.values()):
         assert i == 0 or float((seen[i] - seen[i - 1]).abs().max()) > 1e-4
+        assert {p.kind for p in outcome.update.parts} == {FORM[t] for t in tuners[: i + 1]}
         with outcome.update.bind(view):
             torch.testing.assert_close(view.trace(batch_of()).hidden[-1], seen[i], atol=1e-5, rtol=1e-5)
     save_update(outcome.update, tmp_path, view)
