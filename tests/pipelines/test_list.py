@@ -336,8 +336,8 @@ def lines(file, rows):
 def test_texts_that_differ_in_case_and_space_only_are_one(tmp_path):
     lines(tmp_path / "a.jsonl", [{"text": t} for t in ("A  thing\n", "another", "a Thing!", "STRASSE", "a thing")])
     lines(tmp_path / "b.jsonl", [{"text": t, "label": "x"} for t in ("a thing", "straße", "unlike")])
-    pool, _ = read("a.jsonl", {}, tmp_path, "unlabelled", "pool")
-    labelled, _ = read("b.jsonl", {}, tmp_path, "classification")
+    pool, _ = read("a.jsonl", {}, tmp_path, "pool", shapes=("text",))
+    labelled, _ = read("b.jsonl", {}, tmp_path, shapes=("text and label",))
     assert [r.values["text"] for r in apart(pool, labelled)] == ["another", "a Thing!"]
     assert apart(pool, labelled[2:]) is pool
 

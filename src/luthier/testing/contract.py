@@ -36,6 +36,7 @@ from luthier.objectives.sft import Sft
 from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
+from luthier.tasks.classification import Classification
 from luthier.testing.models import batch_of, labelled_rows, rows_of, tiny, view_of
 from luthier.training.loop import Interrupted, Loop
 from luthier.tuners.adapter import Adapter
@@ -273,7 +274,7 @@ def learns_a_task_head(tuner: Example, kind: str, folder: Path) -> None:
         update={"tokens_per_forward": 20, **(CONSTANT if closure else {"warmup_fraction": 0.0})}
     )
     facts = Facts(
-        "classification", view.layout, STEPS, 4, len(rows), view.module.config, settings, anatomy=view.anatomy
+        Classification.key(), view.layout, STEPS, 4, len(rows), view.module.config, settings, anatomy=view.anatomy
     )
     if refusals := tuner.method.check(facts):
         assert all(" " in p.what for p in refusals)
