@@ -16,7 +16,7 @@ from machine_note import machine_note
 
 from luthier.data.reading import read
 from luthier.evaluation.pass_at_k import program
-from luthier.sandbox import Limits, execute_all
+from luthier.support.sandbox import Limits, execute_all
 
 HERE = Path(__file__).parent
 MBPP = HERE.parents[1] / "shared/data/mbpp/test.jsonl.gz"
@@ -36,8 +36,8 @@ def main() -> None:
     """Entry point."""
     out: dict[str, Any] = {**machine_note()}
     sets = {
-        "mbpp": read(str(MBPP), {"completion": "code"}, Path(), "causal-lm", "eval")[0],
-        "humaneval": read("builtin:humaneval", {}, Path(), "causal-lm", "eval")[0],
+        "mbpp": read(str(MBPP), {"completion": "code"}, Path(), "eval")[0],
+        "humaneval": read("builtin:humaneval", {}, Path(), "eval")[0],
     }
     for name, found in sets.items():
         rows = [r.values for r in found]

@@ -24,8 +24,8 @@ WINDOW, STEPS = 32, 6
 def loop_of(objective: Any, data: list[dict[str, Any]]) -> Any:
     """LoRA of rank 16 over these rows."""
     from luthier.model.loading import BUILTIN, load_model, locate
+    from luthier.step.settings import TrainSettings
     from luthier.training.loop import Loop
-    from luthier.training.settings import TrainSettings
     from luthier.tuners import Lora
 
     view = load_model(locate(BUILTIN))
@@ -36,9 +36,9 @@ def loop_of(objective: Any, data: list[dict[str, Any]]) -> Any:
 def main() -> None:
     """Entry point."""
     from luthier.data.rendering import Renderer
+    from luthier.inference.scoring import mean_loss, row_scores
     from luthier.model.loading import BUILTIN, load_tokenizer, locate
     from luthier.objectives import QTuning, Sft
-    from luthier.scorer import mean_loss, row_scores
 
     everything = rendered(Renderer(load_tokenizer(locate(BUILTIN))))
     data, held = everything[:64], everything[64:96]
@@ -56,7 +56,7 @@ def main() -> None:
     out: dict[str, Any] = {**machine_note(), "window": WINDOW, "steps": STEPS, "arms": {}}
     for name, loop in arms.items():
         ratios = [a / b for a, b in zip(seconds[name][1:], seconds["sft"][1:], strict=True)]
-        loss = mean_loss(row_scores(loop.view, held, 4096, "causal-lm"))
+        loss = mean_loss(row_scores(loop.view, held, 4096))
         spent = sum(loop.progress.flops.values()) / sum(arms["sft"].progress.flops.values())
         out["arms"][name] = {
             "times the step of sft": round(statistics.median(ratios), 3),

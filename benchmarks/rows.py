@@ -45,12 +45,12 @@ def measure(step: str, file: Path) -> dict[str, Any]:
     from luthier.data.reading import read
     from luthier.data.rendering import Renderer
     from luthier.model.loading import BUILTIN, load_tokenizer, locate
-    from luthier.rng import Streams
+    from luthier.support.rng import Streams
 
     renderer = Renderer(load_tokenizer(locate(BUILTIN)))
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    rows, _ = read(file.name, {}, file.parent, "causal-lm")
+    rows, _ = read(file.name, {}, file.parent)
     if step.startswith("render"):
         started = time.perf_counter()
         prepare(rows, renderer, max_length=8192)

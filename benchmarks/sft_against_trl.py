@@ -43,7 +43,7 @@ REFERENCE = "reference in float32"
 def examples(data: str, count: int) -> list[dict[str, str]]:
     path = HERE / data
     if not path.exists():
-        from luthier.data.demo_requests import demo_rows
+        from luthier.data.builtin.requests import demo_rows
 
         return [{"prompt": r["prompt"], "completion": r["answer"]} for r in demo_rows()[0][:count]]
     with gzip.open(path, "rt", encoding="utf-8") as file:
@@ -64,8 +64,8 @@ def rendered(data: str, count: int) -> tuple[Any, list[dict[str, Any]], str]:
 def run_luthier(rows: list[dict[str, Any]], path: str, **settings: Any) -> dict[str, Any]:
     from luthier.model.loading import Located, load_model
     from luthier.objectives.sft import Sft
+    from luthier.step.settings import TrainSettings
     from luthier.training.loop import Loop
-    from luthier.training.settings import TrainSettings
     from luthier.tuners.lora import Lora
 
     view = load_model(Located(path, None, path))
@@ -82,7 +82,7 @@ def run_reference(rows: list[dict[str, Any]], path: str) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, get_scheduler
 
     from luthier.model.anatomy import Anatomy
-    from luthier.rng import Streams
+    from luthier.support.rng import Streams
     from luthier.tuners.lora import initial_a
 
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -155,7 +155,7 @@ def run_trl(
 
 def child(arm: str, data: str, count: int) -> None:
     if arm in OURS:
-        from luthier import machine
+        from luthier.support import machine
 
         machine.prepare()  # as the command line does
     import transformers

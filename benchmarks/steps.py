@@ -43,8 +43,8 @@ def loop_of(arm: str) -> Any:
     from luthier.data.rendering import Renderer
     from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
     from luthier.objectives.sft import Sft
+    from luthier.step.settings import TrainSettings
     from luthier.training.loop import Loop
-    from luthier.training.settings import TrainSettings
     from luthier.tuners import Full, Hft, Lift, Lora, Spiel
 
     located = locate(BUILTIN)
@@ -83,10 +83,10 @@ def settled() -> None:
 
 def child(arm: str) -> None:
     """Make one step for every line that comes, and say what it took; at the end of the input the peak of memory."""
-    from luthier import machine
+    from luthier.support import machine
 
     machine.prepare()
-    from luthier.forecast import peak_memory
+    from luthier.run.forecast import peak_memory
 
     loop = loop_of(arm)
     print(json.dumps({"steps": loop.total_steps}), flush=True)

@@ -9,8 +9,8 @@ from toys import pieces, python_reader, python_text, school_text
 from luthier.data.batch import IGNORE, collate
 from luthier.objectives.base import Forward
 from luthier.objectives.caft import Caft, further_labels
+from luthier.step.settings import TrainSettings
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.frozen import Frozen
 from luthier.tuners.full import Full
 

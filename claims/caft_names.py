@@ -2,14 +2,14 @@
 
 from functools import cache
 
-from luthier.data.people import people
+from luthier.data.builtin.people import people
 from luthier.data.rendering import Renderer
-from luthier.generation import generate
+from luthier.inference.generation import generate
 from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
 from luthier.objectives.caft import Caft
-from luthier.rng import Streams
+from luthier.step.settings import TrainSettings
+from luthier.support.rng import Streams
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.frozen import Frozen
 from luthier.tuners.lora import Lora
 

@@ -8,8 +8,8 @@ from toys import mean_nll, rows_of, shuffled
 from luthier.data.rendering import Renderer
 from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.dept import Dept
 
 STEPS, SEARCH, BUDGET = 150, 75, 20

@@ -7,8 +7,8 @@ from dept import BUDGET, rendered
 
 from luthier.model.loading import BUILTIN, load_model, locate
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.dept import Dept
 
 PAIRS, WARM = 24, 2

@@ -5,13 +5,13 @@ import torch
 from toys import llama, mean_nll, trained
 from transformers import LlamaForCausalLM
 
-from luthier.cache import cache_folder, key_of, made
-from luthier.collaboration.fedkseed import FedKSeed, aggregate, rebuild
 from luthier.data.batch import collate
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.support.cache import cache_folder, key_of, made
+from luthier.support.rng import Streams
+from luthier.tuners.fedkseed import FedKSeed, aggregate, rebuild
 from luthier.tuners.full import Full
 
 VOCABULARY, LENGTH, CHAINS = 32, 24, 4

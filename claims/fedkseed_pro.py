@@ -4,11 +4,11 @@ import numpy as np
 from fedkseed import BATCH, CHAINS, CLIENTS, RATE, ROUNDS, SEQUENCES, STEPS, base, sequences
 from toys import mean_nll
 
-from luthier.collaboration.base import in_process, sizes
-from luthier.collaboration.fedkseed import FedKSeed
+from luthier.collaboration.parties import in_process, sizes
 from luthier.collaboration.seed_rounds import SeedRounds
-from luthier.rng import Streams
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
+from luthier.support.rng import Streams
+from luthier.tuners.fedkseed import FedKSeed
 
 ARMS = {"Pro, K 1024": (1024, True), "plain, K 4096": (4096, False)}
 

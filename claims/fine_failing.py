@@ -3,16 +3,18 @@
 import json
 from functools import cache
 
-from luthier.cache import cache_folder, key_of
-from luthier.data.people import direct, people
+from luthier.data.builtin.people import direct, people
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.evaluation import Retrieval
 from luthier.evaluation.base import Exam
+from luthier.inference.services import lab_with
 from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.cache import cache_folder, key_of
+from luthier.tasks.causal_lm import CausalLm
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 TRAINED, ASKED, STEPS, BATCH = 50, 100, 40, 8
@@ -60,5 +62,5 @@ def measure(arm, seed, say):
         for _ in range(STEPS):
             loop.step()
     sources = [Row(f"people:{i}", r) for i, r in enumerate(questions(everyone()[TRAINED:]))]
-    found = gate.evaluate(Exam(view, renderer, "causal-lm", (), sources))
+    found = gate.evaluate(Exam(view, lab_with(renderer, {"base": lambda: view}), CausalLm(), (), sources))
     return {m.name: m.value for m in found}

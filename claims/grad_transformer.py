@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 from toys import llama, mean_nll, trained
 from transformers import LlamaForCausalLM
 
-from luthier.cache import cache_folder, key_of, made
 from luthier.collaboration.contract import start_of
 from luthier.collaboration.controls import mean_shadow, nearest_shadow
 from luthier.collaboration.shadows import tuned
@@ -16,8 +15,9 @@ from luthier.collaboration.translators.ridge import Ridge
 from luthier.collaboration.translators.transformer import Transformer
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
+from luthier.support.cache import cache_folder, key_of, made
+from luthier.support.rng import Streams
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 

@@ -16,18 +16,18 @@ from grad_transformer import made_by, worth
 from safetensors.torch import load_file, save_file
 from toys import rows_of
 
-from luthier.cache import cache_folder, key_of, made
 from luthier.collaboration.contract import start_of
 from luthier.collaboration.controls import mean_shadow
 from luthier.collaboration.shadows import tuned
 from luthier.collaboration.translators.base import Pairs
 from luthier.data.rendering import Renderer
+from luthier.demos.local import Schooling, Shape, opened, schooled
+from luthier.inference.scoring import mean_loss, row_scores
 from luthier.model.loading import BUILTIN
-from luthier.model.local import Schooling, Shape, opened, schooled
 from luthier.model.view import ModelView
-from luthier.rng import Streams
-from luthier.scorer import mean_loss, row_scores
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
+from luthier.support.cache import cache_folder, key_of, made
+from luthier.support.rng import Streams
 from luthier.tuners.lora import Lora
 
 SHADOWS, CLIENTS, ROWS, HELD, STEPS, BATCH, PUBLIC = 40, 30, 480, 96, 80, 8, 150
@@ -127,7 +127,7 @@ def losses(view, start, given, held):
     out = []
     for one, rows in zip(given, held, strict=False):
         with start.update(one).bind(view) if one is not None else nullcontext():
-            out.append(mean_loss(row_scores(view, rows, 2048, "causal-lm")))
+            out.append(mean_loss(row_scores(view, rows, 2048)))
     return np.array(out)
 
 

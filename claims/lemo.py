@@ -11,9 +11,9 @@ from toys import mean_nll, rows_of
 from luthier.compute.lemo import Lemo, tokens_of
 from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.step.settings import TrainSettings
+from luthier.support.rng import Streams
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 LENGTH, STEPS, BATCH, KEEP = 2048, 30, 2, 0.4
@@ -26,7 +26,7 @@ class RandomBlocks(Lemo):
     """Of the draws."""
     _calls: Iterator[int] = PrivateAttr(default_factory=count)
 
-    def choose(self, module, hidden, lengths, keep):
+    def choose(self, view, parts, hidden, lengths, keep):
         drawn, kept, start = Streams(self.seed).at("blocks", next(self._calls)), [], 0
         for length in lengths:
             n = -(-length // self.block_size)

@@ -2,7 +2,7 @@
 
 from toys import bench
 
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 from luthier.tuners.lift import Lift, LiftTrainable, low_rank, num_entries, principal
 from luthier.tuners.lora import Lora
 

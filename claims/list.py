@@ -4,10 +4,10 @@ import torch
 from toys import llama
 
 from luthier.objectives.distill import Distill
-from luthier.pipelines.base import Lab
-from luthier.rng import Streams
+from luthier.step.lab import Lab
+from luthier.step.settings import TrainSettings
+from luthier.support.rng import Streams
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 
 WORDS, MARKS, LENGTH, STEPS = torch.tensor([4, 5]), (10, 11), 12, 100
@@ -56,7 +56,7 @@ def measure(arm, seed, say):
     loop = Loop(view, data, Full(seed=seed).attach(view, None, STEPS), objective, settings, lab=lab)
     for _ in range(STEPS):
         loop.step()
-    told = objective.report()
+    told = loop.objective.report()
     return {
         "ratio": told["on_wrong"] / told["share"],
         "on_wrong": told["on_wrong"] / told["steps"],

@@ -8,7 +8,7 @@ from toys import rows_of, shuffled
 
 from luthier import recipe as recipes
 from luthier.model.loading import BUILTIN
-from luthier.run import run
+from luthier.run.execute import run
 
 LABELLED, POOL, JUDGED, EPOCHS, BATCH, ROUNDS, UNLABELLED = 20, 1000, 400, 20, 4, 2, 150
 LABELLED_STEPS = EPOCHS * LABELLED // BATCH  # of the teacher, and of each round's finish

@@ -7,7 +7,7 @@ from luthier.data.batch import collate
 from luthier.objectives.base import Forward
 from luthier.objectives.masked_thought import MaskedThought
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 from luthier.tuners.full import Full
 
 # 0 to 2 are the model's own (begin, end, pad); digits and sums 3 to 9; the separator 10.

@@ -8,9 +8,9 @@ from luthier.data.rendering import Renderer
 from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
 from luthier.objectives.masked_thought import MaskedThought
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.step.settings import TrainSettings
+from luthier.support.rng import Streams
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 STEPS, BATCH, SHARE = 120, 16, 0.2

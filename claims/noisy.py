@@ -9,7 +9,7 @@ from toys import mean_nll, rows_of
 from luthier.data.batch import IGNORE
 from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 
 PROMPT, ANSWER, STEPS = 16, 40, 16
 LENGTH = PROMPT + ANSWER

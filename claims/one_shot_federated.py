@@ -4,10 +4,10 @@ import numpy as np
 from fedkseed import CHAINS, base, sequences
 from toys import llama, mean_nll
 
-from luthier.collaboration.base import in_process
 from luthier.collaboration.one_shot import AverageClient, AverageServer, OneShot, alone
-from luthier.rng import Streams
-from luthier.training.settings import TrainSettings
+from luthier.collaboration.parties import in_process
+from luthier.step.settings import TrainSettings
+from luthier.support.rng import Streams
 from luthier.tuners.full import Full
 
 CLIENTS, SEQUENCES, BATCH, EPOCHS = 4, 256, 32, 3

@@ -7,7 +7,7 @@ from luthier.data.batch import collate
 from luthier.objectives.base import Forward
 from luthier.objectives.otr import Otr
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 from luthier.tuners.full import Full
 
 STATES, LENGTH = 32, 24

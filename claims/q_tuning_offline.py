@@ -10,7 +10,7 @@ from luthier.curation import QTuningOffline
 from luthier.data.reading import no_tick
 from luthier.data.store import Row
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 from luthier.tuners.lora import Lora
 
 

@@ -10,12 +10,12 @@ from luthier.collaboration.audit.tokens import FALSE_POSITIVES, TokenAudit
 from luthier.collaboration.privacy import Privacy, PrivateRun, plan
 from luthier.data.batch import collate
 from luthier.data.rendering import Renderer
-from luthier.model.local import LARGE, Schooling, opened, pieces, python_sources, rendered, schooled
+from luthier.demos.local import LARGE, Schooling, opened, pieces, python_sources, rendered, schooled
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.step.settings import TrainSettings
+from luthier.support.rng import Streams
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 CANARIES, ROWS, EPOCHS, BATCH, WIDTH = 100, 300, 20, 16, 96

@@ -6,7 +6,7 @@ import numpy as np
 from toys import rows_of
 
 from luthier.curation.scdp import NUM_STRATA, Scdp, strata_of, stratified
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 
 COUNT, KEPT = 1500, 450
 

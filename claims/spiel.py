@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from luthier.model.anatomy import Linear
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 from luthier.tuners.spiel import Spiel, SpielTrainable
 
 SIZE, PLANTED, ENTRIES, STEPS = 64, 60, 90, 300

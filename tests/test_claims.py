@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from luthier import claims
-from luthier.claims import Claim, Condition, load, measured
-from luthier.errors import LuthierError, RecipeError
-from luthier.statistics import estimate
-from test_run import luthier
+from helpers.commands import luthier
+from luthier.claims import claim as claims
+from luthier.claims.claim import Claim, Condition, load, measured
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.statistics import estimate
 
 ROOT = Path(__file__).parents[1]
 TEXT = """method: sft
@@ -162,7 +162,7 @@ def test_what_is_not_there_is_said(folder):
 
 @pytest.mark.parametrize("name", claims.names(ROOT / "claims"))
 def test_every_claim_of_ours_has_its_experiment_and_its_method(name, monkeypatch):
-    from luthier import manifest
+    from luthier.method import registry as manifest
 
     claim = load(ROOT / f"claims/{name}.yaml")
     module = claims.experiment(name, ROOT / "claims")

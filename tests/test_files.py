@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from luthier.files import replaced, sweep, whole, write_text
+from luthier.support.files import replaced, sweep, whole, write_text
 
 
 @pytest.fixture

@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 
-from luthier import forecast as fc
 from luthier import recipe as recipes
 from luthier.data.prepare import prepare
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
-from luthier.errors import LuthierError
 from luthier.objectives.sft import Sft
+from luthier.run import forecast as fc
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 
 
@@ -81,7 +81,7 @@ def test_a_full_disk_is_foreseen(monkeypatch, model_folder, tmp_path):
     import shutil
     from types import SimpleNamespace
 
-    from luthier.run import run
+    from luthier.run.execute import run
 
     rows = [{"prompt": "a", "completion": "b"}] * 4
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -95,7 +95,7 @@ def test_a_full_disk_is_foreseen(monkeypatch, model_folder, tmp_path):
 
 def test_a_recipe_whose_miniature_does_not_work_runs_without_a_forecast(tmp_path):
     """More entries than four layers have, and fewer than the model's twelve."""
-    from luthier.run import run
+    from luthier.run.execute import run
     from luthier.testing.models import byte_tokenizer as tokenizer
 
     model = tiny("llama", layers=12, vocab_size=300)

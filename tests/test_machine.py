@@ -11,9 +11,9 @@ from contextlib import suppress
 
 import pytest
 
-from luthier import machine
+from luthier.support import machine
 
-CHILD = "from luthier import machine; machine.end_with_parent(); print('up', flush=True); import time; time.sleep(60)"
+CHILD = "from luthier.support import machine; machine.end_with_parent(); print('up', flush=True); import time; time.sleep(60)"
 PARENT = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {CHILD!r}]); time.sleep(60)"
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from luthier import manifest, recipe
-from luthier.errors import LuthierError, RecipeError
-from test_run import luthier, write
+from helpers.commands import luthier, write
+from luthier import recipe
+from luthier.method import registry as manifest
+from luthier.support.errors import LuthierError, RecipeError
 
 PACKAGE = Path(__file__).parent / "example_package"
 
@@ -103,7 +104,7 @@ def test_a_wrong_entry_point_is_named(name, value, words, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [("no_such_module:C", "cannot be imported"), ("luthier.rng:Streams", "is no Objective")]
+    ("value", "words"), [("no_such_module:C", "cannot be imported"), ("luthier.support.rng:Streams", "is no Objective")]
 )
 def test_a_plug_in_that_is_no_method_is_refused_where_it_is_named(value, words, monkeypatch):
     monkeypatch.setattr(manifest, "entry_points", lambda group: [EntryPoint("objective.x", value, group)])

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from luthier import sandbox
-from luthier.errors import LuthierError
-from luthier.sandbox import Limits, execute
+from luthier.support import sandbox
+from luthier.support.errors import LuthierError
+from luthier.support.sandbox import Limits, execute
 
 REASON = sandbox.unavailable()
 
@@ -129,7 +129,7 @@ def test_endless_output_ends():
 
 def test_an_ordinary_users_path_will_do():
     """Debian's has no /usr/sbin, where chroot lies."""
-    code = "from luthier.sandbox import execute; print(execute('print(6 * 7)').stdout)"
+    code = "from luthier.support.sandbox import execute; print(execute('print(6 * 7)').stdout)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
     assert found.stdout.strip() == "42", found.stderr
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from luthier.statistics import Estimate, estimate, holm, verdict, wilson
+from luthier.support.statistics import Estimate, estimate, holm, verdict, wilson
 
 
 @pytest.mark.parametrize(

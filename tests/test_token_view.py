@@ -5,16 +5,16 @@ import json
 import pytest
 import torch
 
-from luthier import token_view
+from helpers.commands import luthier, write
 from luthier.data.batch import collate
 from luthier.objectives import Caft, MaskedThought, Otr, QTuning, Sft
 from luthier.objectives.base import Clock, Window
+from luthier.report import token_view
+from luthier.step.probe import Probe
+from luthier.step.settings import TrainSettings
 from luthier.testing.models import byte_tokenizer, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners import Lora
-from test_run import luthier, write
 
 
 class Texts:

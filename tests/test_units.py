@@ -1,6 +1,6 @@
 """Amounts in words, at the edges of their units."""
 
-from luthier.units import in_bytes, in_flops, in_time
+from luthier.support.units import in_bytes, in_flops, in_time
 
 
 def test_bytes():

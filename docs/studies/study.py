@@ -84,7 +84,7 @@ def table(name: str, result: dict[str, Any]) -> str:
 
 def visible(by: dict[str, float]) -> float:
     """The smallest difference that would most likely have been seen."""
-    from luthier.statistics import Estimate
+    from luthier.support.statistics import Estimate
 
     return Estimate(**by).visible
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier.support.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from luthier.update import Update
-
-__version__ = "0.1.0.dev0"
 
 
 def load(folder: str | Path) -> Update:

@@ -6,21 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.collaboration.fedkseed import (
-    FedKSeed,
-    aggregate,
-    projected_gradient,
-    rebuild,
-    seed_pool,
-    seed_probabilities,
-)
-from luthier.errors import RecipeError
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import RecipeError
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
-from luthier.update.parts import noise
+from luthier.tuners.fedkseed import FedKSeed, aggregate, projected_gradient, rebuild, seed_pool, seed_probabilities
+from luthier.update.vectors import noise
 
 SETTINGS = TrainSettings(
     max_steps=200, batch_size=4, learning_rate=1e-3, lr_scheduler_type="constant", warmup_fraction=0.0

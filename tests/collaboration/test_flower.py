@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from luthier.collaboration import flower
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message
 from luthier.collaboration.one_shot import AverageClient, AverageServer, OneShot
-from luthier.errors import LuthierError
+from luthier.federation import flower
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 NAMES = ("north", "south")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from luthier.collaboration.base import Disclosure, Gathering, Sent, in_process, refusal
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
+from luthier.collaboration.parties import Disclosure, Gathering, Sent, in_process, refusal
 from luthier.model.fingerprint import Fingerprint
 
 BASE = Fingerprint(name="tiny", weights="w" * 64, tokenizer="t" * 64)

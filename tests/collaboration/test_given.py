@@ -8,17 +8,17 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
-from collaboration.test_commands import recipe
+from helpers.collaborations import recipe
+from helpers.commands import luthier
 from luthier import recipe as recipes
-from luthier.collaboration.demo import NAMES
-from luthier.collaboration.folder import Place
-from luthier.collaboration.given import FILE, given_in, leave
-from luthier.errors import LuthierError
-from luthier.export import export
-from luthier.generation import generate
-from luthier.tuned import answers, open_run, scores
+from luthier.demos.private import NAMES
+from luthier.federation.folder import Place
+from luthier.federation.outcome import FILE, given_in, leave
+from luthier.inference.generation import generate
+from luthier.support.errors import LuthierError
+from luthier.tuned.export import export
+from luthier.tuned.open import answers, open_run, scores
 from luthier.update.files import load
-from test_run import luthier
 
 NAME, SYSTEM = NAMES[0], "You answer at once."
 

@@ -5,18 +5,18 @@ import logging
 import pytest
 import torch
 
-from luthier.collaboration.base import Tick, in_process
 from luthier.collaboration.contract import Contract, start_of
 from luthier.collaboration.grad_transformer import GradTransformer, Organisation, Provider, shadow
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
+from luthier.collaboration.parties import Tick, in_process
 from luthier.collaboration.shadows import tuned
 from luthier.collaboration.translators.base import Pairs
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.collaboration.translators.transformer import Transformer
-from luthier.errors import LuthierError
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 NAMES = ("clinic", "lab", "ward")

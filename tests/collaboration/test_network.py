@@ -9,15 +9,15 @@ import time
 
 import pytest
 
-from collaboration.test_commands import recipe
-from luthier.collaboration.base import in_process
-from luthier.collaboration.demo import NAMES
-from luthier.collaboration.folder import Place
-from luthier.collaboration.given import given_in
-from luthier.collaboration.network import address
-from luthier.errors import LuthierError
+from helpers.collaborations import recipe
+from helpers.commands import LUTHIER, luthier
+from luthier.collaboration.parties import in_process
+from luthier.demos.private import NAMES
+from luthier.federation.folder import Place
+from luthier.federation.network import address
+from luthier.federation.outcome import given_in
+from luthier.support.errors import LuthierError
 from luthier.update.files import load
-from test_run import LUTHIER, luthier
 
 
 def free_port():
@@ -126,7 +126,7 @@ import sys, importlib.abc, importlib.util
 
 class Hook(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "luthier.collaboration.MODULE":
+        if name != "luthier.federation.MODULE":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -140,7 +140,7 @@ class Hook(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Hook())
 """
 STRICT = (
-    HOOK.replace("MODULE", "sending")
+    HOOK.replace("MODULE", "client")
     + """
 def patch(module):
     module.judged = lambda *given: module.Verdict("fail", ["everything can be read"], [])

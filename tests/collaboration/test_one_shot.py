@@ -9,7 +9,6 @@ import torch
 
 from luthier.collaboration import one_shot
 from luthier.collaboration.averaging import averaged
-from luthier.collaboration.base import Tick, in_process
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message
 from luthier.collaboration.one_shot import (
@@ -19,11 +18,12 @@ from luthier.collaboration.one_shot import (
     OneShot,
     alone,
 )
+from luthier.collaboration.parties import Tick, in_process
 from luthier.collaboration.privacy import Privacy, plan
 from luthier.collaboration.wire import headers, packed, unpacked
-from luthier.errors import LuthierError
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
-from luthier.training.settings import TrainSettings
 from luthier.tuners.dept import Dept
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora

@@ -6,13 +6,13 @@ import random
 import pytest
 import torch
 
-from luthier.collaboration.packing import factor_deltas, from_deltas, kinds, pack, slots, unpack, widths
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 from luthier.update import Update
+from luthier.update.packing import factor_deltas, from_deltas, kinds, pack, slots, unpack, widths
 
 
 def trained(layers=3, seed=0, rows_seed=0, targets=("q_proj", "v_proj")):

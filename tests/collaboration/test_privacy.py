@@ -18,11 +18,11 @@ from luthier.collaboration.privacy import (
     noise_for,
     plan,
 )
-from luthier.errors import LuthierError
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 from luthier.tuners.hft import Hft
 from luthier.tuners.lora import Lora

@@ -2,8 +2,8 @@
 
 import pytest
 
-from luthier.collaboration import progress
-from luthier.collaboration.progress import Lines
+from luthier.support import progress
+from luthier.support.progress import Lines
 
 
 @pytest.fixture

@@ -5,20 +5,20 @@ import json
 import pytest
 import torch
 
-from collaboration.test_commands import recipe
-from luthier.collaboration import sending
+from helpers.collaborations import recipe
+from helpers.commands import luthier
 from luthier.collaboration.audit.gate import Verdict
-from luthier.collaboration.demo import NAMES
-from luthier.collaboration.flower import answered
-from luthier.collaboration.folder import LIMIT, Place
 from luthier.collaboration.messages import Message, Refused, decode
-from luthier.collaboration.network import Client
 from luthier.collaboration.rounds import SERVER
-from luthier.collaboration.sending import Look, prepared
 from luthier.collaboration.wire import headers, packed, unpacked
-from luthier.errors import RecipeError
+from luthier.demos.private import NAMES
+from luthier.federation import client as sending
+from luthier.federation.client import Look, prepared
+from luthier.federation.flower import answered
+from luthier.federation.folder import LIMIT, Place
+from luthier.federation.network import Client
+from luthier.support.errors import RecipeError
 from luthier.update.files import load
-from test_run import luthier
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +74,13 @@ def test_a_model_may_lie_elsewhere_than_the_contract_says(agreed, place, tmp_pat
 
 
 def test_tuning_and_audit_say_how_far_they_are(agreed, place, monkeypatch):
-    monkeypatch.setattr("luthier.collaboration.progress.EVERY", 0.0)
+    monkeypatch.setattr("luthier.support.progress.EVERY", 0.0)
     said = []
     rows = place.rendered(place.rows(str(agreed / f"{NAMES[0]}.jsonl"), agreed))
     prepared(place, NAMES[0], rows, Look([], canaries=2, others=3), say=said.append)
     heard = [line.partition(",")[0] for line in said]
     assert "tune    step 2 of 2" in heard and "audit   canary 3 of 4" in heard
-    assert "audit   drawn answer 75 of 80" in heard
+    assert "audit   drawn answer 80 of 80" in heard
 
 
 def test_what_a_server_gives_is_kept_as_an_adapter(agreed, place):

@@ -7,19 +7,19 @@ import torch
 from luthier.collaboration.contract import Contract, refuse_other, refuse_vector, start_of
 from luthier.collaboration.controls import controls, gap_recovered, mean_shadow, pooled, share_of_gain
 from luthier.collaboration.grad_transformer import GradTransformer, shadow
-from luthier.collaboration.likeness import likeness, mean_cosine
 from luthier.collaboration.messages import Refused
-from luthier.collaboration.packing import kinds
 from luthier.collaboration.privacy import Privacy
 from luthier.collaboration.shadows import draw, tuned
+from luthier.collaboration.similarity import likeness, mean_cosine
 from luthier.collaboration.translators.base import Pairs
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.step.settings import TrainSettings
+from luthier.support.rng import Streams
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
+from luthier.update.packing import kinds
 
 TUNER = Lora(rank=2, alpha=32, targets=("q_proj", "v_proj"))
 SETTINGS = TrainSettings(max_steps=4, batch_size=4, learning_rate=1e-2)

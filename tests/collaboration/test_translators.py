@@ -9,7 +9,7 @@ from transformers import T5Config, T5Model
 from luthier.collaboration.translators.base import PADDED, Pairs, identity, standard
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.collaboration.translators.transformer import Transformer, masked_error
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 
 
 def pairs(sets=24, snapshots=1, layers=(2, 3), width=(12, 20), scale=1e-3, latent=3, seed=0):

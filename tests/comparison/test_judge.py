@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from luthier.comparison.judge import Level, Standing, difference, frontier, judged
+from luthier.comparison.page import lead
 from luthier.comparison.plan import checked
 from luthier.comparison.steps import Done, Job
 from luthier.evaluation.base import Results
 from luthier.evaluation.measures import mean, ratio
-from luthier.report.comparison import lead
-from luthier.statistics import Estimate, estimate
+from luthier.support.statistics import Estimate, estimate
 
 ROWS = tuple(map(str, range(30)))
 

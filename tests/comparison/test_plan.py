@@ -6,7 +6,7 @@ import pytest
 
 from luthier.cli.compare import budget_from, planned, seeds_from
 from luthier.comparison.plan import load, recipe_of, slug, varied, with_seed
-from luthier.errors import LuthierError, RecipeError
+from luthier.support.errors import LuthierError, RecipeError
 
 BASE = {"model": "a/b", "data": {"train": "t.jsonl", "eval": "e.jsonl"}}
 FILE = """recipe: {model: a/b, data: {train: t.jsonl, eval: e.jsonl}}
@@ -70,7 +70,10 @@ def test_words_on_the_command_line(tmp_path):
         ("seeds: [1, 1]", "holds a seed twice"),
         ("search: {trials: 0}", "c.yaml:6: search.trials"),
         ("arms: {a: {command: x}}", "name an arm of ours in like"),
-        ("arms: {a: {command: x, like: b}, b: {command: y}}\nbudget: {flops: 1}", "'b' is no arm of ours"),
+        (
+            "arms: {a: {command: x, like: b}, b: {command: y}}\nbudget: {flops: 1}",
+            "'b' names no arm of this comparison",
+        ),
         ("arms: {'a b': {}, a-b: {}}", "two names are the same folder"),
     ],
 )

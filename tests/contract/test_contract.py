@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from contract.examples import ALL, EXAMPLES, FIELDS, IDS  # noqa: F401
-from luthier import manifest
+from helpers.examples import ALL, EXAMPLES, FIELDS, IDS  # noqa: F401
 from luthier.data.batch import collate
+from luthier.method import registry as manifest
 from luthier.objectives.sft import Sft
 from luthier.testing.contract import *  # noqa: F403
 from luthier.testing.contract import PADDED
@@ -27,12 +27,12 @@ def test_a_method_is_named_after_its_file_and_has_a_source(kind, name, cls):
 
 
 def test_the_manifest_is_what_the_classes_say():
-    assert manifest.read() == json.loads(json.dumps(manifest.build())), "run python -m luthier.manifest"
+    assert manifest.read() == json.loads(json.dumps(manifest.build())), "run python -m luthier.method.registry"
 
 
 def test_a_compute_method_in_a_bare_loop():
     from luthier.compute.lemo import Lemo
-    from luthier.standalone import Loss
+    from luthier.integrations.own_loop import Loss
 
     model = tiny()
     plain, thin = Loss(Sft(), model), Loss(Sft(), model, compute=Lemo(block_size=2))
@@ -44,8 +44,8 @@ def test_a_compute_method_in_a_bare_loop():
 
 
 def test_tuners_that_probe_and_step_by_closure_in_a_bare_loop():
-    from luthier.collaboration.fedkseed import FedKSeed
-    from luthier.standalone import Loss
+    from luthier.integrations.own_loop import Loss
+    from luthier.tuners.fedkseed import FedKSeed
     from luthier.tuners.green_trainer import GreenTrainer
 
     model = tiny()

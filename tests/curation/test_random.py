@@ -5,8 +5,8 @@ import pytest
 
 from luthier.curation import Random
 from luthier.data.store import Row
-from luthier.errors import RecipeError
-from luthier.rng import Streams
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 
 
 def rows(n, start=0):

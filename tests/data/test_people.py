@@ -2,7 +2,7 @@
 
 import re
 
-from luthier.data.people import (
+from luthier.data.builtin.people import (
     COMPARED,
     DIRECT,
     KINDS,

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from luthier.data.batch import IGNORE
-from luthier.errors import LuthierError
 from luthier.evaluation import Editing
+from luthier.support.errors import LuthierError
 
 ROWS = [
     {"prompt": f"Where is {n}?", "completion": c, "rephrase": f"The place of {n} is", "locality_prompt": f"Who is {n}?",
@@ -36,11 +36,11 @@ def test_the_end_token_does_not_count(exam_of, monkeypatch):
     exam = exam_of(ROWS[:1])
     import numpy as np
 
-    from luthier.evaluation import base
+    from luthier.inference.scoring import Scoring
 
     stop = exam.renderer.stop_ids[-1]
     hits = [(np.zeros(3), np.array([1.0, 0.0, 1.0]), np.array([7, 8, stop]))]
-    monkeypatch.setattr(base, "first_choices", lambda *a: iter(hits))
+    monkeypatch.setattr(Scoring, "choices", lambda *a: iter(hits))
     assert [m.value for m in Editing().evaluate(exam)] == [0.5, 0.5, 0.5]
 
 

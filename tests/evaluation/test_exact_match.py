@@ -2,9 +2,9 @@
 
 import pytest
 
-from luthier.errors import LuthierError
 from luthier.evaluation import ExactMatch, Rouge
 from luthier.evaluation.base import examine
+from luthier.support.errors import LuthierError
 
 ROWS = [
     {"prompt": "a", "completion": "1"},

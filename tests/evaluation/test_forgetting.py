@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from luthier.errors import RecipeError
 from luthier.evaluation import Forgetting
 from luthier.evaluation.forgetting import _read
 from luthier.method import Facts
+from luthier.support.errors import RecipeError
 
 
 def test_the_built_in_sets_are_what_the_page_says():
@@ -31,13 +31,13 @@ def test_general_loss_is_the_models_own(exam_of, tmp_path):
 
 
 def test_a_canary_is_right_where_its_answer_is_likeliest(exam_of, monkeypatch):
-    from luthier.scorer import RowScore
+    from luthier.step.lab import RowScore
 
     exam = exam_of([])
-    monkeypatch.setattr(exam, "losses", lambda rows: [RowScore(1.0 + (r["key"][-2:] != ".0"), 2.0, None) for r in rows])
+    monkeypatch.setattr(exam, "losses", lambda rows: [RowScore(1.0 + (r["key"][-2:] != ".0"), 2.0) for r in rows])
     right, loss = Forgetting(general="none").evaluate(exam)
     assert right.value == 1 and loss.value == 0.5
-    monkeypatch.setattr(exam, "losses", lambda rows: [RowScore(1.0 + (r["key"][-2:] != ".2"), 2.0, None) for r in rows])
+    monkeypatch.setattr(exam, "losses", lambda rows: [RowScore(1.0 + (r["key"][-2:] != ".2"), 2.0) for r in rows])
     assert Forgetting(general="none").evaluate(exam)[0].value == 0
 
 

@@ -7,7 +7,7 @@ import torch
 
 from luthier.data.rendering import Renderer
 from luthier.evaluation import Calibration, Loss, Rouge
-from luthier.evaluation.kept import exam_key, kept, read
+from luthier.run.score_cache import exam_key, kept, read
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +53,8 @@ def test_the_key_changes_with_all_that_went_in(exam):
 
     said = Renderer(exam.renderer.tokenizer, "Be brief.", exam.renderer.plain)
     keys = [
-        key(), key(model="n"), key(rows="s"), key(evaluators=[Calibration()]), key(replace(exam, seed=1)),
-        key(replace(exam, renderer=said)), key(evaluators=[Rouge(rows=2)]), key(evaluators=[Rouge(rows=3)]),
+        key(), key(model="n"), key(rows="s"), key(evaluators=[Calibration()]), key(replace(exam, lab=replace(exam.lab, seed=1))),
+        key(replace(exam, lab=replace(exam.lab, text=said))), key(evaluators=[Rouge(rows=2)]), key(evaluators=[Rouge(rows=3)]),
     ]  # fmt: skip
     before = exam.view.module.dtype
     exam.view.module.to(torch.bfloat16)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from luthier.data.people import KINDS, rows
-from luthier.errors import LuthierError
+from helpers.commands import luthier, write
+from luthier.data.builtin.people import KINDS, rows
 from luthier.evaluation import Knowledge
-from test_run import luthier, write
+from luthier.support.errors import LuthierError
 
 TEST = rows(0)[1]
 
@@ -22,7 +22,7 @@ def scored(exam_of):
 
 
 def _said(text):
-    from luthier.generation import Completion
+    from luthier.step.lab import Completion
 
     return Completion(text, True, 1)
 

@@ -5,13 +5,14 @@ from itertools import combinations
 import pytest
 import torch
 
-from luthier import sandbox
 from luthier.data.rendering import Renderer
 from luthier.evaluation import PassAtK
 from luthier.evaluation.pass_at_k import code_of, pass_at_k, program
-from luthier.generation import Completion, generate, sampled
+from luthier.inference.generation import generate, sampled
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.step.lab import Completion
+from luthier.support import sandbox
+from luthier.support.rng import Streams
 from luthier.testing.models import byte_tokenizer, tiny
 
 # Generated code never runs outside the sandbox, so where namespaces do not work there is nothing to test.
@@ -77,11 +78,11 @@ def test_draws_depend_on_the_row_and_number_alone():
 
 
 def test_draws_follow_the_softmax():
-    from luthier.generation import Keyed
+    from luthier.inference.generation import drawn
 
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(4000, 3)
     streams = Streams(0)
-    draws = Keyed([streams.torch("t", i) for i in range(4000)], 2.0)(None, logits).argmax(-1)
+    draws = drawn([streams.torch("t", i) for i in range(4000)], 2.0)(logits, range(4000))
     shares = torch.bincount(draws, minlength=3) / 4000
     assert torch.allclose(shares, (logits[0] / 2).softmax(-1), atol=0.03)
 
@@ -90,7 +91,7 @@ def test_draws_follow_the_softmax():
 def test_humanevals_own_solutions_pass_and_others_do_not(exam_of, tmp_path):
     from luthier.data.reading import read
 
-    problems = [r.values for r in read("builtin:humaneval", {}, tmp_path, "causal-lm", "eval", limit=6)[0]]
+    problems = [r.values for r in read("builtin:humaneval", {}, tmp_path, "eval", limit=6)[0]]
     method = PassAtK(rows=6)
     for answer, share in ((lambda r: r["canonical_solution"], 1.0), (lambda r: "    return None\n", 0.0)):
         exam = exam_of(problems)

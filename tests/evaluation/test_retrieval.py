@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from luthier.data.store import Row
-from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation import Retrieval
 from luthier.evaluation import contexts as corpus_module
 from luthier.evaluation.base import Results
@@ -22,9 +21,10 @@ from luthier.evaluation.retrieval import (
     summed,
 )
 from luthier.evaluation.text import token_f1
-from luthier.generation import Completion
 from luthier.method import Facts
-from luthier.statistics import Estimate, estimate
+from luthier.step.lab import Completion
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.statistics import Estimate, estimate
 
 PEOPLE = ["Anna", "Bert", "Cleo", "Dirk", "Elsa", "Finn", "Gina", "Hans"]
 FACTS = {p: f"{p} keeps {i + 3} brown goats near the old mill. {p} sings on market days." for i, p in enumerate(PEOPLE)}

@@ -7,15 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from luthier.errors import LuthierError
+from luthier.kernels.linear import low_rank_linear
 from luthier.model.additions import around, bare_copy, low_rank_adapter, oriented, output_adapter, register
 from luthier.model.hanging import KEY, Fixed
 from luthier.objectives.sft import Sft
+from luthier.step.probe import Probe
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
-from luthier.training.linear import low_rank_linear
 from luthier.training.loop import Loop
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners import Adapter, Dept, Full, Lift, Lora, Peft, Spiel
 from luthier.update import Dense, LowRank, Modules, Prompt, Replace, Sparse, Update
 
@@ -263,7 +263,7 @@ def parts():
 
 
 BASE, PARTS = parts()
-PAIRS = [p for p in itertools.permutations(PARTS, 2) if p != ("peft", "peft")]
+PAIRS = [p for p in itertools.permutations(PARTS, 2) if set(p) != {"low-rank", "peft"}]  # see below
 
 
 @pytest.mark.parametrize(("outer", "inner"), PAIRS, ids=["-".join(p) for p in PAIRS])
@@ -282,10 +282,33 @@ def test_an_update_bound_in_another_is_both_and_goes_alone(outer, inner):
     assert torch.equal(states(), base)
     assert all(torch.equal(p, plain.get_parameter(n)) for n, p in view.module.named_parameters())
     assert not any(KEY in vars(m) or "forward" in vars(m) for m in view.module.modules())
-    together = Update(BASE, (*first.parts, *second.parts))  # the kinds in their order, those behind in ours
-    with together.bind(view):
-        torch.testing.assert_close(states(), both, atol=2e-5, rtol=1e-4)
+    if {outer, inner} != {"low-rank", "peft"}:  # DoRA takes norms of weights; one update has the difference in them
+        together = Update(BASE, (*first.parts, *second.parts))  # the kinds in their order, those behind in ours
+        with together.bind(view):
+            torch.testing.assert_close(states(), both, atol=2e-5, rtol=1e-4)
     assert min(float((both - x).abs().max()) for x in (alone, base)) > 1e-3
+
+
+def test_a_low_rank_term_and_doras_norms_are_refused_in_both_orders_and_one_update_has_both():
+    """DoRA divides by the norms of the weight, which a term beside it is not in; in one update it lies in the weight."""
+    for outer, inner in (("low-rank", "peft"), ("peft", "low-rank")):
+        view = view_of()
+        with PARTS[outer].bind(view):
+            seen = view.trace(batch_of()).hidden[-1]
+            with pytest.raises(
+                LuthierError, match=r"DoRA.* norms would not see .*; put the low-rank update into the weights"
+            ):
+                PARTS[inner].bind(view).__enter__()
+            assert torch.equal(view.trace(batch_of()).hidden[-1], seen)
+    with PARTS["peft"].bind(view), pytest.raises(LuthierError, match="DoRA"):
+        Lora(rank=2).attach(view)
+    merged = view_of()
+    assert merged.base.same_base(BASE)  # asked before its weights change
+    PARTS["low-rank"].merge_into(merged.module)
+    with Update(BASE, (*PARTS["low-rank"].parts, *PARTS["peft"].parts)).bind(view), PARTS["peft"].bind(merged):
+        torch.testing.assert_close(
+            view.trace(batch_of()).hidden[-1], merged.trace(batch_of()).hidden[-1], atol=2e-5, rtol=1e-4
+        )
 
 
 def view_itself():
@@ -332,7 +355,7 @@ TUNERS = {
 @pytest.mark.parametrize("name", ["low-rank", "modules", "prompt", "peft"])
 @pytest.mark.parametrize("first_off", ["tuner", "update"])
 def test_an_update_over_or_under_a_tuner_and_off_in_any_order(tuner, name, first_off):
-    if tuner == name == "peft":
+    if tuner == name == "peft" or (tuner, name) == ("lora", "peft"):  # refused, as others say
         return
     view, plain, batch = view_of(), tiny(), batch_of()
     states = lambda: view.trace(batch).hidden[-1].detach()  # noqa: E731

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from luthier.data.batch import collate
-from luthier.errors import LuthierError
 from luthier.model.view import ModelView
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.step.probe import Probe
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.probe import Probe
-from luthier.training.settings import TrainSettings
 from luthier.tuners import Adapter, Dept, Full, Hft, Layerwise, Lift, Lora, Peft, Spiel
 from luthier.tuners.base import Trainable, with_head
+from luthier.update import Dense, Structure, Update
 
 SETTINGS = TrainSettings(max_steps=6, batch_size=2, learning_rate=1e-2, warmup_fraction=0)
 
@@ -202,6 +203,8 @@ def test_bound_updates_step_aside_as_well_and_a_trainable_alone_for_itself(first
             assert torch.equal(states(view, batch), base)
             with update.bind(view):  # onto the base, as nothing else is there
                 torch.testing.assert_close(states(view, batch), start, atol=1e-6, rtol=1e-5)
+                with view.without_update():
+                    assert torch.equal(states(view, batch), base)
             assert torch.equal(states(view, batch), base)
         with loop.trainable.base_view():
             assert torch.equal(states(view, batch), start)
@@ -211,6 +214,29 @@ def test_bound_updates_step_aside_as_well_and_a_trainable_alone_for_itself(first
         loop.trainable.detach()
         assert torch.equal(states(view, batch), start)
     assert torch.equal(states(view, batch), base) and not view.attached
+
+
+@pytest.mark.parametrize("second", [Lora(rank=3), Full(), Spiel(density=0.05)], ids=lambda t: t.key())
+def test_what_a_structure_removed_is_there_inside(second):
+    view, batch = view_of(), batch_of()
+    base, anatomy = states(view, batch), view.anatomy
+    removed = Structure.removing(anatomy, heads={0: [1, 3], 2: [0, 2]}, neurons={1: [0, 5, 63]})
+    with Update(view.base, (removed,)).bind(view):
+        start, short = states(view, batch), view.anatomy
+        loop = trained(second, view)
+        tuned = states(view, batch)
+        shapes = {n: tuple(p.shape) for n, p in view.module.named_parameters()}
+        with view.without_update():
+            assert torch.equal(states(view, batch), base) and view.anatomy is anatomy
+            with view.without_update(), loop.trainable.base_view():
+                assert torch.equal(states(view, batch), base)
+        assert torch.equal(states(view, batch), tuned) and view.anatomy is short
+        assert {n: tuple(p.shape) for n, p in view.module.named_parameters()} == shapes
+        with loop.trainable.base_view():
+            assert torch.equal(states(view, batch), start)
+        loop.trainable.detach()
+        assert torch.equal(states(view, batch), start) and not torch.equal(start, base)
+    assert torch.equal(states(view, batch), base)
 
 
 def test_the_plain_model_call_and_another_view_see_the_base():
@@ -241,6 +267,22 @@ def test_the_ledger_counts_the_base_as_the_base():
         if trainable is not None:
             trainable.detach()
     assert spent[0] == spent[1] == spent[2] > 0
+
+
+def test_a_trainable_steps_aside_alone_only_where_nothing_was_written_over_its_weights():
+    view, batch = view_of(), batch_of()
+    loop, base = trained(Full(), view), states(view_of(), batch)
+    change = Update(view.base, (Dense({"model.norm.weight": torch.full((32,), 0.5)}),))
+    with change.bind(view):
+        both = states(view, batch)
+        with (
+            pytest.raises(LuthierError, match="Bound came later and changed model.norm.weight too"),
+            loop.trainable.base_view(),
+        ):
+            pass
+        with view.without_update(), loop.trainable.base_view():
+            assert torch.equal(states(view, batch), base)
+        assert torch.equal(states(view, batch), both)
 
 
 class Silent(Trainable):

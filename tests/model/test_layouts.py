@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from luthier.data.batch import IGNORE, collate, pad, unpad
+from luthier.kernels.plain import plain_operations
 from luthier.model import attention
 from luthier.model.attention import _fused, _plain, _varlen, flat_attention
 from luthier.model.loading import load_model, locate
-from luthier.model.plain import plain_operations
 from luthier.model.view import ModelView, probe_layout
 from luthier.objectives.base import Forward
 from luthier.testing.models import batch_of, tiny, view_of
@@ -168,5 +169,5 @@ def test_class_logits_equal_the_models_own(layout):
 
 def test_a_classifier_keeps_the_classes_of_its_file(tmp_path):
     tiny("bert-classifier").save_pretrained(tmp_path)
-    view = load_model(locate(str(tmp_path)), "classification")
+    view = load_model(locate(str(tmp_path)), AutoModelForSequenceClassification)
     assert view.classes == ["LABEL_0", "LABEL_1", "LABEL_2"]

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from contract.examples import EXAMPLES
+from helpers.cloze import cloze
+from helpers.examples import EXAMPLES
 from luthier.compute.lemo import Lemo
 from luthier.model.meter import Meter, svd_flops
 from luthier.objectives.sft import Sft
-from luthier.pipelines.base import Lab
+from luthier.step.lab import Lab
 from luthier.testing.contract import CONSTANT, SETTINGS
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
@@ -16,7 +17,6 @@ from luthier.tuners.adapter import Adapter
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 from luthier.tuners.spiel import Spiel
-from pipelines.test_list import cloze
 
 EQUAL = (12, 12, 12, 12)  # one length: the short-attention kernel then computes no padding
 
@@ -148,6 +148,15 @@ def test_left_out_tokens_cost_nothing():
     loop = loop_of(Adapter(rank=2, init_std=0.05), Sft(), rows=rows, compute=Lemo(block_size=4), batch_size=2)
     torch_says = counted(loop)
     assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_mlps_pruned_backward_costs_what_is_left(checkpointing):
+    tuner = Lora(rank=4, targets=("q_proj", "v_proj"))
+    compute = Lemo(keep_fraction=1.0, mlp_prune_fraction=0.75)
+    loop = loop_of(tuner, Sft(), compute=compute, gradient_checkpointing=checkpointing)
+    torch_says = counted(loop)
+    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.01)
 
 
 def test_generation_with_its_cache():

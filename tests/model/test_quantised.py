@@ -8,18 +8,18 @@ import json
 import pytest
 import torch
 
+from helpers.commands import luthier, write
 from luthier.data.batch import collate
-from luthier.errors import LuthierError
-from luthier.export import export
 from luthier.model.additions import is_packed
 from luthier.model.loading import load_model, load_tokenizer, locate
 from luthier.objectives.base import Forward
 from luthier.objectives.caft import Caft
+from luthier.support.errors import LuthierError
 from luthier.testing.models import byte_tokenizer, rows_of, tiny
-from luthier.tuned import open_run
+from luthier.tuned.export import export
+from luthier.tuned.open import open_run
 from luthier.tuners import Adapter, Full, GreenTrainer, Layerwise, Lora, Spiel
 from luthier.update import Dense, Replace, Update
-from test_run import luthier, write
 
 
 @pytest.fixture(scope="module")

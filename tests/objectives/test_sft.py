@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from luthier.data.batch import IGNORE, collate
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners import Lora
 
 

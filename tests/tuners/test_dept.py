@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from luthier.data.batch import collate
-from luthier.errors import RecipeError
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import RecipeError
 from luthier.testing.models import batch_of, byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.dept import Dept, budget_rank, scale
 
 SMALL = {"budget_length": 12, "length": 4, "max_length": 16}

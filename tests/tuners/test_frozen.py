@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from luthier.errors import LuthierError
 from luthier.objectives.caft import Caft
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners import Frozen
 
 SETTINGS = TrainSettings(max_steps=3, batch_size=4, learning_rate=1e-2)

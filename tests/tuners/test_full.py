@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from luthier.kernels.linear import stochastic_round
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
 from luthier.testing.models import rows_of, tiny, view_of
-from luthier.training.linear import stochastic_round
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners import Full
 
 SETTINGS = TrainSettings(

@@ -5,12 +5,12 @@ import re
 import pytest
 import torch
 
-from luthier.errors import RecipeError
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.base import default_optimizer
 from luthier.tuners.layerwise import Layerwise, rate_factor, reinitialised
 

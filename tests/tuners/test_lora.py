@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from luthier.errors import LuthierError
+from luthier.kernels.linear import low_rank_linear
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
-from luthier.training.linear import low_rank_linear
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners import Lora
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners import Peft
 from luthier.update import PeftPart, Update
 from luthier.update.files import load, save_update
@@ -119,7 +119,7 @@ def test_ia3_scales_the_input_of_the_mlps_second_matrix_and_the_output_of_the_ot
     trainable = Peft(type="IA3").attach(view)
     inputs = trainable.wrapped.peft_config["default"].feedforward_modules
     assert len(inputs) == 3 and any(n.endswith(ends) for n in inputs) and not any("attention" in n for n in inputs)
-    sizes = {n: p.numel() for n, p in trainable.named().items()}
+    sizes = {n: p.numel() for n, p in trainable.named.items()}
     for x in view.anatomy.block_linears:
         size = x.shape[1] if x.module in inputs else x.shape[0]
         assert sizes[f"base_model.model.{x.module}.ia3_l.default"] == size
@@ -130,7 +130,7 @@ def test_the_start_follows_the_seed_and_leaves_the_process_generator_alone():
     expected = torch.rand(1)
     torch.manual_seed(7)
     starts = [
-        torch.cat([p.detach().flatten() for p in Peft(options={"r": 4}, seed=s).attach(view).named().values()])
+        torch.cat([p.detach().flatten() for p in Peft(options={"r": 4}, seed=s).attach(view).named.values()])
         for s, view in ((0, view_of(seed=1)), (0, view_of(seed=1)), (1, view_of(seed=1)))
     ]
     assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])

@@ -6,12 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
 from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 from luthier.update import Dense, LowRank, Prompt, Replace, Seeds, Sparse, Update, add

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from luthier.data.demo_requests import demo_rows
-from luthier.rng import Streams
+from luthier.data.builtin.requests import demo_rows
+from luthier.support.rng import Streams
 
 
 def write(folder: Path) -> None:

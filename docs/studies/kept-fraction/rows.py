@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 
 DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
 WRONG = 0.3

@@ -11,7 +11,7 @@ from typing import Any
 
 from texts import rows, stretch
 
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 
 WIDTH = 72  # characters of a prompt
 LEADS = ("", "label: ", "=> ", "A) ")

@@ -22,12 +22,12 @@ from made import RUNS, Setting, Tuned, client_loss, models, named, tune_all, tun
 from torch import Tensor
 
 from luthier.collaboration.controls import mean_shadow, nearest_shadow, pooled
-from luthier.collaboration.likeness import mean_cosine
+from luthier.collaboration.similarity import mean_cosine
 from luthier.collaboration.translators.base import Pairs, Translator
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.collaboration.translators.transformer import Transformer
-from luthier.rng import Streams
-from luthier.statistics import Estimate, estimate
+from luthier.support.rng import Streams
+from luthier.support.statistics import Estimate, estimate
 
 GROUP = 4  # clients that pool their updates
 NOISE = (0.5, 1.0, 2.0)  # norm, in units of the update's own

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from luthier.collaboration.contract import Start, start_of
 from luthier.collaboration.shadows import tuned
-from luthier.model.local import LARGE, SMALL, Schooling, opened, rendered, schooled
+from luthier.demos.local import LARGE, SMALL, Schooling, opened, rendered, schooled
+from luthier.inference.scoring import mean_loss, row_scores
 from luthier.model.view import ModelView
-from luthier.rng import Streams
-from luthier.scorer import mean_loss, row_scores
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
+from luthier.support.rng import Streams
 from luthier.tuners.lora import Lora
 
 RUNS = Path("runs/studies/translation")

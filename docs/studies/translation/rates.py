@@ -12,8 +12,8 @@ import torch
 from made import Setting, loss, models, named, number_of, settings
 
 from luthier.collaboration.shadows import tuned
-from luthier.model.local import rendered
-from luthier.rng import Streams
+from luthier.demos.local import rendered
+from luthier.support.rng import Streams
 
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 CLIENTS = 4

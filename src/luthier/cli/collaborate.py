@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.cli.shared import Debug, Json, Overrides, RecipePath, load, quiet
-from luthier.errors import LuthierError
+from luthier.cli.shared import Debug, Json, Overrides, RecipePath, load
+from luthier.support.environment import quiet
+from luthier.support.errors import LuthierError
 
 app = typer.Typer(no_args_is_help=True, help="Tune together without sharing rows: roles of a protocol, a command each.")
 
@@ -31,7 +32,7 @@ def _say(text: str) -> None:
 
 
 def _place(folder: Path, models: list[str] | None = None) -> Any:
-    from luthier.collaboration.folder import Place
+    from luthier.federation.folder import Place
 
     return Place(folder, _named(models or [], "--model", "small=./tiny"))
 
@@ -50,8 +51,8 @@ def _named(items: list[str], what: str, instance: str) -> dict[str, str]:
 
 
 def _table(found: dict[str, Any]) -> None:
-    """Of a simulation."""
-    from luthier.report.simulation import lead, mean
+    """Print the results of a simulation as a table."""
+    from luthier.federation.simulation_page import lead, mean
 
     names = list(found["losses"]["alone"])
     print(f"{'':10}" + "".join(f"{n[:12]:>14}" for n in names) + f"{'mean':>14}")
@@ -66,7 +67,7 @@ def contract(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Agree: models, tuner, settings and starts, pinned by hashes. Copy contract.json of the folder to every party."""
-    from luthier.collaboration.folder import Place
+    from luthier.federation.folder import Place
 
     quiet(debug)
     place = Place.create(load(recipe, overrides), recipe.parent, folder)
@@ -80,7 +81,7 @@ def shadow(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Provider: tune both models on shadow sets of public rows. Stop it any way you like; the same command goes on."""
-    from luthier.collaboration.provider import make_shadows
+    from luthier.federation.provider import make_shadows
 
     quiet(debug)
     make_shadows(_place(folder), processes, _say)
@@ -90,7 +91,7 @@ def shadow(
 @app.command()
 def translator(folder: Folder, as_json: Json = False, debug: Debug = False) -> None:
     """Provider: is a translated update worth more than what needs no client? Judged on shadow sets kept back."""
-    from luthier.collaboration.provider import judge, opened
+    from luthier.federation.provider import judge, opened
 
     quiet(debug)
     found = judge(opened(_place(folder)), _say)
@@ -111,9 +112,9 @@ def tune(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Client: tune on your rows, audit what would leave, and write NAME.message. Nothing is sent by this command."""
-    from luthier.collaboration.arriving import refuse_rounds
     from luthier.collaboration.messages import refuse_name
-    from luthier.collaboration.sending import Look, prepared, send
+    from luthier.federation.client import Look, prepared, send
+    from luthier.federation.server import refuse_rounds
 
     quiet(debug)
     refuse_name(name)
@@ -138,7 +139,7 @@ def translate(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Server: take messages in, and leave an update for each sender: translated, or averaged (one-shot)."""
-    from luthier.collaboration.arriving import taken_in
+    from luthier.federation.server import taken_in
 
     quiet(debug)
     found = taken_in(_place(folder, models), messages, output, _say)
@@ -165,8 +166,8 @@ def serve(
 ) -> None:  # fmt: skip
     """Server, over flwr: wait for clients, carry the rounds. Killed, the same command goes on; nothing that arrived is lost."""
     from luthier.collaboration.messages import refuse_name
-    from luthier.collaboration.network import address
-    from luthier.collaboration.network import serve as served
+    from luthier.federation.network import address
+    from luthier.federation.network import serve as served
 
     quiet(debug)
     place = _place(folder, models)
@@ -186,8 +187,8 @@ def join(
 ) -> None:  # fmt: skip
     """Client, over flwr: tune when asked, audit what would leave, send it, until the server gives a result."""
     from luthier.collaboration.messages import refuse_name
-    from luthier.collaboration.network import Client, address
-    from luthier.collaboration.network import join as joined
+    from luthier.federation.network import Client, address
+    from luthier.federation.network import join as joined
 
     quiet(debug)
     refuse_name(name)
@@ -208,7 +209,7 @@ def simulate(
 ) -> None:  # fmt: skip
     """All parties in one process: what each client would have alone, together, and if everybody shared rows."""
     from luthier.collaboration.messages import refuse_name
-    from luthier.collaboration.simulation import simulate as simulated
+    from luthier.federation.simulation import simulate as simulated
 
     quiet(debug)
     files = _named(clients, "rows", "clinic=clinic.jsonl")
@@ -229,8 +230,8 @@ def demo(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Three organisations, one provider, all made on the spot: from rows that stay to one report. A quarter of an hour."""
-    from luthier.collaboration.demo import Size
-    from luthier.collaboration.demo import demo as carried_out
+    from luthier.demos.private import Size
+    from luthier.demos.private import demo as carried_out
 
     quiet(debug)
     print(carried_out(output, Size(), _say, processes))

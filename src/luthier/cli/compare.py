@@ -12,10 +12,10 @@ from rich.table import Table
 
 from luthier.comparison.execute import Bench
 from luthier.comparison.judge import Standing
+from luthier.comparison.page import _arm, lead
 from luthier.comparison.plan import Comparison, _moved, _text, checked, load, varied
-from luthier.errors import LuthierError, RecipeError
 from luthier.recipe.text import apply_overrides, parse
-from luthier.report.comparison import _arm, lead
+from luthier.support.errors import LuthierError, RecipeError
 
 
 def planned(words: Sequence[str], vary: Sequence[str], options: dict[str, Any]) -> tuple[Comparison, Path, str]:

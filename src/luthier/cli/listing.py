@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from luthier import manifest
+from luthier.method import Facts
+from luthier.method import registry as manifest
+from luthier.method.kinds import KINDS, LISTED
 
 
 def table_of_methods(entries: list[dict[str, Any]]) -> None:
@@ -42,20 +44,21 @@ def one_method(entry: dict[str, Any]) -> None:
 
 def starter(entry: dict[str, Any]) -> str:
     """A runnable recipe with this method."""
-    lines = [
-        "luthier: 1",
-        "model: builtin:smollm2-135m",
-        "data: {train: builtin:requests, eval: builtin:requests}",
-    ]
-    if "causal-lm" not in entry["traits"]["tasks"]:
-        lines[2:] = ["task: classification", "data: {train: train.jsonl, eval: test.jsonl}  # rows of text and label"]
+    tasks, usual = entry["traits"]["tasks"], Facts().task
+    task = usual if usual in tasks else tasks[0]
+    first = {m["name"]: m["starter"] for m in manifest.read() if m["kind"] == "task"}[task]
+    is_task = entry["kind"] == "task"
+    asked = [] if usual in tasks and not is_task else [f"task: {first['task']}"]
+    lines = ["luthier: 1", f"model: {first['model']}", *asked, f"data: {first['data']}"]
+    if is_task:
+        return "\n".join(lines)
     required = ", ".join(f"{n}: {json.dumps(x)}" for n, x in examples_of(entry).items())
     method = f"{{{entry['name']}: {{{required}}}}}" if required else entry["name"]
     if entry["kind"] == "translate":
         return "\n".join([*lines, f"collaborate: {{grad-transformer: {{translator: {method}}}}}"])
     if entry["name"] == "seed-rounds":
         lines.append("tuner: fedkseed")
-    lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] in manifest.LISTS else f"{entry['kind']}: {method}")
+    lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] in LISTED else f"{entry['kind']}: {method}")
     if "closure" in entry["traits"]["needs"] or entry["name"] == "seed-rounds":
         lines += ["lr_scheduler_type: constant", "warmup_fraction: 0.0"]
     return "\n".join(lines)
@@ -72,7 +75,7 @@ def recipe_schema() -> dict[str, Any]:
 
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for kind in (k for k in manifest.KINDS if k in schema["properties"]):  # translators are fields of a protocol
+    for kind in (k for k in KINDS if k in schema["properties"]):  # translators are fields of a protocol
         options: list[dict[str, Any]] = [{"type": "string", "enum": manifest.names(kind)}]
         for name in manifest.names(kind):
             fields = manifest.find(kind, name).model_json_schema()  # type: ignore[attr-defined]
@@ -88,7 +91,7 @@ def recipe_schema() -> dict[str, Any]:
         one = {"anyOf": options}
         about = schema["properties"][kind].get("description", "")
         several = {"anyOf": [*options, {"type": "array", "items": one}]}
-        schema["properties"][kind] = {**(several if kind in manifest.LISTS else one), "description": about}
+        schema["properties"][kind] = {**(several if kind in LISTED else one), "description": about}
     return schema
 
 

@@ -11,7 +11,8 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
-from luthier import machine
+from luthier.support import machine
+from luthier.support.version import __version__
 
 machine.prepare()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -23,14 +24,14 @@ if "--debug" not in sys.argv:
 import typer  # noqa: E402
 
 from luthier.cli.collaborate import app as collaborate  # noqa: E402
-from luthier.cli.shared import AllowCode, Debug, Json, Overrides, RecipePath, load, quiet  # noqa: E402
-from luthier.errors import LuthierError  # noqa: E402
+from luthier.cli.shared import AllowCode, Debug, Json, Overrides, RecipePath, load  # noqa: E402
+from luthier.support.environment import quiet  # noqa: E402
+from luthier.support.errors import LuthierError  # noqa: E402
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Fine-tune language models with less.",
 )
 
 Fresh = Annotated[bool, typer.Option(help="Work in a new folder, even where a run could be continued.")]
@@ -39,12 +40,31 @@ MaxTime = Annotated[str | None, typer.Option(help="Save and stop after this time
 
 app.add_typer(collaborate, name="collaborate")
 
+# What typer raises for a mistake in the command line. Since 0.26 it carries a click of its own, and what it exports of it in
+# every version is a subclass.
+Mistake: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"luthier {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, help="Print the version.")] = False,
+) -> None:
+    """Fine-tune language models with less."""
+
 
 def main() -> None:
     """Entry point."""
     debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False, prog_name="luthier")
+        code = app(standalone_mode=False, prog_name="luthier")
+        if code == 130:  # typer turns Ctrl-C into this number
+            raise KeyboardInterrupt
     except LuthierError as error:
         _fail(str(error), 2, debug)
     except KeyboardInterrupt:
@@ -57,11 +77,7 @@ def main() -> None:
 
 def _told(error: Exception) -> tuple[str, int]:
     """(message, exit code) for what is not ours to phrase; the traceback goes to a file."""
-    import click
-
-    if isinstance(error, click.exceptions.Exit):
-        return "", error.exit_code
-    if isinstance(error, click.ClickException):
+    if isinstance(error, Mistake):
         return error.format_message(), 2
     if type(error).__name__ == "Interrupted":
         return str(error), 130
@@ -118,8 +134,8 @@ def _carry_out(
     limit = _seconds(max_time)
     quiet(debug)
     from luthier.cli.progress import Bar
-    from luthier.run import run as carry_out
-    from luthier.run_folder import choose_folder, shared_folder
+    from luthier.run.execute import run as carry_out
+    from luthier.run.folder import choose_folder, shared_folder
     from luthier.training.loop import Interrupted
 
     folder = shared_folder(lambda: choose_folder(recipe, name, fresh, base))
@@ -161,7 +177,7 @@ def demo(
 
     from luthier import recipe as recipes
 
-    text = files("luthier").joinpath("recipes/demo.yaml").read_text(encoding="utf-8")
+    text = files("luthier.demos").joinpath("demo.yaml").read_text(encoding="utf-8")
     recipe = recipes.load(text, "demo.yaml", [f"output_dir={json.dumps(output_dir)}", f"max_steps={steps}"])
     _carry_out(recipe, "demo", Path("."), fresh, None, as_json, debug)
 
@@ -192,7 +208,7 @@ def compare(
     from luthier.comparison.execute import failed_arms, ready, stoppable
     from luthier.comparison.execute import so_far as finished
     from luthier.comparison.judge import as_dict
-    from luthier.report.comparison import write_comparison
+    from luthier.comparison.page import write_comparison
     from luthier.training.loop import Interrupted
 
     options = {
@@ -244,7 +260,7 @@ def curate(
     loaded = load(recipe, overrides, allow_code)
     quiet(debug)
     from luthier.cli.progress import Bar
-    from luthier.curate import curate as choose
+    from luthier.run.curate import curate as choose
 
     with Bar() as bar:
         result = choose(loaded, recipe.parent, output_dir or Path("runs") / f"curate-{recipe.stem}", bar.tick)
@@ -269,7 +285,7 @@ def claim(
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Does what a source claims hold here? Measures with several seeds; interrupted, it goes on where it was."""
-    from luthier import claims
+    from luthier.claims import claim as claims
 
     if (name is None) == (tier is None):
         raise LuthierError("claim: name one, or give --tier tiny, small or gpu")
@@ -288,7 +304,7 @@ def claim(
     if as_json:
         print(json.dumps(results))
         return
-    from luthier.report.claims import write_claims
+    from luthier.claims.page import write_claims
 
     shown = {n: claims.load(folder / f"{n}.yaml").model_copy(update={"measured": r}) for n, r in results.items()}
     print(write_claims(Path("runs/claims/report.html"), shown, shlex.join(["luthier", *sys.argv[1:]])))
@@ -345,7 +361,7 @@ def generate(
 ) -> None:
     """Ask a tuned model."""
     quiet(debug)
-    from luthier.tuned import answers
+    from luthier.tuned.open import answers
 
     result = answers(folder, prompts, max_new_tokens, base, allow_code)
     if as_json:
@@ -366,12 +382,12 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Score a tuned model on held-out rows."""
-    from luthier.remembered import known
+    from luthier.run.evaluations import known
 
     result = known(folder, data)
     if result is None:
         quiet(debug)
-        from luthier.tuned import scores
+        from luthier.tuned.open import scores
 
         result = scores(folder, data, Path("."), allow_code)
     if as_json:
@@ -395,8 +411,8 @@ def export(
 ) -> None:
     """Write a tuned model in another form; it is read back and compared. Nothing is uploaded unless --push says so."""
     quiet(debug)
-    from luthier.export import export as write
-    from luthier.export import push_to_hub
+    from luthier.tuned.export import export as write
+    from luthier.tuned.export import push_to_hub
 
     result = write(folder, to, output, allow_code)
     if push is not None:
@@ -409,8 +425,8 @@ def export(
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")] = None, as_json: Json = False) -> None:
     """Which methods are there, where is each from, what does it need?"""
-    from luthier import manifest
     from luthier.cli.listing import one_method, table_of_methods
+    from luthier.method import registry as manifest
 
     entries = manifest.listed()
     if name is not None:
@@ -421,7 +437,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")]
     if as_json:
         print(json.dumps(entries))
     elif name is not None:
-        one_method(entries[0])
+        for entry in entries:  # a task and an evaluator may have one name
+            one_method(entry)
     else:
         table_of_methods(entries)
 
@@ -437,6 +454,6 @@ def schema() -> None:
 @app.command()
 def env() -> None:
     """Versions and machine, to paste into a bug report."""
-    from luthier.run import environment
+    from luthier.support.environment import environment
 
     print(environment(), end="")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,16 +26,3 @@ def load(path: Path, overrides: list[str] | None, allow_code: bool = False) -> A
     if str(path) == "-":
         return recipe.load(sys.stdin.read(), "standard input", overrides or [], code)
     return recipe.load_file(path, overrides or [], code)
-
-
-def quiet(debug: bool) -> None:
-    """Library chatter off."""
-    if debug:
-        return
-    import datasets
-    import transformers
-
-    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()

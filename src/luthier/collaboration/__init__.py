@@ -1,9 +1,8 @@
 """Who holds what, and what leaves."""
 
-from luthier._lazy import lazy
+from luthier.support.lazy import lazy
 
 EXPORTS = {
-    "FedKSeed": "fedkseed",
     "GradTransformer": "grad_transformer",
     "OneShot": "one_shot",
     "SeedRounds": "seed_rounds",

@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer
 
 from luthier.collaboration.privacy import Privacy
-from luthier.method import written
-from luthier.training.settings import TrainSettings
+from luthier.method.building import method
+from luthier.method.registry import written
+from luthier.step.settings import TrainSettings
 from luthier.tuners.base import Tuner
 
 
@@ -18,8 +19,6 @@ def named(kind: str) -> BeforeValidator:
     """Methods of a kind from their name, or {name: {fields}}."""
 
     def read(value: Any) -> Any:
-        from luthier.recipe.text import method  # recipes hold collaborations, which hold this
-
         return method(kind, value, "contract")
 
     return BeforeValidator(read)

@@ -11,23 +11,24 @@ from pydantic import Field, PlainSerializer, WithJsonSchema
 from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement, named
-from luthier.collaboration.base import Disclosure, Member, Sent, promised, sizes
+from luthier.collaboration.base import Collaboration, Workshop
 from luthier.collaboration.contract import Contract, Start, refuse_other, refuse_vector, start_of
 from luthier.collaboration.controls import pooled
 from luthier.collaboration.journal import Journal
-from luthier.collaboration.likeness import Likeness, likeness, mean_cosine
 from luthier.collaboration.messages import Message, Refused
-from luthier.collaboration.protocol import Collaboration, Workshop
+from luthier.collaboration.parties import Disclosure, Member, Sent, promised, sizes
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of
 from luthier.collaboration.shadows import draw, tuned
+from luthier.collaboration.similarity import Likeness, likeness, mean_cosine
 from luthier.collaboration.translators.base import Fitted, Pairs, Translator
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.collaboration.wire import headers, packed
-from luthier.errors import LuthierError
-from luthier.method import Source, Traits, written
+from luthier.method import Source, Traits
+from luthier.method.registry import written
 from luthier.model.view import ModelView
-from luthier.rng import Streams
-from luthier.training.settings import TrainSettings
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
 from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora
 from luthier.update import Update
@@ -72,14 +73,14 @@ class GradTransformer(Collaboration):
     sets: int = Field(200, ge=2)
     """Shadow sets that both models are tuned on."""
     large_learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Of the large model's shadow runs, where the small one's `learning_rate` does not suit it; null: the same."""
+    """Learning rate of the large model's shadow runs, where the small one's `learning_rate` does not suit it; null: the same."""
     rows: int = Field(1024, ge=1)
     """Public rows of a shadow set."""
     by: str | None = None
     """Column of the public rows that names their sort: each shadow set then mixes the sorts in shares of its own, as
     clients do. null: sets are drawn from all rows alike."""
     concentration: float = Field(0.5, gt=0, allow_inf_nan=False)
-    """Of the Dirichlet distribution that those shares are drawn from; small ones make sets of few sorts."""
+    """Concentration of the Dirichlet distribution that those shares are drawn from; small ones make sets of few sorts."""
     snapshots: int = Field(1, ge=1)
     """Pairs taken from each set, after each of its last steps."""
     pool: Literal["none", "before", "after"] = "none"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from luthier.collaboration.messages import Message, Refused, decode
-from luthier.files import replaced, sweep, sync
+from luthier.support.files import replaced, sweep, sync
 
 
 class Journal:

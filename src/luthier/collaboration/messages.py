@@ -15,8 +15,8 @@ from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from luthier.errors import LuthierError
 from luthier.model.fingerprint import Fingerprint
+from luthier.support.errors import LuthierError
 
 MAGIC = b"LUTHIER\x01"  # the last byte is the version
 HEADER_LIMIT = 64 * 1024  # bytes
@@ -55,7 +55,7 @@ class Header(BaseModel, frozen=True, extra="forbid"):
     nonce: str
     """Drawn anew for each message: the same nonce twice is a duplicate or a replay."""
     base: Fingerprint
-    """Of the model that the tensors change."""
+    """Fingerprint of the model that the tensors change."""
     notes: dict[str, str | int | float] = {}
     """Small values that belong to the tensors: how many rows, which chart."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from luthier.collaboration.base import Disclosure, Gathering, Sent, Tick, refusal
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Kind, Message, Refused
-from luthier.errors import LuthierError
+from luthier.collaboration.parties import Disclosure, Gathering, Sent, Tick, refusal
 from luthier.model.fingerprint import Fingerprint
-from luthier.rng import Streams
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
 from luthier.update import Update
 
 SERVER = "server"
@@ -67,7 +67,7 @@ class RoundServer:
         raise NotImplementedError
 
     def disclosure(self, out: Sent) -> Disclosure:
-        """Of a message that it is about to send."""
+        """What a message that it is about to send tells, and to whom."""
         raise NotImplementedError
 
     def so_far(self) -> Update | None:

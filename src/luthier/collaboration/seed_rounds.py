@@ -13,24 +13,24 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement
-from luthier.collaboration.base import Disclosure, Member, Sent, sizes
-from luthier.collaboration.fedkseed import FedKSeed, FedKSeedTrainable, seed_pool, seed_probabilities
+from luthier.collaboration.base import Collaboration, Workshop
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
-from luthier.collaboration.progress import steps
-from luthier.collaboration.protocol import Collaboration, Workshop
+from luthier.collaboration.parties import Disclosure, Member, Sent, sizes
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
-from luthier.errors import LuthierError
 from luthier.method import Source, Traits
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
+from luthier.support.progress import steps
+from luthier.support.rng import Streams
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.base import Tuner
+from luthier.tuners.fedkseed import FedKSeed, FedKSeedTrainable, seed_pool, seed_probabilities
 from luthier.update import Seeds, Update
-from luthier.update.parts import noise
+from luthier.update.vectors import noise
 
 SEEDS_LIMIT = 2**16  # seed indices travel as two bytes
 
@@ -107,7 +107,7 @@ class SeedContract(Agreement, frozen=True, extra="forbid"):
     """Digest of names, shapes and precision of what is tuned, with the first numbers of the first direction: parties
     whose generators differ would train different models without noticing."""
     shapes: dict[str, tuple[int, ...]]
-    """Of what is tuned, in the order that directions are drawn in."""
+    """Shapes of what is tuned, in the order that directions are drawn in."""
     tuner: FedKSeed
     protocol: SeedRounds
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from luthier.collaboration.privacy import Privacy, PrivateRun, plan
-from luthier.collaboration.progress import Progress, steps, untold
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.step.settings import TrainSettings
+from luthier.support.progress import Progress, steps, untold
+from luthier.support.rng import Streams
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 

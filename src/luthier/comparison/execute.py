@@ -10,24 +10,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier import __version__
-from luthier.cache import key_of
 from luthier.comparison.judge import Standing, judged, measures_of
 from luthier.comparison.plan import Comparison, Foreign, recipe_of, slug, with_seed
 from luthier.comparison.queue import Workers, workers
 from luthier.comparison.rows import Files, written
 from luthier.comparison.steps import Arm, Done, Job, budget_of, forecast, next_jobs, total_runs
-from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.base import Evaluator
 from luthier.evaluation.forgetting import NONE, Forgetting
-from luthier.files import write_text
-from luthier.forecast import available_memory
+from luthier.method.registry import modules_of
 from luthier.recipe import Recipe
-from luthier.run import gather
-from luthier.run_folder import RunFolder
-from luthier.signals import handled
+from luthier.run.folder import RunFolder
+from luthier.run.forecast import available_memory
+from luthier.run.ready import gather
+from luthier.support.cache import key_of
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.files import write_text
+from luthier.support.signals import handled
+from luthier.support.sources import code_key
+from luthier.support.units import in_bytes, in_flops, in_time
 from luthier.training.loop import Interrupted, Loop
-from luthier.units import in_bytes, in_flops, in_time
 
 Say = Callable[[str], None]
 ROOM = 0.8  # of the free memory that runs side by side may take
@@ -83,7 +84,7 @@ class Bench:
         wanted = [e for e in recipe.evaluators() if name in e.names()]
         quiet = (
             []
-            if recipe.task == "classification" or any(isinstance(e, Forgetting) for e in wanted)
+            if "forgetting" not in recipe.task.always or any(isinstance(e, Forgetting) for e in wanted)
             else [Forgetting(general=NONE, canaries=False)]
         )
         return [*wanted, *quiet]
@@ -97,7 +98,8 @@ class Bench:
         """Its folder: another recipe, other rows or another command are another folder."""
         keys = self.plan.arms[job.arm]
         command = keys.model_dump_json() if isinstance(keys, Foreign) else ""
-        what = key_of(self.recipe(job).as_dict(), command, job.steps, __version__)
+        recipe = self.recipe(job)
+        what = key_of(recipe.as_dict(), command, job.steps, code_key("luthier.run.execute", *modules_of(recipe)))
         return self.folder / "arms" / slug(job.arm) / f"{job.purpose}-{what[:8]}"
 
     def request(self, job: Job, side_by_side: int) -> dict[str, Any]:
@@ -142,7 +144,7 @@ class Bench:
                     self.done[job.name], found = outcome, True
 
     def outcome(self, job: Job) -> Done | None:
-        """Of a finished or failed run; None where it has still to be carried out."""
+        """What came of a job; None where it has still to be carried out."""
         place = self.place(job)
         failed = place / "failed.json"
         if failed.exists():
@@ -196,8 +198,9 @@ def ready(
 
 
 def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> None:
-    if recipe.task != first.task:
-        raise RecipeError(f"arm {arm}: task", f"is {recipe.task}, another arm's is {first.task}", "compare one task")
+    one, other = recipe.task.key(), first.task.key()
+    if one != other:
+        raise RecipeError(f"arm {arm}: task", f"is {one}, another arm's is {other}", "compare one task")
     unit = "flops" if plan.budget is None else plan.budget.unit
     if unit == "flops" and recipe.torch_compile:
         raise RecipeError(
@@ -218,9 +221,12 @@ def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> No
 def _arm(plan: Comparison, arm: str, recipe: Recipe, files: Files, base: Path) -> Arm:
     keys = plan.arms[arm]
     gathered = gather(files.put_into(recipe, files.eval), base)
-    rows, census = gathered.data.train.rows, gathered.data.train.census
+    train = gathered.data.train
+    rows = train.rows
     own = Loop.length(rows, recipe)
-    a_step = census.tokens / max(1, Loop.length(rows, recipe.model_copy(update={"epochs": 1.0, "max_steps": None})))
+    a_step = train.epoch_tokens / max(
+        1, Loop.length(rows, recipe.model_copy(update={"epochs": 1.0, "max_steps": None}))
+    )
     rate = keys.learning_rate if isinstance(keys, Foreign) else recipe.learning_rate
     if isinstance(keys, Foreign):
         return Arm(arm, rate, a_step, own, keys)

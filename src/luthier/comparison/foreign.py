@@ -11,16 +11,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.cache import key_of
-from luthier.errors import LuthierError
-from luthier.evaluation import kept
 from luthier.evaluation.base import Exam
-from luthier.files import whole
 from luthier.model.loading import Located, load_model
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
-from luthier.run import gather, make_ready
-from luthier.run_folder import RunFolder
+from luthier.run import score_cache as kept
+from luthier.run.folder import RunFolder
+from luthier.run.ready import gather, make_ready
+from luthier.support.cache import key_of
+from luthier.support.errors import LuthierError
+from luthier.support.files import whole
 
 OPT_OUT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -106,7 +106,7 @@ def _score(
     view = _left(ready.view, output, recipe)
     held = ready.data.held
     assert held is not None and ready.data.held_rows is not None
-    exam = Exam(view, ready.renderer, recipe.task, held.rows, ready.data.held_rows, 2 * recipe.tokens_per_forward)
+    exam = Exam(view, ready.lab(), recipe.task, held.rows, ready.data.held_rows)
     started = time.perf_counter()
     evaluators = recipe.evaluators()
     key = kept.exam_key(exam, evaluators, key_of(view.base.weights), held.digest + ready.data.held_rows.digest)
@@ -135,6 +135,8 @@ def _left(base: ModelView, output: Path, recipe: Recipe) -> ModelView:
         return view
     if (output / "config.json").exists():
         return load_model(
-            Located(str(output.resolve()), None, output.name), recipe.task, None, tokenizer=base.tokenizer
+            Located(str(output.resolve()), None, output.name),
+            recipe.task.auto(base.module.config),
+            tokenizer=base.tokenizer,
         )
     raise LuthierError(f"command: left no model in {output}; it should save one there, or a peft adapter")

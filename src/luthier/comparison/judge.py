@@ -13,7 +13,7 @@ import numpy as np
 from luthier.comparison.plan import Comparison
 from luthier.comparison.steps import Done, over_budget, rates_tried
 from luthier.evaluation.measures import Measure
-from luthier.statistics import Estimate, Outcome, estimate, holm, verdict
+from luthier.support.statistics import Estimate, Outcome, estimate, holm, verdict
 
 
 class Level(NamedTuple):
@@ -46,7 +46,7 @@ class Standing(NamedTuple):
 
 
 def measures_of(folder: Path, which: str = "after") -> dict[str, Measure]:
-    """Of a finished run."""
+    """The measures of a finished run, by name."""
     stored = json.loads((folder / f"{which}.json").read_text(encoding="utf-8"))
     return {m["name"]: Measure.from_dict(m) for m in stored["measures"]}
 

@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from luthier import machine
+from luthier.support import machine
 
 LOCK_PATIENCE = 60.0  # seconds: a killed comparison's own worker may still be saving
 
@@ -37,8 +37,8 @@ def carried_out(request: dict[str, Any]) -> dict[str, Any]:
     """{"state": "done"}, or "stopped", or "failed" with the reason."""
     import torch
 
-    from luthier.cli.shared import quiet
-    from luthier.errors import LuthierError
+    from luthier.support.environment import quiet
+    from luthier.support.errors import LuthierError
     from luthier.training.loop import Interrupted
 
     quiet(False)
@@ -58,7 +58,7 @@ def carried_out(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _patiently(request: dict[str, Any], folder: Path) -> None:
-    from luthier.errors import LuthierError
+    from luthier.support.errors import LuthierError
 
     until = time.monotonic() + LOCK_PATIENCE
     while True:
@@ -73,7 +73,7 @@ def _patiently(request: dict[str, Any], folder: Path) -> None:
 def _run(request: dict[str, Any], folder: Path) -> None:
     from luthier import recipe as recipes
     from luthier.comparison.foreign import run_foreign
-    from luthier.run import run
+    from luthier.run.execute import run
 
     code = Path(request["code"]) if request["code"] else None
     recipe = recipes.load(json.dumps(request["recipe"]), request["name"], code=code)

@@ -1,6 +1,6 @@
 """Fewer tokens or pairs in the forward pass."""
 
-from luthier._lazy import lazy
+from luthier.support.lazy import lazy
 
 EXPORTS = {
     "Lemo": "lemo",

@@ -1,6 +1,6 @@
 """Which rows, in which words."""
 
-from luthier._lazy import lazy
+from luthier.support.lazy import lazy
 
 EXPORTS = {
     "QTuningOffline": "q_tuning_offline",

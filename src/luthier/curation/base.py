@@ -13,7 +13,7 @@ from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.method import Method
 from luthier.model.view import ModelView, probe_layout
-from luthier.rng import Streams
+from luthier.support.rng import Streams
 
 
 class Selection(NamedTuple):

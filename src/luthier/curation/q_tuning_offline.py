@@ -10,17 +10,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.cache import MEASURING, cache_folder, code_key, key_of
 from luthier.curation.base import Base, Curator, Selection
 from luthier.data.batch import collate
+from luthier.data.quadrants import NLL_CLAMP, choose_rows, named
 from luthier.data.store import Row
-from luthier.errors import RecipeError
-from luthier.files import replaced
 from luthier.method import Source, Traits
-from luthier.objectives.base import Forward, sequence_sum
-from luthier.quadrants import NLL_CLAMP, choose_rows, named
-from luthier.rng import Streams
-from luthier.training.order import micro_batches
+from luthier.step.forward import Forward, sequence_sum
+from luthier.step.order import micro_batches
+from luthier.support.cache import cache_folder, key_of
+from luthier.support.errors import RecipeError
+from luthier.support.files import replaced
+from luthier.support.rng import Streams
+from luthier.support.sources import code_key
 
 PART = 256  # rows rendered and sorted into forwards together
 
@@ -82,7 +83,7 @@ def _kept(rows: Sequence[Row], base: Base) -> tuple[np.ndarray, float]:
     if digest is None:
         return scored(rows, base)
     asked = (view.base.weights, view.base.tokenizer, str(view.dtype), base.renderer.system, base.renderer.plain)
-    file = cache_folder() / "planes" / f"{key_of(digest, asked, code_key(*MEASURING))}.npz"
+    file = cache_folder() / "planes" / f"{key_of(digest, asked, code_key(__name__))}.npz"
     if not file.exists():
         plane, flops = scored(rows, base)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ from pydantic import Field
 
 from luthier.curation.base import Base, Curator, Selection
 from luthier.data.store import Row
-from luthier.errors import RecipeError
 from luthier.method import Source
-from luthier.rng import Streams
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 
 
 class Random(Curator):

@@ -1,6 +1,6 @@
 """How good, at what, and what was forgotten."""
 
-from luthier._lazy import lazy
+from luthier.support.lazy import lazy
 
 EXPORTS = {
     "Bleu": "bleu",

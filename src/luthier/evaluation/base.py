@@ -14,17 +14,18 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from luthier.data.prepare import prepare
-from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
-from luthier.errors import LuthierError
 from luthier.evaluation.measures import Measure, mean
-from luthier.generation import Completion, generate
+from luthier.inference.services import lab_around, lab_with
 from luthier.method import Method
-from luthier.model.view import ModelView, probe_layout
-from luthier.rng import Streams
-from luthier.scorer import RowScore, first_choices, row_scores
-from luthier.statistics import Estimate
+from luthier.model.view import ModelView
+from luthier.step.lab import Completion, Lab, RowScore
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
+from luthier.support.statistics import Estimate
+from luthier.tasks.base import Task
+from luthier.tasks.guess import usual_task
 
 
 class Question(NamedTuple):
@@ -54,48 +55,49 @@ class Exam:
     """
 
     view: ModelView
-    renderer: Renderer
-    task: str
+    lab: Lab
+    task: Task
     rows: Sequence[Any] = ()
     sources: Sequence[Row] = ()
-    tokens_per_forward: int = 2048
-    seed: int = 0
-    tick: Tick = no_tick
     _answers: dict[tuple[str, int], Completion] = field(default_factory=dict)
     asked: dict[str, tuple[Question, Completion]] = field(default_factory=dict)
 
     @property
+    def renderer(self) -> Renderer:
+        return self.lab.renderer
+
+    @property
     def streams(self) -> Streams:
-        return Streams(self.seed)
+        return self.lab.streams
 
     @cached_property
     def scored(self) -> list[RowScore]:
         """Loss of every row, in order."""
-        return list(row_scores(self.view, self.rows, self.tokens_per_forward, self.task, self.tick))
+        return list(self.lab.scorer.losses(self.view, self.rows))
 
     @cached_property
     def row_keys(self) -> tuple[str, ...]:
         return tuple(unique([number_of(r["key"]) for r in self.rows]))
 
     def losses(self, rows: Sequence[Any]) -> list[RowScore]:
-        """Of an evaluator's own rows."""
-        return list(row_scores(self.view, rows, self.tokens_per_forward, self.task, self.tick))
+        """Losses of rows that an evaluator brings itself."""
+        return list(self.lab.scorer.losses(self.view, rows))
 
     def sure(self, rows: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """For each row: probabilities of its likeliest tokens (or class), and whether they are right."""
-        found = first_choices(self.view, rows, self.tokens_per_forward, self.task, self.tick)
+        found = self.lab.scorer.choices(self.view, rows)
         return ((confidence, right) for confidence, right, _ in found)
 
     def token_hits(self, rows: Sequence[Any], without: Collection[int] = ()) -> Iterator[np.ndarray]:
         """For each row: whether its supervised tokens are the likeliest, those of `without` left out."""
-        found = first_choices(self.view, rows, self.tokens_per_forward, self.task, self.tick)
+        found = self.lab.scorer.choices(self.view, rows)
         return (right[~np.isin(wanted, list(without))] for _, right, wanted in found)
 
     def questions(self, count: int) -> list[Question]:
         """The first `count` prompts; rows that ask the same are one question with several right answers."""
         found: dict[str, Question] = {}
         for row in self.sources:
-            prompt, answer = asked(row, self.renderer, self.task)
+            prompt, answer = self.task.asked(row, self.renderer)
             before = conversation(row, self.renderer)
             known = found.get(before)
             if known is None and len(found) == count:
@@ -117,7 +119,7 @@ class Exam:
 
     def generated(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Completion]:
         """Greedy completions of an evaluator's own prompts."""
-        return generate(self.view, prompts, self.renderer, max_new_tokens, tick=self.tick)
+        return self.lab.generator(self.view, prompts, max_new_tokens)
 
 
 class Gate(NamedTuple):
@@ -139,7 +141,7 @@ class Evaluator(Method):
     own_rows: ClassVar[bool] = False  # True: asks rows of its own, not those of data.eval
 
     def names(self) -> tuple[str, ...]:
-        """Of the measures it can give."""
+        """Names of the measures that it can give."""
         raise NotImplementedError  # the seam: every evaluator has its own
 
     def content(self) -> str:
@@ -171,14 +173,14 @@ class Evaluator(Method):
 
         rows  with prompt and completion, or messages, or text; for a classifier text and label, one of its own names
         """
-        view, renderer = ModelView(model, tokenizer), Renderer(tokenizer)
-        view.layout, _ = probe_layout(view)
+        around = lab_around(model, tokenizer)
+        view, renderer = around.view(), around.renderer
         sources = [Row(f"rows:{i}", values) for i, values in enumerate(rows, start=1)]
-        labels: dict[str | int, int] | None
-        labels = {name: i for i, name in enumerate(view.classes)} if view.anatomy.head is None else None
+        task = usual_task(view)
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        rendered = prepare(sources, renderer, max_length=room, labels=labels).rows if sources else ()
-        exam = Exam(view, renderer, "causal-lm" if labels is None else "classification", rendered, sources)
+        maker = task.maker(renderer, {name: i for i, name in enumerate(view.classes)})
+        rendered = prepare(sources, renderer, max_length=room, maker=maker).rows if sources else ()
+        exam = Exam(view, lab_with(renderer, {"base": lambda: view}, task=task), task, rendered, sources)
         return {m.name: m.value for m in self.evaluate(exam)}
 
 
@@ -236,26 +238,22 @@ def examine(exam: Exam, evaluators: Sequence[Evaluator]) -> Results:
 def _samples(exam: Exam, found: dict[str, Measure]) -> list[Sample]:
     judged = next((m for m in found.values() if m.judges), None)
     right = {} if judged is None else dict(zip(judged.keys, judged.stats[:, 0] > 0.5, strict=True))
-    if exam.task == "classification":
-        texts = {number_of(r.key): asked(r, exam.renderer, exam.task) for r in exam.sources}
-        chosen = [exam.view.classes[s.best] for s in exam.scored if s.best is not None]
+    if exam.task.shows_rows:
+        sources = {number_of(r.key): r for r in exam.sources}
+        draw = exam.task.draw(exam.renderer.tokenizer, exam.lab.seed)
+        seen = (row if draw is None else draw(row, None) for row in exam.rows)
+        told = (
+            exam.task.shown(sources[number_of(row["key"])], row, score, exam.view, exam.renderer)
+            for row, score in zip(seen, exam.scored, strict=True)
+        )
         return [
-            Sample(key, *texts[number_of(row["key"])], answer, bool(right[key]) if key in right else None)
-            for key, row, answer in zip(exam.row_keys, exam.rows, chosen, strict=True)
+            Sample(key, *shown, bool(right[key]) if key in right else None)
+            for key, shown in zip(exam.row_keys, told, strict=True)
         ]
     return [
         Sample(k, q.prompt, q.references[0], c.text, bool(right[k]) if k in right else None)
         for k, (q, c) in exam.asked.items()
     ]
-
-
-def asked(row: Row, renderer: Renderer, task: str) -> tuple[str, str]:
-    """(what the model was asked, the answer that is right) as texts."""
-    if task == "classification":
-        return row.values["text"], str(row.values["label"])
-    if "text" in row.values and "messages" not in row.values:
-        return "", row.values["text"]
-    return renderer.messages(row.values)[-2]["content"], renderer.answer(row.values)
 
 
 def conversation(row: Row, renderer: Renderer) -> str:

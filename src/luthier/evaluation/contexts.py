@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from luthier.errors import LuthierError, RecipeError
+from luthier.support.errors import LuthierError, RecipeError
 
 
 class Chunk(NamedTuple):

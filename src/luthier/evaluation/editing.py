@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from luthier.errors import LuthierError
 from luthier.evaluation.base import Evaluator, Exam
 from luthier.evaluation.measures import Measure, mean
 from luthier.method import Source, Traits
+from luthier.support.errors import LuthierError
 
 
 class Editing(Evaluator):

@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from luthier.cache import content_of
 from luthier.data.batch import IGNORE
-from luthier.errors import RecipeError
 from luthier.evaluation.base import Evaluator, Exam
 from luthier.evaluation.measures import Measure, mean, ratio
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.scorer import RowScore
+from luthier.step.lab import RowScore
+from luthier.support.cache import content_of
+from luthier.support.errors import RecipeError
 
 BUILTIN, NONE = "builtin", "none"
 

@@ -14,14 +14,12 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from luthier.cache import key_of
 from luthier.data.rendering import Segment
-from luthier.errors import LuthierError, RecipeError
 from luthier.evaluation.base import Evaluator, Exam
 from luthier.evaluation.measures import Measure, mean
-from luthier.generation import generate
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.scorer import continuations
+from luthier.support.cache import key_of
+from luthier.support.errors import LuthierError, RecipeError
 
 
 class LmEval(Evaluator):
@@ -34,7 +32,7 @@ class LmEval(Evaluator):
     Cost: one scored row for each choice of a question, or one generated answer.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "The Language Model Evaluation Harness", 2024, "https://github.com/EleutherAI/lm-evaluation-harness"
     )
@@ -161,7 +159,7 @@ def _asked(exam: Exam) -> Any:
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
             # A context that is too long loses its beginning.
             pairs = [(before[-max(1, self.room - len(after)) :], after) for _, before, after in requests]
-            found = continuations(exam.view, pairs, exam.tokens_per_forward, exam.tick)
+            found = exam.lab.scorer.continuations(exam.view, pairs)
             return [(-total, greedy) for total, greedy in found]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
@@ -182,7 +180,7 @@ def _asked(exam: Exam) -> Any:
             for length in sorted(set(lengths)):
                 mine = [i for i, n in enumerate(lengths) if n == length]
                 prompts = [self.tok_encode(requests[i].args[0])[-max(1, self.room - length) :] for i in mine]
-                done = generate(exam.view, prompts, exam.renderer, length, tick=exam.tick)
+                done = exam.generated(prompts, length)
                 out |= {i: _cut(c.text, requests[i].args[1]) for i, c in zip(mine, done, strict=True)}
             return [out[i] for i in range(len(requests))]
 

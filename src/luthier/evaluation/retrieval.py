@@ -10,17 +10,17 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.cache import content_of
 from luthier.data.store import Row
-from luthier.errors import RecipeError
 from luthier.evaluation.base import Answering, Exam, Gate, Question, Results
 from luthier.evaluation.contexts import Context, Shelf, documents_of, gold_of
 from luthier.evaluation.measures import Measure, ratio
 from luthier.evaluation.text import normalised, token_f1
-from luthier.generation import Completion
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.rng import Streams
-from luthier.statistics import Estimate, estimate
+from luthier.step.lab import Completion
+from luthier.support.cache import content_of
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
+from luthier.support.statistics import Estimate, estimate
 
 Condition = Literal["retrieved", "oracle", "closed", "adversarial"]
 COVERED = 0.6  # of a key point's content words
@@ -117,7 +117,7 @@ class Retrieval(Answering):
     Cost: an answer a question and condition; prompts of up to context_words words.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "Fine-Tuning or Fine-Failing? Debunking Performance Myths in Large Language Models", 2024, "arXiv:2406.11201"
     )

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from luthier.errors import LuthierError
-from luthier.model.change import Change, Undo
 from luthier.model.hanging import KEY as HUNG
 from luthier.model.hanging import Behind, Beside, Core, Factor, Forward, Own, bias_of, hang, is_packed, oriented
 from luthier.model.meter import KEY
 from luthier.model.peft_modules import parameter_of
+from luthier.model.undo import Change, Undo
+from luthier.support.errors import LuthierError
 
 PREFIX = "luthier_"
 

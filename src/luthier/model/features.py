@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier.data.batch import Batch, pad, unpad
 from luthier.model.additions import around
-from luthier.model.change import Change, together
+from luthier.model.undo import Change, together
 from luthier.model.view import Inputs, ModelView
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.errors import LuthierError
-from luthier.model.change import Change
-from luthier.training.linear import low_rank_linear
+from luthier.kernels.linear import low_rank_linear
+from luthier.model.undo import Change
+from luthier.support.errors import LuthierError
 
 KEY = "luthier_hung"  # of a module's stacks, in its __dict__
 Forward = Callable[..., Any]
@@ -30,7 +30,7 @@ class Factor(Protocol):
 
     @property
     def name(self) -> str:
-        """Of the parameter on the layer; empty where it is none."""
+        """The parameter's name on the layer; empty where the factor is not a parameter."""
         ...
 
     def __call__(self) -> Tensor: ...

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from luthier.data.batch import IGNORE, Batch
 from luthier.model.additions import around
-from luthier.model.change import Change, together
 from luthier.model.hanging import Forward
+from luthier.model.undo import Change, together
 from luthier.model.view import InputHook, Inputs
 
 PROMPT = "prompt"  # name of the per-token column that marks the prompt side

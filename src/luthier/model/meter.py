@@ -43,6 +43,11 @@ class Meter:
         """Work that is no layer's: a decomposition, a sort of gradients."""
         self.flops[self._stage] = self.flops.get(self._stage, 0.0) + flops
 
+    def charge_backward(self, flops: float, x: Tensor) -> None:
+        """Work of a backward that no hook sees, charged where x will be asked for its gradient."""
+        if _has_backward(x):
+            self.charge(flops)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Charge what happens inside to this stage."""
@@ -121,7 +126,7 @@ class Meter:
         self.charge(2 * x.numel() / columns * count)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> None:
-        """Of sequences end to end; query [1, H, T, d]."""
+        """Charge attention over sequences that lie end to end; query [1, H, T, d]."""
         products = 4 if any(x.requires_grad for x in (query, key, value)) and torch.is_grad_enabled() else 0
         if _in_backward():
             products = 0
@@ -129,7 +134,7 @@ class Meter:
         self.charge(2 * (forward + products) * query.shape[1] * query.shape[3] * sum(n * n for n in lengths))
 
     def _padded_attention(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Of a rectangle [S, L, D]; flat rows are counted where their lengths are known."""
+        """Charge attention over a rectangle [S, L, D]; flat rows are counted where their lengths are known."""
         if kwargs.get("sequence_lengths") is not None:
             return
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -222,6 +227,6 @@ def _has_backward(out: Any) -> bool:
 
 
 def svd_flops(rows: int, columns: int) -> float:
-    """Of a thin singular value decomposition: 14 m n^2 + 8 n^3 for m >= n (Golub and Van Loan, table 8.6.1)."""
+    """FLOPs of a thin singular value decomposition: 14 m n^2 + 8 n^3 for m >= n (Golub and Van Loan, table 8.6.1)."""
     m, n = max(rows, columns), min(rows, columns)
     return 14.0 * m * n * n + 8.0 * n**3

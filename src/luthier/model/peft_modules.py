@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.errors import LuthierError
-from luthier.model.change import Change, swapped
 from luthier.model.hanging import KEY as HUNG
+from luthier.model.hanging import Beside, factors_of
+from luthier.model.undo import Change, swapped
+from luthier.support.errors import LuthierError
 
 DEAF = frozenset({"HRALinear", "HRAConv2d"})  # of peft's layers, those that multiply by the weight themselves
+IN_PLACE = "put the low-rank update into the weights instead, by Update.in_place or merge_into"
 MARKS = ("peft_config", "_hf_peft_config_loaded")  # what peft and transformers leave on the model
 
 
@@ -31,9 +33,15 @@ def parameter_of(model: nn.Module, name: str) -> nn.Parameter:
     return own_layer(model, holder).get_parameter(leaf)
 
 
-def listening_layer(model: nn.Module, name: str) -> nn.Module:
+def reads_weight(layer: nn.Module) -> bool:
+    """True for peft's DoRA: it divides by norms of the weight, beside calling the layer."""
+    return len(getattr(layer, "lora_magnitude_vector", ())) > 0
+
+
+def listening_layer(model: nn.Module, name: str, beside: bool = False) -> nn.Module:
     """`own_layer`, for something that is to act on what it computes.
 
+    beside  it acts as a difference of the weight would, though the weight stays
     Raises LuthierError where the layer is never called: peft's HRA multiplies by its weight.
     """
     outer = model.get_submodule(name)
@@ -41,6 +49,8 @@ def listening_layer(model: nn.Module, name: str) -> nn.Module:
         raise LuthierError(
             f"{name} has an adapter of peft's HRA, under which nothing else takes effect; detach it first"
         )
+    if beside and reads_weight(outer):
+        raise LuthierError(f"{name} has a DoRA adapter, whose norms would not see a low-rank term; {IN_PLACE}")
     return own_layer(model, name)
 
 
@@ -86,8 +96,11 @@ class PeftModules:
                 continue
             if HUNG in part.__dict__:
                 raise LuthierError(f"{name}: peft would train a copy of a layer with adapters on it; detach them first")
-            if type(part).__name__ in DEAF and HUNG in own_layer(self.module, name).__dict__:
+            inner = own_layer(self.module, name)
+            if type(part).__name__ in DEAF and HUNG in inner.__dict__:
                 raise LuthierError(f"{name}: peft's HRA would pass over the adapter that is on it; detach it first")
+            if reads_weight(part) and any(isinstance(hung, Beside) for hung, _, _ in factors_of(inner)):
+                raise LuthierError(f"{name}: DoRA's norms would not see the low-rank term that is on it; {IN_PLACE}")
 
     def take_up(self, state: Mapping[str, Tensor]) -> list[str]:
         """Load tensors under peft's names; returns names that have no place."""

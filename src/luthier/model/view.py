@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.data.batch import Batch, pad, unpad
-from luthier.errors import LuthierError
+from luthier.kernels.plain import is_plain
 from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention function
 from luthier.model.anatomy import Anatomy
-from luthier.model.change import Change, Without, leaving_out
 from luthier.model.fingerprint import Fingerprint, fingerprint
 from luthier.model.meter import Meter
 from luthier.model.peft_modules import listening_layer, parameter_of
-from luthier.model.plain import is_plain
+from luthier.model.undo import Change, Without, leaving_out
+from luthier.support.errors import LuthierError
 
 ATTACHED = "luthier_attached"
 
@@ -29,12 +29,12 @@ ATTACHED = "luthier_attached"
 class Attached(list[Any]):
     """What is on a model now; a copied model has its weights and nothing of this.
 
-    left_out  whose scopes are open, the outermost first
+    left_out  of these, what the model computes without at the moment
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.left_out: list[int] = []
+        self.left_out: list[Any] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
         return Attached()
@@ -52,6 +52,7 @@ class Inputs(NamedTuple):
 
 
 InputHook = Callable[[Inputs, "ModelView"], Inputs]
+Phase = Callable[[str], AbstractContextManager[Any]]  # entered around forwards of this phase
 
 
 @dataclass
@@ -67,6 +68,7 @@ class ModelView:
     """A model with its tokenizer, anatomy and layout.
 
     layout        "flat": one row of T tokens, attention inside each sequence only; "padded": a rectangle
+    phases        entered around forwards, with their purpose: "train", "score" or "generate"
     input_hooks   applied in order to the inputs of every trunk call (soft prompts, offsets)
     base          the fingerprint, where these are not the base's own weights: a quantised copy
     """
@@ -79,6 +81,7 @@ class ModelView:
         self.name = name or str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
         self.anatomy = Anatomy(module)
         self.input_hooks: list[InputHook] = []
+        self.phases: list[Phase] = []
         self.meter = Meter()
         self._base = base
         self._native_attention: str = module.config._attn_implementation
@@ -115,12 +118,13 @@ class ModelView:
         """A base parameter by its canonical name, whatever peft put around its layer."""
         return parameter_of(self.module, name)
 
-    def layer(self, name: str) -> nn.Module:
+    def layer(self, name: str, beside: bool = False) -> nn.Module:
         """The base's own module of this name, to hang something on or to train.
 
-        Raises LuthierError where peft put something around it that does not call it.
+        beside  to put a low-rank term beside its weight
+        Raises LuthierError where peft put something around it that would not notice.
         """
-        return listening_layer(self.module, name)
+        return listening_layer(self.module, name, beside)
 
     @property
     def attached(self) -> Attached:
@@ -131,28 +135,35 @@ class ModelView:
     @property
     def standing(self) -> tuple[tuple[int, ...], ...]:
         """Equal where the model computes with the same things: what is on it, less what is left out."""
-        return tuple(id(x) for x in self.attached), tuple(self.attached.left_out)
+        return tuple(id(x) for x in self.attached), tuple(id(x) for x in self.attached.left_out)
 
     def refuse_out_of_turn(self, leaving: Any) -> None:
         """Raises LuthierError where something came later and wrote over the same weights: it would give back what it found."""
         if leaving not in self.attached:
             return
         for later in self.attached[self.attached.index(leaving) + 1 :]:
-            if both := sorted(leaving.writes & later.writes):
+            if later not in self.attached.left_out and (both := sorted(leaving.writes & later.writes)):
                 raise LuthierError(
                     f"{type(later).__name__} came later and changed {both[0]} too; take it off before {type(leaving).__name__}"
                 )
 
     @contextmanager
     def leaving_out(self, who: Any, withouts: Sequence[Without]) -> Iterator[None]:
-        """Without these changes, which are the work of `who`."""
+        """Without these changes, which are the work of `who`; once more inside, nothing is left to do.
+
+        Raises LuthierError where something that is still there wrote over the same weights later.
+        """
         left_out = self.attached.left_out
-        left_out.append(id(who))
-        try:
-            with leaving_out(withouts):
+        if who in left_out:
+            yield
+            return
+        self.refuse_out_of_turn(who)
+        with leaving_out(withouts):
+            left_out.append(who)
+            try:
                 yield
-        finally:
-            left_out.pop()
+            finally:
+                left_out.remove(who)
 
     def block(self, index: int) -> nn.Module:
         return self.module.get_submodule(self.anatomy.blocks[index])
@@ -166,7 +177,10 @@ class ModelView:
         Raises LuthierError where a trainable does not say how the model computes without it.
         """
         modes = [(part, part.training) for part in self.module.modules()]
-        with torch.no_grad(), self.leaving_out(None, [x.base_view for x in self.attached]):
+        with torch.no_grad(), ExitStack() as stack:
+            for x in reversed(self.attached):
+                if x not in self.attached.left_out:
+                    stack.enter_context(self.leaving_out(x, [x.base_view]))
             self.module.eval()
             try:
                 yield self
@@ -193,6 +207,19 @@ class ModelView:
                 self.input_hooks.insert(at, hook)
 
         return Change(lambda: self.input_hooks.remove(hook), without)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around forwards of phase "train", "score" or "generate": tuners and compute methods prepare the model for it."""
+        with ExitStack() as stack:
+            for enter in self.phases:
+                stack.enter_context(enter(name))
+            yield
+
+    @property
+    def padded_attention(self) -> str:
+        """The attention function of padded batches."""
+        return "eager" if is_plain() else self._native_attention
 
     def trace(self, batch: Batch, layers: tuple[int, ...] = (-1,), embeds: Tensor | None = None) -> Trace:
         """Run the trunk once over the batch and keep the hidden states asked for, each [T, D].
@@ -244,7 +271,7 @@ class ModelView:
     def _attention_name(self) -> str:
         if self.layout == "flat":
             return "luthier"
-        return "eager" if is_plain() else self._native_attention
+        return self.padded_attention
 
     def checkpoint_blocks(self) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again then."""

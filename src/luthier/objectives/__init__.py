@@ -1,6 +1,6 @@
 """What each token teaches."""
 
-from luthier._lazy import lazy
+from luthier.support.lazy import lazy
 
 EXPORTS = {
     "Caft": "caft",

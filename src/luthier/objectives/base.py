@@ -6,57 +6,20 @@ micro-batches and ranks, before its first backward; so one batch of eight, eight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from luthier.data.batch import IGNORE, Batch
 from luthier.method import Method
-from luthier.model.plain import is_plain
-from luthier.model.view import ModelView, Trace
-from luthier.training.head import TokenScores, recomputes, token_nll, token_scores
+from luthier.model.view import ModelView
+from luthier.step.forward import Forward, sequence_sum, weighed, weighed_rows
+from luthier.step.probe import Probe
+from luthier.step.window import Clock, Term, Window, count, mean_of
 
-if TYPE_CHECKING:
-    from luthier.training.probe import Probe
-
-
-R = TypeVar("R", bound=tuple[int, int, int])
-
-
-class Clock(NamedTuple):
-    """Where training stands: completed steps, all steps, epoch as a fraction."""
-
-    step: int
-    total: int
-    epoch: float = 0.0
-
-
-class Term(NamedTuple):
-    """A summed loss: sums [any shape, differentiable], the name of its denominator, its weight."""
-
-    sums: Tensor
-    over: str
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Window:
-    """All micro-batches of one optimiser step on this rank.
-
-    gather  [S_local] -> [S_global] over ranks, in rank order; the identity in one process
-    total   the sum of a tensor over ranks; the identity in one process
-    """
-
-    micro: list[Batch]
-    clock: Clock
-    lab: Any = None
-    gather: Callable[[Tensor], Tensor] = field(default=lambda x: x)
-    total: Callable[[Tensor], Tensor] = field(default=lambda x: x)
-    rank: int = 0
+__all__ = [
+    "Clock", "Forward", "Objective", "Probe", "Term", "Window", "count", "mean_of", "sequence_sum", "weighed", "weighed_rows",
+]  # fmt: skip
 
 
 class Objective(Method):
@@ -70,124 +33,33 @@ class Objective(Method):
         return None
 
     def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
-        """Without gradient: pick rows and tokens, attach columns; return every local denominator of the step."""
+        """Without gradient: pick rows and tokens, attach columns; return every local denominator of the step's terms.
+
+        Where all of them are zero over all ranks, the window has nothing to teach: the loop skips the step.
+        """
         return window, count(window.micro)
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
-        """Named terms; the loop adds weight * sums / denominator."""
+        """Named terms; the loop adds weight * sums / denominator. Rows may have weights: `weighed` puts them in, and the
+        denominators of `count` hold them."""
         raise NotImplementedError
 
     def report(self) -> Mapping[str, float]:
         """Numbers of the last plan worth logging."""
         return {}
 
+    def state_dict(self) -> dict[str, Tensor | float]:
+        """What a resumed run needs of what the steps so far have left in the objective: tensors and plain numbers.
 
-def count(micro: list[Batch]) -> dict[str, float]:
-    """The two denominators every objective can use: supervised tokens, and sequences with any supervision."""
-    tokens = sum(int((b.labels != IGNORE).sum()) for b in micro)
-    return {"tokens": float(tokens), "sequences": float(sum(_supervised_sequences(b) for b in micro))}
-
-
-def _supervised_sequences(batch: Batch) -> int:
-    if "label" in batch.row or "soft" in batch.row:
-        return batch.num_sequences
-    return int(batch.seq[batch.supervised].unique().numel())
-
-
-class Forward:
-    """What an objective gets for one micro-batch. It runs inside the wrapped module.
-
-    batch  the micro-batch; view  the model; extra  the module from `extend`
-    """
-
-    def __init__(self, batch: Batch, view: ModelView, extra: nn.Module | None = None) -> None:
-        self.batch, self.view, self.extra = batch, view, extra
-        self._traces: dict[tuple[int, Any, tuple[int, ...]], Trace] = {}
-
-    def trace(self, *layers: int, embeds: Tensor | None = None, view: ModelView | None = None) -> Trace:
-        """One trunk run that keeps these layers; asked again it is not run again, unless the base is asked meanwhile."""
-        view = view or self.view
-        key = (id(view), view.standing, layers)
-        if embeds is not None:
-            return view.trace(self.batch, layers, embeds)
-        if key not in self._traces:
-            self._traces[key] = view.trace(self.batch, layers)
-        return self._traces[key]
-
-    def hidden(self, layer: int = -1, embeds: Tensor | None = None, view: ModelView | None = None) -> Tensor:
-        """[T, D]: the final state (-1), or the input of block `layer`."""
-        asked = view or self.view
-        for (owner, standing, layers), trace in self._traces.items():
-            if embeds is None and owner == id(asked) and standing == asked.standing and layer in layers:
-                return trace.hidden[layer]
-        return self.trace(layer, embeds=embeds, view=view).hidden[layer]
-
-    def nll(self, hidden: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """[N] float32 nats at the supervised positions.
-
-        hidden  [T, D]; the final state by default
-        labels  [T]; the batch's by default
+        The first rank's is saved and every rank takes it up, so it must be the same on all: add up with `window.total`.
         """
-        hidden = self.hidden() if hidden is None else hidden
-        labels = self.batch.labels if labels is None else labels
-        rows = (labels != IGNORE).nonzero().squeeze(1)  # [N]
-        view = self.view
-        picked = view.head_input(hidden[rows])  # [T, D] -> [N, D]
-        view.meter.head(picked, view.head_weight, recomputes(view.head_weight, view.head_bias, view.head_transform()))
-        return token_nll(picked, view.head_weight, labels[rows], view.head_bias, view.head_transform())
+        return {}
 
-    def map_logits(self, f: Callable[[Tensor, R], Tensor], runs: Sequence[R]) -> Tensor:
-        """[N]: f(logits [n, V], run) over runs of supervised rows, one after another.
+    def load_state_dict(self, state: Mapping[str, Tensor | float]) -> None:
+        """Take up the state; tensors come on the CPU."""
 
-        runs  (sequence, first row within it, n); their n sum to N
-        A run's logits live while f works, and are computed again in the backward.
-        """
-        rows, hidden = self.batch.supervised, self.hidden()
-        sizes = [run[2] for run in runs]
-        out = []
-        for part, run in zip(rows.split(sizes), runs, strict=True):
-
-            def piece(h: Tensor, part: Tensor = part, run: R = run) -> Tensor:
-                return f(self.logits(part, h), run)
-
-            again = torch.is_grad_enabled() and not is_plain()
-            out.append(checkpoint(piece, hidden, use_reentrant=False) if again else piece(hidden))
-        return torch.cat(out) if out else hidden.sum(-1).float()[:0]
-
-    def scores(self) -> TokenScores:
-        """Loss and entropy of every supervised token, without a gradient."""
-        rows, view = self.batch.supervised, self.view
-        picked = view.head_input(self.hidden()[rows])
-        view.meter.head(picked, view.head_weight, False)
-        return token_scores(picked, view.head_weight, self.batch.labels[rows], view.head_bias, view.head_transform())
-
-    def logits(self, rows: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
-        """float32 logits: [N, V] at the given token positions, or [S, C] of the classification head without any."""
-        hidden = self.hidden() if hidden is None else hidden
-        if rows is None:
-            return self._class_logits(hidden)
-        picked = self.view.head_input(hidden[rows])
-        self.view.meter.head(picked, self.view.head_weight, False)
-        z = nn.functional.linear(picked, self.view.head_weight, self.view.head_bias).float()
-        transform = self.view.head_transform()
-        return z if transform is None else transform(z)
-
-    def _class_logits(self, hidden: Tensor) -> Tensor:
-        """[S, C]: the vocabulary's scores of the label words at the answer slot, or the classification head's."""
-        if "slot" not in self.batch.row:
-            return self.view.class_logits(hidden, self.batch)
-        words = self.batch.row["words"][0]  # [C]; a task has one set of label words
-        picked = self.view.head_input(hidden[self.batch.starts + self.batch.row["slot"]])  # [S, D]
-        bias = self.view.head_bias
-        z = nn.functional.linear(picked, self.view.head_weight[words], None if bias is None else bias[words]).float()
-        transform = self.view.head_transform()
-        return z if transform is None else transform(z)
-
-    def run_block(self, block: nn.Module, hidden: Tensor, trace: Trace) -> Tensor:
-        """[T, D] -> [T, D] through a block under the masks and positions of the trace's last block."""
-        return self.view.run_block(block, hidden, trace)
-
-
-def sequence_sum(values: Tensor, batch: Batch) -> Tensor:
-    """[N] at the supervised positions -> [S], summed by sequence."""
-    return torch.zeros(batch.num_sequences, device=values.device).index_add(0, batch.seq[batch.supervised], values)
+    def fresh(self) -> Self:
+        """The same fields without any state, as before a run; each run trains with its own."""
+        cls: Any = type(self)
+        made: Self = cls.model_construct(set(self.model_fields_set), **{n: getattr(self, n) for n in cls.model_fields})
+        return made

@@ -1,6 +1,6 @@
-"""In which stages."""
+"""Stages: the order in which a model is trained, and on what."""
 
-from luthier._lazy import lazy
+from luthier.support.lazy import lazy
 
 EXPORTS = {
     "List": "list",

@@ -2,64 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
-import importlib
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from luthier import manifest
-from luthier.collaboration.protocol import Collaboration
-from luthier.collaboration.translators.base import Translator
-from luthier.compute.base import Compute
-from luthier.curation.base import Curator
-from luthier.errors import RecipeError
-from luthier.evaluation.base import Evaluator
-from luthier.method import Method
-from luthier.objectives.base import Objective
-from luthier.pipelines.base import Pipeline
+from luthier.method.building import Lines, build_method, build_methods, validated
+from luthier.method.kinds import LISTED, SINGLE
 from luthier.recipe.settings import Recipe
-from luthier.tuners.base import Tuner
+from luthier.support.errors import RecipeError
 
 MAX_BYTES = 1_000_000
-BASES: dict[str, type[Method]] = {
-    "tuner": Tuner, "objective": Objective, "compute": Compute, "pipeline": Pipeline, "curate": Curator,
-    "evaluate": Evaluator, "collaborate": Collaboration, "translate": Translator,
-}  # fmt: skip
 SECRETS = ("*token", "*api_key*", "*password*", "*secret*")
 NOT_SECRET = frozenset({"keep_tokens", "max_new_tokens"})
-OLD_SPELLINGS = {
-    "model_name_or_path": "model", "base_model": "model", "dataset": "data.train", "train_file": "data.train",
-    "cutoff_len": "data.max_length", "sequence_len": "data.max_length", "max_seq_length": "data.max_length",
-    "max_length": "data.max_length", "num_train_epochs": "epochs", "num_epochs": "epochs", "lora_r": "tuner.lora.rank",
-    "lora_alpha": "tuner.lora.alpha", "warmup_ratio": "warmup_fraction", "warmup_steps": "warmup_fraction",
-    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "tokens_per_forward",
-    "micro_batch_size": "tokens_per_forward", "lr": "learning_rate", "scheduler": "lr_scheduler_type",
-    "overwrite_output_dir": "the option --fresh", "logging_dir": "output_dir", "r": "rank", "lora_target": "tuner.lora.targets",
-    "target_modules": "targets", "bf16": "dtype", "fp16": "dtype", "eval_file": "data.eval",
-}  # fmt: skip
-
-
-class _Lines:
-    """Line numbers by key path, and what to call the source."""
-
-    def __init__(self, name: str, lines: Mapping[tuple[str, ...], int], overridden: frozenset[tuple[str, ...]]) -> None:
-        self.name, self.lines, self.overridden = name, lines, overridden
-
-    def where(self, path: tuple[str, ...]) -> str:
-        key = ".".join(path) or "recipe"
-        if any(path[: len(o)] == o for o in self.overridden):
-            return f"command line: {key}"
-        line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
-        return f"{self.name}:{line}: {key}" if line is not None else f"{self.name}: {key}"
 
 
 def load(text: str, name: str = "recipe", overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
@@ -69,7 +28,7 @@ def load(text: str, name: str = "recipe", overrides: Sequence[str] = (), code: P
     """
     values, lines = parse(text, name)
     changed = apply_overrides(values, overrides)
-    return build(values, _Lines(name, lines, changed), code)
+    return build(values, Lines(name, lines, changed), code)
 
 
 def load_file(path: Path, overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
@@ -143,7 +102,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> frozens
         key, equals, text = item.removeprefix("~").partition("=")
         path = tuple(key.split("."))
         if not all(path) or (not equals and not remove):
-            raise RecipeError("command line", f"{item!r} is no override", "write key.sub=value, or ~key to remove one")
+            raise RecipeError(
+                "command line", f"{item!r} is not an override", "write key.sub=value, or ~key to remove one"
+            )
         at = values
         for part in path[:-1]:
             if isinstance(at.get(part), str):  # tuner: lora, then tuner.lora.rank=8
@@ -166,16 +127,16 @@ def _value(text: str, key: str) -> Any:
         raise RecipeError(f"command line: {key}", f"{text!r} is not YAML", "quote it") from error
 
 
-def build(values: Mapping[str, Any], lines: _Lines, code: Path | None = None) -> Recipe:
+def build(values: Mapping[str, Any], lines: Lines, code: Path | None = None) -> Recipe:
     """Check every key and value, methods first. Raises RecipeError."""
     out = dict(values)
     _no_secrets(out, (), lines)
-    _build_methods(out, (), ("tuner", "objective", "compute", "pipeline", "collaborate"), lines, code)
-    for kind in manifest.LISTS:
+    build_methods(out, (), SINGLE, lines, code)
+    for kind in LISTED:
         if (listed := out.get(kind)) is not None:
             listed = listed if isinstance(listed, list) else [listed]
-            out[kind] = [_method(kind, item, lines, (kind, str(i)), code) for i, item in enumerate(listed)]
-    recipe: Recipe = _validated(Recipe, out, (), lines, list(Recipe.model_fields))
+            out[kind] = [build_method(kind, item, lines, (kind, str(i)), code) for i, item in enumerate(listed)]
+    recipe: Recipe = validated(Recipe, out, (), lines, list(Recipe.model_fields))
     if recipe.trust_remote_code and code is None:
         raise RecipeError(
             lines.where(("trust_remote_code",)), "would run the model's own code", "add --allow-code if you trust it"
@@ -192,113 +153,9 @@ def build(values: Mapping[str, Any], lines: _Lines, code: Path | None = None) ->
     return recipe
 
 
-def _build_methods(
-    values: dict[str, Any], path: tuple[str, ...], kinds: Sequence[str], lines: _Lines, code: Path | None
-) -> None:
-    """Put instances in place of names."""
-    for kind in kinds:
-        if values.get(kind) is not None:
-            values[kind] = _method(kind, values[kind], lines, (*path, kind), code)
-
-
-def method(kind: str, value: Any, name: str) -> Any:
-    """A method from its name, {name: {fields}} or an instance. Raises RecipeError; never imports code it does not know.
-
-    name  of what it stands in, for errors
-    """
-    return _method(kind, value, _Lines(name, {}, frozenset()), (kind,), None)
-
-
-def _no_secrets(values: Any, path: tuple[str, ...], lines: _Lines) -> None:
+def _no_secrets(values: Any, path: tuple[str, ...], lines: Lines) -> None:
     if isinstance(values, Mapping):
         for key, value in values.items():
             if key not in NOT_SECRET and any(fnmatch.fnmatch(key.lower(), p) for p in SECRETS):
                 raise RecipeError(lines.where((*path, key)), "looks like a secret", "set it in the environment instead")
             _no_secrets(value, (*path, key), lines)
-
-
-def _method(kind: str, value: Any, lines: _Lines, path: tuple[str, ...], code: Path | None) -> Any:
-    """ "lora", {lora: {rank: 8}}, "module:Class" or an instance -> an instance."""
-    if isinstance(value, Method):
-        return value
-    if isinstance(value, str):
-        value = {value: {}}
-    if not isinstance(value, Mapping) or len(value) != 1:
-        raise RecipeError(
-            lines.where(path),
-            f"is {value!r}",
-            f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}",
-        )
-    ((name, fields),) = value.items()
-    if fields is not None and not isinstance(fields, Mapping):
-        raise RecipeError(lines.where((*path, name)), f"holds {fields!r}", "write its fields as keys")
-    cls: Any = _foreign(kind, name, lines.where((*path, name)), code) if ":" in name else None
-    if cls is None:
-        if name not in manifest.names(kind):
-            raise RecipeError(
-                lines.where((*path, name)), f"there is no {kind} {name!r}", _nearest(name, manifest.names(kind))
-            )
-        cls = manifest.find(kind, name)
-        _of_kind(cls, kind, lines.where((*path, name)))
-    fields = dict(fields or {})
-    if kind == "pipeline" and isinstance(fields.get("stages"), list):  # methods within a method
-        fields["stages"] = [dict(s) if isinstance(s, Mapping) else s for s in fields["stages"]]
-        for i, stage in enumerate(fields["stages"]):
-            if isinstance(stage, dict):
-                _build_methods(stage, (*path, name, "stages", str(i)), ("tuner", "objective"), lines, code)
-    if kind == "collaborate" and fields.get("translator") is not None:
-        fields["translator"] = _method("translate", fields["translator"], lines, (*path, name, "translator"), code)
-    return _validated(cls, fields, (*path, name), lines, list(cls.model_fields))
-
-
-def _foreign(kind: str, name: str, where: str, code: Path | None) -> Any:
-    """A method of somebody else's: module:Class, from the recipe's folder or the environment."""
-    if code is None:
-        raise RecipeError(where, "names code, which a recipe may not bring", "add --allow-code if you trust it")
-    module, _, attribute = name.partition(":")
-    sys.path.insert(0, str(code.resolve()))
-    try:
-        cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(where, f"cannot be imported ({error})", "write module:Class") from error
-    finally:
-        sys.path.pop(0)
-    _of_kind(cls, kind, where)
-    return cls
-
-
-def _of_kind(cls: Any, kind: str, where: str) -> None:
-    if not (isinstance(cls, type) and issubclass(cls, BASES[kind])):
-        raise RecipeError(where, f"is no {BASES[kind].__name__}", f"derive it from luthier's {BASES[kind].__name__}")
-
-
-def _validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: _Lines, known: list[str]) -> Any:
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        # A misspelt key explains a missing one, so it is told first.
-        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        where = tuple(str(part) for part in first["loc"] if not str(part).startswith("function-"))
-        at = lines.where((*path, *where))
-        if first["type"] == "extra_forbidden":
-            within = known if len(where) == 1 else list(_nested_fields(cls, where[:-1]))
-            raise RecipeError(at, "there is no such key", _nearest(where[-1], within)) from None
-        if first["type"] == "missing":
-            raise RecipeError(at, "is missing", "add it") from None
-        shown = json.dumps(first.get("input"), default=str)
-        message = first["msg"][0].lower() + first["msg"][1:]
-        raise RecipeError(at, f"{shown[:80]}: {message}") from None
-
-
-def _nested_fields(cls: Any, where: tuple[str, ...]) -> Sequence[str]:
-    for part in where:
-        annotation = cls.model_fields[part].annotation if part in getattr(cls, "model_fields", {}) else None
-        cls = annotation
-    return list(getattr(cls, "model_fields", {}))
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    if name in OLD_SPELLINGS:
-        return f"its name here is {OLD_SPELLINGS[name]}"
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"

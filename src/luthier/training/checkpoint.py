@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from luthier.errors import LuthierError
-from luthier.files import sync
+from luthier.support.errors import LuthierError
+from luthier.support.files import sync
 
 MARKER = "COMPLETE"
 

@@ -1,10 +1,11 @@
 """Which weights move, and in which form."""
 
-from luthier._lazy import lazy
+from luthier.support.lazy import lazy
 
 EXPORTS = {
     "Adapter": "adapter",
     "Dept": "dept",
+    "FedKSeed": "fedkseed",
     "Frozen": "frozen",
     "Full": "full",
     "GreenTrainer": "green_trainer",

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from luthier.kernels.linear import folded
 from luthier.method import Source, Traits
 from luthier.model.additions import bias_of, oriented, output_adapter, register
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.step.lab import Lab
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Modules, Update
-
-
-def folded(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
-    """((I + B A) W, (I + B A) b): the adapter inside the projection. weight [out, in], a [R, out], b [out, R]."""
-    return weight + b @ (a @ weight), None if bias is None else bias + b @ (a @ bias)
 
 
 class Adapter(Tuner):
@@ -45,7 +42,7 @@ class Adapter(Tuner):
     """For the start; give every student its own."""
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> AdapterTrainable:
         return AdapterTrainable(self, as_view(model))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError
-from luthier.method import Method
+from luthier.kernels.linear import stochastic_round
+from luthier.method import Facts, Method, Problem
 from luthier.model.additions import refuse_packed
-from luthier.model.change import Change, Undo, Without, swapped
+from luthier.model.anatomy import Anatomy
+from luthier.model.undo import Change, Undo, Without, swapped
 from luthier.model.view import ModelView, probe_layout
-from luthier.objectives.base import Clock, Window
-from luthier.rng import Streams
-from luthier.training.linear import stochastic_round
-from luthier.update import Dense, Replace, Update
+from luthier.step.lab import Lab
+from luthier.step.window import Clock, Window
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.rng import Streams
+from luthier.update import Dense, Part, Replace, Update
 
 if TYPE_CHECKING:
-    from luthier.training.probe import Probe
+    from luthier.step.probe import Probe
 
 
 class ParamGroup(NamedTuple):
@@ -35,7 +37,7 @@ class ParamGroup(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Of the window about to be stepped on: mean loss, global gradient norm."""
+    """Numbers of the window that is about to be stepped on: mean loss, global gradient norm."""
 
     loss: float
     grad_norm: float
@@ -57,15 +59,47 @@ def as_dicts(groups: list[ParamGroup], lr: float) -> list[dict[str, Any]]:
     return out
 
 
-class Tuner(Method):
-    """Chooses what is trained. `attach` is all it takes to use one without the house."""
+def by_decay(params: Iterable[nn.Parameter]) -> list[ParamGroup]:
+    """Matrices with the run's weight decay; biases and norms without."""
+    params = list(params)
+    matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+    return [g for g in (ParamGroup(matrices), ParamGroup(vectors, weight_decay=0.0)) if g.params]
 
-    def attach(self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None) -> Trainable:
+
+class Tuner(Method):
+    """Chooses what is trained. `attach` is all it takes to use one in a loop of your own."""
+
+    def check(self, facts: Facts) -> list[Problem]:
+        """With what is known of the model: its layers and their shapes, before any weight."""
+        found, anatomy = super().check(facts), facts.anatomy
+        if anatomy is None:
+            return found
+        try:
+            self.check_model(anatomy)
+        except RecipeError as error:
+            found.append(Problem(error.where.rpartition(".")[2], error.what, error.remedy))
+        except LuthierError as error:
+            found.append(Problem("model", str(error)))
+        return found
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        """Raises LuthierError for a model of which the tuner cannot train what it is asked to."""
+        targets = getattr(self, "targets", None)
+        if targets is not None:
+            anatomy.match(targets)
+
+    def attach(
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
+    ) -> Trainable:
         """Prepare the model for training and return what moves.
 
         total_steps  all optimiser steps of the run; methods with a schedule of their own refuse None
         """
         raise NotImplementedError
+
+    def in_stage(self, number: int) -> Tuner:
+        """The tuner for its `number`-th stage in a pipeline, from 0. Methods that draw anew for each stage differ."""
+        return self
 
     def selections(self, total_steps: int) -> int:
         """How often a run of so many steps chooses what trains, where that is work that the ledger counts."""
@@ -88,6 +122,7 @@ class Trainable:
         self.view = view
         self.base = view.base  # before anything moves
         self._flags = {p: p.requires_grad for p in view.module.parameters()}
+        view.phases.append(self.phase)
         self._undo: list[Undo] = []
         self._withouts: list[Without] = []  # of what this does to the model, in the order it was done
         self.writes: set[str] = set()  # names of parameters that get other numbers
@@ -152,7 +187,7 @@ class Trainable:
         """After the optimiser moved: write trained values back into the model. clock.step counts this step."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Around "train", "score" or "generate"."""
+        """Entered around every forward, with its purpose: "train", "score" or "generate"."""
         return nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -164,6 +199,10 @@ class Trainable:
         for i, p in enumerate(self.parameters()):
             p.copy_(state[str(i)])
 
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        """Take up the state in which an earlier stage of the same tuner ended."""
+        self.load_state_dict(state)
+
     def update(self) -> Update:
         raise NotImplementedError
 
@@ -174,6 +213,8 @@ class Trainable:
         """
         if not self._owned:
             self.view.refuse_out_of_turn(self)
+        if self.phase in self.view.phases:
+            self.view.phases.remove(self.phase)
         for step in reversed(self._undo):
             step()
         self._undo.clear()
@@ -230,10 +271,7 @@ class DenseTrainable(Trainable):
         return self._masters[name]
 
     def groups(self) -> list[ParamGroup]:
-        """Matrices with the run's weight decay; biases and norms without."""
-        matrices = [p for p in self._masters.values() if p.ndim > 1]
-        vectors = [p for p in self._masters.values() if p.ndim <= 1]
-        return [g for g in (ParamGroup(matrices), ParamGroup(vectors, weight_decay=0.0)) if g.params]
+        return by_decay(self._masters.values())
 
     def after_backward(self) -> None:
         self._moved = {n for n in self._masters if self.view.weight(n).grad is not None}
@@ -272,10 +310,19 @@ class DenseTrainable(Trainable):
             if f"weight.{n}" in state:
                 self.view.weight(n).copy_(state[f"weight.{n}"])
 
-    @torch.no_grad()
     def update(self) -> Update:
-        changes = {n: (m.detach() - self._stored[n].float()).cpu() for n, m in self._masters.items()}
-        return Update(self.base, (Dense(changes),))
+        return Update(self.base, self.parts())
+
+    @torch.no_grad()
+    def parts(self, whole: Collection[str] = ()) -> tuple[Part, ...]:
+        """Differences to the base. The parameters in `whole` did not start from it, and a task head is drawn anew at every
+        load, so these are replaced as they are.
+        """
+        replaced = {*whole, *self.view.anatomy.task_head} & self._masters.keys()
+        changes = {n: (m - self._stored[n].float()).cpu() for n, m in self._masters.items() if n not in replaced}
+        values = {n: m.detach().cpu().clone() for n, m in self._masters.items() if n in replaced}
+        found: list[Part] = [Dense(changes)] if changes or not values else []
+        return (*found, Replace(values)) if values else tuple(found)
 
 
 class WithHead(Trainable):
@@ -318,20 +365,27 @@ class WithHead(Trainable):
         self.head.after_step(clock)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        return self.inner.phase(name)
+        return nullcontext()  # the inner one hears of it by itself
 
     def state_dict(self) -> dict[str, Tensor]:
         inner = {f"inner.{k}": t for k, t in self.inner.state_dict().items()}
         return inner | {f"head.{k}": t for k, t in self.head.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pick = lambda start: {k.removeprefix(start): t for k, t in state.items() if k.startswith(start)}  # noqa: E731
-        self.inner.load_state_dict(pick("inner."))
-        self.head.load_state_dict(pick("head."))
+        self.inner.load_state_dict(_below("inner.", state))
+        self.head.load_state_dict(_below("head.", state))
+
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        self.inner.go_on(_below("inner.", state))
+        self.head.load_state_dict(_below("head.", state))
 
     def update(self) -> Update:
-        learnt = {n: self.head.master(n).detach().cpu().clone() for n in self.head.names}
-        return Update(self.base, (*self.inner.update().parts, Replace(learnt)))
+        return Update(self.base, (*self.inner.update().parts, *self.head.parts()))
+
+
+def _below(start: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries under a prefix, without it."""
+    return {k.removeprefix(start): t for k, t in state.items() if k.startswith(start)}
 
 
 def with_head(trainable: Trainable, head: list[str]) -> Trainable:

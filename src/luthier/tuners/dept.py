@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.errors import RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import register
 from luthier.model.inputs import patch_model, soft_prompt
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.step.lab import Lab
+from luthier.support.errors import RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Prompt, Update
 
@@ -82,7 +83,7 @@ class Dept(Tuner):
         return problems
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> DeptTrainable:
         view = as_view(model)
         for problem in self.check(Facts(model_config=view.module.config)):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Update
 
@@ -19,7 +19,7 @@ class Frozen(Tuner):
     """
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> FrozenTrainable:
         return FrozenTrainable(as_view(model))
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 from transformers import PreTrainedModel
 
 from luthier.method import Source, Traits
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.tuners.base import DenseTrainable, Tuner, as_view
 
 
@@ -31,7 +32,7 @@ class Full(Tuner):
     """For stochastic rounding."""
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> DenseTrainable:
         view = as_view(model)
         skip = "" if self.train_embeddings else view.anatomy.embedding + "."

@@ -12,16 +12,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import refuse_packed
 from luthier.model.anatomy import Anatomy
-from luthier.model.change import Change, Undo, swapped
 from luthier.model.features import FeatureCache
+from luthier.model.undo import Change, Undo, swapped
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.step.lab import Lab
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
-from luthier.update import Dense, Replace, Update
+from luthier.update import Update
 
 Convention = Literal["contiguous", "head_gap"]
 
@@ -78,7 +79,7 @@ class Layerwise(Tuner):
         return found
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> LayerwiseTrainable:
         view = as_view(model)
         for problem in self.check(Facts()):
@@ -174,15 +175,9 @@ class LayerwiseTrainable(Trainable):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.dense.load_state_dict(state)
 
-    @torch.no_grad()
     def update(self) -> Update:
         """Differences, and whole tensors for what did not start from the base."""
-        (part,) = self.dense.update().parts
-        assert isinstance(part, Dense)
-        changes = {n: d for n, d in part.changes.items() if n not in self.original}
-        whole = {n: self.dense.master(n).detach().cpu().clone() for n in self.original}
-        parts: list[Dense | Replace] = [Dense(changes)] if changes else []
-        return Update(self.base, (*parts, Replace(whole)) if whole else tuple(parts))
+        return Update(self.base, self.dense.parts(self.original))
 
 
 def frozen_modules(view: ModelView, count: int) -> list[nn.Module]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -14,7 +14,8 @@ from luthier.method import Source, Traits
 from luthier.model.additions import low_rank_adapter, register
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.step.lab import Lab
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Chart, LowRank, Update
 
@@ -44,7 +45,7 @@ class Lora(Tuner):
     """For the start of A."""
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> LoraTrainable:
         return LoraTrainable(self, as_view(model))
 
@@ -54,7 +55,9 @@ class LoraTrainable(Trainable):
 
     def __init__(self, tuner: Lora, view: ModelView) -> None:
         self.targets = view.anatomy.match(tuner.targets)
-        layers = [view.layer(x.module) for x in self.targets]  # refused, if at all, before anything is changed
+        layers = [
+            view.layer(x.module, beside=True) for x in self.targets
+        ]  # refused, if at all, before anything is changed
         super().__init__(view)
         self.freeze_base()
         self.scale = tuner.alpha / tuner.rank

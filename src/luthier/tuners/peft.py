@@ -7,17 +7,18 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from luthier.errors import LuthierError, RecipeError
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.peft_modules import PeftModules
 from luthier.model.view import ModelView
-from luthier.rng import Streams
+from luthier.step.lab import Lab
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Update
-from luthier.update.parts import PeftPart
+from luthier.update.compositions import PeftPart
 
 STARTS = (True, False, "gaussian")  # peft's other starts write into the base, which then cannot be given back
 OURS = frozenset({"target_modules", "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision"})
@@ -65,7 +66,7 @@ class Peft(Tuner):
         return found
 
     def attach(
-        self, model: ModelView | PreTrainedModel, lab: Any = None, total_steps: int | None = None
+        self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> PeftTrainable:
         for problem in self.check(Facts()):
             raise RecipeError(f"tuner.peft.{problem.key}", problem.what, problem.remedy)
@@ -98,19 +99,18 @@ class PeftTrainable(Trainable):
             raise
         self.wrapped = self.placed.wrapped
         self.put(self.placed.change)
-
-    def named(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad}
+        # Now, since a task head that trains beside it wants gradients too.
+        self.named = {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad}
 
     def groups(self) -> list[ParamGroup]:
-        return [ParamGroup(list(self.named().values()))]
+        return [ParamGroup(list(self.named.values()))]
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {n: p.detach() for n, p in self.named().items()}
+        return {n: p.detach() for n, p in self.named.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for n, p in self.named().items():
+        for n, p in self.named.items():
             p.copy_(state[n])
 
     def update(self) -> Update:

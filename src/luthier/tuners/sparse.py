@@ -1,4 +1,4 @@
-"""A few entries of a weight as the trained parameter: the one sparse mechanism of the house."""
+"""A few entries of a weight as the trained parameter: luthier's one sparse mechanism."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.errors import LuthierError
+from luthier.kernels.linear import sparse_linear, stochastic_round
 from luthier.model.additions import bias_of, oriented, refuse_packed, register, replace_product
 from luthier.model.anatomy import Linear
-from luthier.model.change import Change, Undo, leaving_out
 from luthier.model.hanging import replaces_product
+from luthier.model.undo import Change, Undo, leaving_out
 from luthier.model.view import ModelView
-from luthier.training.linear import sparse_linear, stochastic_round
+from luthier.support.errors import LuthierError
 from luthier.update import Sparse
 
 Observe = Callable[[Tensor], None]
@@ -106,10 +106,10 @@ class SparseWeights:
 
     @torch.no_grad()
     def load(self, indices: dict[str, Tensor], values: dict[str, Tensor], generator: torch.Generator) -> None:
-        """Take up saved positions and values."""
+        """Take up saved positions and values; what was saved is not written to later."""
         for name in self.values:
             self.put(name, self.stored[name])
-            self.indices[name] = indices[name].to(self.view.device, self._dtype(name))
+            self.indices[name] = indices[name].to(self.view.device, self._dtype(name), copy=True)
             self.stored[name] = self.read(name)
             self.values[name].copy_(values[name])
         self.write(generator)

@@ -7,12 +7,12 @@ import pytest
 
 from luthier.collaboration.audit.canaries import canaries, exposures, extracted, memory, rows_of
 from luthier.data.rendering import Renderer
-from luthier.model.local import SMALL, byte_tokenizer
+from luthier.demos.local import SMALL, byte_tokenizer
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
-from luthier.rng import Streams
+from luthier.step.settings import TrainSettings
+from luthier.support.rng import Streams
 from luthier.training.loop import Loop
-from luthier.training.settings import TrainSettings
 from luthier.tuners.full import Full
 
 

@@ -11,7 +11,7 @@ from luthier.collaboration.audit import membership as of_members
 from luthier.collaboration.audit.canaries import Memory
 from luthier.collaboration.audit.membership import Membership
 from luthier.collaboration.audit.tokens import FALSE_POSITIVES, Found
-from luthier.collaboration.base import Disclosure
+from luthier.collaboration.parties import Disclosure
 
 
 class Limits(BaseModel, frozen=True, extra="forbid"):

@@ -1,6 +1,6 @@
 """From a small model's update to a large one's."""
 
-from luthier._lazy import lazy
+from luthier.support.lazy import lazy
 
 EXPORTS = {
     "Pairs": "base",

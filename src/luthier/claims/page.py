@@ -1,0 +1,59 @@
+"""report.html of claims: what a source says, what was measured here, and whether it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from luthier.report.curve import Range, interval_chart
+from luthier.report.page import template
+from luthier.support.environment import environment
+from luthier.support.files import write_text
+from luthier.support.units import in_time
+from luthier.support.version import __version__
+
+TONES = {"held": "good", "not held": "bad"}
+
+
+def write_claims(target: Path, claims: Mapping[str, Any], command: str) -> Path:
+    """The page.
+
+    claims  name -> Claim, of which those that are measured are shown with their numbers
+    """
+    shown = [_shown(name, claim) for name, claim in claims.items()]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, template("claims.html").render(
+        name="Claims", claims=shown, version=__version__, again=command, env=environment()))  # fmt: skip
+    return target
+
+
+def _shown(name: str, claim: Any) -> dict[str, Any]:
+    out = {"name": name, "claim": claim.claim, "source": claim.source, "data": claim.data, "tier": claim.tier,
+           "arms": claim.arms, "verdict": "not measured", "tone": "", "conditions": [], "by_arm": []}  # fmt: skip
+    m = claim.measured
+    if m is None:
+        return out
+    conditions = [
+        {
+            **found, "tone": TONES.get(found["outcome"], ""), "bound": _bound(asked),
+            "svg": interval_chart([Range("", found["mean"], found["low"], found["high"], i)], found["says"], _at(asked)),
+        }
+        for i, (found, asked) in enumerate(zip(m["conditions"], claim.conditions, strict=True))
+    ]  # fmt: skip
+    measures = list(dict.fromkeys(name for by in m["values"].values() for name in by))
+    values = [
+        {"arm": arm, "cells": [", ".join(f"{v:.4g}" for v in by.get(x, [])) for x in measures]}
+        for arm, by in m["values"].items()
+    ]
+    when = f"{m['date']}, {m['seeds']} seeds, {in_time(m['seconds'])} in all, {m['machine']}, commit {m['commit']}"
+    verdict = {"verdict": m["verdict"], "tone": TONES.get(m["verdict"], "")}
+    return out | verdict | {"conditions": conditions, "measures": measures, "by_arm": values, "when": when}
+
+
+def _at(condition: Any) -> float:
+    return float(condition.at_least if condition.at_least is not None else condition.at_most)
+
+
+def _bound(condition: Any) -> str:
+    return f"at least {condition.at_least:g}" if condition.at_least is not None else f"at most {condition.at_most:g}"

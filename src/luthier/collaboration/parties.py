@@ -1,0 +1,219 @@
+"""Parties: state machines that take messages and answer with messages, the same in one process, over a network, and in
+replay after a kill."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from luthier.collaboration.journal import Journal
+from luthier.collaboration.messages import Kind, Message, Refused
+from luthier.collaboration.privacy import Privacy
+from luthier.collaboration.wire import unpacked
+from luthier.model.fingerprint import Fingerprint
+from luthier.support.errors import LuthierError
+from luthier.support.progress import Progress, untold
+from luthier.update import Update
+
+
+class Tick(NamedTuple):
+    """Time is up for what a party waits for."""
+
+
+class Sent(NamedTuple):
+    """A message on its way."""
+
+    to: str
+    message: Message
+
+
+class Disclosure(NamedTuple):
+    """What leaves with a message.
+
+    what     in words
+    to       who sees it
+    bytes    of payload, and with the header
+    unit     that a promise protects: "row", "organisation" or "nothing"
+    promise  "no formal privacy", or a budget
+    """
+
+    what: str
+    to: str
+    bytes: tuple[int, int]
+    unit: str
+    promise: str
+
+
+class Party(Protocol):
+    """A role of a protocol."""
+
+    name: str
+
+    def handle(self, event: Message | Tick) -> list[Sent]:
+        """Take an event and say what to send. Equal events in equal order give equal answers but for their nonces."""
+
+    def disclosure(self, out: Sent) -> Disclosure:
+        """What a message that this party is about to send tells, and to whom."""
+
+
+def in_process(parties: Iterable[Party], first: Iterable[Sent], gate: Callable[[Sent, Disclosure], None]) -> None:
+    """Carry messages between parties of this process until none is left.
+
+    first  what sets it off
+    gate   hears of every message before it is delivered, and may raise to stop it
+    """
+    known = {p.name: p for p in parties}
+    waiting = deque(first)
+    while waiting:
+        sent = waiting.popleft()
+        sender = known.get(sent.message.header.sender)
+        if sender is not None:
+            gate(sent, sender.disclosure(sent))
+        waiting.extend(known[sent.to].handle(sent.message))
+
+
+class Member:
+    """What clients of every protocol share: `answer`, `disclosure` and `moved` are a protocol's own.
+
+    rows      that it tunes on
+    counted   how many of them it tells a server that weighs by rows: canaries of an audit do not count
+    progress  hears of every step of its tuning
+    refusals  what the server would not take from it, and why
+    result    what it was given at the end
+    """
+
+    def __init__(self, name: str, run: str, rows: Sequence[Any]) -> None:
+        self.name, self.run, self.rows, self.counted = name, run, rows, len(rows)
+        self.progress: Progress = untold
+        self.refusals: list[str] = []
+        self.result: Message | None = None
+
+    def answer(self, state: Message) -> list[Sent]:
+        """To a server's state."""
+        raise NotImplementedError
+
+    def disclosure(self, out: Sent) -> Disclosure:
+        """What a message that it is about to send tells, and to whom."""
+        raise NotImplementedError
+
+    def moved(self, message: Message) -> Update:
+        """What a message of its own does to the model that it tuned."""
+        raise NotImplementedError
+
+    def start(self, state: Message) -> Update:
+        """What a server's state adds to the base: where its tuning starts."""
+        return Update(state.header.base, ())
+
+    @property
+    def update(self) -> Update:
+        """What it was given at the end. Raises LuthierError before."""
+        if self.result is None:
+            raise LuthierError(f"{self.name} has been given no result yet")
+        return unpacked(self.result)
+
+    def handle(self, event: Message | Tick) -> list[Sent]:
+        """A server's state, refusal or result. Raises Refused for those of another contract."""
+        if isinstance(event, Tick):
+            return []
+        if event.header.kind == "refusal":
+            self.refusals.append(str(event.header.notes["says"]))
+            return []
+        if event.header.run != self.run:
+            raise Refused("contract", f"{self.name} was sent a {event.header.kind} of another contract")
+        if event.header.kind == "result":
+            self.result = event
+            return []
+        return self.answer(event)
+
+
+def promised(privacy: Privacy | None) -> tuple[str, str]:
+    """(unit, promise) of an update that rows were tuned into."""
+    if privacy is None:
+        return "nothing", "no formal privacy: weights remember rows; audit before sending"
+    said = f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each row that it is there or not"
+    return "row", f"{said}; the number of rows is told as it is"
+
+
+def sizes(message: Message) -> tuple[int, int]:
+    """(bytes of the numbers, bytes on the wire)."""
+    return sum(t.numel() * t.element_size() for t in message.tensors().values()), len(message.encode())
+
+
+class Gathering:
+    """One message from each of the expected senders: whoever sends what cannot be used is refused, by name, and what has
+    arrived is on disk before it counts.
+
+    kind     of message that is waited for
+    run      digest of the contract
+    accept   raises Refused for a payload that this protocol cannot use
+    journal  None: in memory only
+    known    what a journal holds of this round already
+
+    declined  whoever said that it will not send; it may change its mind while the round is open
+    """
+
+    def __init__(
+        self, kind: Kind, run: str, base: Fingerprint, senders: Iterable[str], accept: Callable[[Message], None],
+        journal: Journal | None = None, round: int = 0, known: Iterable[Message] = (),
+    ) -> None:  # fmt: skip
+        self.kind, self.run, self.base, self.senders, self.round = kind, run, base, frozenset(senders), round
+        self.accept, self.journal = accept, journal
+        self.arrived: dict[str, Message] = {}
+        self.declined: set[str] = set()
+        for message in known:
+            self._check(message)
+            self.arrived[message.header.sender] = message
+
+    @property
+    def missing(self) -> frozenset[str]:
+        """Whoever may still send."""
+        return self.senders - self.arrived.keys() - self.declined
+
+    def decline(self, message: Message) -> None:
+        """A sender will not send. Raises Refused for one that was not asked."""
+        self._asked(message)
+        self.declined.add(message.header.sender)
+
+    def take(self, message: Message) -> bool:
+        """True where it is new, False for a duplicate of one that has arrived. Raises Refused."""
+        known = self.arrived.get(message.header.sender)
+        if known is not None and known.digest == message.digest:
+            return False
+        self._check(message)
+        if known is not None:
+            raise Refused("second", f"{message.header.sender} has sent its message of round {self.round} already")
+        if self.journal is not None:
+            self.journal.append(message)
+        self.arrived[message.header.sender] = message
+        self.declined.discard(message.header.sender)
+        return True
+
+    def _check(self, message: Message) -> None:
+        self._asked(message)
+        head = message.header
+        if head.kind != self.kind:
+            raise Refused("kind", f"{head.sender} sent {head.kind!r} where {self.kind!r} is waited for")
+        if head.base.weights != self.base.weights:
+            raise Refused(
+                "base", f"{head.sender} tuned {head.base.weights[:12]}, the contract's is {self.base.weights[:12]}"
+            )
+        if head.base.tokenizer != self.base.tokenizer:
+            raise Refused("tokenizer", f"{head.sender} has another tokenizer or template than the contract's")
+        self.accept(message)
+
+    def _asked(self, message: Message) -> None:
+        head = message.header
+        if head.sender not in self.senders:
+            raise Refused("unknown", f"{head.sender!r} takes no part in this")
+        if head.run != self.run:
+            raise Refused("contract", f"{head.sender} is under contract {head.run[:12]}, this is {self.run[:12]}")
+        if head.round != self.round:
+            raise Refused("round", f"{head.sender} sent for round {head.round}, this is round {self.round}")
+
+
+def refusal(error: Refused, message: Message, sender: str, base: Fingerprint) -> Sent:
+    """The answer to a message that is not taken."""
+    head = message.header
+    notes: Mapping[str, str] = {"name": error.name, "says": str(error)}
+    return Sent(head.sender, Message.of("refusal", head.run, sender, base, {}, round=head.round, notes=notes))

@@ -1,0 +1,1 @@
+"""Demonstrations: the recipe of `luthier demo`, and three organisations that tune together."""

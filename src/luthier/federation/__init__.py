@@ -1,0 +1,1 @@
+"""The work of the commands of `luthier collaborate`, on files and over flwr."""

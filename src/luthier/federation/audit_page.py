@@ -1,0 +1,26 @@
+"""The page of an audit: five questions that whoever is asked to send something has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from luthier.report.page import template
+from luthier.support.files import write_text
+from luthier.support.version import __version__
+
+SAYS = {
+    "pass": ("good", "it may be sent"),
+    "fail": ("bad", "it must not be sent as it is"),
+    "unknown": ("", "nothing failed, and too little was measured to call it safe"),
+}
+
+
+def write_audit(target: Path, name: str, audited: Any) -> Path:
+    """audited  what `collaboration.sending.prepared` gives."""
+    tone, says = SAYS[audited.verdict.outcome]
+    page = template("audit.html").render(
+        name=f"What {name} would send", tone=tone, says=says, answers=audited.answers, version=__version__
+    )
+    write_text(target, page)
+    return target

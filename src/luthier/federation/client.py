@@ -1,0 +1,186 @@
+"""A client's work: tune on rows that stay, audit exactly the bytes that would leave, and let them leave or not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from luthier.collaboration.audit.canaries import Canary, Memory, canaries, memory
+from luthier.collaboration.audit.canaries import rows_of as planted_rows
+from luthier.collaboration.audit.gate import LIMITS, Answer, Leaks, Limits, Verdict, answers, judged
+from luthier.collaboration.audit.membership import membership
+from luthier.collaboration.audit.tokens import Found, TokenAudit, distinct
+from luthier.collaboration.contract import Contract, start_of
+from luthier.collaboration.messages import Message
+from luthier.collaboration.parties import Disclosure
+from luthier.collaboration.rounds import SERVER
+from luthier.federation.audit_page import write_audit
+from luthier.federation.folder import Place
+from luthier.inference.scoring import row_scores
+from luthier.model.view import ModelView
+from luthier.support.errors import LuthierError
+from luthier.support.files import replaced, write_text
+from luthier.support.progress import Lines
+from luthier.support.rng import Streams
+from luthier.tuners.lora import Lora
+from luthier.update import LowRank, Update
+from luthier.update.packing import factor_deltas, unpack
+
+Say = Callable[[str], None]
+OTHERS = 100  # made-up secrets for each canary: 6.7 bits of exposure at most, minutes for a model of 135M weights
+Payloads = Sequence[tuple[Mapping[str, Tensor], Sequence[int]]]  # of public rows, with their tokens
+
+
+class HeldBack(LuthierError):
+    """A message whose audit failed: it is not written, and not sent."""
+
+
+class Look(NamedTuple):
+    """How closely a client looks at what it would send.
+
+    held      rows of the same sort that are not tuned on; empty leaves membership out
+    canaries  made-up records tuned on beside the rows, to see what is remembered of single ones; 0 leaves that out
+    others    made-up secrets that each canary is ranked among
+    limits    of the gate
+    """
+
+    held: Sequence[Any] = ()
+    canaries: int = 100
+    others: int = OTHERS
+    limits: Limits = LIMITS
+
+
+class Audited(NamedTuple):
+    """A message that is ready, and what it would give away."""
+
+    message: Message
+    disclosure: Disclosure
+    leaks: Leaks
+    verdict: Verdict
+    answers: list[Answer]
+    update: Update  # of the model that was tuned
+
+
+def prepared(
+    place: Place, name: str, rows: Sequence[Any], look: Look = Look(), state: Message | None = None,  # noqa: B008
+    say: Say = lambda _: None,
+) -> Audited:  # fmt: skip
+    """Tune under the contract and audit what would be sent.
+
+    state  what a server sent; None: the first state of a protocol
+    """
+    streams, contract = Streams(place.contract.settings.seed), place.contract
+    known, controls = canaries(look.canaries, streams) if look.canaries else ([], [])
+    party = place.protocol.client(name, contract, place.first, [*rows, *planted_rows(known, place.renderer)])
+    party.counted, party.progress = len(rows), Lines(say)
+    if state is None:
+        state = Message.of(
+            "state", contract.digest, SERVER, place.first.base, place.protocol.beginning(contract)
+        )  # fmt: skip
+    say(f"tune    {len(rows)} rows and {len(known)} canaries" + _promise(place))
+    (sent,) = party.handle(state)
+    disclosure, update = party.disclosure(sent), party.moved(sent.message)
+    say(
+        f"audit   tokens, {2 * len(known)} canaries among {look.others} made-up secrets each, "
+        f"membership of {len(rows) + len(look.held)} rows"
+    )
+    start, _ = party.start(state).to("dense")
+    with start.bind(place.first):  # an observer knows where the client started
+        tokens, untold = _tokens(place, update, rows)
+        remembered = _memory(place, update, known, controls, look.others, say) if known else None
+        members = _membership(place, update, rows, look.held) if len(look.held) else None
+    leaks = Leaks(tokens, remembered, members, untold)
+    epsilon = None if contract.privacy is None else contract.privacy.epsilon
+    verdict = judged(leaks, look.limits, epsilon)
+    return Audited(sent.message, disclosure, leaks, verdict, answers(disclosure, leaks, verdict, epsilon), update)
+
+
+def send(audited: Audited, folder: Path, anyway: bool = False, stem: str | None = None) -> Path:
+    """Write STEM.message, with what was found beside it. Raises HeldBack where the gate is shut.
+
+    stem  of the files' names; None: the sender's name
+    """
+    stem = stem or audited.message.header.sender
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {
+        "disclosure": audited.disclosure._asdict(), "verdict": audited.verdict._asdict(),
+        "answers": [a._asdict() for a in audited.answers],
+    }  # fmt: skip
+    write_text(folder / f"{stem}.audit.json", json.dumps(found, indent=1))
+    page = write_audit(folder / f"{stem}.html", audited.message.header.sender, audited)
+    if audited.verdict.outcome == "fail" and not anyway:
+        raise HeldBack(
+            f"{stem}: not written, since {audited.verdict.failures[0]}; see {page}, or use --send-anyway to send it as it is"
+        )
+    target = folder / f"{stem}.message"
+    with replaced(target) as temporary:
+        temporary.write_bytes(audited.message.encode())
+    return target
+
+
+def _promise(place: Place) -> str:
+    p = place.contract.privacy
+    return "" if p is None else f", epsilon {p.epsilon:g} at delta {p.delta:g}"
+
+
+def factors(place: Place, update: Update) -> dict[str, Tensor] | None:
+    """A - A0 and B of a LoRA update, by "a.NAME" and "b.NAME"; None for other updates."""
+    tuner = getattr(place.contract, "tuner", None)
+    part = update.only(LowRank)
+    if not isinstance(tuner, Lora) or part is None:
+        return None
+    return factor_deltas(part, start_of(place.first, tuner).chart)
+
+
+def public_payloads(place: Place) -> Payloads:
+    """Payloads of the public sets that the provider handed on for this; none where it did not."""
+    found = place.calibrated()
+    if not found:
+        return ()
+    assert isinstance(place.contract, Contract)
+    return [(unpack(x, place.contract.small.shapes), tokens) for x, tokens in found]
+
+
+def _tokens(place: Place, update: Update, rows: Sequence[Any]) -> tuple[list[Found] | None, str]:
+    """(what each tensor gives away, or None and why it was not looked at). Without public payloads to compare with, exact
+    leaks only are seen."""
+    payload, public = factors(place, update), public_payloads(place)
+    if payload is None:
+        return None, "they are looked for in the factors of LoRA alone"
+    initial = start_of(place.first, place.contract.tuner).chart.initial  # type: ignore[attr-defined]
+    try:
+        audit = TokenAudit(place.first, {n.removeprefix("a."): t for n, t in initial.items()})
+    except ValueError as error:  # no projection of the first block was tuned, or its inputs tell more than the token
+        return None, str(error)
+    if public:
+        audit.calibrate([p for p, _ in public], [t for _, t in public])
+    return audit(payload, distinct(rows)), ""
+
+
+def _memory(place: Place, update: Update, known: list[Canary], controls: list[Canary], others: int, say: Say) -> Memory:
+    with update.bind(place.first) as view:
+        tokens = 2 * place.contract.settings.tokens_per_forward
+        streams = Streams(place.contract.settings.seed)
+        return memory(
+            view, place.renderer, known, controls, others=others, tokens_per_forward=tokens, streams=streams,
+            progress=Lines(say),
+        )  # fmt: skip
+
+
+def _membership(place: Place, update: Update, rows: Sequence[Any], held: Sequence[Any]) -> Any:
+    """By how much each row's loss fell."""
+    tokens, view = 2 * place.contract.settings.tokens_per_forward, place.first
+    before = [_losses(view, r, tokens) for r in (rows, held)]
+    with update.bind(view):
+        after = [_losses(view, r, tokens) for r in (rows, held)]
+    delta = 0.0 if place.contract.privacy is None else place.contract.privacy.delta
+    return membership(before[0] - after[0], before[1] - after[1], delta)
+
+
+def _losses(view: ModelView, rows: Sequence[Any], tokens: int) -> np.ndarray:
+    return np.array([s.total / max(s.over, 1) for s in row_scores(view, rows, tokens)])

@@ -1,0 +1,82 @@
+"""The one page of a whole collaboration: what each had, what it got, what sharing would have given, and what left."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from luthier.collaboration.controls import gap_recovered
+from luthier.federation.audit_page import SAYS
+from luthier.federation.translation_page import _rows
+from luthier.report.curve import Range, interval_chart
+from luthier.report.page import template
+from luthier.support.files import write_text
+from luthier.support.units import in_time
+from luthier.support.version import __version__
+
+OWN, BARE = "its own small model, tuned on its rows", "large model, untouched"
+MEAN, PUBLIC = "large model with the mean shadow (C1)", "large model tuned on all public rows (C2)"
+TRANSLATED = "large model with its translated update"
+SHARED = "large model tuned on its own rows (needs them to be shared)"
+ALL = "large model tuned on all three organisations' rows (needs them to be shared)"
+SHORT = {  # a picture has no room for more
+    OWN: "own small model", BARE: "untouched", MEAN: "mean shadow", PUBLIC: "public rows", TRANSLATED: "translated",
+    SHARED: "own rows", ALL: "all rows",
+}  # fmt: skip
+
+
+def write_collaboration(
+    target: Path, found: Mapping[str, Any], audits: Mapping[str, Any], report: Mapping[str, Any]
+) -> Path:
+    """found   losses by organisation and model, and how the translator was judged
+    audits  by organisation, from `collaboration.sending.prepared`
+    report  of the server, by organisation
+    """
+    names = list(found["losses"])
+    models = list(next(iter(found["losses"].values())))
+    lines = [{"model": m, "losses": [found["losses"][n][m] for n in names], "mean": _mean(found, m)} for m in models]
+    chart = interval_chart(
+        [Range(SHORT[x["model"]], x["mean"], min(x["losses"]), max(x["losses"]), i) for i, x in enumerate(lines)],
+        "loss on rows that nobody tuned on: mean, lowest and highest of the organisations",
+        _mean(found, BARE),
+    )
+    sent = [
+        {
+            "name": n, "what": a.disclosure.what, "bytes": a.disclosure.bytes, "promise": a.disclosure.promise,
+            "tone": SAYS[a.verdict.outcome][0], "verdict": SAYS[a.verdict.outcome][1], "answers": a.answers,
+            "warnings": report[n]["warnings"],
+        }
+        for n, a in audits.items()
+    ]  # fmt: skip
+    page = template("collaboration.html").render(
+        name="Three organisations, and no row that left", names=names, lines=lines, chart=chart, sent=sent,
+        recovered=[_recovered(by) for by in found["losses"].values()], judged=_rows(found["judged"]),
+        verdict=found["judged"]["verdict"], sets=found["judged"]["sets"],
+        took=in_time(found["seconds"]), version=__version__, lead=_lead(found),
+    )  # fmt: skip
+    write_text(target, page)
+    return target
+
+
+def _mean(found: Mapping[str, Any], model: str) -> float:
+    values = [by[model] for by in found["losses"].values()]
+    return sum(values) / len(values)
+
+
+def _recovered(by: Mapping[str, float]) -> float:
+    """PGR in percent, from losses: of the way from the own small model to the large one tuned on the same rows."""
+    return gap_recovered(-by[TRANSLATED], -by[OWN], -by[SHARED])
+
+
+def _lead(found: Mapping[str, Any]) -> str:
+    """The answer in a sentence or two."""
+    had, got, bare, shared = (_mean(found, m) for m in (OWN, TRANSLATED, BARE, SHARED))
+    controls = min(_mean(found, m) for m in (MEAN, PUBLIC))
+    gained = (bare - got) / (bare - shared) if bare != shared else float("nan")
+    beats = "beats" if got < controls else "does not beat"
+    return (
+        f"Each had a small model of its own with a loss of {had:.3f}, on average. It got a large one with {got:.3f}, which is "
+        f"{gained:.0%} of what sharing its rows would have gained ({bare:.3f} untouched, {shared:.3f} shared). That {beats} the "
+        f"best that needs no organisation's rows or updates ({controls:.3f})."
+    )

@@ -1,0 +1,245 @@
+"""The same parties as processes of their own, over flwr: what its apps do.
+
+flwr carries bytes; what they are, who may send them and what is refused is decided by the parties, as in one process. A
+server's journal lies in its folder, so that a run that was killed is simply started again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from luthier.collaboration.messages import Message as Envelope
+from luthier.collaboration.messages import Refused, decode
+from luthier.collaboration.parties import Sent, Tick
+from luthier.collaboration.rounds import RoundServer
+from luthier.federation.client import HeldBack, Look, prepared, send
+from luthier.federation.folder import LIMIT, Place
+from luthier.federation.network import GIVEN, RECORD, SENT, Client
+from luthier.federation.outcome import leave
+from luthier.federation.server import leave_so_far, left
+from luthier.support.errors import LuthierError
+from luthier.support.files import whole, write_text
+
+GIVING = 60.0  # seconds that whoever took part has to come back for its result
+PATIENCE = 0.2  # seconds between looks for answers
+
+# --- the server's process ---
+
+
+def carried(grid: Grid, place: Place, clients: list[str], output: Path, patience: float) -> None:
+    """A server's whole work, from its journal on: rounds, the results on disk, then to the clients."""
+    party = place.protocol.server(place.contract, clients, place.journal(), place)
+    line = Line(grid, clients)
+    try:
+        serve(party, line, patience, _said, lambda: leave_so_far(place, party, output))
+    except LuthierError as error:
+        _said(f"ended   {error}")
+        return
+    left(place, party, output)
+    give(party, line, _said)
+
+
+class Line:
+    """flwr's nodes: which client sits at which, and what was asked. A client that is killed and joins again comes as a new one.
+
+    nodes  client -> flwr's number of its node
+    asked  flwr's number of a message -> client, or None where a node was asked who it is
+    """
+
+    def __init__(self, grid: Grid, clients: list[str]) -> None:
+        self.grid, self.clients = grid, clients
+        self.nodes: dict[str, int] = {}
+        self.asked: dict[str, str | None] = {}
+        self._seen: set[int] = set()
+
+    def look(self) -> None:
+        """Ask nodes that are new who they are."""
+        new = sorted(set(self.grid.get_node_ids()) - self._seen)
+        self._seen |= set(new)
+        if new:
+            self.asked |= dict.fromkeys(self.grid.push_messages([_message(b"", n) for n in new]))
+
+    def send(self, sent: list[Sent]) -> None:
+        """To those that are there."""
+        here = [s for s in sent if s.to in self.nodes]
+        if not here:
+            return
+        numbers = self.grid.push_messages([_message(s.message.encode(), self.nodes[s.to]) for s in here])
+        # A refusal wants no answer, but flwr gives every message one.
+        self.asked |= {n: s.to for n, s in zip(numbers, here, strict=True) if s.message.header.kind != "refusal"}
+
+    def answers(self) -> Iterator[tuple[str | None, Message]]:
+        """(client, what came back), client None for a node's name."""
+        for reply in self.grid.pull_messages(list(self.asked)):
+            yield self.asked.pop(reply.metadata.reply_to_message_id), reply
+
+    def named(self, reply: Message) -> str | None:
+        """The client that says so; None for one that takes no part."""
+        name = _field(reply, "name")
+        if not isinstance(name, str) or name not in self.clients:
+            return None
+        self.nodes[name] = reply.metadata.src_node_id
+        return name
+
+
+def serve(
+    party: RoundServer, line: Line, patience: float, say: Callable[[str], None], arrived: Callable[[], None]
+) -> None:  # fmt: skip
+    """Rounds until the last is closed. Raises LuthierError where nobody will send.
+
+    patience  seconds that a round waits for whoever has not answered; then those that have count
+    arrived   called after each answer
+    """
+    began, round = time.monotonic(), party.round
+    while not party.finished:
+        line.look()
+        for name, reply in line.answers():
+            if reply.has_error():
+                say(f"lost    {name or 'a node'}: {reply.error.reason}")
+            elif name is not None:
+                line.send(_at_once(_taken(party, name, _field(reply, "bytes"), say)))
+                arrived()
+            elif (new := line.named(reply)) is not None:
+                say(f"joined  {new}")
+                line.send(party.back(new))
+        if party.round == round and time.monotonic() - began > patience:
+            say(f"round   {round}: time is up; {_late(party)}")
+            line.send(_at_once(party.handle(Tick())))
+            began = time.monotonic()
+        if party.round != round:
+            say(f"round   {party.round} of {party.rounds} is closed")
+            began, round = time.monotonic(), party.round
+        time.sleep(PATIENCE)
+
+
+def give(party: RoundServer, line: Line, say: Callable[[str], None], patience: float = GIVING) -> None:
+    """The results, to whoever is there, and to those that took part and come back in time; the same command gives them
+    again."""
+    results, began = {s.to: s for s in party.results()}, time.monotonic()
+    sent: set[str] = set()
+    given: set[str] = set()
+    while not (party.heard & results.keys()) <= given and time.monotonic() - began < patience:
+        line.look()
+        for name, reply in line.answers():
+            if reply.has_error():
+                say(f"lost    {name or 'a node'}: {reply.error.reason}")
+            elif name is not None and _field(reply, "bytes") == b"":  # not a late answer to a round
+                given.add(name)
+            elif name is None and (new := line.named(reply)) is not None:
+                say(f"joined  {new}")
+                sent.discard(new)
+        waiting = [results[n] for n in line.nodes if n in results and n not in sent]
+        line.send(waiting)
+        sent |= {s.to for s in waiting}
+        time.sleep(PATIENCE)
+
+
+def _at_once(sent: list[Sent]) -> list[Sent]:
+    """All but results, which go when they lie on disk here."""
+    return [s for s in sent if s.message.header.kind != "result"]
+
+
+def _late(party: RoundServer) -> str:
+    missing = ", ".join(sorted(party.gathering.missing))
+    return f"{missing} did not answer" + ("" if party.gathering.arrived else ", nor did anybody; it goes on waiting")
+
+
+def _field(reply: Message, name: str) -> Any:
+    """A field of a reply, whose content anybody may have written; None where it is not there."""
+    record = reply.content.get(RECORD)
+    return record.get(name) if isinstance(record, ConfigRecord) else None
+
+
+def _taken(party: RoundServer, name: str, data: Any, say: Callable[[str], None]) -> list[Sent]:
+    """What a client's bytes lead to; bytes that are no message are refused, and lose nothing that has arrived."""
+    try:
+        if not isinstance(data, bytes):
+            raise Refused("form", f"{name} sent no bytes")
+        message = decode(data, LIMIT)
+        if message.header.sender != name:
+            raise Refused("sender", f"{name} sent a message of {message.header.sender}")
+    except Refused as error:
+        say(f"refused {name}: {error}")
+        return []
+    if message.header.kind == "refusal":
+        say(f"without {name}: {message.header.notes.get('says', 'it does not say why')}")
+    answers = party.handle(message)
+    for sent in answers:
+        if sent.message.header.kind == "refusal":
+            say(f"refused {sent.to}: {sent.message.header.notes['says']}")
+    return answers
+
+
+def _message(data: bytes, node: int) -> Message:
+    return Message(RecordDict({RECORD: ConfigRecord({"bytes": data})}), dst_node_id=node, message_type="query")
+
+
+# --- a client's process ---
+
+
+def answered(folder: Path, who: Client, received: bytes) -> bytes:
+    """What a client says to a server's bytes: audited first, and noted in sent.jsonl, before it leaves.
+
+    A round is answered once: asked again, the very same bytes go. Tuning anew would cost a promise twice.
+    """
+    place, message = Place(folder, who.models), decode(received, LIMIT)
+    if message.header.kind == "result":
+        _keep(place, who, message)
+    if message.header.kind != "state":
+        return b""
+    if message.header.round >= place.protocol.turns:
+        asked = f"asked for round {message.header.round + 1} of {place.protocol.turns}"
+        raise Refused("round", f"{asked}: more was not agreed on")
+    stem = f"{who.name}-{message.header.round}"
+    kept = folder / SENT / f"{stem}.message"
+    if not kept.exists():
+        try:
+            _prepare(place, who, message, stem)
+        except HeldBack as error:
+            write_text(folder / f"{who.name}.held-back", str(error))
+            return _declined(who.name, message).encode()
+    data = kept.read_bytes()
+    note = json.loads(kept.with_suffix(".audit.json").read_text(encoding="utf-8"))
+    entry = {**note["disclosure"], "round": message.header.round, "digest": decode(data, LIMIT).digest}
+    with (folder / "sent.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
+    return data
+
+
+def _keep(place: Place, who: Client, result: Envelope) -> None:
+    """What the server gave, as an adapter's folder. A client need not have the model that it is for."""
+    party = place.protocol.client(who.name, place.contract, place.first, [])
+    party.handle(result)
+    target = place.path / GIVEN / who.name
+    shutil.rmtree(target, ignore_errors=True)
+    with whole(target) as temporary:
+        roles = place.protocol.roles
+        leave(place, roles[-1], party.update, temporary, who.name, place.first if len(roles) == 1 else None)
+
+
+def _prepare(place: Place, who: Client, state: Envelope, stem: str) -> None:
+    rows = place.rendered(place.rows(who.data, Path()))
+    held = place.rendered(place.rows(who.held, Path())) if who.held else []
+    audited = prepared(place, who.name, rows, Look(held, who.canaries, who.others), state, _said)
+    _said(f"audit   round {state.header.round}: {audited.verdict.outcome}; {place.path / SENT / f'{stem}.html'}")
+    send(audited, place.path / SENT, who.send_anyway, stem)
+
+
+def _declined(name: str, state: Envelope) -> Envelope:
+    """Says no more than that: what an audit found is the client's own."""
+    head = state.header
+    notes = {"name": "held-back", "says": "its audit does not let the message go"}
+    return Envelope.of("refusal", head.run, name, head.base, {}, round=head.round, notes=notes)
+
+
+def _said(text: str) -> None:
+    """A line is a line, whatever others wrote into it."""
+    print(" ".join(text.splitlines()), flush=True)

@@ -1,0 +1,283 @@
+"""flwr's processes around our parties: a superlink and a run for whoever serves, a supernode for whoever joins."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from luthier.support import machine
+from luthier.support.errors import LuthierError
+
+SENT = "sent"  # folder of a client's messages and audits, by name and round
+GIVEN = "given"  # folder of what a server gave, by client
+RECORD = "luthier"  # of flwr's messages, the one that ours is in
+Say = Callable[[str], None]
+STARTING = 60.0  # seconds that flwr's server may take to listen
+
+QUIET = {
+    "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}  # fmt: skip
+APP = """[project]
+name = "luthier-collaboration"
+version = "0.1.0"
+description = "Parties of a collaboration by luthier"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "luthier"
+
+[tool.flwr.app.components]
+serverapp = "luthier_collaboration:server"
+clientapp = "luthier_collaboration:client"
+
+[tool.flwr.app.config]
+folder = {folder}
+clients = {clients}
+output = {output}
+patience = {patience}
+models = {models}
+"""
+
+
+class Address(NamedTuple):
+    """host:port of the server, and the folder of certificates that protect the line (None: it is not protected).
+
+    certificates  ca.pem for clients; server.pem and server.key beside it for the server
+    """
+
+    host: str
+    port: int
+    certificates: Path | None
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+
+class Client(NamedTuple):
+    """Who joins, with which rows, and how closely it looks at what it would send (see `collaboration.sending.Look`).
+
+    models  where models of the contract lie here, by role
+    """
+
+    name: str
+    data: str
+    held: str | None = None
+    canaries: int = 100
+    others: int = 100
+    send_anyway: bool = False
+    models: Mapping[str, str] | None = None
+
+    def to_config(self) -> dict[str, str | int | bool]:
+        """For flwr's node, whose working folder is another."""
+        files = {k: str(Path(v).resolve()) for k, v in (("data", self.data), ("held", self.held)) if v is not None}
+        return {
+            "name": self.name,
+            "canaries": self.canaries,
+            "others": self.others,
+            "send_anyway": self.send_anyway,
+            "models": _written(self.models),
+            **files,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Client:
+        return cls(**{k: config[k] for k in cls._fields if k in config} | {"models": json.loads(config["models"])})
+
+
+def _written(models: Mapping[str, str] | None) -> str:
+    """Models by role as flwr's configurations hold them; folders by their whole path."""
+    return json.dumps({r: str(Path(m).resolve()) if Path(m).exists() else m for r, m in (models or {}).items()})
+
+
+def address(text: str, certificates: Path | None, insecure: bool) -> Address:
+    """Raises LuthierError for what is no address, or a line to another machine that anybody could read."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit():
+        raise LuthierError(f"{text!r} is no address: write host:port, 127.0.0.1:9092 for instance")
+    if certificates is None and not insecure and not _loopback(host):
+        raise LuthierError(
+            f"{text}: what travels to another machine could be read and changed by anybody on the way; "
+            "name a folder with --certificates, or say --insecure"
+        )
+    return Address(host, int(port), certificates)
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(
+    folder: Path, clients: Sequence[str], at: Address, patience: float, output: Path, say: Say,
+    models: Mapping[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Wait for clients, carry the rounds, leave the results. Started again after a kill it goes on with its journal.
+
+    models  where models of the contract lie here, by role
+    """
+    home = folder / "flwr"
+    app_in(
+        home, str(at), at.certificates, folder=str(folder.resolve()), clients=",".join(clients), output=str(output.resolve()),
+        patience=patience, models=_written(models),
+    )  # fmt: skip
+    link = ["flower-superlink", "--host", at.host, "--port", str(at.port), *_server_side(at)]
+    with ExitStack() as running:
+        superlink = running.enter_context(_process(link, home, "superlink.log"))
+        _listening(at, superlink, home / "superlink.log")
+        say(f"serve   {at}: waiting for {', '.join(clients)}")
+        run = running.enter_context(_process(["flwr", "run", str(home), "here", "--stream"], home, "run.log"))
+        told = Tail(home / "run.log", say)
+        while run.poll() is None:
+            told.read()
+            time.sleep(0.3)
+        told.read()
+    if told.ended:
+        raise LuthierError(told.ended)
+    if not (output / "report.html").exists():
+        raise LuthierError(f"the run ended without a result; see {home / 'run.log'}")
+
+
+def join(folder: Path, client: Client, at: Address, say: Say) -> Path:
+    """Answer a server until it has given a result; returns the adapter's folder. Raises LuthierError where an audit held a
+    message back."""
+    name = client.name
+    given, held, home = folder / GIVEN / name, folder / f"{name}.held-back", folder / f"flwr-{name}"
+    result = given / "update.json"
+    home.mkdir(exist_ok=True)
+    held.unlink(missing_ok=True)
+    config = {"folder": str(folder.resolve()), **client.to_config()}
+    words = " ".join(f"{k}={json.dumps(v)}" for k, v in config.items())
+    command = [
+        "flower-supernode", "--superlink", str(at), "--port", str(_free_port()), "--node-config", words, *_client_side(at),
+    ]  # fmt: skip
+    began = result.stat().st_mtime_ns if result.exists() else 0
+    with _process(command, home, "supernode.log") as node:
+        say(f"join    {at} as {name}; rows stay here, what leaves is written to {folder / 'sent.jsonl'}")
+        if kept := sorted(folder.glob(f"{SENT}/{name}-*.message")):
+            say(f"again   rounds that were answered before get the same answer: {', '.join(map(str, kept))}")
+        told = Tail(home / "supernode.log", say)
+        while not held.exists() and (not result.exists() or result.stat().st_mtime_ns == began):
+            if node.poll() is not None:
+                raise LuthierError(f"flwr's node ended with {node.returncode}; see {home / 'supernode.log'}")
+            told.read()
+            time.sleep(0.5)
+        time.sleep(2.0)  # until flwr has said that it arrived
+        told.read()
+    if held.exists():
+        raise LuthierError(held.read_text(encoding="utf-8"))
+    return given
+
+
+def _server_side(at: Address) -> list[str]:
+    if at.certificates is None:
+        return ["--insecure"]
+    pem = {"certfile": "server.pem", "keyfile": "server.key", "ca-certfile": "ca.pem"}
+    return [w for flag, file in pem.items() for w in (f"--ssl-{flag}", str(at.certificates / file))]
+
+
+def _client_side(at: Address) -> list[str]:
+    return ["--insecure"] if at.certificates is None else ["--root-certificates", str(at.certificates / "ca.pem")]
+
+
+def environment(home: Path) -> dict[str, str]:
+    """For flwr's processes: nothing is told to anybody, nothing is installed; its files lie in `home`. They start others by
+    name, so that the folder of this Python's programs comes first in their path."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
+
+
+def app_in(path: Path, control: str, certificates: Path | None, **config: Any) -> None:
+    """flwr's folder of an app, and the configuration that leads to the superlink at `control`."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "pyproject.toml").write_text(APP.format(**{k: json.dumps(v) for k, v in config.items()}), encoding="utf-8")
+    (path / "luthier_collaboration.py").write_text(
+        '"""Our parties, as flwr finds them."""\n\nfrom luthier.federation.flower_apps import client, server\n\n'
+        '__all__ = ["client", "server"]\n'
+    )
+    line = (
+        "insecure = true" if certificates is None else f"root-certificates = {json.dumps(str(certificates / 'ca.pem'))}"
+    )
+    connection = f'[superlink]\ndefault = "here"\n\n[superlink.here]\naddress = "{control}"\n{line}\n'
+    (path / "config.toml").write_text(connection)
+
+
+@contextmanager
+def _process(command: list[str], home: Path, log: str) -> Any:
+    """A process of flwr's, whose group ends with the block."""
+    program = Path(sys.executable).parent / command[0]
+    with (home / log).open("w", encoding="utf-8") as out:
+        process = subprocess.Popen(
+            [str(program), *command[1:]],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment(home),
+            start_new_session=True,
+            preexec_fn=machine.end_with_parent,
+        )
+        try:
+            yield process
+        finally:
+            _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Its whole group: flwr starts processes of its own."""
+    for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(process.pid, sign)
+            process.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def _listening(at: Address, process: subprocess.Popen[bytes], log: Path) -> None:
+    until = time.monotonic() + STARTING
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise LuthierError(f"flwr's server ended with {process.returncode}; see {log}")
+        with socket.socket() as one:
+            one.settimeout(1.0)
+            if one.connect_ex((at.host, at.port)) == 0:
+                return
+        time.sleep(0.2)
+    raise LuthierError(f"{at}: flwr's server did not listen within {STARTING:.0f} s; see {log}")
+
+
+class Tail:
+    """Passes on what our parties say, out of flwr's log. `ended` is why there will be no result."""
+
+    TOLD = ("joined ", "round ", "refused ", "lost ", "without ", "tune ", "audit ")
+
+    def __init__(self, log: Path, say: Say) -> None:
+        self.log, self.say, self.seen, self.ended = log, say, 0, ""
+
+    def read(self) -> None:
+        """What is new, in whole lines."""
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        for line in lines[self.seen :]:
+            if line.startswith(self.TOLD):
+                self.say(line)
+            if line.startswith("ended "):
+                self.ended = line.removeprefix("ended ").strip()
+        self.seen = len(lines)
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

@@ -1,0 +1,92 @@
+"""What a collaboration gives: an update's folder that says which model it is for and how that one is asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+
+from luthier.collaboration.agreement import Rendering
+from luthier.federation.folder import Place
+from luthier.model.fingerprint import Fingerprint
+from luthier.model.loading import locate
+from luthier.model.view import ModelView
+from luthier.recipe import Recipe
+from luthier.recipe.settings import DataSettings
+from luthier.report.card import front
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.files import write_text
+from luthier.update import Update
+from luthier.update.files import save_update
+
+FILE = "given.json"
+
+
+class Given(BaseModel, frozen=True, extra="forbid"):
+    """Beside an update, what it takes to use it."""
+
+    luthier: Literal[1] = 1
+    protocol: str
+    contract: str
+    """Digest of what was agreed on."""
+    model: str
+    """Where the base model is: a folder, a .gguf file, a Hub id."""
+    base: Fingerprint
+    """What it must be."""
+    rendering: Rendering
+
+    def recipe(self, rows: str | None) -> Recipe:
+        """To load the base model, and to score rows of a file as all parties rendered theirs; None: of none."""
+        data = DataSettings(train=rows or "", eval=rows, **self.rendering.model_dump())
+        return Recipe(model=self.model, data=data)
+
+    def card(self, name: str, relation: str, peft: bool = False) -> str:
+        """The model card."""
+        lines = [
+            *front(self.model, self.base.name, relation, peft, (self.protocol,)),
+            "",
+            f"# {name}",
+            "",
+            f"Given by luthier's {self.protocol}: several parties tuned, none showed its rows to another. For "
+            f"{self.base.name} (weights {self.base.weights[:16]}), under the contract {self.contract[:16]}.",
+            "",
+            "The licence is the base model's; read it before you share this.",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def leave(place: Place, role: str, update: Update, folder: Path, name: str, view: ModelView | None = None) -> Path:
+    """An update's files, as `luthier.load` opens them, and peft where it is low-rank; with how it is used, and its card.
+
+    role  of the model that it is for
+    view  that model, where it is at hand: peft's file then says where it lies
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_update(update, folder, view)
+    given = Given(
+        protocol=place.protocol.key(), contract=place.contract.digest, model=place.models[role], base=update.base,
+        rendering=place.contract.rendering,
+    )  # fmt: skip
+    write_text(folder / FILE, given.model_dump_json(indent=1))
+    write_text(folder / "README.md", given.card(name, "adapter", peft=(folder / "adapter_model.safetensors").exists()))
+    return folder
+
+
+def given_in(folder: Path) -> Given | None:
+    """None for a folder that no collaboration left. Raises LuthierError for a file that cannot be used, or a model that is not
+    where it says."""
+    file = folder / FILE
+    if not file.exists():
+        return None
+    try:
+        given = Given.model_validate_json(file.read_bytes())
+    except ValueError as error:
+        first = str(error).splitlines()[0]
+        raise LuthierError(f"{file}: cannot be read ({first}); ask for what was given again") from error
+    try:
+        locate(given.model)
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error.where}", error.what, "write where it lies on this machine") from error
+    return given

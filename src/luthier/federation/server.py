@@ -1,0 +1,111 @@
+"""The server's work on messages that came as files: refuse by name, add up or translate, leave an update for each sender."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from luthier.collaboration.grad_transformer import Provider
+from luthier.collaboration.messages import Message, decode, refuse_name
+from luthier.collaboration.parties import Tick
+from luthier.collaboration.rounds import RoundServer
+from luthier.federation.folder import LIMIT, Place
+from luthier.federation.outcome import leave
+from luthier.federation.translation_page import write_translation
+from luthier.support.errors import LuthierError
+from luthier.support.files import whole, write_text
+from luthier.update import Update
+
+SO_FAR = "so-far"
+Say = Callable[[str], None]
+
+
+class Arrivals(NamedTuple):
+    """results   sender -> folder of what it is given
+    refused   file -> why it was not taken
+    report    of the server, by sender
+    """
+
+    results: dict[str, Path]
+    refused: dict[str, str]
+    report: Any
+
+
+def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _: None) -> Arrivals:
+    """One round from files. A message that cannot be used is refused by name and the others count.
+
+    Raises LuthierError where none can be used, or the protocol asks for several rounds.
+    """
+    refuse_rounds(place)
+    refused: dict[str, str] = {}
+    messages: dict[Path, Message] = {}
+    for file in files:
+        try:
+            message = decode(file.read_bytes(), LIMIT)
+            refuse_name(message.header.sender)
+            messages[file] = message
+        except LuthierError as error:
+            refused[str(file)] = str(error)
+    names = sorted({m.header.sender for m in messages.values()})
+    if not names:
+        raise LuthierError(_none(refused))
+    server = place.protocol.server(place.contract, names, None, place)
+    results = []
+    for file, message in messages.items():
+        for sent in server.handle(message):
+            if sent.message.header.kind == "refusal":
+                refused[str(file)] = str(sent.message.header.notes["says"])
+            else:
+                results.append(sent)
+    results = results or server.handle(Tick())
+    if not results:
+        raise LuthierError(_none(refused))
+    for name, why in refused.items():
+        say(f"refused {name}: {why}")
+    return Arrivals(left(place, server, out, refused), refused, server.report)
+
+
+def refuse_rounds(place: Place) -> None:
+    """Files carry one round. Raises LuthierError where the protocol asks for several."""
+    if place.protocol.turns != 1:
+        raise LuthierError(f"{place.protocol.key()} asks for several rounds; run it over a network (serve, join)")
+
+
+def left(place: Place, server: RoundServer, out: Path, refused: Mapping[str, str] | None = None) -> dict[str, Path]:
+    """A finished server's results, by sender, and the page of what came of it."""
+    folders = {s.to: _left(place, server.outcome(s.to), out / s.to, s.to) for s in server.results()}
+    cosine = server.cosine if isinstance(server, Provider) else None
+    found = {"report": server.report, "cosine": cosine, "refused": refused or {}}
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "report.json", json.dumps(found, indent=1, default=str))
+    write_translation(out / "report.html", place, found, _judged(place))
+    return folders
+
+
+def leave_so_far(place: Place, server: RoundServer, out: Path) -> None:
+    """SO-FAR in the results' folder: what everybody would get if nobody else came, where a protocol can say that."""
+    update = server.so_far()
+    if update is None:
+        return
+    shutil.rmtree(out / SO_FAR, ignore_errors=True)
+    with whole(out / SO_FAR) as temporary:
+        _left(place, update, temporary, SO_FAR)
+
+
+def _none(refused: dict[str, str]) -> str:
+    first = next(iter(refused.items()), ("", "there is no message"))
+    return f"{first[0]}: {first[1]}; no message could be used"
+
+
+def _left(place: Place, update: Update, folder: Path, name: str) -> Path:
+    role = place.protocol.roles[-1]
+    return leave(place, role, update, folder, name, place.view(role))
+
+
+def _judged(place: Place) -> dict[str, Any] | None:
+    file = place.path / "judged.json"
+    found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return found

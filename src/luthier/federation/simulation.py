@@ -1,0 +1,187 @@
+"""A protocol where all rows are at hand: what each client would have alone, with the others, and by sharing rows.
+
+For whoever decides whether to set it up, on data of their own: no network, and nothing that a network would change.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from luthier.collaboration.averaging import STEPS, best_step
+from luthier.collaboration.journal import Journal
+from luthier.collaboration.parties import Member, Sent
+from luthier.collaboration.rounds import RoundServer
+from luthier.federation.folder import LIMIT, Place
+from luthier.federation.outcome import leave
+from luthier.federation.simulation_page import ALONE, SHARED, TOGETHER, UNTOUCHED, write_simulation
+from luthier.run.folder import RunFolder
+from luthier.support.cache import key_of
+from luthier.support.errors import LuthierError
+from luthier.support.files import whole, write_text
+from luthier.support.rng import Streams
+from luthier.support.units import in_time
+from luthier.update import Update
+from luthier.update.files import load
+
+Say = Callable[[str], None]
+FEW = 2  # rows of a client that are kept back, at least
+
+
+class Client(NamedTuple):
+    """Rendered rows of one: those that are tuned on, and those it is judged on."""
+
+    rows: list[Any]
+    held: list[Any]
+
+
+def simulate(
+    place: Place, files: Mapping[str, str], held: float, out: Path, say: Say = lambda _: None
+) -> Path:  # fmt: skip
+    """Everything, and the report. Stopped at any moment, the same call goes on.
+
+    files  client -> its rows
+    held   share of each client's rows that it is judged on, and not tuned on
+    Raises LuthierError for too few rows, or a folder that holds another simulation.
+    """
+    clients = {n: _split(place, n, file, held) for n, file in files.items()}
+    with RunFolder(out).locked():
+        _same(out, place, clients)
+        server = place.protocol.server(place.contract, list(clients), Journal(out / "arrived", LIMIT), place)
+        work = Work(len(clients) + sum(len(server.chosen(r)) for r in range(server.rounds)) + 1, say)
+        of_own = {n: _kept(place, out / "alone" / n, work, f"{n} alone", c.rows, n) for n, c in clients.items()}
+        _together(place, server, clients, work)
+        everybody = [r for c in clients.values() for r in c.rows]
+        shared = _kept(place, out / "shared", work, "everybody's rows in one place", everybody)
+        given = {n: server.outcome(n) for n in clients}
+        for n, update in given.items():
+            if not (out / "together" / n).exists():
+                with whole(out / "together" / n) as temporary:
+                    role = place.protocol.roles[-1]
+                    leave(place, role, update, temporary, n, place.view(role))
+        say("judge   on rows that were kept back")
+        found = _found(place, clients, of_own, given, shared)
+        found |= _on_the_way(place, server, clients, out) | {
+            "rounds": server.rounds,
+            "report": server.report,
+        }
+        write_text(out / "found.json", json.dumps(found, indent=1, default=str))
+        return write_simulation(out / "report.html", place, found)
+
+
+def _split(place: Place, name: str, file: str, held: float) -> Client:
+    rows = place.rendered(place.rows(file, Path()))
+    count = round(held * len(rows))
+    if count < FEW or count == len(rows):
+        raise LuthierError(f"{name}: {count} of {len(rows)} rows would be kept back; take at least {FEW}, and not all")
+    order = Streams(place.contract.settings.seed).at("held", name).permutation(len(rows)).tolist()
+    return Client([rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])])
+
+
+def _same(out: Path, place: Place, clients: Mapping[str, Client]) -> None:
+    """What is finished in a folder counts for the same rows under the same contract only."""
+    key, file = key_of(place.contract.digest, {n: (c.rows, c.held) for n, c in clients.items()}), out / "asked.json"
+    if file.exists() and json.loads(file.read_text(encoding="utf-8"))["key"] != key:
+        raise LuthierError(f"{out}: holds a simulation of other rows or another contract; choose another --output")
+    write_text(file, json.dumps({"key": key, "clients": {n: len(c.rows) for n, c in clients.items()}}))
+
+
+class Work:
+    """Says how far it is, and how long the rest takes."""
+
+    def __init__(self, runs: int, say: Say) -> None:
+        self.runs, self.done, self.say, self.made, self.began = runs, 0, say, 0, time.monotonic()
+
+    def finished(self, what: str) -> None:
+        """One more run."""
+        self.done, self.made = self.done + 1, self.made + 1
+        each = (time.monotonic() - self.began) / self.made
+        self.say(f"run     {self.done} of {self.runs}: {what}; {in_time(each * (self.runs - self.done))} left")
+
+    def found(self, what: str, count: int = 1) -> None:
+        """Runs that were made before."""
+        self.done += count
+        self.say(f"run     {self.done} of {self.runs}: {what}; there already")
+
+
+def _kept(place: Place, folder: Path, work: Work, what: str, rows: Sequence[Any], name: str | None = None) -> Update:
+    """A run's update, from its folder where it was made before. name: of a client by itself; None: rows are everybody's."""
+    protocol, there = place.protocol, folder.exists()
+    if not there:
+        if name is None:
+            update = protocol.centralised(place.contract, place, rows)
+        else:
+            update = protocol.alone(name, place.contract, place, rows)
+        with whole(folder) as temporary:
+            role = protocol.roles[0 if name else -1]
+            leave(place, role, update, temporary, what, place.view(role))
+    (work.found if there else work.finished)(what)
+    return load(folder)
+
+
+def _together(place: Place, server: RoundServer, clients: Mapping[str, Client], work: Work) -> None:
+    """The protocol itself, message by message; the server's journal keeps what has arrived."""
+    parties: dict[str, Member] = {}
+    there = sum(len(server.chosen(r)) for r in range(server.round))
+    there += 0 if server.finished else len(server.gathering.arrived)
+    if there:
+        work.found(f"{there} messages have arrived", there)
+    waiting: list[Sent] = [] if server.finished else server.begin()
+    while not server.finished:
+        round, answers = server.round, []
+        for state in waiting:
+            if state.to not in parties:
+                rows = clients[state.to].rows
+                parties[state.to] = place.protocol.client(state.to, place.contract, place.first, rows)
+            (sent,) = parties[state.to].handle(state.message)
+            answers = server.handle(sent.message)
+            for answer in answers:
+                if answer.message.header.kind == "refusal":
+                    raise LuthierError(f"the server refuses {state.to}: {answer.message.header.notes['says']}")
+            work.finished(f"{state.to} in round {round + 1}")
+        waiting = answers
+
+
+# --- what they are worth ---
+
+
+def _found(
+    place: Place, clients: Mapping[str, Client], of_own: Mapping[str, Update], given: Mapping[str, Update], shared: Update
+) -> dict[str, Any]:  # fmt: skip
+    """Losses by model and client: on rows of its own, and the mean over everybody's."""
+    first, last = place.protocol.roles[0], place.protocol.roles[-1]
+    models: dict[str, Callable[[str], tuple[str, Update | None]]] = {
+        UNTOUCHED: lambda n: (last, None), ALONE: lambda n: (first, of_own[n]), TOGETHER: lambda n: (last, given[n]),
+        SHARED: lambda n: (last, shared),
+    }  # fmt: skip
+    table = {
+        m: {n: [place.loss(*of(n), c.held) for c in clients.values()] for n in clients} for m, of in models.items()
+    }
+    return {
+        "losses": {m: {n: by[n][i] for i, n in enumerate(clients)} for m, by in table.items()},
+        "everybody": {m: {n: float(np.mean(by[n])) for n in clients} for m, by in table.items()},
+    }
+
+
+def _on_the_way(place: Place, server: RoundServer, clients: Mapping[str, Client], out: Path) -> dict[str, Any]:
+    """For a protocol whose result is the same for all: its loss on everybody's rows after each arrival, and along the line
+    from nothing to it."""
+    end = server.so_far()
+    if end is None:
+        return {"arrivals": [], "line": []}
+    role = place.protocol.roles[-1]
+    mean = lambda u: float(np.mean([place.loss(role, u, c.held) for c in clients.values()]))  # noqa: E731
+    again, arrivals = place.protocol.server(place.contract, list(clients), None, place), []
+    for message in Journal(out / "arrived", LIMIT):
+        if message.header.kind == again.waits_for:
+            again.handle(message)
+            now, head = again.so_far(), message.header
+            assert now is not None  # something has arrived
+            arrivals.append({"round": head.round, "client": head.sender, "loss": mean(now)})
+    losses = best_step(lambda step: mean(step * end), STEPS)[1]
+    return {"arrivals": arrivals, "line": sorted(losses.items())}

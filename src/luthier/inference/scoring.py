@@ -1,0 +1,145 @@
+"""Asking a frozen model for the loss of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from luthier.data.batch import IGNORE, collate
+from luthier.data.reading import Tick, no_tick
+from luthier.kernels.head import CHUNK, TokenScores
+from luthier.model.view import ModelView
+from luthier.step.forward import Forward
+from luthier.step.lab import Choices, Continuation, Pair, RowScore
+from luthier.step.order import micro_batches
+from luthier.tasks.base import Draw, Task
+from luthier.tasks.causal_lm import CausalLm
+
+T = TypeVar("T")
+WINDOW = 256  # rows sorted into forwards together
+USUAL = CausalLm()
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Asks a frozen model about rendered rows, a batch at a time, in their order: a lab's `Scorer`.
+
+    draw  the task's, which shows a row as it is always scored; None where rows stay as they are
+    """
+
+    tokens_per_forward: int = 2048
+    task: Task = USUAL
+    tick: Tick = no_tick
+    draw: Draw | None = None
+
+    def losses(self, view: ModelView, rows: Sequence[Any]) -> Iterator[RowScore]:
+        return _in_order(view, rows, self.tokens_per_forward, self.task.scores, self.tick, self.draw)
+
+    def tokens(self, view: ModelView, rows: Sequence[Any]) -> Iterator[TokenScores]:
+        return _in_order(view, rows, self.tokens_per_forward, _token_scores, self.tick, self.draw)
+
+    def choices(self, view: ModelView, rows: Sequence[Any]) -> Iterator[Choices]:
+        return _in_order(view, rows, self.tokens_per_forward, self.task.choices, self.tick, self.draw)
+
+    def continuations(self, view: ModelView, pairs: Sequence[Pair]) -> list[Continuation]:
+        return continuations(view, pairs, self.tokens_per_forward, self.tick)
+
+
+def _token_scores(fwd: Forward) -> list[TokenScores]:
+    """[N] scores of a forward, cut by sequence."""
+    found, batch = fwd.scores(), fwd.batch
+    counts = torch.bincount(batch.seq[batch.supervised], minlength=batch.num_sequences).tolist()
+    return [TokenScores(*parts) for parts in zip(*(column.split(counts) for column in found), strict=True)]
+
+
+def row_scores(
+    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, tick: Tick = no_tick
+) -> Iterator[RowScore]:
+    """Losses of rows of text, in their order, one forward at a time."""
+    return _in_order(view, rows, tokens_per_forward, USUAL.scores, tick)
+
+
+@torch.no_grad()
+def _in_order(
+    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, of: Callable[[Forward], list[T]], tick: Tick,
+    draw: Draw | None = None,
+) -> Iterator[T]:  # fmt: skip
+    """What `of` says of each sequence of a forward, for the rows in their order; dropout off."""
+    training = view.module.training
+    view.module.eval()
+    try:
+        for start in range(0, len(rows), WINDOW):
+            part = [r if draw is None else draw(r, None) for r in rows[start : start + WINDOW]]
+            tick("scoring", start, f"rows {start + 1} to {start + len(part)}")
+            done: dict[int, T] = {}
+            for places in micro_batches([len(r["ids"]) for r in part], tokens_per_forward)[0]:
+                batch = collate([part[i] for i in places]).to(view.device)
+                with view.phase("score"):
+                    done |= zip(places, of(Forward(batch, view)), strict=True)
+            yield from (done[i] for i in range(len(part)))
+    finally:
+        view.module.train(training)
+
+
+def mean_loss(scored: Iterable[RowScore]) -> float:
+    """Over all supervised tokens, or rows."""
+    total, count = 0.0, 0.0
+    for s in scored:
+        total, count = total + s.total, count + s.over
+    return total / max(count, 1.0)
+
+
+def first_choices(
+    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, tick: Tick = no_tick
+) -> Iterator[Choices]:
+    """For each row of text, over its supervised tokens."""
+    return _in_order(view, rows, tokens_per_forward, USUAL.choices, tick)
+
+
+def continuations(
+    view: ModelView, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], tokens_per_forward: int, tick: Tick = no_tick
+) -> list[Continuation]:
+    """For each pair of token ids (what stands before, how it goes on).
+
+    Pairs that differ in their last token alone share a forward: the answers of a multiple choice often do.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (before, after) in enumerate(pairs):
+        groups.setdefault((len(before), *before, *after[:-1]), []).append(i)
+    rows, lasts = [], []
+    for number, members in enumerate(groups.values()):
+        before, after = pairs[members[0]]
+        rows.append({"ids": [*before, *after], "labels": [IGNORE] * len(before) + list(after), "key": str(number)})
+        lasts.append([pairs[i][1][-1] for i in members])
+    found = _in_order(view, rows, tokens_per_forward, lambda fwd: _continued(fwd, lasts), tick)
+    out: dict[int, Continuation] = {}
+    for members, values in zip(groups.values(), found, strict=True):
+        out |= zip(members, values, strict=True)
+    return [out[i] for i in range(len(pairs))]
+
+
+def _continued(fwd: Forward, lasts: Sequence[Sequence[int]]) -> list[list[Continuation]]:
+    """For each sequence one for each of its last tokens."""
+    batch, rows = fwd.batch, fwd.batch.supervised
+    owner = batch.seq[rows]
+    is_last = torch.cat([owner[1:] != owner[:-1], owner.new_ones(1).bool()])
+    groups = [lasts[int(k)] for k in batch.keys]
+    total, greedy = [0.0] * len(groups), [True] * len(groups)
+    out: list[list[Continuation]] = [[] for _ in groups]
+    for part, mine, ends in zip(rows.split(CHUNK), owner.split(CHUNK), is_last.split(CHUNK), strict=True):
+        log_p = fwd.logits(part).log_softmax(-1)  # [n, V] at a time
+        best = log_p.argmax(-1).tolist()
+        said = log_p.gather(1, batch.labels[part].unsqueeze(1)).squeeze(1).tolist()
+        for n, (s, end) in enumerate(zip(mine.tolist(), ends.tolist(), strict=True)):
+            if end:
+                out[s] = [
+                    Continuation(total[s] - p, greedy[s] and best[n] == t)
+                    for t, p in zip(groups[s], log_p[n, groups[s]].tolist(), strict=True)
+                ]
+            else:
+                total[s] -= said[n]
+                greedy[s] = greedy[s] and best[n] == int(batch.labels[part[n]])
+    return out

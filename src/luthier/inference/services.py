@@ -1,0 +1,42 @@
+"""A lab with the services of this room: scores, answers, the models they are asked of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from luthier.data.reading import Tick, no_tick
+from luthier.data.rendering import Renderer
+from luthier.inference.generation import Generation
+from luthier.inference.scoring import USUAL, Scoring
+from luthier.model.view import ModelView, probe_layout
+from luthier.step.lab import Lab
+from luthier.step.outcome import Rows
+from luthier.tasks.base import Task
+
+
+def lab_with(
+    renderer: Renderer, models: Mapping[str, Callable[[], ModelView]], *, task: Task = USUAL,
+    tokens_per_forward: int = 2048, seed: int = 0, sets: Mapping[str, Rows] | None = None, tick: Tick = no_tick,
+) -> Lab:  # fmt: skip
+    """A lab that renders, scores and generates; nested runs are the run's to add.
+
+    models              by role; each is loaded when it is first asked for
+    tokens_per_forward  limit of one forward pass while scoring
+    """
+    scorer = Scoring(tokens_per_forward, task, tick, task.draw(renderer.tokenizer, seed))
+    generator = Generation(renderer, tick)
+    return Lab(dict(sets or {}), seed, models, renderer, scorer, generator, tick=tick)
+
+
+def lab_around(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> Lab:
+    """A lab around a plain transformers model, for a method in a loop of your own."""
+
+    def view() -> ModelView:
+        found = ModelView(model, tokenizer)
+        found.layout, _ = probe_layout(found)
+        return found
+
+    return lab_with(Renderer(tokenizer), {"base": view}, seed=seed)

@@ -1,0 +1,5 @@
+"""What every method shares: its base class, the table of kinds, the list of methods, and how a recipe builds one."""
+
+from luthier.method.base import Facts, Method, Problem, Source, Traits
+
+__all__ = ["Facts", "Method", "Problem", "Source", "Traits"]

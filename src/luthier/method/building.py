@@ -1,0 +1,155 @@
+"""From a name and fields to a method; every refusal names the place, the value and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from luthier.method import registry
+from luthier.method.base import Method
+from luthier.method.kinds import KINDS
+from luthier.support.errors import RecipeError
+
+FORMS = ("one", "several")  # tags of values that a key takes in two forms
+OLD_SPELLINGS = {
+    "model_name_or_path": "model", "base_model": "model", "dataset": "data.train", "train_file": "data.train",
+    "cutoff_len": "data.max_length", "sequence_len": "data.max_length", "max_seq_length": "data.max_length",
+    "max_length": "data.max_length", "num_train_epochs": "epochs", "num_epochs": "epochs", "lora_r": "tuner.lora.rank",
+    "lora_alpha": "tuner.lora.alpha", "warmup_ratio": "warmup_fraction", "warmup_steps": "warmup_fraction",
+    "per_device_train_batch_size": "batch_size", "gradient_accumulation_steps": "tokens_per_forward",
+    "micro_batch_size": "tokens_per_forward", "lr": "learning_rate", "scheduler": "lr_scheduler_type",
+    "overwrite_output_dir": "the option --fresh", "logging_dir": "output_dir", "r": "rank", "lora_target": "tuner.lora.targets",
+    "target_modules": "targets", "bf16": "dtype", "fp16": "dtype", "eval_file": "data.eval",
+}  # fmt: skip
+
+
+class Lines:
+    """Line numbers by key path, and what to call the source."""
+
+    def __init__(self, name: str, lines: Mapping[tuple[str, ...], int], overridden: frozenset[tuple[str, ...]]) -> None:
+        self.name, self.lines, self.overridden = name, lines, overridden
+
+    def where(self, path: tuple[str, ...]) -> str:
+        key = ".".join(path) or "recipe"
+        if any(path[: len(o)] == o for o in self.overridden):
+            return f"command line: {key}"
+        line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
+        return f"{self.name}:{line}: {key}" if line is not None else f"{self.name}: {key}"
+
+
+def build_methods(
+    values: dict[str, Any], path: tuple[str, ...], kinds: Sequence[str], lines: Lines, code: Path | None
+) -> None:
+    """Put instances in place of names."""
+    for kind in kinds:
+        if values.get(kind) is not None:
+            values[kind] = build_method(kind, values[kind], lines, (*path, kind), code)
+
+
+def method(kind: str, value: Any, name: str) -> Any:
+    """A method from its name, {name: {fields}} or an instance. Raises RecipeError; never imports code it does not know.
+
+    name  of what it stands in, for errors
+    """
+    return build_method(kind, value, Lines(name, {}, frozenset()), (kind,), None)
+
+
+def build_method(kind: str, value: Any, lines: Lines, path: tuple[str, ...], code: Path | None) -> Any:
+    """ "lora", {lora: {rank: 8}}, "module:Class" or an instance -> an instance."""
+    if isinstance(value, Method):
+        return value
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        raise RecipeError(
+            lines.where(path),
+            f"is {value!r}",
+            f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}",
+        )
+    ((name, fields),) = value.items()
+    if fields is not None and not isinstance(fields, Mapping):
+        raise RecipeError(lines.where((*path, name)), f"holds {fields!r}", "write its fields as keys")
+    cls: Any = _foreign(kind, name, lines.where((*path, name)), code) if ":" in name else None
+    if cls is None:
+        if name not in registry.names(kind):
+            raise RecipeError(
+                lines.where((*path, name)), f"there is no {kind} {name!r}", _nearest(name, registry.names(kind))
+            )
+        cls = registry.find(kind, name)
+        _of_kind(cls, kind, lines.where((*path, name)))
+    fields = dict(fields or {})
+    if kind == "pipeline" and isinstance(fields.get("stages"), list):  # methods within a method
+        fields["stages"] = [dict(s) if isinstance(s, Mapping) else s for s in fields["stages"]]
+        for i, stage in enumerate(fields["stages"]):
+            if isinstance(stage, dict):
+                build_methods(stage, (*path, name, "stages", str(i)), ("tuner", "objective"), lines, code)
+    if kind == "collaborate" and fields.get("translator") is not None:
+        fields["translator"] = build_method("translate", fields["translator"], lines, (*path, name, "translator"), code)
+    return validated(cls, fields, (*path, name), lines, list(cls.model_fields))
+
+
+def _foreign(kind: str, name: str, where: str, code: Path | None) -> Any:
+    """A method of somebody else's: module:Class, from the recipe's folder or the environment."""
+    if code is None:
+        raise RecipeError(where, "names code, which a recipe may not bring", "add --allow-code if you trust it")
+    module, _, attribute = name.partition(":")
+    sys.path.insert(0, str(code.resolve()))
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(where, f"cannot be imported ({error})", "write module:Class") from error
+    finally:
+        sys.path.pop(0)
+    _of_kind(cls, kind, where)
+    return cls
+
+
+def _of_kind(cls: Any, kind: str, where: str) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, KINDS[kind].base_class)):
+        raise RecipeError(where, f"is no {KINDS[kind].base}", f"derive it from luthier's {KINDS[kind].base}")
+
+
+def validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: Lines, known: list[str]) -> Any:
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        # A misspelt key explains a missing one, so it is told first.
+        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+        where = tuple(str(p) for p in first["loc"] if p not in FORMS and not str(p).startswith("function-"))
+        at = lines.where((*path, *where))
+        if first["type"] == "extra_forbidden":
+            within = known if len(where) == 1 else list(_nested_fields(cls, where[:-1]))
+            raise RecipeError(at, "there is no such key", _nearest(where[-1], within)) from None
+        if first["type"] == "missing":
+            raise RecipeError(at, "is missing", "add it") from None
+        shown = json.dumps(first.get("input"), default=str)
+        message = first["msg"][0].lower() + first["msg"][1:]
+        raise RecipeError(at, f"{shown[:80]}: {message}") from None
+
+
+def _nested_fields(cls: Any, where: tuple[str, ...]) -> Sequence[str]:
+    for part in where:
+        if not part.isdigit():  # an item of a list is what the list holds
+            cls = _model_in(cls.model_fields[part].annotation) if part in getattr(cls, "model_fields", {}) else None
+    return list(getattr(cls, "model_fields", {}))
+
+
+def _model_in(annotation: Any) -> Any:
+    """The model that a field holds, alone, in a list or as one of several forms; None for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    if name in OLD_SPELLINGS:
+        return f"its name here is {OLD_SPELLINGS[name]}"
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"

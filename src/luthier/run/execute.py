@@ -1,0 +1,374 @@
+"""A run: a recipe carried out in a folder that can be killed at any moment and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from luthier.data.reading import Tick, no_tick
+from luthier.evaluation.base import Results
+from luthier.integrations import tracking
+from luthier.integrations.tracking import Trackers
+from luthier.pipelines.base import Apply, Train, run_pipeline
+from luthier.recipe import Recipe
+from luthier.report import token_view
+from luthier.report.card import card
+from luthier.report.page import write_report
+from luthier.run.evaluations import remember
+from luthier.run.folder import RunFolder, recipe_hash
+from luthier.run.forecast import NoForecast, disk_needed, forget_peak, miss, peak_memory, resolved
+from luthier.run.ready import Gathered, Ready, gather, make_ready
+from luthier.run.stopping import StopRequest
+from luthier.step.probe import Probe
+from luthier.step.progress import Progress
+from luthier.support.environment import environment
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.units import in_bytes, in_time
+from luthier.support.version import __version__
+from luthier.training.loop import Interrupted, Loop
+from luthier.tuners.base import with_head
+from luthier.update import Update
+from luthier.update.files import save_update, verify_update
+
+Say = Callable[[str], None]
+
+
+def run(
+    recipe: Recipe, folder: Path, base: Path, *, say: Say = lambda _: None, on_step: Any = None, max_seconds: float | None = None,
+    tick: Tick = no_tick, keep: bool = True, foresee: bool = True, judge: bool = True,
+) -> dict[str, Any]:  # fmt: skip
+    """Carry out a recipe; returns what run.json holds at the end.
+
+    base      the folder that paths in the recipe are relative to
+    on_step   called with (log entry, progress, total steps)
+    tick      called with (what is done, rows so far, the row at work) while rows are read and rendered
+    keep      False: leave scores and log, but no weights
+    foresee   False: no forecast of memory and time
+    judge     False: only for what a step costs; the untouched model alone is examined, and nothing is left but the ledger
+    Under `torchrun` or `accelerate launch` every process calls; the first writes and speaks.
+    Raises Interrupted after Ctrl-C, SIGTERM or max_seconds, with everything saved.
+    """
+    if recipe.collaborate is not None:
+        raise RecipeError("collaborate", "is for `luthier collaborate`", "remove it to tune alone")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    place, started = RunFolder(folder, writes=accelerator.is_main_process), time.monotonic()
+    if not accelerator.is_main_process:
+        say, on_step = (lambda _: None), None
+    with place.locked(), StopRequest().listening() as stop:
+        before = place.state()
+        if before.get("state") == "done":
+            say(f"{folder} is finished already")
+            return before
+        forget_peak()  # of what this process did before: a worker carries out one run after another
+        _begin(place, recipe, base)
+        tracking.check(recipe.report_to)
+        say(f"model   {recipe.model}")
+        gathered = gather(recipe, base, tick, accelerator.num_processes)
+        recipe = _foreseen(recipe, gathered, accelerator, place, say, foresee)
+        ready = make_ready(recipe, folder, base, gathered, accelerator)
+        ready.tick = tick
+        _tell_rows(ready, place, say)
+        result = _before(ready, place, say, judge)
+        deadline = None if max_seconds is None else started + max_seconds
+        run = _pipeline if recipe.pipeline is not None else _train
+        trained = run(ready, place, stop, on_step, deadline, say)
+        if judge:
+            _finish(ready, place, result, trained, say, keep)
+        else:
+            _note_spent(ready, place, result, trained, peak_memory(), evaluation_seconds=result.seconds, kept=False)
+        accelerator.wait_for_everyone()
+        return place.state()
+
+
+def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
+    place.write_yaml("recipe.yaml", recipe.as_dict())
+    place.write("env.txt", environment())
+    place.note(
+        state="running",
+        recipe_hash=recipe_hash(recipe),
+        luthier=__version__,
+        recipe_folder=str(base.resolve()),
+        eval_file=_eval_file(recipe, base),
+    )
+
+
+def _eval_file(recipe: Recipe, base: Path) -> str | None:
+    """Where the held-out rows are, if they are on this machine."""
+    source = recipe.data.eval
+    if source is None or source.startswith("builtin:"):
+        return source
+    return str((base / source).resolve()) if (base / source).is_file() else None
+
+
+def _foreseen(
+    recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say, foresee: bool
+) -> Recipe:
+    """Forecast memory, time and disk; refuse what cannot fit; decide on checkpointing where the recipe leaves it open.
+
+    Not for several processes or stages: a miniature of one process's step would not be theirs.
+    """
+    if accelerator.num_processes > 1 or recipe.pipeline is not None or not foresee:
+        left_open = recipe.gradient_checkpointing == "auto"
+        return recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
+    recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.train)
+    if isinstance(expected, NoForecast):
+        say(f"expect  no forecast ({expected.reason})")
+        return recipe
+    place.note(forecast=asdict(expected))
+    say(f"expect  {in_bytes(expected.memory_bytes)} of memory, {in_time(expected.seconds)} of training")
+    if recipe.gradient_checkpointing:
+        say("memory  is short: activations are computed again in the backward pass (gradient_checkpointing)")
+    need, free = disk_needed(recipe, expected), shutil.disk_usage(place.path).free
+    if need > free:
+        raise LuthierError(
+            f"output_dir: {place.path} needs about {in_bytes(need)}, {in_bytes(free)} are free; "
+            "choose a folder on another disk, or lower save_limit"
+        )
+    return recipe
+
+
+def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
+    census, data = ready.train.census, ready.data
+    for step in data.kept:
+        say(f"curate  {step.step} kept {step.rows} of {step.of} rows")
+    if data.skipped:
+        say(f"skipped {len(data.skipped)} entries of rows that cannot be read; the first: {data.skipped[0]}")
+    if data.pool_shared:
+        say(f"pool    {data.pool_shared} rows are left out: they are training rows as well")
+    say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
+    for source in ready.train.sources:
+        say(f"source  {source['name']}: {source['rows']} rows, {source['share']:.1%} of the draws")
+    place.note(
+        base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
+        sources=ready.train.sources,
+        curated=[{n: v for n, v in k._asdict().items() if n not in ("plane", "axes")} for k in data.kept],
+        classes=data.classes, pool_shared=data.pool_shared,
+    )  # fmt: skip
+    place.write("curation.json", json.dumps([k._asdict() for k in data.kept]))
+
+
+def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Results:
+    """Results of the untouched model."""
+    results = ready.results()
+    say(f"before  {shown(results)}")
+    if show_tokens and place.writes and not (place.path / "tokens.json").exists():
+        tokens = token_view.tokens_of(ready.renderer, ready.train.rows)
+        if ready.recipe.task.token_losses:
+            token_view.note_losses(tokens, ready.view, ready.train.rows, "before")
+        token_view.save(tokens, place.path)
+    return results
+
+
+def shown(results: Results) -> str:
+    """One line: the first few measures."""
+    names = [n for n in results.measures if n not in ("bits_per_byte", "canary_loss", "answer_tokens")]
+    return (
+        ", ".join(f"{n.replace('_', ' ')} {results.measures[n].value:.4g}" for n in names[:5]) or "nothing is measured"
+    )
+
+
+@dataclass
+class Trained:
+    """What training left on the model."""
+
+    update: Update
+    live: Callable[[], contextlib.AbstractContextManager[Any]]  # around evaluations of the tuned model
+    detach: Callable[[], None]  # gives the base back
+    weights: int
+    progress: Progress
+
+
+def _train(
+    ready: Ready, place: RunFolder, stop: StopRequest, on_step: Any, deadline: float | None, say: Say
+) -> Trained:
+    """One stage: the recipe's own tuner and objective."""
+    recipe = ready.recipe
+    total = Loop.length(ready.train.rows, recipe)
+    trainable = with_head(recipe.tuner.attach(ready.view, ready.lab(), total), ready.view.anatomy.task_head)
+    weights = sum(p.numel() for p in trainable.parameters())
+    with _listening(ready, place, on_step, total) as listen:
+        loop = Loop(
+            ready.view, ready.train.rows, trainable, recipe.objective, recipe, lab=ready.lab(), folder=place.path,
+            evaluate=None if ready.data.held is None else ready.held_out_loss, accelerator=ready.accelerator,
+            on_step=listen, stop=stop, data_hash=ready.train.digest,
+        )  # fmt: skip
+        say(f"train   {weights:,} of {ready.view.anatomy.num_parameters:,} weights, {total} steps")
+        _weigh_tokens(ready, place, loop)
+        try:
+            progress = loop.run(deadline)
+        except Interrupted:
+            place.note(state="stopped", signal=stop.signal)
+            raise
+    return Trained(trainable.update(), contextlib.nullcontext, trainable.detach, weights, progress)
+
+
+def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
+    """What the objective does to the tokens of a few rows, noted before the first step."""
+    tokens = token_view.load(place.path)
+    if not tokens:  # none are shown
+        return
+    known = any("kept" in t for row in tokens for t in row)
+    if ready.recipe.gradient_checkpointing:  # memory is short, and this keeps a whole forward's activations
+        return
+    if known or not ready.recipe.task.token_losses or not ready.accelerator.is_main_process:
+        return
+    recipe, rows = ready.recipe, ready.train.rows
+    # Sums over no ranks, since only the first one looks; and a look changes nothing of what the run's own objective keeps.
+    alone = Probe(loop.view, loop.objective.fresh(), loop.extra)
+    token_view.note_weights(
+        tokens, alone, rows, recipe.batch_size, loop.total_steps, loop.lab, recipe.tokens_per_forward
+    )
+    token_view.save(tokens, place.path)
+
+
+def _pipeline(
+    ready: Ready, place: RunFolder, stop: StopRequest, on_step: Any, deadline: float | None, say: Say
+) -> Trained:
+    """Several stages; the last one's Update is the result."""
+    assert ready.recipe.pipeline is not None
+    lab = ready.lab()
+    held = None if ready.data.held is None else ready.held_out_loss
+
+    def told(stage: Train | Apply) -> None:
+        say(f"stage   {stage.name}")
+
+    with _listening(ready, place, on_step, None) as listen:
+        try:
+            done = run_pipeline(
+                ready.recipe.pipeline, ready.view, lab, place.path, deadline=deadline, before_stage=told, evaluate=held,
+                on_step=listen, stop=stop, accelerator=ready.accelerator, data_hash=ready.train.digest,
+            )  # fmt: skip
+        except Interrupted:
+            place.note(state="stopped", signal=stop.signal)
+            raise
+    last = list(done.values())[-1]
+    assert last.update is not None and last.progress is not None
+    update = last.update
+    stack = contextlib.ExitStack()
+    stack.enter_context(update.bind(ready.view))
+    weights = sum(t.numel() for part in update.parts for t in part.tensors().values())
+    return Trained(update, contextlib.nullcontext, stack.close, weights, last.progress)
+
+
+@contextlib.contextmanager
+def _listening(ready: Ready, place: RunFolder, on_step: Any, total: int | None) -> Iterator[Any]:
+    """What is called after each step: the log, the trackers, the bar."""
+    names = ready.recipe.report_to if ready.accelerator.is_main_process else ()
+    trackers = Trackers(names, place.path, place.path.name, total or 0, ready.view.module)
+
+    def listen(entry: dict[str, float], progress: Progress, of: int) -> None:
+        place.log(entry)
+        trackers.step(entry)
+        if on_step is not None:
+            on_step(entry, progress, of)
+
+    try:
+        yield listen
+    finally:
+        trackers.close()
+
+
+def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, say: Say, keep: bool) -> None:
+    """Score, save, read back, report; the first process alone."""
+    trained_peak = peak_memory()
+    if not ready.accelerator.is_main_process:
+        return
+    digest, started, worst = trained.update.digest(), time.monotonic(), None
+    with trained.live():
+        after = ready.results(digest)
+        say(f"after   {shown(after)}")
+        gates = [g for e in ready.recipe.evaluators() for g in e.gates(before, [after])]
+        for g in gates:
+            say(f"gate    {g.measure} {g.change.value:+.3f} ({g.change.low:.3f} to {g.change.high:.3f}): {g.outcome}")
+        evaluation = time.monotonic() - started
+        if ready.recipe.task.token_losses:
+            tokens = token_view.load(place.path)
+            token_view.note_losses(tokens, ready.view, ready.train.rows, "after")
+            token_view.save(tokens, place.path)
+        if keep:
+            save_update(trained.update, place.path, ready.view)
+            worst = verify_update(place.path, trained.detach, ready.view, ready.train.rows[0])
+            say(f"saved   {place.path}, reloaded and compared: largest difference {worst:.1e}")
+    progress, peak = trained.progress, max(trained_peak, peak_memory())
+    place.write("before.json", json.dumps(before.as_dict(), ensure_ascii=False))
+    place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
+    place.write("samples.jsonl", _samples(before, after))
+    place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
+    whole = keep and _whole(ready, trained.update)
+    if keep:
+        _leave_model(ready, place, trained.update, whole)
+    _note_spent(
+        ready, place, before, trained, peak, evaluation_seconds=evaluation, kept=keep, after=after.brief(),
+        reload_difference=worst, update_digest=digest, gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
+    )  # fmt: skip
+    if keep:
+        remember(place.path, None, {n: m.value for n, m in after.measures.items()})
+        _card(ready, place, "finetune" if whole else "adapter")
+    expected = place.state().get("forecast")
+    if expected and not progress.resumed:
+        off = miss(expected, peak, progress.seconds)
+        place.note(forecast_miss=off)
+        say(f"forecast off by {off['memory']:+.0%} in memory and {off['seconds']:+.0%} in time")
+    write_report(place.path)
+
+
+def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Trained, peak: int, **more: Any) -> None:
+    """What a finished run took, which ends it."""
+    p = trained.progress
+    place.note(
+        state="done", steps=p.step, skipped_steps=p.skipped, tokens=p.tokens, train_seconds=p.seconds,
+        row_tokens=p.row_tokens, spent=_spent(ready, p), trained_weights=trained.weights, before=before.brief(),
+        peak_memory_bytes=peak, update_bytes=trained.update.num_bytes,
+        **more,
+    )  # fmt: skip
+
+
+def _whole(ready: Ready, update: Update) -> bool:
+    """True where most weights changed and can be merged, so that the whole model is left beside the update."""
+    touched = {n for part in update.parts for n in part.whole()}
+    return 2 * len(touched) > len(ready.view.anatomy.parameters) and update.refusal(ready.view.module) is None
+
+
+def _leave_model(ready: Ready, place: RunFolder, update: Update, whole: bool) -> None:
+    """What other tools open: the tokenizer; where most weights changed, the whole model too."""
+    ready.renderer.tokenizer.save_pretrained(place.path)
+    if whole:
+        update.merge_into(ready.view.module)
+        ready.view.module.save_pretrained(place.path)
+
+
+def _card(ready: Ready, place: RunFolder, relation: str) -> None:
+    place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
+
+
+def _spent(ready: Ready, progress: Progress) -> dict[str, Any]:
+    """The ledger: FLOPs by stage (None where torch.compile hides them), tokens, seconds of curation and training."""
+    compiled = ready.recipe.torch_compile
+    evaluated = ready.view.meter.flops.get("evaluate", 0.0)
+    flops = None if compiled else {**progress.flops, "curate": ready.data.curation.flops}
+    return {
+        "flops": flops, "evaluation_flops": evaluated, "tokens": progress.tokens, "seconds": progress.seconds,
+        "select_seconds": progress.select_seconds, "curation_seconds": ready.data.curation.seconds,
+    }  # fmt: skip
+
+
+def _samples(before: Results, after: Results) -> str:
+    """Answers of the untouched and the tuned model, side by side."""
+    first = {x.key: x for x in before.samples}
+    lines = [
+        {
+            "key": x.key, "prompt": x.prompt, "wanted": x.wanted, "before": first[x.key].answer, "after": x.answer,
+            "before_right": first[x.key].right, "after_right": x.right,
+        }
+        for x in after.samples
+    ]  # fmt: skip
+    return "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)

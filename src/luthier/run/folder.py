@@ -1,0 +1,127 @@
+"""The folder of one run: its lock, log and state, and which folder a recipe gets."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from ruamel.yaml import YAML
+
+from luthier.recipe import Recipe
+from luthier.support.errors import LuthierError
+from luthier.support.files import write_text
+
+# Keys that say how a run goes, not what comes out of it.
+HOW = frozenset(
+    {"tokens_per_forward", "gradient_checkpointing", "torch_compile", "save_steps", "save_limit", "logging_steps",
+     "report_to", "output_dir"}
+)  # fmt: skip
+
+
+class RunFolder:
+    """The folder of one run: lock, log, state. Of several processes on one run, only the first `writes`."""
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Only one process works in a folder. Raises LuthierError where another does."""
+        if not self.writes:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise LuthierError(
+                    f"{self.path}: another process is working in this folder; wait for it, or use --fresh"
+                ) from error
+            yield
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one line to log.jsonl."""
+        if not self.writes:
+            return
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def state(self) -> dict[str, Any]:
+        """What run.json says; empty for a new folder."""
+        file = self.path / "run.json"
+        try:
+            return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        except ValueError as error:
+            raise LuthierError(f"{file}: is damaged ({error}); use --fresh to start in a new folder") from error
+
+    def note(self, **more: Any) -> None:
+        """Merge into run.json, as one act."""
+        self.write("run.json", json.dumps({**self.state(), **more}, indent=1))
+
+    def write(self, name: str, text: str) -> None:
+        """Replace a file, as one act."""
+        if self.writes:
+            write_text(self.path / name, text)
+
+    def write_yaml(self, name: str, values: dict[str, Any]) -> None:
+        text = io.StringIO()
+        YAML().dump(values, text)
+        self.write(name, text.getvalue())
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """Equal for recipes that ask for the same numbers; a run may go on with other keys of HOW."""
+    asked = {k: v for k, v in recipe.as_dict().items() if k not in HOW}
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
+    """The folder to work in: output_dir, or the newest unfinished run of the same recipe, or a new one.
+
+    Raises LuthierError where output_dir holds the run of another recipe.
+    """
+    mine = recipe_hash(recipe)
+    if recipe.output_dir is not None:
+        path = base / recipe.output_dir
+        there = RunFolder(path).state()
+        if there and there.get("recipe_hash") != mine and not fresh:
+            raise LuthierError(
+                f"output_dir: {path} holds the run of another recipe; choose another folder, or use --fresh"
+            )
+        return _unused(path) if fresh and there else path
+    runs = Path("runs")
+    if not fresh:
+        for path in sorted(runs.glob(f"{name}-*"), reverse=True):
+            state = RunFolder(path).state()
+            if state.get("recipe_hash") == mine and state.get("state") != "done":
+                return path
+    return _unused(runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def shared_folder(choose: Callable[[], Path]) -> Path:
+    """The folder that the first of several processes chooses."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return choose()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    chosen: list[Any] = [str(choose()) if state.is_main_process else None]
+    broadcast_object_list(chosen)
+    return Path(chosen[0])
+
+
+def _unused(path: Path) -> Path:
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate

@@ -1,0 +1,290 @@
+"""What a run will take, before it starts: the same recipe on a model of few layers with random weights, for a few steps.
+
+Time, activations and state grow by the same amount with every layer, so two small depths tell the whole. What does not
+grow with depth (libraries, embeddings, the head's chunk, buffers) is measured as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from luthier.data.prepare import Prepared
+from luthier.model.view import ModelView, probe_layout
+from luthier.recipe import Recipe
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
+from luthier.training.loop import Loop
+from luthier.tuners.base import Trainable, with_head
+
+TIMED = 3  # steps that are timed at each depth
+PATIENCE = 20.0  # seconds after which one depth stops measuring
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What one run is expected to take: peak memory of the process (or of the GPU) in bytes, and seconds of training."""
+
+    memory_bytes: int
+    seconds: float
+    weights: int
+    trained_state: int
+    activations: int
+    update: int
+    trained_weights: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a miniature took: bytes, and seconds a token."""
+
+    layers: int
+    peak: int
+    weights: int
+    state: int
+    activations: int
+    update: int
+    trained: int
+    seconds_per_token: float
+    attach_seconds: float
+
+
+def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prepared) -> Forecast:
+    """Measure two miniatures and extrapolate. Takes seconds, and memory of a few layers."""
+    depth = config.get_text_config().num_hidden_layers
+    first, second = depths(config)
+    low = measure(recipe, config, tokenizer, data, first)
+    high = low if first == second else measure(recipe, config, tokenizer, data, second)
+
+    def grown(name: str) -> float:
+        a, b = getattr(low, name), getattr(high, name)
+        return b if first == second else b + (b - a) * (depth - second) / (second - first)
+
+    whole = {n: int(grown(n)) for n in ("weights", "state", "activations", "update", "trained")}
+    more = sum(whole[n] - getattr(high, n) for n in ("weights", "state", "activations"))
+    # The end holds the update twice, as it stands and as it is read back, but no activations.
+    end = 2 * whole["update"] - whole["activations"]
+    tokens = data.epoch_tokens * Loop.length(data.rows, recipe) / Loop.length(data.rows, _one_epoch(recipe))
+    stepping = max(grown("seconds_per_token"), high.seconds_per_token) * tokens
+    choosing = grown("attach_seconds") * recipe.tuner.selections(Loop.length(data.rows, recipe))
+    return Forecast(
+        high.peak + more + max(0, end), stepping + choosing,
+        whole["weights"], whole["state"], whole["activations"], whole["update"], whole["trained"],
+    )  # fmt: skip
+
+
+class NoForecast(NamedTuple):
+    """Why there is none."""
+
+    reason: str
+
+
+def resolved(
+    recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prepared
+) -> tuple[Recipe, Forecast | NoForecast]:
+    """The recipe with gradient_checkpointing decided, and its forecast: on only where memory would not do without.
+
+    A recipe whose miniature does not work may still run: a model that cannot be cut, a number of weights that few
+    layers do not have. Then nothing is forecast, the reason is told, and "auto" means off.
+    """
+    left_open = recipe.gradient_checkpointing == "auto"
+    if recipe.quantize is not None:
+        off = {"gradient_checkpointing": False} if left_open else {}
+        return recipe.model_copy(update=off), NoForecast("random weights cannot be quantised like the model's")
+    plain = recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
+    try:
+        expected = forecast(plain, config, tokenizer, data)
+        if left_open and expected.memory_bytes > available_memory():
+            saving = recipe.model_copy(update={"gradient_checkpointing": True})
+            return saving, forecast(saving, config, tokenizer, data)
+    except (LuthierError, ValueError, RuntimeError, LookupError, AttributeError, TypeError) as error:
+        return plain, NoForecast(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    return plain, expected
+
+
+def available_memory() -> int:
+    """Bytes that a run may take: of the GPU, or of the machine with what this process already holds."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    free = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+    return free + _resident()
+
+
+def disk_needed(recipe: Recipe, expected: Forecast) -> int:
+    """Bytes a run may write: its checkpoints, the best one, one half written, and the update with a merged model."""
+    return (recipe.save_limit + 2) * expected.trained_state + 2 * expected.update + expected.weights
+
+
+def miss(expected: dict[str, Any], memory_bytes: int, seconds: float) -> dict[str, float]:
+    """How far off a forecast was: measured over forecast, less one."""
+    return {
+        "memory": memory_bytes / expected["memory_bytes"] - 1,
+        "seconds": seconds / max(expected["seconds"], 1e-9) - 1,
+    }
+
+
+def depths(config: PreTrainedConfig) -> tuple[int, int]:
+    """Two numbers of layers to measure; whole periods where layers alternate; all of a shallow model."""
+    text = config.get_text_config()
+    depth, kinds = text.num_hidden_layers, list(getattr(text, "layer_types", None) or [])
+    period = next((p for p in range(1, depth) if all(kinds[i] == kinds[i - p] for i in range(p, len(kinds)))), 1)
+    second = period * max(2, 4 // period)
+    return (period, second) if second < depth else (depth, depth)
+
+
+def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
+    """The same configuration, less deep; lists with an entry a layer are cut."""
+    out = copy.deepcopy(config)
+    text = out.get_text_config()
+    depth = text.num_hidden_layers
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == depth and depth > 1:
+            setattr(text, name, value[:layers])
+    text.num_hidden_layers = layers
+    return out
+
+
+def measure(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prepared, layers: int) -> Measured:
+    """Train a miniature for a few steps. Its first step holds the longest rows, the others typical ones."""
+    forget_peak()
+    view = _miniature(recipe, with_layers(config, layers), tokenizer)
+    weights = _bytes(view.module.parameters())
+    total, rows = Loop.length(data.rows, recipe), _rows(data, recipe)
+    trainable = with_head(recipe.tuner.attach(view, None, total), view.anatomy.task_head)
+    trained = sum(p.numel() for p in trainable.parameters())
+    steps = -(-len(rows) // recipe.batch_size)
+    settings = {
+        "shuffle": False, "max_steps": max(steps, 2), "eval_steps": None, "save_steps": None, "early_stopping_patience": None,
+    }  # fmt: skip
+    quick = recipe.model_copy(update=settings)
+    loop = Loop(view, rows, trainable, recipe.objective, quick, compute=recipe.compute)
+    started, seconds, tokens = time.perf_counter(), 0.0, 0
+    with activations_of(loop.wrapped) as saved:
+        loop.step()
+    state = live_bytes() - weights + _gradients(trainable)
+    for step in range(1, quick.max_steps):  # type: ignore[arg-type]
+        at = time.perf_counter()
+        loop.step()
+        seconds += time.perf_counter() - at
+        tokens += sum(len(rows[i]["ids"]) for i in loop.order.rows(step))  # those it was given, pruned or not
+        if time.perf_counter() - started > PATIENCE:
+            break
+    update = sum(_bytes(part.tensors().values()) for part in trainable.update().parts)
+    a_token, attached = seconds / max(tokens, 1), trainable.attach_seconds
+    return Measured(layers, peak_memory(), weights, state, max(saved), update, trained, a_token, attached)
+
+
+def _one_epoch(recipe: Recipe) -> Recipe:
+    return recipe.model_copy(update={"epochs": 1.0, "max_steps": None})
+
+
+def _miniature(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> ModelView:
+    dtype = config.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.random.fork_rng(), torch.device(device):
+        model = recipe.task.auto(config).from_config(config, dtype=dtype or torch.float32)
+    model.config.use_cache = False
+    model.config.pad_token_id = tokenizer.pad_token_id
+    view = ModelView(model, tokenizer)
+    view.layout, _ = probe_layout(view)
+    return view
+
+
+def _rows(data: Prepared, recipe: Recipe) -> list[dict[str, Any]]:
+    """One step of the longest rows, then steps of rows drawn at random."""
+    size, lengths = min(recipe.batch_size, len(data.rows)), data.rows.lengths
+    longest = np.argsort(-lengths, kind="stable")[:size]
+    drawn = Streams(recipe.seed).at("forecast").choice(len(data.rows), TIMED * size)
+    return [data.rows[int(i)] for i in (*longest, *drawn)]
+
+
+# --- bytes ---
+
+
+@contextmanager
+def activations_of(module: nn.Module) -> Iterator[list[int]]:
+    """Bytes kept for the backward pass, for every call of the module; weights do not count."""
+    out: list[int] = [0]
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    seen: set[int] = set()
+
+    def start(*_: Any) -> None:
+        seen.clear()
+        out.append(0)
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            out[-1] += storage.nbytes()
+        return tensor
+
+    handle = module.register_forward_pre_hook(start)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            yield out
+    finally:
+        handle.remove()
+
+
+def live_bytes() -> int:
+    """Bytes of every tensor that is alive, each storage once."""
+    gc.collect()
+    storages: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if type(thing) in (Tensor, nn.Parameter) and not thing.is_meta:
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def _bytes(tensors: Any) -> int:
+    unique = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(unique.values())
+
+
+def _gradients(trainable: Trainable) -> int:
+    """Bytes of the gradients of what is trained, and of the weights it is written into."""
+    trained = {id(p): p for p in (*trainable.parameters(), *trainable.view.module.parameters()) if p.requires_grad}
+    return sum(p.nbytes for p in trained.values())
+
+
+def forget_peak() -> None:
+    """Start a new record of peak memory, with what is free given back."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # no glibc, or no right to: the peak is then that of the whole process so far
+        return
+
+
+def peak_memory() -> int:
+    """Bytes held at most: allocated on the GPU where there is one, else by this process, as the kernel remembers."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(x.split()[1]) * 1024 for x in lines if x.startswith(name))

@@ -1,0 +1,185 @@
+"""Everything that a run needs, loaded and checked: rows, tokenizer, model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from luthier.data.prepare import Prepared
+from luthier.data.reading import Tick, no_tick
+from luthier.data.rendering import Renderer
+from luthier.decoding.base import writing_with
+from luthier.evaluation.base import Exam, Results
+from luthier.inference.scoring import mean_loss
+from luthier.inference.services import lab_with
+from luthier.model.anatomy import Anatomy
+from luthier.model.loading import Located, load_config, load_model, load_tokenizer, locate, named_classes
+from luthier.model.view import ModelView
+from luthier.recipe import Recipe
+from luthier.run import score_cache
+from luthier.run.rows import Data, prepare_rows
+from luthier.step.lab import Lab
+from luthier.support.cache import key_of
+from luthier.support.errors import RecipeError
+from luthier.training.loop import Loop
+
+
+@dataclass
+class Ready:
+    """Everything loaded for a run."""
+
+    recipe: Recipe
+    folder: Path
+    view: ModelView
+    renderer: Renderer
+    data: Data
+    accelerator: Accelerator
+    tick: Tick = no_tick
+
+    @property
+    def train(self) -> Prepared:
+        return self.data.train
+
+    def held_out_loss(self) -> float:
+        assert self.data.held is not None
+        return mean_loss(self.lab().scorer.losses(self.view, self.data.held.rows))
+
+    def lab(self) -> Lab:
+        """The services that methods of this run may use."""
+        recipe, data = self.recipe, self.data
+        sets = {"train": data.train.rows, "labelled": data.train.rows}
+        if data.pool is not None:
+            sets["unlabelled"] = data.pool.rows
+        lab = lab_with(
+            self.renderer, {"base": lambda: self.view}, task=recipe.task, seed=recipe.seed, sets=sets, tick=self.tick,
+            tokens_per_forward=2 * recipe.tokens_per_forward,
+        )  # fmt: skip
+        return writing_with(lab, recipe.decode)
+
+    def results(self, update: str = "none") -> Results:
+        """The results of the model as it stands, which is the base with the update of this digest; taken from the cache where it
+        has been measured before."""
+        held, recipe = self.data.held, self.recipe
+        rows_held = () if held is None else held.rows
+        exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or ())
+        head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
+        model = key_of(
+            self.view.base.weights,
+            self.view.base.tokenizer,
+            recipe.quantize,
+            recipe.compute,
+            recipe.decode,
+            head,
+            update,
+        )
+        rows = "none" if held is None or self.data.held_rows is None else held.digest + self.data.held_rows.digest
+        evaluators, meter = recipe.evaluators(), self.view.meter
+        with meter.watching(self.view.module), meter.stage("evaluate"):
+            return score_cache.kept(score_cache.exam_key(exam, evaluators, model, rows), exam, evaluators)
+
+
+def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
+    """(where the model is, renderer, configuration)."""
+    located = locate(recipe.model if ":" in recipe.model else str(_beside(base, recipe.model)), recipe.revision)
+    located = located._replace(trust_code=recipe.trust_remote_code)
+    tokenizer = load_tokenizer(located)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    config = load_config(located)
+    plain = {"auto": None, "chat": False, "plain": True}[recipe.data.template]
+    if plain is False and tokenizer.chat_template is None:
+        raise RecipeError("data.template", "this model has no chat template", "set data.template: plain")
+    return located, Renderer(tokenizer, recipe.data.system, plain), config
+
+
+def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
+    """What `check` looks at: rows, configuration and the anatomy of a model without weights."""
+    _, renderer, config, data = gather(recipe, base, tick)
+    with torch.device("meta"):
+        anatomy = Anatomy(recipe.task.auto(config).from_config(config))
+    _check(recipe, config, data.train, None, anatomy=anatomy)
+    return Outline(renderer, config, data, anatomy)
+
+
+class Outline(NamedTuple):
+    """A recipe with its rows, and its model without weights."""
+
+    renderer: Renderer
+    config: Any
+    data: Data
+    anatomy: Anatomy
+
+
+def _check(
+    recipe: Recipe, config: Any, train: Prepared, layout: str | None, processes: int = 1, anatomy: Anatomy | None = None
+) -> None:
+    total = Loop.length(train.rows, recipe) if train.rows else None
+    known: dict[str, Any] = {
+        "model_config": config, "total_steps": total, "num_rows": len(train.rows), "anatomy": anatomy,
+    }  # fmt: skip
+    recipe.check_methods(recipe.facts(**known, layout=layout, num_processes=processes))
+
+
+class Gathered(NamedTuple):
+    """Everything but the weights."""
+
+    located: Located
+    renderer: Renderer
+    config: Any
+    data: Data
+
+
+def gather(recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1) -> Gathered:
+    """Rows and configuration, checked against each other."""
+    located, renderer, config = tokens_and_config(recipe, base)
+    view = untouched(recipe, located, renderer, config)
+    data = prepare_rows(recipe, renderer, config, base, view, tick)
+    if data.labels:
+        config.update(named_classes(data.classes))
+    _check(recipe, config, data.train, None, processes)
+    return Gathered(located, renderer, config, data)
+
+
+def untouched(recipe: Recipe, located: Located, renderer: Renderer, config: Any) -> Callable[[], ModelView]:
+    """The base model, loaded when first asked for, for curators."""
+    loaded: list[ModelView] = []
+
+    def view() -> ModelView:
+        if not loaded:
+            auto, dtype = recipe.task.auto(config), dtype_of(recipe)
+            loaded.append(load_model(located, auto, dtype, tokenizer=renderer.tokenizer, seed=recipe.seed))
+        return loaded[0]
+
+    return view
+
+
+def dtype_of(recipe: Recipe) -> torch.dtype | None:
+    return None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+
+
+def make_ready(
+    recipe: Recipe, folder: Path, base: Path, gathered: Gathered | None = None, accelerator: Accelerator | None = None
+) -> Ready:
+    """Load and check everything; the first fault is a RecipeError, before any training."""
+    accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+    located, renderer, config, data = gathered or gather(recipe, base)
+    view = load_model(
+        located, recipe.task.auto(config), dtype_of(recipe), labels=data.classes, tokenizer=renderer.tokenizer,
+        seed=recipe.seed, quantize=recipe.quantize,
+    )  # fmt: skip
+    recipe.task.check_view(view)
+    _check(recipe, config, data.train, view.layout, accelerator.num_processes, view.anatomy)
+    if recipe.compute is not None:
+        view.phases.append(partial(recipe.compute.patch, view))
+    return Ready(recipe, folder, view, renderer, data, accelerator)
+
+
+def _beside(base: Path, name: str) -> Path | str:
+    """A model path relative to the recipe where there is one."""
+    return base / name if (base / name).exists() else name

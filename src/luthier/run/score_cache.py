@@ -1,0 +1,46 @@
+"""Results that are asked for again are read, not measured: scores and answers under a key of all that went into them."""
+
+from __future__ import annotations
+
+import json
+
+from luthier.evaluation.base import Evaluator, Exam, Results, examine
+from luthier.support.cache import cache_folder, key_of
+from luthier.support.files import write_text
+from luthier.support.sources import code_key
+
+MODEL = ("luthier.model.loading", "luthier.update.files")  # code that decides which weights are asked
+
+
+def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> str:
+    """The key of an examination.
+
+    model  names the weights: base and update; rows: the rows and how they were rendered
+    """
+    view, renderer = exam.view, exam.renderer
+    asked = [(e.key(), e.content()) for e in evaluators]
+    machine = (str(view.dtype), view.device.type, view.layout)
+    texts = (renderer.system, renderer.plain, renderer.tokenizer.chat_template)
+    code = code_key("luthier.evaluation.base", *MODEL, *sorted({type(m).__module__ for m in (exam.task, *evaluators)}))
+    task = (exam.task.key(), exam.task.model_dump_json())
+    return key_of(model, rows, asked, machine, texts, task, exam.lab.seed, code)
+
+
+def kept(key: str, exam: Exam, evaluators: list[Evaluator]) -> Results:
+    """The results under this key, measured where the cache has none."""
+    file = cache_folder() / "scores" / f"{key}.json"
+    found = read(key)
+    if found is None:
+        found = examine(exam, evaluators)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(found.as_dict(), ensure_ascii=False))
+    return found
+
+
+def read(key: str) -> Results | None:
+    """What the cache has; None where that is nothing, or damaged."""
+    file = cache_folder() / "scores" / f"{key}.json"
+    try:
+        return Results.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,136 @@
+"""The forward pass over one micro-batch, as objectives see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from luthier.data.batch import IGNORE, WEIGHT, Batch
+from luthier.kernels.head import TokenScores, recomputes, token_nll, token_scores
+from luthier.kernels.plain import is_plain
+from luthier.model.view import ModelView, Trace
+
+R = TypeVar("R", bound=tuple[int, int, int])
+
+
+class Forward:
+    """What an objective gets for one micro-batch. It runs inside the wrapped module.
+
+    batch  the micro-batch; view  the model; extra  the module from `extend`
+    """
+
+    def __init__(self, batch: Batch, view: ModelView, extra: nn.Module | None = None) -> None:
+        self.batch, self.view, self.extra = batch, view, extra
+        self._traces: dict[tuple[int, Any, tuple[int, ...]], Trace] = {}
+
+    def trace(self, *layers: int, embeds: Tensor | None = None, view: ModelView | None = None) -> Trace:
+        """One trunk run that keeps these layers; asked again it is not run again. The base has runs of its own."""
+        view = view or self.view
+        key = (id(view), view.standing, layers)
+        if embeds is not None:
+            return view.trace(self.batch, layers, embeds)
+        if key not in self._traces:
+            self._traces[key] = view.trace(self.batch, layers)
+        return self._traces[key]
+
+    def hidden(self, layer: int = -1, embeds: Tensor | None = None, view: ModelView | None = None) -> Tensor:
+        """[T, D]: the final state (-1), or the input of block `layer`."""
+        asked = view or self.view
+        for (owner, standing, layers), trace in self._traces.items():
+            if embeds is None and owner == id(asked) and standing == asked.standing and layer in layers:
+                return trace.hidden[layer]
+        return self.trace(layer, embeds=embeds, view=view).hidden[layer]
+
+    def nll(self, hidden: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """[N] float32 nats at the supervised positions.
+
+        hidden  [T, D]; the final state by default
+        labels  [T]; the batch's by default
+        """
+        hidden = self.hidden() if hidden is None else hidden
+        labels = self.batch.labels if labels is None else labels
+        rows = (labels != IGNORE).nonzero().squeeze(1)  # [N]
+        view = self.view
+        picked = view.head_input(hidden[rows])  # [T, D] -> [N, D]
+        view.meter.head(picked, view.head_weight, recomputes(view.head_weight, view.head_bias, view.head_transform()))
+        return token_nll(picked, view.head_weight, labels[rows], view.head_bias, view.head_transform())
+
+    def map_logits(self, f: Callable[[Tensor, R], Tensor], runs: Sequence[R]) -> Tensor:
+        """[N]: f(logits [n, V], run) over runs of supervised rows, one after another.
+
+        runs  (sequence, first row within it, n); their n sum to N
+        A run's logits live while f works, and are computed again in the backward.
+        """
+        rows, hidden = self.batch.supervised, self.hidden()
+        sizes = [run[2] for run in runs]
+        out = []
+        for part, run in zip(rows.split(sizes), runs, strict=True):
+
+            def piece(h: Tensor, part: Tensor = part, run: R = run) -> Tensor:
+                return f(self.logits(part, h), run)
+
+            again = torch.is_grad_enabled() and not is_plain()
+            out.append(checkpoint(piece, hidden, use_reentrant=False) if again else piece(hidden))
+        return torch.cat(out) if out else hidden.sum(-1).float()[:0]
+
+    def scores(self) -> TokenScores:
+        """Loss and entropy of every supervised token, without a gradient."""
+        rows, view = self.batch.supervised, self.view
+        if not len(rows):  # nothing to ask: a trunk may not take a batch without tokens
+            return TokenScores(torch.zeros(0, device=rows.device), torch.zeros(0, device=rows.device))
+        picked = view.head_input(self.hidden()[rows])
+        view.meter.head(picked, view.head_weight, False)
+        return token_scores(picked, view.head_weight, self.batch.labels[rows], view.head_bias, view.head_transform())
+
+    def logits(self, rows: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
+        """float32 logits: [N, V] at the given token positions, or [S, C] of the classification head without any."""
+        hidden = self.hidden() if hidden is None else hidden
+        if rows is None:
+            return self._class_logits(hidden)
+        picked = self.view.head_input(hidden[rows])
+        self.view.meter.head(picked, self.view.head_weight, False)
+        z = nn.functional.linear(picked, self.view.head_weight, self.view.head_bias).float()
+        transform = self.view.head_transform()
+        return z if transform is None else transform(z)
+
+    def _class_logits(self, hidden: Tensor) -> Tensor:
+        """[S, C]: the vocabulary's scores of the label words at the answer slot, or the classification head's."""
+        if "slot" not in self.batch.row:
+            return self.view.class_logits(hidden, self.batch)
+        words = self.batch.row["words"][0]  # [C]; a task has one set of label words
+        picked = self.view.head_input(hidden[self.batch.starts + self.batch.row["slot"]])  # [S, D]
+        bias = self.view.head_bias
+        z = nn.functional.linear(picked, self.view.head_weight[words], None if bias is None else bias[words]).float()
+        transform = self.view.head_transform()
+        return z if transform is None else transform(z)
+
+    def run_block(self, block: nn.Module, hidden: Tensor, trace: Trace) -> Tensor:
+        """[T, D] -> [T, D] through a block under the masks and positions of the trace's last block."""
+        return self.view.run_block(block, hidden, trace)
+
+
+def sequence_sum(values: Tensor, batch: Batch) -> Tensor:
+    """[N] at the supervised positions -> [S], summed by sequence."""
+    return torch.zeros(batch.num_sequences, device=values.device).index_add(0, batch.seq[batch.supervised], values)
+
+
+def weighed(values: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
+    """[N] losses at the supervised positions, times the weights of their rows where rows have any.
+
+    labels  [T] that say which positions are supervised; the batch's by default
+    """
+    weight = batch.row.get(WEIGHT)
+    if weight is None:
+        return values
+    rows = batch.supervised if labels is None else (labels != IGNORE).nonzero().squeeze(1)
+    return values * weight[batch.seq[rows]]
+
+
+def weighed_rows(values: Tensor, batch: Batch) -> Tensor:
+    """[S] losses times the weights of their rows, where rows have any."""
+    weight = batch.row.get(WEIGHT)
+    return values if weight is None else values * weight

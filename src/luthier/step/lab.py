@@ -1,0 +1,196 @@
+"""The services that a method may use while it works: one object, handed to the entry point of every kind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+
+from luthier.data.batch import Batch, collate
+from luthier.data.reading import Tick, no_tick
+from luthier.data.rendering import Renderer
+from luthier.kernels.head import TokenScores
+from luthier.model.view import ModelView
+from luthier.step.outcome import Outcome, Rows
+from luthier.support import sandbox
+from luthier.support.errors import LuthierError
+from luthier.support.rng import Streams
+
+LIMITS = sandbox.Limits()
+T = TypeVar("T")
+Pair = tuple[Sequence[int], Sequence[int]]
+
+
+class RowScore(NamedTuple):
+    """The score of one row: summed loss in nats, over how many tokens (1 for a class); where its task looks at them, the
+    likeliest class or tokens, and the right ones."""
+
+    total: float
+    over: float
+    best: tuple[int, ...] = ()
+    wanted: tuple[int, ...] = ()
+
+
+class Completion(NamedTuple):
+    """An answer, whether the model ended it by itself, and its length in tokens."""
+
+    text: str
+    stopped: bool
+    tokens: int
+
+
+class Continuation(NamedTuple):
+    """A text that goes on in one way: its loss in nats, and whether each of its tokens is the likeliest."""
+
+    total: float
+    greedy: bool
+
+
+class Choices(NamedTuple):
+    """For each supervised token of a row (or its class): the likeliest one's probability, whether it is right, the right one."""
+
+    confidence: np.ndarray  # [n] float64
+    right: np.ndarray  # [n] float64, 0 or 1
+    wanted: np.ndarray  # [n] int64
+
+
+class Scorer(Protocol):
+    """Asks a frozen model about rendered rows, batch by batch, in their order."""
+
+    def losses(self, view: ModelView, rows: Rows) -> Iterator[RowScore]:
+        """The loss of each row."""
+
+    def tokens(self, view: ModelView, rows: Rows) -> Iterator[TokenScores]:
+        """For each row, loss and entropy of its supervised tokens, [n] float32 nats each."""
+
+    def choices(self, view: ModelView, rows: Rows) -> Iterator[Choices]:
+        """For each row, the likeliest tokens or class."""
+
+    def continuations(self, view: ModelView, pairs: Sequence[Pair]) -> list[Continuation]:
+        """For each pair of token ids: what stands before, and how it goes on."""
+
+
+class Generator(Protocol):
+    """Answers tokenised prompts, in their order."""
+
+    def __call__(self, view: ModelView, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Completion]: ...
+
+
+class Runs(Protocol):
+    """Carries out nested runs, each once: a run with equal recipe, rows and code is read, not run again."""
+
+    def __call__(self, changes: Sequence[Mapping[str, Any]]) -> list[Outcome]: ...
+
+
+@dataclass
+class Ledger:
+    """What work beside training took: FLOPs and seconds by stage."""
+
+    flops: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def charge(self, stage: str, flops: float = 0.0, seconds: float = 0.0) -> None:
+        """Add to a stage."""
+        self.flops[stage] = self.flops.get(stage, 0.0) + flops
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
+
+    @contextmanager
+    def measuring(self, stage: str, *views: ModelView) -> Iterator[None]:
+        """Charge what happens inside: the clock, and the FLOPs of these models."""
+        before, started = sum(v.meter.total for v in views), time.perf_counter()
+        with _watching(views, stage):
+            yield
+        self.charge(stage, sum(v.meter.total for v in views) - before, time.perf_counter() - started)
+
+
+@contextmanager
+def _watching(views: Sequence[ModelView], stage: str) -> Iterator[None]:
+    if not views:
+        yield
+        return
+    first, *rest = views
+    with first.meter.watching(first.module), first.meter.stage(stage), _watching(rest, stage):
+        yield
+
+
+@dataclass
+class Lab:
+    """The services of a run. A service that a run cannot offer is refused by name when it is asked for.
+
+    sets       rendered rows by name: "train", "labelled", "unlabelled"
+    seed       of every keyed draw
+    models     by role, loaded when first asked for: "base" is the untouched model
+    ledger     where work beside training is charged
+    tick       called with (what is done, rows so far, the row at work)
+    """
+
+    sets: Mapping[str, Rows] = field(default_factory=dict)
+    seed: int = 0
+    models: Mapping[str, Callable[[], ModelView]] = field(default_factory=dict)
+    text: Renderer | None = None
+    asking: Scorer | None = None
+    answering: Generator | None = None
+    nested: Runs | None = None
+    ledger: Ledger = field(default_factory=Ledger)
+    tick: Tick = no_tick
+    _loaded: dict[str, ModelView] = field(default_factory=dict)
+
+    @property
+    def streams(self) -> Streams:
+        """Randomness keyed by purpose and row."""
+        return Streams(self.seed)
+
+    def rows(self, name: str) -> Rows:
+        """A set of rendered rows."""
+        if name not in self.sets:
+            raise LuthierError(f"there are no rows called {name!r} here; there are {_listed(self.sets)}")
+        return self.sets[name]
+
+    def batch(self, name: str, limit: int) -> Batch:
+        """The first rows of a set as one batch."""
+        return collate(list(self.rows(name))[:limit])
+
+    def view(self, role: str = "base") -> ModelView:
+        """A model, loaded once."""
+        if role not in self._loaded:
+            if role not in self.models:
+                raise LuthierError(f"there is no model called {role!r} here; there are {_listed(self.models)}")
+            self._loaded[role] = self.models[role]()
+        return self._loaded[role]
+
+    @property
+    def renderer(self) -> Renderer:
+        """How rows become tokens."""
+        return _there(self.text, "renders rows")
+
+    @property
+    def scorer(self) -> Scorer:
+        """Losses of rows under a model."""
+        return _there(self.asking, "scores rows")
+
+    @property
+    def generator(self) -> Generator:
+        """Answers of a model."""
+        return _there(self.answering, "generates answers")
+
+    def run(self, *changes: Mapping[str, Any]) -> list[Outcome]:
+        """Nested runs: each is this run's recipe with some keys changed ({"data": {"limit": 100}, "max_steps": 20})."""
+        return _there(self.nested, "carries out nested runs")(changes)
+
+    def execute(self, programs: Sequence[str], limits: sandbox.Limits = LIMITS) -> list[sandbox.Verdict]:
+        """Run generated programs in the sandbox. Raises LuthierError where no sandbox works."""
+        return sandbox.execute_all(programs, limits)
+
+
+def _listed(names: Mapping[str, Any]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _there(service: T | None, what: str) -> T:
+    if service is None:
+        raise LuthierError(f"nothing here {what}; give the lab a service that does")
+    return service

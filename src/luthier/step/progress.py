@@ -1,0 +1,26 @@
+"""How far training is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Progress:
+    """What the loop tells its listener after a step, and what a checkpoint remembers."""
+
+    step: int = 0
+    tokens: int = 0
+    row_tokens: int = 0  # of the rows given, trained on or left out
+    supervised: int = 0
+    seconds: float = 0.0
+    select_seconds: float = 0.0  # of these, what choosing what trains took
+    skipped: int = 0  # steps on which no weight moved: nothing to learn, or a loss that is not finite
+    not_finite: int = 0  # of these, the last in a row whose loss was not finite
+    best_loss: float | None = None
+    best_step: int | None = None
+    bad_evaluations: int = 0
+    resumed: bool = False
+    saved_step: int = -1
+    flops: dict[str, float] = field(default_factory=dict)  # by stage, over all ranks
+    log: list[dict[str, float]] = field(default_factory=list)

@@ -1,0 +1,1 @@
+"""Below everything else: errors, files, the cache, signals, keyed randomness, intervals, the sandbox."""

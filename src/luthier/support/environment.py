@@ -1,0 +1,44 @@
+"""What this process runs on and with, in words; and libraries kept quiet."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+from luthier.support.version import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def quiet(debug: bool) -> None:
+    """Library chatter off."""
+    if debug:
+        return
+    import datasets
+    import transformers
+
+    warnings.simplefilter("ignore", FutureWarning)  # of libraries about each other
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+def environment() -> str:
+    """A block to paste into a bug report."""
+    import torch
+
+    lines = [
+        f"luthier {__version__}",
+        f"python {platform.python_version()}",
+        f"platform {platform.platform()}",
+        f"cores {os.cpu_count()}",
+        *(f"gpu {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())),
+    ]
+    for name in PACKAGES:
+        try:
+            lines.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,9 @@
+"""What a row is, and how a model is asked about it."""
+
+from luthier.support.lazy import lazy
+
+EXPORTS = {
+    "CausalLm": "causal_lm",
+    "Classification": "classification",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

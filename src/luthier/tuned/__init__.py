@@ -1,0 +1,6 @@
+"""A finished run: open it, ask it, score it, export it."""
+
+from luthier.support.lazy import lazy
+
+EXPORTS = {"Tuned": "open", "answers": "open", "open_run": "open", "scores": "open"}
+__getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

@@ -1,0 +1,82 @@
+"""A small instance of every exported method, for whatever is asked of all of them."""
+
+from typing import Any
+
+import torch
+
+from helpers.cloze import cloze, with_soft
+from luthier.method import registry as manifest
+from luthier.method.kinds import KINDS
+from luthier.testing.contract import Example
+
+# A small instance of every method: fields away from their defaults where the tiny model needs it.
+FIELDS: dict[str, dict[str, Any]] = {
+    "adapter": {"rank": 4, "init_std": 0.05},
+    "bleu": {"rows": 2},
+    "caft": {"allow_untrained_heads": True, "weight": 0.5},
+    "calibration": {},
+    "causal-lm": {},
+    "evaluate-classification": {},
+    "task-classification": {},
+    "dept": {"budget_length": 12, "length": 4, "max_length": 16},
+    "distill": {"warmup_share": 0.0},
+    "editing": {"rephrase": "otherwise"},
+    "exact-match": {"match": "json"},
+    "fedkseed": {"num_seeds": 8},
+    "forgetting": {"max_tokens": 32},
+    "frozen": {},
+    "function-calls": {"arguments_key": None},
+    "full": {},
+    "grad-transformer": {"sets": 20, "pool": "after"},
+    "greedy": {},
+    "green-trainer": {"flops_share": 0.7},
+    "hft": {"fraction": 0.4},
+    "knowledge": {"kinds": ("memorize", "rephrase")},
+    "lemo": {"block_size": 2},
+    "lift": {"density": 0.1, "reselect_every": 2},
+    "list": {"rounds": 1, "unlabelled_steps": 2, "labelled_epochs": 1, "rank": 2},
+    "layerwise": {"decay": 0.9, "reinit_blocks": 1},
+    "linear": {"weights": (0.3, 0.7)},
+    "lm-eval": {"tasks": ("hellaswag",)},
+    "lora": {"rank": 4},
+    "loss": {},
+    "masked-thought": {"max_rate": 0.4, "random_share": 0.5},
+    "norms": {"most": 2},
+    "one-shot": {"rounds": 2},
+    "otr": {"draws": 16},
+    "pass-at-k": {"samples": 2, "k": (1, 2)},
+    "peft": {"type": "LORA", "options": {"use_dora": True, "r": 4}},
+    "q-tuning-offline": {"keep_fraction": 0.5},
+    "q-tuning": {"keep_rows": 0.5},
+    "random": {"keep_fraction": 0.5},
+    "retrieval": {"corpus": "pyproject.toml"},
+    "ridge": {"strength": 0.1},
+    "rouge": {"stem": True},
+    "sample": {"temperature": 0.7, "top_p": 0.9},
+    "scdp": {"keep_fraction": 0.5},
+    "seed-rounds": {"rounds": 2, "pro": True},
+    "sft": {},
+    "spiel": {"density": 0.05, "reselect_every": 4, "window": 2},
+    "transformer": {"width": 16, "layers": 1},
+    "stages": {"stages": [{"name": "first", "max_steps": 2}, {"name": "second", "start": "first", "max_steps": 2}]},
+}
+
+
+def soft_rows():
+    """What distill trains on, as rows and as a padded batch."""
+    rows = with_soft(cloze(4, 0))
+    columns = {k: torch.stack([torch.as_tensor(r["row"][k]) for r in rows]) for k in rows[0]["row"]}
+    return rows, {"input_ids": torch.tensor([r["ids"] for r in rows]), **columns}
+
+
+ALL = [(kind, name, cls) for kind in KINDS for name, cls in manifest.classes(kind).items()]
+IDS = manifest.titles([(kind, name) for kind, name, _ in ALL])
+# Of these labelled rows some of the others are a help in every step; where none is, distill skips.
+MORE: dict[str, dict[str, Any]] = {
+    "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 8)}},
+    "frozen": {"trains": False},
+}
+EXAMPLES = [
+    Example(cls(**FIELDS.get(title, {})), **MORE.get(name, {})) for title, (_, name, cls) in zip(IDS, ALL, strict=True)
+]
+BY_NAME = dict(zip(IDS, EXAMPLES, strict=True))
