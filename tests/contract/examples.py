@@ -36,6 +36,8 @@ FIELDS = {
     "lm-eval": {"tasks": ("hellaswag",)},
     "lora": {"rank": 4},
     "loss": {},
+    "masked-accuracy": {},
+    "masked-lm": {"mask_fraction": 0.3},
     "masked-thought": {"max_rate": 0.4, "random_share": 0.5},
     "one-shot": {"rounds": 2},
     "otr": {"draws": 16},

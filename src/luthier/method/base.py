@@ -27,7 +27,7 @@ class Traits(NamedTuple):
     linear   its Update adds and scales in weight space
     """
 
-    tasks: frozenset[str] = frozenset({"causal-lm", "classification"})
+    tasks: frozenset[str] = frozenset({"causal-lm", "classification", "masked-lm"})
     layouts: frozenset[str] = frozenset({"flat", "padded"})
     claims: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
@@ -48,6 +48,7 @@ class Facts:
     num_processes: int = 1
     others: tuple[Method, ...] = ()
     quantized: bool = False
+    redraws: bool = False  # rows are other ones in every epoch (masks)
 
 
 class Problem(NamedTuple):

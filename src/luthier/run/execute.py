@@ -156,9 +156,10 @@ def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Resu
     results = ready.results()
     say(f"before  {shown(results)}")
     if show_tokens and place.writes and not (place.path / "tokens.json").exists():
-        tokens = token_view.tokens_of(ready.renderer, ready.train.rows)
+        rows = ready.first_rows(token_view.SHOWN)
+        tokens = token_view.tokens_of(ready.renderer, rows)
         if ready.recipe.task.token_losses:
-            token_view.note_losses(tokens, ready.view, ready.train.rows, "before")
+            token_view.note_losses(tokens, ready.view, rows, "before")
         token_view.save(tokens, place.path)
     return results
 
@@ -195,7 +196,7 @@ def _train(
             ready.view, ready.train.rows, trainable, recipe.objective, recipe, lab=ready.lab(), folder=place.path,
             compute=recipe.compute,
             evaluate=None if ready.data.held is None else ready.held_out_loss, accelerator=ready.accelerator,
-            on_step=listen, stop=stop, data_hash=ready.train.digest,
+            on_step=listen, stop=stop, data_hash=ready.train.digest, draw=ready.draw,
         )  # fmt: skip
         say(f"train   {weights:,} of {ready.view.anatomy.num_parameters:,} weights, {total} steps")
         _weigh_tokens(ready, place, loop)
@@ -217,7 +218,7 @@ def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
         return
     if known or not ready.recipe.task.token_losses or not ready.accelerator.is_main_process:
         return
-    recipe, rows = ready.recipe, ready.train.rows
+    recipe, rows = ready.recipe, ready.first_rows(token_view.WINDOW)
     alone = Probe(loop.view, loop.objective, loop.extra)  # sums over no ranks: only the first one looks
     token_view.note_weights(
         tokens, alone, rows, recipe.batch_size, loop.total_steps, loop.lab, recipe.tokens_per_forward
@@ -240,7 +241,7 @@ def _pipeline(
         try:
             done = run_pipeline(
                 ready.recipe.pipeline, ready.view, lab, place.path, deadline=deadline, before_stage=told, evaluate=held,
-                on_step=listen, stop=stop, accelerator=ready.accelerator, data_hash=ready.train.digest,
+                on_step=listen, stop=stop, accelerator=ready.accelerator, data_hash=ready.train.digest, draw=ready.draw,
             )  # fmt: skip
         except Interrupted:
             place.note(state="stopped", signal=stop.signal)
@@ -287,7 +288,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
         evaluation = time.monotonic() - started
         if ready.recipe.task.token_losses:
             tokens = token_view.load(place.path)
-            token_view.note_losses(tokens, ready.view, ready.train.rows, "after")
+            token_view.note_losses(tokens, ready.view, ready.first_rows(token_view.SHOWN), "after")
             token_view.save(tokens, place.path)
         if keep:
             save_update(trained.update, place.path, ready.view)

@@ -24,6 +24,7 @@ from luthier.step.probe import Probe
 from luthier.step.progress import Progress
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
+from luthier.tasks.base import Draw
 from luthier.training import checkpoint
 from luthier.tuners.base import ParamGroup, Stats, Trainable, default_optimizer
 
@@ -61,6 +62,7 @@ class Loop:
     evaluate  returns the loss on held-out rows; called every eval_steps
     on_step   called after each step with (entry, progress, total steps)
     stop      asked between steps; True saves and raises Interrupted
+    draw      the task's: what a row is in an epoch; None where it is the same in all of them
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Loop:
         lab: Lab | None = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
         on_step: Callable[[dict[str, float], Progress, int], None] | None = None, stop: Callable[[], bool] = lambda: False,
         carried: Mapping[str, Tensor] | None = None, compute: Any = None, accelerator: Accelerator | None = None,
-        data_hash: str = "",
+        data_hash: str = "", draw: Draw | None = None,
     ) -> None:  # fmt: skip
         if not rows:
             raise LuthierError("data.train: no row is left to train on; look at what was dropped with `luthier check`")
@@ -88,7 +90,7 @@ class Loop:
         )
         self.accelerator = accelerator or Accelerator(cpu=view.device.type == "cpu")
         self.extra = objective.extend(view, carried)
-        self.compute, self.data_hash = compute, data_hash
+        self.compute, self.data_hash, self.draw = compute, data_hash, draw
         s = settings
         self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle)
         attached = trainable.attach_seconds
@@ -141,9 +143,14 @@ class Loop:
 
     # --- one step ---
 
+    def _chosen(self, step: int) -> list[Mapping[str, Any]]:
+        """The rows of a step, as its epoch sees them."""
+        rows = [self.rows[i] for i in self.order.rows(step)]
+        return rows if self.draw is None else [self.draw(r, step // self.order.steps_per_epoch) for r in rows]
+
     def window(self, step: int) -> Window:
         """The micro-batches of this rank."""
-        chosen = [self.rows[i] for i in self.order.rows(step)]
+        chosen = self._chosen(step)
         lengths = [len(row["ids"]) for row in chosen]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = micro_batches(lengths, self.settings.tokens_per_forward, world)[rank]
@@ -158,7 +165,7 @@ class Loop:
         live = [b for b in window.micro if b.num_tokens]
         if live:
             return live, 1.0
-        idle = collate([self.rows[self.order.rows(window.clock.step)[0]]]).to(self.view.device)
+        idle = collate([self._chosen(window.clock.step)[0]]).to(self.view.device)
         return self.objective.plan(
             replace(window, micro=[idle], gather=lambda x: x, total=lambda x: x, rank=0), self.probe
         )[0].micro, 0.0

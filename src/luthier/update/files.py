@@ -84,7 +84,7 @@ def _save_house(update: Update, folder: Path) -> None:
 
 
 def _save_peft(part: LowRank, head: Mapping[str, Tensor], base: Fingerprint, folder: Path, view: Any) -> None:
-    from peft import LoraConfig, TaskType
+    from peft import LoraConfig
 
     modules = [n.removesuffix(".weight") for n in part.a]
     ranks = {m: part.a[f"{m}.weight"].shape[0] for m in modules}
@@ -92,7 +92,7 @@ def _save_peft(part: LowRank, head: Mapping[str, Tensor], base: Fingerprint, fol
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     alpha = scales[next(m for m in modules if ranks[m] == common)] * common
     config = LoraConfig(
-        r=common, target_modules=sorted(modules), task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
+        r=common, target_modules=sorted(modules), task_type=_peft_task(head, view),
         modules_to_save=sorted({n.split(".")[0] for n in head}) or None,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it as a float
         bias="none", inference_mode=True,
@@ -107,6 +107,15 @@ def _save_peft(part: LowRank, head: Mapping[str, Tensor], base: Fingerprint, fol
     tensors |= {PREFIX + n: t.contiguous() for n, t in head.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(str(folder))
+
+
+def _peft_task(head: Mapping[str, Tensor], view: Any) -> str | None:
+    """What peft calls the task; it knows none for encoders that fill gaps, and opens them without one."""
+    from peft import TaskType
+
+    if head:
+        return TaskType.SEQ_CLS
+    return TaskType.CAUSAL_LM if view is None or view.module.can_generate() else None
 
 
 def _save_other_peft(part: PeftPart, folder: Path, view: Any) -> None:
