@@ -124,7 +124,7 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys,
     from helpers.examples import soft_rows
     from luthier import recipe
     from luthier.testing.contract import PADDED, Four
-    from luthier.testing.models import byte_tokenizer, rows_of, tiny, tiny_classifier
+    from luthier.testing.models import byte_tokenizer, rows_of, tiny, tiny_classifier, word_tokenizer
 
     name = page.removesuffix(".md").removeprefix("evaluate-")
     files_beside(tmp_path)
@@ -144,6 +144,9 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys,
     }  # fmt: skip
     if EVALUATORS.get(name) or page in ("q-tuning-offline.md", "greedy.md", "sample.md"):  # they ask it in words
         scope["model"] = tiny_classifier() if page == "evaluate-classification.md" else tiny(vocab_size=260)
+    if name == "masked-accuracy":
+        words = word_tokenizer()
+        scope |= {"model": tiny("bert", vocab_size=len(words)), "tokenizer": words}
     if name in manifest.classes("collaborate"):
         scope |= {"rows": rows_of(), "large_model": tiny(layers=4, seed=1)}
     if name in manifest.classes("translate"):

@@ -40,6 +40,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lm-eval": {"tasks": ("hellaswag",)},
     "lora": {"rank": 4},
     "loss": {},
+    "masked-accuracy": {},
+    "masked-lm": {"mask_fraction": 0.3},
     "masked-thought": {"max_rate": 0.4, "random_share": 0.5},
     "norms": {"most": 2},
     "one-shot": {"rounds": 2},

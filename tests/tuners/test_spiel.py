@@ -278,6 +278,28 @@ def test_6_an_event_seeds_the_moments_that_the_window_saw():
     assert bool((state["age"] == 5).all())
 
 
+def test_with_several_ranks_sums_are_of_the_whole_step_and_candidates_those_of_the_first(monkeypatch):
+    """The loop multiplies each rank's loss by the number of ranks, so that the mean over ranks is the step's gradient."""
+    one, other = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([3.0, 4.0, 0.0])
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, group: t.add_(other))
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    seen = Observed({"w": torch.arange(3)})
+    seen.choose("w", torch.arange(3))
+    seen.see("w", one)
+    seen.end_step(object())
+    mean = (one + other) / 2
+    assert torch.equal(seen.sums("w")[0], mean) and torch.equal(seen.sums("w")[1], mean**2) and seen.samples == 1
+
+    _, trainable, _, _ = trained(0)
+    name, first = next(iter(trainable.sparse.indices)), {}
+    chosen = torch.arange(len(trainable.sparse.indices[name]))
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda t, src, group: (first.update(src=src), t.copy_(chosen)))
+    trainable._ranks = object()
+    trainable.before_window()
+    trainable._see(name, torch.randn(trainable.sparse.linears[name].shape))
+    assert first == {"src": 0} and torch.equal(trainable.observed.candidates(name).long(), chosen)
+
+
 def test_7_sparse_sm3_with_every_position_equals_dense_sm3():
     rows, columns = 4, 3
     grid = torch.arange(rows * columns)

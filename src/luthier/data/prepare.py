@@ -339,8 +339,10 @@ def shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
 
 
 def _why(row: Row, item: dict[str, Any]) -> str:
+    if not str(row.values.get("text", "text")).strip():
+        return "its text is empty"
     if row.values.get("completion") == "" or (not item["ids"]):
-        return "its text is empty" if "text" in row.values else "its answer is empty"
+        return "its answer is empty"
     if "messages" in row.values and not any(t["role"] == "assistant" for t in row.values["messages"]):
         return "it has no assistant turn"
     return "its answer was cut off or is empty"

@@ -70,7 +70,7 @@ class Traits(NamedTuple):
     linear   its Update adds and scales in weight space
     """
 
-    tasks: frozenset[str] = frozenset({"causal-lm", "classification"})
+    tasks: frozenset[str] = frozenset({"causal-lm", "classification", "masked-lm"})
     layouts: frozenset[str] = frozenset(Layout)
     claims: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
@@ -101,6 +101,7 @@ class Facts:
     others: tuple[Method, ...] = ()
     quantized: bool = False
     anatomy: Any = None  # model.anatomy.Anatomy, once there is one
+    redraws: bool = False  # rows are other ones in every epoch (masks)
 
 
 class Problem(NamedTuple):

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
 )
 
 from luthier.model.view import ModelView, probe_layout
@@ -164,6 +166,11 @@ def load_model(
     view = ModelView(model, tokenizer, name=located.shown, base=base)
     view.layout, _ = probe_layout(view)
     return view
+
+
+def reads_both_ways(config: PreTrainedConfig) -> bool:
+    """Is this an encoder's configuration: of a model that sees what stands behind a token too, and can fill gaps?"""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def named_classes(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:

@@ -51,6 +51,10 @@ class Inputs(NamedTuple):
     source: Tensor | None  # [T] index in T' of every original token; None where nothing was inserted
 
 
+# What stands between trunk and vocabulary in masked-LM heads: one module (BERT, ELECTRA, ModernBERT), or a matrix, an
+# activation and a norm (RoBERTa, DistilBERT).
+TRANSFORMS = ("cls.predictions.transform", "generator_predictions", "head")
+DENSE_AND_NORM = (("lm_head.dense", "lm_head.layer_norm"), ("vocab_transform", "vocab_layer_norm"))
 InputHook = Callable[[Inputs, "ModelView"], Inputs]
 Phase = Callable[[str], AbstractContextManager[Any]]  # entered around forwards of this phase
 
@@ -328,15 +332,21 @@ class ModelView:
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, D]: what stands between the trunk and the vocabulary matrix (a masked-LM transform)."""
-        for name in ("cls.predictions.transform", "lm_head.dense"):
-            try:
-                part = self.module.get_submodule(name)
-            except AttributeError:
-                continue
-            if name == "lm_head.dense":  # RoBERTa: dense, gelu, norm
-                return self.module.get_submodule("lm_head.layer_norm")(nn.functional.gelu(part(hidden)))
-            return part(hidden)
+        for name in TRANSFORMS:
+            part = self._part(name)
+            if part is not None and name != self.anatomy.head:
+                return part(hidden)
+        for name, norm in DENSE_AND_NORM:
+            dense, after = self._part(name), self._part(norm)
+            if dense is not None and after is not None:
+                return after(getattr(self.module, "activation", nn.functional.gelu)(dense(hidden)))
         return hidden
+
+    def _part(self, name: str) -> nn.Module | None:
+        try:
+            return self.module.get_submodule(name)
+        except AttributeError:
+            return None
 
     @property
     def classes(self) -> list[str]:

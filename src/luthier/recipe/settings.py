@@ -178,8 +178,9 @@ class Recipe(TrainSettings):
         others = tuple(self.methods().values())
         quantized = self.quantize is not None
         return Facts(
-            task=self.task.key(), batch_size=self.batch_size, settings=self, others=others, quantized=quantized, **more
-        )
+            task=self.task.key(), batch_size=self.batch_size, settings=self, others=others, quantized=quantized,
+            redraws=self.task.redraws, **more,
+        )  # fmt: skip
 
     def check_methods(self, facts: Facts | None = None) -> None:
         """Raises RecipeError for the first combination that cannot work."""

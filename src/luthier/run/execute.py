@@ -161,9 +161,10 @@ def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Resu
     results = ready.results()
     say(f"before  {shown(results)}")
     if show_tokens and place.writes and not (place.path / "tokens.json").exists():
-        tokens = token_view.tokens_of(ready.renderer, ready.train.rows)
+        rows = ready.first_rows(token_view.SHOWN)
+        tokens = token_view.tokens_of(ready.renderer, rows)
         if ready.recipe.task.token_losses:
-            token_view.note_losses(tokens, ready.view, ready.train.rows, "before")
+            token_view.note_losses(tokens, ready.view, rows, "before")
         token_view.save(tokens, place.path)
     return results
 
@@ -199,7 +200,7 @@ def _train(
         loop = Loop(
             ready.view, ready.train.rows, trainable, recipe.objective, recipe, lab=ready.lab(), folder=place.path,
             evaluate=None if ready.data.held is None else ready.held_out_loss, accelerator=ready.accelerator,
-            on_step=listen, stop=stop, data_hash=ready.train.digest,
+            on_step=listen, stop=stop, data_hash=ready.train.digest, draw=ready.draw,
         )  # fmt: skip
         say(f"train   {weights:,} of {ready.view.anatomy.num_parameters:,} weights, {total} steps")
         _weigh_tokens(ready, place, loop)
@@ -221,7 +222,7 @@ def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
         return
     if known or not ready.recipe.task.token_losses or not ready.accelerator.is_main_process:
         return
-    recipe, rows = ready.recipe, ready.train.rows
+    recipe, rows = ready.recipe, ready.first_rows(token_view.WINDOW)
     # Sums over no ranks, since only the first one looks; and a look changes nothing of what the run's own objective keeps.
     alone = Probe(loop.view, loop.objective.fresh(), loop.extra)
     token_view.note_weights(
@@ -245,7 +246,7 @@ def _pipeline(
         try:
             done = run_pipeline(
                 ready.recipe.pipeline, ready.view, lab, place.path, deadline=deadline, before_stage=told, evaluate=held,
-                on_step=listen, stop=stop, accelerator=ready.accelerator, data_hash=ready.train.digest,
+                on_step=listen, stop=stop, accelerator=ready.accelerator, data_hash=ready.train.digest, draw=ready.draw,
             )  # fmt: skip
         except Interrupted:
             place.note(state="stopped", signal=stop.signal)
@@ -292,7 +293,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
         evaluation = time.monotonic() - started
         if ready.recipe.task.token_losses:
             tokens = token_view.load(place.path)
-            token_view.note_losses(tokens, ready.view, ready.train.rows, "after")
+            token_view.note_losses(tokens, ready.view, ready.first_rows(token_view.SHOWN), "after")
             token_view.save(tokens, place.path)
         if keep:
             save_update(trained.update, place.path, ready.view)

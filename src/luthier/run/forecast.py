@@ -170,7 +170,8 @@ def measure(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prep
         "shuffle": False, "max_steps": max(steps, 2), "eval_steps": None, "save_steps": None, "early_stopping_patience": None,
     }  # fmt: skip
     quick = recipe.model_copy(update=settings)
-    loop = Loop(view, rows, trainable, recipe.objective, quick, compute=recipe.compute)
+    draw = recipe.task.draw(tokenizer, recipe.seed)
+    loop = Loop(view, rows, trainable, recipe.objective, quick, compute=recipe.compute, draw=draw)
     started, seconds, tokens = time.perf_counter(), 0.0, 0
     with activations_of(loop.wrapped) as saved:
         loop.step()

@@ -27,6 +27,7 @@ from luthier.run.rows import Data, prepare_rows
 from luthier.step.lab import Lab
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
+from luthier.tasks.base import Draw
 from luthier.training.loop import Loop
 
 
@@ -45,6 +46,16 @@ class Ready:
     @property
     def train(self) -> Prepared:
         return self.data.train
+
+    @property
+    def draw(self) -> Draw | None:
+        """What a row is in an epoch; None where it is the same in all of them."""
+        return self.recipe.task.draw(self.renderer.tokenizer, self.recipe.seed)
+
+    def first_rows(self, count: int) -> list[Any]:
+        """The first training rows, to show: as they would be scored."""
+        draw = self.draw
+        return [row if draw is None else draw(row, None) for row in self.train.rows[:count]]
 
     def held_out_loss(self) -> float:
         assert self.data.held is not None

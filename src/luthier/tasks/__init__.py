@@ -5,5 +5,6 @@ from luthier.support.lazy import lazy
 EXPORTS = {
     "CausalLm": "causal_lm",
     "Classification": "classification",
+    "MaskedLm": "masked_lm",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from transformers import PreTrainedConfig
 
+from luthier.data.batch import IGNORE, collate
 from luthier.data.prepare import RowMaker
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
@@ -20,10 +21,15 @@ from luthier.method import Method
 from luthier.model.view import ModelView
 from luthier.step.forward import Forward, sequence_sum
 from luthier.step.lab import Choices, Lab, RowScore
+from luthier.support.errors import RecipeError
 
 Rendered = Mapping[str, Any]  # a training row, as `collate` takes it
 # (training row, epoch) -> the row as this epoch sees it; epoch None: as it is always scored
 Draw = Callable[[Rendered, int | None], Rendered]
+
+
+# Largest accepted difference between our logits and the model's own, relative to the largest of these.
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 class Shown(NamedTuple):
@@ -43,6 +49,7 @@ class Task(Method):
     unit           of the loss
     spells         the loss is that of spelling out a text, so that bits a byte can be counted
     token_losses   single tokens have a loss to show
+    redraws        rows are other ones in every epoch, see `draw`
     shows_rows     every held-out row is a sample to show; else the answers that were generated
     export_forms   in which a tuned model can be written
     starter        the recipe's first lines on pages of methods: model, task, data; "pool" where data.pool is needed
@@ -54,6 +61,7 @@ class Task(Method):
     unit: ClassVar[str] = "nats a token"
     spells: ClassVar[bool] = False
     token_losses: ClassVar[bool] = True
+    redraws: ClassVar[bool] = False
     shows_rows: ClassVar[bool] = False
     export_forms: ClassVar[tuple[str, ...]] = ("hf", "peft")
     starter: ClassVar[Mapping[str, str]]
@@ -114,6 +122,26 @@ class Task(Method):
     def replies(self, view: ModelView, lab: Lab, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:
         """What the model says to each prompt: its answer, and what is known of it beside. Raises LuthierError."""
         raise NotImplementedError  # the seam: every task has its own
+
+
+@torch.no_grad()
+def refuse_unknown_head(view: ModelView) -> None:
+    """Raises RecipeError where our way through the head does not give the model's own logits."""
+    ids = torch.arange(5, 12, device=view.device) % view.embedding.num_embeddings
+    training = view.module.training
+    view.module.eval()
+    try:
+        batch = collate([{"ids": ids.tolist(), "labels": [IGNORE] * len(ids)}]).to(view.device)
+        ours = Forward(batch, view).logits(torch.arange(len(ids), device=view.device))  # [T, V]
+        theirs = view.module(input_ids=ids.unsqueeze(0)).logits[0].float()
+    finally:
+        view.module.train(training)
+    off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9))
+    if not off <= HEAD_TOLERANCE[view.dtype]:  # also where it is no number
+        raise RecipeError(
+            "model", f"{type(view.module).__name__} has a head that luthier does not know (logits differ by {off:.2g})",
+            "choose another encoder: BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT",
+        )  # fmt: skip
 
 
 def token_losses(fwd: Forward) -> list[RowScore]:

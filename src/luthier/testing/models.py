@@ -17,6 +17,20 @@ SIZES: dict[str, Any] = {
 TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
+ENCODERS: dict[str, Any] = {
+    "bert": (tf.BertConfig, tf.BertForMaskedLM),
+    "roberta": (tf.RobertaConfig, tf.RobertaForMaskedLM),
+    "distilbert": (tf.DistilBertConfig, tf.DistilBertForMaskedLM),
+    "electra": (tf.ElectraConfig, tf.ElectraForMaskedLM),
+    "modernbert": (tf.ModernBertConfig, tf.ModernBertForMaskedLM),
+}
+ENCODER_SIZES: dict[str, Any] = {
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0},
+    "electra": {"embedding_size": 16},
+    "modernbert": {"cls_token_id": 1, "sep_token_id": 2},
+}
+
+
 def tiny(kind: str = "llama", seed: int = 0, layers: int = 3, **more: Any) -> tf.PreTrainedModel:
     """A randomly initialised float32 model of a real architecture."""
     torch.manual_seed(seed)
@@ -49,8 +63,9 @@ def tiny(kind: str = "llama", seed: int = 0, layers: int = 3, **more: Any) -> tf
                          word_embed_proj_dim=32, dropout=0.0, **TOKENS)
         )  # fmt: skip
     no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    if kind == "bert":
-        return tf.BertForMaskedLM(tf.BertConfig(**sizes, **no_dropout))
+    if kind in ENCODERS:
+        config, model = ENCODERS[kind]
+        return model(config(**{**sizes, **no_dropout, **ENCODER_SIZES.get(kind, {})}))
     if kind == "bert-classifier":
         return tf.BertForSequenceClassification(tf.BertConfig(**{**sizes, **no_dropout, "num_labels": 3}))
     if kind == "llama-classifier":
@@ -122,6 +137,28 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+WORDS = "the a it was is not very film book day good bad great terrible fine poor long short saw read liked in on ."
+
+
+def word_tokenizer(words: str = WORDS, marks: str = "[PAD] [UNK] [CLS] [SEP] [MASK]") -> tf.PreTrainedTokenizerFast:
+    """Words as tokens with an encoder's marks, as BERT puts them; made for texts of these words."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    special = marks.split()
+    vocabulary = {t: i for i, t in enumerate([*special, *dict.fromkeys(words.split())])}
+    pad, unknown, first, last, mask = special
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(t, vocabulary[t]) for t in (first, last)]
+    )
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, unk_token=unknown, cls_token=first, sep_token=last, mask_token=mask
+    )
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> tf.PreTrainedTokenizerFast:

@@ -30,6 +30,7 @@ from luthier.step.progress import Progress
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.support.rng import Generators, Streams
+from luthier.tasks.base import Draw
 from luthier.training import checkpoint
 from luthier.tuners.base import ParamGroup, Stats, Trainable, default_optimizer
 
@@ -68,6 +69,7 @@ class Loop:
     evaluate  returns the loss on held-out rows; called every eval_steps
     on_step   called after each step with (entry, progress, total steps)
     stop      asked between steps; True saves and raises Interrupted
+    draw      the task's: what a row is in an epoch; None where it is the same in all of them
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Loop:
         lab: Lab | None = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
         on_step: Callable[[dict[str, float], Progress, int], None] | None = None, stop: Callable[[], bool] = lambda: False,
         carried: Mapping[str, Tensor] | None = None, compute: Compute | None = None, accelerator: Accelerator | None = None,
-        data_hash: str = "",
+        data_hash: str = "", draw: Draw | None = None,
     ) -> None:  # fmt: skip
         if not rows:
             raise LuthierError("data.train: no row is left to train on; look at what was dropped with `luthier check`")
@@ -89,7 +91,7 @@ class Loop:
         self.generators = Generators(Streams(settings.seed), "train", self.accelerator.process_index)
         with self.generators.drawing():
             self.extra = self.objective.extend(view, carried)
-        self.data_hash = data_hash
+        self.data_hash, self.draw = data_hash, draw
         if compute is not None:
             view.phases.append(partial(compute.patch, view))
         self._supervised = False  # whether some row was seen to be
@@ -146,9 +148,14 @@ class Loop:
 
     # --- one step ---
 
+    def _chosen(self, step: int) -> list[Mapping[str, Any]]:
+        """The rows of a step, as its epoch sees them."""
+        rows = [self.rows[i] for i in self.order.rows(step)]
+        return rows if self.draw is None else [self.draw(r, step // self.order.steps_per_epoch) for r in rows]
+
     def window(self, step: int) -> Window:
         """The micro-batches of this rank."""
-        chosen = [self.rows[i] for i in self.order.rows(step)]
+        chosen = self._chosen(step)
         lengths = [len(row["ids"]) for row in chosen]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = micro_batches(lengths, self.settings.tokens_per_forward, world)[rank]
@@ -165,7 +172,7 @@ class Loop:
         live = [b for b in window.micro if b.num_tokens]
         if live:
             return live, 1.0
-        idle = collate([self.rows[self.order.rows(window.clock.step)[0]]]).to(self.view.device)
+        idle = collate([self._chosen(window.clock.step)[0]]).to(self.view.device)
         # The other ranks do not plan with this one, and what they keep is not changed by it.
         objective = self.objective.fresh()
         window = replace(window, micro=[idle], gather=lambda x: x, total=lambda x: x, rank=0)

@@ -76,6 +76,9 @@ class Layerwise(Tuner):
             found.append(
                 Problem("cache_features", "no block is frozen, so nothing stays the same", "set freeze_blocks")
             )
+        if self.cache_features and facts.redraws:
+            what = f"{facts.task} hides other tokens in every epoch, so nothing stays the same"
+            found.append(Problem("cache_features", what, "remove it"))
         return found
 
     def attach(

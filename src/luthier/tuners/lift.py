@@ -90,7 +90,11 @@ class Lift(Tuner):
     has as many entries as were ever chosen.
     Follows the paper: the published configurations name a mask that selects the smallest entries. Departs from it:
     entries have float32 values beside a low-precision weight (bf16 loses updates below 1/512 of a weight), and the
-    share defaults to 5% of each matrix, since rank 128 is half of a small one.
+    share defaults to 5% of each matrix, since rank 128 is half of a small one. Two more departures from the published
+    code are small (a model of four blocks, runs of 60 and 150 steps): epsilon is added after the bias correction, as in
+    the paper (the trained difference changes by 1.0% to 1.3% of its norm, the held-out loss by 1e-4 at most); entries
+    are chosen again after each `reselect_every` steps, where the code does so one step earlier (6% to 7% of the norm,
+    3e-4 of the loss).
     Wants LoRA's learning rates (1e-4 to 5e-4), not full tuning's.
     Cost: FLOPs of full tuning but for embeddings and head; 14 m n^2 + 8 n^3 a matrix at each choice (16 s on one core for
     135M weights); 16 bytes an entry, and the weights written over.

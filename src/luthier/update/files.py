@@ -79,6 +79,8 @@ def _save_peft(shared: PeftFolder, name: str, folder: Path, view: Any) -> None:
     """peft's two files. The base is named as peft can open it: by the place it was loaded from, where that is known."""
     place = "" if view is None else view.module.config._name_or_path
     config = {**shared.config, "base_model_name_or_path": place or shared.config.get("base_model_name_or_path") or name}
+    if view is not None and config.get("task_type") == "CAUSAL_LM" and not view.module.can_generate():
+        config["task_type"] = None  # peft knows no task for encoders that fill gaps, and opens them without one
     lists = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     tensors = {n: t.contiguous() for n, t in shared.tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
