@@ -182,7 +182,7 @@ def page(entry: dict[str, Any]) -> str:
     lines += ["", f"Tasks: {', '.join(traits['tasks'])}. Layouts: {', '.join(traits['layouts'])}."]
     if traits["claims"]:
         lines.append(f"Owns alone: {', '.join(traits['claims'])}.")
-    if entry["kind"] != "pipeline":
+    if entry["kind"] != "pipeline" or not examples_of(entry):  # stages have to be written out
         lines += ["", "## In a recipe", "", "```yaml", starter(entry), "```"]
     lines_of_use = use(entry)
     if lines_of_use is not None:

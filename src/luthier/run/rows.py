@@ -81,13 +81,13 @@ def prepare_rows(
     room = d.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     fit: dict[str, Any] = {
         "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "tick": tick,
-        "maker": task.maker(renderer, labels),
+        "maker": task.maker(renderer, config, labels),
     }  # fmt: skip
     pool = None
     if d.pool:
         unlabelled, more = read(d.pool, d.columns, base, "pool", shapes=task.pool_shapes, part=d.train_split, **how)
         skipped += more
-        pool = prepare(unlabelled, renderer, **{**fit, "maker": task.maker(renderer, labels, labelled=False)})
+        pool = prepare(unlabelled, renderer, **{**fit, "maker": task.maker(renderer, config, labels, labelled=False)})
     return Data(
         prepare(rows, renderer, **fit),
         prepare(held, renderer, **fit) if held is not None else None,
