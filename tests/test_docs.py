@@ -100,6 +100,20 @@ def files_beside(folder):
     (folder / "tasks/capitals.yaml").write_text(TASK)
 
 
+def trained_runs(folder):
+    """Two updates of the tiny model in folders, as runs leave them."""
+    from luthier.testing.models import view_of
+    from luthier.tuners import Lora
+    from luthier.update.files import save_update
+
+    out = []
+    for seed in range(2):
+        trainable = Lora(rank=2, seed=seed).attach(view_of())
+        save_update(trainable.update(), folder / f"run-{seed}")
+        out.append(folder / f"run-{seed}")
+    return out
+
+
 PAGES = sorted(p.name for p in (ROOT / "docs/methods").glob("*.md") if p.name != "index.md")
 
 
@@ -107,7 +121,7 @@ PAGES = sorted(p.name for p in (ROOT / "docs/methods").glob("*.md") if p.name !=
 def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys, monkeypatch):
     from transformers import Trainer, TrainingArguments
 
-    from contract.examples import soft_rows
+    from helpers.examples import soft_rows
     from luthier import recipe
     from luthier.testing.contract import PADDED, Four
     from luthier.testing.models import byte_tokenizer, rows_of, tiny, tiny_classifier, word_tokenizer
@@ -122,11 +136,13 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys,
     )
     model = tiny()
     batch = soft_rows()[1] if page == "distill.md" else PADDED
+    runs = trained_runs(tmp_path)
     scope = {
+        "runs": runs, "run": runs[0],
         "torch": torch, "Trainer": Trainer, "arguments": arguments, "rows": Four(), "model": model, "batches": [batch] * 2,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "tokenizer": byte_tokenizer(),
     }  # fmt: skip
-    if EVALUATORS.get(name) or page == "q-tuning-offline.md":  # they ask it in words
+    if EVALUATORS.get(name) or page in ("q-tuning-offline.md", "greedy.md", "sample.md"):  # they ask it in words
         scope["model"] = tiny_classifier() if page == "evaluate-classification.md" else tiny(vocab_size=260)
     if name == "masked-accuracy":
         words = word_tokenizer()

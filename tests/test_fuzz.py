@@ -27,7 +27,7 @@ from luthier.tuners.spiel import Spiel
 from luthier.update.files import load, save_update
 
 MANY = int(os.environ.get("LUTHIER_FUZZ", "1"))
-NASTY = [
+NASTY: list[object] = [
     None, True, -1, 0, 1e308, float("nan"), float("inf"), 10**30, "", "\x00", "a" * 5000, [], {}, [[]], {"": {}},
     "!!python/name:os.system",
     "${HOME}", "../../etc/passwd",

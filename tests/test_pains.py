@@ -222,7 +222,7 @@ def test_generation_equals_one_prompt_at_a_time():
     r = renderer()
     view = ModelView(model, r.tokenizer)
     prompts = [r.prompt_ids({"prompt": "x" * n}) for n in (1, 9, 4, 6)]
-    together = generate(view, prompts, r, 8, batch_size=4)
+    together = generate(view, prompts, r, 8)
     assert together == [generate(view, [p], r, 8)[0] for p in prompts]
     for p, done in zip(prompts, together, strict=True):
         out = model.generate(

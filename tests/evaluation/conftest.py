@@ -22,7 +22,7 @@ class Scripted(Exam):
 
     said: dict[str, str]
 
-    def generated(self, prompts, max_new_tokens):  # type: ignore[no-untyped-def]
+    def generated(self, prompts, max_new_tokens):
         texts = [self.renderer.tokenizer.decode(p) for p in prompts]
         replies = [next(a for q, a in self.said.items() if f"user\n{q}<|im_end|>" in t) for t in texts]
         return [Completion(a, True, len(a)) for a in replies]
@@ -43,9 +43,10 @@ def exam_of(tiny_view):
         sources = [Row(f"f.jsonl:{i}", json.loads(json.dumps(r))) for i, r in enumerate(rows, 1)]
         rendered = [renderer.render(r.values, r.key) for r in sources]
         lab = lab_with(renderer, {"base": lambda: tiny_view})
-        exam = (Exam if said is None else Scripted)(tiny_view, lab, CausalLm(), rendered, sources)
-        if said is not None:
-            exam.said = said
+        if said is None:
+            return Exam(tiny_view, lab, CausalLm(), rendered, sources)
+        exam = Scripted(tiny_view, lab, CausalLm(), rendered, sources)
+        exam.said = said
         return exam
 
     return make

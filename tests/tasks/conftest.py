@@ -15,7 +15,12 @@ from luthier.testing.models import tiny, word_tokenizer
 
 def saved(folder: Path, kind: str) -> str:
     tokenizer = word_tokenizer()
-    ends = {"bos_token_id": 2, "eos_token_id": 3, "max_position_embeddings": 64, "initializer_range": 0.1}
+    ends: dict[str, Any] = {
+        "bos_token_id": 2,
+        "eos_token_id": 3,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.1,
+    }
     tiny(kind, vocab_size=len(tokenizer), layers=2, **ends).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -35,7 +35,9 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "recipe": recipe.as_dict(),
         "train": asdict(train.census),
         "eval": None if held is None else asdict(held.census),
+        "sources": data.train.sources,
         "skipped": data.skipped,
+        "pool_shared": data.pool_shared,
         "curated": [{"step": k.step, "rows": k.rows, "of": k.of, "reasons": k.reasons} for k in data.kept],
         "matched": matched,
         "left_out": left_out,
@@ -69,10 +71,8 @@ def destinations(recipe: Recipe, base: Path) -> list[str]:
     model = recipe.model
     if not (model.startswith("builtin:") or model.endswith(".gguf") or (base / model).exists() or Path(model).exists()):
         out.append(f"model: the Hub, to download {model}")
-    for key in ("train", "eval", "pool"):
-        source = getattr(recipe.data, key)
-        if source is not None and on_hub(source):
-            out.append(f"data.{key}: the Hub, to download {source}")
+    named = [("train", s.path) for s in recipe.data.sources] + [("eval", recipe.data.eval), ("pool", recipe.data.pool)]
+    out += [f"data.{key}: the Hub, to download {source}" for key, source in named if source and on_hub(source)]
     if recipe.collaborate is not None:
         out.append(f"collaborate: whoever serves gets {recipe.collaborate.leaves}")
     out += [f"evaluate.{e.key()}: {place}" for e in recipe.evaluators() for place in e.destinations()]
@@ -104,8 +104,11 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _about_data(result: dict[str, Any]) -> list[str]:
-    kept = [f"curate {k['step']}: {k['rows']:,} of {k['of']:,} rows stay" for k in result["curated"]]
-    return kept + [f"skipped {line}" for line in result["skipped"]]
+    out = [f"source {s['name']}: {s['rows']:,} rows, {s['share']:.1%} of the draws" for s in result["sources"]]
+    out += [f"curate {k['step']}: {k['rows']:,} of {k['of']:,} rows stay" for k in result["curated"]]
+    shared = result["pool_shared"]
+    out += [f"pool: {shared:,} rows are left out, since they are training rows as well"] if shared else []
+    return out + [f"skipped {line}" for line in result["skipped"]]
 
 
 def _about_model(result: dict[str, Any]) -> list[str]:

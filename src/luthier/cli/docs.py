@@ -11,6 +11,7 @@ from typing import Any
 from luthier.claims import claim as claims
 from luthier.cli.listing import examples_of, starter
 from luthier.method import registry as manifest
+from luthier.method.kinds import KINDS
 
 FOLDER = Path(__file__).parents[3] / "docs" / "methods"
 TUNER = """```python
@@ -74,6 +75,26 @@ from {package} import {cls}
 rows = [{row}]
 evaluator = {cls}({required})
 print(evaluator.score(model, tokenizer, rows))  # a transformers model and its tokenizer, nothing else
+```"""
+DECODER = """```python
+from {package} import {cls}
+
+answers = {cls}({required}).answer(model, tokenizer, ["bread in French"], max_new_tokens=8)  # texts
+```"""
+MERGER = """```python
+import luthier
+from {package} import {cls}
+
+merged = {cls}({required}).merge([luthier.load(run) for run in runs])  # an Update; `merged.bind(view)` puts it on a model
+```"""
+INSPECTOR = """```python
+import luthier
+from {package} import {cls}
+from luthier.inspection.base import Case
+from luthier.model.view import ModelView
+
+finding = {cls}({required}).inspect(Case(ModelView(model), {{"mine": luthier.load(run)}}))
+print(finding.says)  # and finding.columns, finding.rows, finding.picture
 ```"""
 PROTOCOL = """```python
 from luthier.collaboration import {imports}
@@ -162,7 +183,10 @@ def use(entry: dict[str, Any]) -> str | None:
         return TRANSLATE.format(cls=entry["class"], fields="epochs=2" if entry["name"] == "transformer" else "")
     if entry["kind"] == "collaborate":
         return PROTOCOL.format(cls=entry["class"], **PROTOCOLS[entry["name"]])
-    texts = {"objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR, "evaluate": EVALUATOR}
+    texts = {
+        "objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR, "evaluate": EVALUATOR, "decode": DECODER,
+        "merge": MERGER, "inspect": INSPECTOR,
+    }  # fmt: skip
     return texts[entry["kind"]].format(**words)
 
 
@@ -182,7 +206,8 @@ def page(entry: dict[str, Any]) -> str:
     lines += ["", f"Tasks: {', '.join(traits['tasks'])}. Layouts: {', '.join(traits['layouts'])}."]
     if traits["claims"]:
         lines.append(f"Owns alone: {', '.join(traits['claims'])}.")
-    if entry["kind"] != "pipeline" or not examples_of(entry):  # stages have to be written out
+    written_out = entry["kind"] == "pipeline" and examples_of(entry)  # stages: they are the reader's own
+    if not written_out and KINDS[entry["kind"]].command is None:
         lines += ["", "## In a recipe", "", "```yaml", starter(entry), "```"]
     lines_of_use = use(entry)
     if lines_of_use is not None:
@@ -202,7 +227,7 @@ API = {
     "luthier.tuned": ("open_run", "answers", "scores"),
     "luthier.tuned.export": ("export",),
     "luthier.integrations": ("Loss", "Tuning"),
-    "luthier.update": ("Update", "add"),
+    "luthier.update": ("Update", "add", "Part", "Structure"),
     "luthier.model.loading": ("locate", "load_model"),
     "luthier.model.view": ("ModelView",),
     "luthier.data.batch": ("Batch", "collate"),

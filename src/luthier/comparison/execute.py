@@ -144,7 +144,7 @@ class Bench:
                     self.done[job.name], found = outcome, True
 
     def outcome(self, job: Job) -> Done | None:
-        """Of a finished or failed run; None where it has still to be carried out."""
+        """What came of a job; None where it has still to be carried out."""
         place = self.place(job)
         failed = place / "failed.json"
         if failed.exists():
@@ -221,9 +221,12 @@ def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> No
 def _arm(plan: Comparison, arm: str, recipe: Recipe, files: Files, base: Path) -> Arm:
     keys = plan.arms[arm]
     gathered = gather(files.put_into(recipe, files.eval), base)
-    rows, census = gathered.data.train.rows, gathered.data.train.census
+    train = gathered.data.train
+    rows = train.rows
     own = Loop.length(rows, recipe)
-    a_step = census.tokens / max(1, Loop.length(rows, recipe.model_copy(update={"epochs": 1.0, "max_steps": None})))
+    a_step = train.epoch_tokens / max(
+        1, Loop.length(rows, recipe.model_copy(update={"epochs": 1.0, "max_steps": None}))
+    )
     rate = keys.learning_rate if isinstance(keys, Foreign) else recipe.learning_rate
     if isinstance(keys, Foreign):
         return Arm(arm, rate, a_step, own, keys)

@@ -96,7 +96,7 @@ class Comparison(BaseModel):
     baseline: str | None = None
     """The arm that others are compared with; the first by default."""
     budget: Budget | None = None
-    """Of one run; by default the FLOPs that the baseline's recipe takes as it stands."""
+    """Budget of one run; by default the FLOPs that the baseline's recipe takes as it stands."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each arm runs once with each; equal seeds mean equal order of rows."""
     primary: str = "loss"
@@ -143,12 +143,19 @@ def _text(path: Path) -> str:
 def _moved(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A recipe of another folder, with its paths made absolute."""
     out, data = dict(recipe), dict(recipe.get("data") or {})
-    for key in ("train", "eval", "pool"):
-        if isinstance(data.get(key), str) and (folder / data[key]).exists():
-            data[key] = str(folder / data[key])
-    if isinstance(out.get("model"), str) and (folder / out["model"]).exists():
-        out["model"] = str(folder / out["model"])
+    for key in {"train", "eval", "pool"} & set(data):
+        data[key] = _beside(folder, data[key])
+    if isinstance(data.get("train"), list):
+        data["train"] = [
+            {**s, "path": _beside(folder, s.get("path"))} if isinstance(s, dict) else s for s in data["train"]
+        ]
+    out |= {"model": _beside(folder, out["model"])} if "model" in out else {}
     return {**out, "data": data}
+
+
+def _beside(folder: Path, name: Any) -> Any:
+    """A path in a folder made absolute, where there is such a file; else as it is."""
+    return str(folder / name) if isinstance(name, str) and (folder / name).exists() else name
 
 
 def checked(values: Mapping[str, Any], name: str, lines: Mapping[tuple[str, ...], int] | None = None) -> Comparison:
@@ -188,7 +195,7 @@ def _consistent(plan: Comparison, name: str) -> None:
                 f"{name}: arms.{arm}", what, "name an arm of ours in like:, or give the budget in seconds"
             )
         if keys.like is not None and not isinstance(plan.arms.get(keys.like), dict):
-            raise RecipeError(f"{name}: arms.{arm}.like", f"{keys.like!r} is no arm of ours", "name one")
+            raise RecipeError(f"{name}: arms.{arm}.like", f"{keys.like!r} names no arm of this comparison", "name one")
     if isinstance(plan.arms[plan.base_arm], Foreign) and plan.budget is None:
         raise RecipeError(f"{name}: budget", "a command's own cost is not known", "write a budget")
 

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from luthier.comparison.plan import Comparison
+from luthier.comparison.plan import Comparison, Foreign
 from luthier.data.reading import read
 from luthier.data.store import Row, Rows
 from luthier.recipe import Recipe
+from luthier.recipe.settings import DataSettings, RowSource
+from luthier.run.rows import training_rows
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
 from luthier.support.files import replaced
@@ -27,15 +29,16 @@ DROPPED: dict[str, Any] = {
 
 
 class Files(NamedTuple):
-    """Rows of one arm: to train on, to choose a rate on (None without a search), to be judged on."""
+    """Rows of one arm: to train on (a file, or one for each source), to choose a rate on (None without a search), to be judged
+    on."""
 
-    train: Path
+    train: str | tuple[RowSource, ...]
     valid: Path | None
     eval: Path
 
     def put_into(self, recipe: Recipe, held_out: Path) -> Recipe:
         """The recipe on these files."""
-        data = recipe.data.model_copy(update={**DROPPED, "train": str(self.train), "eval": str(held_out)})
+        data = recipe.data.model_copy(update={**DROPPED, "train": self.train, "eval": str(held_out)})
         return recipe.model_copy(update={"data": data})
 
 
@@ -48,10 +51,12 @@ def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Pa
         d = recipe.data
         if d.eval is None:
             raise RecipeError(f"arm {arm}: data.eval", "is missing, so nothing can be compared", "name held-out rows")
+        if isinstance(plan.arms[arm], Foreign) and not isinstance(d.train, str):
+            raise RecipeError(f"arm {arm}: data.train", "holds several sources, which a command cannot mix", "name one")
         held, _ = read(
             d.eval, d.columns, base, "eval", shapes=recipe.task.shapes, part=d.eval_split, on_bad=d.on_bad_row
         )
-        key = key_of(d.train, d.columns, d.train_split, d.limit, d.on_bad_row, recipe.task.shapes)
+        key = key_of(d.sources, d.on_bad_row, d.carried.content, recipe.task.shapes)
         if key not in made:
             made[key] = (held.digest, _files(plan, recipe, base, folder / "data", held, key[:8]))
         judged = judged or held.digest
@@ -65,9 +70,7 @@ def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Pa
 
 def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Rows, key: str) -> Files:
     d, search = recipe.data, plan.search
-    rows, _ = read(
-        d.train, d.columns, base, "train", shapes=recipe.task.shapes, part=d.train_split, limit=d.limit, on_bad=d.on_bad_row,
-    )  # fmt: skip
+    rows, _, _ = training_rows(d, base, recipe.task.shapes)
     place = np.arange(len(rows))
     valid = None
     if search is not None and search.data is not None:
@@ -79,7 +82,19 @@ def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Row
             raise RecipeError("search.rows", what, "lower it, or name other rows in search.data")
         drawn = np.sort(Streams(0).at("search").permutation(len(rows))[: search.rows])
         valid, place = _write(folder / f"valid-{key}.jsonl", rows.take(drawn)), np.setdiff1d(place, drawn)
-    return Files(_write(folder / f"train-{key}.jsonl", rows.take(place)), valid, _write(folder / "eval.jsonl", held))
+    return Files(_train(d, rows, place, folder, key), valid, _write(folder / "eval.jsonl", held))
+
+
+def _train(data: DataSettings, rows: Rows, place: np.ndarray, folder: Path, key: str) -> str | tuple[RowSource, ...]:
+    """The rows of these places in a file; those of each source in one of its own."""
+    if isinstance(data.train, str):
+        return str(_write(folder / f"train-{key}.jsonl", rows.take(place)))
+    ends = np.cumsum([0, *(part.table.num_rows for part in rows.parts)])
+    out = []
+    for i, (source, low, high) in enumerate(zip(data.train, ends[:-1], ends[1:], strict=True)):
+        mine = rows.take(place[(place >= low) & (place < high)])
+        out.append(RowSource(path=str(_write(folder / f"train-{key}-{i}.jsonl", mine)), weight=source.weight))
+    return tuple(out)
 
 
 def _write(path: Path, rows: Iterable[Row]) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.curation.base import Base, Curator, Selection, text_of
+from luthier.data.mixture import quotas
 from luthier.data.store import Row
 from luthier.method import Source
 from luthier.support.errors import RecipeError
@@ -97,15 +98,6 @@ def stratified(scores: np.ndarray, count: int, generator: np.random.Generator) -
     budgets = water_fill(sizes, count)
     picked = [generator.choice(np.flatnonzero(strata == k), b, replace=False) for k, b in enumerate(budgets) if b]
     return np.concatenate(picked)
-
-
-def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers in proportion to sizes that sum to `total`, by largest remainder."""
-    exact = total * sizes / sizes.sum()
-    out = np.floor(exact).astype(np.int64)
-    rest = np.argsort(-(exact - out), kind="stable")[: total - out.sum()]
-    out[rest] += 1
-    return out
 
 
 # --- the method ---

@@ -11,12 +11,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from luthier.support.errors import LuthierError
+
 IGNORE = -100  # label of a position that carries no loss
+WEIGHT = "weight"  # the row column that says how much a row's loss counts
+
+
+class Spans(NamedTuple):
+    """Runs of tokens that mean something together; M of them, in the order of their sequences.
+
+    seq    [M] int64, index of the sequence a span lies in
+    start  [M] int64, its first token among the batch's T; end: the token behind its last
+    type   [M] int64, what it is, as the user numbered it
+    """
+
+    seq: Tensor
+    start: Tensor
+    end: Tensor
+    type: Tensor
+
+    def where(self, keep: Tensor) -> Spans:
+        """Those of a mask [M]."""
+        return Spans(*(column[keep] for column in self))
 
 
 @dataclass(frozen=True)
@@ -29,7 +50,7 @@ class Batch:
     seq     [T] int64, index of the sequence a token belongs to, 0..S-1, non-decreasing
     pos     [T] int64, position within the sequence; need not be contiguous after tokens were dropped
     lengths S Python ints, tokens a sequence
-    token   named per-token columns [T, ...]; row: named per-sequence columns [S, ...]
+    token   named per-token columns [T, ...]; row: named per-sequence columns [S, ...]; span: named spans of tokens
     keys    S stable row ids, for keyed randomness and reports
     """
 
@@ -41,6 +62,7 @@ class Batch:
     token: Mapping[str, Tensor] = field(default_factory=dict)
     row: Mapping[str, Tensor] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    span: Mapping[str, Spans] = field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
@@ -81,13 +103,17 @@ class Batch:
             pos=self.pos.to(device),
             token={k: v.to(device) for k, v in self.token.items()},
             row={k: v.to(device) for k, v in self.row.items()},
+            span={k: Spans(*(column.to(device) for column in v)) for k, v in self.span.items()},
         )
 
     def with_columns(
-        self, *, token: Mapping[str, Tensor] | None = None, row: Mapping[str, Tensor] | None = None
-    ) -> Batch:
+        self, *, token: Mapping[str, Tensor] | None = None, row: Mapping[str, Tensor] | None = None,
+        span: Mapping[str, Spans] | None = None,
+    ) -> Batch:  # fmt: skip
         """The same batch with more columns."""
-        return replace(self, token={**self.token, **(token or {})}, row={**self.row, **(row or {})})
+        return replace(
+            self, token={**self.token, **(token or {})}, row={**self.row, **(row or {})}, span={**self.span, **(span or {})}
+        )  # fmt: skip
 
     def select(self, rows: Tensor, tokens: Tensor | None = None, drop: bool = False) -> Batch:
         """Keep some sequences, and within them some tokens.
@@ -95,7 +121,8 @@ class Batch:
         rows    [S'] int64, sequences to keep, sorted
         tokens  [T] bool, positions whose label stays; None keeps all
         drop    False: other labels become IGNORE. True: positions with a label that is not kept leave the input as
-                well, and `pos` keeps its old values. Then the token is gone from the context, and its prediction too.
+                well, and `pos` keeps its old values. Then the token is gone from the context, and its prediction too;
+              a span shrinks to the tokens that are left of it, and goes with the last of them
         """
         labels = self.labels if tokens is None else torch.where(tokens, self.labels, IGNORE)
         wanted = torch.zeros(self.num_sequences, dtype=torch.bool, device=self.ids.device)
@@ -120,7 +147,14 @@ class Batch:
             token={k: v[keep] for k, v in self.token.items()},
             row={k: v[wanted] for k, v in self.row.items()},
             keys=tuple(self.keys[i] for i in kept_rows) if self.keys else (),
+            span=self._kept_spans(keep, new_index),
         )
+
+    def _kept_spans(self, keep: Tensor, new_index: Tensor) -> dict[str, Spans]:
+        """Spans over the tokens of a mask [T]; new_index [S] numbers the sequences that stay."""
+        before = torch.cat([keep.new_zeros(1).long(), keep.long().cumsum(0)])  # [T + 1]: kept tokens before each place
+        moved = {k: Spans(new_index[v.seq], before[v.start], before[v.end], v.type) for k, v in self.span.items()}
+        return {k: v.where(v.end > v.start) for k, v in moved.items()}
 
     def _rejoin(self, labels: Tensor, gone: Tensor) -> Tensor:
         """A position before a dropped run predicts the first token after it, if that one is supervised.
@@ -138,9 +172,11 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
     """Sequences to one batch.
 
     Each item holds `ids` and `labels` (lists of ints, unshifted labels aligned with ids: labels[i] is ids[i] where it
-    is supervised, else IGNORE), optionally `key`, `token` (named per-token lists) and `row` (named values).
+    is supervised, else IGNORE), optionally `key`, `token` (named per-token lists or arrays), `row` (named values) and
+    `span` (named lists of (start, end, type) within the sequence).
     The shift happens here, once, for the whole library. `targets` in place of labels are not shifted: targets[i] is what
     is to be predicted at i, where it was hidden.
+    Raises LuthierError with the key of a sequence that lacks a column of the others.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -156,8 +192,7 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
         pos.extend(range(n))
         lengths.append(n)
         keys.append(str(item.get("key", index)))
-    token_names = sequences[0].get("token", {}) if sequences else {}
-    row_names = sequences[0].get("row", {}) if sequences else {}
+    columns = {level: _columns_of(sequences, keys, level) for level in ("token", "row", "span")}
     as_long = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
     return Batch(
         ids=as_long(ids),
@@ -165,9 +200,10 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
         seq=as_long(seq),
         pos=as_long(pos),
         lengths=tuple(lengths),
-        token={k: torch.cat([torch.as_tensor(s["token"][k]) for s in sequences]) for k in token_names},
-        row={k: torch.stack([torch.as_tensor(s["row"][k]) for s in sequences]) for k in row_names},
+        token={k: torch.cat([torch.as_tensor(v) for v in values]) for k, values in columns["token"].items()},
+        row={k: torch.stack([torch.as_tensor(v) for v in values]) for k, values in columns["row"].items()},
         keys=tuple(keys),
+        span={k: _joined(values, lengths) for k, values in columns["span"].items()},
     )
 
 
@@ -176,6 +212,31 @@ def predicted(item: Mapping[str, Any]) -> list[bool]:
     if "targets" in item:
         return [y != IGNORE for y in item["targets"]]
     return [at > 0 and y != IGNORE for at, y in enumerate(item["labels"])]
+
+
+def _columns_of(sequences: Sequence[Mapping[str, Any]], keys: Sequence[str], level: str) -> dict[str, list[Any]]:
+    """The columns of one level: by name a value for each sequence."""
+    held = [item.get(level, {}) for item in sequences]
+    out: dict[str, list[Any]] = {name: [] for name in (held[0] if held else ())}
+    for key, columns in zip(keys, held, strict=True):
+        if columns.keys() != out.keys():
+            lacking = min(columns.keys() ^ out.keys())
+            which = key if lacking in out else keys[0]
+            raise LuthierError(
+                f"{which}: has no {level} column {lacking!r}, which other rows have; give it to all rows"
+            )
+        for name, values in out.items():
+            values.append(columns[name])
+    return out
+
+
+def _joined(spans: Sequence[Any], lengths: Sequence[int]) -> Spans:
+    """The (start, end, type) of each sequence, shifted to where the sequence begins."""
+    found, start = [], 0
+    for index, (mine, n) in enumerate(zip(spans, lengths, strict=True)):
+        found += [(index, start + int(a), start + int(b), int(t)) for a, b, t in mine]
+        start += n
+    return Spans(*torch.tensor(found, dtype=torch.long).reshape(-1, 4).unbind(1))
 
 
 def front_of(labels: Sequence[int]) -> int:

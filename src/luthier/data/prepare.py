@@ -13,9 +13,12 @@ import numpy as np
 import pyarrow as pa
 
 from luthier.data import rendering, store
-from luthier.data.batch import IGNORE, front_of
-from luthier.data.reading import Tick, no_tick
+from luthier.data.batch import IGNORE, WEIGHT, front_of
+from luthier.data.columns import Carried, Column, Survey
+from luthier.data.mixture import Mix, Mixture
+from luthier.data.reading import NOTHING, Tick, no_tick
 from luthier.data.rendering import Renderer
+from luthier.data.spans import placed
 from luthier.data.store import Row, Rows, TokenRows
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
@@ -48,6 +51,18 @@ class Prepared:
     rows: TokenRows
     census: Census
     digest: str
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """What is known of each of several sources: name, rows, and share of an epoch's draws; empty for one."""
+        mixture = self.rows.mixture
+        return [] if mixture is None else mixture.table()
+
+    @property
+    def epoch_tokens(self) -> float:
+        """Tokens of an epoch; of several sources, on average."""
+        mixture = self.rows.mixture
+        return float(self.census.tokens) if mixture is None else mixture.tokens(self.rows.lengths)
 
 
 class Fit(NamedTuple):
@@ -116,29 +131,33 @@ ANSWERS = AnswerRows()
 
 def prepare(
     rows: Rows | Sequence[Row], renderer: Renderer, *, max_length: int, on_long: str = "refuse", on_unsupervised: str = "refuse",
-    maker: RowMaker = ANSWERS, tick: Tick = no_tick,
+    maker: RowMaker = ANSWERS, carried: Carried = NOTHING, mix: Mix | None = None, tick: Tick = no_tick,
 ) -> Prepared:  # fmt: skip
     """Render every row and deal with the ones that do not fit.
 
-    rows    from a file: the result is kept in the cache; a plain list: it stays in memory
-    maker   of the task: makes the training rows
+    rows     from a file: the result is kept in the cache; a plain list: it stays in memory
+    maker    of the task: makes the training rows
+    carried  fields of the rows that become columns; the weights of `rows`, where they have any, become "weight"
+    mix      how the rows' sources are mixed; None: each row once an epoch
     Raises RecipeError naming the first row and the remedy where a fault is to be refused.
     """
     fit = Fit(max_length, on_long, on_unsupervised)
-    work = _Preparation(renderer, fit, maker, tick)
+    work = _Preparation(renderer, fit, maker, _Columns(rows, carried), tick)
     key = None
-    if isinstance(rows, Rows):
+    if isinstance(rows, Rows) and rows.on_disk:
         key = key_of(
             "tokens",
             rows.digest,
+            [part.prefix for part in rows.parts],  # the same rows in another file have other keys
             _tokenizer_key(renderer),
             renderer.system,
             renderer.plain,
             fit,
             maker.key,
+            carried.content,
             code_key(__name__),
         )
-    made = store.stored(key, store.TOKEN_SCHEMA, work.batches(rows), work.notes)
+    made = store.stored(key, store.token_schema(work.columns.all), work.batches(rows), work.notes)
     census = Census(**made.notes["census"])
     _refuse_long(census, fit, made.notes["seen"])
     if census.rows and maker.answers and census.without_stop == census.rows:
@@ -146,7 +165,10 @@ def prepare(
             "data.train", "no answer ends in a stop token, so the tuned model would never stop",
             "use a chat template or a tokenizer with an end token",
         )  # fmt: skip
-    return Prepared(TokenRows(made.table), census, made.notes["digest"])
+    done = TokenRows(made.table)
+    if mix is not None and len(done):
+        done.mixture = Mixture.of(done.keys, mix)
+    return Prepared(done, census, made.notes["digest"])
 
 
 def _tokenizer_key(renderer: Renderer) -> str:
@@ -164,11 +186,52 @@ def _refuse_long(census: Census, fit: Fit, seen: int) -> None:
         )
 
 
+class _Columns:
+    """The columns beside ids and labels, and how a row fills them."""
+
+    def __init__(self, rows: Rows | Sequence[Row], carried: Carried) -> None:
+        self.carried, self.weights = carried, rows.weights if isinstance(rows, Rows) else None
+        survey = Survey(carried)
+        for row in rows if carried.fields else ():
+            survey.look(row.key, row.values)
+        self.all = survey.columns()
+        for c in self.all:
+            if c.name == WEIGHT and (c.level != "row" or c.width):
+                raise RecipeError("data.keep", "weight is no number in these rows", "rename it with data.columns")
+        if self.weights is not None:
+            self.all = [c for c in self.all if (c.level, c.name) != ("row", WEIGHT)] + [Column("row", WEIGHT)]
+        self._types = {n: i for c in self.all if c.level == "span" for i, n in enumerate(c.names)}
+
+    def given(self, row: Row) -> list[tuple[int, int, int]]:
+        """A row's spans of characters, their labels as numbers."""
+        assert self.carried.spans is not None
+        spans = self.carried.value(row.key, row.values, self.carried.spans)
+        return [(a, b, self._types[label] if isinstance(label, str) else label) for a, b, label in spans]
+
+    def put(self, item: dict[str, Any], row: Row, place: int) -> None:
+        """Fill the columns that are the row's as a whole; `place` is its number among the rows."""
+        for column in self.all:
+            if column.level == "span":
+                continue
+            if column.name == WEIGHT:
+                value: Any = self._weight(row, place)
+            else:
+                value = self.carried.value(row.key, row.values, column.name)
+            item.setdefault(column.level, {})[column.name] = value
+
+    def _weight(self, row: Row, place: int) -> float:
+        """The user's own weight times the curators'."""
+        own = self.carried.value(row.key, row.values, WEIGHT) if WEIGHT in self.carried.keep else 1.0
+        if own < 0:
+            raise RecipeError(row.key, f"weight is {own}", "a weight is 0 or more")
+        return own if self.weights is None else float(own) * float(self.weights[place])
+
+
 class _Preparation:
     """One pass over rows: batches of training rows come out, counts stay."""
 
-    def __init__(self, renderer: Renderer, fit: Fit, maker: RowMaker, tick: Tick) -> None:
-        self.renderer, self.fit, self.maker, self.tick = renderer, fit, maker, tick
+    def __init__(self, renderer: Renderer, fit: Fit, maker: RowMaker, columns: _Columns, tick: Tick) -> None:
+        self.renderer, self.fit, self.maker, self.columns, self.tick = renderer, fit, maker, columns, tick
         self.census, self.digest = Census(), hashlib.sha256()
         self.lengths, self.hashes = array("q"), array("Q")
 
@@ -176,11 +239,15 @@ class _Preparation:
         source, done = iter(rows), 0
         while part := list(islice(source, store.BATCH)):
             self.tick("rendering", done, part[0].key)
+            rendered = self._rendered(part)
+            if self.columns.all:
+                for i, (row, item) in enumerate(zip(part, rendered, strict=True)):
+                    self.columns.put(item, row, done + i)
             done += len(part)
-            kept = [x for x in map(self._fitted, part, self.maker.made(part, self.renderer)) if x is not None]
+            kept = [x for x in map(self._fitted, part, rendered) if x is not None]
             self._measure(kept)
             if kept:
-                yield store.token_batch(kept)
+                yield store.token_batch(kept, self.columns.all)
 
     def notes(self) -> dict[str, Any]:
         lengths = np.sort(np.frombuffer(self.lengths, dtype=np.int64))
@@ -191,6 +258,16 @@ class _Preparation:
             duplicates=len(self.hashes) - len(np.unique(np.frombuffer(self.hashes, dtype=np.uint64))),
         )
         return {"census": asdict(found), "digest": self.digest.hexdigest(), "seen": len(lengths)}
+
+    def _rendered(self, rows: list[Row]) -> list[dict[str, Any]]:
+        """Training rows, with spans of tokens where the rows bring spans of characters."""
+        items, name = self.maker.made(rows, self.renderer), self.columns.carried.spans
+        for row, item in zip(rows, items, strict=True) if name else ():
+            segments = self.renderer.segments(row.values) if self.maker.answers else None
+            pieces = [item["ids"]] if segments is None else self.renderer.encode([segments])[0]
+            found = placed(self.renderer, row.key, row.values, self.columns.given(row), segments, pieces)
+            item["span"] = {name: found}
+        return items
 
     def _fitted(self, row: Row, item: dict[str, Any]) -> dict[str, Any] | None:
         """The row as it will be trained on, or None where it is left out."""
@@ -229,6 +306,8 @@ class _Preparation:
             content = array("i", ids).tobytes()
             self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
             self.digest.update(content)
+            for c in self.columns.all:
+                self.digest.update(repr(item[c.level][c.name]).encode())
         if self.maker.answers and items:
             self._count_moved_edges(items)
 
@@ -242,15 +321,21 @@ class _Preparation:
 
 
 def shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
-    """The row cut to `limit` tokens: "trim_prompt" before its answer, "trim_end" behind."""
+    """The row cut to `limit` tokens: "trim_prompt" before its answer, "trim_end" behind. Columns of tokens are cut alike, a
+    span shrinks to what is left of it, and goes with its last token."""
     over = len(item["ids"]) - limit
-    front = sum(item["token"]["prompt"]) if "token" in item else 0
+    front = sum(item["token"]["prompt"]) if "prompt" in item.get("token", ()) else 0
     # trim_prompt takes from the middle of what stands before the answer: its end holds the turn's opening.
     start = max(0, front - over - 8) if how == "trim_prompt" and front >= over else limit
     stop = start + over
     token = {k: [*v[:start], *v[stop:]] for k, v in item.get("token", {}).items()}
     ids, labels = item["ids"], item["labels"]
-    return {**item, "ids": ids[:start] + ids[stop:], "labels": labels[:start] + labels[stop:], "token": token}
+    out = {**item, "ids": ids[:start] + ids[stop:], "labels": labels[:start] + labels[stop:], "token": token}
+    if "span" in item:
+        moved = lambda at: at if at <= start else max(start, at - over)  # noqa: E731
+        spans = {k: [(moved(a), moved(b), kind) for a, b, kind in v] for k, v in item["span"].items()}
+        out["span"] = {k: [s for s in v if s[1] > s[0]] for k, v in spans.items()}
+    return out
 
 
 def _why(row: Row, item: dict[str, Any]) -> str:

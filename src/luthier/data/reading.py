@@ -16,7 +16,8 @@ from typing import Any
 from luthier.data import store
 from luthier.data.builtin import people as people_set
 from luthier.data.builtin import requests as demo_requests
-from luthier.data.store import Row, Rows
+from luthier.data.columns import Carried, Survey
+from luthier.data.store import Part, Row, Rows
 from luthier.support.cache import content_of, key_of
 from luthier.support.errors import RecipeError
 from luthier.support.sources import code_key
@@ -30,6 +31,7 @@ SHAPES = {
 ANSWERED = ("messages", "prompt and completion", "text")  # rows whose text is trained on as it is read
 BUILTIN = ("builtin:requests", "builtin:people", "builtin:humaneval")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
+NOTHING = Carried()
 LISTED = 20  # bad rows named when they are skipped
 Raw = Iterator[tuple[int, "dict[str, Any] | RecipeError"]]
 Tick = Callable[[str, int, str], None]  # (what is done, rows so far, the row at work)
@@ -41,7 +43,8 @@ def no_tick(stage: str, done: int, at: str) -> None:
 
 def read(
     source: str, columns: Mapping[str, str], folder: Path, split: str = "train", *, shapes: Sequence[str] = ANSWERED,
-    part: str | None = None, limit: int | None = None, on_bad: str = "refuse", tick: Tick = no_tick,
+    part: str | None = None, limit: int | None = None, on_bad: str = "refuse", carried: Carried = NOTHING,
+    tick: Tick = no_tick,
 ) -> tuple[Rows, list[str]]:  # fmt: skip
     """(all rows of a source, with columns renamed to ours and checked for shape; what was wrong with the skipped ones).
 
@@ -52,19 +55,23 @@ def read(
     part     split of a Hub data set
     limit    only the first rows
     on_bad   "refuse": the first bad row is an error; "skip": it is left out and listed (the first 20, then a count)
+    carried  fields that go along to the batch; a row must have them, of one type
     Rows are checked once, then kept memory-mapped in the cache under a key of everything that went into them.
     Raises RecipeError with file and line for the first row that cannot be used.
     """
     prefix, content, raw = _opened(source, folder, split, part)
-    key = key_of("rows", content, sorted(columns.items()), tuple(shapes), limit, on_bad, code_key(__name__))
+    read_as = (sorted(columns.items()), tuple(shapes), limit, on_bad, carried.content)
+    key = key_of("rows", content, read_as, code_key(__name__))
     skipped = _Skipped(on_bad)
-    rows = _checked(itertools.islice(raw(), limit), prefix, columns, shapes, skipped, tick)
+    if source.endswith(".csv") and carried.fields:
+        found, raw = raw, lambda: _numbered(found(), carried)
+    rows = _checked(itertools.islice(raw(), limit), prefix, columns, shapes, Survey(carried), skipped, tick)
     made = store.stored(
         key, store.ROW_SCHEMA, store.row_batches(rows), lambda: {"skipped": skipped.told(), "of": prefix}
     )
     if not made.table.num_rows:
         raise RecipeError(f"data.{split}", f"{source} holds no rows", "give a file with at least one")
-    return Rows(made.table, prefix, key, file=made.file), [f"{prefix}:{text}" for text in made.notes["skipped"]]
+    return Rows([Part(made.table, prefix, key, made.file)]), [f"{prefix}:{text}" for text in made.notes["skipped"]]
 
 
 def on_hub(source: str) -> bool:
@@ -92,7 +99,13 @@ class _Skipped:
 
 
 def _checked(
-    raw: Raw, prefix: str, columns: Mapping[str, str], shapes: Sequence[str], skipped: _Skipped, tick: Tick
+    raw: Raw,
+    prefix: str,
+    columns: Mapping[str, str],
+    shapes: Sequence[str],
+    survey: Survey,
+    skipped: _Skipped,
+    tick: Tick,
 ) -> Iterator[tuple[int, bytes]]:
     first: tuple[int, str] | None = None
     for count, (number, values) in enumerate(raw):
@@ -108,7 +121,8 @@ def _checked(
                 raise RecipeError(
                     key, f"holds {shape}, but {prefix}:{first[0]} holds {first[1]}", "keep one shape a file"
                 )
-            text = _as_json(row)
+            survey.look(key, row.values)
+            text = store.as_json(row)
         except RecipeError as error:
             skipped.take(number, error)
             continue
@@ -116,15 +130,21 @@ def _checked(
         yield number, text
 
 
-def _as_json(row: Row) -> bytes:
-    try:
-        return json.dumps(row.values, ensure_ascii=False, default=str).encode("utf-8")
-    except RecursionError as error:
-        raise RecipeError(row.key, "is nested too deeply", "leave out fields that are not text") from error
-    except UnicodeEncodeError as error:
-        raise RecipeError(
-            row.key, f"holds half a character ({error.object[error.start]!r})", "write it as UTF-8 text"
-        ) from error
+def _numbered(raw: Raw, carried: Carried) -> Raw:
+    """Rows of a CSV file, whose fields are texts: kept fields that are numbers become numbers, empty ones are missing."""
+    for number, values in raw:
+        if isinstance(values, dict):
+            values = {k: _number(v) if k in carried.fields else v for k, v in values.items()}
+        yield number, values
+
+
+def _number(text: str) -> float | str | None:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text or None
 
 
 def _opened(source: str, folder: Path, split: str, part: str | None) -> tuple[str, str, Callable[[], Raw]]:

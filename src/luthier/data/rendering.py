@@ -135,7 +135,9 @@ class Renderer:
         return [i for piece in self.encode([segments[:-1]])[0] for i in piece]
 
     def answer(self, row: Mapping[str, Any]) -> str:
-        """The text that generation is compared with."""
+        """The text that generation is compared with: the last answer, the completion, or all of a plain text."""
+        if "text" in row:
+            return row["text"]
         return row["messages"][-1]["content"] if "messages" in row else row["completion"]
 
 

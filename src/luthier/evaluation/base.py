@@ -80,7 +80,7 @@ class Exam:
         return tuple(unique([number_of(r["key"]) for r in self.rows]))
 
     def losses(self, rows: Sequence[Any]) -> list[RowScore]:
-        """Of an evaluator's own rows."""
+        """Losses of rows that an evaluator brings itself."""
         return list(self.lab.scorer.losses(self.view, rows))
 
     def sure(self, rows: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -141,7 +141,7 @@ class Evaluator(Method):
     own_rows: ClassVar[bool] = False  # True: asks rows of its own, not those of data.eval
 
     def names(self) -> tuple[str, ...]:
-        """Of the measures it can give."""
+        """Names of the measures that it can give."""
         raise NotImplementedError  # the seam: every evaluator has its own
 
     def content(self) -> str:

@@ -129,10 +129,11 @@ class Place:
     def public(self, tick: Tick = no_tick) -> tuple[Sequence[dict[str, Any]], list[str]]:
         """(the provider's rendered rows, the sort of each)."""
         recipe, base = self.recipe()
-        rows = self.rows(recipe.data.train, base, tick, recipe.data.columns)
+        source = recipe.data.sources[0]
+        rows = self.rows(source.path, base, tick, source.columns)
         by = getattr(self.protocol, "by", None)
         if by is not None and by not in rows[0].values:
-            raise LuthierError(f"collaborate.grad-transformer.by: no column {by!r} in {recipe.data.train}")
+            raise LuthierError(f"collaborate.grad-transformer.by: no column {by!r} in {source.path}")
         return self.rendered(rows, tick), ["all" if by is None else str(r.values[by]) for r in rows]
 
     def recipe(self) -> tuple[Recipe, Path]:
@@ -157,7 +158,7 @@ class Place:
             save_file({n: t.contiguous() for n, t in made.items()}, temporary, {"contract": self.contract.digest})
 
     def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
-        """Of all sets. Raises LuthierError where some are missing, or have fewer snapshots."""
+        """The updates of all shadow sets. Raises LuthierError where some are missing, or have fewer snapshots."""
         if missing := self.missing_shadows(sets):
             raise LuthierError(
                 f"{self.path}: {len(missing)} of {sets} shadow sets are not made; run `luthier collaborate shadow {self.path}`"
@@ -174,7 +175,7 @@ class Place:
 
     @property
     def calibration(self) -> Path:
-        """Of the file."""
+        """The path of the calibration file."""
         return self.path / "calibration.safetensors"
 
     def keep_calibration(self, updates: Tensor, tokens: Sequence[Sequence[int]]) -> None:
@@ -197,7 +198,7 @@ class Place:
         return [(u, t.tolist()) for u, t in zip(x, parts, strict=True)]
 
     def journal(self) -> Journal:
-        """Of what clients sent."""
+        """The journal of what clients sent."""
         return Journal(self.path / "arrived", LIMIT)
 
 
@@ -207,7 +208,7 @@ def _settings(recipe: Recipe) -> TrainSettings:
 
 
 def _models(recipe: Recipe) -> list[str]:
-    """Of each role, the recipe's own first."""
+    """The model of each role; the recipe's own comes first."""
     assert recipe.collaborate is not None
     others = [getattr(recipe.collaborate, role) for role in recipe.collaborate.roles[1:]]
     for role, model in zip(recipe.collaborate.roles[1:], others, strict=True):
@@ -221,6 +222,10 @@ def _refuse_unread(recipe: Recipe) -> None:
     """Raises RecipeError for a key that was set and that no party would hear of."""
     more = (set_in(recipe) - TAKEN - TrainSettings.model_fields.keys()) | (set_in(recipe) & OF_A_RUN)
     more |= {f"data.{key}" for key in set_in(recipe.data) - TAKEN_OF_DATA}
+    if not isinstance(recipe.data.train, str):
+        raise RecipeError(
+            "data.train", "holds several sources, a collaboration's model has one set of rows", "name one"
+        )
     if more:
         raise RecipeError(min(more), "is not read by collaborations: all parties tune by sft on all rows", "remove it")
 

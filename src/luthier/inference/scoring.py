@@ -77,7 +77,8 @@ def _in_order(
             done: dict[int, T] = {}
             for places in micro_batches([len(r["ids"]) for r in part], tokens_per_forward)[0]:
                 batch = collate([part[i] for i in places]).to(view.device)
-                done |= zip(places, of(Forward(batch, view)), strict=True)
+                with view.phase("score"):
+                    done |= zip(places, of(Forward(batch, view)), strict=True)
             yield from (done[i] for i in range(len(part)))
     finally:
         view.module.train(training)

@@ -8,15 +8,16 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from luthier.method import registry
 from luthier.method.base import Method
 from luthier.method.kinds import KINDS
 from luthier.support.errors import RecipeError
 
+FORMS = ("one", "several")  # tags of values that a key takes in two forms
 OLD_SPELLINGS = {
     "model_name_or_path": "model", "base_model": "model", "dataset": "data.train", "train_file": "data.train",
     "cutoff_len": "data.max_length", "sequence_len": "data.max_length", "max_seq_length": "data.max_length",
@@ -121,7 +122,7 @@ def validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: Li
     except ValidationError as error:
         # A misspelt key explains a missing one, so it is told first.
         first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        where = tuple(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+        where = tuple(str(p) for p in first["loc"] if p not in FORMS and not str(p).startswith("function-"))
         at = lines.where((*path, *where))
         if first["type"] == "extra_forbidden":
             within = known if len(where) == 1 else list(_nested_fields(cls, where[:-1]))
@@ -135,9 +136,16 @@ def validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: Li
 
 def _nested_fields(cls: Any, where: tuple[str, ...]) -> Sequence[str]:
     for part in where:
-        annotation = cls.model_fields[part].annotation if part in getattr(cls, "model_fields", {}) else None
-        cls = annotation
+        if not part.isdigit():  # an item of a list is what the list holds
+            cls = _model_in(cls.model_fields[part].annotation) if part in getattr(cls, "model_fields", {}) else None
     return list(getattr(cls, "model_fields", {}))
+
+
+def _model_in(annotation: Any) -> Any:
+    """The model that a field holds, alone, in a list or as one of several forms; None for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -14,7 +15,7 @@ from luthier.data.batch import IGNORE, Batch
 from luthier.method import Source, Traits
 from luthier.model.additions import bare_copy, refuse_packed
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Forward, Objective, Term, Window
+from luthier.objectives.base import Clock, Forward, Objective, Term, Window, count, weighed
 from luthier.step.probe import Probe
 from luthier.support.errors import LuthierError
 
@@ -88,9 +89,7 @@ class Caft(Objective):
     Cost: n - 1 more layers and vocabulary products a token; frozen heads keep no optimiser state.
     """
 
-    traits: ClassVar[Traits] = Traits(
-        tasks=frozenset({"causal-lm"}), needs=frozenset({"hidden", "heads", "plain_weights"})
-    )
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"plain_weights"}))
     source: ClassVar[Source] = Source(
         "Improving large language models with concept-aware fine-tuning",
         2025,
@@ -133,15 +132,11 @@ class Caft(Objective):
             for b in window.micro
         ]
         targets = {
-            f"ahead.{i}": float(sum(int((further_labels(b, i) != IGNORE).sum()) for b in micro))
+            f"ahead.{i}": count([replace(b, labels=further_labels(b, i)) for b in micro])["tokens"]
             for i in range(self.ahead)
+            if (self.stage == "tune" if i == 0 else gamma > 0)  # the terms of this step, no other
         }
-        counts = {
-            **targets,
-            "tokens": targets["ahead.0"],
-            "sequences": float(sum(b.num_sequences for b in micro)),
-        }
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), counts
+        return window.with_micro(micro), targets
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         batch, last = fwd.batch, len(fwd.view.anatomy.blocks) - 1
@@ -153,17 +148,16 @@ class Caft(Objective):
             return terms
         assert isinstance(fwd.extra, Heads)
         for i, block in enumerate(fwd.extra.blocks, start=1):  # one at a time: one [chunk, V] lives at once
+            # Without targets here as well: all ranks have the same terms, and each backward reaches every head.
             labels = further_labels(batch, i)
-            if bool((labels != IGNORE).any()):
-                terms[f"ahead_{i}"] = Term(
-                    fwd.nll(self._state(fwd, block, last), labels).sum(), f"ahead.{i}", gamma * self.decay**i
-                )
+            losses = weighed(fwd.nll(self._state(fwd, block, last), labels), batch, labels)
+            terms[f"ahead_{i}"] = Term(losses.sum(), f"ahead.{i}", gamma * self.decay**i)
         return terms
 
     def _head_zero(self, fwd: Forward, last: int, gamma: float) -> Tensor:
         if gamma > 0:
             fwd.trace(last, -1)  # one trunk run that keeps what the heads need
-        return fwd.nll().sum()
+        return weighed(fwd.nll(), fwd.batch).sum()
 
     def _state(self, fwd: Forward, block: nn.Module, last: int) -> Tensor:
         """[T, D] what head `block` hands to the vocabulary matrix."""

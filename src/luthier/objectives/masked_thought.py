@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from luthier.data.batch import IGNORE, Batch
 from luthier.method import Source, Traits
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Forward, Objective, Term, Window, count
+from luthier.objectives.base import Clock, Forward, Objective, Term, Window, count, weighed
 from luthier.step.probe import Probe
 from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
@@ -75,7 +76,7 @@ class MaskedThought(Objective):
     warmup_share: float = Field(2 / 3, gt=0, le=1)
     """Part of the run over which the share rises (rho)."""
     random_share: float = Field(1.0, ge=0, le=1)
-    """Of the replaced tokens, those that become random words; the others become the mask vector. 1 for small sets."""
+    """Share of the replaced tokens that become random words; the others become the mask vector. Use 1 for small sets."""
     loss_on: Literal["all", "clean"] = "all"
     """"all": every solution token is a target; "clean": not the replaced ones."""
     seed: int = Field(0, ge=0)
@@ -88,7 +89,7 @@ class MaskedThought(Objective):
         rate = masking_rate(window.clock.step, window.clock.total, self.max_rate, self.warmup_share)
         words = allowed_ids(probe.view.embedding.num_embeddings, _special(probe.view))
         micro = [self._noisy(b, window.clock, rate, words) for b in window.micro]
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), count(micro)
+        return window.with_micro(micro), count(micro)
 
     def _noisy(self, batch: Batch, clock: Clock, rate: float, words: np.ndarray) -> Batch:
         """The batch with replaced inputs, and the columns "masked" (all of them) and "vector" (those without a word)."""
@@ -110,18 +111,17 @@ class MaskedThought(Objective):
         if self.loss_on == "clean":
             labels = labels.clone()
             labels[masked.nonzero().squeeze(1) - 1] = IGNORE
-        token = {**batch.token, "masked": masked, "vector": vector}
-        return Batch(ids, labels, batch.seq, batch.pos, batch.lengths, token, batch.row, batch.keys)
+        return replace(batch, ids=ids, labels=labels).with_columns(token={"masked": masked, "vector": vector})
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         hidden, extra = fwd.batch.token["vector"], fwd.extra
         if not isinstance(extra, Vector):
-            return {"loss": Term(fwd.nll().sum(), "tokens")}
+            return {"loss": Term(weighed(fwd.nll(), fwd.batch).sum(), "tokens")}
         if not bool(hidden.any()):  # every rank's backward reaches the vector
-            return {"loss": Term(fwd.nll().sum() + 0.0 * extra.vector.sum(), "tokens")}
+            return {"loss": Term(weighed(fwd.nll(), fwd.batch).sum() + 0.0 * extra.vector.sum(), "tokens")}
         plain = fwd.view.embedding(fwd.batch.ids)  # [T, D]
         embeds = torch.where(hidden[:, None], extra.vector.to(plain.dtype), plain)
-        return {"loss": Term(fwd.nll(fwd.hidden(embeds=embeds)).sum(), "tokens")}
+        return {"loss": Term(weighed(fwd.nll(fwd.hidden(embeds=embeds)), fwd.batch).sum(), "tokens")}
 
 
 def _refuse_whole(batch: Batch, part: Tensor) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from luthier.data.batch import Batch
 from luthier.data.quadrants import NLL_CLAMP, Rows, choose_rows
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.objectives.base import Forward, Objective, Term, Window, count, sequence_sum
+from luthier.objectives.base import Forward, Objective, Term, Window, count, sequence_sum, weighed
 from luthier.step.probe import Probe
 from luthier.support.errors import LuthierError
 
@@ -99,7 +99,7 @@ class QTuning(Objective):
         first = sum(sizes[: window.rank])
         kept = self._prune(micro, [s.nll for s in scored], rows, first)
         self._note(rows, kept, micro)
-        return Window(kept, window.clock, window.lab, window.gather, window.total, window.rank), count(kept)
+        return window.with_micro(kept), count(kept)
 
     def _row_values(self, batch: Batch, nll: Tensor, entropy: Tensor) -> Tensor:
         """[S, 2]: perplexity and mean entropy of each row's answer."""
@@ -131,7 +131,7 @@ class QTuning(Objective):
         return neighbour_score(values, turn, self.neighbour_weight)
 
     def _note(self, rows: Rows, kept: list[Batch], micro: list[Batch]) -> None:
-        before, after = count(micro)["tokens"], count(kept)["tokens"]
+        before, after = (sum(len(b.supervised) for b in batches) for batches in (micro, kept))
         self._report.update(
             {
                 "q_tuning/alpha": rows.alpha,
@@ -144,7 +144,7 @@ class QTuning(Objective):
         return self._report
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
-        return {"loss": Term(fwd.nll().sum(), "tokens")}
+        return {"loss": Term(weighed(fwd.nll(), fwd.batch).sum(), "tokens")}
 
 
 def _without_empty(batch: Batch) -> Batch:

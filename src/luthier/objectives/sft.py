@@ -8,13 +8,14 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from luthier.method import Source
-from luthier.objectives.base import Forward, Objective, Term
+from luthier.objectives.base import Forward, Objective, Term, weighed, weighed_rows
 
 
 class Sft(Objective):
     """Cross-entropy on the supervised tokens, or on the class where rows have one.
 
-    The mean is over all supervised tokens of the optimiser step, whatever the micro-batches and ranks.
+    The mean is over all supervised tokens of the optimiser step, whatever the micro-batches and ranks; where rows have
+    weights, it is the weighted mean.
     Cost: that of the model.
     """
 
@@ -23,5 +24,6 @@ class Sft(Objective):
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         if "label" in fwd.batch.row:
             label = fwd.batch.row["label"]
-            return {"loss": Term(F.cross_entropy(fwd.logits(), label, reduction="sum"), "sequences")}
-        return {"loss": Term(fwd.nll().sum(), "tokens")}
+            losses = F.cross_entropy(fwd.logits(), label, reduction="none")  # [S]
+            return {"loss": Term(weighed_rows(losses, fwd.batch).sum(), "sequences")}
+        return {"loss": Term(weighed(fwd.nll(), fwd.batch).sum(), "tokens")}

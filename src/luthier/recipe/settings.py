@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny, Tag
 
 from luthier.collaboration.base import Collaboration
 from luthier.compute.base import Compute
 from luthier.curation.base import Curator
+from luthier.data.columns import RESERVED, Carried
 from luthier.data.reading import on_hub
+from luthier.decoding.base import Decoder
+from luthier.decoding.greedy import Greedy
 from luthier.evaluation.base import Evaluator
 from luthier.method import Facts, Method
 from luthier.method.kinds import LISTED
@@ -25,13 +28,49 @@ from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora
 
 
+class RowSource(BaseModel):
+    """One of several sources of training rows."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    path: str
+    """A file, a Hub id or a built-in set, as in data.train."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """How often its rows are drawn, beside a source of weight 1."""
+    columns: dict[str, str] | None = None
+    """Our name -> the file's name; None: data.columns."""
+    split: str | None = None
+    """Split of a Hub data set; None: data.train_split."""
+    limit: int | None = Field(None, ge=1)
+    """Use only its first rows; None: data.limit."""
+
+
+def _form(value: Any) -> str:
+    return "several" if isinstance(value, (list, tuple)) else "one"
+
+
+# The form of a value decides what it is checked as, so that an error is about that form alone.
+Sources = Annotated[
+    Annotated[str, Tag("one")] | Annotated[tuple[RowSource, ...], Field(min_length=1), Tag("several")], Discriminator(_form)
+]  # fmt: skip
+
+
 class DataSettings(BaseModel):
     """Which rows, and how they become tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
-    train: str
-    """A .jsonl (or .jsonl.gz), .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests."""
+    train: Sources
+    """A .jsonl (or .jsonl.gz), .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests;
+    or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."""
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """How several sources are mixed: the share of one in the draws is proportional to (weight * rows)^(1 / temperature)."""
+    keep: tuple[str, ...] = ()
+    """Fields of the training rows that reach the objective: numbers (weight), lists of numbers (soft), texts by the row's key."""
+    spans: str | None = None
+    """A field of the training rows with [[start, end, label], ...] in characters of the answer, which becomes spans of tokens."""
+    fill: dict[str, Any] = Field(default_factory=dict)
+    """Kept field -> its value in rows that lack it; without one such a row is refused."""
     eval: str | None = None
     """Held-out rows, of the same sort."""
     pool: str | None = None
@@ -55,7 +94,26 @@ class DataSettings(BaseModel):
     eval_split: str = "test"
     """Split of a Hub data set that is held out."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first rows, for a try."""
+    """Use only the first rows (of each source), for a try."""
+
+    @property
+    def carried(self) -> Carried:
+        """The fields of training rows that go along."""
+        return Carried(self.keep, self.spans, self.fill)
+
+    @property
+    def sources(self) -> tuple[RowSource, ...]:
+        """Where training rows come from, with what `data` says for all of them."""
+        listed = (RowSource(path=self.train),) if isinstance(self.train, str) else self.train
+        return tuple(
+            s.model_copy(
+                update={
+                    "columns": self.columns if s.columns is None else s.columns,
+                    "split": s.split or self.train_split, "limit": s.limit or self.limit,
+                }
+            )
+            for s in listed
+        )  # fmt: skip
 
 
 class Recipe(TrainSettings):
@@ -66,7 +124,7 @@ class Recipe(TrainSettings):
     model: str
     """A folder, a .gguf file, a Hub id (org/name, org/name@revision), or builtin:smollm2-135m."""
     revision: str | None = None
-    """Of a Hub model."""
+    """Revision of a Hub model: a branch, a tag or a commit."""
     trust_remote_code: bool = False
     """Run the model's own Python code; needs --allow-code on the command line as well."""
     task: SerializeAsAny[Task] = CausalLm()
@@ -85,6 +143,8 @@ class Recipe(TrainSettings):
     """Several stages, each with a tuner and an objective of its own, in place of one."""
     collaborate: SerializeAsAny[Collaboration] | None = None
     """A protocol between parties, for `luthier collaborate`."""
+    decode: SerializeAsAny[Decoder] = Greedy()
+    """How answers are written, in evaluation and in use."""
     evaluate: list[SerializeAsAny[Evaluator]] = Field(default_factory=list)
     """What is measured before and after, beside what the task always measures: the loss, and classes or forgetting."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -146,8 +206,10 @@ class Recipe(TrainSettings):
             stages = {"tuner", "objective", "compute", *TrainSettings.model_fields} - {"seed", "tokens_per_forward"}
             for key in sorted(set_in(self) & stages):
                 raise RecipeError(key, f"is not read beside pipeline {self.pipeline.key()}", "set it in the stages")
-        hub = [on_hub(source) for source in (self.data.train, self.data.eval or "")]
-        held = self.data.eval is not None
+        self._check_fields()
+        hub = [any(on_hub(s.path) for s in self.data.sources), on_hub(self.data.eval or "")]
+        single, held = isinstance(self.data.train, str), self.data.eval is not None
+        unread_pool = self.data.pool and not self.task.pool_shapes
         during = ("needs evaluations during training", "set eval_steps")
         rows = ("has no rows to evaluate on", "set data.eval")
         asks = self.pipeline is not None and "pool" in self.pipeline.traits.needs
@@ -159,12 +221,8 @@ class Recipe(TrainSettings):
             ("load_best", not self.load_best and not self.eval_steps, *during),
             ("evaluate", not held and not all(e.own_rows for e in self.evaluate), *rows),
             ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
-            (
-                "data.pool",
-                self.data.pool and not self.task.pool_shapes,
-                f"is not read by task {self.task.key()}",
-                "remove it",
-            ),
+            ("data.pool", unread_pool, f"is not read by task {self.task.key()}", "remove it"),
+            ("data.temperature", "temperature" in data and single, "mixes several sources", "list them in data.train"),
             ("data.train_split", "train_split" in data and not hub[0], "is for Hub data sets", "remove it"),
             ("data.eval_split", "eval_split" in data and not hub[1], "is for Hub data sets", "remove it"),
             ("revision", self.revision and self.model.count("/") != 1, "is for Hub models", "remove it"),
@@ -172,6 +230,17 @@ class Recipe(TrainSettings):
         for key, wrong, what, remedy in rules:
             if wrong:
                 raise RecipeError(str(key), str(what), str(remedy))
+
+    def _check_fields(self) -> None:
+        """Raises RecipeError for fields of rows that cannot be carried, or that nothing would carry."""
+        fields = self.data.carried.fields
+        if taken := set(fields) & set(RESERVED):
+            key = "spans" if self.data.spans in taken else "keep"
+            raise RecipeError(f"data.{key}", f"{min(taken)} has a meaning of its own", "rename it with data.columns")
+        if len(set(fields)) != len(fields):
+            raise RecipeError("data.keep", f"{list(fields)} names a field twice", "name each once, in keep or in spans")
+        if unknown := set(self.data.fill) - set(fields):
+            raise RecipeError("data.fill", f"{min(unknown)} is not kept", "name it in data.keep or data.spans")
 
     def _check_measures(self) -> None:
         """Raises RecipeError where two evaluators would give measures of one name."""

@@ -156,7 +156,19 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{f['memory_bytes'] / 1e9:.2f} GB ({off['memory']:+.0%}), {f['seconds']:.0f} s ({off['seconds']:+.0%})",
             )
         )
+    out += [
+        (f"Source {s['name']}", f"{s['rows']:,} rows, {s['share']:.1%} of the draws") for s in run.get("sources", [])
+    ]
     out += [(f"Curated by {k['step']}", f"{k['rows']:,} of {k['of']:,} rows stayed") for k in run.get("curated", [])]
+    if run.get("skipped_steps"):
+        out.append(
+            (
+                "Steps that moved nothing",
+                f"{run['skipped_steps']} of {run['steps']}: nothing to learn, or no finite loss",
+            )
+        )
+    if run.get("pool_shared"):
+        out.append(("Pool rows left out", f"{run['pool_shared']:,}, which are training rows as well"))
     if run.get("skipped"):
         out.append(("Rows that could not be read", "; ".join(run["skipped"])))
     return out

@@ -13,7 +13,7 @@ from torch import Tensor
 from luthier.data.batch import Batch, collate, predicted
 from luthier.data.rendering import Renderer
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Forward, Window, count
+from luthier.objectives.base import Clock, Forward, Window, count, mean_of
 from luthier.step.lab import Lab
 from luthier.step.order import micro_batches
 from luthier.step.probe import Probe
@@ -95,7 +95,7 @@ def _pulls(probe: Probe, batch: Batch, denominators: Any) -> Tensor | None:
     if not state.requires_grad:
         return None
     terms = probe.objective.loss(fwd).values()
-    total = sum((t.weight * t.sums.sum() / max(denominators[t.over], 1e-9) for t in terms), state.sum() * 0)
+    total = sum((t.weight * mean_of(t, denominators) for t in terms), state.sum() * 0)
     ours = torch.autograd.grad(total, state, retain_graph=True)[0][batch.supervised].float().norm(dim=1)
     plain = torch.autograd.grad(fwd.nll().sum(), state)[0][batch.supervised].float().norm(dim=1)
     return torch.where(plain > 0, ours / plain.clamp_min(1e-12), 0.0)
@@ -107,7 +107,7 @@ def save(tokens: Tokens, folder: Path) -> None:
 
 
 def load(folder: Path) -> Tokens:
-    """What was saved; nothing where nothing was."""
+    """The saved tokens; an empty list where none were saved."""
     file = folder / "tokens.json"
     found: Tokens = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     return found

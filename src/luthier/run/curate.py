@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from luthier.curation.base import Base
-from luthier.data.reading import Tick, no_tick, read
+from luthier.data.reading import Tick, no_tick
 from luthier.recipe import Recipe
 from luthier.report.page import write_curation
 from luthier.run.ready import tokens_and_config, untouched
-from luthier.run.rows import decisions, kept_by
+from luthier.run.rows import decisions, kept_by, training_rows
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import whole
 
@@ -29,18 +29,7 @@ def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> di
     if output.exists():
         raise LuthierError(f"{output}: is there already; name a new folder")
     located, renderer, config = tokens_and_config(recipe, base)
-    d = recipe.data
-    rows, skipped = read(
-        d.train,
-        d.columns,
-        base,
-        "train",
-        shapes=recipe.task.shapes,
-        part=d.train_split,
-        limit=d.limit,
-        on_bad=d.on_bad_row,
-        tick=tick,
-    )
+    rows, skipped, _ = training_rows(recipe.data, base, recipe.task.shapes, tick)
     model = Base(untouched(recipe, located, renderer, config), renderer, 2 * recipe.tokens_per_forward, tick)
     told, left = [], rows
     with whole(output) as folder:

@@ -35,7 +35,7 @@ PATIENCE = 20.0  # seconds after which one depth stops measuring
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of one run: peak memory of the process (or of the GPU) in bytes, and seconds of training."""
+    """What one run is expected to take: peak memory of the process (or of the GPU) in bytes, and seconds of training."""
 
     memory_bytes: int
     seconds: float
@@ -48,7 +48,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a miniature: bytes, and seconds a token."""
+    """What a miniature took: bytes, and seconds a token."""
 
     layers: int
     peak: int
@@ -76,7 +76,7 @@ def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Pre
     more = sum(whole[n] - getattr(high, n) for n in ("weights", "state", "activations"))
     # The end holds the update twice, as it stands and as it is read back, but no activations.
     end = 2 * whole["update"] - whole["activations"]
-    tokens = data.census.tokens * Loop.length(data.rows, recipe) / Loop.length(data.rows, _one_epoch(recipe))
+    tokens = data.epoch_tokens * Loop.length(data.rows, recipe) / Loop.length(data.rows, _one_epoch(recipe))
     stepping = max(grown("seconds_per_token"), high.seconds_per_token) * tokens
     choosing = grown("attach_seconds") * recipe.tuner.selections(Loop.length(data.rows, recipe))
     return Forecast(
@@ -258,7 +258,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _gradients(trainable: Trainable) -> int:
-    """Of what is trained, and of the weights it is written into."""
+    """Bytes of the gradients of what is trained, and of the weights it is written into."""
     trained = {id(p): p for p in (*trainable.parameters(), *trainable.view.module.parameters()) if p.requires_grad}
     return sum(p.nbytes for p in trained.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from luthier.data.prepare import Prepared
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
+from luthier.decoding.base import writing_with
 from luthier.evaluation.base import Exam, Results
 from luthier.inference.scoring import mean_loss
 from luthier.inference.services import lab_with
@@ -65,19 +67,28 @@ class Ready:
         sets = {"train": data.train.rows, "labelled": data.train.rows}
         if data.pool is not None:
             sets["unlabelled"] = data.pool.rows
-        return lab_with(
+        lab = lab_with(
             self.renderer, {"base": lambda: self.view}, task=recipe.task, seed=recipe.seed, sets=sets, tick=self.tick,
             tokens_per_forward=2 * recipe.tokens_per_forward,
         )  # fmt: skip
+        return writing_with(lab, recipe.decode)
 
     def results(self, update: str = "none") -> Results:
-        """Of the model as it stands, which is the base with the update of this digest; taken from the cache where it
+        """The results of the model as it stands, which is the base with the update of this digest; taken from the cache where it
         has been measured before."""
         held, recipe = self.data.held, self.recipe
         rows_held = () if held is None else held.rows
         exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or ())
         head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
-        model = key_of(self.view.base.weights, self.view.base.tokenizer, recipe.quantize, head, update)
+        model = key_of(
+            self.view.base.weights,
+            self.view.base.tokenizer,
+            recipe.quantize,
+            recipe.compute,
+            recipe.decode,
+            head,
+            update,
+        )
         rows = "none" if held is None or self.data.held_rows is None else held.digest + self.data.held_rows.digest
         evaluators, meter = recipe.evaluators(), self.view.meter
         with meter.watching(self.view.module), meter.stage("evaluate"):
@@ -102,7 +113,9 @@ def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
     """What `check` looks at: rows, configuration and the anatomy of a model without weights."""
     _, renderer, config, data = gather(recipe, base, tick)
     with torch.device("meta"):
-        return Outline(renderer, config, data, Anatomy(recipe.task.auto(config).from_config(config)))
+        anatomy = Anatomy(recipe.task.auto(config).from_config(config))
+    _check(recipe, config, data.train, None, anatomy=anatomy)
+    return Outline(renderer, config, data, anatomy)
 
 
 class Outline(NamedTuple):
@@ -114,9 +127,13 @@ class Outline(NamedTuple):
     anatomy: Anatomy
 
 
-def _check(recipe: Recipe, config: Any, train: Prepared, layout: str | None, processes: int = 1) -> None:
+def _check(
+    recipe: Recipe, config: Any, train: Prepared, layout: str | None, processes: int = 1, anatomy: Anatomy | None = None
+) -> None:
     total = Loop.length(train.rows, recipe) if train.rows else None
-    known: dict[str, Any] = {"model_config": config, "total_steps": total, "num_rows": len(train.rows)}
+    known: dict[str, Any] = {
+        "model_config": config, "total_steps": total, "num_rows": len(train.rows), "anatomy": anatomy,
+    }  # fmt: skip
     recipe.check_methods(recipe.facts(**known, layout=layout, num_processes=processes))
 
 
@@ -168,7 +185,9 @@ def make_ready(
         seed=recipe.seed, quantize=recipe.quantize,
     )  # fmt: skip
     recipe.task.check_view(view)
-    _check(recipe, config, data.train, view.layout, accelerator.num_processes)
+    _check(recipe, config, data.train, view.layout, accelerator.num_processes, view.anatomy)
+    if recipe.compute is not None:
+        view.phases.append(partial(recipe.compute.patch, view))
     return Ready(recipe, folder, view, renderer, data, accelerator)
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from luthier.curation.base import Base, Selection
+from luthier.data.mixture import Mix, Origin
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.reading import Tick, no_tick, read
 from luthier.data.rendering import Renderer
-from luthier.data.store import Rows
+from luthier.data.store import Row, Rows
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
+from luthier.recipe.settings import DataSettings
+from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 
 PLANE = 1000  # rows of a selection that a picture shows
@@ -33,6 +37,7 @@ class Data(NamedTuple):
     skipped: list[str]
     kept: list[Kept]
     curation: Cost
+    pool_shared: int = 0  # rows of the pool that were left out, since the training rows hold them as well
 
     @property
     def classes(self) -> list[str]:
@@ -41,7 +46,7 @@ class Data(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of choosing rows."""
+    """What choosing rows took."""
 
     flops: float
     seconds: float
@@ -67,9 +72,7 @@ def prepare_rows(
     """
     d, task = recipe.data, recipe.task
     how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
-    rows, skipped = read(
-        d.train, d.columns, base, "train", shapes=task.shapes, part=d.train_split, limit=d.limit, **how
-    )
+    rows, skipped, mix = training_rows(d, base, task.shapes, tick)
     rows, kept, cost = curated(recipe, rows, Base(view, renderer, 2 * recipe.tokens_per_forward, tick))
     held = None
     if d.eval:
@@ -83,13 +86,18 @@ def prepare_rows(
         "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "tick": tick,
         "maker": task.maker(renderer, config, labels),
     }  # fmt: skip
-    pool = None
+    pool, shared = None, 0
     if d.pool:
         unlabelled, more = read(d.pool, d.columns, base, "pool", shapes=task.pool_shapes, part=d.train_split, **how)
         skipped += more
-        pool = prepare(unlabelled, renderer, **{**fit, "maker": task.maker(renderer, config, labels, labelled=False)})
+        new = apart(unlabelled, rows)
+        shared = len(unlabelled) - len(new)
+        if not new:
+            what = f"the training rows hold all {shared} rows of it as well"
+            raise RecipeError("data.pool", what, "name rows that are not labelled")
+        pool = prepare(new, renderer, **{**fit, "maker": task.maker(renderer, config, labels, labelled=False)})
     return Data(
-        prepare(rows, renderer, **fit),
+        prepare(rows, renderer, **fit, carried=d.carried, mix=mix),
         prepare(held, renderer, **fit) if held is not None else None,
         held,
         labels,
@@ -97,7 +105,44 @@ def prepare_rows(
         skipped,
         kept,
         cost,
+        shared,
     )
+
+
+def apart(pool: Rows, labelled: Rows) -> Rows:
+    """The rows of the pool whose text, but for case and white space, is that of no labelled row."""
+    known = {_likeness(r) for r in labelled}
+    keep = [i for i, r in enumerate(pool) if _likeness(r) not in known]
+    return pool if len(keep) == len(pool) else pool.take(np.array(keep, dtype=np.int64))
+
+
+def _likeness(row: Row) -> bytes:
+    """Equal for texts that differ in case and white space only."""
+    return hashlib.blake2b(" ".join(row.values["text"].casefold().split()).encode(), digest_size=16).digest()
+
+
+def training_rows(
+    data: DataSettings, base: Path, shapes: Sequence[str], tick: Tick = no_tick
+) -> tuple[Rows, list[str], Mix | None]:
+    """(the rows of all sources, what was wrong with skipped ones, how the sources are mixed; None for a single one).
+
+    Raises RecipeError where two sources are the same rows: their keys would be the same too.
+    """
+    found, skipped = [], []
+    origins: list[Origin] = []
+    for number, source in enumerate(data.sources):
+        rows, bad = read(
+            source.path, source.columns or {}, base, "train", shapes=shapes, part=source.split, limit=source.limit,
+            on_bad=data.on_bad_row, carried=data.carried, tick=tick,
+        )  # fmt: skip
+        prefix = rows.parts[0].prefix or ""
+        if prefix in {o.prefix for o in origins}:
+            raise RecipeError(f"data.train.{number}", f"{source.path} is named twice", "raise its weight instead")
+        found.append(rows)
+        skipped += bad
+        origins.append(Origin(source.path, prefix, source.weight))
+    mix = None if isinstance(data.train, str) else Mix(tuple(origins), data.temperature)
+    return Rows.joined(found), skipped, mix
 
 
 class Decided(NamedTuple):

@@ -13,7 +13,7 @@ MODEL = ("luthier.model.loading", "luthier.update.files")  # code that decides w
 
 
 def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> str:
-    """Of an examination.
+    """The key of an examination.
 
     model  names the weights: base and update; rows: the rows and how they were rendered
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from luthier.data.batch import IGNORE, Batch
+from luthier.data.batch import IGNORE, WEIGHT, Batch
 from luthier.kernels.head import TokenScores, recomputes, token_nll, token_scores
 from luthier.kernels.plain import is_plain
 from luthier.model.view import ModelView, Trace
@@ -79,6 +79,8 @@ class Forward:
     def scores(self) -> TokenScores:
         """Loss and entropy of every supervised token, without a gradient."""
         rows, view = self.batch.supervised, self.view
+        if not len(rows):  # nothing to ask: a trunk may not take a batch without tokens
+            return TokenScores(torch.zeros(0, device=rows.device), torch.zeros(0, device=rows.device))
         picked = view.head_input(self.hidden()[rows])
         view.meter.head(picked, view.head_weight, False)
         return token_scores(picked, view.head_weight, self.batch.labels[rows], view.head_bias, view.head_transform())
@@ -113,3 +115,21 @@ class Forward:
 def sequence_sum(values: Tensor, batch: Batch) -> Tensor:
     """[N] at the supervised positions -> [S], summed by sequence."""
     return torch.zeros(batch.num_sequences, device=values.device).index_add(0, batch.seq[batch.supervised], values)
+
+
+def weighed(values: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
+    """[N] losses at the supervised positions, times the weights of their rows where rows have any.
+
+    labels  [T] that say which positions are supervised; the batch's by default
+    """
+    weight = batch.row.get(WEIGHT)
+    if weight is None:
+        return values
+    rows = batch.supervised if labels is None else (labels != IGNORE).nonzero().squeeze(1)
+    return values * weight[batch.seq[rows]]
+
+
+def weighed_rows(values: Tensor, batch: Batch) -> Tensor:
+    """[S] losses times the weights of their rows, where rows have any."""
+    weight = batch.row.get(WEIGHT)
+    return values if weight is None else values * weight

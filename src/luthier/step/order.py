@@ -5,20 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
+from luthier.data.mixture import Mixture
 from luthier.support.rng import Streams
 
 
 class Order:
-    """Rows of every optimiser step."""
+    """Rows of every optimiser step.
+
+    mixture  which rows each epoch holds; None: each once
+    """
 
     def __init__(
-        self, num_rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int, shuffle: bool
-    ) -> None:
+        self, num_rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int, shuffle: bool,
+        mixture: Mixture | None = None,
+    ) -> None:  # fmt: skip
         self.num_rows, self.batch_size = num_rows, min(batch_size, num_rows)
         self.steps_per_epoch = math.ceil(num_rows / self.batch_size)
         self.total = max_steps or max(1, round(epochs * self.steps_per_epoch))
-        self._streams, self._shuffle = Streams(seed), shuffle
-        self._cached: tuple[int, Sequence[int]] = (-1, [])
+        self._streams, self._shuffle, self._mixture = Streams(seed), shuffle, mixture
+        self._cached: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
 
     def epoch(self, step: int) -> float:
         return step / self.steps_per_epoch
@@ -27,12 +34,15 @@ class Order:
         """Row indices of one step; the last step of an epoch may be smaller."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if self._cached[0] != epoch:
-            order = (
-                self._streams.at("order", epoch).permutation(self.num_rows) if self._shuffle else range(self.num_rows)
-            )
-            self._cached = (epoch, order)  # type: ignore[assignment]
+            self._cached = (epoch, self._epoch(epoch))
         part = self._cached[1][within * self.batch_size : (within + 1) * self.batch_size]
         return [int(i) for i in part]
+
+    def _epoch(self, number: int) -> np.ndarray:
+        """[N] row indices of a whole epoch."""
+        n = self.num_rows
+        held = np.arange(n) if self._mixture is None else self._mixture.epoch(number, self._streams)
+        return held[self._streams.at("order", number).permutation(n)] if self._shuffle else held
 
 
 def micro_batches(lengths: Sequence[int], limit: int, world: int = 1) -> list[list[list[int]]]:

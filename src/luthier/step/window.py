@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from luthier.data.batch import IGNORE, Batch
+from luthier.data.batch import IGNORE, WEIGHT, Batch
 from luthier.step.lab import Lab
 
 
@@ -39,18 +40,34 @@ class Window:
     micro: list[Batch]
     clock: Clock
     lab: Lab = field(default_factory=Lab)
+    _: KW_ONLY
     gather: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     total: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     rank: int = 0
 
+    def with_micro(self, micro: list[Batch]) -> Window:
+        """The same window over other micro-batches."""
+        return replace(self, micro=micro)
+
+
+def mean_of(term: Term, denominators: Mapping[str, float]) -> Tensor:
+    """The term's sum over its denominator of the whole step. Where that is zero there was nothing to sum."""
+    return term.sums.sum() / (denominators[term.over] or 1.0)
+
 
 def count(micro: list[Batch]) -> dict[str, float]:
-    """The two denominators every objective can use: supervised tokens, and sequences with any supervision."""
-    tokens = sum(int((b.labels != IGNORE).sum()) for b in micro)
-    return {"tokens": float(tokens), "sequences": float(sum(_supervised_sequences(b) for b in micro))}
+    """The two denominators every objective can use: supervised tokens, and sequences with any supervision; where rows have
+    weights ("weight"), the sums of these."""
+    return {"tokens": sum(map(_tokens, micro)), "sequences": sum(map(_supervised_sequences, micro))}
 
 
-def _supervised_sequences(batch: Batch) -> int:
-    if "label" in batch.row or "soft" in batch.row:
-        return batch.num_sequences
-    return int(batch.seq[batch.supervised].unique().numel())
+def _tokens(batch: Batch) -> float:
+    if WEIGHT not in batch.row:
+        return float((batch.labels != IGNORE).sum())
+    return float(batch.row[WEIGHT][batch.seq[batch.supervised]].double().sum())
+
+
+def _supervised_sequences(batch: Batch) -> float:
+    whole = "label" in batch.row or "soft" in batch.row
+    which = torch.arange(batch.num_sequences) if whole else batch.seq[batch.supervised].unique()
+    return float(batch.row[WEIGHT][which].double().sum()) if WEIGHT in batch.row else float(which.numel())

@@ -68,6 +68,13 @@ def tiny(kind: str = "llama", seed: int = 0, layers: int = 3, **more: Any) -> tf
         return model(config(**{**sizes, **no_dropout, **ENCODER_SIZES.get(kind, {})}))
     if kind == "bert-classifier":
         return tf.BertForSequenceClassification(tf.BertConfig(**{**sizes, **no_dropout, "num_labels": 3}))
+    if kind == "llama-classifier":
+        return tf.LlamaForSequenceClassification(tf.LlamaConfig(**{"num_key_value_heads": 2, **sizes, "num_labels": 3}))
+    if kind == "gpt2-classifier":
+        no_drop: dict[str, Any] = {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0, "num_labels": 3}
+        return tf.GPT2ForSequenceClassification(
+            tf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, **TOKENS, **no_drop)
+        )
     if kind == "lfm2":
         pattern = ["conv" if i % 2 == 0 else "full_attention" for i in range(layers)]
         return tf.Lfm2ForCausalLM(tf.Lfm2Config(**sizes, num_key_value_heads=2, layer_types=pattern))
@@ -107,6 +114,19 @@ def rows_of(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, answer: int
             }
         )
     return out
+
+
+def labelled_rows(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, classes: int = 3) -> list[dict]:
+    """Random rows of a class each, nothing else supervised."""
+    return [
+        {
+            "ids": r["ids"],
+            "labels": [IGNORE] * len(r["ids"]),
+            "key": r["key"],
+            "row": {"label": torch.tensor(i % classes)},
+        }
+        for i, r in enumerate(rows_of(lengths, seed))
+    ]
 
 
 def batch_of(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, answer: int = 4) -> Batch:

@@ -77,9 +77,8 @@ def push_to_hub(folder: Path, name: str) -> str:
 
 def _merged(run: Tuned) -> PreTrainedModel:
     """The model with the update in its weights."""
-    kinds = [p.kind for p in run.update.parts if p.kind in ("prompt", "modules")]
-    if kinds:
-        raise LuthierError(f"{run.folder}: a {kinds[0]} part cannot be merged into weights; use the run folder itself")
+    if why := run.update.refusal(run.view.module):
+        raise LuthierError(f"{run.folder}: {why}; use the run folder itself")
     run.update.merge_into(run.view.module)
     return run.view.module
 
@@ -155,7 +154,7 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 def _gguf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
     import gguf
 
-    config = run.view.module.config
+    config = run.view.module.config  # merging writes the numbers of a smaller model into it
     if config.model_type != "llama":
         raise LuthierError(
             f"export --to gguf: {config.model_type} models are not supported, only llama-type ones; use --to hf"

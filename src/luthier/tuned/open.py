@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from luthier.data.rendering import Renderer
+from luthier.decoding.base import writing_with
 from luthier.federation.outcome import given_in
 from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
@@ -43,7 +45,7 @@ def state_of(folder: Path) -> dict[str, Any]:
                 f"{folder}: holds an update, and nothing that says how it is used; open it with luthier.load, or peft"
             ) from error
         raise LuthierError(
-            f"{folder}: is no run of ours ({file.name} cannot be read); give the folder a run ended in"
+            f"{folder}: is not a finished run ({file.name} cannot be read); give the folder of one"
         ) from error
     if state.get("state") != "done":
         raise LuthierError(f"{folder}: this run is {state.get('state')}, not done; finish it with luthier run")
@@ -85,6 +87,8 @@ def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> T
         located, recipe.task.auto(config), dtype, tokenizer=renderer.tokenizer, labels=classes, seed=recipe.seed,
         quantize=recipe.quantize if quantize else None,
     )  # fmt: skip
+    if recipe.compute is not None:
+        view.phases.append(partial(recipe.compute.patch, view))
     return Tuned(recipe, folder, view, renderer, load(folder))
 
 
@@ -95,7 +99,10 @@ def answers(
     says.
     """
     run = open_run(folder, allow_code)
-    task, lab = run.recipe.task, lab_with(run.renderer, {"base": lambda: run.view}, task=run.recipe.task)
+    task = run.recipe.task
+    lab = writing_with(
+        lab_with(run.renderer, {"base": lambda: run.view}, task=task, seed=run.recipe.seed), run.recipe.decode
+    )
     if base_too and not task.untuned_answers:
         raise LuthierError("--base: the untouched model has no trained head, so it has no answer")
     before = task.replies(run.view, lab, prompts, max_new_tokens) if base_too else []

@@ -126,7 +126,7 @@ def memory(
     view: ModelView, renderer: Renderer, planted: Sequence[Canary], controls: Sequence[Canary], *, others: int = 1000,
     samples: int = SAMPLES, tokens_per_forward: int = 8192, streams: Streams, progress: Progress = untold,
 ) -> Memory:  # fmt: skip
-    """Of the tuned model as it stands. Raises ValueError where a control was planted."""
+    """What the tuned model, as it stands, remembers of the canaries. Raises ValueError where a control was planted."""
     if {c.prefix for c in planted} & {c.prefix for c in controls}:
         raise ValueError("a control canary was tuned on, so it controls nothing")
     every, half = [*planted, *controls], len(planted)

@@ -1,14 +1,16 @@
 """A small instance of every exported method, for whatever is asked of all of them."""
 
+from typing import Any
+
 import torch
 
+from helpers.cloze import cloze, with_soft
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
 from luthier.testing.contract import Example
-from pipelines.test_list import cloze, with_soft
 
 # A small instance of every method: fields away from their defaults where the tiny model needs it.
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     "adapter": {"rank": 4, "init_std": 0.05},
     "bleu": {"rows": 2},
     "caft": {"allow_untrained_heads": True, "weight": 0.5},
@@ -26,6 +28,7 @@ FIELDS = {
     "function-calls": {"arguments_key": None},
     "full": {},
     "grad-transformer": {"sets": 20, "pool": "after"},
+    "greedy": {},
     "green-trainer": {"flops_share": 0.7},
     "hft": {"fraction": 0.4},
     "knowledge": {"kinds": ("memorize", "rephrase")},
@@ -33,12 +36,14 @@ FIELDS = {
     "lift": {"density": 0.1, "reselect_every": 2},
     "list": {"rounds": 1, "unlabelled_steps": 2, "labelled_epochs": 1, "rank": 2},
     "layerwise": {"decay": 0.9, "reinit_blocks": 1},
+    "linear": {"weights": (0.3, 0.7)},
     "lm-eval": {"tasks": ("hellaswag",)},
     "lora": {"rank": 4},
     "loss": {},
     "masked-accuracy": {},
     "masked-lm": {"mask_fraction": 0.3},
     "masked-thought": {"max_rate": 0.4, "random_share": 0.5},
+    "norms": {"most": 2},
     "one-shot": {"rounds": 2},
     "otr": {"draws": 16},
     "pass-at-k": {"samples": 2, "k": (1, 2)},
@@ -49,6 +54,7 @@ FIELDS = {
     "retrieval": {"corpus": "pyproject.toml"},
     "ridge": {"strength": 0.1},
     "rouge": {"stem": True},
+    "sample": {"temperature": 0.7, "top_p": 0.9},
     "scdp": {"keep_fraction": 0.5},
     "seed-rounds": {"rounds": 2, "pro": True},
     "sft": {},
@@ -67,8 +73,9 @@ def soft_rows():
 
 ALL = [(kind, name, cls) for kind in KINDS for name, cls in manifest.classes(kind).items()]
 IDS = manifest.titles([(kind, name) for kind, name, _ in ALL])
-MORE = {
-    "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 5)}},
+# Of these labelled rows some of the others are a help in every step; where none is, distill skips.
+MORE: dict[str, dict[str, Any]] = {
+    "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 8)}},
     "frozen": {"trains": False},
 }
 EXAMPLES = [
