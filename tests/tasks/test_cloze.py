@@ -31,8 +31,9 @@ def task_of(prompt=PROMPT, words=WORDS):
 
 
 def text(i):
-    """Told apart by a single word."""
-    return f"the {('film', 'book', 'day')[i % 3]} was {'liked' if i % 2 else 'long'} ."
+    """One word tells the class, the last ones the number."""
+    number = " ".join(("on", "in")[int(bit)] for bit in f"{i:06b}"[:5])
+    return f"the {('film', 'book', 'day')[i % 3]} was {'liked' if i % 2 else 'long'} . {number}"
 
 
 def labelled(n, start=0):
