@@ -41,7 +41,7 @@ TEXTS = [
 def rows_of(texts=TEXTS, tokenizer=None):
     sources = [Row(f"f.jsonl:{i}", {"text": t}) for i, t in enumerate(texts, 1)]
     renderer = Renderer(tokenizer or word_tokenizer())
-    return list(prepare(sources, renderer, max_length=64, maker=MaskedLm().maker(renderer, {})).rows)
+    return list(prepare(sources, renderer, max_length=64, maker=MaskedLm().maker(renderer, None, {})).rows)
 
 
 def words_view(kind="bert", **more):
@@ -309,7 +309,7 @@ def test_decoders_and_tokenizers_without_a_mask_are_refused_by_name():
     assert problem.key == "model" and problem.what == "llama models read from left to right, so they cannot fill gaps"
     assert not MaskedLm().check(Facts(task="masked-lm", model_config=tiny("bert").config))
     with pytest.raises(RecipeError, match="masked-lm needs a mask token, and this model's tokenizer has none"):
-        MaskedLm().maker(Renderer(byte_tokenizer()), {})
+        MaskedLm().maker(Renderer(byte_tokenizer()), None, {})
 
 
 def test_a_cache_of_features_is_refused_where_rows_change():

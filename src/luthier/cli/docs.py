@@ -206,7 +206,8 @@ def page(entry: dict[str, Any]) -> str:
     lines += ["", f"Tasks: {', '.join(traits['tasks'])}. Layouts: {', '.join(traits['layouts'])}."]
     if traits["claims"]:
         lines.append(f"Owns alone: {', '.join(traits['claims'])}.")
-    if entry["kind"] != "pipeline" and KINDS[entry["kind"]].command is None:
+    written_out = entry["kind"] == "pipeline" and examples_of(entry)  # stages: they are the reader's own
+    if not written_out and KINDS[entry["kind"]].command is None:
         lines += ["", "## In a recipe", "", "```yaml", starter(entry), "```"]
     lines_of_use = use(entry)
     if lines_of_use is not None:

@@ -48,6 +48,8 @@ def starter(entry: dict[str, Any]) -> str:
     task = usual if usual in tasks else tasks[0]
     first = {m["name"]: m["starter"] for m in manifest.read() if m["kind"] == "task"}[task]
     is_task = entry["kind"] == "task"
+    if "pool" in entry["traits"]["needs"]:
+        first = {**first, "task": first["pool_task"], "data": first["pool_data"]}
     asked = [] if usual in tasks and not is_task else [f"task: {first['task']}"]
     lines = ["luthier: 1", f"model: {first['model']}", *asked, f"data: {first['data']}"]
     if is_task:

@@ -178,7 +178,7 @@ class Evaluator(Method):
         sources = [Row(f"rows:{i}", values) for i, values in enumerate(rows, start=1)]
         task = usual_task(view)
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        maker = task.maker(renderer, {name: i for i, name in enumerate(view.classes)})
+        maker = task.maker(renderer, model.config, {name: i for i, name in enumerate(view.classes)})
         rendered = prepare(sources, renderer, max_length=room, maker=maker).rows if sources else ()
         exam = Exam(view, lab_with(renderer, {"base": lambda: view}, task=task), task, rendered, sources)
         return {m.name: m.value for m in self.evaluate(exam)}

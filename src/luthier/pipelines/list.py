@@ -31,8 +31,9 @@ class List(Pipeline):
     """Self-training with adapters: label, train a new student on weighted soft labels, finish on the labelled rows.
 
     Rows of the lab: "labelled" (with their class) and "unlabelled"; a row of the pool that is labelled as well is left
-    out, and that is said. Every student starts from the base with newly drawn adapters, otherwise the teacher's errors
-    are reinforced.
+    out, and that is said. In the source the classes are words in the gap of a sentence (the task's `prompt` and `words`);
+    a new head works as well, and needs more labels.
+    Every student starts from the base with newly drawn adapters, otherwise the teacher's errors are reinforced.
     Departs from the source: the labelled finish is a stage with its own optimiser and decay; the backbone's head stays
     frozen; the teacher's labels are computed once a round, which is exact since it is frozen.
     Cost: rounds x unlabelled_steps extra steps, of which the re-weighted 40% take about twice a plain one.

@@ -84,7 +84,7 @@ def prepare_rows(
     room = d.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     fit: dict[str, Any] = {
         "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "tick": tick,
-        "maker": task.maker(renderer, labels),
+        "maker": task.maker(renderer, config, labels),
     }  # fmt: skip
     pool, shared = None, 0
     if d.pool:
@@ -95,7 +95,7 @@ def prepare_rows(
         if not new:
             what = f"the training rows hold all {shared} rows of it as well"
             raise RecipeError("data.pool", what, "name rows that are not labelled")
-        pool = prepare(new, renderer, **{**fit, "maker": task.maker(renderer, labels, labelled=False)})
+        pool = prepare(new, renderer, **{**fit, "maker": task.maker(renderer, config, labels, labelled=False)})
     return Data(
         prepare(rows, renderer, **fit, carried=d.carried, mix=mix),
         prepare(held, renderer, **fit) if held is not None else None,

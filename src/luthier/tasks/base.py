@@ -52,7 +52,8 @@ class Task(Method):
     redraws        rows are other ones in every epoch, see `draw`
     shows_rows     every held-out row is a sample to show; else the answers that were generated
     export_forms   in which a tuned model can be written
-    starter        the recipe's first lines on pages of methods: model, task, data; "pool" where data.pool is needed
+    starter        the recipe's first lines on pages of methods: model, task, data; "pool_task"
+                   and "pool_data" for pipelines that label data.pool
     """
 
     shapes: ClassVar[tuple[str, ...]]
@@ -85,8 +86,10 @@ class Task(Method):
         """
         return {}
 
-    def maker(self, renderer: Renderer, labels: Mapping[str | int, int], labelled: bool = True) -> RowMaker:
-        """What makes training rows.
+    def maker(
+        self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
+    ) -> RowMaker:
+        """What makes training rows for a model of this configuration.
 
         labelled  False: of rows of data.pool
         Raises RecipeError where this tokenizer cannot.

@@ -42,7 +42,9 @@ class CausalLm(Task):
     def auto(self, config: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM
 
-    def maker(self, renderer: Renderer, labels: Mapping[str | int, int], labelled: bool = True) -> RowMaker:
+    def maker(
+        self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
+    ) -> RowMaker:
         return ANSWERS
 
     def asked(self, row: Row, renderer: Renderer) -> tuple[str, str]:

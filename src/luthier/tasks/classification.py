@@ -1,39 +1,58 @@
-"""Classification: one of several classes for a whole text."""
+"""Classification: one of several classes for a whole text, by a new head or by a word that fills a gap."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSequenceClassification, PreTrainedConfig
+from pydantic import Field, field_validator, model_validator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+)
 
 from luthier.data.batch import IGNORE, collate
 from luthier.data.prepare import RowMaker, shortened
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
-from luthier.method import Source, Traits
+from luthier.method import Facts, Problem, Source, Traits
+from luthier.model.loading import reads_both_ways
 from luthier.model.view import ModelView
 from luthier.step.forward import Forward
 from luthier.step.lab import Choices, Lab, RowScore
 from luthier.support.errors import RecipeError
-from luthier.tasks.base import Rendered, Shown, Task, choices_of
+from luthier.tasks.base import Rendered, Shown, Task, choices_of, refuse_unknown_head
+from luthier.tasks.cloze import Cloze, ClozeRows, word_id
 
 
 class Classification(Task):
-    """Choose a class for a text, through a head that is learnt beside whatever the tuner trains.
+    """Choose a class for a text: by a head that is learnt beside whatever the tuner trains, or by a word of the model's own.
 
     Rows hold text and label; labels are text or whole numbers. Names of classes are kept where transformers keeps them
     (id2label), in the order that the model already has them, else alphabetically.
-    Cost: that of the model; the head is a matrix with a row a class.
+    With `prompt` and `words` a row becomes a sentence with a gap, "{text} It was {label}.", and the scores of the classes
+    are the model's own scores of their words in the gap: nothing is drawn at random, so a few labels go far. An encoder
+    fills a mask there (Schick and Schuetze 2020, arXiv:2001.07676); a decoder reads up to the gap and says what comes next,
+    what stands behind the gap it never sees.
+    Cost: that of the model; the head is a matrix with a row a class, or these words' rows of the vocabulary's.
+    Refuses: words that are not one token for the model, a label without a word, a word without a row.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"classification"}))
     source: ClassVar[Source] = Source(
         "BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding", 2018, "arXiv:1810.04805"
     )
+
+    prompt: str | None = Field(None, examples=["{text} It was {label}."])
+    """A sentence with {text} and {label}, each once; None: a new head."""
+    words: dict[str, str] | None = Field(None, examples=[{"good": "great", "bad": "terrible"}])
+    """The word that stands for each label in the gap, one token each."""
 
     shapes: ClassVar[tuple[str, ...]] = ("text and label",)
     pool_shapes: ClassVar[tuple[str, ...]] = ("text",)
@@ -45,14 +64,52 @@ class Classification(Task):
         "model": "builtin:smollm2-135m",
         "task": "classification",
         "data": "{train: train.jsonl, eval: test.jsonl}  # rows of text and label",
+        "pool_task": '{classification: {prompt: "{text} It was {label}.", words: {good: great, bad: terrible}}}',
+        "pool_data": "{train: train.jsonl, eval: test.jsonl, pool: pool.jsonl}  # rows of text and label; the pool: of text",
     }
+
+    @field_validator("prompt")
+    @classmethod
+    def _one_gap(cls, prompt: str | None) -> str | None:
+        if prompt is not None and (
+            prompt.count("{text}") != 1 or prompt.count("{label}") != 1 or len(re.findall(r"[{}]", prompt)) != 4
+        ):
+            raise ValueError('write {text} and {label} once each and no other braces: "{text} It was {label}."')
+        return prompt
+
+    @field_validator("words")
+    @classmethod
+    def _two_words(cls, words: dict[str, str] | None) -> dict[str, str] | None:
+        if words is not None and (len(words) < 2 or len(set(words.values())) < len(words)):
+            raise ValueError("give at least two labels, and a word of its own to each")
+        return words
+
+    @model_validator(mode="after")
+    def _both(self) -> Classification:
+        if (self.prompt is None) != (self.words is None):
+            raise ValueError("prompt and words are read together; write both, or neither for a new head")
+        return self
 
     @property
     def untuned_answers(self) -> bool:
-        return False
+        return self.prompt is not None
 
     def auto(self, config: PreTrainedConfig) -> Any:
-        return AutoModelForSequenceClassification
+        if self.prompt is None:
+            return AutoModelForSequenceClassification
+        return AutoModelForMaskedLM if reads_both_ways(config) else AutoModelForCausalLM
+
+    def check(self, facts: Facts) -> list[Problem]:
+        problems = super().check(facts)
+        config, (front, _, _) = facts.model_config, (self.prompt or "").partition("{label}")
+        if self.prompt is not None and config is not None and not reads_both_ways(config) and "{text}" not in front:
+            what = f"{self.prompt!r} has its gap before the text, and a {config.model_type} model reads up to the gap"
+            problems.append(Problem("prompt", what, "put {text} first, or choose an encoder"))
+        return problems
+
+    def check_view(self, view: ModelView) -> None:
+        if self.prompt is not None:
+            refuse_unknown_head(view)
 
     def labels(self, rows: Sequence[Row], held: Sequence[Row] | None, known: Mapping[str, int]) -> dict[str | int, int]:
         """As the model has them where it knows these very names, else in alphabetical order."""
@@ -63,10 +120,42 @@ class Classification(Task):
             if r.values["label"] not in names:
                 what = f"label {r.values['label']!r} occurs in no training row"
                 raise RecipeError(r.key, what, "mend the label or drop the row")
+        if self.words is not None:
+            self._check_words(self.words, rows, {str(n) for n in names})
         return {n: i for i, n in enumerate(names)}
 
-    def maker(self, renderer: Renderer, labels: Mapping[str | int, int], labelled: bool = True) -> RowMaker:
-        return ClassRows(labels if labelled else {})
+    def _check_words(self, words: Mapping[str, str], rows: Sequence[Row], names: set[str]) -> None:
+        """Raises RecipeError where labels and words do not belong together."""
+        for r in rows if not names <= set(words) else ():
+            if str(r.values["label"]) not in words:
+                raise RecipeError(
+                    r.key,
+                    f"label {r.values['label']!r} has no word in task.classification.words",
+                    "add one, or drop the row",
+                )
+        if idle := sorted(set(words) - names):
+            raise RecipeError(
+                f"task.classification.words.{idle[0]}", "no training row has this label", "add rows, or remove the word"
+            )
+
+    def maker(
+        self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
+    ) -> RowMaker:
+        if self.prompt is None or self.words is None:
+            return ClassRows(labels if labelled else {})
+        tokenizer, encoder = renderer.tokenizer, reads_both_ways(config)
+        if encoder and tokenizer.mask_token is None:
+            raise RecipeError(
+                "task.classification.prompt",
+                "needs a mask token, and this tokenizer has none",
+                "remove prompt and words",
+            )
+        cloze = Cloze(self.prompt, tokenizer.mask_token if encoder else None)
+        ids = {str(n): word_id(tokenizer, cloze.stem, self.words[str(n)], str(n)) for n in labels}
+        if same := next((n for n in ids if list(ids.values()).count(ids[n]) > 1), None):
+            what = f"{self.words[same]!r} is the same token as another label's word"
+            raise RecipeError(f"task.classification.words.{same}", what, "choose another word")
+        return ClozeRows(cloze, tuple(ids.values()), labels, labelled)
 
     def scores(self, fwd: Forward) -> list[RowScore]:
         logits = fwd.logits()  # [S, C]
@@ -89,7 +178,7 @@ class Classification(Task):
         classes: dict[str | int, int] = {name: i for i, name in enumerate(view.classes)}
         asked = [Row(f"prompt:{i}", {"text": p}) for i, p in enumerate(prompts, start=1)]
         out = []
-        for item in self.maker(lab.renderer, classes, labelled=False).made(asked, lab.renderer):
+        for item in self.maker(lab.renderer, view.module.config, classes, labelled=False).made(asked, lab.renderer):
             shares = Forward(collate([item]).to(view.device), view).logits()[0].softmax(-1)  # [C]
             best = int(shares.argmax())
             out.append({"answer": view.classes[best], "share": float(shares[best])})

@@ -100,7 +100,9 @@ class MaskedLm(Task):
     def check_view(self, view: ModelView) -> None:
         refuse_unknown_head(view)
 
-    def maker(self, renderer: Renderer, labels: Mapping[str | int, int], labelled: bool = True) -> RowMaker:
+    def maker(
+        self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
+    ) -> RowMaker:
         _mask_of(renderer.tokenizer)
         return TextRows(self.mask_fraction)
 
