@@ -1,6 +1,7 @@
 """Windows with nothing to learn move nothing: no momentum, no weight decay; they are counted, and the clock goes on."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from luthier.tuners.lift import Lift
 from luthier.tuners.lora import Lora
 from luthier.tuners.spiel import Spiel
 from pipelines.test_list import cloze
+from test_run import luthier, rows, write
 
 SETTINGS = TrainSettings(
     max_steps=3, batch_size=2, learning_rate=1e-2, shuffle=False, weight_decay=0.1, warmup_fraction=0.0
@@ -32,8 +34,8 @@ SETTINGS = TrainSettings(
 
 def between(silent):
     """Three steps of two rows: in the second there is nothing to learn."""
-    rows = rows_of((9, 8, 10, 7, 9, 11), answer=3)
-    return [silent(r) if i in (2, 3) else r for i, r in enumerate(rows)]
+    some = rows_of((9, 8, 10, 7, 9, 11), answer=3)
+    return [silent(r) if i in (2, 3) else r for i, r in enumerate(some)]
 
 
 def without_targets(row):
@@ -55,9 +57,9 @@ def contrary():
 
 def unsure():
     """In the second step no soft label is above one half."""
-    rows = cloze(6, 0)
+    some = cloze(6, 0)
     soft = [torch.tensor([0.5, 0.5] if i in (2, 3) else [0.9, 0.1]) for i in range(6)]
-    return [{**r, "row": {**r["row"], "soft": s}} for r, s in zip(rows, soft, strict=True)], None
+    return [{**r, "row": {**r["row"], "soft": s}} for r, s in zip(some, soft, strict=True)], None
 
 
 CASES = {
@@ -77,8 +79,8 @@ CASES = {
 
 def looped(objective, made, tuner, view=None, **changes):
     view = view or view_of()
-    (rows, lab), settings = made(), SETTINGS.model_copy(update=changes)
-    return Loop(view, rows, tuner.attach(view, total_steps=settings.max_steps), objective, settings, lab=lab)
+    (given, lab), settings = made(), SETTINGS.model_copy(update=changes)
+    return Loop(view, given, tuner.attach(view, total_steps=settings.max_steps), objective, settings, lab=lab)
 
 
 def everything(loop):
@@ -159,14 +161,14 @@ def test_a_closure_is_not_asked():
 
 
 def test_a_first_window_without_targets_is_passed_over_and_silent_rows_are_refused(recwarn):
-    rows = rows_of((9, 8, 10, 7), answer=3)
+    some = rows_of((9, 8, 10, 7), answer=3)
     view = view_of()
-    mixed = [without_targets(r) for r in rows[:2]] + rows[2:]
+    mixed = [without_targets(r) for r in some[:2]] + some[2:]
     loop = Loop(view, mixed, Lora(rank=2).attach(view), Sft(), SETTINGS)
     loop.step()
     assert loop.progress.skipped == 1 and not [w for w in recwarn if "lr_scheduler" in str(w.message)]
     view = view_of()
-    silent = [without_targets(r) for r in rows]
+    silent = [without_targets(r) for r in some]
     with pytest.raises(LuthierError, match="step 1: no supervised token is in any row"):
         Loop(view, silent, Lora(rank=2).attach(view), Sft(), SETTINGS).step()
 
@@ -192,3 +194,17 @@ def test_losses_that_are_not_finite_are_counted_in_a_row_and_altogether():
         loop.step()
     with pytest.raises(LuthierError, match="loss nan"):
         loop.step()
+
+
+def test_a_run_says_how_many_steps_moved_nothing(model_folder, tmp_path):
+    hidden = {"masked-thought": {"max_rate": 0.8, "warmup_share": 0.001, "loss_on": "clean"}}
+    keys = {"batch_size": 1, "max_steps": 12, "warmup_fraction": 0.0, "evaluate": []}
+    recipe = write(tmp_path, model_folder, train=rows(12), objective=hidden, **keys)
+    done = luthier("run", recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    state = json.loads((tmp_path / "out/run.json").read_text())
+    entries = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
+    without = [e for e in entries if "loss" not in e and "eval_loss" not in e]
+    assert 0 < state["skipped_steps"] == len(without) == max(e.get("skipped", 0) for e in entries) < 12
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Steps that moved nothing" in page and f"{state['skipped_steps']} of 12" in page
