@@ -12,6 +12,7 @@ from scipy.sparse import csr_matrix
 from luthier.curation.random import Random
 from luthier.curation.scdp import (
     Scdp,
+    farthest,
     geometric_median,
     squares,
     strata_of,
@@ -36,22 +37,24 @@ def rows(n, seed=0, labels=None):
     return out
 
 
+def dense_step(x, y):
+    """One step of the textbook iteration on a dense matrix."""
+    d = np.linalg.norm(x - y, axis=1)
+    away = x[d > 1e-12]
+    if not len(away):
+        return y
+    w = 1 / d[d > 1e-12]
+    t = (w[:, None] * away).sum(0) / w.sum()
+    r = np.linalg.norm(((away - y) * w[:, None]).sum(0))
+    c = (len(x) - len(away)) / r if r else 0.0
+    return max(0, 1 - c) * t + min(1, c) * y
+
+
 def dense_median(x, eps=1e-5):
-    """The textbook iteration on a dense matrix."""
     y = x.mean(0)
-    while True:
-        d = np.linalg.norm(x - y, axis=1)
-        on = d == 0
-        if on.all():
-            return y
-        w = np.where(on, 0, 1 / np.where(on, 1, d))
-        t = (w[:, None] * x).sum(0) / w.sum()
-        r = np.linalg.norm((t - y) * w.sum())
-        c = on.sum() / r if r and on.any() else 0.0
-        new = max(0, 1 - c) * t + min(1, c) * y
-        if np.linalg.norm(y - new) < eps:
-            return y
+    while np.linalg.norm(y - (new := dense_step(x, y))) >= eps:
         y = new
+    return y
 
 
 def test_1_median():
@@ -71,6 +74,8 @@ def test_1_the_median_on_rows_that_coincide():
         x = np.array([(0.0, 0.0)] * count + ends)
         g = geometric_median(csr_matrix(x), eps=1e-9, max_iter=5000)
         assert (np.abs(g).max() < 1e-12) == stays, count
+        one, _ = weiszfeld(csr_matrix(x), eps=0.0, max_iter=1)
+        np.testing.assert_allclose(one, dense_step(x, x.mean(0)), atol=1e-12)
         assert total(x, g) <= least(x) + 1e-8
 
 
@@ -143,6 +148,28 @@ def test_3_the_rule_switches_on_the_kept_count():
     assert len(far.keep) == 1500 and "rule far" in far.reason[0]
     assert len(spread.keep) == 1503 and "rule stratified" in spread.reason[0]
     assert far.score[far.keep].min() >= np.delete(far.score, far.keep).max()
+    between = Scdp(keep_fraction=0.5002).select(many, Streams(0))  # 1500.6 rows: above the switch before it is cut
+    assert len(between.keep) == 1500 and "rule stratified" in between.reason[0]
+    assert len(Scdp(keep_fraction=0.5).select(many[:11], Streams(0)).keep) == 5
+
+
+def test_an_even_draw_takes_rows_without_a_word_like_any_other():
+    many = [*rows(3001), Row("f:0", {"text": "!"})]
+    chosen = Scdp(keep_fraction=0.6).select(many, Streams(0))
+    assert len(chosen.keep) == 1801 and "rule stratified" in chosen.reason[0]
+    # It lies nearest to the median, alone in its stratum, and strata smaller than their share are taken whole.
+    assert strata_of(chosen.score).tolist().count(0) == 1 and chosen.score.argmin() == 3001 and 3001 in chosen.keep
+
+
+def test_only_the_commonest_words_are_counted_where_that_is_asked():
+    some = rows(80)
+    texts = [r.values["text"] for r in some]
+    counted = Counter(" ".join(texts).split()).most_common()
+    assert counted[4][1] > counted[5][1]
+    kept = {w for w, _ in counted[:5]}
+    x, g = naive([" ".join(w for w in t.split() if w in kept) for t in texts])
+    d = Scdp(keep_fraction=0.5, max_features=5).select(some, Streams(0)).score
+    assert np.abs(d - np.linalg.norm(x - g, axis=1)).max() < 2e-6
 
 
 def test_4_water_filling():
@@ -164,6 +191,16 @@ def test_4_no_stratum_gets_more_than_another_that_has_rows_left():
         left = budgets < sizes
         if left.any():
             assert budgets.max() - budgets[left].min() <= 1, "those with rows left are level, and nobody is above them"
+
+
+def test_4_what_does_not_divide_goes_to_the_strata_visited_last():
+    assert water_fill(np.array([5, 5, 5]), 7).tolist() == [2, 2, 3]
+    assert water_fill(np.array([9, 1, 9]), 10).tolist() == [4, 1, 5]
+
+
+def test_the_farthest_of_equal_distance_are_the_first():
+    scores = np.array([1.0, 3.0, 3.0, 2.0])
+    assert [farthest(scores, n).tolist() for n in (1, 2, 3)] == [[1], [1, 2], [1, 2, 3]]
 
 
 def test_4_strata_are_of_equal_width_from_the_least_to_just_above_the_largest():

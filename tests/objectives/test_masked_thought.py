@@ -7,7 +7,7 @@ from scipy import stats
 
 from luthier.data.batch import IGNORE, collate
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Window, count
+from luthier.objectives.base import Clock, Forward, Window, count
 from luthier.objectives.masked_thought import MaskedThought, allowed_ids, masking_rate, solution
 from luthier.objectives.sft import Sft
 from luthier.step.probe import Probe
@@ -95,7 +95,34 @@ def test_3_rate_fresh_draws_and_reproducible_ones():
 def test_4_the_rate_rises_in_a_line_and_stays():
     rate = lambda s: masking_rate(s, 300, 0.4, 2 / 3)  # noqa: E731
     assert rate(0) == 0 and rate(100) == pytest.approx(0.2, rel=0.01)
-    assert rate(201) == pytest.approx(0.4) and all(rate(s) == 0.4 for s in range(202, 300))
+    assert (
+        rate(200) == pytest.approx(0.4 * 200 / 201)
+        and rate(201) == pytest.approx(0.4)
+        and all(rate(s) == 0.4 for s in range(202, 300))
+    )
+
+
+@pytest.mark.parametrize(("step", "warmup_share", "wanted"), [(0, 2 / 3, 0.0), (50, 1.0, 0.3), (50, 0.1, 0.6)])
+def test_4_the_rate_of_a_step_is_that_of_its_clock(step, warmup_share, wanted):
+    noisy, _ = planned(MaskedThought(max_rate=0.6, warmup_share=warmup_share), long_rows(), Clock(step, 100))
+    assert float(noisy.token["masked"].sum()) / 2000 == pytest.approx(wanted, abs=0.035)
+
+
+def test_4_before_anything_is_hidden_it_is_sft_and_the_vector_stays():
+    view, rows, method = view_of(), rows_of((20, 20)), MaskedThought(max_rate=0.6, random_share=0.5)
+    noisy, _ = planned(method, rows, Clock(0, 100), view)
+    extra = method.extend(view)
+    term = method.loss(Forward(noisy, view, extra))["loss"]
+    assert (
+        float(term.sums) == float(Sft().loss(Forward(collate(rows), view))["loss"].sums.sum()) and term.over == "tokens"
+    )
+    assert (torch.autograd.grad(term.sums, extra.vector)[0] == 0).all()
+
+
+def test_only_those_that_use_a_vector_train_one():
+    view = view_of()
+    assert MaskedThought().extend(view) is None and MaskedThought(max_rate=0.0, random_share=0.5).extend(view) is None
+    assert MaskedThought(random_share=0.99).extend(view) is not None
 
 
 def test_5_what_stands_in():
@@ -174,11 +201,10 @@ def test_hidden_tokens_are_seen_as_the_vector():
     """The states are those of a model whose embedding of these tokens is the vector."""
     view, method = view_of(), MaskedThought(max_rate=0.6, random_share=0.0)
     noisy, _ = planned(method, rows_of((20, 20)), view=view)
-    from luthier.objectives.base import Forward
-
     extra = method.extend(view)
     fwd = Forward(noisy, view, extra)
-    loss = method.loss(fwd)["loss"].sums
+    loss, over, _ = method.loss(fwd)["loss"]
+    assert over == "tokens"
     embeds = view.embedding(noisy.ids).clone()
     embeds[noisy.token["masked"]] = extra.vector
     assert torch.allclose(loss, Forward(noisy, view).nll(view.trace(noisy, embeds=embeds).hidden[-1]).sum(), atol=1e-5)
@@ -189,6 +215,11 @@ def test_a_row_without_a_question_is_named():
     row["labels"], row["token"] = list(row["ids"]), {"prompt": [0] * 10}
     with pytest.raises(LuthierError, match="row 0 has no question"):
         planned(MaskedThought(), [row])
+    bare = {**row, "token": {}}  # nothing says what was asked: the first token, which nothing predicts, is no question
+    with pytest.raises(LuthierError, match="row 0 has no question"):
+        planned(MaskedThought(), [bare])
+    asked = {**bare, "labels": [IGNORE, IGNORE, *row["ids"][2:]]}
+    assert planned(MaskedThought(), [asked])[1]["tokens"] == 8
 
 
 @pytest.mark.parametrize("wrong", [{"max_rate": 1.0}, {"max_rate": -0.1}, {"warmup_share": 0.0}, {"random_share": 2}])

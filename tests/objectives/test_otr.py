@@ -231,6 +231,52 @@ def test_the_log_says_how_often_the_gold_token_is_drawn(caplog):
     assert caplog.text.count("hardly ever drawn") == 1
 
 
+def test_a_step_that_draws_is_what_its_draws_say(monkeypatch):
+    """Every draw is kept, and the loss and the log computed from them by hand; runs of a row draw apart."""
+    from luthier.objectives import otr
+
+    kept, seeds = [], []
+
+    def note(z, draws, kappa, generator):
+        assert kappa == 2.0
+        seeds.append(generator.initial_seed())
+        kept.append(draw(z, draws, kappa, generator))
+        return kept[-1]
+
+    monkeypatch.setattr(otr, "draw", note)
+    monkeypatch.setattr(otr, "CHUNK", 2)
+    rows, view = rows_of((12, 9), answer=4), view_of()
+    z = torch.cat([view.module(torch.tensor([r["ids"]])).logits[0, -5:-1] for r in rows])
+    x = torch.tensor([y for r in rows for y in r["ids"][-4:]])
+    (entry,) = loss_of(Otr(draws=64, kappa=2.0, beta=-0.3), rows, view)
+    assert len(set(seeds)) == 4, "two runs of two rows, each computed again in the backward"
+    drawn = torch.cat(kept[:4])
+    hit = drawn == x[:, None]
+    log_p = z.log_softmax(-1).gather(1, drawn)
+    each = -(torch.where(hit, 1.0, -0.3) * log_p).mean(-1)
+    assert entry["loss"] == pytest.approx(float(each.view(2, 4).mean(1).mean()), abs=1e-5)
+    share = hit.float().mean(-1)
+    assert entry["otr/hits"] == pytest.approx(float(share.mean()))
+    assert entry["otr/no_hit"] == pytest.approx(float((share == 0).float().mean())) and (share == 1 / 64).any()
+
+
+def test_the_log_is_of_one_step_and_counts_a_token_once():
+    rows, view = rows_of((12, 9, 14), answer=5), view_of()
+    settings = TrainSettings(max_steps=3, batch_size=3)
+    loop = Loop(view, rows, Full().attach(view), Otr(), settings)
+    for _ in range(2):
+        loop.step()
+        assert loop.objective._seen["tokens"] == 15
+
+
+@pytest.mark.parametrize(("no_hit", "warns"), [(5.0, False), (6.0, True)])
+def test_it_warns_where_more_than_half_of_the_gold_tokens_are_not_drawn(caplog, no_hit, warns):
+    objective = Otr()
+    objective.load_state_dict({"told": False, "tokens": 10.0, "no_hit": no_hit})
+    objective._warn_once()
+    assert ("hardly ever drawn" in caplog.text) == warns == objective._told
+
+
 def test_what_it_is_not_is_refused_or_warned_of(caplog):
     assert [p.key for p in Otr(draws=0).check(Facts())] == ["draws"]
     for wrong in ({"kappa": 0}, {"beta": 1.0}, {"draws": "some"}, {"kappa": float("nan")}):

@@ -150,6 +150,23 @@ def test_a_checkpoint_holds_every_generator_and_is_read_without_unpickling(tmp_p
     assert torch.equal(saved["tensors"]["objective.average"], loop.objective._average)
 
 
+def test_work_that_failed_has_drawn_nothing():
+    own, whole = (Generators(Streams(0), "train") for _ in range(2))
+    for course in (own, whole):
+        with course.drawing():
+            torch.rand(2)
+    before = json_of(generator_states())
+    with pytest.raises(MemoryError), own.drawing():
+        torch.rand(2)
+        raise MemoryError
+    assert json_of(generator_states()) == before
+    drawn = []
+    for course in (own, whole):
+        with course.drawing():
+            drawn.append(torch.rand(2))
+    assert torch.equal(*drawn)
+
+
 def test_generators_are_put_back_where_they_were():
     random.gauss(0, 1), np.random.normal()  # each keeps a second number for the next call
     states = generator_states()

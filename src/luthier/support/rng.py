@@ -94,6 +94,6 @@ class Generators:
             set_generators(self.states)
         try:
             yield
+            self.states = generator_states()  # work that failed has drawn nothing
         finally:
-            self.states = generator_states()
             set_generators(outside)

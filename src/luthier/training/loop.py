@@ -254,9 +254,9 @@ class Loop:
         return {"learning_rate": self.scheduler.get_last_lr()[0]}, False
 
     def _next_rate(self, moved: bool) -> None:
-        with warnings.catch_warnings():
-            if not moved:  # torch takes a first step that is skipped for a mistake in the order of calls
-                warnings.simplefilter("ignore", UserWarning)
+        # Torch takes a first step that is skipped for a mistake in the order of calls.
+        skipped = warnings.catch_warnings(action="ignore", category=UserWarning)
+        with contextlib.nullcontext() if moved else skipped:
             self.scheduler.step()
 
     def _losses(
