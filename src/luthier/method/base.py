@@ -48,6 +48,7 @@ class Facts:
     num_processes: int = 1
     others: tuple[Method, ...] = ()
     quantized: bool = False
+    anatomy: Any = None  # model.anatomy.Anatomy, once there is one
 
 
 class Problem(NamedTuple):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from luthier.model import blocks
 from luthier.support.errors import LuthierError
 
 # (regular expression on the name within a block, role). The first match wins.
@@ -49,6 +50,7 @@ class Anatomy:
 
     def __init__(self, model: PreTrainedModel) -> None:
         modules = dict(model.named_modules())
+        self._modules = modules
         self.block_list = _find_block_list(model)
         self.blocks = tuple(f"{self.block_list}.{i}" for i in range(len(modules[self.block_list])))
         self.trunk = _name_of(model, model.base_model)
@@ -89,6 +91,30 @@ class Anatomy:
     def block_linears(self) -> tuple[Linear, ...]:
         """Matrices inside blocks, by block then in module order."""
         return tuple(x for x in self.linears if x.block >= 0)
+
+    def attention(self, block: int) -> blocks.Attention | blocks.Unknown:
+        """What the attention of this block computes, or why that is not known."""
+        return self._attentions[block]
+
+    def gated_mlp(self, block: int) -> blocks.GatedMlp | blocks.Unknown:
+        """What the MLP of this block computes, or why that is not known."""
+        return self._mlps[block]
+
+    @cached_property
+    def _attentions(self) -> tuple[blocks.Attention | blocks.Unknown, ...]:
+        return tuple(blocks.attention(self._modules, roles, self.head_dim) for roles in self._roles)
+
+    @cached_property
+    def _mlps(self) -> tuple[blocks.GatedMlp | blocks.Unknown, ...]:
+        return tuple(blocks.gated_mlp(b, self._modules, r) for b, r in zip(self.blocks, self._roles, strict=True))
+
+    @cached_property
+    def _roles(self) -> list[dict[str, list[str]]]:
+        """By block: role -> modules."""
+        out: list[dict[str, list[str]]] = [{} for _ in self.blocks]
+        for x in self.block_linears:
+            out[x.block].setdefault(x.role, []).append(x.module)
+        return out
 
     @property
     def num_parameters(self) -> int:

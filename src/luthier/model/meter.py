@@ -41,6 +41,11 @@ class Meter:
         """Work that is no layer's: a decomposition, a sort of gradients."""
         self.flops[self._stage] = self.flops.get(self._stage, 0.0) + flops
 
+    def charge_backward(self, flops: float, x: Tensor) -> None:
+        """Work of a backward that no hook sees, charged where x will be asked for its gradient."""
+        if _has_backward(x):
+            self.charge(flops)
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Charge what happens inside to this stage."""

@@ -91,7 +91,9 @@ def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
     """What `check` looks at: rows, configuration and the anatomy of a model without weights."""
     _, renderer, config, data = gather(recipe, base, tick)
     with torch.device("meta"):
-        return Outline(renderer, config, data, Anatomy(CLASSES[recipe.task].from_config(config)))
+        anatomy = Anatomy(CLASSES[recipe.task].from_config(config))
+    _check(recipe, config, data.train, None, anatomy=anatomy)
+    return Outline(renderer, config, data, anatomy)
 
 
 class Outline(NamedTuple):
@@ -103,9 +105,13 @@ class Outline(NamedTuple):
     anatomy: Anatomy
 
 
-def _check(recipe: Recipe, config: Any, train: Prepared, layout: str | None, processes: int = 1) -> None:
+def _check(
+    recipe: Recipe, config: Any, train: Prepared, layout: str | None, processes: int = 1, anatomy: Anatomy | None = None
+) -> None:
     total = Loop.length(train.rows, recipe) if train.rows else None
-    known: dict[str, Any] = {"model_config": config, "total_steps": total, "num_rows": len(train.rows)}
+    known: dict[str, Any] = {
+        "model_config": config, "total_steps": total, "num_rows": len(train.rows), "anatomy": anatomy,
+    }  # fmt: skip
     recipe.check_methods(recipe.facts(**known, layout=layout, num_processes=processes))
 
 
@@ -156,7 +162,7 @@ def make_ready(
         located, recipe.task, dtype_of(recipe), labels=data.classes, tokenizer=renderer.tokenizer, seed=recipe.seed,
         quantize=recipe.quantize,
     )  # fmt: skip
-    _check(recipe, config, data.train, view.layout, accelerator.num_processes)
+    _check(recipe, config, data.train, view.layout, accelerator.num_processes, view.anatomy)
     return Ready(recipe, folder, view, renderer, data, accelerator)
 
 
