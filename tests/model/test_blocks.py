@@ -153,7 +153,10 @@ class Scaled(torch.nn.Module):
 
 
 def test_activations_over_the_whole_vector_or_with_weights_are_not_known():
-    for activation, why in ((OnlyWhole(), "something else than down"), (Scaled(), "another activation than one module")):
+    for activation, why in (
+        (OnlyWhole(), "something else than down"),
+        (Scaled(), "another activation than one module"),
+    ):
         model = tiny("llama")
         model.model.layers[0].mlp.act_fn = activation
         anatomy = Anatomy(model)

@@ -247,7 +247,8 @@ class Lemo(Compute):
             kept_places=places,
             **kwargs,
         )
-        full = torch.zeros_like(hidden_states).index_copy(1, index, out[0])
+        full = torch.zeros_like(hidden_states)
+        full[:, index] = out[0]  # index_copy and index_add would keep what they write for the backward
         return full, out[1]
 
     @torch.no_grad()
