@@ -109,6 +109,15 @@ def test_left_out_tokens_cost_nothing():
     assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.03)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_mlps_pruned_backward_costs_what_is_left(checkpointing):
+    tuner = Lora(rank=4, targets=("q_proj", "v_proj"))
+    compute = Lemo(keep_fraction=1.0, mlp_prune_fraction=0.75)
+    loop = loop_of(tuner, Sft(), compute=compute, gradient_checkpointing=checkpointing)
+    torch_says = counted(loop)
+    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.01)
+
+
 def test_generation_with_its_cache():
     model, meter = tiny().eval(), Meter()
     model.set_attn_implementation("eager")

@@ -100,7 +100,7 @@ class _PrunedMlp(torch.autograd.Function):
         inner = grads[0] @ down[:, neurons]  # [..., D] -> [..., K]
         with torch.enable_grad():  # the activation's own slope, whatever it is
             z = gated.detach().requires_grad_()
-            act = ctx.activation(z)
+            act = ctx.activation.forward(z)  # around its hooks: this call is no forward of the model's
             (g_gate,) = torch.autograd.grad(act, z, inner * raised)
         return g_gate @ gate[neurons] + (inner * act.detach()) @ up[neurons], None, None, None, None, None
 
