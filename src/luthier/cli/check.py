@@ -35,6 +35,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "train": asdict(train.census),
         "eval": None if held is None else asdict(held.census),
         "skipped": data.skipped,
+        "pool_shared": data.pool_shared,
         "curated": [{"step": k.step, "rows": k.rows, "of": k.of, "reasons": k.reasons} for k in data.kept],
         "matched": matched,
         "left_out": left_out,
@@ -108,7 +109,9 @@ def show(result: dict[str, Any]) -> None:
 
 def _about_data(result: dict[str, Any]) -> list[str]:
     kept = [f"curate {k['step']}: {k['rows']:,} of {k['of']:,} rows stay" for k in result["curated"]]
-    return kept + [f"skipped {line}" for line in result["skipped"]]
+    shared = result["pool_shared"]
+    left_out = [f"pool: {shared:,} rows are left out, since they are training rows as well"] if shared else []
+    return kept + left_out + [f"skipped {line}" for line in result["skipped"]]
 
 
 def _about_model(result: dict[str, Any]) -> list[str]:

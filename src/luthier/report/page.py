@@ -152,6 +152,8 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
             )
         )
     out += [(f"Curated by {k['step']}", f"{k['rows']:,} of {k['of']:,} rows stayed") for k in run.get("curated", [])]
+    if run.get("pool_shared"):
+        out.append(("Pool rows left out", f"{run['pool_shared']:,}, which are training rows as well"))
     if run.get("skipped"):
         out.append(("Rows that could not be read", "; ".join(run["skipped"])))
     return out

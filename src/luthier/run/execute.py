@@ -142,11 +142,13 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
         say(f"curate  {step.step} kept {step.rows} of {step.of} rows")
     if data.skipped:
         say(f"skipped {len(data.skipped)} entries of rows that cannot be read; the first: {data.skipped[0]}")
+    if data.pool_shared:
+        say(f"pool    {data.pool_shared} rows are left out: they are training rows as well")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
     place.note(
         base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
         curated=[{n: v for n, v in k._asdict().items() if n not in ("plane", "axes")} for k in data.kept],
-        classes=data.classes,
+        classes=data.classes, pool_shared=data.pool_shared,
     )  # fmt: skip
     place.write("curation.json", json.dumps([k._asdict() for k in data.kept]))
 

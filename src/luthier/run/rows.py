@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from luthier.curation.base import Base, Selection
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.reading import Tick, no_tick, read
 from luthier.data.rendering import Renderer
-from luthier.data.store import Rows
+from luthier.data.store import Row, Rows
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.support.errors import RecipeError
@@ -34,6 +35,7 @@ class Data(NamedTuple):
     skipped: list[str]
     kept: list[Kept]
     curation: Cost
+    pool_shared: int = 0  # rows of the pool that were left out, since the training rows hold them as well
 
     @property
     def classes(self) -> list[str]:
@@ -81,11 +83,16 @@ def prepare_rows(
     fit: dict[str, Any] = {
         "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "labels": labels or None, "tick": tick,
     }  # fmt: skip
-    pool = None
+    pool, shared = None, 0
     if d.pool:
         unlabelled, more = read(d.pool, d.columns, base, "unlabelled", "pool", part=d.train_split, **how)
         skipped += more
-        pool = prepare(unlabelled, renderer, **{**fit, "labels": {}})
+        new = apart(unlabelled, rows)
+        shared = len(unlabelled) - len(new)
+        if not new:
+            what = f"the training rows hold all {shared} rows of it as well"
+            raise RecipeError("data.pool", what, "name rows that are not labelled")
+        pool = prepare(new, renderer, **{**fit, "labels": {}})
     return Data(
         prepare(rows, renderer, **fit),
         prepare(held, renderer, **fit) if held is not None else None,
@@ -95,7 +102,20 @@ def prepare_rows(
         skipped,
         kept,
         cost,
+        shared,
     )
+
+
+def apart(pool: Rows, labelled: Rows) -> Rows:
+    """The rows of the pool whose text, but for case and white space, is that of no labelled row."""
+    known = {_likeness(r) for r in labelled}
+    keep = [i for i, r in enumerate(pool) if _likeness(r) not in known]
+    return pool if len(keep) == len(pool) else pool.take(np.array(keep, dtype=np.int64))
+
+
+def _likeness(row: Row) -> bytes:
+    """Equal for texts that differ in case and white space only."""
+    return hashlib.blake2b(" ".join(row.values["text"].casefold().split()).encode(), digest_size=16).digest()
 
 
 def _labels(rows: Rows, held: Rows | None, known: Mapping[str, int]) -> dict[str | int, int]:
