@@ -10,16 +10,16 @@ import transformers as tf
 
 from luthier.cli.check import check_recipe
 from luthier.compute.lemo import Lemo, block_scores, kept_blocks, layer_keep, pruned_mlp, tokens_of
-from luthier.support.errors import LuthierError, RecipeError
 from luthier.method import Facts
 from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView, attention_implementation
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
 from luthier.recipe import load_file
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import SIZES, TOKENS, batch_of, byte_tokenizer, rows_of, view_of
 from luthier.training.loop import Loop
-from luthier.step.settings import TrainSettings
 from luthier.tuners.lora import Lora
 
 KINDS = {  # blocks that differ in what methods are tempted to assume: biases, norms, activations, windows
@@ -96,8 +96,8 @@ def test_2_the_gather_path_equals_dense_attention_with_eliminated_keys_masked(ki
 @pytest.mark.parametrize("how", ["trained", "asked", "ordinary operations"])
 def test_a_window_counts_the_places_tokens_had(how):
     """With and without a gradient and inside a forward-mode derivative: tokens that were left out still lie between."""
-    from luthier.model.attention import flat_attention
     from luthier.kernels.plain import plain_operations
+    from luthier.model.attention import flat_attention
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 7, 8, generator=generator, requires_grad=how == "trained") for h in (4, 2, 2))

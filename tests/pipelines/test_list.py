@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from luthier.cli.check import check_recipe, show
 from luthier.data.batch import collate
 from luthier.data.reading import read
-from luthier.support.errors import LuthierError, RecipeError
 from luthier.model.view import attention_implementation
 from luthier.objectives.base import Clock, Window
 from luthier.objectives.distill import Distill, soft_loss
 from luthier.objectives.sft import Sft
 from luthier.pipelines import base
 from luthier.pipelines.base import Apply, run_pipeline
-from luthier.step.lab import Lab
 from luthier.pipelines.list import List
 from luthier.recipe import load_file
 from luthier.run.rows import apart
-from luthier.testing.models import view_of
-from luthier.training.loop import Loop
+from luthier.step.lab import Lab
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.testing.models import view_of
+from luthier.training.loop import Loop
 from luthier.tuners.adapter import Adapter
 
 WORDS = torch.tensor([4, 5])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from luthier.compute.base import Compute
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.model.additions import is_packed, replace_forward
+from luthier.model.additions import is_packed
 from luthier.model.anatomy import Anatomy
 from luthier.model.blocks import Attention, GatedMlp, Unknown, queries_and_keys
 from luthier.model.view import ModelView
@@ -211,14 +211,14 @@ class Lemo(Compute):
             parts = view.anatomy.attention(layer)
             assert isinstance(parts, Attention)
             attention = view.module.get_submodule(parts.module)
-            undo.callback(
-                replace_forward(attention, partial(self._attend, parts, attention.forward, view, layer, keep, state))
-            )
+            attention.forward = partial(self._attend, parts, attention.forward, view, layer, keep, state)
+            undo.callback(delattr, attention, "forward")
         if self.mlp_prune_fraction:
             known = view.anatomy.gated_mlp(layer)
             assert isinstance(known, GatedMlp)
             mlp, layers = view.module.get_submodule(known.module), _frozen_layers(view, known)
-            undo.callback(replace_forward(mlp, partial(self._prune, view, known.activation, layers)))
+            mlp.forward = partial(self._prune, view, known.activation, layers)
+            undo.callback(delattr, mlp, "forward")
 
     def _prune(self, view: ModelView, activation: nn.Module, layers: Layers, x: Tensor) -> Tensor:
         """The MLP with fewer neurons in its backward."""

@@ -45,7 +45,7 @@ def oriented(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> Undo:
+def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Undo:
     """Give one module object another forward; the class and the parameters stay."""
     if "forward" in module.__dict__:
         raise ValueError("this layer already carries an adapter; detach it first")
