@@ -20,7 +20,9 @@ from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import SIZES, TOKENS, batch_of, byte_tokenizer, rows_of, view_of
 from luthier.training.loop import Loop
+from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
+from luthier.tuners.spiel import Spiel
 
 KINDS = {  # blocks that differ in what methods are tempted to assume: biases, norms, activations, windows
     "llama": {"mlp_bias": True, "attention_bias": True},
@@ -415,6 +417,34 @@ def test_what_a_method_is_not_asked_for_need_not_be_known():
     facts = Facts(anatomy=Anatomy(moe))
     assert Lemo().check(facts) == []
     assert [p.key for p in Lemo(mlp_prune_fraction=0.5).check(facts)] == ["mlp_prune_fraction"]
+
+
+def test_a_layers_own_attention_is_given_the_places_its_tokens_had():
+    view, batch, given = view_of(layers=6), batch_of((32, 21)), {}
+    attention = view.block(3).self_attn
+    own = attention.forward
+    attention.forward = hung = lambda *a, **k: given.update(k) or own(*a, **k)
+    with Lemo(block_size=4).patch(view, "train") as state:
+        view.trace(batch)
+    assert attention.forward is hung, "what was there before is there again"
+    kept = state.kept[3]
+    assert 0 < len(kept) < 53 and torch.equal(given["position_ids"], batch.pos[kept][None])
+    assert torch.equal(given["kept_places"], batch.pos[kept])
+    assert given["sequence_lengths"] == (int((kept < 32).sum()), int((kept >= 32).sum()))
+
+
+def test_pruning_beside_a_tuner_that_trains_mlps_is_refused():
+    pruned = Lemo(mlp_prune_fraction=0.5)
+    for tuner, problems in ((Full(), ["mlp_prune_fraction"]), (Lora(), []), (Spiel(targets=("q_proj",)), [])):
+        assert [p.key for p in pruned.check(Facts(others=(tuner, pruned)))] == problems
+    assert Lemo().check(Facts(others=(Full(),))) == []
+
+
+def test_one_neuron_stays_however_many_are_pruned():
+    batch = batch_of((9, 7))
+    _, grads, _ = nll_and_grads(stirred("llama"), batch, Lemo(keep_fraction=1.0, mlp_prune_fraction=0.999))
+    _, one, _ = nll_and_grads(stirred("llama"), batch, Lemo(keep_fraction=1.0, mlp_prune_fraction=63 / 64))
+    assert all(torch.equal(a, b) for a, b in zip(grads, one, strict=True))
 
 
 def test_a_quantised_mlp_is_refused_before_it_is_loaded():

@@ -87,7 +87,7 @@ class _PrunedMlp(torch.autograd.Function):
         gated, raised = gate(x), up(x)  # [..., I]
         act = activation(gated)
         score = act.flatten(0, -2).float().norm(dim=0) + raised.flatten(0, -2).float().norm(dim=0)  # [I]
-        neurons = score.topk(keep).indices.sort().values
+        neurons = score.topk(keep).indices
         ctx.save_for_backward(gated[..., neurons], raised[..., neurons], neurons)
         ctx.weights, ctx.activation = (gate.weight, up.weight, down.weight), activation
         out: Tensor = down(act * raised)
@@ -211,14 +211,13 @@ class Lemo(Compute):
             parts = view.anatomy.attention(layer)
             assert isinstance(parts, Attention)
             attention = view.module.get_submodule(parts.module)
-            attention.forward = partial(self._attend, parts, attention.forward, view, layer, keep, state)
-            undo.callback(delattr, attention, "forward")
+            sparse = partial(self._attend, parts, attention.forward, view, layer, keep, state)
+            undo.enter_context(_computing(attention, sparse))
         if self.mlp_prune_fraction:
             known = view.anatomy.gated_mlp(layer)
             assert isinstance(known, GatedMlp)
             mlp, layers = view.module.get_submodule(known.module), _frozen_layers(view, known)
-            mlp.forward = partial(self._prune, view, known.activation, layers)
-            undo.callback(delattr, mlp, "forward")
+            undo.enter_context(_computing(mlp, partial(self._prune, view, known.activation, layers)))
 
     def _prune(self, view: ModelView, activation: nn.Module, layers: Layers, x: Tensor) -> Tensor:
         """The MLP with fewer neurons in its backward."""
@@ -272,6 +271,19 @@ class Lemo(Compute):
             short.append(len(index))
             start += length
         return torch.cat(kept), tuple(short)
+
+
+@contextmanager
+def _computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for one module; afterwards the one it had, be it its class's or something hung on it."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _frozen_layers(view: ModelView, parts: GatedMlp) -> Layers:
