@@ -1,6 +1,7 @@
 """The exact checks of the sheet; numbers in names are the sheet's."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from luthier.cli.check import check_recipe
 from luthier.compute.lemo import Lemo, block_scores, kept_blocks, layer_keep, pruned_mlp, tokens_of
 from luthier.method import Facts
 from luthier.model.anatomy import Anatomy
+from luthier.model.blocks import queries_and_keys
 from luthier.model.view import ModelView, attention_implementation
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
@@ -225,6 +227,20 @@ def test_kept_blocks_hold_the_first():
     assert kept_blocks(scores, 2).tolist() == [0, 1]
     assert kept_blocks(scores, 2, keep_first=False).tolist() == [1, 3]
     assert tokens_of(torch.tensor([0, 2]), 4, 10).tolist() == [0, 1, 2, 3, 8, 9]
+
+
+def test_an_attention_that_looks_ahead_is_scored_so_and_short_sequences_keep_a_block():
+    view = stirred("llama")
+    parts = replace(view.anatomy.attention(3), causal=False)
+    hidden = torch.randn(1, 35, 32, generator=torch.Generator().manual_seed(0))
+    compute = Lemo(block_size=4, keep_first_block=False)
+    with torch.no_grad():
+        kept, short = compute.choose(view, parts, hidden, (24, 8, 3), 0.5)
+        q, k = queries_and_keys(view.module.get_submodule, parts, hidden[:, :24])
+    total = naive_scores(q, k, 4, symmetrise=True, causal=False).sum(0)
+    blocks = sorted(sorted(range(6), key=lambda n: -float(total[n]))[:3])
+    assert kept[:12].tolist() == [t for b in blocks for t in range(4 * b, 4 * b + 4)]
+    assert short == (12, 4, 3) and kept[-3:].tolist() == [32, 33, 34]
 
 
 ACTIVATIONS = {"llama": F.silu, "qwen3": F.silu, "gemma3": lambda x: F.gelu(x, approximate="tanh")}

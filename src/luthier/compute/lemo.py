@@ -259,14 +259,10 @@ class Lemo(Compute):
         how: dict[str, Any] = {"causal": parts.causal, "symmetrise": self.symmetrise, "window": parts.window}
         kept, short, start = [], [], 0
         for length in lengths:
-            n = -(-length // self.block_size)
-            part = slice(start, start + length)
-            if n < 2:
-                index = torch.arange(length, device=hidden.device)
-            else:
-                scores = block_scores(q[:, part], k[:, part], self.block_size, **how)
-                blocks = kept_blocks(scores, max(1, int(n * keep)), self.keep_first_block)
-                index = tokens_of(blocks, self.block_size, length)
+            part, n = slice(start, start + length), -(-length // self.block_size)
+            scores = block_scores(q[:, part], k[:, part], self.block_size, **how)
+            blocks = kept_blocks(scores, max(1, int(n * keep)), self.keep_first_block)
+            index = tokens_of(blocks, self.block_size, length)
             kept.append(index + start)
             short.append(len(index))
             start += length
