@@ -236,6 +236,7 @@ def test_an_attention_that_looks_ahead_is_scored_so_and_short_sequences_keep_a_b
     compute = Lemo(block_size=4, keep_first_block=False)
     with torch.no_grad():
         kept, short = compute.choose(view, parts, hidden, (24, 8, 3), 0.5)
+        assert compute.choose(view, parts, hidden, (24, 8, 3), 0.45)[1] == (8, 4, 3)  # int(2.7), never more
         q, k = queries_and_keys(view.module.get_submodule, parts, hidden[:, :24])
     total = naive_scores(q, k, 4, symmetrise=True, causal=False).sum(0)
     blocks = sorted(sorted(range(6), key=lambda n: -float(total[n]))[:3])
