@@ -464,6 +464,15 @@ def test_one_neuron_stays_however_many_are_pruned():
     assert all(torch.equal(a, b) for a, b in zip(grads, one, strict=True))
 
 
+def test_packed_weights_of_an_mlp_are_refused():
+    view = view_of(layers=6)
+    view.module.requires_grad_(False)
+    down = view.block(1).mlp.down_proj
+    down.weight = torch.nn.Parameter(down.weight.to(torch.uint8), requires_grad=False)
+    with pytest.raises(LuthierError, match="trained or quantised"), Lemo(mlp_prune_fraction=0.5).patch(view, "train"):
+        pass
+
+
 def test_a_quantised_mlp_is_refused_before_it_is_loaded():
     assert Lemo().check(Facts(quantized=True)) == []
     assert [p.what for p in Lemo(mlp_prune_fraction=0.5).check(Facts(quantized=True))] == [
