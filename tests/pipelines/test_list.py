@@ -18,6 +18,7 @@ from luthier.pipelines import base
 from luthier.pipelines.base import Apply, run_pipeline
 from luthier.pipelines.list import List
 from luthier.recipe import load_file
+from luthier.run.ready import outline
 from luthier.run.rows import apart
 from luthier.step.lab import Lab
 from luthier.step.probe import Probe
@@ -371,6 +372,7 @@ def test_check_says_how_many_rows_of_the_pool_are_training_rows(model_folder, tm
     found = check_recipe(load_file(tmp_path / "r.yaml"), tmp_path)
     show(found)
     assert found["pool_shared"] == 2
+    assert len(outline(load_file(tmp_path / "r.yaml"), tmp_path).data.pool.rows) == 8
     assert "pool: 2 rows are left out, since they are training rows as well" in capsys.readouterr().out
     lines(tmp_path / "pool.jsonl", [{"text": f"THING {i}"} for i in range(6)])
     with pytest.raises(RecipeError, match="data.pool: the training rows hold all 6 rows of it as well"):
