@@ -106,7 +106,9 @@ def test_keys_that_no_party_would_hear_of_are_refused(words, agreed, tmp_path):
 
 
 def test_several_sources_are_refused(agreed, tmp_path):
-    done = luthier("collaborate", "contract", agreed / "r.yaml", tmp_path / "c", "data.train=[{path: a.jsonl}]", cwd=tmp_path)
+    done = luthier(
+        "collaborate", "contract", agreed / "r.yaml", tmp_path / "c", "data.train=[{path: a.jsonl}]", cwd=tmp_path
+    )
     assert done.returncode == 2 and "data.train: holds several sources" in done.stderr and not (tmp_path / "c").exists()
 
 

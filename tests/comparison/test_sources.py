@@ -43,7 +43,9 @@ def test_every_source_gets_a_file_and_keeps_its_weight(tmp_path, search):
 
 def test_a_command_cannot_mix(tmp_path):
     plan = plan_of(tmp_path, None, {"x": {}, "theirs": {"command": "train {train} {output}", "like": "x"}})
-    with pytest.raises(RecipeError, match=r"arm theirs: data\.train: holds several sources, which a command cannot mix"):
+    with pytest.raises(
+        RecipeError, match=r"arm theirs: data\.train: holds several sources, which a command cannot mix"
+    ):
         written(plan, {a: recipe_of(plan, a) for a in plan.arms}, tmp_path, tmp_path / "out")
 
 

@@ -44,7 +44,9 @@ def test_check_and_the_run_list_the_sources(model_folder, tmp_path):
     assert said["sources"] == [
         {"name": "train.jsonl", "rows": 18, "share": 0.5}, {"name": "more.jsonl", "rows": 6, "share": 0.5},
     ]  # fmt: skip
-    assert "source more.jsonl: 6 rows, 50.0% of the draws" in luthier("check", path, "--no-forecast", cwd=tmp_path).stdout
+    assert (
+        "source more.jsonl: 6 rows, 50.0% of the draws" in luthier("check", path, "--no-forecast", cwd=tmp_path).stdout
+    )
     done = luthier("run", path, cwd=tmp_path)
     assert done.returncode == 0 and "source  more.jsonl: 6 rows, 50.0% of the draws" in done.stderr, done.stderr
     run = json.loads((tmp_path / "out/run.json").read_text())

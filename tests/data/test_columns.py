@@ -79,7 +79,10 @@ def test_whole_numbers_stay_whole_and_a_single_fraction_makes_all_fractions(tmp_
     [
         ({"source": "a", "soft": [1, 0], "marks": []}, r"d\.jsonl:2: has no field 'weight', which data\.keep names"),
         ({"weight": "x", "source": "a", "soft": [1, 0], "marks": []}, r"d\.jsonl:2: weight is a text, in .*d\.jsonl:1"),
-        ({"weight": 1, "source": "a", "soft": [1], "marks": []}, r"d\.jsonl:2: soft is 1 numbers, in .*it is 2 numbers"),
+        (
+            {"weight": 1, "source": "a", "soft": [1], "marks": []},
+            r"d\.jsonl:2: soft is 1 numbers, in .*it is 2 numbers",
+        ),
         ({"weight": {}, "source": "a", "soft": [1, 0], "marks": []}, r"d\.jsonl:2: weight is '\{\}'"),
         ({"weight": float("nan"), "source": "a", "soft": [1, 0], "marks": []}, r"d\.jsonl:2: weight is 'nan'"),
         ({"weight": 1, "source": "a", "soft": [1, 0]}, r"d\.jsonl:2: has no field 'marks', which data\.spans names"),
@@ -282,7 +285,9 @@ def test_a_sequence_without_a_column_of_the_others_is_named(level, which):
     rows = items()
     lost = min(rows[which][level])
     del rows[which][level][lost]
-    with pytest.raises(LuthierError, match=f"{rows[which]['key']}: has no {level} column '{lost}', which other rows have"):
+    with pytest.raises(
+        LuthierError, match=f"{rows[which]['key']}: has no {level} column '{lost}', which other rows have"
+    ):
         collate(rows)
 
 
@@ -310,7 +315,11 @@ def test_spans_follow_dropped_tokens():
 def test_columns_of_tokens_in_both_layouts(name):
     batch = collate(items())
     rectangle = pad(batch.token[name], batch, -1)
-    assert rectangle.shape == (3, 4) and rectangle.dtype == batch.token[name].dtype and rectangle[1, 2:].tolist() == [-1, -1]
+    assert (
+        rectangle.shape == (3, 4)
+        and rectangle.dtype == batch.token[name].dtype
+        and rectangle[1, 2:].tolist() == [-1, -1]
+    )
     assert torch.equal(unpad(rectangle, batch), batch.token[name])
     vectors = torch.stack([batch.token["w"], batch.token["w"] * 2], 1)  # [T, 2]
     assert torch.equal(unpad(pad(vectors, batch), batch), vectors)
@@ -358,7 +367,9 @@ def test_a_method_adds_typed_columns(tmp_path):
     assert batch.token["kinds"].dtype == torch.int64 and batch.row["hard"].tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert batch.row["weight"].tolist() == [2.0, 0.5, 1.0] and listed(batch.span["marks"])
     again = more.with_columns(row={"hard": np.array([[1, 2], [3, 4], [5, 6]])})
-    assert collate(again[:]).row["hard"].tolist() == [[1, 2], [3, 4], [5, 6]] and len(again.columns) == len(more.columns)
+    assert collate(again[:]).row["hard"].tolist() == [[1, 2], [3, 4], [5, 6]] and len(again.columns) == len(
+        more.columns
+    )
     with pytest.raises(LuthierError, match=r"d\.jsonl:2: column 'history' has shape \[3\], the row has"):
         rows.with_columns(token={"history": [history[0], np.zeros(3), history[2]]})
 

@@ -57,7 +57,11 @@ def test_an_epoch_has_as_many_rows_as_there_are_and_the_shares_asked_for():
     rows = mixed.epoch(0, Streams(0))
     assert len(rows) == 100 and (rows < 90).sum() == 50 and (np.diff(rows) >= 0).all()
     counts = Counter(rows.tolist())
-    assert max(counts.values()) == 5 and all(counts[i] == 5 for i in range(90, 100)) and max(counts[i] for i in range(90)) == 1
+    assert (
+        max(counts.values()) == 5
+        and all(counts[i] == 5 for i in range(90, 100))
+        and max(counts[i] for i in range(90)) == 1
+    )
 
 
 def test_no_row_comes_twice_before_all_have_come_once():
@@ -74,7 +78,11 @@ def test_draws_follow_seed_source_and_epoch_and_nothing_else():
     first = drawn(50, 20, 3, Streams(1), "a.jsonl").tolist()
     drawn(50, 20, 0, Streams(1), "a.jsonl")
     assert drawn(50, 20, 3, Streams(1), "a.jsonl").tolist() == first
-    others = [drawn(50, 20, 3, Streams(2), "a.jsonl"), drawn(50, 20, 3, Streams(1), "b"), drawn(50, 20, 4, Streams(1), "a.jsonl")]
+    others = [
+        drawn(50, 20, 3, Streams(2), "a.jsonl"),
+        drawn(50, 20, 3, Streams(1), "b"),
+        drawn(50, 20, 4, Streams(1), "a.jsonl"),
+    ]
     assert all(o.tolist() != first for o in others)
     alone, beside = mixture((50, 50), (1.0, 1.0)), mixture((50, 50), (1.0, 3.0))
     assert alone.epoch(0, Streams(0)).tolist() == list(range(100)) != beside.epoch(0, Streams(0)).tolist()
@@ -138,7 +146,10 @@ def test_sources_are_read_with_their_own_settings_and_named_by_file_and_line(tmp
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ("train: [{path: a.jsonl, wieght: 2}]", r":2: data\.train\.0\.wieght: there is no such key; did you mean weight\?"),
+        (
+            "train: [{path: a.jsonl, wieght: 2}]",
+            r":2: data\.train\.0\.wieght: there is no such key; did you mean weight\?",
+        ),
         ("train: [{path: a.jsonl}, {weight: 2}]", r"data\.train\.1\.path: is missing"),
         ("train: [{path: a.jsonl, weight: 0}]", r"data\.train\.0\.weight: 0: input should be greater than 0"),
         ("train: []", r"data\.train: \[\]: "),
