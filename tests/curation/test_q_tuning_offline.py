@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from luthier.curation import QTuningOffline
-from luthier.curation.base import Base
 from luthier.curation.q_tuning_offline import scored
 from luthier.data.batch import IGNORE
 from luthier.data.quadrants import choose_rows, named
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
+from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
-from luthier.support.errors import RecipeError
-from luthier.support.rng import Streams
+from luthier.step.lab import Lab
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import byte_tokenizer, tiny
 from test_run import luthier, rows, write
 
@@ -23,7 +23,7 @@ from test_run import luthier, rows, write
 @pytest.fixture(scope="module")
 def base():
     view = ModelView(tiny("llama", vocab_size=260, max_position_embeddings=512).eval(), byte_tokenizer())
-    return Base(lambda: view, Renderer(view.tokenizer))
+    return lab_with(Renderer(view.tokenizer), {"base": lambda: view})
 
 
 def some(n, start=0):
@@ -43,7 +43,7 @@ def test_perplexity_and_entropy_against_a_plain_softmax(base):
 
 
 def test_the_choice_is_the_objectives_over_the_whole_set(base):
-    chosen = QTuningOffline(keep_fraction=0.3).select(some(40), Streams(0), base)
+    chosen = QTuningOffline(keep_fraction=0.3).select(some(40), base)
     plane, _ = scored(some(40), base)
     by_hand = choose_rows(plane[:, 0], plane[:, 1], 0.3, 10)
     assert chosen.keep.tolist() == by_hand.keep.tolist() and len(chosen.keep) == 12
@@ -57,12 +57,12 @@ def test_the_choice_is_the_objectives_over_the_whole_set(base):
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 1.0])
 def test_the_count_is_exact(base, fraction):
-    assert len(QTuningOffline(keep_fraction=fraction).select(some(40), Streams(0), base).keep) == int(fraction * 40)
+    assert len(QTuningOffline(keep_fraction=fraction).select(some(40), base).keep) == int(fraction * 40)
 
 
 def test_the_order_of_rows_does_not_matter(base):
     mixed = list(reversed(some(30)))
-    one, other = (QTuningOffline(keep_fraction=0.3).select(r, Streams(0), base) for r in (some(30), mixed))
+    one, other = (QTuningOffline(keep_fraction=0.3).select(r, base) for r in (some(30), mixed))
     assert {some(30)[i].key for i in one.keep} == {mixed[i].key for i in other.keep}
 
 
@@ -72,10 +72,12 @@ def test_corners_of_the_plane_have_their_names():
 
 
 def test_what_cannot_be_chosen_is_refused(base):
-    with pytest.raises(RecipeError, match="asks a model and was given none"):
-        QTuningOffline(keep_fraction=0.5).select(some(4), Streams(0))
+    with pytest.raises(LuthierError, match="asks a model and was given none; pass model and tokenizer"):
+        QTuningOffline(keep_fraction=0.5).choose([r.values for r in some(4)])
+    with pytest.raises(LuthierError, match="there is no model called 'base' here"):
+        QTuningOffline(keep_fraction=0.5).select(some(4), Lab())
     with pytest.raises(RecipeError, match="keeps none"):
-        QTuningOffline(keep_fraction=0.01).select(some(4), Streams(0), base)
+        QTuningOffline(keep_fraction=0.01).select(some(4), base)
     with pytest.raises(ValueError, match="keep_fraction"):
         QTuningOffline(keep_fraction=1.5)
 

@@ -17,8 +17,8 @@ from luthier.curation.scdp import (
 )
 from luthier.data.mixture import quotas
 from luthier.data.store import Row
+from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
-from luthier.support.rng import Streams
 
 WORDS = "alpha beta gamma delta river stone cloud field green paper metal seven night glass horse table".split()  # noqa: SIM905
 
@@ -72,8 +72,8 @@ def test_2_distance_identity_and_order():
 
 def test_3_the_rule_switches_on_the_kept_count():
     many = rows(3000)
-    far = Scdp(keep_fraction=0.5).select(many, Streams(0))
-    spread = Scdp(keep_fraction=0.501).select(many, Streams(0))
+    far = Scdp(keep_fraction=0.5).select(many, Lab())
+    spread = Scdp(keep_fraction=0.501).select(many, Lab())
     assert len(far.keep) == 1500 and "rule far" in far.reason[0]
     assert len(spread.keep) == 1503 and "rule stratified" in spread.reason[0]
     assert far.score[far.keep].min() >= np.delete(far.score, far.keep).max()
@@ -103,10 +103,10 @@ def test_6_far_follows_its_rows():
     generator = random.Random(7)
     words = lambda: [f"w{int(generator.paretovariate(0.8))}" for _ in range(generator.randint(5, 30))]  # noqa: E731
     some = [Row(f"f:{i}", {"text": " ".join(words())}) for i in range(60)]
-    kept = {some[i].key for i in Scdp(keep_fraction=0.3).select(some, Streams(0)).keep}
+    kept = {some[i].key for i in Scdp(keep_fraction=0.3).select(some, Lab()).keep}
     order = random.Random(3).sample(range(60), 60)
     mixed = [some[i] for i in order]
-    selection = Scdp(keep_fraction=0.3).select(mixed, Streams(0))
+    selection = Scdp(keep_fraction=0.3).select(mixed, Lab())
     scores = np.sort(selection.score)
     assert len(np.unique(scores.round(9))) == 60, "the check needs scores without ties"
     assert {mixed[i].key for i in selection.keep} == kept
@@ -118,7 +118,7 @@ def test_7_the_spread_of_distances_is_wider_than_a_random_subsets():
     for i in range(6000):  # Zipf-like words, so that distances differ
         words = [f"w{int(generator.paretovariate(0.8))}" for _ in range(generator.randint(3, 40))]
         some.append(Row(f"f:{i}", {"text": " ".join(words)}))
-    selection = Scdp(keep_fraction=0.3).select(some, Streams(0))
+    selection = Scdp(keep_fraction=0.3).select(some, Lab())
 
     def entropy(index):
         p = np.bincount(strata_of(selection.score)[index], minlength=100) / len(index)
@@ -133,7 +133,7 @@ def test_7_the_spread_of_distances_is_wider_than_a_random_subsets():
 def test_class_balance_meets_largest_remainder_quotas():
     assert quotas(np.array([5, 3, 2]), 7).tolist() == [4, 2, 1]
     labelled = rows(300, labels=["a", "a", "b"])
-    selection = Scdp(keep_fraction=0.3, class_balanced=True).select(labelled, Streams(0))
+    selection = Scdp(keep_fraction=0.3, class_balanced=True).select(labelled, Lab())
     kept = [labelled[i].values["label"] for i in selection.keep]
     assert kept.count("a") == 60 and kept.count("b") == 30
 
@@ -143,23 +143,23 @@ def test_bad_input():
         with pytest.raises(ValueError, match="keep_fraction"):
             Scdp(keep_fraction=value)
     with pytest.raises(RecipeError, match="keeps no example"):
-        Scdp(keep_fraction=0.01).select(rows(10), Streams(0))
+        Scdp(keep_fraction=0.01).select(rows(10), Lab())
     with pytest.raises(RecipeError, match="hold no words"):
-        Scdp(keep_fraction=0.5).select([Row("f:1", {"text": "a"}), Row("f:2", {"text": ""})], Streams(0))
+        Scdp(keep_fraction=0.5).select([Row("f:1", {"text": "a"}), Row("f:2", {"text": ""})], Lab())
     with pytest.raises(RecipeError, match="a row has no label"):
-        Scdp(keep_fraction=0.5, class_balanced=True).select(rows(10), Streams(0))
+        Scdp(keep_fraction=0.5, class_balanced=True).select(rows(10), Lab())
     some = [*rows(20), Row("f:21", {"text": "x"})]
-    assert 20 not in Scdp(keep_fraction=0.5).select(some, Streams(0)).keep
+    assert 20 not in Scdp(keep_fraction=0.5).select(some, Lab()).keep
 
 
 def test_random_keeps_its_share_by_key():
     some = rows(100)
-    a, b = (Random(keep_fraction=0.3).select(some, Streams(s)) for s in (0, 1))
+    a, b = (Random(keep_fraction=0.3).select(some, Lab(seed=s)) for s in (0, 1))
     assert len(a.keep) == 30 and not np.array_equal(a.keep, b.keep)
-    assert np.array_equal(a.keep, Random(keep_fraction=0.3).select(some, Streams(0)).keep)
+    assert np.array_equal(a.keep, Random(keep_fraction=0.3).select(some, Lab()).keep)
     shuffled = random.Random(1).sample(some, 100)
-    again = Random(keep_fraction=0.3).select(shuffled, Streams(0))
+    again = Random(keep_fraction=0.3).select(shuffled, Lab())
     assert {shuffled[i].key for i in again.keep} == {some[i].key for i in a.keep}
-    assert len(Random(keep_fraction=1.0).select(some, Streams(0)).keep) == 100
+    assert len(Random(keep_fraction=1.0).select(some, Lab()).keep) == 100
     with pytest.raises(RecipeError, match="keeps none"):
-        Random(keep_fraction=0.001).select(some, Streams(0))
+        Random(keep_fraction=0.001).select(some, Lab())

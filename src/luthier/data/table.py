@@ -192,9 +192,7 @@ class Table:
         )  # fmt: skip
         return out if score is None else replace(out, score=_put(self.score, numbers, score))
 
-    def _replaced(
-        self, children: Iterable[Sequence[Mapping[str, Any]] | None], word: int, reason: Reasons
-    ) -> Table:
+    def _replaced(self, children: Iterable[Sequence[Mapping[str, Any]] | None], word: int, reason: Reasons) -> Table:
         """Every row that has children gives its place to them."""
         live, parents, gone = array("q"), array("q"), array("q")
         told, held = self._told(reason), iter(children)

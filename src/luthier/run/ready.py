@@ -64,7 +64,7 @@ class Ready:
         has been measured before."""
         held, recipe = self.data.held, self.recipe
         rows_held = () if held is None else held.rows
-        exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or ())
+        exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or (), recipe.codec)
         head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
         model = key_of(self.view.base.weights, self.view.base.tokenizer, recipe.quantize, head, update)
         rows = "none" if held is None or self.data.held_rows is None else held.digest + self.data.held_rows.digest

@@ -22,7 +22,7 @@ def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> 
     machine = (str(view.dtype), view.device.type, view.layout)
     texts = (renderer.system, renderer.plain, renderer.tokenizer.chat_template)
     code = code_key("luthier.evaluation.base", *MODEL, *sorted({type(e).__module__ for e in evaluators}))
-    return key_of(model, rows, asked, machine, texts, exam.task, exam.lab.seed, code)
+    return key_of(model, rows, asked, machine, texts, exam.task, exam.lab.seed, exam.codec.name, code)
 
 
 def kept(key: str, exam: Exam, evaluators: list[Evaluator]) -> Results:

@@ -8,7 +8,7 @@ import pytest
 
 CONTRACT = "luthier.testing.contract"
 # argument of a test -> which examples it is asked of
-ARGUMENTS = ("example", "tuner", "objective", "plain_tuner")
+ARGUMENTS = ("example", "tuner", "objective", "curate", "plain_tuner")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

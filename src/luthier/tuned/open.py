@@ -102,14 +102,15 @@ def answers(
             raise LuthierError("--base: the untouched model has no trained head, so it has no answer")
         with run.update.bind(run.view):
             return [{"prompt": p, **_classified(run, p)} for p in prompts]
-    ids = [run.renderer.prompt_ids({"prompt": p}) for p in prompts]
+    codec, asked = run.recipe.codec, [{"prompt": p} for p in prompts]
+    ids = [run.renderer.prompt_ids(codec.encode(values)) for values in asked]
     before = generate(run.view, ids, run.renderer, max_new_tokens) if base_too else []
     with run.update.bind(run.view):
         after = generate(run.view, ids, run.renderer, max_new_tokens)
     out = []
-    for i, prompt in enumerate(prompts):
-        entry = {"prompt": prompt, "answer": after[i].text, "stopped": after[i].stopped}
-        out.append({**entry, "base": before[i].text} if base_too else entry)
+    for i, values in enumerate(asked):
+        entry = {**values, "answer": codec.decode(values, after[i].text), "stopped": after[i].stopped}
+        out.append({**entry, "base": codec.decode(values, before[i].text)} if base_too else entry)
     return out
 
 
