@@ -36,8 +36,8 @@ def main() -> None:
     """Entry point."""
     out: dict[str, Any] = {**machine_note()}
     sets = {
-        "mbpp": read(str(MBPP), {"completion": "code"}, Path(), "causal-lm", "eval")[0],
-        "humaneval": read("builtin:humaneval", {}, Path(), "causal-lm", "eval")[0],
+        "mbpp": read(str(MBPP), {"completion": "code"}, Path(), "eval")[0],
+        "humaneval": read("builtin:humaneval", {}, Path(), "eval")[0],
     }
     for name, found in sets.items():
         rows = [r.values for r in found]

@@ -56,7 +56,7 @@ def main() -> None:
     out: dict[str, Any] = {**machine_note(), "window": WINDOW, "steps": STEPS, "arms": {}}
     for name, loop in arms.items():
         ratios = [a / b for a, b in zip(seconds[name][1:], seconds["sft"][1:], strict=True)]
-        loss = mean_loss(row_scores(loop.view, held, 4096, "causal-lm"))
+        loss = mean_loss(row_scores(loop.view, held, 4096))
         spent = sum(loop.progress.flops.values()) / sum(arms["sft"].progress.flops.values())
         out["arms"][name] = {
             "times the step of sft": round(statistics.median(ratios), 3),

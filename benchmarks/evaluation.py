@@ -76,12 +76,13 @@ def scored(arm: str, folder: Path) -> dict[str, float]:
     from luthier.evaluation import LmEval
     from luthier.evaluation.base import Exam
     from luthier.inference.services import lab_with
+    from luthier.tasks.causal_lm import CausalLm
 
     view, renderer = model()
     started = time.perf_counter()
     if arm == "luthier":
         (acc,) = LmEval(tasks=("abstracts",), metrics=("acc",), folder=str(folder)).evaluate(
-            Exam(view, lab_with(renderer, {"base": lambda: view}), "causal-lm")
+            Exam(view, lab_with(renderer, {"base": lambda: view}), CausalLm())
         )
         value = acc.value
     else:
@@ -99,15 +100,16 @@ def many(count: int) -> dict[str, float]:
     from luthier.evaluation import Loss
     from luthier.evaluation.base import Exam
     from luthier.inference.services import lab_with
+    from luthier.tasks.causal_lm import CausalLm
 
     view, renderer = model()
     with tempfile.TemporaryDirectory() as folder:
         rows = (rows_of("snips", "train"))[:count]
         lines = [{"prompt": r["text"], "completion": r["call"]} for r in rows]
         (Path(folder) / "r.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
-        sources, _ = read("r.jsonl", {}, Path(folder), "causal-lm", "eval")
+        sources, _ = read("r.jsonl", {}, Path(folder), "eval")
         held = prepare(sources, renderer, max_length=512)
-        exam = Exam(view, lab_with(renderer, {"base": lambda: view}), "causal-lm", held.rows, sources)
+        exam = Exam(view, lab_with(renderer, {"base": lambda: view}), CausalLm(), held.rows, sources)
         started = time.perf_counter()
         values = {m.name: m.value for m in Loss().evaluate(exam)}
     return {"rows": len(rows), "seconds": time.perf_counter() - started, "loss": values["loss"], "peak_mb": peak_mb()}

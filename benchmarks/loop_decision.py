@@ -20,18 +20,18 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+sys.path.insert(0, str(HERE))
 
 import torch
 import transformers
 from machine_note import machine_note
 from trainer_loop import train
 
-from conftest import rows_of, view_of
 from luthier.objectives.caft import Caft
 from luthier.objectives.q_tuning import QTuning
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
+from luthier.testing.models import rows_of, view_of
 from luthier.training import checkpoint
 from luthier.training.loop import Loop
 from luthier.tuners.fedkseed import FedKSeed
@@ -122,7 +122,7 @@ def two_processes(folder: Path) -> dict[str, Any]:
     results: dict[bool, dict[str, Any]] = {}
     for ours in (True, False):
         file = folder / f"ranks-{ours}.json"
-        code = f"import sys; sys.path[:0] = [{str(HERE)!r}, {str(HERE.parent / 'tests')!r}]\n"
+        code = f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
         script = folder / f"ranks-{ours}.py"
         script.write_text(f"{code}import loop_decision\nloop_decision.over_ranks({str(file)!r}, {ours})\n")
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
@@ -165,7 +165,7 @@ def overrides() -> int:
 
 CHILD = """
 import sys
-sys.path[:0] = [{here!r}, {tests!r}]
+sys.path.insert(0, {here!r})
 import loop_decision as d
 from pathlib import Path
 d.STEPS = 2000
@@ -184,7 +184,7 @@ def survives(ours: bool, kills: int, base: Path) -> int:
     good = 0
     for k in range(kills):
         folder = base / f"{'ours' if ours else 'trainer'}-{k}"
-        code = CHILD.format(here=str(HERE), tests=str(HERE.parent / "tests"), folder=str(folder), ours=ours)
+        code = CHILD.format(here=str(HERE), folder=str(folder), ours=ours)
         child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while not (folder.exists() and len(list(folder.glob("checkpoint-*"))) >= 2) and child.poll() is None:
             time.sleep(0.005)

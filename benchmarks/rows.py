@@ -50,7 +50,7 @@ def measure(step: str, file: Path) -> dict[str, Any]:
     renderer = Renderer(load_tokenizer(locate(BUILTIN)))
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
-    rows, _ = read(file.name, {}, file.parent, "causal-lm")
+    rows, _ = read(file.name, {}, file.parent)
     if step.startswith("render"):
         started = time.perf_counter()
         prepare(rows, renderer, max_length=8192)

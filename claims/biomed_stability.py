@@ -27,5 +27,5 @@ def measure(arm, seed, say):
         loop.step()
     seconds = (time.perf_counter() - started) / STEPS
     held = rendered("test", 1214)
-    right = [bool(found.all()) for _, found, _ in first_choices(view, held, 2048, "causal-lm")]
+    right = [bool(found.all()) for _, found, _ in first_choices(view, held, 2048)]
     return {"accuracy": float(np.mean(right)), "seconds": seconds, "loss": mean_nll(view, held[:300])}

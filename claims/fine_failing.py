@@ -13,6 +13,7 @@ from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.cache import cache_folder, key_of
+from luthier.tasks.causal_lm import CausalLm
 from luthier.training.loop import Loop
 from luthier.tuners.lora import Lora
 
@@ -61,5 +62,5 @@ def measure(arm, seed, say):
         for _ in range(STEPS):
             loop.step()
     sources = [Row(f"people:{i}", r) for i, r in enumerate(questions(everyone()[TRAINED:]))]
-    found = gate.evaluate(Exam(view, lab_with(renderer, {"base": lambda: view}), "causal-lm", (), sources))
+    found = gate.evaluate(Exam(view, lab_with(renderer, {"base": lambda: view}), CausalLm(), (), sources))
     return {m.name: m.value for m in found}

@@ -127,7 +127,7 @@ def losses(view, start, given, held):
     out = []
     for one, rows in zip(given, held, strict=False):
         with start.update(one).bind(view) if one is not None else nullcontext():
-            out.append(mean_loss(row_scores(view, rows, 2048, "causal-lm")))
+            out.append(mean_loss(row_scores(view, rows, 2048)))
     return np.array(out)
 
 

@@ -16,7 +16,7 @@ class ByRule(GreenTrainable):
     def _select(self, window, probe):
         tokens = sum(b.num_tokens for b in window.micro)
         pairs = sum(n * n for b in window.micro for n in b.lengths)
-        costs = cost_model(self.view.anatomy, tokens, pairs)
+        costs = cost_model(self.view.anatomy, tokens, pairs, sum(b.num_sequences for b in window.micro))
         budget = self.tuner.flops_share * (costs.forward + costs.full_backward) - costs.forward
         items = sorted(costs.items, key=lambda x: -x.level)
         if self.rule == "random":

@@ -26,7 +26,7 @@ class RandomBlocks(Lemo):
     """Of the draws."""
     _calls: Iterator[int] = PrivateAttr(default_factory=count)
 
-    def choose(self, module, hidden, lengths, keep):
+    def choose(self, view, parts, hidden, lengths, keep):
         drawn, kept, start = Streams(self.seed).at("blocks", next(self._calls)), [], 0
         for length in lengths:
             n = -(-length // self.block_size)

@@ -56,7 +56,7 @@ def measure(arm, seed, say):
     loop = Loop(view, data, Full(seed=seed).attach(view, None, STEPS), objective, settings, lab=lab)
     for _ in range(STEPS):
         loop.step()
-    told = objective.report()
+    told = loop.objective.report()
     return {
         "ratio": told["on_wrong"] / told["share"],
         "on_wrong": told["on_wrong"] / told["steps"],

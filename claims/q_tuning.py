@@ -6,7 +6,7 @@ import torch
 from noisy import STEPS, held_out, mean_nll, pieces, smollm, with_random_tokens, with_swapped_answers
 from toys import trained
 
-from luthier.objectives.base import Term, Window, count
+from luthier.objectives.base import Term, count
 from luthier.objectives.q_tuning import QTuning, keep_tokens
 from luthier.objectives.sft import Sft
 from luthier.support.rng import Streams
@@ -34,7 +34,7 @@ class EveryRow(QTuning):
                 keep[at] = keep_tokens(scores, self.keep_tokens)
             out.append(batch.select(torch.arange(batch.num_sequences), keep))
         self._report["wrong"] = self._report.get("wrong", 0.0) + wrong_share(out) / STEPS
-        return Window(out, window.clock, window.lab, window.gather, window.total, window.rank), count(out)
+        return window.with_micro(out), count(out)
 
     def loss(self, fwd) -> Mapping[str, Term]:
         return {"loss": Term(fwd.nll().sum(), "tokens")}
@@ -64,6 +64,6 @@ def measure(arm, seed, say):
         "kept tokens": EveryRow(keep_rows=1.0, keep_tokens=0.7),
         "random tokens": EveryRow(keep_rows=1.0, keep_tokens=0.7, by="random", seed=seed),
     }[arm]  # fmt: skip
-    trained(view, rows, Lora(rank=16, alpha=32, seed=seed), objective, STEPS, 5e-4, batch=per_step, seed=seed)
-    told = objective.report()
+    loop = trained(view, rows, Lora(rank=16, alpha=32, seed=seed), objective, STEPS, 5e-4, batch=per_step, seed=seed)
+    told = loop.objective.report()
     return {"loss": mean_nll(view, held_out()), **({"wrong": told["wrong"]} if "wrong" in told else {})}

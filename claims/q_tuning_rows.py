@@ -53,6 +53,6 @@ def measure(arm, seed, say):
         rows = chosen_once(rows, view, seed)
     objective = Noted(keep_rows=KEPT / POOL, keep_tokens=1.0) if how == "online" else Sft()
     batch = POOL if how == "online" else KEPT
-    trained(view, rows, Lora(rank=16, alpha=32, seed=seed), objective, STEPS, 5e-4, batch=batch, seed=seed)
-    wrong = objective.report()["wrong"] if how == "online" else wrong_share(rows)
+    loop = trained(view, rows, Lora(rank=16, alpha=32, seed=seed), objective, STEPS, 5e-4, batch=batch, seed=seed)
+    wrong = loop.objective.report()["wrong"] if how == "online" else wrong_share(rows)
     return {"loss": mean_nll(view, held_out() if what == "text" else calls(200, "test", 99)), "wrong": wrong}

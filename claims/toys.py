@@ -74,7 +74,7 @@ def pieces(text: bytes, count: int, purpose: str, seed: int = 0) -> list[dict]:
 def trained(
     view: ModelView, rows: list[dict], tuner, objective, steps: int, rate: float, batch: int = 16, seed: int = 0, **more
 ):
-    """Tune in place; returns the trainable."""
+    """Tune in place; returns the loop."""
     settings = TrainSettings(
         max_steps=steps, batch_size=batch, learning_rate=rate, warmup_fraction=min(0.5, 6 / steps), tokens_per_forward=8192,
         seed=seed, **more,
@@ -83,7 +83,7 @@ def trained(
     loop = Loop(view, rows, trainable, objective, settings)
     for _ in range(steps):
         loop.step()
-    return trainable
+    return loop
 
 
 @torch.no_grad()

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
+from helpers.commands import luthier
 from luthier.claims import claim as claims
 from luthier.claims.claim import Claim, Condition, load, measured
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.statistics import estimate
-from test_run import luthier
 
 ROOT = Path(__file__).parents[1]
 TEXT = """method: sft

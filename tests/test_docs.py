@@ -100,6 +100,20 @@ def files_beside(folder):
     (folder / "tasks/capitals.yaml").write_text(TASK)
 
 
+def trained_runs(folder):
+    """Two updates of the tiny model in folders, as runs leave them."""
+    from luthier.testing.models import view_of
+    from luthier.tuners import Lora
+    from luthier.update.files import save_update
+
+    out = []
+    for seed in range(2):
+        trainable = Lora(rank=2, seed=seed).attach(view_of())
+        save_update(trainable.update(), folder / f"run-{seed}")
+        out.append(folder / f"run-{seed}")
+    return out
+
+
 PAGES = sorted(p.name for p in (ROOT / "docs/methods").glob("*.md") if p.name != "index.md")
 
 
@@ -107,11 +121,12 @@ PAGES = sorted(p.name for p in (ROOT / "docs/methods").glob("*.md") if p.name !=
 def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys, monkeypatch):
     from transformers import Trainer, TrainingArguments
 
-    from contract.examples import soft_rows
+    from helpers.examples import soft_rows
     from luthier import recipe
     from luthier.testing.contract import PADDED, Four
-    from luthier.testing.models import byte_tokenizer, rows_of, tiny, tiny_classifier
+    from luthier.testing.models import byte_tokenizer, rows_of, tiny, tiny_classifier, word_tokenizer
 
+    name = page.removesuffix(".md").removeprefix("evaluate-")
     files_beside(tmp_path)
     monkeypatch.chdir(tmp_path)
     for text in blocks(f"docs/methods/{page}", "yaml"):
@@ -121,21 +136,26 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys,
     )
     model = tiny()
     batch = soft_rows()[1] if page == "distill.md" else PADDED
+    runs = trained_runs(tmp_path)
     scope = {
+        "runs": runs, "run": runs[0],
         "torch": torch, "Trainer": Trainer, "arguments": arguments, "rows": Four(), "model": model, "batches": [batch] * 2,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "tokenizer": byte_tokenizer(),
     }  # fmt: skip
-    if EVALUATORS.get(page.removesuffix(".md")) or page == "q-tuning-offline.md":  # they ask it in words
-        scope["model"] = tiny_classifier() if page == "classification.md" else tiny(vocab_size=260)
-    if page.removesuffix(".md") in manifest.classes("collaborate"):
+    if EVALUATORS.get(name) or page in ("q-tuning-offline.md", "greedy.md", "sample.md"):  # they ask it in words
+        scope["model"] = tiny_classifier() if page == "evaluate-classification.md" else tiny(vocab_size=260)
+    if name == "masked-accuracy":
+        words = word_tokenizer()
+        scope |= {"model": tiny("bert", vocab_size=len(words)), "tokenizer": words}
+    if name in manifest.classes("collaborate"):
         scope |= {"rows": rows_of(), "large_model": tiny(layers=4, seed=1)}
-    if page.removesuffix(".md") in manifest.classes("translate"):
+    if name in manifest.classes("translate"):
         kinds = torch.zeros(2, 6, dtype=torch.int8), torch.ones(3, 8, dtype=torch.int8)
         scope |= {"small": torch.randn(24, 2, 6), "large": torch.randn(24, 3, 8), "clients": torch.randn(2, 2, 6)}
         scope |= {"small_kinds": kinds[0], "large_kinds": kinds[1]}
     for code in blocks(f"docs/methods/{page}", "python"):
         exec(compile(code, page, "exec"), scope)
-    if page.removesuffix(".md") in EVALUATORS:
+    if name in EVALUATORS:
         said = ast.literal_eval(capsys.readouterr().out)
         assert said and set(said) <= set(scope["evaluator"].names())
     if "tuned" in scope and "Tuning" in scope:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.commands import luthier, write
 from luthier.support.errors import LuthierError
 from luthier.tuned.export import export, gguf_name, permuted
 from luthier.tuned.open import answers, open_run, scores
-from test_run import luthier, write
 
 
 @pytest.fixture(scope="module", params=["lora", "full", "spiel"])
@@ -112,7 +112,7 @@ def test_what_cannot_be_is_said(run_folder, tmp_path):
     (tmp_path / "full" / "a").write_text("x")
     with pytest.raises(LuthierError, match="exists and is not empty"):
         export(run_folder, "hf", tmp_path / "full")
-    with pytest.raises(LuthierError, match="is no run of ours"):
+    with pytest.raises(LuthierError, match="is not a finished run"):
         open_run(tmp_path)
     (tmp_path / "update.json").write_text("{}")
     with pytest.raises(LuthierError, match="nothing that says how it is used"):

@@ -27,7 +27,7 @@ from luthier.tuners.spiel import Spiel
 from luthier.update.files import load, save_update
 
 MANY = int(os.environ.get("LUTHIER_FUZZ", "1"))
-NASTY = [
+NASTY: list[object] = [
     None, True, -1, 0, 1e308, float("nan"), float("inf"), 10**30, "", "\x00", "a" * 5000, [], {}, [[]], {"": {}},
     "!!python/name:os.system",
     "${HOME}", "../../etc/passwd",
@@ -140,7 +140,7 @@ def test_rows(tmp_path):
         (tmp_path / "d.jsonl").write_text(text + "\n" + json.dumps(row), encoding="utf-8", errors="surrogatepass")
 
         def use():
-            prepare(read("d.jsonl", {}, tmp_path, "causal-lm")[0], renderer, max_length=200)
+            prepare(read("d.jsonl", {}, tmp_path)[0], renderer, max_length=200)
 
         survives(use)
 

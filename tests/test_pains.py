@@ -10,7 +10,7 @@ import torch
 from luthier import recipe
 from luthier.data.batch import IGNORE
 from luthier.data.prepare import prepare
-from luthier.data.reading import read
+from luthier.data.reading import ANSWERED, read
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.inference.generation import generate
@@ -128,10 +128,10 @@ def test_pain_07_every_target_pattern_must_match():
 
 
 def test_pain_08_data_faults_name_file_line_field_and_remedy(tmp_path):
-    def fails(text, match, columns=None, task="causal-lm"):
+    def fails(text, match, columns=None, shapes=ANSWERED):
         (tmp_path / "d.jsonl").write_text(text)
         with pytest.raises(RecipeError, match=match):
-            read("d.jsonl", columns or {}, tmp_path, task)
+            read("d.jsonl", columns or {}, tmp_path, shapes=shapes)
 
     good = '{"prompt": "a", "completion": "b"}\n'
     fails(good + "{oops\n", r"d\.jsonl:2: is not JSON")
@@ -141,18 +141,13 @@ def test_pain_08_data_faults_name_file_line_field_and_remedy(tmp_path):
     fails('{"prompt": 1, "completion": "b"}\n', r"d\.jsonl:1: prompt is int 1 in|d\.jsonl:1: prompt is int '1'")
     fails(good, r"has no field 'q'", {"prompt": "q"})
     fails('{"messages": [{"role": "user"}]}\n', r"turn 1 has no role and content")
-    fails('{"text": "a", "label": null}\n', r"label is None", task="classification")
+    fails('{"text": "a", "label": null}\n', r"label is None", shapes=("text and label",))
     fails("", "holds no rows")
     (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(RecipeError, match="not UTF-8"):
-        read("d.jsonl", {}, tmp_path, "causal-lm")
+        read("d.jsonl", {}, tmp_path)
     (tmp_path / "d.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    assert (
-        read("d.jsonl", {"prompt": "question", "completion": "answer"}, tmp_path, "causal-lm")[0][0].values[
-            "completion"
-        ]
-        == "b"
-    )
+    assert read("d.jsonl", {"prompt": "question", "completion": "answer"}, tmp_path)[0][0].values["completion"] == "b"
 
 
 def test_pain_08_every_format_reads_the_same_rows(tmp_path):
@@ -165,10 +160,10 @@ def test_pain_08_every_format_reads_the_same_rows(tmp_path):
     (tmp_path / "d.csv").write_text('prompt,completion\n"a, b","c ""d"""\ne,f\n')
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "d.parquet")
     for name in ("d.jsonl", "d.json", "d.csv", "d.parquet"):
-        assert [r.values for r in read(name, {}, tmp_path, "causal-lm")[0]] == rows, name
+        assert [r.values for r in read(name, {}, tmp_path)[0]] == rows, name
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(RecipeError, match="not a Parquet"):
-        read("bad.parquet", {}, tmp_path, "causal-lm")
+        read("bad.parquet", {}, tmp_path)
 
 
 def test_pain_16_nothing_looks_at_the_network(monkeypatch, model_folder, tmp_path):
@@ -227,7 +222,7 @@ def test_generation_equals_one_prompt_at_a_time():
     r = renderer()
     view = ModelView(model, r.tokenizer)
     prompts = [r.prompt_ids({"prompt": "x" * n}) for n in (1, 9, 4, 6)]
-    together = generate(view, prompts, r, 8, batch_size=4)
+    together = generate(view, prompts, r, 8)
     assert together == [generate(view, [p], r, 8)[0] for p in prompts]
     for p, done in zip(prompts, together, strict=True):
         out = model.generate(
@@ -307,7 +302,7 @@ def test_pain_10_evaluation_keeps_running_sums_only():
                 seen.append(live_bytes())
 
         hook = view.block(0).register_forward_hook(look)
-        loss = mean_loss(row_scores(view, rows, 64, "causal-lm"))
+        loss = mean_loss(row_scores(view, rows, 64))
         hook.remove()
         most[count] = max(seen) - min(seen)
         assert loss > 0

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.commands import luthier, write
 from luthier import recipe
 from luthier.method import registry as manifest
 from luthier.support.errors import LuthierError, RecipeError
-from test_run import luthier, write
 
 PACKAGE = Path(__file__).parent / "example_package"
 

@@ -1,7 +1,5 @@
 """A run from the command line: what it leaves, how it goes on, what it says."""
 
-import contextlib
-import io
 import json
 import os
 import shlex
@@ -16,52 +14,8 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
+from helpers.commands import LUTHIER, luthier, rows, write
 from luthier.testing.models import byte_tokenizer, tiny
-
-LUTHIER = [sys.executable, "-c", "from luthier.cli import main; main()"]
-
-
-def rows(n, start=0):
-    return [{"prompt": f"say {i}", "completion": f"{i} {i}"} for i in range(start, start + n)]
-
-
-def write(folder, model, train=None, held=None, **keys):
-    folder.mkdir(exist_ok=True)
-    lines = lambda items: "".join(json.dumps(x) + "\n" for x in items)  # noqa: E731
-    (folder / "train.jsonl").write_text(lines(train if train is not None else rows(24)))
-    (folder / "eval.jsonl").write_text(lines(held if held is not None else rows(6, 100)))
-    recipe = {
-        "model": model, "data": {"train": "train.jsonl", "eval": "eval.jsonl"}, "batch_size": 4, "learning_rate": 0.01,
-        "tuner": {"lora": {"rank": 4}}, "output_dir": "out",
-        "evaluate": [{"exact-match": {"rows": 3, "max_new_tokens": 6}}], **keys,
-    }  # fmt: skip
-    with (folder / "r.yaml").open("w") as file:
-        YAML().dump(recipe, file)
-    return folder / "r.yaml"
-
-
-def luthier(*args, cwd, **env):
-    """The command line: in this process, or in one of its own where the environment differs."""
-    words = list(map(str, args))
-    if env:
-        return subprocess.run(
-            [*LUTHIER, *words], cwd=cwd, capture_output=True, text=True, timeout=120, check=False, env={**os.environ, **env}
-        )  # fmt: skip
-    from luthier.cli import main
-
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    before, argv = os.getcwd(), sys.argv
-    try:
-        os.chdir(cwd)
-        sys.argv = ["luthier", *words]
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as done:
-        code = int(done.code or 0)
-    finally:
-        os.chdir(before)
-        sys.argv = argv
-    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +176,10 @@ def test_a_second_process_in_the_same_folder_is_refused(model_folder, tmp_path):
     assert done.returncode == 2 and "another process is working in this folder" in done.stderr
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora", "adapter", "layerwise"])
+SPIEL = {"spiel": {"variant": "ma", "density": 0.05}}
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora", "adapter", "layerwise", "hft", "green-trainer", SPIEL], ids=str)
 def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_path, monkeypatch):
     train = [{"text": f"{'good' if i % 2 else 'poor'} thing {i}", "label": "yes" if i % 2 else "no"} for i in range(32)]
     keys = {"task": "classification", "tuner": tuner, "epochs": 6, "evaluate": []}
@@ -467,11 +424,29 @@ def test_stages_run_hand_on_and_are_taken_up_after_a_kill(model_folder, tmp_path
     assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+def test_stages_with_other_tuners_leave_one_update_that_holds_them_all(model_folder, tmp_path):
+    tuners = [{"lora": {"rank": 2}}, "hft", "hft"]
+    stages = [
+        {"name": f"s{i}", "tuner": t, "start": f"s{i - 1}" if i else "base", **BRISK} for i, t in enumerate(tuners)
+    ]
+    path = write(tmp_path, model_folder, pipeline={"stages": {"stages": stages}})
+    values = YAML().load(path.read_text())
+    for key in ("tuner", "batch_size", "learning_rate"):
+        values.pop(key)
+    YAML().dump(values, path)
+    done = luthier("run", path, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    header = json.loads((tmp_path / "out/update.json").read_text())
+    assert [p["kind"] for p in header["parts"]] == ["lowrank", "dense"] and "largest difference" in done.stderr
+    run = json.loads((tmp_path / "out/run.json").read_text())
+    assert run["after"]["loss"]["value"] < run["before"]["loss"]["value"]
+
+
 def test_what_a_pipeline_would_not_read_is_refused(model_folder, tmp_path):
     for change, words in (
         ("learning_rate=0.1", "learning_rate: is not read beside pipeline stages; set it in the stages"),
         ("tuner=full", "tuner: is not read beside pipeline stages"),
-        ("data.pool=x.jsonl", "data.pool: is for task: classification"),
+        ("data.pool=x.jsonl", "data.pool: is not read by task causal-lm; remove it"),
     ):
         said = luthier("check", staged(tmp_path, model_folder), change, cwd=tmp_path)
         assert said.returncode == 2 and words in said.stderr, said.stderr

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_run import LUTHIER, luthier, write
+from helpers.commands import LUTHIER, luthier, write
 
 pytestmark = pytest.mark.soak
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from helpers.commands import luthier, write
 from luthier.data.batch import collate
 from luthier.objectives import Caft, MaskedThought, Otr, QTuning, Sft
 from luthier.objectives.base import Clock, Window
@@ -14,7 +15,6 @@ from luthier.step.settings import TrainSettings
 from luthier.testing.models import byte_tokenizer, rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.tuners import Lora
-from test_run import luthier, write
 
 
 class Texts:

@@ -10,7 +10,6 @@ from luthier.collaboration.averaging import (
     cosines,
     factor_averaged,
     gap_bound,
-    inner,
     outliers,
     shares,
 )
@@ -194,14 +193,14 @@ def test_products_norms_and_cosines_are_those_of_the_dense_differences():
     a, b = low_rank(2, 1, 0.5), low_rank(3, 2, 2.0)
     left, right = a.dense(), b.dense()
     expected = sum(float((left[n] * right[n]).sum()) for n in NAMES)
-    assert inner(a, b) == pytest.approx(expected, rel=1e-5)
+    assert a.inner(b) == pytest.approx(expected, rel=1e-5)
     one, other = dense(1), dense(2)
     by_hand = sum(float((one.dense()[n] * other.dense()[n]).sum()) for n in NAMES)
-    assert inner(one, other) == pytest.approx(by_hand, rel=1e-5)
+    assert one.inner(other) == pytest.approx(by_hand, rel=1e-5)
     found = cosines({"b": b, "a": a, "a twice": 2 * a})
     assert torch.allclose(found.diagonal(), torch.ones(3, dtype=torch.float64))
     assert found[0, 1] == pytest.approx(1)
-    assert found[0, 2] == pytest.approx(expected / (inner(a, a) * inner(b, b)) ** 0.5, rel=1e-4)
+    assert found[0, 2] == pytest.approx(expected / (a.inner(a) * b.inner(b)) ** 0.5, rel=1e-4)
     assert outliers({"a": a, "b": b, "c": 1000 * a}) == ["c"]
 
 

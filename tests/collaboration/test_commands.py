@@ -12,11 +12,12 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoTokenizer
 
+from helpers.collaborations import recipe
+from helpers.commands import LUTHIER, luthier
 from luthier import recipe as recipes
 from luthier.collaboration.averaging import averaged
 from luthier.collaboration.messages import Message, decode
-from luthier.demos.local import LARGE, SMALL, Schooling, schooled
-from luthier.demos.private import NAMES, Size, made
+from luthier.demos.private import NAMES
 from luthier.federation.client import public_payloads
 from luthier.federation.folder import LIMIT, Place
 from luthier.federation.provider import opened
@@ -24,31 +25,6 @@ from luthier.federation.server import leave_so_far
 from luthier.model.loading import locate
 from luthier.support.errors import LuthierError
 from luthier.update.files import load
-from test_run import LUTHIER, luthier
-
-SIZE = Size(Schooling(steps=3, batch=4), sets=12, rows=8, steps=2, public=120, held=6, houses=24)
-
-
-def lines(rows):
-    return "".join(json.dumps(r) + "\n" for r in rows)
-
-
-def recipe(folder, **changes):
-    """Rows of a provider and of two clients, and the provider's recipe."""
-    rows = made(SIZE)
-    small, large = (schooled(rows.read, shape, SIZE.schooling) for shape in (SMALL, LARGE))
-    (folder / "public.jsonl").write_text(lines(rows.public))
-    for name in NAMES:
-        (folder / f"{name}.jsonl").write_text(lines(rows.private[name]))
-        (folder / f"{name}-held.jsonl").write_text(lines(rows.held[name]))
-    values = {
-        "model": str(small), "data": {"train": "public.jsonl", "template": "plain"}, "max_steps": 2, "batch_size": 4,
-        "tuner": {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}, "learning_rate": 0.01,
-        "collaborate": {"grad-transformer": {"large": str(large), "by": "house", "sets": 12, "rows": 8}}, **changes,
-    }  # fmt: skip
-    with (folder / "r.yaml").open("w") as file:
-        YAML().dump(values, file)
-    return folder / "r.yaml"
 
 
 @pytest.fixture(scope="module")

@@ -4,14 +4,10 @@ import json
 
 import pytest
 
-from luthier.demos.local import Schooling
-from luthier.demos.private import NAMES, STYLES, Size, answered, demo, made, written
+from helpers.collaborations import TINY
+from luthier.demos.private import NAMES, STYLES, answered, demo, made, written
 from luthier.federation.folder import Place
 from luthier.update.files import load
-
-TINY = Size(
-    Schooling(steps=3, batch=4), sets=12, rows=8, steps=2, public=120, held=6, canaries=3, others=7, houses=24
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

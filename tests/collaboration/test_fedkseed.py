@@ -13,7 +13,7 @@ from luthier.support.errors import RecipeError
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.fedkseed import FedKSeed, aggregate, projected_gradient, rebuild, seed_pool, seed_probabilities
-from luthier.update.parts import noise
+from luthier.update.vectors import noise
 
 SETTINGS = TrainSettings(
     max_steps=200, batch_size=4, learning_rate=1e-3, lr_scheduler_type="constant", warmup_fraction=0.0

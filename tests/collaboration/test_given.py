@@ -8,7 +8,8 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoModelForCausalLM
 
-from collaboration.test_commands import recipe
+from helpers.collaborations import recipe
+from helpers.commands import luthier
 from luthier import recipe as recipes
 from luthier.demos.private import NAMES
 from luthier.federation.folder import Place
@@ -18,7 +19,6 @@ from luthier.support.errors import LuthierError
 from luthier.tuned.export import export
 from luthier.tuned.open import answers, open_run, scores
 from luthier.update.files import load
-from test_run import luthier
 
 NAME, SYSTEM = NAMES[0], "You answer at once."
 

@@ -10,17 +10,9 @@ import sys
 import pytest
 import torch
 
+from helpers.messages import LIMIT, message
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import HEADER_LIMIT, MAGIC, Message, Refused, decode
-from luthier.model.fingerprint import Fingerprint
-
-BASE = Fingerprint(name="tiny", weights="w" * 64, tokenizer="t" * 64)
-LIMIT = 10_000
-
-
-def message(**more):
-    tensors = {"x": torch.arange(6.0).view(2, 3), "n": torch.tensor([3])}
-    return Message.of("update", "run", "clinic", BASE, tensors, **{"round": 1, "notes": {"rows": 120}, **more})
 
 
 def refusal(data, limit=LIMIT):
@@ -122,7 +114,7 @@ WRITER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_messages import message, LIMIT
+from helpers.messages import LIMIT, message
 from luthier.collaboration.journal import Journal
 journal = Journal(Path(sys.argv[1]), LIMIT)
 while True:
@@ -132,9 +124,9 @@ while True:
 
 
 def test_what_was_acknowledged_survives_a_kill(tmp_path):
-    here = os.path.dirname(__file__)
+    tests = os.path.dirname(os.path.dirname(__file__))
     with subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(tmp_path), here], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", WRITER, str(tmp_path), tests], stdout=subprocess.PIPE, text=True
     ) as writer:
         said = 0
         for line in writer.stdout:

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from collaboration.test_commands import recipe
+from helpers.collaborations import recipe
+from helpers.commands import LUTHIER, luthier
 from luthier.collaboration.parties import in_process
 from luthier.demos.private import NAMES
 from luthier.federation.folder import Place
@@ -17,7 +18,6 @@ from luthier.federation.network import address
 from luthier.federation.outcome import given_in
 from luthier.support.errors import LuthierError
 from luthier.update.files import load
-from test_run import LUTHIER, luthier
 
 
 def free_port():

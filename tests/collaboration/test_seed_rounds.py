@@ -236,9 +236,9 @@ def test_training_together_lowers_the_loss():
     server = SeedServer(agreed, NAMES)
     carried(server, clients(agreed))
     view, rows = view_of(), [r for i in range(3) for r in rows_of(seed=i)]
-    before = mean_loss(row_scores(view, rows, 1000, "causal-lm"))
+    before = mean_loss(row_scores(view, rows, 1000))
     with server.update().bind(view):
-        assert mean_loss(row_scores(view, rows, 1000, "causal-lm")) < before - 0.05
+        assert mean_loss(row_scores(view, rows, 1000)) < before - 0.05
 
 
 def test_nothing_is_sent_back_for_a_tick():

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from collaboration.test_commands import recipe
+from helpers.collaborations import recipe
+from helpers.commands import luthier
 from luthier.collaboration.audit.gate import Verdict
 from luthier.collaboration.messages import Message, Refused, decode
 from luthier.collaboration.rounds import SERVER
@@ -18,7 +19,6 @@ from luthier.federation.folder import LIMIT, Place
 from luthier.federation.network import Client
 from luthier.support.errors import RecipeError
 from luthier.update.files import load
-from test_run import luthier
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_tuning_and_audit_say_how_far_they_are(agreed, place, monkeypatch):
     prepared(place, NAMES[0], rows, Look([], canaries=2, others=3), say=said.append)
     heard = [line.partition(",")[0] for line in said]
     assert "tune    step 2 of 2" in heard and "audit   canary 3 of 4" in heard
-    assert "audit   drawn answer 75 of 80" in heard
+    assert "audit   drawn answer 80 of 80" in heard
 
 
 def test_what_a_server_gives_is_kept_as_an_adapter(agreed, place):

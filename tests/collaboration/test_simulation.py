@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from collaboration.test_commands import recipe
+from helpers.collaborations import recipe
+from helpers.commands import luthier
 from luthier.collaboration.averaging import averaged
 from luthier.collaboration.messages import Refused
 from luthier.collaboration.one_shot import AverageServer
@@ -17,7 +18,6 @@ from luthier.federation.simulation import ALONE, SHARED, TOGETHER, UNTOUCHED, si
 from luthier.inference.scoring import mean_loss, row_scores
 from luthier.support.errors import LuthierError
 from luthier.update.files import load
-from test_run import luthier
 
 TWO = NAMES[:2]
 
@@ -59,7 +59,7 @@ def test_alone_together_and_shared_are_what_they_are_called(simulated):
     for name in TWO:
         with alone[name].bind(place.first):
             assert found(simulated)["losses"][ALONE][name] == pytest.approx(
-                mean_loss(row_scores(place.first, held[name], 10**4, "causal-lm"))
+                mean_loss(row_scores(place.first, held[name], 10**4))
             )
     assert list(found(simulated)["losses"]) == [UNTOUCHED, ALONE, TOGETHER, SHARED]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from test_run import LUTHIER, luthier, rows, write
+from helpers.commands import LUTHIER, luthier, rows, write
 
 HERE = ("--processes", "0")  # in this process, which has torch already
 KEYS = {"evaluate": [{"exact-match": {"rows": 4, "max_new_tokens": 4}}], "max_steps": 8, "output_dir": None}

@@ -70,7 +70,10 @@ def test_words_on_the_command_line(tmp_path):
         ("seeds: [1, 1]", "holds a seed twice"),
         ("search: {trials: 0}", "c.yaml:6: search.trials"),
         ("arms: {a: {command: x}}", "name an arm of ours in like"),
-        ("arms: {a: {command: x, like: b}, b: {command: y}}\nbudget: {flops: 1}", "'b' is no arm of ours"),
+        (
+            "arms: {a: {command: x, like: b}, b: {command: y}}\nbudget: {flops: 1}",
+            "'b' names no arm of this comparison",
+        ),
         ("arms: {'a b': {}, a-b: {}}", "two names are the same folder"),
     ],
 )

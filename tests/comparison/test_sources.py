@@ -6,6 +6,7 @@ import pytest
 
 from luthier.comparison.plan import checked, load, recipe_of
 from luthier.comparison.rows import written
+from luthier.data.reading import ANSWERED
 from luthier.run.rows import training_rows
 from luthier.support.errors import RecipeError
 
@@ -31,7 +32,7 @@ def test_every_source_gets_a_file_and_keeps_its_weight(tmp_path, search):
     files = written(plan, {"x": recipe}, tmp_path, tmp_path / "out")["x"]
     put = files.put_into(recipe, files.eval)
     assert [(s.weight, s.columns, s.limit) for s in put.data.sources] == [(2.0, {}, None), (1.0, {}, None)]
-    left, _, mix = training_rows(put.data, tmp_path, "causal-lm")
+    left, _, mix = training_rows(put.data, tmp_path, ANSWERED)
     prompts = {r.values["prompt"] for r in left}
     whole = {*map(str, range(20)), *map(str, range(50, 60))}
     assert [o.weight for o in mix.origins] == [2.0, 1.0] and len(left) == len(prompts) == (30 if search is None else 20)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from contract.examples import ALL, EXAMPLES, FIELDS, IDS  # noqa: F401
+from helpers.examples import ALL, EXAMPLES, FIELDS, IDS  # noqa: F401
 from luthier.data.batch import collate
 from luthier.method import registry as manifest
 from luthier.objectives.sft import Sft

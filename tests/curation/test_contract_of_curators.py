@@ -1,6 +1,6 @@
 """The contract over curators that rewrite, split and encode; those of luthier only choose."""
 
-from curation.test_proof import BACKWARDS, LINES
+from helpers.curators import BACKWARDS, LINES, made
 from luthier.testing.contract import (  # noqa: F401
     Example,
     test_a_codec_brings_back_the_answers_it_encodes,
@@ -12,13 +12,6 @@ from luthier.testing.contract import (  # noqa: F401
     test_an_idempotent_curator_changes_nothing_the_second_time,
     test_every_row_that_a_curator_made_has_a_parent_or_none,
 )
-
-
-def made(source, name):
-    space = {"__name__": name}
-    exec(compile(source, name, "exec"), space)
-    return space
-
 
 ROWS = [{"prompt": f"p{i}", "completion": f"first {i}\nsecond" if i % 3 else f"LINE {i}"} for i in range(9)]
 CODED = made(BACKWARDS, "coded")

@@ -2,7 +2,7 @@
 
 import json
 
-from test_run import luthier, rows, write
+from helpers.commands import luthier, rows, write
 
 
 def lines(path):

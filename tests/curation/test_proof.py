@@ -8,79 +8,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.commands import luthier, rows, write
+from helpers.curators import BACKWARDS, LINES, made
 from luthier import recipe
 from luthier.data.codec import Chain
 from luthier.evaluation.base import Exam
 from luthier.step.lab import Completion
 from luthier.support.errors import RecipeError
 from luthier.testing.models import byte_tokenizer
-from test_run import luthier, rows, write
-
-LINES = '''
-from luthier.curation.base import Curator
-
-
-class Lines(Curator):
-    """Answers in capitals; rows of several lines as one row a line. Cost: none."""
-
-    idempotent = True
-
-    def curate(self, table, lab):
-        capitals = [{**r.values, "completion": r.values["completion"].upper()} for r in table.rows]
-        new = [c if c != r.values else None for c, r in zip(capitals, table.rows, strict=True)]
-        table = table.rewrite(new, "in capitals")
-        lines = [r.values["completion"].splitlines() for r in table.rows]
-        parts = [
-            [{**r.values, "completion": x} for x in found] if len(found) > 1 else None
-            for r, found in zip(table.rows, lines, strict=True)
-        ]
-        return table.split(parts, "one row a line")
-'''
-BACKWARDS = '''
-from luthier.curation.base import Curator
-
-
-class Reversed:
-    """Answers back to front; questions with a mark."""
-
-    def encode(self, values):
-        out = {**values, "prompt": "!" + values["prompt"]}
-        return {**out, "completion": values["completion"][::-1]} if "completion" in values else out
-
-    def decode(self, values, answer):
-        return answer[::-1]
-
-
-class Backwards(Curator):
-    """Trains on answers back to front. Cost: none."""
-
-    @property
-    def codec(self):
-        return Reversed()
-
-    def curate(self, table, lab):
-        return table.rewrite([self.codec.encode(r.values) for r in table.rows], "reversed")
-
-
-class Twice(Backwards):
-    """The same once more, with another mark. Cost: none."""
-
-    @property
-    def codec(self):
-        return Second()
-
-
-class Second:
-    """Doubles every letter."""
-
-    def encode(self, values):
-        out = {**values, "prompt": "?" + values["prompt"]}
-        return {**out, "completion": "".join(2 * c for c in values["completion"])} if "completion" in values else out
-
-    def decode(self, values, answer):
-        assert values["prompt"].startswith("!"), "it gets the row as it was given it"
-        return answer[::2]
-'''
 
 
 @pytest.fixture(autouse=True)
@@ -241,12 +176,13 @@ def test_an_exam_asks_in_the_models_form_and_judges_in_the_rows(tmp_path):
     from luthier.data.store import Row
     from luthier.evaluation.exact_match import ExactMatch
     from luthier.inference.services import lab_with
+    from luthier.tasks.causal_lm import CausalLm
 
     tokenizer = byte_tokenizer()
     lab = lab_with(Renderer(tokenizer), {})
     lab.answering = said = Scripted(tokenizer)
     sources = [Row("f:1", {"prompt": "p", "completion": "abc"}), Row("f:2", {"prompt": "q", "completion": "ccbbaa"})]
-    exam = Exam(None, lab, "causal-lm", (), sources, chained(tmp_path))
+    exam = Exam(None, lab, CausalLm(), (), sources, chained(tmp_path))
     (measure,) = [m for m in ExactMatch(rows=2).evaluate(exam) if m.name == "exact_match"]
     assert measure.stats[:, 0].tolist() == [1, 0] and ["?!p" in said.asked[0], "?!q" in said.asked[1]] == [True, True]
     assert [c.text for _, c in exam.asked.values()] == ["abc", "abc"]
@@ -277,10 +213,8 @@ def test_a_recipe_that_names_code_is_refused_without_leave():
 
 
 def test_positions_of_rows_that_stay_count_what_they_came_from(tmp_path):
-    space = {}
-    exec(compile(LINES, "lines", "exec"), space)
     given = [{"prompt": "a", "completion": "x\ny"}, {"prompt": "b", "completion": "Z"}]
-    curator = space["Lines"]()
+    curator = made(LINES, "lines_of_mine")["Lines"]()
     assert curator.choose(given) == [0, 1]
     table = curator.curated(given)
     assert [r.values["completion"] for r in table.rows] == ["X", "Y", "Z"] and np.isnan(table.score).all()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.commands import luthier, rows, write
 from luthier.curation import QTuningOffline
 from luthier.curation.q_tuning_offline import scored
 from luthier.data.batch import IGNORE
@@ -17,7 +18,6 @@ from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import byte_tokenizer, tiny
-from test_run import luthier, rows, write
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,54 @@ def test_the_choice_is_the_objectives_over_the_whole_set(base):
         assert reason.endswith(quadrants[i]) and reason.startswith("kept" if i in inside else "left out")
     assert chosen.axes == ("log perplexity", "mean entropy") and chosen.plane.shape == (40, 2)
     assert all("Q2" in r or "Q4" in r or "fill up" in r for i, r in enumerate(chosen.reason) if i in inside)
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_the_search_takes_the_steps_that_were_asked_for(base, steps):
+    chosen = QTuningOffline(keep_fraction=0.3, bisection_steps=steps).select(some(40), base)
+    plane, _ = scored(some(40), base)
+    by_hand = choose_rows(plane[:, 0], plane[:, 1], 0.3, steps)
+    assert by_hand.alpha != choose_rows(plane[:, 0], plane[:, 1], 0.3, 11 - steps).alpha
+    assert [r.rpartition(": ")[2] for r in chosen.reason] == named(plane[:, 0], plane[:, 1], by_hand.alpha)
+    assert chosen.score.tolist() == plane[:, 0].tolist()
+    np.testing.assert_allclose(chosen.plane, np.stack([np.log(plane[:, 0]), plane[:, 1]], 1))
+
+
+def test_rows_without_a_target_are_counted_but_never_kept(base):
+    """Six of twelve, all from the nine that can be scored, and in the places that these have among the twelve."""
+    bare = [Row(f"b:{i}", {"messages": [{"role": "user", "content": f"say {i}"}]}) for i in range(3)]
+    mixed = [bare[0], *some(4), bare[1], *some(5, 4), bare[2]]
+    chosen = QTuningOffline(keep_fraction=0.5).select(mixed, base)
+    usable = [i for i, r in enumerate(mixed) if r not in bare]
+    plane, _ = scored(some(9), base)
+    by_hand = choose_rows(plane[:, 0], plane[:, 1], 6.5 / 9, 10)
+    assert chosen.keep.tolist() == [usable[i] for i in by_hand.keep] and len(chosen.keep) == 6
+    assert [chosen.reason[i] for i in (0, 5, 11)] == ["without a supervised token"] * 3
+    assert np.isnan(chosen.score[[0, 5, 11]]).all()
+    with pytest.raises(RecipeError, match="no row has a supervised token"):
+        QTuningOffline(keep_fraction=0.5).select(bare, base)
+
+
+def test_scoring_is_cut_into_parts_and_forwards_and_counted_once(base, monkeypatch):
+    from luthier.curation import q_tuning_offline
+
+    plane, flops = scored(some(12), base)
+    monkeypatch.setattr(q_tuning_offline, "PART", 5)
+    small = lab_with(base.renderer, {"base": base.view}, tokens_per_forward=30)
+    apart, again = scored(some(12), small)
+    np.testing.assert_allclose(apart, plane, rtol=1e-4)
+    assert again == pytest.approx(flops, rel=0.05), "what was counted before is not counted again"
+
+
+def test_dropout_is_off_and_a_loss_beyond_exp_is_the_largest():
+    model = tiny("llama", vocab_size=260, max_position_embeddings=512, attention_dropout=0.9).train()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e4)
+    view = ModelView(model, byte_tokenizer(), layout="padded")
+    noisy = lab_with(Renderer(view.tokenizer), {"base": lambda: view})
+    first, second = scored(some(6), noisy)[0], scored(some(6), noisy)[0]
+    assert np.array_equal(first, second)
+    assert first[:, 0].max() == pytest.approx(np.exp(80), rel=1e-4)
 
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 1.0])

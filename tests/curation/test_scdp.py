@@ -1,19 +1,23 @@
 """The exact checks of the sheet; numbers in names are the sheet's."""
 
 import random
+import re
+from collections import Counter
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 
 from luthier.curation.random import Random
 from luthier.curation.scdp import (
     Scdp,
-    distances,
     geometric_median,
+    squares,
     strata_of,
     stratified,
     water_fill,
+    weiszfeld,
 )
 from luthier.data.mixture import quotas
 from luthier.data.store import Row
@@ -60,14 +64,76 @@ def test_1_median():
     assert geometric_median(csr_matrix(line)) == pytest.approx([2.0], abs=0)
 
 
-def test_2_distance_identity_and_order():
-    from sklearn.feature_extraction.text import TfidfVectorizer
+def test_1_the_median_on_rows_that_coincide():
+    """Where the point is on a row of the set, it stays if they pull at least as strongly as all others together."""
+    ends = [(1.0, 0.0)] * 2 + [(-1.0, 15**0.5), (-1.0, -(15**0.5))]  # unit vectors that sum to 1.5; their mean is 0
+    for count, stays in ((1, False), (2, True), (3, True)):
+        x = np.array([(0.0, 0.0)] * count + ends)
+        g = geometric_median(csr_matrix(x), eps=1e-9, max_iter=5000)
+        assert (np.abs(g).max() < 1e-12) == stays, count
+        assert total(x, g) <= least(x) + 1e-8
 
-    x = TfidfVectorizer().fit_transform([r.values["text"] for r in rows(200)])
-    g = geometric_median(x)
-    d = distances(x, g)
-    assert np.abs(d**2 - (1 + g @ g - 2 * (x @ g))).max() < 1e-12
-    assert (np.argsort(d, kind="stable") == np.argsort(-(x @ g), kind="stable")).mean() > 0.99
+
+def total(x, g):
+    return np.linalg.norm(x - g, axis=1).sum()
+
+
+def least(x):
+    """The smallest sum of distances that another minimiser finds, from several starts; rows are candidates too."""
+    starts = [x.mean(0), x.mean(0) + 0.1, np.median(x, 0)]
+    found = [minimize(lambda g: total(x, g), s, method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-12}).fun
+             for s in starts]  # fmt: skip
+    return min(*found, *(total(x, row) for row in x))
+
+
+def test_1_no_other_point_is_nearer_to_all_rows():
+    generator = np.random.default_rng(3)
+    for _ in range(20):
+        x = generator.normal(size=(9, 3)) * (generator.random((9, 3)) < 0.7)
+        x[:3] = x[0]  # rows that coincide
+        assert total(x, geometric_median(csr_matrix(x), eps=1e-9, max_iter=5000)) <= least(x) + 1e-6
+
+
+def test_1_it_says_where_it_has_not_settled(caplog):
+    x = np.random.default_rng(0).random((10, 4))
+    _, iterations = weiszfeld(csr_matrix(x), max_iter=1)
+    assert iterations == 1 and "had not settled after 1 iterations" in caplog.text
+
+
+def naive(texts):
+    """([N, V] float64 TF-IDF rows of length 1, [V] their geometric median), by plain counting."""
+    bags = [Counter(re.findall(r"\w\w+", t.lower())) for t in texts]
+    words = sorted(set().union(*bags))
+    df = np.array([sum(w in bag for bag in bags) for w in words])
+    x = np.array([[bag[w] for w in words] for bag in bags]) * (np.log((1 + len(bags)) / (1 + df)) + 1)
+    x /= np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300)
+    return x, dense_median(x)
+
+
+def test_2_distances_are_those_of_plain_counting():
+    """What a selection ranks by, made from texts in single precision, against dense double precision."""
+    some = [*rows(200), Row("f:201", {"text": "a ! b"}), Row("f:202", {"text": "Alpha ALPHA alpha, beta"})]
+    x, g = naive([r.values["text"] for r in some])
+    d = Scdp(keep_fraction=0.5).select(some, Lab()).score
+    assert np.abs(d - np.linalg.norm(x - g, axis=1)).max() < 2e-6
+    worded = np.arange(len(some)) != 200
+    assert d[200] == pytest.approx(np.linalg.norm(g), abs=2e-6), "a row without a word is as far as the median is long"
+    assert np.abs(d**2 - (1 + g @ g - 2 * (x @ g)))[worded].max() < 5e-6
+    order, near = np.argsort(d[worded], kind="stable"), (x @ g)[worded]
+    assert (np.diff(near[order]) < 2e-6).all(), "the order of distances is the reverse of that of x g"
+
+
+def test_the_ledger_counts_two_products_an_iteration():
+    some = rows(60)
+    x, _ = naive([r.values["text"] for r in some])
+    _, iterations = weiszfeld(csr_matrix(x.astype(np.float32)))
+    assert iterations > 1
+    assert Scdp(keep_fraction=0.5).select(some, Lab()).flops == 2 * (x > 0).sum() * (2 * iterations + 3)
+
+
+def test_rows_are_squared_block_by_block():
+    x = np.random.default_rng(0).normal(size=(11, 3))
+    assert np.allclose(squares(csr_matrix(x), block=4), (x**2).sum(1))
 
 
 def test_3_the_rule_switches_on_the_kept_count():
@@ -88,6 +154,26 @@ def test_4_water_filling():
         assert budgets.sum() == total and (budgets >= 0).all() and (budgets <= sizes).all()
     scores = generator.random(500)
     assert strata_of(scores)[scores.argmax()] == 99 and strata_of(scores).min() == 0
+
+
+def test_4_no_stratum_gets_more_than_another_that_has_rows_left():
+    generator = np.random.default_rng(1)
+    for _ in range(200):
+        sizes = generator.integers(0, 30, size=int(generator.integers(2, 100)))
+        budgets = water_fill(sizes, int(generator.integers(0, sizes.sum() + 1)))
+        left = budgets < sizes
+        if left.any():
+            assert budgets.max() - budgets[left].min() <= 1, "those with rows left are level, and nobody is above them"
+
+
+def test_4_strata_are_of_equal_width_from_the_least_to_just_above_the_largest():
+    generator = np.random.default_rng(2)
+    for _ in range(200):
+        scores = generator.normal(1.0, 0.05, size=int(generator.integers(1, 60)))
+        low, step = min(scores), (1.0001 * max(scores) - min(scores)) / 100
+        by_hand = [next(k for k in range(100) if s < low + (k + 1) * step) for s in scores]
+        assert strata_of(scores).tolist() == by_hand
+    assert strata_of(np.zeros(3)).tolist() == [0, 0, 0], "no width at all"
 
 
 def test_5_stratified_draws_are_seeded_and_meet_their_budgets():
@@ -136,6 +222,27 @@ def test_class_balance_meets_largest_remainder_quotas():
     selection = Scdp(keep_fraction=0.3, class_balanced=True).select(labelled, Lab())
     kept = [labelled[i].values["label"] for i in selection.keep]
     assert kept.count("a") == 60 and kept.count("b") == 30
+    inside = np.isin(np.arange(300), selection.keep)
+    for name in "ab":  # the farthest of each class
+        mine = np.array([r.values["label"] == name for r in labelled])
+        assert selection.score[mine & inside].min() >= selection.score[mine & ~inside].max()
+
+
+def test_an_even_draw_within_each_class():
+    labelled = rows(4000, labels=["a", "a", "a", "b"])
+    selection = Scdp(keep_fraction=0.5, class_balanced=True).select(labelled, Lab())
+    assert "rule stratified" in selection.reason[0]
+    for name, quota in (("a", 1500), ("b", 500)):
+        mine = np.array([i for i, r in enumerate(labelled) if r.values["label"] == name])
+        strata, kept = strata_of(selection.score[mine]), np.isin(mine, selection.keep)
+        wanted = water_fill(np.bincount(strata, minlength=100), quota)
+        assert np.array_equal(np.bincount(strata[kept], minlength=100), wanted)
+
+
+def test_a_class_without_a_quota_is_named(caplog):
+    labelled = [*rows(20, labels=["a"]), Row("f:21", {"text": "odd one", "label": "b"})]
+    kept = Scdp(keep_fraction=0.3, class_balanced=True).select(labelled, Lab()).keep
+    assert 20 not in kept and "class 1 keeps no row" in caplog.text
 
 
 def test_bad_input():

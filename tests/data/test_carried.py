@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from test_run import luthier, rows, write
+from helpers.commands import luthier, rows, write
 
 
 def log(folder):

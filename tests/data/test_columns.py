@@ -15,6 +15,7 @@ from luthier.data.rendering import Renderer
 from luthier.data.spans import covering
 from luthier.data.store import Row, Rows
 from luthier.support.errors import LuthierError, RecipeError
+from luthier.tasks.classification import ClassRows
 from luthier.testing.models import byte_tokenizer
 
 
@@ -225,7 +226,9 @@ def test_a_first_token_of_the_renderers_moves_spans():
 def test_spans_of_a_classification_row_count_its_special_tokens():
     rows = [Row("f:1", {"text": "a bad film", "label": "no", "marks": [[2, 5, 7]]})]
     tokenizer = byte_tokenizer()
-    done = prepare(rows, Renderer(tokenizer), carried=Carried(spans="marks"), max_length=50, labels={"no": 0}).rows
+    done = prepare(
+        rows, Renderer(tokenizer), carried=Carried(spans="marks"), max_length=50, maker=ClassRows({"no": 0})
+    ).rows
     ((a, b, kind),) = done[0]["span"]["marks"].tolist()
     assert tokenizer.decode(done[0]["ids"][a:b]) == "bad" and kind == 7 and done[0]["row"] == {"label": 0}
 
@@ -352,7 +355,7 @@ def test_a_row_that_is_cut_keeps_its_spans_through_the_store(tmp_path):
     labelled = [Row("f:1", {"text": "a bad film, a long one", "label": "no", "marks": [[2, 5, 1], [18, 22, 2]]})]
     done = prepare(
         labelled, Renderer(byte_tokenizer()), carried=Carried(("text",), "marks"), max_length=10, on_long="trim_end",
-        labels={"no": 0},
+        maker=ClassRows({"no": 0}),
     ).rows  # fmt: skip
     assert [words(done[0], s) for s in done[0]["span"]["marks"]] == ["bad"] and len(done[0]["ids"]) == 10
 

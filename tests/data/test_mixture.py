@@ -8,6 +8,7 @@ import pytest
 
 from luthier import recipe
 from luthier.data.mixture import Mix, Mixture, Origin, drawn, quotas, shares
+from luthier.data.reading import ANSWERED
 from luthier.run.rows import training_rows
 from luthier.step.order import Order
 from luthier.support.errors import RecipeError
@@ -133,13 +134,13 @@ def test_sources_are_read_with_their_own_settings_and_named_by_file_and_line(tmp
         "model: a/b\ndata:\n  limit: 5\n  train:\n    - {path: a.jsonl, weight: 2}\n"
         "    - {path: b.csv, columns: {prompt: q}, limit: 1}\n"
     )
-    rows, skipped, mix = training_rows(loaded.data, tmp_path, "causal-lm")
+    rows, skipped, mix = training_rows(loaded.data, tmp_path, ANSWERED)
     assert [r.key.removeprefix(f"{tmp_path}/") for r in rows] == [*(f"a.jsonl:{i}" for i in range(1, 6)), "b.csv:2"]
     assert rows[5].values["prompt"] == "one" and not skipped
     assert [(o.name, o.weight) for o in mix.origins] == [("a.jsonl", 2.0), ("b.csv", 1.0)]
     assert recipe.load(json.dumps(loaded.as_dict())) == loaded
     one = recipe.load("model: a/b\ndata: {train: a.jsonl}")
-    rows, _, mix = training_rows(one.data, tmp_path, "causal-lm")
+    rows, _, mix = training_rows(one.data, tmp_path, ANSWERED)
     assert mix is None and len(rows) == 6 and len(rows.parts) == 1
 
 
@@ -167,4 +168,4 @@ def test_the_same_rows_twice_are_refused(tmp_path):
     put(tmp_path, "a.jsonl", 2)
     loaded = recipe.load("model: a/b\ndata: {train: [{path: a.jsonl}, {path: a.jsonl, weight: 2}]}")
     with pytest.raises(RecipeError, match=r"data\.train\.1: a\.jsonl is named twice"):
-        training_rows(loaded.data, tmp_path, "causal-lm")
+        training_rows(loaded.data, tmp_path, ANSWERED)

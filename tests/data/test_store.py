@@ -33,7 +33,7 @@ def write(path, items):
 
 
 def rows_of(path, **more):
-    return read(path.name, {}, path.parent, "causal-lm", **more)
+    return read(path.name, {}, path.parent, **more)
 
 
 def stored():
@@ -181,10 +181,10 @@ def test_a_hub_set_is_read_by_name_configuration_revision_and_split(monkeypatch)
         return datasets.Dataset.from_list([{"prompt": "a", "completion": "b"}] * 3)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    rows, _ = read("a/b@v1:easy", {}, Path("."), "causal-lm", "eval", part="test")
+    rows, _ = read("a/b@v1:easy", {}, Path("."), "eval", part="test")
     assert asked == [("a/b", "easy", "test", "v1")] and [r.key for r in rows][1] == "a/b@v1:easy:test:2"
     with pytest.raises(RecipeError, match=r"data\.train: a/gone: no such set"):
-        read("a/gone", {}, Path("."), "causal-lm")
+        read("a/gone", {}, Path("."))
 
 
 def test_memory_stays_flat_in_rows(tmp_path):
@@ -206,7 +206,7 @@ def test_memory_stays_flat_in_rows(tmp_path):
             "def watch():\n"
             "    while True:\n        most[0] = max(most[0], anonymous())\n        time.sleep(0.002)\n"
             "base = anonymous()\nthreading.Thread(target=watch, daemon=True).start()\n"
-            "path = Path(sys.argv[1])\nrows, _ = read(path.name, {}, path.parent, 'causal-lm')\n"
+            "path = Path(sys.argv[1])\nrows, _ = read(path.name, {}, path.parent)\n"
             "done = prepare(rows, renderer, max_length=2000)\n"
             "for i in range(0, len(done.rows), 7):\n    done.rows[i]\n"
             "print(most[0] - base)\n"
@@ -235,8 +235,8 @@ def test_a_packed_file_is_read_like_a_plain_one_and_a_cut_one_is_named(tmp_path)
 
 
 def test_humaneval_comes_from_its_package(tmp_path):
-    rows, _ = reading.read("builtin:humaneval", {}, tmp_path, "causal-lm", "eval")
+    rows, _ = reading.read("builtin:humaneval", {}, tmp_path, "eval")
     assert len(rows) == 164 and rows[0].values["entry_point"] == "has_close_elements"
     assert rows[0].values["completion"] == rows[0].values["canonical_solution"]
     with pytest.raises(RecipeError, match=r"data\.train: builtin:humaneval is for tests only"):
-        reading.read("builtin:humaneval", {}, tmp_path, "causal-lm", "train")
+        reading.read("builtin:humaneval", {}, tmp_path, "train")

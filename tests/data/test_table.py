@@ -130,7 +130,7 @@ def test_rows_of_a_file_are_written_to_the_cache_and_never_held(tmp_path, monkey
 
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r.values) + "\n" for r in rows(2500)))
-    table = Table.of(read("d.jsonl", {}, tmp_path, "causal-lm")[0]).at("first")
+    table = Table.of(read("d.jsonl", {}, tmp_path)[0]).at("first")
     asked = []
 
     def values():

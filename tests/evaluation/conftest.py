@@ -13,6 +13,7 @@ from luthier.evaluation.base import Exam
 from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
 from luthier.step.lab import Completion
+from luthier.tasks.causal_lm import CausalLm
 from luthier.testing.models import byte_tokenizer, tiny
 
 
@@ -21,7 +22,7 @@ class Scripted(Exam):
 
     said: dict[str, str]
 
-    def generated(self, prompts, max_new_tokens):  # type: ignore[no-untyped-def]
+    def generated(self, prompts, max_new_tokens):
         texts = [self.renderer.tokenizer.decode(p) for p in prompts]
         replies = [next(a for q, a in self.said.items() if f"user\n{q}<|im_end|>" in t) for t in texts]
         return [Completion(a, True, len(a)) for a in replies]
@@ -37,14 +38,15 @@ def tiny_view() -> ModelView:
 def exam_of(tiny_view):
     """rows (prompt, completion, more columns), answers by prompt -> an exam."""
 
-    def make(rows: list[dict[str, Any]], said: dict[str, str] | None = None, task: str = "causal-lm") -> Exam:
+    def make(rows: list[dict[str, Any]], said: dict[str, str] | None = None) -> Exam:
         renderer = Renderer(tiny_view.tokenizer)
         sources = [Row(f"f.jsonl:{i}", json.loads(json.dumps(r))) for i, r in enumerate(rows, 1)]
         rendered = [renderer.render(r.values, r.key) for r in sources]
-        lab = lab_with(renderer, {"base": lambda: tiny_view}, task=task)
-        exam = (Exam if said is None else Scripted)(tiny_view, lab, task, rendered, sources)
-        if said is not None:
-            exam.said = said
+        lab = lab_with(renderer, {"base": lambda: tiny_view})
+        if said is None:
+            return Exam(tiny_view, lab, CausalLm(), rendered, sources)
+        exam = Scripted(tiny_view, lab, CausalLm(), rendered, sources)
+        exam.said = said
         return exam
 
     return make

@@ -34,10 +34,10 @@ def test_a_canary_is_right_where_its_answer_is_likeliest(exam_of, monkeypatch):
     from luthier.step.lab import RowScore
 
     exam = exam_of([])
-    monkeypatch.setattr(exam, "losses", lambda rows: [RowScore(1.0 + (r["key"][-2:] != ".0"), 2.0, None) for r in rows])
+    monkeypatch.setattr(exam, "losses", lambda rows: [RowScore(1.0 + (r["key"][-2:] != ".0"), 2.0) for r in rows])
     right, loss = Forgetting(general="none").evaluate(exam)
     assert right.value == 1 and loss.value == 0.5
-    monkeypatch.setattr(exam, "losses", lambda rows: [RowScore(1.0 + (r["key"][-2:] != ".2"), 2.0, None) for r in rows])
+    monkeypatch.setattr(exam, "losses", lambda rows: [RowScore(1.0 + (r["key"][-2:] != ".2"), 2.0) for r in rows])
     assert Forgetting(general="none").evaluate(exam)[0].value == 0
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 
+from helpers.commands import luthier, write
 from luthier.data.builtin.people import KINDS, rows
 from luthier.evaluation import Knowledge
 from luthier.support.errors import LuthierError
-from test_run import luthier, write
 
 TEST = rows(0)[1]
 

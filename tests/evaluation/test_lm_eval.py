@@ -11,6 +11,7 @@ from luthier.evaluation.base import Exam
 from luthier.evaluation.lm_eval import _asked
 from luthier.inference.scoring import continuations, first_choices
 from luthier.support.errors import LuthierError, RecipeError
+from luthier.tasks.causal_lm import CausalLm
 from luthier.testing.models import rows_of
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -142,9 +143,9 @@ def test_tasks_of_a_folder_need_allow_code_and_the_hub_is_listed(tmp_path):
 def test_continuations_are_sums_over_each_rows_tokens(exam_of, tiny_view):
     rows = [{**r, "ids": [i % 90 for i in r["ids"]]} for r in rows_of((9, 5, 12), answer=3)]
     rows = [{**r, "labels": [-100] * (len(r["ids"]) - 3) + r["ids"][-3:]} for r in rows]
-    exam = Exam(tiny_view, exam_of([]).lab, "causal-lm", rows)
+    exam = Exam(tiny_view, exam_of([]).lab, CausalLm(), rows)
     found = continuations(tiny_view, [(r["ids"][:-3], r["ids"][-3:]) for r in rows], 16)
-    choices = first_choices(tiny_view, rows, 2048, "causal-lm")
+    choices = first_choices(tiny_view, rows, 2048)
     for (total, greedy), score, (_, right, _) in zip(found, exam.scored, choices, strict=True):
         assert total == pytest.approx(score.total, abs=1e-4) and greedy == bool(right.all())
 

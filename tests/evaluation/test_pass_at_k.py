@@ -78,11 +78,11 @@ def test_draws_depend_on_the_row_and_number_alone():
 
 
 def test_draws_follow_the_softmax():
-    from luthier.inference.generation import Keyed
+    from luthier.inference.generation import drawn
 
     logits = torch.tensor([[0.0, 1.0, 2.0]]).expand(4000, 3)
     streams = Streams(0)
-    draws = Keyed([streams.torch("t", i) for i in range(4000)], 2.0)(None, logits).argmax(-1)
+    draws = drawn([streams.torch("t", i) for i in range(4000)], 2.0)(logits, range(4000))
     shares = torch.bincount(draws, minlength=3) / 4000
     assert torch.allclose(shares, (logits[0] / 2).softmax(-1), atol=0.03)
 
@@ -91,7 +91,7 @@ def test_draws_follow_the_softmax():
 def test_humanevals_own_solutions_pass_and_others_do_not(exam_of, tmp_path):
     from luthier.data.reading import read
 
-    problems = [r.values for r in read("builtin:humaneval", {}, tmp_path, "causal-lm", "eval", limit=6)[0]]
+    problems = [r.values for r in read("builtin:humaneval", {}, tmp_path, "eval", limit=6)[0]]
     method = PassAtK(rows=6)
     for answer, share in ((lambda r: r["canonical_solution"], 1.0), (lambda r: "    return None\n", 0.0)):
         exam = exam_of(problems)

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from luthier.data.batch import IGNORE, collate, pad, unpad
 from luthier.kernels.plain import plain_operations
@@ -168,5 +169,5 @@ def test_class_logits_equal_the_models_own(layout):
 
 def test_a_classifier_keeps_the_classes_of_its_file(tmp_path):
     tiny("bert-classifier").save_pretrained(tmp_path)
-    view = load_model(locate(str(tmp_path)), "classification")
+    view = load_model(locate(str(tmp_path)), AutoModelForSequenceClassification)
     assert view.classes == ["LABEL_0", "LABEL_1", "LABEL_2"]

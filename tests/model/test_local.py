@@ -38,7 +38,7 @@ def test_a_model_is_made_once_and_has_read_its_text(tmp_path, monkeypatch):
     assert view.base.tokenizer == larger.base.tokenizer and view.base.weights != larger.base.weights
     rows = rendered([{"text": "abcabcabcabcabc"}] * 4, view.tokenizer)
     wrong = rendered([{"text": "acbacbacbacbacb"}] * 4, view.tokenizer)
-    seen, unseen = (mean_loss(row_scores(view, r, 1000, "causal-lm")) for r in (rows, wrong))
+    seen, unseen = (mean_loss(row_scores(view, r, 1000)) for r in (rows, wrong))
     assert seen < unseen - 0.5
     other = schooled(ROWS, TINY, schooling._replace(seed=1))
     assert other != folder and opened(other).base.weights != view.base.weights

@@ -4,18 +4,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from contract.examples import EXAMPLES
+from helpers.cloze import cloze
+from helpers.examples import EXAMPLES
 from luthier.compute.lemo import Lemo
 from luthier.model.meter import Meter, svd_flops
 from luthier.objectives.sft import Sft
 from luthier.step.lab import Lab
 from luthier.testing.contract import CONSTANT, SETTINGS
-from luthier.testing.models import rows_of, tiny, view_of
+from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.adapter import Adapter
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
-from pipelines.test_list import cloze
+from luthier.tuners.spiel import Spiel
 
 EQUAL = (12, 12, 12, 12)  # one length: the short-attention kernel then computes no padding
 
@@ -74,6 +75,46 @@ def test_every_objectives_step_takes_what_torch_counts(objective):
     assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=TOLERANCE.get(objective.name, 0.01))
 
 
+LAST = ("layers.2.mlp.down_proj", "layers.2.self_attn.o_proj")  # the second one's input wants no gradient
+
+
+@pytest.mark.parametrize("layout", ["flat", "padded"])
+@pytest.mark.parametrize(
+    "tuner",
+    [Lora(rank=4), Lora(rank=4, targets=LAST), Adapter(rank=3), Full(), Spiel(density=0.05)],
+    ids=["lora", "lora above", "adapter", "full", "spiel"],
+)
+def test_what_hangs_below_a_tuner_is_counted(layout, tuner):
+    """A low-rank and an output adapter are bound on the layers that a tuner works on."""
+    below = [t.attach(view_of()).update() for t in (Lora(rank=6, seed=1), Adapter(rank=5, init_std=0.1))]
+    view = view_of()
+    view.layout, view._native_attention = layout, "eager"
+    with below[0].bind(view), below[1].bind(view):
+        settings = SETTINGS.model_copy(update={"max_steps": 3})
+        loop = Loop(view, rows_of(EQUAL, answer=5), tuner.attach(view, total_steps=3), Sft(), settings)
+        torch_says = counted(loop, steps=2)
+    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.01)
+
+
+def test_a_derivative_takes_the_factors_it_is_along():
+    """T rows, W [out, in] with A [3, in] and B [out, 3]: two products each, and one more for what moves itself."""
+    view, batch = view_of(), batch_of((8,))
+    trainable = Lora(rank=3, targets=("layers.0.mlp.up_proj",)).attach(view)
+    (name,) = trainable.a
+    layer = view.layer(name.removesuffix(".weight"))
+    (out, width), meter = view.weight(name).shape, view.meter
+    with meter.watching(layer), torch.no_grad():
+        for along, expected in (
+            ([], 2 * (out * width + 3 * width + 3 * out)),
+            (["luthier_b"], 2 * (out * width + 3 * width + 3 * out) + 3 * out),
+            (["weight", "luthier_a"], 3 * (out * width + 3 * width) + 2 * 3 * out),
+        ):
+            before = meter.total
+            with meter.derivative(view.module, [f"{name.removesuffix('.weight')}.{n}" for n in along]):
+                layer(torch.ones(batch.num_tokens, width))
+            assert meter.total - before == 2 * batch.num_tokens * expected
+
+
 def test_scoring_and_training_are_charged_apart():
     from luthier.objectives.q_tuning import QTuning
 
@@ -107,6 +148,15 @@ def test_left_out_tokens_cost_nothing():
     loop = loop_of(Adapter(rank=2, init_std=0.05), Sft(), rows=rows, compute=Lemo(block_size=4), batch_size=2)
     torch_says = counted(loop)
     assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_mlps_pruned_backward_costs_what_is_left(checkpointing):
+    tuner = Lora(rank=4, targets=("q_proj", "v_proj"))
+    compute = Lemo(keep_fraction=1.0, mlp_prune_fraction=0.75)
+    loop = loop_of(tuner, Sft(), compute=compute, gradient_checkpointing=checkpointing)
+    torch_says = counted(loop)
+    assert sum(loop.progress.flops.values()) == pytest.approx(torch_says, rel=0.01)
 
 
 def test_generation_with_its_cache():

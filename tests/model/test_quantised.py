@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from helpers.commands import luthier, write
 from luthier.data.batch import collate
 from luthier.model.additions import is_packed
 from luthier.model.loading import load_model, load_tokenizer, locate
@@ -19,7 +20,6 @@ from luthier.tuned.export import export
 from luthier.tuned.open import open_run
 from luthier.tuners import Adapter, Full, GreenTrainer, Layerwise, Lora, Spiel
 from luthier.update import Dense, Replace, Update
-from test_run import luthier, write
 
 
 @pytest.fixture(scope="module")

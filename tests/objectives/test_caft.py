@@ -5,13 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from luthier.data.batch import IGNORE, collate
+from luthier.integrations.own_loop import Loss, as_batch
+from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.caft import Caft, further_labels, schedule_weight
 from luthier.objectives.sft import Sft
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.testing.models import batch_of, rows_of, view_of
+from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.frozen import Frozen
 from luthier.tuners.full import Full
@@ -80,32 +82,161 @@ def test_3_labels_stay_within_their_sequence():
             assert torch.equal(ahead[batch.seq == s], alone)
 
 
-@pytest.mark.parametrize("layout", ["flat", "padded"])
-def test_4_heads_do_not_see_the_future(layout):
-    view, objective, batch = view_of(), Caft(allow_untrained_heads=True), batch_of((9, 7))
-    view.layout = layout
-    states = []
-    for change in (False, True):
-        ids = batch.ids.clone()
-        if change:
-            ids[batch.ends] = (ids[batch.ends] + 1) % 90
-        fwd, _ = planned(view, objective, type(batch)(**{**vars(batch), "ids": ids}))
-        states.append(objective._state(fwd, fwd.extra.blocks[0], 2).detach())
-    earlier = torch.ones(batch.num_tokens, dtype=torch.bool)
-    earlier[batch.ends] = False
-    torch.testing.assert_close(states[0][earlier], states[1][earlier], atol=1e-6, rtol=0)
-    assert not torch.allclose(states[0][~earlier], states[1][~earlier])
+PADDING = {"none": (0, 0), "right": (0, 3), "left": (3, 0)}
+
+
+def padded(ids, side):
+    """[S, L] rows as transformers pads them, with their mask."""
+    left, right = PADDING[side]
+    pad = lambda x, value: F.pad(x, (left, right), value=value)  # noqa: E731
+    return {"input_ids": pad(ids, 0), "attention_mask": pad(torch.ones_like(ids), 0), "labels": pad(ids, IGNORE)}
+
+
+def head_states(attention, layout, side, wiring, ids):
+    """[heads, S, L, D] what each head hands to the vocabulary matrix, of rows padded on a side."""
+    module = tiny().eval()
+    module.set_attn_implementation(attention)
+    view = ModelView(module, layout=layout)
+    objective = Caft(allow_untrained_heads=True, wiring=wiring)
+    fwd, _ = planned(view, objective, as_batch(padded(ids, side)))
+    states = [objective._state(fwd, block, 2).detach() for block in fwd.extra.blocks]
+    return torch.stack(states).view(4, *ids.shape, -1)
+
+
+@pytest.mark.parametrize("wiring", ["parallel", "official"])
+@pytest.mark.parametrize("side", PADDING)
+@pytest.mark.parametrize(("attention", "layout"), [("eager", "padded"), ("sdpa", "padded"), ("sdpa", "flat")])
+def test_4_heads_do_not_see_the_future_nor_padding(attention, layout, side, wiring):
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % 90
+    here, there = (head_states(attention, layout, side, wiring, x) for x in (ids, other))
+    torch.testing.assert_close(here[:, :, :-1], there[:, :, :-1], atol=1e-6, rtol=0)
+    assert (here[:, :, -1] - there[:, :, -1]).abs().amax(-1).min() > 1e-3, (
+        "every head sees the last token where it stands"
+    )
+    alone = torch.cat([head_states("eager", "padded", "none", wiring, ids[i : i + 1]) for i in range(2)], dim=1)
+    torch.testing.assert_close(here, alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_4_padding_changes_no_loss_and_no_gradient(side):
+    """Through the loss as transformers' loops have it."""
+    ids, found = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0)), []
+    for where in ("none", side):
+        model = tiny()
+        loss = Loss(Caft(allow_untrained_heads=True, weight=0.5), model)
+        value = loss(padded(ids, where))
+        value.backward()
+        found.append([value.detach(), model.model.layers[0].mlp.up_proj.weight.grad])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
 def test_5_schedule():
-    values = [schedule_weight("rsine", Clock(s, 100)) for s in (0, 50, 100)]
-    assert values == pytest.approx([1.0, 0.70711, 0.0], abs=1e-5)
-    assert schedule_weight("rsine", Clock(0, 0)) == 1.0
+    quarters = {
+        "rsine": [1.0, 0.92388, 0.70711, 0.38268, 0.0],
+        "sine": [0.0, 0.38268, 0.70711, 0.92388, 1.0],
+        "linear": [0.0, 0.25, 0.5, 0.75, 1.0],
+        "constant": [1.0] * 5,
+    }
+    for name, wanted in quarters.items():
+        values = [schedule_weight(name, Clock(s, 100)) for s in (0, 25, 50, 75, 100)]
+        assert values == pytest.approx(wanted, abs=1e-5), name
+        assert schedule_weight(name, Clock(0, 0)) == 1.0
     terms_weights = [0.8**i for i in range(1, 5)]
     assert terms_weights == pytest.approx([0.8, 0.64, 0.512, 0.4096])
     view, objective = view_of(), Caft(stage="heads")
     fwd, _ = planned(view, objective, batch_of())
     assert [t.weight for t in objective.loss(fwd).values()] == pytest.approx(terms_weights)
+
+
+# --- the loss written out: a Llama in plain torch, one row at a time ---
+
+
+def norm_of(x, norm):
+    return x * (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt() * norm.weight
+
+
+def turned(x, theta=10_000.0):
+    """[H, L, d] with rotary positions 0..L-1."""
+    half = x.shape[-1] // 2
+    angle = torch.arange(x.shape[1])[:, None] * theta ** (-torch.arange(half) / half)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def layer_of(block, h):
+    """[L, D] -> [L, D]: one decoder layer, each position seeing itself and what is before it."""
+    a, x, length = block.self_attn, norm_of(h, block.input_layernorm), len(h)
+    q, k, v = (p(x).view(length, -1, 8).transpose(0, 1) for p in (a.q_proj, a.k_proj, a.v_proj))  # 4, 2 and 2 heads
+    q, k, v = turned(q), turned(k).repeat_interleave(2, 0), v.repeat_interleave(2, 0)
+    scores = (q @ k.transpose(1, 2)) / 8**0.5
+    future = torch.ones(length, length).triu(1).bool()
+    mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+    h = h + a.o_proj(mixed.transpose(0, 1).reshape(length, -1))
+    x = norm_of(h, block.post_attention_layernorm)
+    return h + block.mlp.down_proj(F.silu(block.mlp.gate_proj(x)) * block.mlp.up_proj(x))
+
+
+def written_out(model, heads, rows, wiring, stage, weight, decay):
+    """l_0 + weight sum decay^i l_i, each a mean over its own targets in all rows; without l_0 in the first stage."""
+    body, losses = model.model, [[] for _ in range(1 + len(heads))]
+    for row in rows:
+        h = body.embed_tokens(torch.tensor(row["ids"]))
+        for block in body.layers[:-1]:
+            h = layer_of(block, h)
+        before, final = h, norm_of(layer_of(body.layers[-1], h), body.norm)
+        reads = before if wiring == "parallel" or stage == "heads" else final
+        states = [layer_of(head, reads) for head in heads]
+        states = [norm_of(x, body.norm) for x in states] if wiring == "parallel" else states
+        for i, state in enumerate([final, *states]):
+            log_p = (state @ model.lm_head.weight.T).log_softmax(-1)
+            for t, y in enumerate(row["labels"]):  # unshifted: row["labels"][t] is the token at t
+                if y != IGNORE and t - 1 - i >= 0:
+                    losses[i].append(-log_p[t - 1 - i, y])
+    means = [torch.stack(x).mean() for x in losses]
+    ahead = sum(decay**i * m for i, m in enumerate(means) if i)
+    return ahead if stage == "heads" else means[0] + weight * ahead
+
+
+@pytest.mark.parametrize("limit", [10_000, 1])
+@pytest.mark.parametrize("stage", ["heads", "tune"])
+@pytest.mark.parametrize("wiring", ["parallel", "official"])
+def test_the_loss_and_its_gradient_are_those_written_out(wiring, stage, limit):
+    rows = rows_of((9, 5, 12, 7), answer=4)
+    rows[1]["labels"] = [IGNORE, rows[1]["ids"][1], *[IGNORE] * 3]  # no head looks that far
+    view = view_of()
+    objective = Caft(
+        stage=stage, wiring=wiring, weight=0.5, decay=0.7, ahead=4, schedule="sine", allow_untrained_heads=True
+    )
+    tuner = Full() if stage == "tune" else Frozen()
+    settings = TrainSettings(
+        max_steps=5, batch_size=4, tokens_per_forward=limit, shuffle=False, max_grad_norm=1e9, learning_rate=1e-12
+    )  # fmt: skip
+    loop = Loop(view, rows, tuner.attach(view), objective, settings)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():  # no two heads alike, and none like the trunk's last layer
+        for p in loop.extra.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    loop.step()
+    found, names = {}, {id(p): n for n, p in [*view.module.named_parameters(), *loop.extra.named_parameters()]}
+
+    def note(stats):
+        params = [p for group in loop.optimizer.param_groups for p in group["params"]]
+        found.update({names[id(p)]: p.grad.clone() for p in params})
+        return True
+
+    loop.trainable.before_step = note
+    entry = loop.step()
+    gamma = 0.5 * 0.30901699  # sin(1/5 pi/2), in the second of five steps
+    wanted = written_out(view.module, loop.extra.blocks, rows, wiring, stage, gamma, 0.7)
+    assert entry["loss"] == pytest.approx(float(wanted.detach()), abs=2e-6)
+    moving = [p for p in [*view.module.parameters(), *loop.extra.parameters()] if p.requires_grad]
+    by_hand = torch.autograd.grad(wanted, moving)
+    assert len(found) == len(moving)
+    for p, g in zip(moving, by_hand, strict=True):
+        torch.testing.assert_close(found[names[id(p)]], g, atol=1e-6, rtol=1e-4)
 
 
 def test_6_stage_one_leaves_the_model_and_stage_two_the_heads():

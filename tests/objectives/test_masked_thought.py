@@ -8,7 +8,7 @@ from scipy import stats
 from luthier.data.batch import IGNORE, collate
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Window, count
-from luthier.objectives.masked_thought import MaskedThought, masking_rate, solution
+from luthier.objectives.masked_thought import MaskedThought, allowed_ids, masking_rate, solution
 from luthier.objectives.sft import Sft
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
@@ -40,6 +40,33 @@ def test_1_at_rate_zero_it_is_sft_to_the_bit():
         results.append((losses, {n: p.detach().clone() for n, p in view.module.named_parameters()}))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][n], results[1][1][n]) for n in results[0][1])
+
+
+def turns():
+    """Rows of several turns: what is asked stands between what is answered; one answer begins the row."""
+    rows = rows_of((12, 9, 14))
+    spans = {0: [(3, 5), (8, 12)], 1: [(0, 2), (4, 6)], 2: [(13, 14)]}
+    out = []
+    for i, row in enumerate(rows):
+        answered = {t for a, b in spans[i] for t in range(a, b)}
+        labels = [y if t in answered else IGNORE for t, y in enumerate(row["ids"])]
+        prompt = [int(t not in answered) for t in range(len(labels))]
+        out.append({**row, "labels": labels, "token": {"prompt": prompt}})
+    return out
+
+
+def test_2_what_may_be_hidden_are_the_tokens_that_something_before_them_is_to_predict():
+    rows = turns()
+    by_hand = [y != IGNORE and t > 0 for r in rows for t, y in enumerate(r["labels"])]
+    assert solution(collate(rows)).tolist() == by_hand and sum(by_hand) == 10
+    always = MaskedThought(max_rate=1 - 1e-12, warmup_share=1e-9)
+    noisy, counts = planned(always, rows)
+    assert noisy.token["masked"].tolist() == by_hand and counts["tokens"] == 10
+    assert torch.equal(noisy.labels, collate(rows).labels)
+
+
+def test_words_that_may_stand_in_are_all_but_the_special_ones():
+    assert allowed_ids(6, {0, 4, 9}).tolist() == [1, 2, 3, 5]
 
 
 @pytest.mark.parametrize("random_share", [0.0, 0.5, 1.0])

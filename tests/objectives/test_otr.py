@@ -1,6 +1,7 @@
 """The exact checks of the sheet; numbers in names are the sheet's. 8 is a claim."""
 
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,11 +85,43 @@ def loss_of(objective, rows, view=None, limit=10_000, steps=1):
     return [loop.step() for _ in range(steps)]
 
 
+class Given(Forward):
+    """A forward whose final states are given."""
+
+    def __init__(self, batch, view, states):
+        super().__init__(batch, view)
+        self.states = states
+
+    def hidden(self, layer=-1, embeds=None, view=None):
+        return self.states
+
+
+@pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
 @pytest.mark.parametrize("draws", ["exact", 16])
-def test_6_prompts_and_padding_do_not_enter_and_a_seed_gives_its_draws(draws):
+def test_6_logits_and_tokens_without_a_label_do_not_enter(draws, reduction):
+    view, objective = view_of(), Otr(draws=draws, reduction=reduction)
+    batch = collate(rows_of((12, 9, 14), answer=5))
+    window, _ = objective.plan(Window([batch], Clock(0, 3)), Probe(view, objective))
+    (batch,) = window.micro
+    silent = batch.labels == IGNORE
+    assert silent.sum() == len(silent) - 15
+    states = view.trace(batch).hidden[-1].detach()
+    other = torch.where(silent[:, None], states + 3.0, states)
+    prompts = silent & (torch.arange(len(silent)) != len(silent) - 1)  # the tokens that nobody is to predict
+    ids = torch.where(prompts, (batch.ids + 1) % 90, batch.ids)
+    found = []
+    for h, changed in ((states, batch), (other, batch), (states, replace(batch, ids=ids))):
+        h = h.clone().requires_grad_()
+        value = objective.loss(Given(changed, view, h))["loss"].sums.sum()
+        found.append((value.detach(), torch.autograd.grad(value, h)[0]))
+    for value, gradient in found[1:]:
+        assert torch.equal(value, found[0][0]) and torch.equal(gradient, found[0][1])
+    assert (found[0][1][silent] == 0).all() and (found[0][1][~silent].abs().sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("draws", ["exact", 16])
+def test_6_padding_does_not_enter_and_a_seed_gives_its_draws(draws):
     rows = rows_of((12, 9, 14), answer=5)
-    for row in rows:
-        row["token"]["prompt"] = [0] * len(row["ids"])
     a = loss_of(Otr(draws=draws), rows)[0]["loss"]
     assert loss_of(Otr(draws=draws), rows)[0]["loss"] == a
     view = view_of()
@@ -96,15 +129,52 @@ def test_6_prompts_and_padding_do_not_enter_and_a_seed_gives_its_draws(draws):
     assert loss_of(Otr(draws=draws), rows, view)[0]["loss"] == pytest.approx(a, abs=1e-5)
     if draws != "exact":
         assert loss_of(Otr(draws=draws, seed=1), rows)[0]["loss"] != a
-    batch = collate(rows)
-    assert (batch.labels == IGNORE).sum() > 0
-    objective, view = Otr(draws=draws), view_of()
-    window, counts = objective.plan(Window([batch], Clock(0, 3)), Probe(view, objective))
-    assert counts["tokens"] == 15 and counts["sequences"] == 3
-    z = Forward(window.micro[0], view).logits(batch.supervised)
-    if draws == "exact":
-        by_hand = exact_loss(z, batch.labels[batch.supervised], -0.1, 1.3).view(3, 5).mean(1).mean()
-        assert a == pytest.approx(float(by_hand), abs=1e-5)
+
+
+@pytest.mark.parametrize(("beta", "kappa"), [(-0.1, 1.3), (0.4, 0.8)])
+def test_6_the_loss_of_a_step_is_that_of_a_plain_softmax(beta, kappa):
+    """-mean over rows of the mean over their tokens, K to infinity, in double precision one token at a time."""
+    rows, view = rows_of((12, 9, 14), answer=5), view_of()
+    rows[1]["labels"] = [IGNORE] * 7 + rows[1]["ids"][7:]  # two tokens, where the others have five
+    each = []
+    for r in rows:
+        z, mine = view.module(torch.tensor([r["ids"]])).logits[0].double(), []
+        for t, x in enumerate(r["labels"]):
+            if x == IGNORE:
+                continue
+            log_p, drawn = z[t - 1].log_softmax(-1), (z[t - 1] / kappa).softmax(-1)
+            reward = torch.full_like(drawn, beta)
+            reward[x] = 1.0
+            mine.append(-float((drawn * reward * log_p).sum()))
+        each.append(mine)
+    tokens = sum(map(len, each))
+    wanted = {"sequence_mean": sum(sum(m) / len(m) for m in each) / 3, "token_mean": sum(map(sum, each)) / tokens}
+    for reduction, value in wanted.items():
+        objective = Otr(beta=beta, kappa=kappa, reduction=reduction)
+        assert loss_of(objective, rows)[0]["loss"] == pytest.approx(value, abs=1e-5)
+
+
+def test_5_draws_are_from_the_tempered_distribution():
+    z = torch.tensor([[0.0, 1.0, 2.0]])
+    drawn = draw(z, 200_000, 2.0, torch.Generator().manual_seed(0))
+    share = torch.bincount(drawn[0], minlength=3) / 200_000
+    torch.testing.assert_close(share, (z[0] / 2.0).softmax(-1), atol=5e-3, rtol=0)
+
+
+def test_draws_differ_by_step_row_and_place():
+    """Rows of the same tokens under other keys, and the same row in another step, draw anew."""
+    row = rows_of((12,), answer=6)[0]
+    rows = [row, {**row, "key": "1"}]
+    view, objective = view_of(), Otr(draws=4)
+    seen = {}
+    for step in (0, 1):
+        window, _ = objective.plan(Window([collate(rows)], Clock(step, 3)), Probe(view, objective))
+        losses = []
+        for i in range(2):
+            alone = window.micro[0].select(torch.tensor([i]))
+            losses.append(float(objective.loss(Forward(alone, view))["loss"].sums.sum()))
+        seen[step] = losses
+    assert len({*seen[0], *seen[1]}) == 4
 
 
 @pytest.mark.parametrize("reduction", ["sequence_mean", "token_mean"])
@@ -135,6 +205,21 @@ def test_reductions_by_hand():
     means = {"sequence_mean": (a.mean() + b.mean()) / 2, "token_mean": each.mean()}
     for reduction, wanted in means.items():
         assert loss_of(Otr(reduction=reduction), rows)[0]["loss"] == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_the_log_is_means_over_the_positions():
+    rows = rows_of((12, 9), answer=4)
+    view = view_of()
+    z = torch.cat([view.module(torch.tensor([r["ids"]])).logits[0, -5:-1] for r in rows])
+    x = torch.tensor([y for r in rows for y in r["ids"][-4:]])
+    p, drawn = z.softmax(-1), (z / 1.3).softmax(-1)
+    hit = drawn.gather(1, x[:, None]).squeeze(1)
+    (entry,) = loss_of(Otr(), rows)
+    wanted = {
+        "hits": hit.mean(), "gold": p.gather(1, x[:, None]).mean(), "no_hit": (hit < 1 / 256).float().mean(),
+        "entropy": -(p * p.log()).sum(-1).mean(),
+    }  # fmt: skip
+    assert {k: entry[f"otr/{k}"] for k in wanted} == pytest.approx({k: float(v) for k, v in wanted.items()}, rel=1e-4)
 
 
 def test_the_log_says_how_often_the_gold_token_is_drawn(caplog):

@@ -7,12 +7,11 @@ import shutil
 import pytest
 from PIL import Image
 
-from collaboration.test_commands import recipe
-from collaboration.test_demo import TINY
+from helpers.collaborations import TINY, recipe
+from helpers.commands import luthier, rows, write
 from luthier.claims import claim as claims
 from luthier.claims.page import write_claims
 from luthier.demos.private import NAMES, demo
-from test_run import luthier, rows, write
 
 pytestmark = pytest.mark.skipif(
     shutil.which("chromedriver") is None, reason="no chromedriver (Debian: chromium-driver)"

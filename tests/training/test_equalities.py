@@ -12,57 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from luthier.objectives.caft import Caft
-from luthier.objectives.q_tuning import QTuning
+from helpers.equalities import CASES, RANKS, RESUMED, SETTINGS, rows, trained
 from luthier.objectives.sft import Sft
 from luthier.step.order import Order, micro_batches
-from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.testing.models import rows_of, view_of
+from luthier.testing.models import view_of
 from luthier.training import checkpoint
 from luthier.training.loop import Interrupted, Loop
-from luthier.tuners.adapter import Adapter
-from luthier.tuners.dept import Dept
-from luthier.tuners.full import Full
-from luthier.tuners.green_trainer import GreenTrainer
 from luthier.tuners.lora import Lora
-from luthier.tuners.spiel import Spiel
-
-# eps above the rounding of gradients: else Adam blows a gradient of 1e-9 up to a whole step.
-SETTINGS = TrainSettings(max_steps=4, batch_size=8, learning_rate=1e-2, tokens_per_forward=30, adam_eps=1e-5)
-CASES = {
-    "lora-sft": (Lora(rank=4), Sft()),
-    "full-q-tuning": (Full(), QTuning(keep_rows=0.5)),
-    "lora-caft": (Lora(rank=4), Caft(allow_untrained_heads=True, weight=0.3)),
-    "dept-sft": (Dept(budget_length=12, length=4, max_length=16), Sft()),
-}
-# Equal on two ranks where both cut their steps alike: what is chosen depends on the first forward of a window.
-RANKS = {
-    **CASES,
-    "spiel-sft": (Spiel(density=0.05, reselect_every=3, window=1), Sft()),
-    "green-sft": (GreenTrainer(flops_share=0.7, reselect_every=2), Sft()),
-}
-
-
-def rows():
-    return rows_of((14, 6, 13, 15, 11, 8, 12, 9, 7, 10), answer=5)
-
-
-def tuned(trainable):
-    return {str(i): p.detach().reshape(-1).tolist() for i, p in enumerate(trainable.parameters())}
-
-
-def trained(tuner, objective, **changes):
-    view = view_of()
-    settings = SETTINGS.model_copy(update=changes)
-    trainable = tuner.attach(view, total_steps=settings.max_steps)
-    loop = Loop(view, rows(), trainable, objective, settings)
-    losses = [loop.step()["loss"] for _ in range(settings.max_steps)]
-    return {"losses": losses, "weights": tuned(trainable)}
 
 
 def assert_equal(a, b):
-    assert a["losses"] == pytest.approx(b["losses"], abs=1e-5)
+    assert a["losses"] == pytest.approx(b["losses"], abs=1e-5) and a["skipped"] == b["skipped"]
     for name in a["weights"]:
         torch.testing.assert_close(
             torch.tensor(a["weights"][name]), torch.tensor(b["weights"][name]), atol=1e-5, rtol=0
@@ -71,14 +32,14 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize("name", CASES)
 def test_eight_of_one_equal_one_of_eight(name):
-    assert_equal(trained(*CASES[name], tokens_per_forward=10_000), trained(*CASES[name], tokens_per_forward=1))
+    assert_equal(trained(name, tokens_per_forward=10_000), trained(name, tokens_per_forward=1))
 
 
 def test_two_processes_equal_one(tmp_path):
     target = tmp_path / "out.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
-    script = str(Path(__file__).with_name("two_ranks.py"))
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = str(Path(__file__).parents[1] / "helpers/two_ranks.py")
     for _ in range(2):  # gloo's rendezvous on a busy machine may stall: once more, then it is a failure
         child = subprocess.Popen([*command, script, str(target)], env=env, start_new_session=True)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -88,8 +49,11 @@ def test_two_processes_equal_one(tmp_path):
         if target.exists():
             break
     together = json.loads(target.read_text())
-    for name, case in RANKS.items():
-        assert_equal(trained(*case), together[name])
+    for name in RANKS:
+        assert_equal(trained(name), together[name])
+    assert together["sft-silent"]["skipped"] == 2
+    dropped = together["resumed"]
+    assert dropped["parts"] == dropped["whole"] and dropped["ranks"][0] != dropped["ranks"][1]
 
 
 def test_order_is_a_pure_function_of_seed_and_step():
@@ -110,17 +74,6 @@ def test_micro_batches_hold_every_row_once_within_the_limit():
         assert everything == list(range(8))
         assert all(sum(lengths[i] for i in p) <= 30 or len(p) == 1 for rank in ranks for p in rank)
     assert [len(r) for r in micro_batches([3, 3], 30, 4)] == [1, 1, 0, 0]
-
-
-RESUMED = {
-    "lora": Lora(rank=4),
-    "full": Full(),
-    "spiel": Spiel(density=0.05, reselect_every=4, window=2),
-    "spiel-ma": Spiel(density=0.05, reselect_every=4, window=2, variant="ma"),
-    "green-trainer": GreenTrainer(reselect_every=4),
-    "adapter": Adapter(rank=4),
-    "dept": Dept(budget_length=12, length=4, max_length=16),
-}
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -227,7 +180,7 @@ import sys, time
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 from luthier.testing.models import view_of
-from training.test_equalities import RESUMED, SETTINGS, rows
+from helpers.equalities import RESUMED, SETTINGS, rows
 from luthier.objectives.sft import Sft
 from luthier.training.loop import Loop
 import torch

@@ -45,8 +45,10 @@ def test_checkpointing_gives_the_same_numbers_for_less_memory(kind):
         {"tuner": Full()},
         {"objective": Caft(allow_untrained_heads=True, weight=0.3)},
         {"compute": Lemo(block_size=2)},
+        {"compute": Lemo(block_size=2, mlp_prune_fraction=0.5), "tuner": Lora(rank=4, targets=("q_proj", "v_proj"))},
+        {"compute": Lemo(block_size=2), "kind": "gemma3"},
     ],
-    ids=["spiel", "full", "caft", "lemo"],
+    ids=["spiel", "full", "caft", "lemo", "lemo with pruned MLPs", "lemo with windows"],
 )
 def test_checkpointing_beside_methods(case):
     assert steps(**case, gradient_checkpointing=True)[0] == pytest.approx(steps(**case)[0], abs=1e-6)

@@ -28,6 +28,29 @@ def test_folded_into_the_projection_it_is_the_same_model(kind):
     torch.testing.assert_close(view.trace(batch).hidden[-1], live, atol=1e-5, rtol=1e-4)
 
 
+def test_it_stands_on_the_output_before_the_residual():
+    """The block's own forward with h + B (A h) written out at both places."""
+    view, batch = view_of(), batch_of((9,))
+    trainable = Adapter(rank=4, init_std=0.2).attach(view)
+    plain = view_of()
+    for name, a in trainable.a.items():
+        b = trainable.b[name]
+        plain.module.get_submodule(name).register_forward_hook(lambda m, x, h, a=a, b=b: h + h @ a.T @ b.T)
+    with torch.no_grad():
+        ours, wanted, bare = (v.trace(batch).hidden[-1] for v in (view, plain, view_of()))
+    torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-6)
+    assert float((wanted - bare).abs().max()) > 0.1
+
+
+def test_both_matrices_start_at_the_stated_deviation_and_differ():
+    trainable = Adapter(rank=64, init_std=0.03).attach(view_of())
+    every = [p.detach() for p in trainable.parameters()]
+    assert all(float(p.std()) == pytest.approx(0.03, rel=0.06) for p in every)
+    name = next(iter(trainable.a))
+    assert not torch.equal(trainable.a[name], trainable.b[name].T)
+    assert not torch.equal(every[0], next(Adapter(rank=64, init_std=0.03, seed=1).attach(view_of()).parameters()))
+
+
 def test_folding_by_hand():
     w, b = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1.0, -1.0])
     down, up = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.5], [2.0]])

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from luthier.data.batch import collate
+from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import RecipeError
-from luthier.testing.models import batch_of, rows_of, tiny, view_of
+from luthier.testing.models import batch_of, byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.tuners.dept import Dept, budget_rank
+from luthier.tuners.dept import Dept, budget_rank, scale
 
 SMALL = {"budget_length": 12, "length": 4, "max_length": 16}
 
@@ -153,12 +154,78 @@ def test_7_training_and_generation_see_the_same_inputs():
     torch.testing.assert_close(out.logits[0][0], forced[6], atol=1e-5, rtol=0)
 
 
+# --- golden: logits by a formula of its own (the published code's differ by 0.0) ---
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("reach", [3, 16], ids=["prompt longer than the offsets", "shorter"])
+def test_logits_equal_the_formula(kind, reach):
+    """E' = E + c (A B)[position] on the prompt, c = alpha / sqrt(r); the plain model on [P; E'], less its first m rows."""
+    view, row, rank = view_of(kind), rows_of((11,), answer=4)[0], 3
+    trainable = moved(view, max_length=reach, rank=rank, alpha=5.0)
+    p, a, b = (x.detach() for x in (trainable.vectors, trainable.a, trainable.b))
+    assert a.shape == (reach, rank) and b.shape == (rank, 32) and p.shape == (4, 32)
+    table, ids = view.embedding.weight.detach(), torch.tensor(row["ids"])
+    embeds = table[ids].clone()
+    for t in range(7):  # of 11 tokens 4 are the answer
+        if t < reach:
+            embeds[t] += 5.0 / rank**0.5 * (a[t] @ b)
+    plain = tiny(kind).eval()
+    with torch.no_grad():
+        wanted = plain(inputs_embeds=torch.cat([p, embeds])[None]).logits[0, 4:]
+        prompt = torch.tensor([row["token"]["prompt"]])
+        called = view.module(input_ids=ids[None], prompt_mask=prompt).logits[0]
+        ours = states(view, collate([row])) @ view.head_weight.T
+        bare = plain(input_ids=ids[None]).logits[0]
+    torch.testing.assert_close(called, wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ours, wanted, atol=2e-6, rtol=0)
+    assert float((bare - wanted).abs().max()) > 0.05
+
+
+def test_the_official_scales():
+    """c = 8 / sqrt(r) at the ranks of the released checkpoints: not alpha / r."""
+    assert [round(scale(8.0, r), 2) for r in (15, 24, 30, 45)] == [2.07, 1.63, 1.46, 1.19]
+    assert scale(8.0, 1) == 8.0 and scale(8.0, 0) == 0.0
+
+
+def test_a_starts_kaiming_uniform_and_b_at_zero():
+    """U(-1/sqrt(r), 1/sqrt(r)): fan-in of the official nn.Parameter [s, r] is r."""
+    trainable = Dept(budget_length=12, length=4, max_length=400, rank=4).attach(view_of())
+    a = trainable.a.detach()
+    assert 0.49 < float(a.max()) <= 0.5 and -0.5 <= float(a.min()) < -0.49
+    assert float(a.std()) == pytest.approx(0.5 / 3**0.5, rel=0.05)
+    assert not trainable.b.any()
+    other = Dept(budget_length=12, length=4, max_length=400, rank=4, seed=1).attach(view_of())
+    assert not torch.equal(a, other.a)
+
+
+@pytest.mark.parametrize("length", [2, 5, 13], ids=["cut", "whole", "repeated"])
+def test_vectors_start_from_the_text(length):
+    view = ModelView(tiny(vocab_size=260).eval(), byte_tokenizer(), "flat")
+    trainable = Dept(budget_length=20, length=length, max_length=8, init_text="a fly").attach(view)
+    text = view.tokenizer("a fly", add_special_tokens=False)["input_ids"]
+    assert len(text) == 5 and len(set(text)) == 5
+    for i in range(length):
+        assert torch.equal(trainable.vectors[i], view.embedding.weight[text[i % 5]])
+
+
+def test_vectors_start_from_rows_of_the_table_where_there_is_no_tokenizer():
+    view = view_of()
+    vectors = Dept(**SMALL).attach(view).vectors.detach()
+    rows = [int((view.embedding.weight == v).all(1).nonzero()) for v in vectors]
+    assert len(set(rows)) > 1
+    assert not torch.equal(vectors, Dept(**SMALL, seed=5).attach(view_of()).vectors)
+
+
 def test_bad_input():
     with pytest.raises(RecipeError, match="leaves no rank: l = 12, m = 12"):
         Dept(budget_length=12, length=12).attach(view_of())
     view = view_of()
     moved(view)
     ids = torch.ones(1, 4, dtype=torch.long)
+    empty = ModelView(tiny(vocab_size=260).eval(), byte_tokenizer(), "flat")
+    with pytest.raises(RecipeError, match=r"dept.init_text: '' holds no token; write some words"):
+        Dept(**SMALL, init_text="").attach(empty)
     with pytest.raises(ValueError, match="prompt_mask"):
         view.module(input_ids=ids)
     with pytest.raises(ValueError, match="column 'prompt'"):

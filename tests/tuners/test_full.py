@@ -65,3 +65,30 @@ def test_frozen_rows_of_nothing():
     assert sum(p.numel() for p in trainable.parameters()) == view.anatomy.num_parameters
     tied = view_of("gpt2")
     assert sum(p.numel() for p in Full().attach(tied).parameters()) == tied.anatomy.num_parameters
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
+def test_embeddings_can_stay_and_with_them_a_head_that_is_tied(kind):
+    view, rows = view_of(kind), rows_of()
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    loop = Loop(view, rows, Full(train_embeddings=False).attach(view), Sft(), SETTINGS)
+    loop.step()
+    stays = {n for n, p in view.module.named_parameters() if torch.equal(p, before[n])}
+    table = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}.get(
+        kind, "bert.embeddings.word_embeddings.weight"
+    )
+    assert table in stays and not view.weight(table).requires_grad
+    assert all(not p.requires_grad for n, p in view.module.named_parameters() if n == table)
+    assert {n for n in before if n not in stays} >= {
+        n for n in before if n.endswith(("q_proj.weight", "c_attn.weight"))
+    }
+    assert ("lm_head.weight" in before) == (kind == "llama") and "lm_head.weight" not in stays
+
+
+def test_the_update_is_what_moved_and_nothing_else():
+    view, fresh = view_of(), tiny()
+    loop = Loop(view, rows_of(), Full().attach(view), Sft(), SETTINGS)
+    loop.step()
+    (part,) = loop.trainable.update().parts
+    for n, p in view.module.named_parameters():
+        assert torch.equal(part.changes[n], p.detach() - fresh.get_parameter(n).detach()), n

@@ -7,15 +7,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from luthier.data.batch import collate
 from luthier.model.anatomy import Anatomy
-from luthier.objectives.base import Clock, Window
+from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.sft import Sft
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.testing.models import batch_of, rows_of, tiny, view_of
+from luthier.testing.models import batch_of, labelled_rows, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.tuners.green_trainer import CostModel, GreenTrainer, Item, cost_model, select
+from luthier.tuners import green_trainer
+from luthier.tuners.base import as_dicts, with_head
+from luthier.tuners.green_trainer import CostModel, GreenTrainer, Item, cost_model, scheduled, select
 
 
 def random_costs(generator, levels=4):
@@ -73,17 +76,20 @@ def test_1_coarse_rounding_stays_within_the_budget():
         assert costs.backward(select(costs, importance, budget, resolution=20)) <= budget
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_2_backward_cost_equals_counted_flops(tied):
-    model = tiny(tie_word_embeddings=tied)
+@pytest.mark.parametrize("kind", ["llama", "tied llama", "gpt2", "opt", "qwen3", "gemma3"])
+def test_2_backward_cost_equals_counted_flops(kind):
+    model = tiny(kind.removeprefix("tied "), **({"tie_word_embeddings": "tied" in kind} if "llama" in kind else {}))
     model.set_attn_implementation("eager")
     anatomy = Anatomy(model)
     batch, length = 2, 12
-    costs = cost_model(anatomy, batch * length, batch * length**2)
+    costs = cost_model(anatomy, batch * length, batch * length**2, batch)
     ids = torch.randint(3, 90, (batch, length))
     generator = np.random.default_rng(0)
     names = list(anatomy.parameters)
-    for trial in range(32):
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids)
+    assert 2 * costs.forward == counter.get_total_flops()
+    for trial in range(32 if "llama" in kind else 8):
         chosen = [n for n in names if generator.random() < (0.1 if trial % 2 else 0.5)] or [names[-1]]
         for n, p in model.named_parameters():
             p.requires_grad_(n in chosen)
@@ -94,16 +100,161 @@ def test_2_backward_cost_equals_counted_flops(tied):
         assert 2 * costs.backward(chosen) == counter.get_total_flops(), chosen
 
 
+@pytest.mark.parametrize("kind", ["llama-classifier", "gpt2-classifier", "bert-classifier"])
+def test_2_with_a_task_head_it_does_too(kind):
+    """The head reads one token of a sequence and always trains; so does BERT's pooler, which may be left out."""
+    view = view_of(kind)
+    view.module.set_attn_implementation("eager")
+    view.layout, view._native_attention = "padded", "eager"
+    rows = labelled_rows((12, 12))
+    batch, names = collate(rows), [n for n in view.anatomy.parameters if n not in view.anatomy.task_head]
+    costs = cost_model(view.anatomy, 24, 288, 2)
+    assert [x.name for x in costs.items] == names
+    generator = np.random.default_rng(0)
+    for trial in range(16):
+        chosen = [n for n in names if generator.random() < (0.1 if trial % 2 else 0.5)] or [names[-1]]
+        for n, p in view.module.named_parameters():
+            p.requires_grad_(n in chosen or n in view.anatomy.task_head)
+        with FlopCounterMode(display=False) as forward:
+            logits = Forward(batch, view).logits()
+        with FlopCounterMode(display=False) as backward:
+            logits.square().sum().backward()
+        unused = 2 * 2 * 32**2 if "bert" in kind else 0  # the trunk calls its pooler once for nothing
+        assert 2 * costs.forward == forward.get_total_flops() - unused
+        assert 2 * costs.backward(chosen) == backward.get_total_flops(), chosen
+
+
+def run_of(view, share=0.7, rate=1e-3, **fields):
+    """The tuner on this view with an optimiser of its own."""
+    trainable = GreenTrainer(flops_share=share, **fields).attach(view, total_steps=9)
+    optimizer = trainable.optimizer(
+        trainable.groups(), lambda g: torch.optim.AdamW(as_dicts(g, rate), lr=rate, weight_decay=0.1)
+    )
+    return trainable, optimizer
+
+
 def plan(view, share, batch):
-    trainable = GreenTrainer(flops_share=share).attach(view, total_steps=9)
-    trainable.optimizer(trainable.groups(), lambda g: torch.optim.AdamW([p for x in g for p in x.params], lr=1e-3))
+    trainable, _ = run_of(view, share)
     trainable.before_window(Window([batch], Clock(0, 9)), Probe(view, Sft()))
     return trainable
 
 
+# --- the whole choice against the sheet's formulas, written out for a Llama ---
+
+
+def llama_cost(anatomy, batch, length, chosen):
+    """The sheet's level model: weight gradients, activation gradients above the lowest level, attention cores."""
+    tokens, width = batch * length, anatomy.num_heads * anatomy.head_dim
+    size = {x.module.rpartition(".")[2] + str(x.block): x.shape[0] * x.shape[1] for x in anatomy.linears}
+    levels = [{"embed_tokens": 0}]
+    for b in range(len(anatomy.blocks)):
+        for names in (["input_layernorm"], ["q_proj", "k_proj", "v_proj"], ["o_proj"], ["post_attention_layernorm"],
+                      ["gate_proj", "up_proj"], ["down_proj"]):  # fmt: skip
+            levels.append({f"{n}{b}": size.get(f"{n}{b}", 0) for n in names})
+    levels += [{"norm": 0}, {"lm_head": size["lm_head-1"]}]
+    short = {n: short_name(n) for n in anatomy.parameters}
+    picked = {short[n] for n in chosen}
+    lowest = min(j for j, level in enumerate(levels) if picked & level.keys())
+    total = 0
+    for j, level in enumerate(levels):
+        total += tokens * sum(s for n, s in level.items() if n in picked)
+        total += tokens * sum(level.values()) if j > lowest else 0
+        if any(n.startswith("q_proj") for n in level) and j >= lowest:
+            here = {n[0] for n in level if n in picked}
+            units = 4 if j > lowest else {1: 1 if here == {"v"} else 2, 2: 3, 3: 4}[len(here)]
+            total += units * batch * length**2 * width
+    return total
+
+
+def short_name(parameter):
+    parts = parameter.split(".")
+    return parts[-2] + (parts[2] if parts[1] == "layers" else "")
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_1_the_choice_on_a_model_is_the_best_of_all_subsets(seed):
+    """All 4095 sets of a block's twelve tensors, priced by the sheet's formula; the knapsack's unit is a multiply-add."""
+    model = tiny(
+        layers=1, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, intermediate_size=12, vocab_size=11
+    )
+    anatomy, generator = Anatomy(model), np.random.default_rng(seed)
+    names = list(anatomy.parameters)
+    values = generator.normal(0.3, 1.0, len(names)) * generator.choice([1.0, 5.0], len(names))
+    importance = dict(zip(names, values.tolist(), strict=True))
+    masks = (np.arange(1, 1 << len(names))[:, None] >> np.arange(len(names))) & 1  # [4095, 12]
+    prices = np.array([llama_cost(anatomy, 1, 2, [n for n, on in zip(names, m, strict=True) if on]) for m in masks])
+    budget = int(generator.uniform(0.3, 0.95) * prices.max())
+    best = max(float(m @ values) for m, price in zip(masks, prices, strict=True) if price <= budget)
+    chosen = select(cost_model(anatomy, 2, 4, 1), importance, budget, resolution=budget)
+    assert llama_cost(anatomy, 1, 2, chosen) <= budget
+    assert sum(importance[n] for n in chosen) == pytest.approx(max(best, 0.0))
+
+
+def test_importance_is_the_slope_after_a_step_of_the_runs_own():
+    """-<change, gradient behind it>, with AdamW written out; a rate at which gradients before and behind differ."""
+    view, batch, rate = view_of(), batch_of(), 0.01
+    trainable, _ = run_of(view, rate=rate)
+    names = trainable.dense.names
+    found = trainable._importance(Window([batch], Clock(0, 9)), Probe(view, Sft()), names)
+    other = view_of()
+    weights = {n: other.weight(n).requires_grad_(True) for n in names}
+
+    def slopes():
+        return torch.autograd.grad(Forward(batch, other).nll().mean(), list(weights.values()))
+
+    first = dict(zip(names, slopes(), strict=True))
+    before = {n: p.detach().clone() for n, p in weights.items()}
+    with torch.no_grad():
+        for n, p in weights.items():  # Adam's first step is the sign, but for its eps; vectors do not decay
+            p.mul_(1 - rate * 0.1 if p.ndim > 1 else 1.0).sub_(rate * first[n] / (first[n].abs() + 1e-8))
+    second = dict(zip(names, slopes(), strict=True))
+    for n in names:
+        change = (weights[n] - before[n]).detach().double()
+        assert found[n] == pytest.approx(-float((change * second[n].double()).sum()), rel=2e-3, abs=1e-6), n
+    with_first = [-float(((weights[n] - before[n]).detach() * first[n]).sum()) for n in names]
+    assert not np.allclose(with_first, [found[n] for n in names], rtol=0.1), "the gradient before the step is another"
+
+
+def test_the_trial_step_has_the_scheduled_rate_and_at_the_start_of_a_warm_up_the_peak():
+    view, batch = view_of(), batch_of()
+    trainable, optimizer = run_of(view, rate=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: [0.0, 0.5, 1.0, 0.25][step])
+    seen = []
+    for _ in range(4):
+        trial = trainable._make([trainable.dense.master(n) for n in trainable.dense.names])
+        seen.append({g["lr"] for g in trial.param_groups})
+        optimizer.step()
+        scheduler.step() if len(seen) < 4 else None
+    assert seen == [{1e-3}, {0.5e-3}, {1e-3}, {0.25e-3}]
+    assert scheduled(torch.optim.SGD([torch.zeros(1)], lr=0.1)) == 1.0, "a loop without a schedule"
+    changes = []
+    for factor in (1.0, 0.25):
+        for group in optimizer.param_groups:
+            group["lr"] = factor * 1e-3
+        probed = Probe(view, Sft()).trial_step([batch], trainable.dense.names, trainable._make)
+        changes.append(float(probed.changes["model.layers.0.mlp.up_proj.weight"].norm()))
+    assert changes[1] == pytest.approx(changes[0] / 4, rel=1e-3)
+
+
+def test_in_the_loop_the_trial_step_follows_the_schedule():
+    view, rates = view_of(), []
+    settings = TrainSettings(max_steps=8, batch_size=4, learning_rate=1e-3, warmup_fraction=0.25)
+    trainable = GreenTrainer(flops_share=0.8, reselect_every=1).attach(view, total_steps=8)
+    loop = Loop(view, rows_of(), trainable, Sft(), settings)
+    importance = trainable._importance
+
+    def spy(window, probe, names):
+        rates.append(trainable._make([trainable.dense.master(names[0])]).param_groups[0]["lr"])
+        return importance(window, probe, names)
+
+    trainable._importance = spy
+    logged = [loop.step()["learning_rate"] for _ in range(8)]
+    assert logged[0] == 0 and rates == pytest.approx([1e-3, *logged[1:]])
+
+
 def test_3_share_one_selects_all_that_help_and_larger_shares_never_help_less():
     batch = batch_of()
-    costs = cost_model(view_of().anatomy, batch.num_tokens, sum(n * n for n in batch.lengths))
+    costs = cost_model(view_of().anatomy, batch.num_tokens, sum(n * n for n in batch.lengths), batch.num_sequences)
     full, last = costs.forward + costs.full_backward, 0.0
     for share in (0.45, 0.6, 0.75, 0.9, 1.0):
         view = view_of()
@@ -117,11 +268,62 @@ def test_3_share_one_selects_all_that_help_and_larger_shares_never_help_less():
     assert set(trainable.selected) == helpful
 
 
-def test_4_budget_identity():
-    costs = cost_model(view_of().anatomy, 40, 500)
-    share, t_fp, t_bp = 0.7, costs.forward, costs.full_backward
+@pytest.mark.parametrize("share", [0.45, 0.6, 0.75, 0.9])
+def test_4_the_budget_is_the_share_less_the_forward_by_counted_flops(share, monkeypatch):
+    """rho_bp = rho (1 + T_fp / T_bp) - T_fp / T_bp of the whole backward, with both times counted by torch."""
+    view, length, given = view_of(), 12, []
+    monkeypatch.setattr(
+        green_trainer,
+        "select",
+        lambda costs, values, budget, n: given.append(budget) or select(costs, values, budget, n),
+    )
+    batch = batch_of((length, length), answer=length - 1)
+    trainable = plan(view, share, batch)
+    model = tiny()
+    model.set_attn_implementation("eager")
+    ids = batch.ids.view(2, length)
+
+    def counted(chosen):
+        for n, p in model.named_parameters():
+            p.requires_grad_(n in chosen)
+        with FlopCounterMode(display=False) as forward:
+            logits = model(input_ids=ids).logits
+        with FlopCounterMode(display=False) as backward:
+            logits.square().sum().backward()
+        return forward.get_total_flops() / 2, backward.get_total_flops() / 2  # multiply-adds
+
+    t_fp, t_bp = counted(list(view.anatomy.parameters))
     rho_bp = share * (1 + t_fp / t_bp) - t_fp / t_bp
-    assert rho_bp * t_bp + t_fp == pytest.approx(share * (t_fp + t_bp))
+    assert given == [pytest.approx(rho_bp * t_bp)]
+    forward, backward = counted(trainable.selected)
+    assert 0 < backward <= rho_bp * t_bp
+    assert (forward + backward) / (t_fp + t_bp) == pytest.approx(trainable.spent["flops_share"]) and forward == t_fp
+    assert trainable.spent["flops_share"] <= share and trainable.spent["tensors"] == len(trainable.selected)
+
+
+def test_a_task_head_is_priced_for_every_row_of_the_window():
+    view, rows = view_of("bert-classifier"), labelled_rows()
+    trainable = GreenTrainer(flops_share=0.8).attach(view, total_steps=9)
+    loop = Loop(
+        view, rows, with_head(trainable, view.anatomy.task_head), Sft(),
+        TrainSettings(max_steps=9, batch_size=4, tokens_per_forward=20),
+    )  # fmt: skip
+    loop.step()
+    lengths = [len(r["ids"]) for r in rows]
+    costs = cost_model(view.anatomy, sum(lengths), sum(n * n for n in lengths), len(rows))
+    spent = costs.forward + costs.backward(trainable.selected)
+    assert trainable.spent["flops_share"] == spent / (costs.forward + costs.full_backward)
+    assert not set(trainable.selected) & set(view.anatomy.task_head)
+
+
+def test_costs_are_those_of_all_ranks_together():
+    """Two ranks with one batch each see the costs of both; a budget is a share of the same sum on every rank."""
+    view, batch, seen = view_of(), batch_of(), []
+    for window in (Window([batch, batch], Clock(0, 9)), Window([batch], Clock(0, 9), total=lambda x: 2 * x)):
+        trainable, _ = run_of(view, 0.7)
+        trainable.before_window(window, Probe(view, Sft()))
+        seen.append((sorted(trainable.selected), trainable.spent))
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -194,6 +396,54 @@ def test_a_share_that_trains_nothing_names_the_smallest_that_does():
     for share in (0.0, 1.5):
         with pytest.raises(ValueError, match="flops_share"):
             GreenTrainer(flops_share=share)
+
+
+def test_a_share_just_above_the_smallest_trains_and_one_just_below_does_not():
+    with pytest.raises(LuthierError) as refused:
+        plan(view_of(), 0.2, batch_of())
+    least = float(str(refused.value).rpartition(" ")[2])
+    with pytest.raises(LuthierError, match="nothing can be trained"):
+        plan(view_of(), least - 0.001, batch_of())
+    view, tried = view_of(), []
+    trainable, _ = run_of(view, least + 0.001)
+    trainable._importance = lambda window, probe, names: tried.extend(names) or dict.fromkeys(names, 1.0)
+    trainable.before_window(Window([batch_of()], Clock(0, 9)), Probe(view, Sft()))
+    assert trainable.selected and set(trainable.selected) <= set(tried)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.7, 1.0])
+def test_the_trial_moves_every_tensor_that_could_be_trained_and_no_other(share):
+    view, batch, tried = view_of(), batch_of((12, 12), answer=11), []
+    trainable, _ = run_of(view, share)
+    trainable._importance = lambda window, probe, names: tried.extend(names) or dict.fromkeys(names, 1.0)
+    trainable.before_window(Window([batch], Clock(0, 9)), Probe(view, Sft()))
+    names = list(view.anatomy.parameters)
+    whole = llama_cost(view.anatomy, 2, 12, names)
+    forward = cost_model(view.anatomy, 24, 288, 2).forward  # equal to counted FLOPs in test 2
+    budget = share * (forward + whole) - forward
+    assert tried == [n for n in names if llama_cost(view.anatomy, 2, 12, [n]) <= budget]
+
+
+def test_a_trial_that_helps_nowhere_keeps_the_choice_and_stops_a_run_without_one():
+    view, probe = view_of(), Probe(view_of(), Sft())
+    trainable, _ = run_of(view, 0.7)
+    values = iter([0.0, 1.0, -1.0])
+    trainable._importance = lambda window, probe, names: dict.fromkeys(names, next(values))
+    at = lambda step: Window([batch_of()], Clock(step, 9))  # noqa: E731
+    with pytest.raises(LuthierError, match="helps through no tensor"):
+        trainable.before_window(at(0), probe)
+    trainable.before_window(at(0), probe)
+    chosen, spent = list(trainable.selected), dict(trainable.spent)
+    trainable.before_window(at(3), probe)
+    assert trainable.selected == chosen and trainable.spent == spent
+    assert {n for n in trainable.dense.names if view.weight(n).requires_grad} == set(chosen)
+
+
+def test_a_trial_step_that_is_not_finite_is_named():
+    view = view_of()
+    trainable, _ = run_of(view, 0.7, rate=float("inf"))
+    with pytest.raises(LuthierError, match="not finite; lower learning_rate"):
+        trainable.before_window(Window([batch_of()], Clock(0, 9)), Probe(view, Sft()))
 
 
 def test_unknown_architecture_is_refused():

@@ -11,7 +11,7 @@ from luthier.model.anatomy import Anatomy
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.testing.models import rows_of, tiny, view_of
+from luthier.testing.models import labelled_rows, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.full import Full
 from luthier.tuners.hft import Hft, categories, counts, draw_plan, half_reset
@@ -142,10 +142,10 @@ def test_6_half_reset():
             assert all(torch.equal(reset[n], d) for n, d in update.parts[0].tensors().items()), "its own plan"
     with pytest.raises(KeyError, match="belongs to another model"):
         half_reset(update, ["no.such.weight"])
-    from luthier.tuners.lora import Lora
+    from luthier.tuners.adapter import Adapter
 
     with pytest.raises(TypeError, match="whole tensors"):
-        half_reset(Lora(rank=2).attach(view_of()).update(), ())
+        half_reset(Adapter(rank=2).attach(view_of()).update(), ())
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.75])
@@ -191,9 +191,13 @@ def test_what_cannot_be_halved_is_refused_with_what_was_found(caplog):
     for wrong in (0, 1, -0.5):
         with pytest.raises(ValueError, match="fraction"):
             Hft(fraction=wrong)
+    anatomy = view_of(layers=3).anatomy
     with caplog.at_level(logging.WARNING):
-        draw_plan(view_of(layers=3).anatomy, fraction=0.05)
-    assert "no tensor of category" in caplog.text
+        caplog.clear()
+        draw_plan(anatomy, fraction=0.5)
+        assert not caplog.records
+        draw_plan(anatomy, fraction=0.05)  # of 12, 9 and 6 tensors in three blocks
+    assert [r.message.rpartition("category ")[2] for r in caplog.records] == ["ffn trains", "norms trains"]
 
 
 def test_it_halves_the_state_and_saves_a_sixth_of_the_work():
@@ -209,3 +213,93 @@ def test_it_halves_the_state_and_saves_a_sixth_of_the_work():
     assert spent["hft"] / spent["full"] == pytest.approx(5 / 6, abs=0.05), (
         "attention cores and the head add the same to both"
     )
+
+
+def test_which_blocks_get_the_odd_tensor_is_drawn():
+    """Of five blocks with three tensors two train two; over seeds every block is among them as often as the others."""
+    drawn = np.array([counts(5, 3, 0.5, np.random.default_rng(s)) for s in range(400)])
+    assert set(drawn.sum(1).tolist()) == {8} and set(drawn.reshape(-1).tolist()) == {1, 2}
+    assert np.allclose((drawn == 2).mean(0), 3 / 5, atol=0.08)
+
+
+def test_any_run_of_blocks_gets_its_share_before_blocks_are_shuffled():
+    class InOrder:
+        def permutation(self, values):
+            return values
+
+    found = counts(7, 3, 0.5, InOrder())
+    assert found.tolist() == [2, 1, 2, 1, 2, 1, 2]  # running totals 1.5, 3, 4.5, ... rounded up at a half
+    assert counts(4, 2, 0.3, InOrder()).tolist() == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("balance", "kv_heads", "pairs"), [("params", 2, 4), ("tensors", 2, 6), ("params", 4, 6), ("tensors", 4, 6)]
+)
+def test_every_allowed_choice_is_drawn_equally_often(balance, kv_heads, pairs):
+    """Of the attention's six pairs four are exactly half of the weights where queries share keys."""
+    anatomy, seen = view_of(layers=4, num_key_value_heads=kv_heads).anatomy, {}
+    for seed in range(150):
+        plan = draw_plan(anatomy, balance=balance, seed=seed)
+        for block in range(4):
+            for names in (
+                ("q_proj", "k_proj", "v_proj", "o_proj"),
+                ("gate_proj", "up_proj", "down_proj"),
+                ("input_layernorm", "post_attention_layernorm"),
+            ):
+                found = tuple(of(plan, block, *names))
+                seen.setdefault((names[0], len(found)), []).append(found)
+    kinds = {
+        ("q_proj", 2): pairs,
+        ("gate_proj", 1): 3,
+        ("gate_proj", 2): 3,
+        ("input_layernorm", 1): 2,
+    }
+    assert seen.keys() == kinds.keys()
+    for key, number in kinds.items():
+        often = [seen[key].count(x) / len(seen[key]) for x in set(seen[key])]
+        assert len(often) == number and all(abs(share - 1 / number) < 0.09 for share in often), (key, often)
+
+
+def test_whole_blocks_and_tensors_of_the_model_are_drawn_from_all():
+    anatomy = view_of(layers=4).anatomy
+    for level in ("layer", "model"):
+        often = {x.name: 0 for x in anatomy.block_linears}
+        for seed in range(100):
+            for n in often.keys() & draw_plan(anatomy, level=level, seed=seed):
+                often[n] += 1
+        assert all(30 <= c <= 70 for c in often.values()), level
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
+def test_by_model_the_share_is_counted_in_weights(fraction):
+    """The last tensor taken may go over: at most by the largest one."""
+    anatomy = view_of(layers=4).anatomy
+    inside = {n: int(np.prod(s)) for n, s in anatomy.parameters.items() if ".layers." in n}
+    for seed in range(20):
+        plan = draw_plan(anatomy, fraction, level="model", seed=seed)
+        taken = sum(size for n, size in inside.items() if n in plan)
+        assert 0 <= taken - fraction * sum(inside.values()) < max(inside.values())
+
+
+def test_an_epoch_of_one_stage_is_no_stage_of_its_own():
+    anatomy = view_of(layers=4).anatomy
+    epochs = {(s, e): Hft(stage=s, resample="epoch").plan(anatomy, e) for s in (None, 1, 2) for e in (0, 1, 2)}
+    assert len(set(epochs.values())) == 9
+    assert epochs[1, 0] == Hft(stage=1).plan(anatomy, 2) == draw_plan(anatomy, stage=1)
+    assert epochs[None, 0] == draw_plan(anatomy) == Hft(stage=0).plan(anatomy)
+
+
+def test_a_stage_of_a_pipeline_draws_for_its_number_unless_the_recipe_names_one():
+    assert [Hft().in_stage(k).stage for k in (0, 1, 5)] == [0, 1, 5]
+    assert [Hft(stage=3).in_stage(k).stage for k in (0, 5)] == [3, 3]
+
+
+def test_half_reset_keeps_a_task_head_that_is_in_the_plan():
+    view = view_of("llama-classifier")
+    loop = Loop(view, labelled_rows(), Hft().attach(view), Sft(), SETTINGS)
+    loop.step()
+    loop.step()
+    update, plan = loop.trainable.update(), Hft().plan(view.anatomy)
+    kinds = {p.kind: p for p in half_reset(update, plan).parts}
+    assert torch.equal(kinds["replace"].values["score.weight"], view.weight("score.weight"))
+    assert [p.kind for p in half_reset(update, plan - {"score.weight"}).parts] == ["dense"]

@@ -1,5 +1,7 @@
 """The exact checks of biomed-stability's sheet; numbers in names are the sheet's."""
 
+import re
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from luthier.step.settings import TrainSettings
 from luthier.support.errors import RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
+from luthier.tuners.base import default_optimizer
 from luthier.tuners.layerwise import Layerwise, rate_factor, reinitialised
 
 
@@ -57,6 +60,75 @@ def test_2_depths():
     assert llama.depth("model.norm.weight") == 4 and llama.depth("lm_head.weight") == 5
 
 
+# --- golden: rate and weight decay of every parameter, from its name alone ---
+
+
+def published(name, decay, convention, blocks=3):
+    """(rate, factor of weight decay) of code Z ("contiguous": the rate shrinks on the way down) or code E ("head_gap")."""
+    found = re.search(r"\.(?:layer|layers|h)\.(\d+)\.", name)
+    if re.match(r"(classifier|cls|lm_head)\.", name):
+        place = "head"
+    elif ".pooler." in name or re.search(r"^(model\.norm|transformer\.ln_f)\.", name):
+        place = "last"
+    else:
+        place = int(found[1]) if found else "embeddings"
+    if convention == "contiguous":
+        rates, rate = {"head": 1.0, "last": 1.0}, 1.0
+        for place_below in [*reversed(range(blocks)), "embeddings"]:
+            rate *= decay
+            rates[place_below] = rate
+        rate = rates[place]
+    else:  # key_to_depths of ELECTRA: embeddings 0, layer i: i + 1, task_specific: n + 2
+        depth = {"embeddings": 0, "last": blocks + 1, "head": blocks + 2}.get(place, -1)
+        rate = decay ** (blocks + 2 - (place + 1 if depth < 0 else depth))
+    still = name.endswith("bias") or "norm" in name.lower() or ".ln_" in name
+    return rate, 0.0 if still or (place in ("head", "last") and decay < 1) else 1.0
+
+
+@pytest.mark.parametrize("kind", ["bert-classifier", "bert", "llama", "gpt2"])
+@pytest.mark.parametrize("convention", ["contiguous", "head_gap"])
+@pytest.mark.parametrize("decay", [0.8, 1.0])
+def test_rate_and_weight_decay_of_every_parameter(kind, convention, decay):
+    view = ModelView(tiny(kind))
+    trainable = Layerwise(decay=decay, convention=convention).attach(view)
+    optimizer = trainable.optimizer(
+        trainable.groups(), lambda g: default_optimizer(g, 0.5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    )
+    names, seen = {id(p): n for n, p in view.module.named_parameters()}, {}
+    for group in optimizer.param_groups:
+        seen |= {names[id(p)]: (group["lr"] / 0.5, group["weight_decay"] / 0.1) for p in group["params"]}
+    assert seen.keys() == set(names.values()) and len(seen) > 25
+    for name, found in seen.items():
+        assert found == pytest.approx(published(name, decay, convention), abs=1e-12), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt2", "bert"])
+def test_what_is_frozen_has_no_dropout_and_the_rest_keeps_its_own(kind):
+    view = ModelView(dropping(kind), layout="padded")
+    trainable = Layerwise(freeze_blocks=2).attach(view)
+    view.module.train()
+    first, second = (view.trace(batch_of(), (1, 2, -1)).hidden for _ in range(2))
+    assert torch.equal(first[1], second[1]) and torch.equal(first[2], second[2])
+    assert not torch.equal(first[-1], second[-1])
+    trainable.detach()
+    view.module.eval()
+    view.module.train()
+    assert all(m.training for m in view.module.modules())
+    first, second = (view.trace(batch_of(), (1, 2, -1)).hidden for _ in range(2))
+    assert not torch.equal(first[1], second[1])
+
+
+def dropping(kind):
+    """A model whose dropout is on, in the way that its architecture has it."""
+    names = {
+        "llama": ("attention_dropout",), "opt": ("dropout",), "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    }  # fmt: skip
+    model = tiny(kind)
+    config = type(model.config)(**{**model.config.to_dict(), **dict.fromkeys(names[kind], 0.5)})
+    return type(model)(config)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_3_frozen_tensors_stay_under_weight_decay(dtype):
     view = view_of()
@@ -92,6 +164,43 @@ def test_5_reinitialised_blocks(kind):
     assert any(view.anatomy.depth(n) == 3 for n in fresh)
 
 
+def test_5_the_pooler_starts_anew_with_the_top_block_and_not_without():
+    view = ModelView(tiny("bert-classifier", hidden_size=64, intermediate_size=128))
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    trainable = Layerwise(reinit_blocks=1).attach(view)
+    pooler = view.weight("bert.pooler.dense.weight")
+    assert not torch.equal(pooler, before["bert.pooler.dense.weight"])
+    assert float(pooler.std()) == pytest.approx(view.module.config.initializer_range, rel=0.05)
+    (_, replaced) = trainable.update().parts
+    assert {"bert.pooler.dense.weight", "bert.pooler.dense.bias"} <= set(replaced.values)
+    trainable.detach()
+    Layerwise(reinit_blocks=0).attach(view)
+    assert torch.equal(pooler, before["bert.pooler.dense.weight"])
+
+
+@pytest.mark.parametrize(("kind", "value"), [("llama", 1.0), ("gemma3", 0.0), ("bert", 1.0), ("qwen3", 1.0)])
+def test_5_norms_start_where_they_change_nothing(kind, value):
+    """Gemma's norms multiply by 1 + w."""
+    view = ModelView(tiny(kind))
+    with torch.no_grad():
+        for p in view.module.parameters():
+            p.add_(0.3)
+    Layerwise(reinit_blocks=2).attach(view)
+    norms = [n for n in reinitialised(view.anatomy, 2) if "norm" in n.lower() and n.endswith("weight")]
+    assert len(norms) >= 4 and all(bool((view.weight(n) == value).all()) for n in norms)
+
+
+def test_5_a_convolutions_kernel_is_drawn_and_its_block_has_no_zero_residual():
+    view = ModelView(tiny("lfm2"))
+    std = view.module.config.initializer_range
+    Layerwise(reinit_blocks=1).attach(view)
+    kernel = view.weight("model.layers.2.conv.conv.weight")
+    assert kernel.ndim == 3 and float(kernel.std()) == pytest.approx(std, rel=0.3)
+    with pytest.raises(RecipeError, match=r"reinit_style: zero_residual, and block 2 has no attention or MLP output"):
+        Layerwise(reinit_blocks=1, reinit_style="zero_residual").attach(ModelView(tiny("lfm2")))
+    assert view.anatomy.depth("model.embedding_norm.weight") == 4, "its last norm, whatever it is called"
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_5_zero_residual_starts_as_the_identity(kind):
     view, batch = view_of(kind), batch_of()
@@ -124,40 +233,28 @@ def test_bad_input():
         Layerwise(freeze_blocks=2, reinit_blocks=2).attach(view_of())
 
 
-class BiasedAdamW(torch.optim.Optimizer):
-    """Adam as BERT's original code had it, without bias correction: a baseline for tests only."""
-
-    def __init__(self, params, lr, betas=(0.9, 0.999), eps=1e-6):
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            b1, b2 = group["betas"]
-            for p in group["params"]:
-                m, v = (
-                    self.state[p].setdefault("m", torch.zeros_like(p)),
-                    self.state[p].setdefault("v", torch.zeros_like(p)),
-                )
-                m.lerp_(p.grad, 1 - b1)
-                v.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
-                p.sub_(group["lr"] * m / (v.sqrt() + group["eps"]))
-
-
-def test_6_without_bias_correction_a_short_run_hides_a_larger_rate():
-    """What the tuner's optimiser avoids: step t is (1 - b1^t) / sqrt(1 - b2^t) times as long."""
-    p, q = (torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2))
-    biased, corrected = BiasedAdamW([p], 1e-3, eps=0.0), torch.optim.AdamW([q], 1e-3, eps=0.0, weight_decay=0.0)
-    expected = {1: 3.162, 5: 5.797, 12: 6.569, 100: 3.241}
+def test_6_steps_are_those_of_the_corrected_adam_from_the_first_on():
+    """With a constant gradient a corrected step is lr x factor at every t; the uncorrected one f(t) times as long."""
+    view = view_of()
+    trainable = Layerwise(decay=0.9).attach(view)
+    groups = trainable.groups()
+    optimizer = trainable.optimizer(
+        groups, lambda g: default_optimizer(g, 1e-2, betas=(0.9, 0.999), eps=1e-12, weight_decay=0.0)
+    )
+    weight, factor = trainable.dense.master("model.layers.0.mlp.up_proj.weight"), 0.9**3
+    with torch.no_grad():
+        weight.zero_()
+    sheet, m, v, gradient = {1: 3.162, 5: 5.797, 12: 6.569, 100: 3.241}, 0.0, 0.0, -0.7
     for t in range(1, 101):
-        before = p.item(), q.item()
-        for x, optimizer in ((p, biased), (q, corrected)):
-            x.grad = torch.full_like(x, 0.7)
-            optimizer.step()
-        ratio = (p.item() - before[0]) / (q.item() - before[1])
-        assert ratio == pytest.approx((1 - 0.9**t) / (1 - 0.999**t) ** 0.5, rel=1e-6)
-        if t in expected:
-            assert ratio == pytest.approx(expected[t], abs=1e-3)
+        before = weight.detach().clone()
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+        step = (weight.detach() - before).double()
+        assert step.max() == step.min() == pytest.approx(1e-2 * factor, rel=1e-4)
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2  # as BERT's own code had it
+        if t in sheet:
+            biased = -1e-2 * factor * m / v**0.5
+            assert biased / float(step.mean()) == pytest.approx(sheet[t], abs=2e-3)
 
 
 def test_the_tuners_optimiser_is_the_corrected_one():

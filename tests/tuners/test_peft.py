@@ -64,6 +64,82 @@ def test_it_trains_saves_opens_with_peft_merges_and_goes(name, tmp_path):
     assert {n for n, _ in merged.module.named_parameters()} == plain.keys()
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("gpt2", {"bias": "all"}), ("gpt2", {"bias": "lora_only"}), ("gpt2", {"modules_to_save": ["ln_f"]}),
+     ("llama", {"modules_to_save": ["lm_head"]})],
+)  # fmt: skip
+def test_what_peft_trains_beside_its_adapters_comes_off_too(kind, options):
+    view, plain, batch = view_of(kind), tiny(kind), batch_of((9,))
+    ids, flags = batch.ids[None], [p.requires_grad for p in view.module.parameters()]
+    base = view.module(ids).logits
+    trainable = Peft(options={"r": 4, "lora_dropout": 0.5, **options}).attach(view)
+    with torch.no_grad():
+        for p in trainable.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())), alpha=0.1)
+    live, update = view.module(ids).logits, trainable.update()
+    assert any("lora_" not in n for n in update.parts[0].state)
+    trainable.detach()
+    is_the_base(view, plain, flags)
+    view.module.train()
+    with update.bind(view):
+        torch.testing.assert_close(view.module(ids).logits, live, atol=1e-6, rtol=1e-5)  # nothing is dropped out
+        own = {n for n, p in view.module.named_parameters() if p.requires_grad}
+        assert not any("lora_" in n for n in own) and len(own) == len(flags)
+    is_the_base(view, plain, flags)
+    view.module.eval()
+    assert torch.equal(view.module(ids).logits, base)
+
+
+def is_the_base(view, plain, flags):
+    now = dict(view.module.named_parameters())
+    assert list(now) == [n for n, _ in plain.named_parameters()] and not hasattr(view.module, "peft_config")
+    assert all(torch.equal(p, plain.get_parameter(n)) for n, p in now.items())
+    assert [p.requires_grad for p in now.values()] == flags
+
+
+def test_two_of_pefts_adapters_are_refused_and_the_first_stays():
+    view, batch = view_of(), batch_of()
+    first = Peft(options={"r": 4}).attach(view)
+    with torch.no_grad():
+        for p in first.parameters():
+            p.fill_(0.1)
+    live = view.trace(batch).hidden[-1]
+    for second in (Peft(type="IA3"), Peft(options={"r": 2})):
+        with pytest.raises(LuthierError, match="is on this model already, and two do not stack; detach it first"):
+            second.attach(view)
+    assert torch.equal(view.trace(batch).hidden[-1], live)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends"), [("llama", "mlp.down_proj"), ("gpt2", "mlp.c_proj"), ("bert", "2.output.dense")]
+)
+def test_ia3_scales_the_input_of_the_mlps_second_matrix_and_the_output_of_the_others(kind, ends):
+    view = view_of(kind)
+    trainable = Peft(type="IA3").attach(view)
+    inputs = trainable.wrapped.peft_config["default"].feedforward_modules
+    assert len(inputs) == 3 and any(n.endswith(ends) for n in inputs) and not any("attention" in n for n in inputs)
+    sizes = {n: p.numel() for n, p in trainable.named.items()}
+    for x in view.anatomy.block_linears:
+        size = x.shape[1] if x.module in inputs else x.shape[0]
+        assert sizes[f"base_model.model.{x.module}.ia3_l.default"] == size
+
+
+def test_the_start_follows_the_seed_and_leaves_the_process_generator_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    starts = [
+        torch.cat([p.detach().flatten() for p in Peft(options={"r": 4}, seed=s).attach(view).named.values()])
+        for s, view in ((0, view_of(seed=1)), (0, view_of(seed=1)), (1, view_of(seed=1)))
+    ]
+    assert torch.equal(starts[0], starts[1]) and not torch.equal(starts[0], starts[2])
+    view = view_of()
+    torch.manual_seed(7)
+    Peft(options={"r": 4}).attach(view)
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_peft_lora_is_our_lora():
     """The same start gives the same losses, so wrapping costs no meaning."""
     from luthier.tuners import Lora
@@ -82,6 +158,7 @@ def test_peft_lora_is_our_lora():
 
 
 def test_wrong_options_are_named():
+    view = view_of()
     for options, words in (
         ({"rang": 4}, "options.rang: peft's LORA has no such option"),
         ({"init_lora_weights": "pissa"}, "'pissa' rewrites the base"),
@@ -91,7 +168,8 @@ def test_wrong_options_are_named():
             Peft(options=options).attach(view_of())
     assert [p.key for p in Peft(options={"rang": 4}).check(Facts())] == ["options.rang"]
     with pytest.raises(RecipeError, match=r"tuner\.peft\.options"):
-        Peft(options={"r": 0}).attach(view_of())
+        Peft(options={"r": 0}).attach(view)
+    assert [n for n, _ in view.module.named_parameters()] == [n for n, _ in tiny().named_parameters()]
 
 
 def test_a_hostile_adapter_is_refused_by_name():
@@ -109,3 +187,4 @@ def test_a_hostile_adapter_is_refused_by_name():
     ):
         with pytest.raises(LuthierError, match=words), Update(view.base, (broken,)).bind(view):
             pass
+        is_the_base(view, tiny(), [True] * len(list(tiny().parameters())))

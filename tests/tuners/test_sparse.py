@@ -87,3 +87,14 @@ def test_the_part_is_in_stored_order_and_binds_to_the_same_model():
     with Update(view.base, (part,)).bind(view):
         assert all(torch.allclose(p, live[n], atol=1e-6) for n, p in view.module.named_parameters())
     assert all(torch.equal(p, before[n]) for n, p in view.module.named_parameters())
+
+
+def test_what_was_loaded_is_not_written_to():
+    """Two stages may start from one saved state."""
+    view, sparse = sparse_view()
+    saved = {n: i.clone() for n, i in sparse.indices.items()}
+    given, values = {n: i.clone() for n, i in saved.items()}, {n: torch.ones(len(i)) for n, i in saved.items()}
+    sparse.load(given, values, torch.Generator())
+    name = next(iter(saved))
+    sparse.move(name, torch.tensor([0, 1]), free_positions(view, sparse, name, 2))
+    assert all(torch.equal(given[n], saved[n]) and bool((values[n] == 1).all()) for n in saved)

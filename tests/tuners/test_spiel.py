@@ -1,6 +1,7 @@
 """The exact checks of the sheet; numbers in names are the sheet's."""
 
 import copy
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
+from luthier.tuners.base import ParamGroup, as_dicts
 from luthier.tuners.spiel import (
     AgeAdamW,
     Observed,
@@ -52,11 +54,12 @@ def test_budgets_follow_size_and_stay_within_the_total():
     assert sum(budgets(100, [7, 11, 13])) <= 100
 
 
-def trained(steps: int, **fields):
+def trained(done: int, steps: int = 40, **fields):
+    """View, trainable, loop and log after so many steps of a run of `steps`."""
     view = view_of()
-    trainable = Spiel(**{"density": 0.05, "reselect_every": 4, "window": 2, **fields}).attach(view, total_steps=40)
-    loop = Loop(view, rows_of(), trainable, Sft(), TrainSettings(max_steps=40, batch_size=4, learning_rate=1e-2))
-    return view, trainable, loop, [loop.step() for _ in range(steps)]
+    trainable = Spiel(**{"density": 0.05, "reselect_every": 4, "window": 2, **fields}).attach(view, total_steps=steps)
+    loop = Loop(view, rows_of(), trainable, Sft(), TrainSettings(max_steps=steps, batch_size=4, learning_rate=1e-2))
+    return view, trainable, loop, [loop.step() for _ in range(done)]
 
 
 @pytest.mark.parametrize("variant", ["ag", "ma"])
@@ -107,36 +110,69 @@ def test_4_exchange_leaves_a_dropped_and_rechosen_position_alone():
     assert slots.tolist() == [0] and incoming.tolist() == [20]
 
 
-def test_4_incoming_deltas_are_zero_and_only_dropped_deltas_leave_the_weights():
-    view, trainable, loop, _ = trained(5)  # steps 1..5; the next event is after step 6
-    name = next(iter(trainable.sparse.values))
-    loop.trainable.before_window(loop.window(5), loop.probe)
-    old = trainable.sparse.indices[name].clone()
-    seen = {}
-    original = trainable._reselect
+@pytest.mark.parametrize("quota", [0, 2])
+def test_an_exchange_without_candidates_or_quota_moves_nothing(quota):
+    indices, values, none = (
+        torch.tensor([10, 11, 900]),
+        torch.tensor([0.1, -5.0, 0.2]),
+        torch.tensor([], dtype=torch.long),
+    )
+    slots, incoming = exchange(indices, values, none, none.float(), quota)
+    assert not len(slots) and not len(incoming)
+    slots, incoming = exchange(indices, values, torch.tensor([4, 5]), torch.ones(2), quota)
+    assert len(slots) == len(incoming) == quota
 
-    def spy(which, quota):
-        before = {
-            n: (view.weight(n).detach().clone(), trainable.sparse.values[n].detach().clone())
-            for n in trainable.sparse.values
-        }
-        original(which, quota)
-        seen[which] = before[which]
+
+@pytest.mark.parametrize("variant", ["ag", "ma"])
+def test_a_run_whose_last_event_replaces_nothing_ends_well(variant):
+    _, trainable, _, entries = trained(10, variant=variant, reselect_every=4, window=2, steps=10)
+    assert trainable._steps == 10 and is_event(10, 4, 2, 10) and len(entries) == 10
+
+
+class Event(NamedTuple):
+    """Entries of one matrix around an event: position -> (value, first moment, second moment, age)."""
+
+    before: dict[int, tuple[float, ...]]
+    after: dict[int, tuple[float, ...]]
+    quota: int
+
+
+def entries(trainable, name) -> dict[int, tuple[float, ...]]:
+    values, state = trainable.sparse.values[name], trainable._optimizer.state[trainable.sparse.values[name]]
+    moments = [state[k].tolist() for k in ("exp_avg", "exp_avg_sq", "age") if k in state]
+    return dict(zip(trainable.sparse.indices[name].tolist(), zip(values.tolist(), *moments, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("variant", ["ag", "ma"])
+def test_4_only_dropped_deltas_leave_the_weights_and_what_is_chosen_again_is_left_alone(variant):
+    view, trainable, loop, _ = trained(5, variant=variant)  # the next event is after step 6
+    seen: dict[str, Event] = {}
+    reselect = trainable._reselect
+
+    def spy(name, quota):
+        before = entries(trainable, name)
+        reselect(name, quota)
+        seen[name] = Event(before, entries(trainable, name), quota)
 
     trainable._reselect = spy
     loop.step()
-    weight_before, values_before = seen[name]
-    new = trainable.sparse.indices[name]
-    moved = (old != new).nonzero().squeeze(1)
-    assert len(moved) > 0
-    assert bool((trainable.sparse.values[name][moved] == 0).all())
-    # Weights of moved slots' old positions went back to the base: the values dropped there, and nothing else changed.
-    flat_now, base = view.weight(name).detach().reshape(-1), tiny().get_parameter(name).detach().reshape(-1)
-    left = old[moved][~torch.isin(old[moved], new)]
-    torch.testing.assert_close(flat_now[left], base[left], atol=0, rtol=0)
-    stay = (old == new).nonzero().squeeze(1)
-    torch.testing.assert_close(trainable.sparse.values[name][stay], values_before[stay], atol=0, rtol=0)
-    assert weight_before.shape == view.weight(name).shape
+    again = 0
+    for name, event in seen.items():
+        base = tiny().get_parameter(name).detach().reshape(-1)
+        effective = base.clone()
+        for i, (value, *_) in event.before.items():
+            effective[i] = base[i] + value
+        dropped = sorted(event.before, key=lambda i: abs(event.before[i][0]))[: event.quota]
+        gone, new = event.before.keys() - event.after.keys(), event.after.keys() - event.before.keys()
+        assert len(gone) == len(new) > 0 and gone <= set(dropped)
+        for i in gone:
+            effective[i] = base[i]
+        assert torch.equal(view.weight(name).detach().reshape(-1), effective)
+        assert all(event.after[i][0] == 0.0 for i in new)
+        for i in event.before.keys() & event.after.keys():
+            assert event.after[i] == event.before[i]
+        again += len(set(dropped) - gone)
+    assert len(seen) == len(trainable.sparse.values) and (again > 0 or variant == "ma")
 
 
 def test_5_every_entry_active_equals_adam_on_dense_weights():
@@ -187,6 +223,15 @@ def test_5_age_adamw_equals_torch_adamw_at_equal_ages():
         ours.step()
         theirs.step()
     torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("steps", "dtype"), [(1, torch.int16), (32_767, torch.int16), (32_768, torch.int32)])
+def test_ages_are_wide_enough_for_the_run(steps, dtype):
+    p = torch.nn.Parameter(torch.zeros(2))
+    optimizer = AgeAdamW([p], lr=0.1, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, total_steps=steps)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.state[p]["age"].dtype == dtype and optimizer.state[p]["age"].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999])
@@ -249,6 +294,25 @@ def test_7_sparse_sm3_with_every_position_equals_dense_sm3():
     torch.testing.assert_close(p.view(rows, columns), w, atol=1e-6, rtol=0)
     torch.testing.assert_close(optimizer.state[p]["row"], r, atol=1e-6, rtol=0)
     torch.testing.assert_close(optimizer.state[p]["column"], c, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (5,)])
+def test_7_a_task_head_under_sm3_is_dense(shape):
+    """A matrix with its rows and columns; a bias is one column, so that each of its entries has a sum of its own."""
+    view = view_of()
+    trainable = Spiel(density=0.05, variant="ma").attach(view, total_steps=9)
+    head = torch.nn.Parameter(torch.zeros(shape))
+    groups = [*trainable.groups(), ParamGroup([head], weight_decay=0.2)]
+    optimizer = trainable.optimizer(groups, lambda g: torch.optim.AdamW(as_dicts(g, 0.1), lr=0.1))
+    w, r, c = torch.zeros(shape).view(shape[0], -1), torch.zeros(shape[0]), torch.zeros(torch.zeros(shape)[0].numel())
+    for step in range(9):
+        g = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        nu = torch.minimum(r[:, None], c[None, :]) + g.view(w.shape) ** 2
+        r, c = nu.max(1).values, nu.max(0).values
+        w = (w - 0.1 * g.view(w.shape) / (nu + 1e-8).sqrt()) * (1 - 0.1 * 0.2)
+        head.grad = g
+        optimizer.step()
+    torch.testing.assert_close(head.detach(), w.view(shape), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("steps", [3, 1000])  # few values: many equal products

@@ -263,7 +263,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """Of the working tree, with a mark where it has changes; empty outside git."""
+    """The commit of the working tree, with a mark where it has changes; empty outside git."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True

@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from luthier.data.batch import IGNORE
 from luthier.data.reading import Tick, no_tick, on_hub
-from luthier.data.rendering import Renderer
 from luthier.recipe import Recipe
+from luthier.report.token_view import SHOWN, tokens_of
 from luthier.run.forecast import NoForecast, resolved
 from luthier.run.ready import outline
 from luthier.support.units import in_bytes, in_time
@@ -30,12 +29,15 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
     measure = measure and recipe.pipeline is None
     skipped = NoForecast("not asked for" if recipe.pipeline is None else "a pipeline's stages are not foreseen")
     expected = resolved(recipe, config, renderer.tokenizer, train)[1] if measure else skipped
+    draw = recipe.task.draw(renderer.tokenizer, recipe.seed)
+    shown = [row if draw is None else draw(row, None) for row in train.rows[:SHOWN]]
     return {
         "recipe": recipe.as_dict(),
         "train": asdict(train.census),
         "eval": None if held is None else asdict(held.census),
         "sources": data.train.sources,
         "skipped": data.skipped,
+        "pool_shared": data.pool_shared,
         "curated": [{"step": k.step, "rows": k.rows, "of": k.of, "reasons": k.reasons} for k in data.kept],
         "matched": matched,
         "left_out": left_out,
@@ -43,7 +45,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "forecast": None if isinstance(expected, NoForecast) else asdict(expected),
         "no_forecast": expected.reason if isinstance(expected, NoForecast) else None,
         "destinations": destinations(recipe, base),
-        "rows": [_tokens(renderer, r) for r in train.rows[:3]],
+        "rows": [[(t["text"], t["on"]) for t in row] for row in tokens_of(renderer, shown)],
         "model_type": config.model_type,
     }
 
@@ -77,10 +79,6 @@ def destinations(recipe: Recipe, base: Path) -> list[str]:
     return out + [f"report_to: {t}" for t in recipe.report_to if t != "none"]
 
 
-def _tokens(renderer: Renderer, row: dict[str, Any]) -> list[tuple[str, bool]]:
-    return [(renderer.tokenizer.decode([i]), y != IGNORE) for i, y in zip(row["ids"], row["labels"], strict=True)]
-
-
 def show(result: dict[str, Any]) -> None:
     """The findings as tables, and three rows with what is trained in green."""
     console = Console(highlight=False)
@@ -108,6 +106,8 @@ def show(result: dict[str, Any]) -> None:
 def _about_data(result: dict[str, Any]) -> list[str]:
     out = [f"source {s['name']}: {s['rows']:,} rows, {s['share']:.1%} of the draws" for s in result["sources"]]
     out += [f"curate {k['step']}: {k['rows']:,} of {k['of']:,} rows stay" for k in result["curated"]]
+    shared = result["pool_shared"]
+    out += [f"pool: {shared:,} rows are left out, since they are training rows as well"] if shared else []
     return out + [f"skipped {line}" for line in result["skipped"]]
 
 

@@ -51,7 +51,7 @@ def _named(items: list[str], what: str, instance: str) -> dict[str, str]:
 
 
 def _table(found: dict[str, Any]) -> None:
-    """Of a simulation."""
+    """Print the results of a simulation as a table."""
     from luthier.federation.simulation_page import lead, mean
 
     names = list(found["losses"]["alone"])

@@ -11,6 +11,7 @@ from typing import Any
 from luthier.claims import claim as claims
 from luthier.cli.listing import examples_of, starter
 from luthier.method import registry as manifest
+from luthier.method.kinds import KINDS
 
 FOLDER = Path(__file__).parents[3] / "docs" / "methods"
 TUNER = """```python
@@ -75,6 +76,26 @@ rows = [{row}]
 evaluator = {cls}({required})
 print(evaluator.score(model, tokenizer, rows))  # a transformers model and its tokenizer, nothing else
 ```"""
+DECODER = """```python
+from {package} import {cls}
+
+answers = {cls}({required}).answer(model, tokenizer, ["bread in French"], max_new_tokens=8)  # texts
+```"""
+MERGER = """```python
+import luthier
+from {package} import {cls}
+
+merged = {cls}({required}).merge([luthier.load(run) for run in runs])  # an Update; `merged.bind(view)` puts it on a model
+```"""
+INSPECTOR = """```python
+import luthier
+from {package} import {cls}
+from luthier.inspection.base import Case
+from luthier.model.view import ModelView
+
+finding = {cls}({required}).inspect(Case(ModelView(model), {{"mine": luthier.load(run)}}))
+print(finding.says)  # and finding.columns, finding.rows, finding.picture
+```"""
 PROTOCOL = """```python
 from luthier.collaboration import {imports}
 from luthier.collaboration.parties import in_process
@@ -127,6 +148,7 @@ PROTOCOLS = {
 ROWS = {
     "retrieval": '{"prompt": "Who mends violins in Porto?", "completion": "Ines does.", "gold": ["p1"]}',
     "classification": '{"text": "a fine film", "label": "good"}, {"text": "a poor one", "label": "bad"}',
+    "masked-accuracy": '{"text": "The cat sat on the mat."}',
     "editing": """
     {
         "prompt": "Where is Bo?",
@@ -149,7 +171,7 @@ def use(entry: dict[str, Any]) -> str | None:
     required = ", ".join(f"{n}={json.dumps(x)}" for n, x in examples_of(entry).items())
     required = FIELDS.get(entry["name"], required)
     words = {"package": entry["module"].rpartition(".")[0], "cls": entry["class"], "required": required, "steps": steps}
-    if entry["name"] == "frozen" or entry["kind"] == "pipeline":
+    if entry["name"] == "frozen" or entry["kind"] in ("pipeline", "task"):
         return None
     if entry["kind"] == "tuner":
         turn = CLOSURE if "closure" in needs else GRADIENT
@@ -161,7 +183,10 @@ def use(entry: dict[str, Any]) -> str | None:
         return TRANSLATE.format(cls=entry["class"], fields="epochs=2" if entry["name"] == "transformer" else "")
     if entry["kind"] == "collaborate":
         return PROTOCOL.format(cls=entry["class"], **PROTOCOLS[entry["name"]])
-    texts = {"objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR, "evaluate": EVALUATOR}
+    texts = {
+        "objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR, "evaluate": EVALUATOR, "decode": DECODER,
+        "merge": MERGER, "inspect": INSPECTOR,
+    }  # fmt: skip
     return texts[entry["kind"]].format(**words)
 
 
@@ -181,7 +206,7 @@ def page(entry: dict[str, Any]) -> str:
     lines += ["", f"Tasks: {', '.join(traits['tasks'])}. Layouts: {', '.join(traits['layouts'])}."]
     if traits["claims"]:
         lines.append(f"Owns alone: {', '.join(traits['claims'])}.")
-    if entry["kind"] != "pipeline":
+    if entry["kind"] != "pipeline" and KINDS[entry["kind"]].command is None:
         lines += ["", "## In a recipe", "", "```yaml", starter(entry), "```"]
     lines_of_use = use(entry)
     if lines_of_use is not None:
@@ -201,7 +226,7 @@ API = {
     "luthier.tuned": ("open_run", "answers", "scores"),
     "luthier.tuned.export": ("export",),
     "luthier.integrations": ("Loss", "Tuning"),
-    "luthier.update": ("Update", "add"),
+    "luthier.update": ("Update", "add", "Part", "Structure"),
     "luthier.model.loading": ("locate", "load_model"),
     "luthier.model.view": ("ModelView",),
     "luthier.data.batch": ("Batch", "collate"),
@@ -212,6 +237,7 @@ API = {
     "luthier.tuners.base": ("Tuner", "Trainable"),
     "luthier.objectives.base": ("Objective", "Window", "Forward", "Term", "Clock"),
     "luthier.compute.base": ("Compute",),
+    "luthier.tasks.base": ("Task", "Shown"),
     "luthier.data.table": ("Table",),
     "luthier.data.codec": ("Codec",),
     "luthier.curation.base": ("Curator", "Chooser", "Selection"),
@@ -265,8 +291,13 @@ def pages() -> dict[str, str]:
     """File name to text, with an index of all."""
     entries = manifest.read()
     index = ["# Methods", "", "| key | name | what it does |", "|---|---|---|"]
-    index += [f"| {e['kind']} | [{e['name']}]({e['name']}.md) | {e['summary']} |" for e in entries]
-    return {f"{e['name']}.md": page(e) for e in entries} | {"index.md": "\n".join(index) + "\n"}
+    titles = manifest.titles([(e["kind"], e["name"]) for e in entries])
+    index += [
+        f"| {e['kind']} | [{e['name']}]({title}.md) | {e['summary']} |"
+        for e, title in zip(entries, titles, strict=True)
+    ]
+    made = {f"{title}.md": page(e) for e, title in zip(entries, titles, strict=True)}
+    return made | {"index.md": "\n".join(index) + "\n"}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from luthier.method import Facts
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS, LISTED
 
@@ -43,13 +44,14 @@ def one_method(entry: dict[str, Any]) -> None:
 
 def starter(entry: dict[str, Any]) -> str:
     """A runnable recipe with this method."""
-    lines = [
-        "luthier: 1",
-        "model: builtin:smollm2-135m",
-        "data: {train: builtin:requests, eval: builtin:requests}",
-    ]
-    if "causal-lm" not in entry["traits"]["tasks"]:
-        lines[2:] = ["task: classification", "data: {train: train.jsonl, eval: test.jsonl}  # rows of text and label"]
+    tasks, usual = entry["traits"]["tasks"], Facts().task
+    task = usual if usual in tasks else tasks[0]
+    first = {m["name"]: m["starter"] for m in manifest.read() if m["kind"] == "task"}[task]
+    is_task = entry["kind"] == "task"
+    asked = [] if usual in tasks and not is_task else [f"task: {first['task']}"]
+    lines = ["luthier: 1", f"model: {first['model']}", *asked, f"data: {first['data']}"]
+    if is_task:
+        return "\n".join(lines)
     required = ", ".join(f"{n}: {json.dumps(x)}" for n, x in examples_of(entry).items())
     method = f"{{{entry['name']}: {{{required}}}}}" if required else entry["name"]
     if entry["kind"] == "translate":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from luthier.support import machine
+from luthier.support.version import __version__
 
 machine.prepare()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -31,7 +32,6 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Fine-tune language models with less.",
 )
 
 Fresh = Annotated[bool, typer.Option(help="Work in a new folder, even where a run could be continued.")]
@@ -40,12 +40,31 @@ MaxTime = Annotated[str | None, typer.Option(help="Save and stop after this time
 
 app.add_typer(collaborate, name="collaborate")
 
+# What typer raises for a mistake in the command line. Since 0.26 it carries a click of its own, and what it exports of it in
+# every version is a subclass.
+Mistake: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"luthier {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, help="Print the version.")] = False,
+) -> None:
+    """Fine-tune language models with less."""
+
 
 def main() -> None:
     """Entry point."""
     debug = "--debug" in sys.argv
     try:
-        app(standalone_mode=False, prog_name="luthier")
+        code = app(standalone_mode=False, prog_name="luthier")
+        if code == 130:  # typer turns Ctrl-C into this number
+            raise KeyboardInterrupt
     except LuthierError as error:
         _fail(str(error), 2, debug)
     except KeyboardInterrupt:
@@ -58,11 +77,7 @@ def main() -> None:
 
 def _told(error: Exception) -> tuple[str, int]:
     """(message, exit code) for what is not ours to phrase; the traceback goes to a file."""
-    import click
-
-    if isinstance(error, click.exceptions.Exit):
-        return "", error.exit_code
-    if isinstance(error, click.ClickException):
+    if isinstance(error, Mistake):
         return error.format_message(), 2
     if type(error).__name__ == "Interrupted":
         return str(error), 130
@@ -422,7 +437,8 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")]
     if as_json:
         print(json.dumps(entries))
     elif name is not None:
-        one_method(entries[0])
+        for entry in entries:  # a task and an evaluator may have one name
+            one_method(entry)
     else:
         table_of_methods(entries)
 

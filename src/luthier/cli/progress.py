@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -50,6 +51,7 @@ class Bar:
         self._progress: Progress | None = None
         self._task: Any = None
         self._last, self._stage, self._stage_began = 0.0, "", 0.0
+        self._loss = math.nan
         self._watch = Watch(self.console)
 
     def __enter__(self) -> Bar:
@@ -85,7 +87,8 @@ class Bar:
     def step(self, entry: Mapping[str, float], progress: Any, total: int) -> None:
         """After each optimiser step."""
         self._watch.at(f"step {int(entry['step']) + 1}")
-        rate, loss = progress.tokens / max(progress.seconds, 1e-9), entry["loss"]
+        rate = progress.tokens / max(progress.seconds, 1e-9)
+        loss = self._loss = entry.get("loss", self._loss)  # a step that was skipped has none
         if sys.stderr.isatty():
             self._draw(entry, rate, loss, total)
         elif time.monotonic() - self._last >= EVERY or entry["step"] == total:

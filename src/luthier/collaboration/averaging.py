@@ -46,7 +46,7 @@ def refuse_mixed(updates: Mapping[str, Update]) -> None:
         kinds = [[p.kind for p in u.parts] for u in (first, other)]
         if kinds[0] != kinds[1]:
             raise ValueError(f"{name}: sends {kinds[1]}, {names[0]} sends {kinds[0]}; bring them into one form first")
-        moved = [{n for p in u.parts for n in p.names()} for u in (first, other)]  # type: ignore[union-attr]
+        moved = [{n for p in u.parts for n in p.names()} for u in (first, other)]
         if odd := sorted(moved[0] ^ moved[1]):
             raise ValueError(f"{name}: {odd[0]} is moved by one of {names[0]} and {name} only")
         tensors = [t for p in other.parts for t in p.tensors().values()]
@@ -62,48 +62,30 @@ def factor_averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> U
     refuse_mixed(updates)
     parts: dict[str, LowRank] = {}
     for name, u in updates.items():
-        if len(u.parts) != 1 or not isinstance(u.parts[0], LowRank):
+        part = u.only(LowRank)
+        if part is None:
             raise ValueError(f"{name}: factors can be averaged for low-rank updates only")
-        parts[name] = u.parts[0]
+        parts[name] = part
     one = parts[min(parts)]
     for name, part in parts.items():
         if part.scale != one.scale or any(part.a[n].shape != one.a[n].shape for n in one.a):
             raise ValueError(f"{name}: another rank or scale; factors can be averaged for equal ones only")
     mean = lambda take: {n: sum(p * take(parts[c])[n] for c, p in shares(rows).items()) for n in one.a}  # noqa: E731
-    part = LowRank(mean(lambda p: p.a), mean(lambda p: p.b), one.scale, one.transposed)
-    return Update(updates[min(updates)].base, (part,))
-
-
-def inner(one: Update, other: Update) -> float:
-    """<U, V> in weight space; of low-rank updates without forming their products."""
-    if len(one.parts) == len(other.parts) == 1:
-        p, q = one.parts[0], other.parts[0]
-        if isinstance(p, LowRank) and isinstance(q, LowRank):
-            return _factor_inner(p, q)
-    left, right = one.dense(), other.dense()
-    return sum(float((t.double() * right[n].double()).sum()) for n, t in left.items() if n in right)
-
-
-def _factor_inner(p: LowRank, q: LowRank) -> float:
-    """tr((B_p A_p)^T B_q A_q) = sum of (B_p^T B_q) * (A_p A_q^T)."""
-    total = 0.0
-    for n in p.a.keys() & q.a.keys():
-        left, right = p.b[n].double().T @ q.b[n].double(), p.a[n].double() @ q.a[n].double().T
-        total += p.scale[n] * q.scale[n] * float((left * right).sum())
-    return total
+    whole = LowRank(mean(lambda p: p.a), mean(lambda p: p.b), one.scale, one.transposed)
+    return Update(updates[min(updates)].base, (whole,))
 
 
 def cosines(updates: Mapping[str, Update]) -> Tensor:
     """[N, N] float64, in the order of names."""
     names = sorted(updates)
-    gram = torch.tensor([[inner(updates[a], updates[b]) for b in names] for a in names], dtype=torch.float64)
+    gram = torch.tensor([[updates[a].inner(updates[b]) for b in names] for a in names], dtype=torch.float64)
     length = gram.diagonal().clamp_min(1e-30).sqrt()
     return gram / length[:, None] / length
 
 
 def length(update: Update) -> float:
     """||Delta|| in weight space."""
-    return math.sqrt(max(inner(update, update), 0.0))
+    return math.sqrt(max(update.inner(update), 0.0))
 
 
 def outliers(updates: Mapping[str, Update]) -> list[str]:
@@ -147,7 +129,7 @@ def gap_bound(view: ModelView, updates: Mapping[str, Update], mean: Update, rows
 
     horizon  rounds times local epochs that one round stands for
     """
-    names = sorted({n for p in mean.parts for n in p.names()})  # type: ignore[union-attr]
+    names = sorted({n for p in mean.parts for n in p.names()})
     before = _gradient(view, names, rows)
     with mean.to("dense")[0].bind(view):
         after = _gradient(view, names, rows)
@@ -159,7 +141,7 @@ def gap_bound(view: ModelView, updates: Mapping[str, Update], mean: Update, rows
 
 
 def _gradient(view: ModelView, names: Sequence[str], rows: Sequence[Any]) -> list[Tensor]:
-    """Of the mean loss a token, with respect to base weights; nothing is left behind."""
+    """The gradient of the mean loss a token, with respect to base weights; nothing is left behind."""
     weights = [view.weight(n) for n in names]
     flags = [w.requires_grad for w in weights]
     try:

@@ -29,7 +29,7 @@ class Side(BaseModel, frozen=True, extra="forbid"):
     initial: str
     """Digest of the tensors that tuning starts from (A0); two low-rank updates compare under one start only."""
     shapes: dict[str, tuple[int, ...]]
-    """Of the factors, by "a.NAME" and "b.NAME"."""
+    """Shapes of the factors, by "a.NAME" and "b.NAME"."""
     scale: float
     """The addition is scale * B A."""
 
@@ -66,8 +66,8 @@ def start_of(view: ModelView, tuner: Lora) -> Start:
     trainable = tuner.attach(view)
     update = trainable.update()
     trainable.detach()
-    part, chart = update.parts[0], update.chart
-    assert isinstance(part, LowRank) and chart is not None
+    part, chart = update.only(LowRank), update.chart
+    assert part is not None and chart is not None
     shapes = {k: tuple(t.shape) for k, t in factor_deltas(part, chart).items()}
     side = Side(base=update.base, initial=chart.digest, shapes=shapes, scale=tuner.alpha / tuner.rank)
     return Start(side, chart)
@@ -80,7 +80,7 @@ class Contract(Agreement, frozen=True, extra="forbid"):
     large: Side
     tuner: Lora
     large_learning_rate: float | None = None
-    """Of the large model's runs; None: that of the settings."""
+    """Learning rate of the large model's runs; None: that of the settings."""
     packing: int = PACKING
 
     def settings_of(self, side: str) -> TrainSettings:

@@ -47,7 +47,7 @@ def gap_recovered(found: float, small: float, large: float) -> float:
 
 
 def share_of_gain(found: float, untouched: float, true: float) -> float:
-    """Of the loss that the true update takes away, the share that this one does."""
+    """The share of the true update's gain that this loss shows: 1 for the true update, 0 for the untouched model."""
     return (untouched - found) / (untouched - true) if untouched != true else float("nan")
 
 

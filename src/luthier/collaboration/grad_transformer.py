@@ -73,14 +73,14 @@ class GradTransformer(Collaboration):
     sets: int = Field(200, ge=2)
     """Shadow sets that both models are tuned on."""
     large_learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Of the large model's shadow runs, where the small one's `learning_rate` does not suit it; null: the same."""
+    """Learning rate of the large model's shadow runs, where the small one's `learning_rate` does not suit it; null: the same."""
     rows: int = Field(1024, ge=1)
     """Public rows of a shadow set."""
     by: str | None = None
     """Column of the public rows that names their sort: each shadow set then mixes the sorts in shares of its own, as
     clients do. null: sets are drawn from all rows alike."""
     concentration: float = Field(0.5, gt=0, allow_inf_nan=False)
-    """Of the Dirichlet distribution that those shares are drawn from; small ones make sets of few sorts."""
+    """Concentration of the Dirichlet distribution that those shares are drawn from; small ones make sets of few sorts."""
     snapshots: int = Field(1, ge=1)
     """Pairs taken from each set, after each of its last steps."""
     pool: Literal["none", "before", "after"] = "none"

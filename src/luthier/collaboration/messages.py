@@ -55,7 +55,7 @@ class Header(BaseModel, frozen=True, extra="forbid"):
     nonce: str
     """Drawn anew for each message: the same nonce twice is a duplicate or a replay."""
     base: Fingerprint
-    """Of the model that the tensors change."""
+    """Fingerprint of the model that the tensors change."""
     notes: dict[str, str | int | float] = {}
     """Small values that belong to the tensors: how many rows, which chart."""
 

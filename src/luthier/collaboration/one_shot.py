@@ -27,8 +27,7 @@ from luthier.support.errors import LuthierError
 from luthier.support.progress import Progress, steps, untold
 from luthier.training.loop import Loop
 from luthier.tuners.base import Tuner
-from luthier.update import LowRank, Seeds, Update
-from luthier.update.parts import VECTOR_PARTS
+from luthier.update import Part, Update
 
 
 class OneShot(Collaboration):
@@ -101,7 +100,7 @@ class AverageContract(Agreement, frozen=True, extra="forbid"):
     moves: dict[str, list[str]]
     """Form of an update's parts -> the parameters they move."""
     shapes: dict[str, tuple[int, ...]]
-    """Of these."""
+    """Shapes of the tensors that move."""
     transposed: list[str]
     """Those with low-rank factors that the model stores as [in, out]."""
 
@@ -228,19 +227,22 @@ def alone(
         entry: dict[str, float] = {}
         for _ in steps(total, progress):
             entry = loop.step()
-        return trainable.update(), entry["loss"]
+        return trainable.update(), entry.get("loss")  # none where the last step had nothing to learn
     finally:
         trainable.detach()
 
 
 def _moves(update: Update) -> dict[str, list[str]]:
-    """Of parts that can be averaged; of others the form alone. Seeds mean something in the order of their parameters."""
-    names = {p.kind: list(p.names()) if isinstance(p, VECTOR_PARTS) else [] for p in update.parts}
-    return {kind: found if kind == Seeds.kind else sorted(found) for kind, found in names.items()}
+    """Names that move, by the form of their part; for parts that cannot be averaged the form alone."""
+    return {p.kind: _named(p) if p.linear else [] for p in update.parts}
+
+
+def _named(part: Part) -> list[str]:
+    return list(part.names()) if part.ordered else sorted(part.names())
 
 
 def _transposed(update: Update) -> list[str]:
-    return sorted(n for p in update.parts if isinstance(p, LowRank) for n in p.transposed)
+    return sorted(n for p in update.parts for n in p.turned())
 
 
 def _odd(found: Mapping[str, list[str]], agreed: Mapping[str, list[str]]) -> str:

@@ -54,7 +54,7 @@ class Party(Protocol):
         """Take an event and say what to send. Equal events in equal order give equal answers but for their nonces."""
 
     def disclosure(self, out: Sent) -> Disclosure:
-        """Of a message that this party is about to send."""
+        """What a message that this party is about to send tells, and to whom."""
 
 
 def in_process(parties: Iterable[Party], first: Iterable[Sent], gate: Callable[[Sent, Disclosure], None]) -> None:
@@ -94,7 +94,7 @@ class Member:
         raise NotImplementedError
 
     def disclosure(self, out: Sent) -> Disclosure:
-        """Of a message that it is about to send."""
+        """What a message that it is about to send tells, and to whom."""
         raise NotImplementedError
 
     def moved(self, message: Message) -> Update:

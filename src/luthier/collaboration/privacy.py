@@ -52,7 +52,7 @@ class Plan(BaseModel, frozen=True, extra="forbid"):
     rate: float
     """Chance of each row to be in a step: batch size over rows."""
     steps: int
-    """Of one run."""
+    """Optimiser steps of one run."""
     rounds: int = 1
     """Runs on the same rows that the promise covers together."""
     noise: float
@@ -209,7 +209,7 @@ class PrivateRun:
         self.view.module.train()
         fwd = Forward(collate([row]).to(self.view.device), self.view)
         count = sum(y != IGNORE for y in row["labels"])
-        with self.trainable.phase("train"):
+        with self.view.phase("train"):
             loss = sum((t.weight * t.sums.sum() for t in Sft().loss(fwd).values()), torch.zeros(())) / max(count, 1)
             loss.backward()
         self.trainable.after_backward()

@@ -67,7 +67,7 @@ class RoundServer:
         raise NotImplementedError
 
     def disclosure(self, out: Sent) -> Disclosure:
-        """Of a message that it is about to send."""
+        """What a message that it is about to send tells, and to whom."""
         raise NotImplementedError
 
     def so_far(self) -> Update | None:

@@ -30,7 +30,7 @@ from luthier.training.loop import Loop
 from luthier.tuners.base import Tuner
 from luthier.tuners.fedkseed import FedKSeed, FedKSeedTrainable, seed_pool, seed_probabilities
 from luthier.update import Seeds, Update
-from luthier.update.parts import noise
+from luthier.update.vectors import noise
 
 SEEDS_LIMIT = 2**16  # seed indices travel as two bytes
 
@@ -107,7 +107,7 @@ class SeedContract(Agreement, frozen=True, extra="forbid"):
     """Digest of names, shapes and precision of what is tuned, with the first numbers of the first direction: parties
     whose generators differ would train different models without noticing."""
     shapes: dict[str, tuple[int, ...]]
-    """Of what is tuned, in the order that directions are drawn in."""
+    """Shapes of what is tuned, in the order that directions are drawn in."""
     tuner: FedKSeed
     protocol: SeedRounds
 

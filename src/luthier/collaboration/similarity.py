@@ -38,7 +38,7 @@ class Likeness(NamedTuple):
 
 
 def likeness(x: Tensor, pairs: Pairs) -> Likeness:
-    """Of one update [L, d] to the shadow sets' (their last snapshots)."""
+    """How near one update [L, d] is to those of the shadow sets (their last snapshots)."""
     shadows = torch.stack([pairs.x[pairs.shadow == k][-1] for k in pairs.shadow.unique()])  # [K, L, d]
     form = standard(shadows, pairs.x_kinds)
     norms = shadows.flatten(1).norm(dim=1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from luthier.collaboration.messages import Message, Refused
 from luthier.update import Update
-from luthier.update.parts import KINDS
+from luthier.update.forms import restore
 
 
 def packed(update: Update) -> dict[str, Tensor]:
@@ -29,7 +29,7 @@ def unpacked(message: Message) -> Update:
         parts = []
         for i, (kind, header) in enumerate(kinds):
             mine = {n.removeprefix(f"{i}."): t for n, t in tensors.items() if n.startswith(f"{i}.")}
-            parts.append(KINDS[kind].restore(mine, header))
+            parts.append(restore(kind, mine, header))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise Refused("form", f"from {head.sender}: its parts cannot be read ({error})") from error
     return Update(head.base, tuple(parts))

@@ -84,7 +84,7 @@ class Bench:
         wanted = [e for e in recipe.evaluators() if name in e.names()]
         quiet = (
             []
-            if recipe.task == "classification" or any(isinstance(e, Forgetting) for e in wanted)
+            if "forgetting" not in recipe.task.always or any(isinstance(e, Forgetting) for e in wanted)
             else [Forgetting(general=NONE, canaries=False)]
         )
         return [*wanted, *quiet]
@@ -144,7 +144,7 @@ class Bench:
                     self.done[job.name], found = outcome, True
 
     def outcome(self, job: Job) -> Done | None:
-        """Of a finished or failed run; None where it has still to be carried out."""
+        """What came of a job; None where it has still to be carried out."""
         place = self.place(job)
         failed = place / "failed.json"
         if failed.exists():
@@ -198,8 +198,9 @@ def ready(
 
 
 def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> None:
-    if recipe.task != first.task:
-        raise RecipeError(f"arm {arm}: task", f"is {recipe.task}, another arm's is {first.task}", "compare one task")
+    one, other = recipe.task.key(), first.task.key()
+    if one != other:
+        raise RecipeError(f"arm {arm}: task", f"is {one}, another arm's is {other}", "compare one task")
     unit = "flops" if plan.budget is None else plan.budget.unit
     if unit == "flops" and recipe.torch_compile:
         raise RecipeError(

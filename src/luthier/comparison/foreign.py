@@ -135,6 +135,8 @@ def _left(base: ModelView, output: Path, recipe: Recipe) -> ModelView:
         return view
     if (output / "config.json").exists():
         return load_model(
-            Located(str(output.resolve()), None, output.name), recipe.task, None, tokenizer=base.tokenizer
+            Located(str(output.resolve()), None, output.name),
+            recipe.task.auto(base.module.config),
+            tokenizer=base.tokenizer,
         )
     raise LuthierError(f"command: left no model in {output}; it should save one there, or a peft adapter")

@@ -46,7 +46,7 @@ class Standing(NamedTuple):
 
 
 def measures_of(folder: Path, which: str = "after") -> dict[str, Measure]:
-    """Of a finished run."""
+    """The measures of a finished run, by name."""
     stored = json.loads((folder / f"{which}.json").read_text(encoding="utf-8"))
     return {m["name"]: Measure.from_dict(m) for m in stored["measures"]}
 

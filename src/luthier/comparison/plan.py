@@ -96,7 +96,7 @@ class Comparison(BaseModel):
     baseline: str | None = None
     """The arm that others are compared with; the first by default."""
     budget: Budget | None = None
-    """Of one run; by default the FLOPs that the baseline's recipe takes as it stands."""
+    """Budget of one run; by default the FLOPs that the baseline's recipe takes as it stands."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """Each arm runs once with each; equal seeds mean equal order of rows."""
     primary: str = "loss"
@@ -195,7 +195,7 @@ def _consistent(plan: Comparison, name: str) -> None:
                 f"{name}: arms.{arm}", what, "name an arm of ours in like:, or give the budget in seconds"
             )
         if keys.like is not None and not isinstance(plan.arms.get(keys.like), dict):
-            raise RecipeError(f"{name}: arms.{arm}.like", f"{keys.like!r} is no arm of ours", "name one")
+            raise RecipeError(f"{name}: arms.{arm}.like", f"{keys.like!r} names no arm of this comparison", "name one")
     if isinstance(plan.arms[plan.base_arm], Foreign) and plan.budget is None:
         raise RecipeError(f"{name}: budget", "a command's own cost is not known", "write a budget")
 

@@ -53,8 +53,10 @@ def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Pa
             raise RecipeError(f"arm {arm}: data.eval", "is missing, so nothing can be compared", "name held-out rows")
         if isinstance(plan.arms[arm], Foreign) and not isinstance(d.train, str):
             raise RecipeError(f"arm {arm}: data.train", "holds several sources, which a command cannot mix", "name one")
-        held, _ = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, on_bad=d.on_bad_row)
-        key = key_of(d.sources, d.on_bad_row, d.carried.content, recipe.task)
+        held, _ = read(
+            d.eval, d.columns, base, "eval", shapes=recipe.task.shapes, part=d.eval_split, on_bad=d.on_bad_row
+        )
+        key = key_of(d.sources, d.on_bad_row, d.carried.content, recipe.task.shapes)
         if key not in made:
             made[key] = (held.digest, _files(plan, recipe, base, folder / "data", held, key[:8]))
         judged = judged or held.digest
@@ -68,11 +70,11 @@ def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Pa
 
 def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Rows, key: str) -> Files:
     d, search = recipe.data, plan.search
-    rows, _, _ = training_rows(d, base, recipe.task)
+    rows, _, _ = training_rows(d, base, recipe.task.shapes)
     place = np.arange(len(rows))
     valid = None
     if search is not None and search.data is not None:
-        chosen, _ = read(search.data, d.columns, base, recipe.task, "eval", on_bad=d.on_bad_row)
+        chosen, _ = read(search.data, d.columns, base, "eval", shapes=recipe.task.shapes, on_bad=d.on_bad_row)
         valid = _write(folder / f"valid-{key}.jsonl", chosen)
     elif search is not None:
         if len(rows) < 2 * search.rows:

@@ -57,7 +57,7 @@ class Done(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of one arm, in the budget's unit: a step, what is spent before the first, and a choice of what trains."""
+    """What one arm costs, in the budget's unit: a step, what is spent before the first, and a choice of what trains."""
 
     step: float
     once: float
@@ -69,7 +69,7 @@ class Cost(NamedTuple):
 
 
 def never(steps: int) -> int:
-    """Of most tuners: nothing is chosen."""
+    """No choices: most tuners choose nothing."""
     return 0
 
 

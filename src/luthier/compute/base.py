@@ -10,8 +10,11 @@ from luthier.model.view import ModelView
 
 
 class Compute(Method):
-    """Changes what a forward pass computes while training; evaluation and generation stay dense."""
+    """Changes what a forward pass computes, in the phases that it is for."""
 
     def patch(self, view: ModelView, phase: str) -> AbstractContextManager[Any]:
-        """Around one forward (and its backward) of phase "train", "score" or "generate". Yields a state to report."""
+        """Entered around every forward, its backward too where there is one; yields a state to report.
+
+        phase  "train", "score" or "generate"; a method for training alone leaves the other two as they are
+        """
         raise NotImplementedError

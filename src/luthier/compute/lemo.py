@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -15,28 +15,35 @@ from torch import Tensor, nn
 from luthier.compute.base import Compute
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import is_packed
+from luthier.model.anatomy import Anatomy
+from luthier.model.blocks import Attention, GatedMlp, Unknown, queries_and_keys
 from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError
 
 
-def block_scores(q: Tensor, k: Tensor, size: int, causal: bool = True, symmetrise: bool = True) -> Tensor:
+def block_scores(
+    q: Tensor, k: Tensor, size: int, causal: bool = True, symmetrise: bool = True, window: int | None = None
+) -> Tensor:
     """[n, n] float32: the largest positive attention score between two blocks of `size` tokens.
 
-    q [H, L, d], k [H_kv, L, d]. S_ij = mean over heads of max(q_i k_j / sqrt d, 0), zero where j > i; the score of a
-    pair of blocks is its maximum. With `symmetrise` the lower triangle is mirrored, so that late blocks, which few
-    queries follow, are not at a disadvantage. Never holds [L, L].
+    q [H, L, d], k [H_kv, L, d]. S_ij = mean over heads of max(q_i k_j / sqrt d, 0), zero where i does not see j: a later
+    key, or one `window` or more tokens away; the score of a pair of blocks is its maximum. With `symmetrise` the lower
+    triangle is mirrored, so that late blocks, which few queries follow, are not at a disadvantage. Never holds [L, L].
     """
     heads, length, dim = q.shape
     k = k.repeat_interleave(heads // k.shape[0], 0).float()
     n = -(-length // size)
     out = torch.zeros(n, n, device=q.device)
+    place = torch.arange(length, device=q.device)
     for m in range(n):
         rows = slice(m * size, min((m + 1) * size, length))
         reach = rows.stop if causal else length  # later keys score 0
         s = torch.relu(q[:, rows].float() @ k[:, :reach].transpose(1, 2) * dim**-0.5).mean(0)  # [rows, reach]
+        away = place[rows, None] - place[None, :reach]
         if causal:
-            i = torch.arange(rows.start, rows.stop, device=q.device)
-            s = s.masked_fill(torch.arange(reach, device=q.device)[None, :] > i[:, None], 0.0)
+            s = s.masked_fill(away < 0, 0.0)
+        if window is not None:
+            s = s.masked_fill(away.abs() >= window, 0.0)
         best = nn.functional.pad(s.amax(0), (0, -reach % size))  # [reach], filled up with the least score there is
         out[m, : len(best) // size] = best.view(-1, size).amax(1)
     return torch.tril(out) + torch.tril(out, -1).T if causal and symmetrise else out
@@ -62,36 +69,54 @@ def layer_keep(layer: int, num_layers: int, keep_fraction: float) -> float:
     return 1.0 if layer < num_layers // 2 - 1 or layer == num_layers - 1 else keep_fraction
 
 
+class Layers(NamedTuple):
+    """The linear layers of a gated MLP."""
+
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+
+
 class _PrunedMlp(torch.autograd.Function):
-    """silu(x Wg^T) * (x Wu^T) Wd^T, exact forward; the backward only knows the neurons with the largest activations."""
+    """down(activation(gate(x)) * up(x)), exact forward; the backward knows the neurons of the largest activations only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate_w: Tensor, up_w: Tensor, down_w: Tensor, keep: int) -> Tensor:
-        gate, up = x @ gate_w.T, x @ up_w.T
-        act = nn.functional.silu(gate)
-        flat_act, flat_up = act.reshape(-1, act.shape[-1]), up.reshape(-1, up.shape[-1])
-        score = flat_act.float().norm(dim=0) + flat_up.float().norm(dim=0)
-        neurons = score.topk(keep).indices.sort().values
-        ctx.save_for_backward(gate[..., neurons], up[..., neurons], act[..., neurons], neurons, gate_w, up_w, down_w)
-        return (act * up) @ down_w.T
+    def forward(
+        ctx: Any, x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: nn.Module, keep: int
+    ) -> Tensor:
+        gated, raised = gate(x), up(x)  # [..., I]
+        act = activation(gated)
+        score = act.flatten(0, -2).float().norm(dim=0) + raised.flatten(0, -2).float().norm(dim=0)  # [I]
+        neurons = score.topk(keep).indices
+        ctx.save_for_backward(gated[..., neurons], raised[..., neurons], neurons)
+        ctx.weights, ctx.activation = (gate.weight, up.weight, down.weight), activation
+        out: Tensor = down(act * raised)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, act, neurons, gate_w, up_w, down_w = ctx.saved_tensors
-        inner = grads[0] @ down_w[:, neurons]
-        sigma = gate.sigmoid()
-        g_gate = inner * up * sigma * (1 + gate * (1 - sigma))
-        return g_gate @ gate_w[neurons] + (inner * act) @ up_w[neurons], None, None, None, None
+        gated, raised, neurons = ctx.saved_tensors
+        gate, up, down = ctx.weights
+        inner = grads[0] @ down[:, neurons]  # [..., D] -> [..., K]
+        with torch.enable_grad():  # the activation's own slope, whatever it is
+            z = gated.detach().requires_grad_()
+            act = ctx.activation.forward(z)  # around its hooks: this call is no forward of the model's
+            (g_gate,) = torch.autograd.grad(act, z, inner * raised)
+        return g_gate @ gate[neurons] + (inner * act.detach()) @ up[neurons], None, None, None, None, None
 
 
-def pruned_mlp(x: Tensor, gate_w: Tensor, up_w: Tensor, down_w: Tensor, keep: int) -> Tensor:
-    """[..., D] -> [..., D]; weights frozen, `keep` neurons in the backward."""
-    return _PrunedMlp.apply(x, gate_w, up_w, down_w, keep)
+def pruned_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: nn.Module, keep: int) -> Tensor:
+    """[..., D] -> [..., D] through three frozen linear layers, with `keep` neurons in the backward.
+
+    A neuron's weight in the choice is the length of its activations plus that of its up values, over all tokens.
+    """
+    out: Tensor = _PrunedMlp.apply(x, gate, up, down, activation, keep)
+    return out
 
 
 @dataclass
 class LemoState:
-    """What was kept: layer -> token indices of the flat batch."""
+    """The tokens that were kept: layer -> token indices of the flat batch."""
 
     kept: dict[int, Tensor] = field(default_factory=dict)
 
@@ -101,16 +126,17 @@ class Lemo(Compute):
 
     A token left out keeps its residual stream, passes every MLP, and may come back in the next layer. Positions stay
     the original ones. Evaluation and generation are dense.
-    Scores come from the exact block scorer (the source trains a predictor for very long contexts). Blocks lie within
-    a sequence, so packed sequences never share one; a sequence of fewer than two blocks stays whole.
+    Scores come from the exact block scorer (the source trains a predictor for very long contexts), over the layer's own
+    queries and keys: normed where it norms them, within its window where it has one, before rotary positions turn them,
+    as the source's predictor is taught. Blocks lie within a sequence, so packed sequences never share one; a sequence
+    of fewer than two blocks stays whole, and of a longer one at least one block stays.
     Cost: attention's projections shrink to keep_fraction, its scores to the square; scoring adds two projections
     without gradient.
-    Refuses: the padded layout; trained MLP weights together with mlp_prune_fraction.
+    Refuses: the padded layout; trained or quantised MLP weights together with mlp_prune_fraction; blocks whose attention
+    (below keep_fraction 1) or MLP (above mlp_prune_fraction 0) is not known: fused projections, experts.
     """
 
-    traits: ClassVar[Traits] = Traits(
-        tasks=frozenset({"causal-lm"}), layouts=frozenset({"flat"}), needs=frozenset({"frozen_mlp"})
-    )
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), layouts=frozenset({"flat"}))
     source: ClassVar[Source] = Source(
         "JENGA: Enhancing LLM Long-Context Fine-tuning with Contextual Token Sparsity",
         2025,
@@ -141,46 +167,64 @@ class Lemo(Compute):
                     "set it to 0",
                 )
             )
-        return problems
+        if self.mlp_prune_fraction and facts.quantized:
+            problems.append(
+                Problem("mlp_prune_fraction", "its backward reads weights, which quantize packs", "set it to 0")
+            )
+        return problems + ([] if facts.anatomy is None else self._not_known(facts.anatomy))
+
+    def _not_known(self, anatomy: Anatomy) -> list[Problem]:
+        """The first block whose attention, and the first whose MLP, would have to be known and is not."""
+        found: dict[str, Problem] = {}
+        for block in range(len(anatomy.blocks)):
+            sparse = layer_keep(block, len(anatomy.blocks), self.keep_fraction) < 1
+            asked = {
+                "keep_fraction": ("attention", anatomy.attention(block) if sparse else None, 1),
+                "mlp_prune_fraction": ("MLP", anatomy.gated_mlp(block) if self.mlp_prune_fraction else None, 0),
+            }
+            for key, (part, answer, neutral) in asked.items():
+                if isinstance(answer, Unknown):
+                    what = f"the {part} of block {block} is not known: {answer.why}"
+                    found.setdefault(key, Problem(key, what, f"set it to {neutral}"))
+        return list(found.values())
 
     @contextmanager
     def patch(self, view: ModelView, phase: str) -> Iterator[LemoState]:
-        state, undo = LemoState(), []
-        if phase == "train" and (self.keep_fraction < 1 or self.mlp_prune_fraction):
-            if view.layout != "flat":
-                raise LuthierError(
-                    f"compute.lemo: {view.name} needs the padded layout, where blocks of tokens cannot be left out"
-                )
-            for layer in range(len(view.anatomy.blocks)):
-                undo += self._patch_layer(view, layer, state)
-        try:
+        state = LemoState()
+        with ExitStack() as undo:  # of a refusal halfway as well
+            if phase == "train" and (self.keep_fraction < 1 or self.mlp_prune_fraction):
+                if view.layout != "flat":
+                    raise LuthierError(
+                        f"compute.lemo: {view.name} needs the padded layout, where blocks of tokens cannot be left out"
+                    )
+                for problem in self._not_known(view.anatomy):
+                    raise LuthierError(f"compute.lemo.{problem.key}: {view.name}: {problem.what}; {problem.remedy}")
+                for layer in range(len(view.anatomy.blocks)):
+                    self._patch_layer(view, layer, state, undo)
             yield state
-        finally:
-            for module in undo:
-                del module.forward
 
-    def _patch_layer(self, view: ModelView, layer: int, state: LemoState) -> list[nn.Module]:
-        patched: list[nn.Module] = []
+    def _patch_layer(self, view: ModelView, layer: int, state: LemoState, undo: ExitStack) -> None:
         keep = layer_keep(layer, len(view.anatomy.blocks), self.keep_fraction)
-        attention, mlp = _parts(view, layer)
         if keep < 1:
-            attention.forward = partial(self._attend, attention, attention.forward, view, layer, keep, state)
-            patched.append(attention)
+            parts = view.anatomy.attention(layer)
+            assert isinstance(parts, Attention)
+            attention = view.module.get_submodule(parts.module)
+            sparse = partial(self._attend, parts, attention.forward, view, layer, keep, state)
+            undo.enter_context(_computing(attention, sparse))
         if self.mlp_prune_fraction:
-            weights = [getattr(mlp, n).weight for n in ("gate_proj", "up_proj", "down_proj")]
-            if any(w.requires_grad or is_packed(w) for w in weights) or any(
-                "forward" in m.__dict__ for m in mlp.modules()
-            ):
-                raise LuthierError(
-                    "compute.lemo.mlp_prune_fraction: something in the MLP is trained or quantised; set it to 0"
-                )
-            count = max(1, int(weights[0].shape[0] * (1 - self.mlp_prune_fraction)))
-            mlp.forward = partial(pruned_mlp, gate_w=weights[0], up_w=weights[1], down_w=weights[2], keep=count)
-            patched.append(mlp)
-        return patched
+            known = view.anatomy.gated_mlp(layer)
+            assert isinstance(known, GatedMlp)
+            mlp, layers = view.module.get_submodule(known.module), _frozen_layers(view, known)
+            undo.enter_context(_computing(mlp, partial(self._prune, view, known.activation, layers)))
+
+    def _prune(self, view: ModelView, activation: nn.Module, layers: Layers, x: Tensor) -> Tensor:
+        """The MLP with fewer neurons in its backward."""
+        keep = max(1, int(layers.down.in_features * (1 - self.mlp_prune_fraction)))
+        view.meter.charge_backward(2 * 3 * x.numel() * keep, x)  # three products of T rows with [D, keep]
+        return pruned_mlp(x, *layers, activation, keep)
 
     def _attend(
-        self, module: nn.Module, plain: Callable[..., tuple], view: ModelView, layer: int, keep: float, state: LemoState,
+        self, parts: Attention, plain: Callable[..., tuple], view: ModelView, layer: int, keep: float, state: LemoState,
         hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs: Any,
     ) -> tuple:  # fmt: skip
         """The layer's own attention over the kept tokens only; zeros for the others."""
@@ -188,41 +232,59 @@ class Lemo(Compute):
             raise RuntimeError("lemo is on while training only: generate and evaluate outside it")
         assert position_embeddings is not None
         lengths = kwargs.pop("sequence_lengths")
-        index, short = self.choose(module, hidden_states, lengths, keep)
+        index, short = self.choose(view, parts, hidden_states, lengths, keep)
         state.kept[layer] = index
         kwargs["position_ids"] = kwargs["position_ids"][:, index] if kwargs.get("position_ids") is not None else None
         cos, sin = (p[:, index] for p in position_embeddings)  # [1, T, d] -> [1, K, d], original positions
-        out = plain(hidden_states[:, index], position_embeddings=(cos, sin), sequence_lengths=short, **kwargs)
-        full = torch.zeros_like(hidden_states).index_copy(1, index, out[0])
+        places = torch.cat([torch.arange(n, device=index.device) for n in lengths])[index]
+        out = plain(
+            hidden_states[:, index],
+            position_embeddings=(cos, sin),
+            sequence_lengths=short,
+            kept_places=places,
+            **kwargs,
+        )
+        full = torch.zeros_like(hidden_states)
+        full[:, index] = out[0]  # index_copy and index_add would keep what they write for the backward
         return full, out[1]
 
     @torch.no_grad()
     def choose(
-        self, module: nn.Module, hidden: Tensor, lengths: tuple[int, ...], keep: float
+        self, view: ModelView, parts: Attention, hidden: Tensor, lengths: tuple[int, ...], keep: float
     ) -> tuple[Tensor, tuple[int, ...]]:
         """(token indices [K] of the flat batch, kept lengths by sequence); hidden [1, T, D]."""
-        dim = module.head_dim
-        q = module.q_proj(hidden)[0].unflatten(-1, (-1, dim)).transpose(0, 1)  # type: ignore[operator]  # [H, T, d]
-        k = module.k_proj(hidden)[0].unflatten(-1, (-1, dim)).transpose(0, 1)  # type: ignore[operator]
+        q, k = queries_and_keys(view.module.get_submodule, parts, hidden)
+        how: dict[str, Any] = {"causal": parts.causal, "symmetrise": self.symmetrise, "window": parts.window}
         kept, short, start = [], [], 0
         for length in lengths:
-            n = -(-length // self.block_size)
-            part = slice(start, start + length)
-            if n < 2:
-                index = torch.arange(length, device=hidden.device)
-            else:
-                scores = block_scores(q[:, part], k[:, part], self.block_size, symmetrise=self.symmetrise)
-                blocks = kept_blocks(scores, max(1, int(n * keep)), self.keep_first_block)
-                index = tokens_of(blocks, self.block_size, length)
+            part, n = slice(start, start + length), -(-length // self.block_size)
+            scores = block_scores(q[:, part], k[:, part], self.block_size, **how)
+            blocks = kept_blocks(scores, max(1, int(n * keep)), self.keep_first_block)
+            index = tokens_of(blocks, self.block_size, length)
             kept.append(index + start)
             short.append(len(index))
             start += length
         return torch.cat(kept), tuple(short)
 
 
-def _parts(view: ModelView, layer: int) -> tuple[nn.Module, nn.Module]:
-    """(attention, MLP) of a block of separate q, k, v and a gated MLP."""
-    roles = {x.role: x.module for x in view.anatomy.block_linears if x.block == layer}
-    if not {"q", "k", "v", "o", "gate", "up", "down"} <= roles.keys():
-        raise LuthierError(f"compute.lemo: {view.name} has no separate q, k, v and gated MLP in block {layer}")
-    return (view.module.get_submodule(roles[r].rpartition(".")[0]) for r in ("q", "gate"))  # type: ignore[return-value]
+@contextmanager
+def _computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward for one module; afterwards the one it had, be it its class's or something hung on it."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+def _frozen_layers(view: ModelView, parts: GatedMlp) -> Layers:
+    """The layers of an MLP. Raises LuthierError where something in the MLP is trained, quantised or hung on."""
+    mlp = view.module.get_submodule(parts.module)
+    layers = Layers(*(view.module.get_submodule(n) for n in (parts.gate, parts.up, parts.down)))  # type: ignore[arg-type]
+    moved = any(p.requires_grad or is_packed(p) for p in mlp.parameters())
+    if moved or any("forward" in m.__dict__ for m in mlp.modules()):
+        raise LuthierError("compute.lemo.mlp_prune_fraction: something in the MLP is trained or quantised; set it to 0")
+    return layers

@@ -174,7 +174,8 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
     Each item holds `ids` and `labels` (lists of ints, unshifted labels aligned with ids: labels[i] is ids[i] where it
     is supervised, else IGNORE), optionally `key`, `token` (named per-token lists or arrays), `row` (named values) and
     `span` (named lists of (start, end, type) within the sequence).
-    The shift happens here, once, for the whole library.
+    The shift happens here, once, for the whole library. `targets` in place of labels are not shifted: targets[i] is what
+    is to be predicted at i, where it was hidden.
     Raises LuthierError with the key of a sequence that lacks a column of the others.
     """
     ids: list[int] = []
@@ -186,7 +187,7 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
     for index, item in enumerate(sequences):
         n = len(item["ids"])
         ids.extend(item["ids"])
-        labels.extend([*item["labels"][1:], IGNORE] if n else [])
+        labels.extend(item["targets"] if "targets" in item else [*item["labels"][1:], IGNORE] if n else [])
         seq.extend([index] * n)
         pos.extend(range(n))
         lengths.append(n)
@@ -204,6 +205,13 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
         keys=tuple(keys),
         span={k: _joined(values, lengths) for k, values in columns["span"].items()},
     )
+
+
+def predicted(item: Mapping[str, Any]) -> list[bool]:
+    """For each token of a rendered row: is it predicted? Nothing predicts the first one from what stands before it."""
+    if "targets" in item:
+        return [y != IGNORE for y in item["targets"]]
+    return [at > 0 and y != IGNORE for at, y in enumerate(item["labels"])]
 
 
 def _columns_of(sequences: Sequence[Mapping[str, Any]], keys: Sequence[str], level: str) -> dict[str, list[Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,8 +24,6 @@ from luthier.data.store import Row, Rows, TokenRows
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
 from luthier.support.sources import code_key
-
-Labels = Mapping[str | int, int]
 
 
 @dataclass
@@ -57,7 +55,7 @@ class Prepared:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """Of several sources: name, rows, and share of an epoch's draws; empty for one."""
+        """What is known of each of several sources: name, rows, and share of an epoch's draws; empty for one."""
         mixture = self.rows.mixture
         return [] if mixture is None else mixture.table()
 
@@ -76,23 +74,78 @@ class Fit(NamedTuple):
     on_unsupervised: str = "refuse"
 
 
+class RowMaker(Protocol):
+    """Makes training rows of rows; every task has one."""
+
+    @property
+    def answers(self) -> bool:
+        """Do rows end in answers? Then their stop tokens and their edge with the prompt are looked at."""
+
+    @property
+    def key(self) -> str:
+        """Changes with all that decides what comes out, beside the rows, the tokenizer and the template."""
+
+    def made(self, rows: Sequence[Row], renderer: Renderer) -> list[dict[str, Any]]:
+        """A training row of each, as `collate` takes it."""
+
+    def supervised(self, item: Mapping[str, Any]) -> int:
+        """How many tokens (or classes) of a training row are learnt."""
+
+    def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
+        """The training row cut to `limit` tokens."""
+
+
+class AnswerRows:
+    """Training rows of text: answers after their prompts, or the text itself."""
+
+    answers = True
+
+    @property
+    def key(self) -> str:
+        return "answers"
+
+    def made(self, rows: Sequence[Row], renderer: Renderer) -> list[dict[str, Any]]:
+        segments = [_segments(r, renderer) for r in rows]
+        pieces = renderer.encode(segments)
+        return [renderer.training_row(s, p, r.key) for r, s, p in zip(rows, segments, pieces, strict=True)]
+
+    def supervised(self, item: Mapping[str, Any]) -> int:
+        return sum(y != IGNORE for y in item["labels"])
+
+    def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
+        return shortened(item, limit, how)
+
+
+def _segments(row: Row, renderer: Renderer) -> list[rendering.Segment]:
+    try:
+        return renderer.segments(row.values)
+    except ValueError as error:
+        raise RecipeError(row.key, str(error)) from error
+    except Exception as error:
+        if type(error).__module__.startswith("jinja2"):  # a template's own refusal: roles out of order, say
+            raise RecipeError(row.key, f"the chat template refuses it ({error})") from error
+        raise
+
+
+ANSWERS = AnswerRows()
+
+
 def prepare(
     rows: Rows | Sequence[Row], renderer: Renderer, *, max_length: int, on_long: str = "refuse", on_unsupervised: str = "refuse",
-    labels: Labels | None = None, carried: Carried = NOTHING, mix: Mix | None = None, tick: Tick = no_tick,
+    maker: RowMaker = ANSWERS, carried: Carried = NOTHING, mix: Mix | None = None, tick: Tick = no_tick,
 ) -> Prepared:  # fmt: skip
     """Render every row and deal with the ones that do not fit.
 
     rows     from a file: the result is kept in the cache; a plain list: it stays in memory
-    labels   class index by label, for classification rows; empty for rows without labels
+    maker    of the task: makes the training rows
     carried  fields of the rows that become columns; the weights of `rows`, where they have any, become "weight"
     mix      how the rows' sources are mixed; None: each row once an epoch
     Raises RecipeError naming the first row and the remedy where a fault is to be refused.
     """
     fit = Fit(max_length, on_long, on_unsupervised)
-    work = _Preparation(renderer, fit, labels, _Columns(rows, carried), tick)
+    work = _Preparation(renderer, fit, maker, _Columns(rows, carried), tick)
     key = None
     if isinstance(rows, Rows) and rows.on_disk:
-        shape = sorted(labels.items(), key=str) if labels is not None else None
         key = key_of(
             "tokens",
             rows.digest,
@@ -101,14 +154,14 @@ def prepare(
             renderer.system,
             renderer.plain,
             fit,
-            shape,
+            maker.key,
             carried.content,
             code_key(__name__),
         )
     made = store.stored(key, lambda: store.token_schema(work.columns.all), work.batches(rows), work.notes)
     census = Census(**made.notes["census"])
     _refuse_long(census, fit, made.notes["seen"])
-    if census.rows and labels is None and census.without_stop == census.rows:
+    if census.rows and maker.answers and census.without_stop == census.rows:
         raise RecipeError(
             "data.train", "no answer ends in a stop token, so the tuned model would never stop",
             "use a chat template or a tokenizer with an end token",
@@ -188,8 +241,8 @@ class _Columns:
 class _Preparation:
     """One pass over rows: batches of training rows come out, counts stay."""
 
-    def __init__(self, renderer: Renderer, fit: Fit, labels: Labels | None, columns: _Columns, tick: Tick) -> None:
-        self.renderer, self.fit, self.labels, self.columns, self.tick = renderer, fit, labels, columns, tick
+    def __init__(self, renderer: Renderer, fit: Fit, maker: RowMaker, columns: _Columns, tick: Tick) -> None:
+        self.renderer, self.fit, self.maker, self.columns, self.tick = renderer, fit, maker, columns, tick
         self.census, self.digest = Census(), hashlib.sha256()
         self.lengths, self.hashes = array("q"), array("Q")
 
@@ -218,43 +271,14 @@ class _Preparation:
         return {"census": asdict(found), "digest": self.digest.hexdigest(), "seen": len(lengths)}
 
     def _rendered(self, rows: list[Row]) -> list[dict[str, Any]]:
-        if self.labels is not None:
-            ids = self.renderer.tokenizer([r.values["text"] for r in rows])["input_ids"]
-            items = [
-                {
-                    "ids": i,
-                    "labels": [IGNORE] * len(i),
-                    "key": r.key,
-                    "row": {"label": self.labels.get(r.values.get("label", ""))},
-                }
-                for r, i in zip(rows, ids, strict=True)
-            ]
-            return self._with_spans(rows, items, [None] * len(rows), [[i] for i in ids])
-        segments = [self._segments(r) for r in rows]
-        pieces = self.renderer.encode(segments)
-        items = [self.renderer.training_row(s, p, r.key) for r, s, p in zip(rows, segments, pieces, strict=True)]
-        return self._with_spans(rows, items, segments, pieces)
-
-    def _with_spans(
-        self, rows: list[Row], items: list[dict[str, Any]], segments: Sequence[list[rendering.Segment] | None],
-        pieces: Sequence[Sequence[Sequence[int]]],
-    ) -> list[dict[str, Any]]:  # fmt: skip
-        """The items with their spans of tokens, where the rows bring spans of characters."""
-        name = self.columns.carried.spans
-        for row, item, texts, ids in zip(rows, items, segments, pieces, strict=True) if name else ():
-            found = placed(self.renderer, row.key, row.values, self.columns.given(row), texts, ids)
+        """Training rows, with spans of tokens where the rows bring spans of characters."""
+        items, name = self.maker.made(rows, self.renderer), self.columns.carried.spans
+        for row, item in zip(rows, items, strict=True) if name else ():
+            segments = self.renderer.segments(row.values) if self.maker.answers else None
+            pieces = [item["ids"]] if segments is None else self.renderer.encode([segments])[0]
+            found = placed(self.renderer, row.key, row.values, self.columns.given(row), segments, pieces)
             item["span"] = {name: found}
         return items
-
-    def _segments(self, row: Row) -> list[rendering.Segment]:
-        try:
-            return self.renderer.segments(row.values)
-        except ValueError as error:
-            raise RecipeError(row.key, str(error)) from error
-        except Exception as error:
-            if type(error).__module__.startswith("jinja2"):  # a template's own refusal: roles out of order, say
-                raise RecipeError(row.key, f"the chat template refuses it ({error})") from error
-            raise
 
     def _fitted(self, row: Row, item: dict[str, Any]) -> dict[str, Any] | None:
         """The row as it will be trained on, or None where it is left out."""
@@ -266,8 +290,8 @@ class _Preparation:
                 census.dropped += self.fit.on_long == "drop"
                 return None
             census.cut += 1
-            item = shortened(item, self.fit.max_length, self.fit.on_long)
-        if self.labels is None and all(y == IGNORE for y in item["labels"]):
+            item = self.maker.shortened(item, self.fit.max_length, self.fit.on_long)
+        if not self.maker.supervised(item):
             census.unsupervised += 1
             if self.fit.on_unsupervised == "refuse":
                 raise RecipeError(
@@ -286,16 +310,16 @@ class _Preparation:
             supervised = [y for y in labels if y != IGNORE]
             census.rows += 1
             census.tokens += len(ids)
-            census.supervised += 1 if self.labels is not None else len(supervised)
+            census.supervised += self.maker.supervised(item)
             census.doubled_bos += bos is not None and ids[:2] == [bos, bos]
-            if self.labels is None:
+            if self.maker.answers:
                 census.without_stop += supervised[-1] not in self.renderer.stop_ids
             content = array("i", ids).tobytes()
             self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
             self.digest.update(content)
             for c in self.columns.all:
                 self.digest.update(repr(item[c.level][c.name]).encode())
-        if self.labels is None and items:
+        if self.maker.answers and items:
             self._count_moved_edges(items)
 
     def _count_moved_edges(self, items: list[dict[str, Any]]) -> None:
@@ -326,6 +350,8 @@ def shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
 
 
 def _why(row: Row, item: dict[str, Any]) -> str:
+    if not str(row.values.get("text", "text")).strip():
+        return "its text is empty"
     if row.values.get("completion") == "" or (not item["ids"]):
         return "its answer is empty"
     if "messages" in row.values and not any(t["role"] == "assistant" for t in row.values["messages"]):

@@ -60,7 +60,6 @@ def choose_rows(perplexity: np.ndarray, entropy: np.ndarray, keep_fraction: floa
     """Exactly max(1, floor(keep_fraction * B)) rows: from Q2 and Q4, topped up or cut by |scaled PPL - scaled entropy|."""
     alpha = bisect(perplexity, entropy, keep_fraction, steps)
     q2, q4 = quadrants(perplexity, entropy, alpha)
-    q4 = q4 & ~q2  # a row in both (constant values) counts as a misconception
     wanted = max(1, int(keep_fraction * len(perplexity)))
     p, e = _scaled(perplexity), _scaled(entropy)
     # Rows of the quadrants come first; inside each class the larger gap does. Ties (two rows always tie) go by
@@ -68,6 +67,7 @@ def choose_rows(perplexity: np.ndarray, entropy: np.ndarray, keep_fraction: floa
     order = np.lexsort((np.arange(len(p)), -perplexity, -np.abs(p - e), ~(q2 | q4)))
     keep = np.sort(order[:wanted])
     topped = ~(q2 | q4)[keep]
+    # A row in both quadrants (values that are all the same) counts as a misconception.
     return Rows(keep, np.where(topped, p[keep] >= e[keep], q2[keep]), topped, alpha)
 
 

@@ -8,7 +8,7 @@ import itertools
 import json
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ SHAPES = {
     "text and label": ("text", "label"),
     "text": ("text",),
 }
+ANSWERED = ("messages", "prompt and completion", "text")  # rows whose text is trained on as it is read
 BUILTIN = ("builtin:requests", "builtin:people", "builtin:humaneval")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 NOTHING = Carried()
@@ -41,14 +42,16 @@ def no_tick(stage: str, done: int, at: str) -> None:
 
 
 def read(
-    source: str, columns: Mapping[str, str], folder: Path, task: str, split: str = "train", *, part: str | None = None,
-    limit: int | None = None, on_bad: str = "refuse", carried: Carried = NOTHING, tick: Tick = no_tick,
+    source: str, columns: Mapping[str, str], folder: Path, split: str = "train", *, shapes: Sequence[str] = ANSWERED,
+    part: str | None = None, limit: int | None = None, on_bad: str = "refuse", carried: Carried = NOTHING,
+    tick: Tick = no_tick,
 ) -> tuple[Rows, list[str]]:  # fmt: skip
     """(all rows of a source, with columns renamed to ours and checked for shape; what was wrong with the skipped ones).
 
     source   a .jsonl, .jsonl.gz, .json, .csv or .parquet file (relative to `folder`), one of BUILTIN, or a Hub id
     columns  our name -> name in the file
     split    "train" or "eval": the recipe's key, for messages
+    shapes   which of SHAPES rows may have; a task names its own
     part     split of a Hub data set
     limit    only the first rows
     on_bad   "refuse": the first bad row is an error; "skip": it is left out and listed (the first 20, then a count)
@@ -57,12 +60,13 @@ def read(
     Raises RecipeError with file and line for the first row that cannot be used.
     """
     prefix, content, raw = _opened(source, folder, split, part)
-    key = key_of("rows", content, sorted(columns.items()), task, limit, on_bad, carried.content, code_key(__name__))
+    read_as = (sorted(columns.items()), tuple(shapes), limit, on_bad, carried.content)
+    key = key_of("rows", content, read_as, code_key(__name__))
     skipped = _Skipped(on_bad)
     found: Raw = itertools.islice(raw(), limit)
     if source.endswith(".csv") and carried.fields:
         found = _numbered(found, {columns.get(name, name) for name in carried.fields})
-    rows = _checked(found, prefix, columns, task, Survey(carried), skipped, tick)
+    rows = _checked(found, prefix, columns, shapes, Survey(carried), skipped, tick)
     made = store.stored(
         key, lambda: store.ROW_SCHEMA, store.row_batches(rows), lambda: {"skipped": skipped.told(), "of": prefix}
     )
@@ -96,7 +100,13 @@ class _Skipped:
 
 
 def _checked(
-    raw: Raw, prefix: str, columns: Mapping[str, str], task: str, survey: Survey, skipped: _Skipped, tick: Tick
+    raw: Raw,
+    prefix: str,
+    columns: Mapping[str, str],
+    shapes: Sequence[str],
+    survey: Survey,
+    skipped: _Skipped,
+    tick: Tick,
 ) -> Iterator[tuple[int, bytes]]:
     first: tuple[int, str] | None = None
     for count, (number, values) in enumerate(raw):
@@ -107,7 +117,7 @@ def _checked(
             if isinstance(values, RecipeError):
                 raise values
             row = Row(key, _renamed(values, columns, key))
-            shape = shape_of(row, task)
+            shape = shape_of(row, shapes)
             if first is not None and shape != first[1]:
                 raise RecipeError(
                     key, f"holds {shape}, but {prefix}:{first[0]} holds {first[1]}", "keep one shape a file"
@@ -293,17 +303,14 @@ def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> di
     return out
 
 
-def shape_of(row: Row, task: str) -> str:
-    """Which of the known shapes a row has. Raises RecipeError naming the fields found and the fields expected."""
+def shape_of(row: Row, shapes: Sequence[str]) -> str:
+    """Which of these shapes a row has. Raises RecipeError naming the fields found and the fields expected."""
     values = row.values
-    names = {"classification": ["text and label"], "unlabelled": ["text"]}.get(
-        task, ["messages", "prompt and completion", "text"]
-    )
-    for name in names:
+    for name in shapes:
         if all(field in values for field in SHAPES[name]):
             _check_types(row, name)
             return name
-    expected = " or ".join(names)
+    expected = " or ".join(shapes)
     raise RecipeError(row.key, f"has the fields {_listed(values)}, expected {expected}", "map them with data.columns")
 
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 ROW_SCHEMA = pa.schema({"number": pa.int64(), "values": pa.large_binary()})
 KEYED_SCHEMA = pa.schema({"key": pa.string(), "values": pa.large_binary()})
 TOKEN_SCHEMA = pa.schema(
-    {"key": pa.string(), "ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "front": pa.int32(), "label": pa.int64()}
+    {"key": pa.string(), "ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "front": pa.int32(), "row": pa.string()}
 )  # fmt: skip
 
 
@@ -249,9 +249,9 @@ class TokenRows(Sequence[dict[str, Any]]):
         c = self._columns
         ids, front = c["ids"][at].values.to_pylist(), c["front"][at].as_py()
         out = {"ids": ids, "labels": c["labels"][at].values.to_pylist(), "key": c["key"][at].as_py()}
-        label = c["label"][at].as_py()
-        if label is not None:
-            out["row"] = {"label": label}
+        row = json.loads(c["row"][at].as_py())
+        if row:
+            out["row"] = row
         else:
             out["token"] = {"prompt": [1] * front + [0] * (len(ids) - front)}
         for column, held in self._more:
@@ -371,12 +371,13 @@ def token_schema(columns: Sequence[Column] = ()) -> pa.Schema:
 
 def token_batch(items: Sequence[Mapping[str, Any]], columns: Sequence[Column] = ()) -> pa.RecordBatch:
     """Rendered rows to a record batch."""
+    carried = {c.name for c in columns if c.level == "row"}
     held = {
         "key": [x["key"] for x in items],
         "ids": [x["ids"] for x in items],
         "labels": [x["labels"] for x in items],
         "front": [sum(x["token"]["prompt"]) if "prompt" in x.get("token", ()) else 0 for x in items],
-        "label": [x["row"]["label"] if "label" in x.get("row", ()) else None for x in items],
+        "row": [json.dumps({n: v for n, v in x.get("row", {}).items() if n not in carried}) for x in items],
     }
     arrays = [pa.array(held[f.name], f.type) for f in TOKEN_SCHEMA]
     return pa.record_batch([*arrays, *(cells(items, c) for c in columns)], schema=token_schema(columns))

@@ -27,7 +27,7 @@ Said = Callable[[dict[str, float]], None]
 
 
 class Shape(NamedTuple):
-    """Of a Llama."""
+    """The shape of a small Llama."""
 
     hidden: int
     layers: int

@@ -39,7 +39,7 @@ WIDTH = 64  # characters of a request, or of a piece of text
 
 
 class Size(NamedTuple):
-    """Of a demonstration; the default takes a quarter of an hour on two cores."""
+    """How large a demonstration is; the default takes a quarter of an hour on two cores."""
 
     schooling: Schooling = Schooling(steps=1200)
     sets: int = 60
@@ -71,7 +71,7 @@ def answered(requests: Sequence[Mapping[str, str]], houses: Sequence[int]) -> li
 
 
 class Rows(NamedTuple):
-    """Of everybody: what models have read, what is public, and by organisation what is tuned on and what is kept."""
+    """The rows of all parties: what models have read, what is public, and by organisation what is tuned on and what is kept."""
 
     read: list[dict[str, str]]
     public: list[dict[str, str]]
@@ -158,7 +158,7 @@ def _news(say: Say, size: Size, name: str) -> Callable[[dict[str, float]], None]
 
 
 def _losses(shop: Shop, folder: Path, name: str, audited: Audited, got: Path) -> dict[str, float]:
-    """Of the organisation's held rows, in nats a token: its own models, what it got, and what needs rows to be shared."""
+    """Losses on the organisation's held rows, in nats a token: its own models, what it got, and what needs rows to be shared."""
     place, c = shop.place, shop.contract
     own, held = (place.rendered(place.rows(str(_file(folder, name, w)), Path())) for w in ("private", "held"))
     everybody = [

@@ -13,6 +13,7 @@ EXPORTS = {
     "Knowledge": "knowledge",
     "LmEval": "lm_eval",
     "Loss": "loss",
+    "MaskedAccuracy": "masked_accuracy",
     "PassAtK": "pass_at_k",
     "Retrieval": "retrieval",
     "Rouge": "rouge",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,14 +18,15 @@ from luthier.data.prepare import prepare
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.evaluation.measures import Measure, mean
-from luthier.inference.scoring import Scoring
-from luthier.inference.services import lab_around
+from luthier.inference.services import lab_around, lab_with
 from luthier.method import Method
 from luthier.model.view import ModelView
 from luthier.step.lab import Completion, Lab, RowScore
 from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
 from luthier.support.statistics import Estimate
+from luthier.tasks.base import Task
+from luthier.tasks.guess import usual_task
 
 
 class Question(NamedTuple):
@@ -57,7 +58,7 @@ class Exam:
 
     view: ModelView
     lab: Lab
-    task: str
+    task: Task
     rows: Sequence[Any] = ()
     sources: Sequence[Row] = ()
     codec: Chain = field(default_factory=Chain)
@@ -82,7 +83,7 @@ class Exam:
         return tuple(unique([number_of(r["key"]) for r in self.rows]))
 
     def losses(self, rows: Sequence[Any]) -> list[RowScore]:
-        """Of an evaluator's own rows."""
+        """Losses of rows that an evaluator brings itself."""
         return list(self.lab.scorer.losses(self.view, rows))
 
     def sure(self, rows: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -99,7 +100,7 @@ class Exam:
         """The first `count` prompts; rows that ask the same are one question with several right answers."""
         found: dict[str, Question] = {}
         for row in self.sources:
-            prompt, answer = asked(row, self.renderer, self.task)
+            prompt, answer = self.task.asked(row, self.renderer)
             before = conversation(row, self.renderer)
             known = found.get(before)
             if known is None and len(found) == count:
@@ -152,7 +153,7 @@ class Evaluator(Method):
     own_rows: ClassVar[bool] = False  # True: asks rows of its own, not those of data.eval
 
     def names(self) -> tuple[str, ...]:
-        """Of the measures it can give."""
+        """Names of the measures that it can give."""
         raise NotImplementedError  # the seam: every evaluator has its own
 
     def content(self) -> str:
@@ -184,15 +185,14 @@ class Evaluator(Method):
 
         rows  with prompt and completion, or messages, or text; for a classifier text and label, one of its own names
         """
-        lab = lab_around(model, tokenizer)
-        view, renderer = lab.view(), lab.renderer
+        around = lab_around(model, tokenizer)
+        view, renderer = around.view(), around.renderer
         sources = [Row(f"rows:{i}", values) for i, values in enumerate(rows, start=1)]
-        labels: dict[str | int, int] | None
-        labels = {name: i for i, name in enumerate(view.classes)} if view.anatomy.head is None else None
+        task = usual_task(view)
         room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-        rendered = prepare(sources, renderer, max_length=room, labels=labels).rows if sources else ()
-        task = "causal-lm" if labels is None else "classification"
-        exam = Exam(view, replace(lab, asking=Scoring(task=task)), task, rendered, sources)
+        maker = task.maker(renderer, {name: i for i, name in enumerate(view.classes)})
+        rendered = prepare(sources, renderer, max_length=room, maker=maker).rows if sources else ()
+        exam = Exam(view, lab_with(renderer, {"base": lambda: view}, task=task), task, rendered, sources)
         return {m.name: m.value for m in self.evaluate(exam)}
 
 
@@ -250,26 +250,22 @@ def examine(exam: Exam, evaluators: Sequence[Evaluator]) -> Results:
 def _samples(exam: Exam, found: dict[str, Measure]) -> list[Sample]:
     judged = next((m for m in found.values() if m.judges), None)
     right = {} if judged is None else dict(zip(judged.keys, judged.stats[:, 0] > 0.5, strict=True))
-    if exam.task == "classification":
-        texts = {number_of(r.key): asked(r, exam.renderer, exam.task) for r in exam.sources}
-        chosen = [exam.view.classes[s.best] for s in exam.scored if s.best is not None]
+    if exam.task.shows_rows:
+        sources = {number_of(r.key): r for r in exam.sources}
+        draw = exam.task.draw(exam.renderer.tokenizer, exam.lab.seed)
+        seen = (row if draw is None else draw(row, None) for row in exam.rows)
+        told = (
+            exam.task.shown(sources[number_of(row["key"])], row, score, exam.view, exam.renderer)
+            for row, score in zip(seen, exam.scored, strict=True)
+        )
         return [
-            Sample(key, *texts[number_of(row["key"])], answer, bool(right[key]) if key in right else None)
-            for key, row, answer in zip(exam.row_keys, exam.rows, chosen, strict=True)
+            Sample(key, *shown, bool(right[key]) if key in right else None)
+            for key, shown in zip(exam.row_keys, told, strict=True)
         ]
     return [
         Sample(k, q.prompt, q.references[0], c.text, bool(right[k]) if k in right else None)
         for k, (q, c) in exam.asked.items()
     ]
-
-
-def asked(row: Row, renderer: Renderer, task: str) -> tuple[str, str]:
-    """(what the model was asked, the answer that is right) as texts."""
-    if task == "classification":
-        return row.values["text"], str(row.values["label"])
-    if "text" in row.values and "messages" not in row.values:
-        return "", row.values["text"]
-    return renderer.messages(row.values)[-2]["content"], renderer.answer(row.values)
 
 
 def conversation(row: Row, renderer: Renderer) -> str:

@@ -16,7 +16,7 @@ class Bleu(Answering):
     exact too. Needs the extra `eval`. Cost: one generated answer a question.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source("A Call for Clarity in Reporting BLEU Scores", 2018, "arXiv:1804.08771")
 
     def names(self) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class Classification(Evaluator):
     def evaluate(self, exam: Exam) -> list[Measure]:
         if not exam.rows:
             return []
-        chosen, right = np.array([s.best for s in exam.scored]), np.array([r["row"]["label"] for r in exam.rows])
+        chosen, right = np.array([s.best[0] for s in exam.scored]), np.array([r["row"]["label"] for r in exam.rows])
         return [
             mean("accuracy", chosen == right, exam.row_keys, unit="share of rows", judges=True),
             Measure(

@@ -19,7 +19,7 @@ class ExactMatch(Answering):
     Cost: one generated answer a question.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "SQuAD: 100,000+ Questions for Machine Comprehension of Text", 2016, "arXiv:1606.05250"
     )

@@ -24,7 +24,7 @@ class Call(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """Of one answer: shares of the wanted calls whose name is there, whose arguments are right too, and the order."""
+    """One answer judged: shares of the wanted calls whose name is there, whose arguments are right too, and the order."""
 
     name: float
     arguments: float
@@ -119,7 +119,7 @@ class FunctionCalls(Answering):
     Cost: one generated answer a question.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "The Berkeley Function Calling Leaderboard", 2025, "https://proceedings.mlr.press/v267/patil25a.html"
     )

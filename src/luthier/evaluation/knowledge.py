@@ -26,7 +26,7 @@ class Knowledge(Answering):
     Cost: one short answer a question; 600 for builtin:people.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "FineTuneBench: How well do commercial fine-tuning APIs infuse knowledge into LLMs?", 2024, "arXiv:2411.05059"
     )

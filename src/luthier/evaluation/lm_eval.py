@@ -32,7 +32,7 @@ class LmEval(Evaluator):
     Cost: one scored row for each choice of a question, or one generated answer.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "The Language Model Evaluation Harness", 2024, "https://github.com/EleutherAI/lm-evaluation-harness"
     )

@@ -32,9 +32,8 @@ class Loss(Evaluator):
             return []
         keys = exam.row_keys
         nats, over = np.array([s.total for s in exam.scored]), np.array([s.over for s in exam.scored])
-        unit = "nats a row" if exam.task == "classification" else "nats a token"
-        out = [ratio("loss", nats, over, keys, higher=False, unit=unit)]
-        if exam.task == "causal-lm":
+        out = [ratio("loss", nats, over, keys, higher=False, unit=exam.task.unit)]
+        if exam.task.spells:
             size = np.array([_bytes(exam, r) for r in exam.rows], dtype=np.float64)
             if size.sum():
                 out.append(ratio("bits_per_byte", nats / math.log(2), size, keys, higher=False, unit="bits a byte"))

@@ -54,7 +54,7 @@ class PassAtK(Answering):
     Cost: `samples` generated answers a question, and running them.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "Evaluating Large Language Models Trained on Code", 2021, "arXiv:2107.03374", "eq. 1"
     )
@@ -66,7 +66,7 @@ class PassAtK(Answering):
     k: tuple[int, ...] = (1,)
     """For each of these, pass@k is estimated."""
     temperature: float = Field(0.8, gt=0)
-    """Of drawn programs; one alone is greedy."""
+    """Temperature that programs are drawn at; a single program is written greedily."""
     seconds: float = Field(5.0, gt=0)
     """Wall clock of one program."""
 

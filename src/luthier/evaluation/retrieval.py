@@ -117,7 +117,7 @@ class Retrieval(Answering):
     Cost: an answer a question and condition; prompts of up to context_words words.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "Fine-Tuning or Fine-Failing? Debunking Performance Myths in Large Language Models", 2024, "arXiv:2406.11201"
     )

@@ -17,7 +17,7 @@ class Rouge(Answering):
     Needs the extra `eval`. Cost: one generated answer a question.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"generation"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, "https://aclanthology.org/W04-1013"
     )

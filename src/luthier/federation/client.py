@@ -131,13 +131,14 @@ def _promise(place: Place) -> str:
 def factors(place: Place, update: Update) -> dict[str, Tensor] | None:
     """A - A0 and B of a LoRA update, by "a.NAME" and "b.NAME"; None for other updates."""
     tuner = getattr(place.contract, "tuner", None)
-    if not isinstance(tuner, Lora) or len(update.parts) != 1 or not isinstance(update.parts[0], LowRank):
+    part = update.only(LowRank)
+    if not isinstance(tuner, Lora) or part is None:
         return None
-    return factor_deltas(update.parts[0], start_of(place.first, tuner).chart)
+    return factor_deltas(part, start_of(place.first, tuner).chart)
 
 
 def public_payloads(place: Place) -> Payloads:
-    """Of the public sets that the provider handed on for this: none where it did not."""
+    """Payloads of the public sets that the provider handed on for this; none where it did not."""
     found = place.calibrated()
     if not found:
         return ()
@@ -182,4 +183,4 @@ def _membership(place: Place, update: Update, rows: Sequence[Any], held: Sequenc
 
 
 def _losses(view: ModelView, rows: Sequence[Any], tokens: int) -> np.ndarray:
-    return np.array([s.total / max(s.over, 1) for s in row_scores(view, rows, tokens, "causal-lm")])
+    return np.array([s.total / max(s.over, 1) for s in row_scores(view, rows, tokens)])

@@ -153,7 +153,7 @@ def _late(party: RoundServer) -> str:
 
 
 def _field(reply: Message, name: str) -> Any:
-    """Of a reply's content, which anybody may have written; None where it is not there."""
+    """A field of a reply, whose content anybody may have written; None where it is not there."""
     record = reply.content.get(RECORD)
     return record.get(name) if isinstance(record, ConfigRecord) else None
 

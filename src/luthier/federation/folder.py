@@ -108,7 +108,7 @@ class Place:
         """Nats a token of a model on rendered rows, with an update or without."""
         view, tokens = self.view(role), 2 * self.contract.settings.tokens_per_forward
         with nullcontext() if update is None else update.bind(view):
-            return mean_loss(row_scores(view, rows, tokens, "causal-lm"))
+            return mean_loss(row_scores(view, rows, tokens))
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -118,7 +118,7 @@ class Place:
 
     def rows(self, source: str, base: Path, tick: Tick = no_tick, columns: Mapping[str, str] | None = None) -> Rows:
         """Rows of a file. Raises RecipeError with its line for one that cannot be used."""
-        return read(source, columns or {}, base, "causal-lm", tick=tick)[0]
+        return read(source, columns or {}, base, tick=tick)[0]
 
     def rendered(self, rows: Rows | Sequence[Any], tick: Tick = no_tick) -> Sequence[dict[str, Any]]:
         """As the contract says."""
@@ -158,7 +158,7 @@ class Place:
             save_file({n: t.contiguous() for n, t in made.items()}, temporary, {"contract": self.contract.digest})
 
     def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
-        """Of all sets. Raises LuthierError where some are missing, or have fewer snapshots."""
+        """The updates of all shadow sets. Raises LuthierError where some are missing, or have fewer snapshots."""
         if missing := self.missing_shadows(sets):
             raise LuthierError(
                 f"{self.path}: {len(missing)} of {sets} shadow sets are not made; run `luthier collaborate shadow {self.path}`"
@@ -175,7 +175,7 @@ class Place:
 
     @property
     def calibration(self) -> Path:
-        """Of the file."""
+        """The path of the calibration file."""
         return self.path / "calibration.safetensors"
 
     def keep_calibration(self, updates: Tensor, tokens: Sequence[Sequence[int]]) -> None:
@@ -198,7 +198,7 @@ class Place:
         return [(u, t.tolist()) for u, t in zip(x, parts, strict=True)]
 
     def journal(self) -> Journal:
-        """Of what clients sent."""
+        """The journal of what clients sent."""
         return Journal(self.path / "arrived", LIMIT)
 
 
@@ -208,7 +208,7 @@ def _settings(recipe: Recipe) -> TrainSettings:
 
 
 def _models(recipe: Recipe) -> list[str]:
-    """Of each role, the recipe's own first."""
+    """The model of each role; the recipe's own comes first."""
     assert recipe.collaborate is not None
     others = [getattr(recipe.collaborate, role) for role in recipe.collaborate.roles[1:]]
     for role, model in zip(recipe.collaborate.roles[1:], others, strict=True):

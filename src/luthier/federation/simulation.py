@@ -169,7 +169,7 @@ def _found(
 
 
 def _on_the_way(place: Place, server: RoundServer, clients: Mapping[str, Client], out: Path) -> dict[str, Any]:
-    """Of a protocol whose result is the same for all: its loss on everybody's rows after each arrival, and along the line
+    """For a protocol whose result is the same for all: its loss on everybody's rows after each arrival, and along the line
     from nothing to it."""
     end = server.so_far()
     if end is None:

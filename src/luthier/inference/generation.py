@@ -1,95 +1,107 @@
-"""Greedy answers in batches, from the same prompt ids that training saw."""
+"""Answers in batches, from the same prompt ids that training saw."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
 
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
+from luthier.inference.session import Session
 from luthier.model.view import ModelView
 from luthier.step.lab import Completion
 from luthier.support.rng import Streams
 
+ROWS, TOKENS = 128, 16_384  # of a batch at most; tokens count prompts and answers
+SHRINK = 0.75  # a batch goes on without its finished rows where no more than this share is left
 
-@contextmanager
-def _quick_head(view: ModelView) -> Iterator[None]:
-    """Let the head want a gradient while generating under no_grad.
-
-    Where no weight wants one, the sliced hidden state sends the head through a batched product that copies its weight
-    once a row: six times slower and seven times larger, measured.
-    """
-    weight = view.head_weight
-    before = weight.requires_grad
-    weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        weight.requires_grad_(before)
+Choose = Callable[[Tensor, Sequence[int]], Tensor]  # (logits [S, V], positions of the S prompts) -> token ids [S]
 
 
-def left_padded(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
-    """(ids, mask), both [S, L]."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[fill] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    return ids, mask
+def largest(logits: Tensor, rows: Sequence[int]) -> Tensor:
+    """Greedy."""
+    return logits.argmax(-1)
 
 
 @torch.no_grad()
 def generate(
-    view: ModelView,
-    prompts: Sequence[Sequence[int]],
-    renderer: Renderer,
-    max_new_tokens: int,
-    batch_size: int = 25,
-    tick: Tick = no_tick,
-    chooser: Callable[[list[int]], LogitsProcessor] | None = None,
-) -> list[Completion]:
-    """Greedy completions of tokenised prompts, in their order; longest first inside, so that batches are even.
+    view: ModelView, prompts: Sequence[Sequence[int]], renderer: Renderer, max_new_tokens: int, *,
+    choose: Choose = largest, tick: Tick = no_tick,
+) -> list[Completion]:  # fmt: skip
+    """Completions of tokenised prompts, in their order; longest first inside, so that batches are even.
 
-    chooser  for the prompts of a batch, by position: what is done to their logits before the largest is taken
+    choose  picks each row's next token
     """
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    fill, stops = renderer.tokenizer.pad_token_id or 0, frozenset(renderer.stop_ids)
     done: dict[int, Completion] = {}
-    training = view.module.training
-    view.module.eval()
-    fill, stops = renderer.tokenizer.pad_token_id or 0, list(renderer.stop_ids)
-    try:
-        with _quick_head(view):
-            for start in range(0, len(order), batch_size):
-                part = order[start : start + batch_size]
-                tick("answering", start, f"prompts {start + 1} to {start + len(part)}")
-                ids, mask = left_padded([prompts[i] for i in part], fill)
-                out = view.module.generate(  # type: ignore[operator]
-                    input_ids=ids.to(view.device), attention_mask=mask.to(view.device), max_new_tokens=max_new_tokens,
-                    do_sample=False, use_cache=True, pad_token_id=fill, eos_token_id=stops,
-                    temperature=None, top_p=None, top_k=None,
-                    logits_processor=None if chooser is None else LogitsProcessorList([chooser(part)]),
-                )  # fmt: skip
-                for i, tokens in zip(part, out[:, ids.shape[1] :].tolist(), strict=True):
-                    done[i] = _cut(tokens, stops, renderer)
-    finally:
-        view.module.train(training)
+    for part in batches([len(p) for p in prompts], max_new_tokens):
+        where = f"prompts {len(done) + 1} to {len(done) + len(part)}"
+
+        def ended(count: int, before: int = len(done), where: str = where) -> None:
+            tick("answering", before + count, where)
+
+        ended(0)
+        written = _written(view, [prompts[i] for i in part], part, fill, stops, max_new_tokens, choose, ended)
+        ended(len(part))
+        done |= {i: _cut(tokens, stops, renderer) for i, tokens in written.items()}
     return [done[i] for i in range(len(prompts))]
 
 
-class Keyed(LogitsProcessor):
-    """Adds Gumbel noise to logits / temperature, so that taking the largest draws from the softmax; one generator a row,
-    so that neither batches nor order change what a row draws."""
+def batches(lengths: Sequence[int], more: int) -> Iterator[list[int]]:
+    """Positions, longest first, in batches of at most ROWS rows and about TOKENS tokens, answers of `more` included."""
+    part: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if part and (len(part) == ROWS or (len(part) + 1) * (lengths[part[0]] + more) > TOKENS):
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
 
-    def __init__(self, generators: Sequence[torch.Generator], temperature: float) -> None:
-        self.generators, self.temperature = generators, temperature
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        draws = [torch.rand(scores.shape[1], generator=g, device=g.device) for g in self.generators]
-        uniform = torch.stack(draws).to(scores.device).clamp_(1e-20, 1 - 1e-7)  # [S, V]
-        return scores.float() / self.temperature - (-uniform.log()).log()
+def _written(
+    view: ModelView, prompts: Sequence[Sequence[int]], names: Sequence[int], fill: int, stops: frozenset[int],
+    max_new_tokens: int, choose: Choose, ended: Callable[[int], None],
+) -> dict[int, list[int]]:  # fmt: skip
+    """Tokens by the prompt's name, the stop included where there is one.
+
+    ended  told how many answers have come to their end, each time that one has
+    """
+    out: dict[int, list[int]] = {name: [] for name in names}
+    live, going = list(names), [True] * len(names)  # rows of the session, and which of them still write
+    with Session(view, prompts, fill) as session:
+        for step in range(max_new_tokens):
+            tokens = choose(session.logits, live)  # [S]
+            for row, token in enumerate(tokens.tolist()):
+                if going[row]:
+                    out[live[row]].append(token)
+                    going[row] = token not in stops
+            if not any(going) or step + 1 == max_new_tokens:
+                break
+            if not all(going):
+                ended(len(names) - sum(going))
+            if sum(going) <= SHRINK * len(live):
+                rows = torch.tensor([i for i, on in enumerate(going) if on], device=tokens.device)
+                session.keep(rows)
+                tokens, live, going = tokens[rows], [live[i] for i in rows.tolist()], [True] * len(rows)
+            session.advance(tokens)
+    return out
+
+
+def drawn(generators: Sequence[torch.Generator], temperature: float) -> Choose:
+    """Draws from the softmax of logits / temperature, by the largest after Gumbel noise; one generator a prompt, so that
+    neither batches nor order change what a prompt draws.
+    """
+
+    def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:
+        draws = [torch.rand(logits.shape[1], generator=generators[i], device=generators[i].device) for i in rows]
+        uniform = torch.stack(draws).to(logits.device).clamp_(1e-20, 1 - 1e-7)  # [S, V]
+        return (logits / temperature - (-uniform.log()).log()).argmax(-1)
+
+    return choose
 
 
 def sampled(
@@ -98,16 +110,13 @@ def sampled(
 ) -> list[list[str]]:  # fmt: skip
     """`count` drawn answers to each prompt."""
     several = [p for p in prompts for _ in range(count)]
-    names = [(key, i) for key in keys for i in range(count)]
-
-    def chooser(part: list[int]) -> LogitsProcessor:
-        return Keyed([streams.torch("sample", *names[i]) for i in part], temperature)
-
-    out = [c.text for c in generate(view, several, renderer, max_new_tokens, tick=tick, chooser=chooser)]
+    generators = [streams.torch("sample", key, i) for key in keys for i in range(count)]
+    choose = drawn(generators, temperature)
+    out = [c.text for c in generate(view, several, renderer, max_new_tokens, choose=choose, tick=tick)]
     return [out[i : i + count] for i in range(0, len(out), count)]
 
 
-def _cut(tokens: list[int], stops: list[int], renderer: Renderer) -> Completion:
+def _cut(tokens: list[int], stops: frozenset[int], renderer: Renderer) -> Completion:
     end = next((i for i, t in enumerate(tokens) if t in stops), None)
     text = renderer.tokenizer.decode(tokens[:end], skip_special_tokens=True)
     return Completion(text, end is not None, len(tokens) if end is None else end)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import starmap
 from typing import Any, TypeVar
 
 import torch
@@ -13,30 +12,37 @@ from luthier.data.batch import IGNORE, collate
 from luthier.data.reading import Tick, no_tick
 from luthier.kernels.head import CHUNK, TokenScores
 from luthier.model.view import ModelView
-from luthier.step.forward import Forward, sequence_sum
+from luthier.step.forward import Forward
 from luthier.step.lab import Choices, Continuation, Pair, RowScore
 from luthier.step.order import micro_batches
+from luthier.tasks.base import Draw, Task
+from luthier.tasks.causal_lm import CausalLm
 
 T = TypeVar("T")
 WINDOW = 256  # rows sorted into forwards together
+USUAL = CausalLm()
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Asks a frozen model about rendered rows, a batch at a time, in their order: a lab's `Scorer`."""
+    """Asks a frozen model about rendered rows, a batch at a time, in their order: a lab's `Scorer`.
+
+    draw  the task's, which shows a row as it is always scored; None where rows stay as they are
+    """
 
     tokens_per_forward: int = 2048
-    task: str = "causal-lm"
+    task: Task = USUAL
     tick: Tick = no_tick
+    draw: Draw | None = None
 
     def losses(self, view: ModelView, rows: Sequence[Any]) -> Iterator[RowScore]:
-        return row_scores(view, rows, self.tokens_per_forward, self.task, self.tick)
+        return _in_order(view, rows, self.tokens_per_forward, self.task.scores, self.tick, self.draw)
 
     def tokens(self, view: ModelView, rows: Sequence[Any]) -> Iterator[TokenScores]:
-        return _in_order(view, rows, self.tokens_per_forward, _token_scores, self.tick)
+        return _in_order(view, rows, self.tokens_per_forward, _token_scores, self.tick, self.draw)
 
     def choices(self, view: ModelView, rows: Sequence[Any]) -> Iterator[Choices]:
-        return first_choices(view, rows, self.tokens_per_forward, self.task, self.tick)
+        return _in_order(view, rows, self.tokens_per_forward, self.task.choices, self.tick, self.draw)
 
     def continuations(self, view: ModelView, pairs: Sequence[Pair]) -> list[Continuation]:
         return continuations(view, pairs, self.tokens_per_forward, self.tick)
@@ -50,27 +56,29 @@ def _token_scores(fwd: Forward) -> list[TokenScores]:
 
 
 def row_scores(
-    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, task: str, tick: Tick = no_tick
+    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, tick: Tick = no_tick
 ) -> Iterator[RowScore]:
-    """Rows in their order, one forward at a time."""
-    return _in_order(view, rows, tokens_per_forward, lambda fwd: _forward_scores(fwd, task), tick)
+    """Losses of rows of text, in their order, one forward at a time."""
+    return _in_order(view, rows, tokens_per_forward, USUAL.scores, tick)
 
 
 @torch.no_grad()
 def _in_order(
-    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, of: Callable[[Forward], list[T]], tick: Tick
-) -> Iterator[T]:
+    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, of: Callable[[Forward], list[T]], tick: Tick,
+    draw: Draw | None = None,
+) -> Iterator[T]:  # fmt: skip
     """What `of` says of each sequence of a forward, for the rows in their order; dropout off."""
     training = view.module.training
     view.module.eval()
     try:
         for start in range(0, len(rows), WINDOW):
-            part = rows[start : start + WINDOW]
+            part = [r if draw is None else draw(r, None) for r in rows[start : start + WINDOW]]
             tick("scoring", start, f"rows {start + 1} to {start + len(part)}")
             done: dict[int, T] = {}
             for places in micro_batches([len(r["ids"]) for r in part], tokens_per_forward)[0]:
                 batch = collate([part[i] for i in places]).to(view.device)
-                done |= zip(places, of(Forward(batch, view)), strict=True)
+                with view.phase("score"):
+                    done |= zip(places, of(Forward(batch, view)), strict=True)
             yield from (done[i] for i in range(len(part)))
     finally:
         view.module.train(training)
@@ -85,10 +93,10 @@ def mean_loss(scored: Iterable[RowScore]) -> float:
 
 
 def first_choices(
-    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, task: str, tick: Tick = no_tick
+    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, tick: Tick = no_tick
 ) -> Iterator[Choices]:
-    """For each row, over its supervised tokens (or its class)."""
-    return _in_order(view, rows, tokens_per_forward, lambda fwd: _choices(fwd, task), tick)
+    """For each row of text, over its supervised tokens."""
+    return _in_order(view, rows, tokens_per_forward, USUAL.choices, tick)
 
 
 def continuations(
@@ -135,29 +143,3 @@ def _continued(fwd: Forward, lasts: Sequence[Sequence[int]]) -> list[list[Contin
                 total[s] -= said[n]
                 greedy[s] = greedy[s] and best[n] == int(batch.labels[part[n]])
     return out
-
-
-def _choices(fwd: Forward, task: str) -> list[Choices]:
-    batch = fwd.batch
-    if task == "classification":
-        top, best = fwd.logits().softmax(-1).max(-1)
-        right, counts = batch.row["label"], [1] * batch.num_sequences
-    else:
-        rows = batch.supervised
-        pieces = [fwd.logits(part).softmax(-1).max(-1) for part in rows.split(CHUNK)]  # [n, V] at a time
-        top, best = (torch.cat([p[i] for p in pieces]) for i in (0, 1))
-        right = batch.labels[rows]
-        counts = torch.bincount(batch.seq[rows], minlength=batch.num_sequences).tolist()
-    columns = (top.double(), (best == right).double(), right)
-    return list(starmap(Choices, zip(*([p.cpu().numpy() for p in c.split(counts)] for c in columns), strict=True)))
-
-
-def _forward_scores(fwd: Forward, task: str) -> list[RowScore]:
-    batch = fwd.batch
-    if task == "classification":
-        logits = fwd.logits()
-        losses = torch.nn.functional.cross_entropy(logits, batch.row["label"], reduction="none")
-        return [RowScore(x, 1.0, c) for x, c in zip(losses.tolist(), logits.argmax(-1).tolist(), strict=True)]
-    sums = sequence_sum(fwd.nll(), batch)
-    counts = torch.bincount(batch.seq[batch.supervised], minlength=batch.num_sequences)
-    return [RowScore(x, float(n), None) for x, n in zip(sums.tolist(), counts.tolist(), strict=True)]

@@ -10,14 +10,15 @@ from transformers import PreTrainedModel
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.inference.generation import Generation
-from luthier.inference.scoring import Scoring
+from luthier.inference.scoring import USUAL, Scoring
 from luthier.model.view import ModelView, probe_layout
 from luthier.step.lab import Lab
 from luthier.step.outcome import Rows
+from luthier.tasks.base import Task
 
 
 def lab_with(
-    renderer: Renderer, models: Mapping[str, Callable[[], ModelView]], *, task: str = "causal-lm",
+    renderer: Renderer, models: Mapping[str, Callable[[], ModelView]], *, task: Task = USUAL,
     tokens_per_forward: int = 2048, seed: int = 0, sets: Mapping[str, Rows] | None = None, tick: Tick = no_tick,
 ) -> Lab:  # fmt: skip
     """A lab that renders, scores and generates; nested runs are the run's to add.
@@ -25,7 +26,8 @@ def lab_with(
     models              by role; each is loaded when it is first asked for
     tokens_per_forward  limit of one forward pass while scoring
     """
-    scorer, generator = Scoring(tokens_per_forward, task, tick), Generation(renderer, tick)
+    scorer = Scoring(tokens_per_forward, task, tick, task.draw(renderer.tokenizer, seed))
+    generator = Generation(renderer, tick)
     return Lab(dict(sets or {}), seed, models, renderer, scorer, generator, tick=tick)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ class Loss(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self._view = as_view(model)
-        self._objective, self._lab, self._compute = objective, lab or Lab(), compute
+        self._objective, self._lab = objective, lab or Lab()
+        if compute is not None:
+            self._view.phases.append(partial(compute.patch, self._view))
         self.extra = objective.extend(self._view, None)
         self.probe = Probe(self._view, objective, self.extra)
         self._wrapped = [Wrapped(self._view, objective, self.extra)]  # in a list: the model's weights are not ours
@@ -52,10 +55,10 @@ class Loss(nn.Module):
 
     def thinned(self) -> contextlib.AbstractContextManager[Any]:
         """Around forward and backward where a compute method is used."""
-        return contextlib.nullcontext() if self._compute is None else self._compute.patch(self._view, "train")
+        return self._view.phase("train")
 
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Mean loss; its gradients are those a step of the house would have."""
+        """Mean loss; its gradients are those a step of luthier's own loop would have."""
         with torch.no_grad():
             window, denominators = self._objective.plan(self.window(inputs), self.probe)
         self.step += 1

@@ -50,7 +50,14 @@ class _LowRank(torch.autograd.Function):
 
 
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """[..., in] -> [..., out]; a [R, in], b [out, R] float32 masters, weight [out, in] frozen."""
+    """[..., in] -> [..., out]; a [R, in], b [out, R] float32 masters.
+
+    The hand-written backward takes no gradient of weight [out, in] and bias: where these train, autograd takes all.
+    """
+    if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
+        low = scale * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T  # first, as above
+        out = torch.addmm(low.view(-1, low.shape[-1]), x.reshape(-1, x.shape[-1]), weight.T).view_as(low)
+        return out if bias is None else out + bias
     if is_plain():
         return F.linear(x, weight, bias) + scale * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
     return _LowRank.apply(x, weight, bias, a, b, scale)
@@ -94,6 +101,11 @@ def sparse_linear(
     observe  called in the backward with the dense gradient [out, in], which is freed right after
     """
     return _Sparse.apply(x, weight, bias, values, indices, observe)
+
+
+def folded(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
+    """((I + B A) W, (I + B A) b): the adapter inside the projection. weight [out, in], a [R, out], b [out, R]."""
+    return weight + b @ (a @ weight), None if bias is None else bias + b @ (a @ bias)
 
 
 def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -17,21 +18,72 @@ class Source(NamedTuple):
     equation: str = ""  # the part of the source that the code follows
 
 
+class Layout(StrEnum):
+    """How a batch reaches the model."""
+
+    FLAT = "flat"
+    PADDED = "padded"
+
+
+class Claim(StrEnum):
+    """What a method must own alone; a recipe in which two methods claim the same is refused."""
+
+    WEIGHT = "weight"
+    """It moves base weights."""
+    INPUTS_EMBEDS = "inputs_embeds"
+    """It changes embeddings before the first block."""
+    KV_PREFIX = "kv_prefix"
+    """It puts keys and values before those of the text."""
+    TOKEN_MASK = "token_mask"
+    """It decides which tokens carry loss."""
+    VOCAB = "vocab"
+    """It changes the tokens that there are."""
+    LOOP = "loop"
+    """It decides how a step is taken."""
+
+
+class Need(StrEnum):
+    """What a method uses; each is checked, in the recipe or where the method is built into a loop."""
+
+    BASE_VIEW = "base_view"
+    """The untouched model, beside the one that trains."""
+    CLOSURE = "closure"
+    """An optimiser step that asks for losses: a constant rate, no clipping."""
+    GRAD = "grad"
+    """Gradients of a window before its step."""
+    JVP = "jvp"
+    """Forward-mode derivatives, which packed weights have not."""
+    ONE_PROCESS = "one_process"
+    """It does not run over several processes."""
+    PLAIN_WEIGHTS = "plain_weights"
+    """Weights that can be read and written: no quantised base."""
+    POOL = "pool"
+    """Rows without labels."""
+    TOTAL_STEPS = "total_steps"
+    """The number of all steps, before the first."""
+
+
 class Traits(NamedTuple):
     """What a method declares about itself; `check`, the docs and the contract suite read it.
 
-    claims   what it must own alone: "weight" (it moves base weights), "inputs_embeds", "kv_prefix", "token_mask",
-             "vocab", "loop"
-    needs    what it uses: "hidden", "grad", "jvp", "closure", "generation", "base_view", "frozen_mlp", "pool",
-             "plain_weights" (no quantised base)
+    claims   what it must own alone, by the names of Claim; needs: what it uses, by those of Need
     linear   its Update adds and scales in weight space
     """
 
-    tasks: frozenset[str] = frozenset({"causal-lm", "classification"})
-    layouts: frozenset[str] = frozenset({"flat", "padded"})
+    tasks: frozenset[str] = frozenset({"causal-lm", "classification", "masked-lm"})
+    layouts: frozenset[str] = frozenset(Layout)
     claims: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()
     linear: bool = False
+
+    def mistakes(self) -> list[str]:
+        """Names that nothing knows, a sentence each."""
+        known = {"layouts": Layout, "claims": Claim, "needs": Need}
+        return [
+            f"traits.{field} holds {name!r}; there are {', '.join(names)}"
+            for field, names in known.items()
+            for name in sorted(getattr(self, field) - frozenset(names))
+        ]
 
 
 @dataclass(frozen=True)
@@ -48,6 +100,8 @@ class Facts:
     num_processes: int = 1
     others: tuple[Method, ...] = ()
     quantized: bool = False
+    anatomy: Any = None  # model.anatomy.Anatomy, once there is one
+    redraws: bool = False  # rows are other ones in every epoch (masks)
 
 
 class Problem(NamedTuple):
@@ -67,6 +121,12 @@ class Method(BaseModel):
     source: ClassVar[Source | None] = None
 
     @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Raises TypeError for traits that nothing knows: a typo would declare nothing."""
+        for mistake in cls.traits.mistakes():
+            raise TypeError(f"{cls.__module__}.{cls.__qualname__}: {mistake}")
+
+    @classmethod
     def key(cls) -> str:
         """The name in a recipe: that of the module, with hyphens."""
         return cls.__module__.rpartition(".")[2].strip("_").replace("_", "-")
@@ -82,6 +142,9 @@ class Method(BaseModel):
         if facts.quantized and "plain_weights" in self.traits.needs:
             what = f"{self.key()} reads or writes the weights themselves, which quantize packs"
             problems.append(Problem("quantize", what, "remove quantize, or choose lora, peft, adapter or dept"))
+        if facts.quantized and Need.JVP in self.traits.needs:
+            what = f"{self.key()} takes forward-mode derivatives, which packed weights have not"
+            problems.append(Problem("quantize", what, "remove quantize"))
         if facts.num_processes > 1 and "one_process" in self.traits.needs:
             problems.append(
                 Problem("num_processes", f"{self.key()} runs in one process, here are {facts.num_processes}")

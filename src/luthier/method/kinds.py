@@ -15,6 +15,7 @@ class Kind(NamedTuple):
     key      of a recipe; package: the room with its methods; base: name of the class they derive from
     listed   the recipe's key holds a list of them
     within   the kind and the field of a method that holds this one, where it is no key of a recipe's own
+    command  what uses methods of this kind, where no recipe does
     """
 
     key: str
@@ -22,6 +23,12 @@ class Kind(NamedTuple):
     base: str
     listed: bool = False
     within: tuple[str, str] | None = None
+    command: str | None = None
+
+    @property
+    def in_recipe(self) -> bool:
+        """True where a recipe has this key itself."""
+        return self.within is None and self.command is None
 
     @property
     def base_class(self) -> type[Method]:
@@ -35,15 +42,19 @@ TABLE = (
     Kind("tuner", "luthier.tuners", "Tuner"),
     Kind("objective", "luthier.objectives", "Objective"),
     Kind("compute", "luthier.compute", "Compute"),
+    Kind("task", "luthier.tasks", "Task"),
     Kind("pipeline", "luthier.pipelines", "Pipeline"),
     Kind("curate", "luthier.curation", "Curator", listed=True),
     Kind("evaluate", "luthier.evaluation", "Evaluator", listed=True),
     Kind("collaborate", "luthier.collaboration", "Collaboration"),
+    Kind("decode", "luthier.decoding", "Decoder"),
+    Kind("merge", "luthier.merging", "Merger", command="luthier merge"),
+    Kind("inspect", "luthier.inspection", "Inspector", command="luthier inspect"),
     Kind("translate", "luthier.collaboration.translators", "Translator", within=("collaborate", "translator")),
 )
 KINDS = {kind.key: kind for kind in TABLE}
 LISTED = tuple(kind.key for kind in TABLE if kind.listed)
-SINGLE = tuple(kind.key for kind in TABLE if not kind.listed and kind.within is None)
+SINGLE = tuple(kind.key for kind in TABLE if not kind.listed and kind.in_recipe)
 
 
 def kind_of(method: object) -> Kind:

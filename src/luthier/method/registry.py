@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
@@ -145,10 +147,17 @@ def _entry(kind: str, key: str, cls: Any) -> dict[str, Any]:
     }
     source = None if cls.source is None else cls.source._asdict()
     traits = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in cls.traits._asdict().items()}
+    more = {"starter": dict(cls.starter)} if hasattr(cls, "starter") else {}
     return {
         "name": key, "kind": kind, "class": cls.__name__, "module": cls.__module__, "summary": doc.split("\n")[0],
-        "doc": doc, "fields": fields, "source": source, "traits": traits,
+        "doc": doc, "fields": fields, "source": source, "traits": traits, **more,
     }  # fmt: skip
+
+
+def titles(named: Sequence[tuple[str, str]]) -> list[str]:
+    """A title of each (kind, name): the name alone where no other kind has it, else KIND-NAME."""
+    count = Counter(name for _, name in named)
+    return [name if count[name] == 1 else f"{kind}-{name}" for kind, name in named]
 
 
 def _default(value: Any, shown: Any) -> Any:

@@ -1,98 +1,74 @@
-"""What is hung on a model's layers: other forwards, parameters of ours, low-rank and output adapters; and copies without."""
+"""What is hung on a model's layers: parameters of ours, low-rank and output adapters; and copies without."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from luthier.kernels.linear import low_rank_linear
+from luthier.model.hanging import KEY as HUNG
+from luthier.model.hanging import Behind, Beside, Core, Factor, Forward, Own, bias_of, hang, is_packed, oriented
 from luthier.model.meter import KEY
+from luthier.model.peft_modules import parameter_of
 from luthier.model.undo import Undo
 from luthier.support.errors import LuthierError
 
 PREFIX = "luthier_"
 
 
-def bias_of(module: nn.Module) -> Tensor | None:
-    """The layer's bias, where it has one."""
-    bias: Tensor | None = getattr(module, "bias", None)
-    return bias
-
-
-Get = Callable[[], Tensor]
-
-
-def is_packed(weight: Tensor) -> bool:
-    """True for a quantised weight: packed bits that only its layer's own forward understands."""
-    return not weight.is_floating_point()
-
-
 def refuse_packed(what: str, module: nn.Module, names: Iterable[str]) -> None:
     """Raises LuthierError where one of these parameters is quantised."""
     for name in names:
-        if is_packed(module.get_parameter(name)):
+        if is_packed(parameter_of(module, name)):
             raise LuthierError(f"{what}: {name} is quantised; load the model in bf16 or float32 (quantize: null)")
 
 
-def oriented(module: nn.Module) -> Tensor:
-    """The weight as [out, in]; a view."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Undo:
-    """Give one module object another forward; the class and the parameters stay."""
-    if "forward" in module.__dict__:
-        raise ValueError("this layer already carries an adapter; detach it first")
-    module.forward = forward
-
-    def undo() -> None:
-        del module.forward
-
-    return undo
-
-
-def register(module: nn.Module, name: str, value: nn.Parameter) -> tuple[Get, Undo]:
+def register(module: nn.Module, name: str, value: nn.Parameter) -> tuple[Own, Undo]:
     """A parameter of ours on a module of the model's, so that processes, trainers and function transforms find it.
 
-    Returns how to read it (through the module, since a transform may have put something else there) and the undo.
+    Returns how to read it and how to take it off. A second one of this name gets a number behind it.
     """
-    module.register_parameter(PREFIX + name, value)
+    full = PREFIX + name
+    taken = sum(n == full or n.startswith(full + "_") for n in module._parameters)
+    while taken and f"{full}_{taken + 1}" in module._parameters:
+        taken += 1
+    full = f"{full}_{taken + 1}" if taken else full
+    module.register_parameter(full, value)
 
     def undo() -> None:
-        delattr(module, PREFIX + name)
+        delattr(module, full)
 
-    return partial(getattr, module, PREFIX + name), undo
+    return Own(module, full), undo
 
 
-def low_rank_adapter(module: nn.Module, a: Get, b: Get, scale: float, dropout: float = 0.0) -> Undo:
+def replace_product(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Undo:
+    """Compute the layer's own product in another way; what hangs beside and behind it stays."""
+    return hang(module, Core(lambda beneath: forward))
+
+
+def around(module: nn.Module, wrap: Callable[[Forward], Forward], method: str = "forward") -> Undo:
+    """Put something around a method of a module; `wrap` gets the method as it is with all that hangs on it so far."""
+    return hang(module, Behind(wrap), method)
+
+
+def low_rank_adapter(module: nn.Module, a: Factor, b: Factor, scale: float, dropout: float = 0.0) -> Undo:
     """y = x W^T + bias + scale (drop(x) A^T) B^T; a() [R, in], b() [out, R] float32, asked for at every call."""
-
-    plain, packed = module.forward, is_packed(module.weight)  # type: ignore[arg-type]
-
-    def forward(x: Tensor) -> Tensor:
-        if packed or (dropout and module.training):
-            low = nn.functional.dropout(x, dropout, module.training) @ a().to(x.dtype).T
-            return plain(x) + scale * (low @ b().to(x.dtype).T)
-        return low_rank_linear(x, oriented(module), bias_of(module), a(), b(), scale)
-
-    return replace_forward(module, forward)
+    return hang(module, Beside(a, b, scale, dropout))
 
 
-def output_adapter(module: nn.Module, a: Get, b: Get) -> Undo:
+def output_adapter(module: nn.Module, a: Factor, b: Factor) -> Undo:
     """h' = h + B (A h) on the layer's output h; a() [R, out], b() [out, R], asked for at every call."""
-    plain = module.forward
 
-    def forward(x: Tensor) -> Tensor:
-        h = plain(x)
-        return h + (h @ a().to(h.dtype).T) @ b().to(h.dtype).T
+    def wrap(beneath: Forward) -> Forward:
+        def forward(x: Tensor) -> Tensor:
+            h: Tensor = beneath(x)
+            return h + (h @ a().to(h.dtype).T) @ b().to(h.dtype).T
 
-    return replace_forward(module, forward)
+        return forward
+
+    return hang(module, Behind(wrap, (a, b)))
 
 
 def bare_copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
@@ -103,7 +79,8 @@ def bare_copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
     """
     out = copy.deepcopy(module, dict(shared))
     for part in list(out.modules()):
-        part.__dict__.pop("forward", None)
+        for method in {"forward", *part.__dict__.pop(HUNG, {})}:
+            part.__dict__.pop(method, None)
         part._forward_hooks.clear()
         part.__dict__.pop(KEY, None)
         for name in [n for n in part._parameters if n.startswith(PREFIX)]:
@@ -112,3 +89,9 @@ def bare_copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
             if isinstance(getattr(child, "base_layer", None), nn.Module):
                 setattr(part, name, child.base_layer)
     return out
+
+
+__all__ = [
+    "around", "bare_copy", "bias_of", "is_packed", "low_rank_adapter", "oriented", "output_adapter", "refuse_packed",
+    "register", "replace_product",
+]  # fmt: skip

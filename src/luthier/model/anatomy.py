@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from luthier.model import blocks
 from luthier.support.errors import LuthierError
 
 # (regular expression on the name within a block, role). The first match wins.
@@ -49,6 +50,7 @@ class Anatomy:
 
     def __init__(self, model: PreTrainedModel) -> None:
         modules = dict(model.named_modules())
+        self._modules = modules
         self.block_list = _find_block_list(model)
         self.blocks = tuple(f"{self.block_list}.{i}" for i in range(len(modules[self.block_list])))
         self.trunk = _name_of(model, model.base_model)
@@ -75,7 +77,7 @@ class Anatomy:
             block, role = -1, "head" if name == self.head else "other"
             if name.startswith(self.block_list + "."):
                 number, _, inner = name[len(self.block_list) + 1 :].partition(".")
-                block, role = int(number), _role(inner)
+                block, role = int(number), role_of(inner)
             yield Linear(name, role, block, shape, transposed)
 
     @cached_property
@@ -89,6 +91,30 @@ class Anatomy:
     def block_linears(self) -> tuple[Linear, ...]:
         """Matrices inside blocks, by block then in module order."""
         return tuple(x for x in self.linears if x.block >= 0)
+
+    def attention(self, block: int) -> blocks.Attention | blocks.Unknown:
+        """What the attention of this block computes, or why that is not known."""
+        return self._attentions[block]
+
+    def gated_mlp(self, block: int) -> blocks.GatedMlp | blocks.Unknown:
+        """What the MLP of this block computes, or why that is not known."""
+        return self._mlps[block]
+
+    @cached_property
+    def _attentions(self) -> tuple[blocks.Attention | blocks.Unknown, ...]:
+        return tuple(blocks.attention(self._modules, roles, self.head_dim) for roles in self._roles)
+
+    @cached_property
+    def _mlps(self) -> tuple[blocks.GatedMlp | blocks.Unknown, ...]:
+        return tuple(blocks.gated_mlp(b, self._modules, r) for b, r in zip(self.blocks, self._roles, strict=True))
+
+    @cached_property
+    def _roles(self) -> list[dict[str, list[str]]]:
+        """By block: role -> modules."""
+        out: list[dict[str, list[str]]] = [{} for _ in self.blocks]
+        for x in self.block_linears:
+            out[x.block].setdefault(x.role, []).append(x.module)
+        return out
 
     @property
     def num_parameters(self) -> int:
@@ -104,7 +130,8 @@ class Anatomy:
     def match(self, targets: str | Iterable[str]) -> tuple[Linear, ...]:
         """Linear layers meant by `targets`: "all-linear" (every one in the blocks), or patterns.
 
-        A pattern is a glob over the whole module name, or the last parts of one ("q_proj", "mlp.down_proj").
+        A pattern is a glob over the whole module name, or the last parts of one ("q_proj", "mlp.down_proj"). A task
+        head is never meant, since every tuner trains it whole.
         Raises LuthierError for a pattern that matches nothing, with the endings there are.
         """
         if targets == "all-linear":
@@ -117,6 +144,9 @@ class Anatomy:
                 raise LuthierError(
                     f"target {pattern!r} matches 0 of {len(self.linears)} linear layers; they end in {', '.join(endings)}"
                 )
+            hits = [x for x in hits if x.name not in self.task_head]
+            if not hits:
+                raise LuthierError(f"target {pattern!r} is the task head, which every tuner trains whole; leave it out")
             chosen.update((x.module, x) for x in hits)
         return tuple(x for x in self.linears if x.module in chosen)
 
@@ -137,7 +167,8 @@ def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
     return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
 
 
-def _role(inner: str) -> str:
+def role_of(inner: str) -> str:
+    """What a matrix does, by its name within a block: q k v qkv o gate gate_up up down, or other."""
     return next((role for pattern, role in _ROLES if re.search(pattern, inner)), "other")
 
 
@@ -159,6 +190,6 @@ def _final_norm(model: nn.Module, trunk: str, block_list: str) -> str | None:
     parent = model.get_submodule(block_list.rpartition(".")[0])
     prefix = block_list.rpartition(".")[0]
     for name, _ in parent.named_children():
-        if re.fullmatch(r"norm|ln_f|final_layer_norm|final_layernorm|final_norm", name):
+        if re.fullmatch(r"norm|ln_f|final_layer_norm|final_layernorm|final_norm|embedding_norm", name):
             return f"{prefix}.{name}" if prefix else name
     return None

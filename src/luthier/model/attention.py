@@ -144,19 +144,25 @@ def _rows(bins: _Bins, groups: int, heads: int) -> Tensor:
     return bins.valid[:, None, :].expand(s, heads, width).reshape(s * heads // groups, groups * width, 1)
 
 
-def _blocked(length: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """[L, L] bool, True where a query may not look; None where all may."""
+def _blocked(x: Tensor, causal: bool, window: int | None, places: Tensor | None) -> Tensor | None:
+    """[L, L] bool, True where a query of x [1, H, L, d] may not look; None where all may.
+
+    places  [L] where the tokens stand, rising; None: one after another
+    """
     if not causal and window is None:
         return None
-    i = torch.arange(length, device=device)
-    away = i[:, None] - i[None, :]
+    places = torch.arange(x.shape[2], device=x.device) if places is None else places
+    away = places[:, None] - places[None, :]
     blocked = away < 0 if causal else torch.zeros_like(away, dtype=torch.bool)
     return blocked if window is None else blocked | (away.abs() >= window)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, dropout: float) -> Tensor:
+def _fused(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, dropout: float,
+    places: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One sequence through torch's fused kernel; [1, H, L, d]."""
-    blocked = None if window is None else _blocked(q.shape[2], causal, window, q.device)
+    blocked = None if window is None else _blocked(q, causal, window, places)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=None if blocked is None else ~blocked, dropout_p=dropout, scale=scale,
         is_causal=causal and blocked is None, enable_gqa=q.shape[1] != k.shape[1],
@@ -197,12 +203,15 @@ def _varlen(
     return out.unsqueeze(0)
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, dropout: float) -> Tensor:
+def _plain(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, window: int | None, dropout: float,
+    places: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """One sequence from ordinary operations; [1, H, L, d]."""
-    groups, length = q.shape[1] // k.shape[1], q.shape[2]
+    groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.transpose(2, 3)).float() * scale
-    blocked = _blocked(length, causal, window, q.device)
+    blocked = _blocked(q, causal, window, places)
     if blocked is not None:
         scores = scores.masked_fill(blocked, float("-inf"))
     return F.dropout(scores.softmax(-1).to(q.dtype), dropout) @ v
@@ -213,10 +222,11 @@ def flat_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
     softcap: float | None = None, sequence_lengths: tuple[int, ...] | None = None,
-    is_causal: bool | None = None, **_: Any,
+    is_causal: bool | None = None, kept_places: Tensor | None = None, **_: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface over one flat row: [1, H, T, d] -> [1, T, H, d].
 
+    kept_places  [T] where each token stood in its sequence before others were left out: windows count in these
     Raises ValueError where the model did not hand on `sequence_lengths`: the layout probe then chooses padding.
     """
     if sequence_lengths is None:
@@ -227,15 +237,20 @@ def flat_attention(
         meter.attention(query, key, value, sequence_lengths)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True)) if is_causal is None else is_causal
-    window = sliding_window if sliding_window is not None and max(sequence_lengths) > sliding_window else None
+    longest = max(sequence_lengths)
+    if sliding_window is not None and kept_places is not None:
+        longest = int(kept_places.max()) + 1
+    window = sliding_window if sliding_window is not None and longest > sliding_window else None
+    places = kept_places if window is not None else None  # the kernels for many sequences at once take none
     short = max(sequence_lengths) <= SHORT and query.device.type == "cpu" and dropout == 0.0
-    if short and torch.is_grad_enabled() and not is_plain():
+    if short and torch.is_grad_enabled() and not is_plain() and places is None:
         return _ShortAttention.apply(query, key, value, sequence_lengths, scale, causal, window), None
-    if has_varlen(query) and dropout == 0.0 and not is_plain():
+    if has_varlen(query) and dropout == 0.0 and not is_plain() and places is None:
         return _varlen(query, key, value, sequence_lengths, scale, causal, window), None
     one = _plain if is_plain() else _fused
-    parts = zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), strict=True)
-    out = torch.cat([one(q, k, v, scale, causal, window, dropout) for q, k, v in parts], dim=2)
+    stand = [None] * len(sequence_lengths) if places is None else places.split(sequence_lengths)
+    parts = zip(*(x.split(sequence_lengths, dim=2) for x in (query, key, value)), stand, strict=True)
+    out = torch.cat([one(q, k, v, scale, causal, window, dropout, at) for q, k, v, at in parts], dim=2)
     return out.transpose(1, 2).contiguous(), None
 
 

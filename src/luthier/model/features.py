@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from luthier.data.batch import Batch, pad, unpad
-from luthier.model.additions import replace_forward
+from luthier.model.additions import around
 from luthier.model.undo import Undo
 from luthier.model.view import Inputs, ModelView
 
@@ -35,8 +35,11 @@ class FeatureCache:
         undo: list[Undo] = [lambda: self.view.input_hooks.remove(self._look)]
         for i in range(self.count):
             block = self.view.block(i)
-            undo.append(replace_forward(block, partial(self._block, i, block.forward)))
+            undo.append(around(block, partial(self._around, i)))
         return undo
+
+    def _around(self, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
+        return partial(self._block, index, plain)
 
     @property
     def _hit(self) -> bool:

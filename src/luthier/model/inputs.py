@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 
 from luthier.data.batch import IGNORE, Batch
+from luthier.model.additions import around
+from luthier.model.hanging import Forward
+from luthier.model.undo import Undo, in_turn
 from luthier.model.view import InputHook, Inputs
 
 PROMPT = "prompt"  # name of the per-token column that marks the prompt side
 
 
 def prepend(inputs: Inputs, vectors: Tensor) -> Inputs:
-    """Insert [M, D] before every sequence. Labels there are IGNORE; positions of the rest move by M.
+    """Insert [M, D] before every sequence. Labels there are IGNORE, other columns 0; positions of the rest move by M.
 
     `source` keeps where each original token went, so that what comes out of the trunk lines up with the batch.
     """
@@ -37,10 +40,18 @@ def prepend(inputs: Inputs, vectors: Tensor) -> Inputs:
     out = out.index_copy(0, front.nonzero().squeeze(1), vectors.to(embeds.dtype).repeat(count, 1))
     longer = Batch(
         ids=fill(batch.ids, 0), labels=fill(batch.labels, IGNORE), seq=seq, pos=pos,
-        lengths=tuple(n + m for n in batch.lengths), row=batch.row, keys=batch.keys,
+        lengths=tuple(n + m for n in batch.lengths), token={k: fill(v, 0) for k, v in batch.token.items()},
+        row=batch.row, keys=batch.keys,
     )  # fmt: skip
     source = where if inputs.source is None else where[inputs.source]
     return Inputs(longer, out, source)
+
+
+def num_inserted(inputs: Inputs) -> int:
+    """Vectors that stand before every sequence already."""
+    if inputs.source is None:
+        return 0
+    return (inputs.batch.num_tokens - len(inputs.source)) // inputs.batch.num_sequences
 
 
 def soft_prompt(
@@ -50,7 +61,7 @@ def soft_prompt(
 
     vectors  [M, D], asked for at every call
     offsets  [S, D], added out of place to the token at position < S of the prompt side (scope "prompt") or of the
-             whole sequence ("all")
+             whole sequence ("all"); positions count the text's own tokens, whatever vectors stand before them
     Raises ValueError where scope "prompt" meets a batch without the per-token column "prompt".
     """
 
@@ -59,14 +70,15 @@ def soft_prompt(
         embeds = view.embedding(batch.ids) if inputs.embeds is None else inputs.embeds
         if offsets is not None:
             table = offsets()  # [S, D]
-            inside = batch.pos < len(table)
+            place = batch.pos - num_inserted(inputs)  # of the text's own tokens; another prompt's vectors are below 0
+            inside = (place >= 0) & (place < len(table))
             if scope == PROMPT:
                 if PROMPT not in batch.token:
                     raise ValueError(
                         "offsets on the prompt need to know it: the batch has no per-token column 'prompt'"
                     )
                 inside = inside & batch.token[PROMPT].bool()
-            rows = table[batch.pos.clamp(max=len(table) - 1)].to(embeds.dtype)  # [T, D]
+            rows = table[place.clamp(0, len(table) - 1)].to(embeds.dtype)  # [T, D]
             embeds = embeds + rows * inside[:, None]
         return prepend(replace_embeds(inputs, embeds), vectors())
 
@@ -78,73 +90,69 @@ def replace_embeds(inputs: Inputs, embeds: Tensor) -> Inputs:
     return inputs._replace(embeds=embeds, batch=replace(inputs.batch))
 
 
-def patch_model(view: Any, hook: InputHook, num_vectors: int) -> Callable[[], None]:
-    """Make the plain model call apply the hook too, for loops and trainers that know nothing of luthier.
+def patch_model(view: Any) -> Undo:
+    """Make the plain model call apply the view's input hooks too, for loops and trainers that know nothing of luthier.
 
     `model(input_ids, attention_mask, labels[, prompt_mask])` and `model.generate(input_ids, attention_mask)` then see
     the vectors and offsets; logits of the inserted positions are cut off. The prompt side is `prompt_mask`, else what
     stands before the first label; generation takes all of its input as prompt. Raises ValueError where neither is given.
     """
-    model = view.module
-    plain_forward, plain_generate = model.forward, model.generate
 
-    def widen(ids: Tensor, mask: Tensor | None, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[S, L] -> embeddings [S, M + L, D], mask [S, M + L], positions [S, M + L]."""
-        mask = torch.ones_like(ids) if mask is None else mask
-        real = mask.bool()
-        lengths = real.sum(1)
-        rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
-        where = (mask.cumsum(1) - 1)[real]
-        flat = Batch(
-            ids[real],
-            torch.full_like(ids[real], IGNORE),
-            rows[real],
-            where,
-            tuple(lengths.tolist()),
-            {PROMPT: prompt[real]},
-        )
-        out = hook(Inputs(flat, None, None), view)
-        assert out.embeds is not None and out.source is not None
-        width = out.embeds.shape[1]
-        body = out.embeds.new_zeros(*ids.shape, width)
-        body[real] = out.embeds[out.source]
-        front = torch.ones(out.batch.num_tokens, dtype=torch.bool, device=ids.device)
-        front[out.source] = False
-        vectors = out.embeds[front].view(len(ids), num_vectors, width)
-        longer = torch.cat([mask.new_ones(len(ids), num_vectors), mask], dim=1)
-        return torch.cat([vectors, body], dim=1), longer, (longer.cumsum(1) - 1).clamp_min(0)
+    def call(plain: Forward) -> Forward:
+        def forward(
+            input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+            prompt_mask: Tensor | None = None, **kwargs: Any,
+        ) -> Any:  # fmt: skip
+            if input_ids is None or kwargs.get("past_key_values") is not None:
+                return plain(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            if prompt_mask is None:
+                if labels is None:
+                    raise ValueError("a soft prompt with offsets needs prompt_mask, or labels to find the prompt by")
+                prompt_mask = (labels != IGNORE).cumsum(1) == 0
+            embeds, longer = widened(view, input_ids, attention_mask, prompt_mask)
+            count = embeds.shape[1] - input_ids.shape[1]
+            if labels is not None:
+                labels = torch.cat([labels.new_full((len(labels), count), IGNORE), labels], dim=1)
+            positions = (longer.cumsum(1) - 1).clamp_min(0)
+            out = plain(inputs_embeds=embeds, attention_mask=longer, position_ids=positions, labels=labels, **kwargs)
+            out.logits = out.logits[:, count:]
+            return out
 
-    def forward(
-        input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-        prompt_mask: Tensor | None = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        if input_ids is None or kwargs.get("past_key_values") is not None:
-            return plain_forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        if prompt_mask is None:
-            if labels is None:
-                raise ValueError("a soft prompt with offsets needs prompt_mask, or labels to find the prompt by")
-            prompt_mask = (labels != IGNORE).cumsum(1) == 0
-        embeds, longer, positions = widen(input_ids, attention_mask, prompt_mask)
-        if labels is not None:
-            labels = torch.cat([labels.new_full((len(labels), num_vectors), IGNORE), labels], dim=1)
-        out = plain_forward(
-            inputs_embeds=embeds, attention_mask=longer, position_ids=positions, labels=labels, **kwargs
-        )
-        out.logits = out.logits[:, num_vectors:]
-        return out
+        return forward
 
-    def generate(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        embeds, longer, _ = widen(input_ids, attention_mask, torch.ones_like(input_ids))
-        out = plain_generate(inputs_embeds=embeds, attention_mask=longer, **kwargs)
-        # The prompt's ids stand before the new ones, as they do without vectors of ours.
-        if isinstance(out, Tensor):
-            return torch.cat([input_ids, out], dim=1)
-        out.sequences = torch.cat([input_ids, out.sequences], dim=1)
-        return out
+    def write(plain: Forward) -> Forward:
+        def generate(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+            embeds, longer = widened(view, input_ids, attention_mask, torch.ones_like(input_ids))
+            out = plain(inputs_embeds=embeds, attention_mask=longer, **kwargs)
+            # The prompt's ids stand before the new ones, as they do without vectors of ours.
+            if isinstance(out, Tensor):
+                return torch.cat([input_ids, out], dim=1)
+            out.sequences = torch.cat([input_ids, out.sequences], dim=1)
+            return out
 
-    model.forward, model.generate = forward, generate
+        return generate
 
-    def undo() -> None:
-        del model.forward, model.generate
+    undo = [around(view.module, call), around(view.module, write, "generate")]
+    return in_turn(undo)
 
-    return undo
+
+def widened(view: Any, ids: Tensor, mask: Tensor | None, prompt: Tensor) -> tuple[Tensor, Tensor]:
+    """[S, L] -> (embeddings [S, M + L, D] with what the view's input hooks make of them, mask [S, M + L])."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    real = mask.bool()
+    rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
+    flat = Batch(
+        ids[real], torch.full_like(ids[real], IGNORE), rows[real], (mask.cumsum(1) - 1)[real],
+        tuple(real.sum(1).tolist()), {PROMPT: prompt[real]},
+    )  # fmt: skip
+    out = Inputs(flat, None, None)
+    for hook in view.input_hooks:
+        out = hook(out, view)
+    assert out.embeds is not None and out.source is not None
+    count, width = num_inserted(out), out.embeds.shape[1]
+    body = out.embeds.new_zeros(*ids.shape, width)
+    body[real] = out.embeds[out.source]
+    front = torch.ones(out.batch.num_tokens, dtype=torch.bool, device=ids.device)
+    front[out.source] = False
+    vectors = out.embeds[front].view(len(ids), count, width)
+    return torch.cat([vectors, body], dim=1), torch.cat([mask.new_ones(len(ids), count), mask], dim=1)

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GgufConfig,
+    PreTrainedConfig,
 )
 
 from luthier.model.view import ModelView, probe_layout
@@ -23,11 +23,6 @@ from luthier.support.cache import cache_folder, key_of, made
 from luthier.support.errors import RecipeError
 
 BUILTIN = "builtin:smollm2-135m"
-CLASSES = {
-    "causal-lm": AutoModelForCausalLM,
-    "masked-lm": AutoModelForMaskedLM,
-    "classification": AutoModelForSequenceClassification,
-}
 
 
 class Located(NamedTuple):
@@ -128,11 +123,12 @@ def load_config(located: Located) -> Any:
 
 
 def load_model(
-    located: Located, task: str = "causal-lm", dtype: torch.dtype | None = None, device: str | None = None,
+    located: Located, auto: Any = AutoModelForCausalLM, dtype: torch.dtype | None = None, device: str | None = None,
     labels: Sequence[str] = (), tokenizer: Any = None, seed: int = 0, quantize: str | None = None,
 ) -> ModelView:  # fmt: skip
     """Load weights (safetensors only) and find the layout.
 
+    auto    the Auto class of transformers that loads it; a task names its own
     dtype   None takes the file's
     device  None takes a GPU where there is one
     labels  names of the classes, in the order of the head's outputs; none: those the file has
@@ -143,13 +139,13 @@ def load_model(
     extra: dict[str, Any] = named_classes(labels) if labels else {}
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     if quantize is not None:
-        plain = load_model(located, task, dtype, "cpu", labels, tokenizer, seed)
+        plain = load_model(located, auto, dtype, "cpu", labels, tokenizer, seed)
         base, extra = plain.base, {**extra, **_four_bit(plain.dtype), "device_map": {"": device}}
         del plain
     try:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = CLASSES[task].from_pretrained(
+            model = auto.from_pretrained(
                 located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True,
                 trust_remote_code=located.trust_code, **extra,
             )  # fmt: skip
@@ -170,6 +166,11 @@ def load_model(
     view = ModelView(model, tokenizer, name=located.shown, base=base)
     view.layout, _ = probe_layout(view)
     return view
+
+
+def reads_both_ways(config: PreTrainedConfig) -> bool:
+    """Is this an encoder's configuration: of a model that sees what stands behind a token too, and can fill gaps?"""
+    return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def named_classes(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:

@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.model.hanging import Beside, Factor, factors_of
+
 KEY = "luthier_meter"
-A, B, VALUES = "luthier_a", "luthier_b", "luthier_values"  # what additions and sparse weights register on a layer
+VALUES = "luthier_values"  # what sparse weights register on a layer
 
 
 class Meter:
@@ -40,6 +42,11 @@ class Meter:
     def charge(self, flops: float) -> None:
         """Work that is no layer's: a decomposition, a sort of gradients."""
         self.flops[self._stage] = self.flops.get(self._stage, 0.0) + flops
+
+    def charge_backward(self, flops: float, x: Tensor) -> None:
+        """Work of a backward that no hook sees, charged where x will be asked for its gradient."""
+        if _has_backward(x):
+            self.charge(flops)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -94,29 +101,32 @@ class Meter:
 
     def _forward(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
         rows, columns = _shape(layer)
-        sizes = {
-            "weight": rows * columns,
-            **{n: p.numel() for n in (A, B) if (p := layer._parameters.get(n)) is not None},
-        }
-        count = sum(size * self._times(layer, name) for name, size in sizes.items())
+        count = rows * columns * self._times(layer, "weight")
+        for thin in _thin(layer):
+            count += sum(size * self._times(layer, *names) for size, names in zip(thin.sizes, thin.names, strict=True))
         self.charge(2 * args[0].numel() / columns * count)
 
-    def _times(self, layer: nn.Module, name: str) -> int:
-        """Products of a forward with this matrix."""
-        return 1 if self._moving is None else 2 + ((id(layer), name) in self._moving)
+    def _times(self, layer: nn.Module, *names: str) -> int:
+        """Products of a forward with a matrix that these parameters make up."""
+        return 1 if self._moving is None else 2 + any((id(layer), name) in self._moving for name in names)
 
     def _backward(self, layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if not _has_backward(out):
             return
         x, (rows, columns) = args[0], _shape(layer)
-        below, factors = bool(x.requires_grad), _factors(layer)
-        count = rows * columns * (below + _weight_gradient(layer)) + 2 * sum(p.numel() for p in factors)
-        if factors and not below:
-            count -= factors[0].numel()
+        below, weight = bool(x.requires_grad), _weight_gradient(layer)
+        count = rows * columns * (below + weight)
+        bias = layer._parameters.get("bias")
+        trained = below or weight or (bias is not None and bias.requires_grad)
+        for thin in _thin(layer):
+            (a, b), (a_trains, b_trains) = thin.sizes, thin.trains
+            entering = below if thin.beside else trained  # whether what A multiplies wants a gradient
+            count += a * (entering + a_trains) + b * (b_trains + (a_trains or entering))
+            trained = trained or a_trains or b_trains
         self.charge(2 * x.numel() / columns * count)
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> None:
-        """Of sequences end to end; query [1, H, T, d]."""
+        """Charge attention over sequences that lie end to end; query [1, H, T, d]."""
         products = 4 if any(x.requires_grad for x in (query, key, value)) and torch.is_grad_enabled() else 0
         if _in_backward():
             products = 0
@@ -124,7 +134,7 @@ class Meter:
         self.charge(2 * (forward + products) * query.shape[1] * query.shape[3] * sum(n * n for n in lengths))
 
     def _padded_attention(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        """Of a rectangle [S, L, D]; flat rows are counted where their lengths are known."""
+        """Charge attention over a rectangle [S, L, D]; flat rows are counted where their lengths are known."""
         if kwargs.get("sequence_lengths") is not None:
             return
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -175,9 +185,30 @@ def _is_attention(layer: nn.Module) -> bool:
     return bool(_inner(layer, (*QUERIES, *FUSED)))
 
 
-def _factors(layer: nn.Module) -> list[Tensor]:
-    """Thin matrices beside the layer's own, the one nearer its input first."""
-    return [p for n in (A, B) if (p := layer._parameters.get(n)) is not None]
+class _Thin(NamedTuple):
+    """A pair of thin matrices that a layer computes with."""
+
+    beside: bool  # on the layer's input; False: on its output
+    sizes: tuple[int, int]  # numbers in A and in B
+    names: tuple[tuple[str, ...], tuple[str, ...]]  # parameters that they are made of
+    trains: tuple[bool, bool]
+
+
+def _thin(layer: nn.Module) -> list[_Thin]:
+    """Adapters on a layer in the order of its forward; those beside its product are multiplied as one pair."""
+    found = factors_of(layer)
+    beside = [(a, b) for hung, a, b in found if isinstance(hung, Beside)]
+    behind = [_pair(False, [(a, b)]) for hung, a, b in found if not isinstance(hung, Beside)]
+    return [_pair(True, beside), *behind] if beside else behind
+
+
+def _pair(beside: bool, group: Sequence[tuple[Factor, Factor]]) -> _Thin:
+    def side(factors: Sequence[Factor]) -> tuple[int, tuple[str, ...], bool]:
+        values = [f() for f in factors]
+        return sum(v.numel() for v in values), tuple(f.name for f in factors), any(v.requires_grad for v in values)
+
+    (a, a_names, a_trains), (b, b_names, b_trains) = (side([pair[i] for pair in group]) for i in (0, 1))
+    return _Thin(beside, (a, b), (a_names, b_names), (a_trains, b_trains))
 
 
 def _weight_gradient(layer: nn.Module) -> bool:
@@ -196,6 +227,6 @@ def _has_backward(out: Any) -> bool:
 
 
 def svd_flops(rows: int, columns: int) -> float:
-    """Of a thin singular value decomposition: 14 m n^2 + 8 n^3 for m >= n (Golub and Van Loan, table 8.6.1)."""
+    """FLOPs of a thin singular value decomposition: 14 m n^2 + 8 n^3 for m >= n (Golub and Van Loan, table 8.6.1)."""
     m, n = max(rows, columns), min(rows, columns)
     return 14.0 * m * n * n + 8.0 * n**3

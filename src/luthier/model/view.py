@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,6 +19,19 @@ from luthier.model import attention as _registered  # noqa: F401 - registers the
 from luthier.model.anatomy import Anatomy
 from luthier.model.fingerprint import Fingerprint, fingerprint
 from luthier.model.meter import Meter
+from luthier.model.peft_modules import listening_layer, parameter_of
+
+ATTACHED = "luthier_attached"
+
+
+class Attached(list[Any]):
+    """What is on a model now; a copied model has its weights and nothing of this."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Attached:
+        return Attached()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Attached, ()
 
 
 class Inputs(NamedTuple):
@@ -29,7 +42,12 @@ class Inputs(NamedTuple):
     source: Tensor | None  # [T] index in T' of every original token; None where nothing was inserted
 
 
+# What stands between trunk and vocabulary in masked-LM heads: one module (BERT, ELECTRA, ModernBERT), or a matrix, an
+# activation and a norm (RoBERTa, DistilBERT).
+TRANSFORMS = ("cls.predictions.transform", "generator_predictions", "head")
+DENSE_AND_NORM = (("lm_head.dense", "lm_head.layer_norm"), ("vocab_transform", "vocab_layer_norm"))
 InputHook = Callable[[Inputs, "ModelView"], Inputs]
+Phase = Callable[[str], AbstractContextManager[Any]]  # entered around forwards of this phase
 
 
 @dataclass
@@ -45,6 +63,7 @@ class ModelView:
     """A model with its tokenizer, anatomy and layout.
 
     layout        "flat": one row of T tokens, attention inside each sequence only; "padded": a rectangle
+    phases        entered around forwards, with their purpose: "train", "score" or "generate"
     input_hooks   applied in order to the inputs of every trunk call (soft prompts, offsets)
     base          the fingerprint, where these are not the base's own weights: a quantised copy
     """
@@ -57,6 +76,7 @@ class ModelView:
         self.name = name or str(getattr(module.config, "_name_or_path", "") or type(module).__name__)
         self.anatomy = Anatomy(module)
         self.input_hooks: list[InputHook] = []
+        self.phases: list[Phase] = []
         self.meter = Meter()
         self._base = base
         self._native_attention: str = module.config._attn_implementation
@@ -90,13 +110,39 @@ class ModelView:
         return self.module.base_model
 
     def weight(self, name: str) -> nn.Parameter:
-        """A base parameter by its canonical name."""
-        return self.module.get_parameter(name)
+        """A base parameter by its canonical name, whatever peft put around its layer."""
+        return parameter_of(self.module, name)
+
+    def layer(self, name: str) -> nn.Module:
+        """The base's own module of this name, to hang something on or to train.
+
+        Raises LuthierError where peft put something around it that does not call it.
+        """
+        return listening_layer(self.module, name)
+
+    @property
+    def attached(self) -> list[Any]:
+        """What is on the model now, first come first: trainables. All views of a model share it."""
+        found: list[Any] = self.module.__dict__.setdefault(ATTACHED, Attached())
+        return found
 
     def block(self, index: int) -> nn.Module:
         return self.module.get_submodule(self.anatomy.blocks[index])
 
     # --- the trunk ---
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around forwards of phase "train", "score" or "generate": tuners and compute methods prepare the model for it."""
+        with ExitStack() as stack:
+            for enter in self.phases:
+                stack.enter_context(enter(name))
+            yield
+
+    @property
+    def padded_attention(self) -> str:
+        """The attention function of padded batches."""
+        return "eager" if is_plain() else self._native_attention
 
     def trace(self, batch: Batch, layers: tuple[int, ...] = (-1,), embeds: Tensor | None = None) -> Trace:
         """Run the trunk once over the batch and keep the hidden states asked for, each [T, D].
@@ -148,7 +194,7 @@ class ModelView:
     def _attention_name(self) -> str:
         if self.layout == "flat":
             return "luthier"
-        return "eager" if is_plain() else self._native_attention
+        return self.padded_attention
 
     def checkpoint_blocks(self) -> None:
         """Keep only each block's input for the backward pass, and compute the rest again then."""
@@ -205,15 +251,21 @@ class ModelView:
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, D]: what stands between the trunk and the vocabulary matrix (a masked-LM transform)."""
-        for name in ("cls.predictions.transform", "lm_head.dense"):
-            try:
-                part = self.module.get_submodule(name)
-            except AttributeError:
-                continue
-            if name == "lm_head.dense":  # RoBERTa: dense, gelu, norm
-                return self.module.get_submodule("lm_head.layer_norm")(nn.functional.gelu(part(hidden)))
-            return part(hidden)
+        for name in TRANSFORMS:
+            part = self._part(name)
+            if part is not None and name != self.anatomy.head:
+                return part(hidden)
+        for name, norm in DENSE_AND_NORM:
+            dense, after = self._part(name), self._part(norm)
+            if dense is not None and after is not None:
+                return after(getattr(self.module, "activation", nn.functional.gelu)(dense(hidden)))
         return hidden
+
+    def _part(self, name: str) -> nn.Module | None:
+        try:
+            return self.module.get_submodule(name)
+        except AttributeError:
+            return None
 
     @property
     def classes(self) -> list[str]:

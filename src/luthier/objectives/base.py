@@ -7,6 +7,7 @@ micro-batches and ranks, before its first backward; so one batch of eight, eight
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -14,10 +15,10 @@ from luthier.method import Method
 from luthier.model.view import ModelView
 from luthier.step.forward import Forward, sequence_sum, weighed, weighed_rows
 from luthier.step.probe import Probe
-from luthier.step.window import Clock, Term, Window, count
+from luthier.step.window import Clock, Term, Window, count, mean_of
 
 __all__ = [
-    "Clock", "Forward", "Objective", "Probe", "Term", "Window", "count", "sequence_sum", "weighed", "weighed_rows",
+    "Clock", "Forward", "Objective", "Probe", "Term", "Window", "count", "mean_of", "sequence_sum", "weighed", "weighed_rows",
 ]  # fmt: skip
 
 
@@ -32,7 +33,10 @@ class Objective(Method):
         return None
 
     def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
-        """Without gradient: pick rows and tokens, attach columns; return every local denominator of the step."""
+        """Without gradient: pick rows and tokens, attach columns; return every local denominator of the step's terms.
+
+        Where all of them are zero over all ranks, the window has nothing to teach: the loop skips the step.
+        """
         return window, count(window.micro)
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
@@ -43,3 +47,19 @@ class Objective(Method):
     def report(self) -> Mapping[str, float]:
         """Numbers of the last plan worth logging."""
         return {}
+
+    def state_dict(self) -> dict[str, Tensor | float]:
+        """What a resumed run needs of what the steps so far have left in the objective: tensors and plain numbers.
+
+        The first rank's is saved and every rank takes it up, so it must be the same on all: add up with `window.total`.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | float]) -> None:
+        """Take up the state; tensors come on the CPU."""
+
+    def fresh(self) -> Self:
+        """The same fields without any state, as before a run; each run trains with its own."""
+        cls: Any = type(self)
+        made: Self = cls.model_construct(set(self.model_fields_set), **{n: getattr(self, n) for n in cls.model_fields})
+        return made

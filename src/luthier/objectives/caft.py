@@ -89,9 +89,7 @@ class Caft(Objective):
     Cost: n - 1 more layers and vocabulary products a token; frozen heads keep no optimiser state.
     """
 
-    traits: ClassVar[Traits] = Traits(
-        tasks=frozenset({"causal-lm"}), needs=frozenset({"hidden", "heads", "plain_weights"})
-    )
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"plain_weights"}))
     source: ClassVar[Source] = Source(
         "Improving large language models with concept-aware fine-tuning",
         2025,
@@ -136,13 +134,9 @@ class Caft(Objective):
         targets = {
             f"ahead.{i}": count([replace(b, labels=further_labels(b, i)) for b in micro])["tokens"]
             for i in range(self.ahead)
+            if (self.stage == "tune" if i == 0 else gamma > 0)  # the terms of this step, no other
         }
-        counts = {
-            **targets,
-            "tokens": targets["ahead.0"],
-            "sequences": count(micro)["sequences"],
-        }
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), counts
+        return window.with_micro(micro), targets
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         batch, last = fwd.batch, len(fwd.view.anatomy.blocks) - 1
@@ -154,10 +148,10 @@ class Caft(Objective):
             return terms
         assert isinstance(fwd.extra, Heads)
         for i, block in enumerate(fwd.extra.blocks, start=1):  # one at a time: one [chunk, V] lives at once
+            # Without targets here as well: all ranks have the same terms, and each backward reaches every head.
             labels = further_labels(batch, i)
-            if bool((labels != IGNORE).any()):
-                losses = weighed(fwd.nll(self._state(fwd, block, last), labels), batch, labels)
-                terms[f"ahead_{i}"] = Term(losses.sum(), f"ahead.{i}", gamma * self.decay**i)
+            losses = weighed(fwd.nll(self._state(fwd, block, last), labels), batch, labels)
+            terms[f"ahead_{i}"] = Term(losses.sum(), f"ahead.{i}", gamma * self.decay**i)
         return terms
 
     def _head_zero(self, fwd: Forward, last: int, gamma: float) -> Tensor:

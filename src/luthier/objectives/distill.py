@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -21,11 +21,14 @@ def soft_loss(logits: Tensor, soft: Tensor) -> Tensor:
     return (torch.special.xlogy(soft, soft) - soft * logits.float().log_softmax(-1)).sum(-1)
 
 
-def helpful_weights(helpfulness: Tensor) -> Tensor:
-    """[S]: relu(u) / sum relu(u), or all zero where nothing helps."""
+def helpful_weights(helpfulness: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    """[S]: relu(u) / sum relu(u), or all zero where nothing helps.
+
+    total  the sum of a tensor over ranks
+    """
     positive = helpfulness.clamp_min(0)
-    total = positive.sum()
-    return positive / total if total > 0 else positive
+    whole = total(positive.sum())
+    return positive / whole if whole > 0 else positive
 
 
 class Distill(Objective):
@@ -40,7 +43,7 @@ class Distill(Objective):
     Needs: per row "soft" [C]; labelled rows from the lab under "labelled".
     """
 
-    traits: ClassVar[Traits] = Traits(needs=frozenset({"jvp", "grad"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"classification"}), needs=frozenset({"jvp", "grad"}))
     source: ClassVar[Source] = Source(
         "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners",
         2021,
@@ -66,30 +69,29 @@ class Distill(Objective):
     def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
         if any("soft" not in b.row for b in window.micro):
             raise LuthierError("objective.distill: a row has no soft label; run the stage that labels the pool first")
+        sizes = [b.num_sequences for b in window.micro]
         if self.reweights(window.clock.step, window.clock.total):
-            raw = [u.clamp_min(0) for u in self.helpfulness(window, probe)]
+            weights = helpful_weights(self.helpfulness(window, probe), window.total)
         else:
-            raw = [(b.row["soft"].max(-1).values > self.min_confidence).float() for b in window.micro]
-        raw = [weighed_rows(w, b) for w, b in zip(raw, window.micro, strict=True)]
+            sure = [b.row["soft"].max(-1).values > self.min_confidence for b in window.micro]
+            weights = torch.cat([*sure, torch.zeros(0, dtype=torch.bool, device=probe.view.device)]).float()
+        raw = [weighed_rows(w, b) for w, b in zip(weights.split(sizes), window.micro, strict=True)]
+        weights = torch.cat([*raw, weights[:0]])
+        self._report["distill/helpful"] = float(weights.gt(0).float().sum()) / max(len(weights), 1)
         micro = [b.with_columns(row={"weight": w}) for b, w in zip(window.micro, raw, strict=True)]
-        total = float(sum(w.sum() for w in raw))
-        self._report["distill/helpful"] = float(torch.cat(raw).gt(0).float().mean())
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), {
-            "weight": total,
-            "sequences": 1.0,
-        }
+        return window.with_micro(micro), {"weight": float(weights.sum())}
 
-    def helpfulness(self, window: Window, probe: Probe) -> list[Tensor]:
-        """[S] for each micro-batch: <grad of the labelled loss, grad l_i>."""
+    def helpfulness(self, window: Window, probe: Probe) -> Tensor:
+        """[S] over all micro-batches of this rank: <grad of the labelled loss, grad l_i>."""
         names = _trained(probe)
         meta = window.lab.batch("labelled", self.meta_rows).to(probe.view.device)
         g = probe.gradients([meta], names, loss=_labelled_loss).grads
-        out = []
+        out = [torch.zeros(0, device=probe.view.device)]  # a rank may have no rows
         for batch in window.micro:
             with probe.quiet():
                 _, u = probe.jvp(lambda b=batch: self._row_losses(probe.forward(b)), g)  # type: ignore[misc]
             out.append(u.detach())
-        return out
+        return torch.cat(out)
 
     def _row_losses(self, fwd: Forward) -> Tensor:
         return soft_loss(fwd.logits(), fwd.batch.row["soft"])

@@ -76,7 +76,7 @@ class MaskedThought(Objective):
     warmup_share: float = Field(2 / 3, gt=0, le=1)
     """Part of the run over which the share rises (rho)."""
     random_share: float = Field(1.0, ge=0, le=1)
-    """Of the replaced tokens, those that become random words; the others become the mask vector. 1 for small sets."""
+    """Share of the replaced tokens that become random words; the others become the mask vector. Use 1 for small sets."""
     loss_on: Literal["all", "clean"] = "all"
     """"all": every solution token is a target; "clean": not the replaced ones."""
     seed: int = Field(0, ge=0)
@@ -89,7 +89,7 @@ class MaskedThought(Objective):
         rate = masking_rate(window.clock.step, window.clock.total, self.max_rate, self.warmup_share)
         words = allowed_ids(probe.view.embedding.num_embeddings, _special(probe.view))
         micro = [self._noisy(b, window.clock, rate, words) for b in window.micro]
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), count(micro)
+        return window.with_micro(micro), count(micro)
 
     def _noisy(self, batch: Batch, clock: Clock, rate: float, words: np.ndarray) -> Batch:
         """The batch with replaced inputs, and the columns "masked" (all of them) and "vector" (those without a word)."""

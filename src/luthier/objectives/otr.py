@@ -99,7 +99,7 @@ class Otr(Objective):
         self._seen = {}
         step = torch.tensor([window.clock.step])
         micro = [b.with_columns(row={"otr": step.expand(b.num_sequences).to(b.ids.device)}) for b in window.micro]
-        return Window(micro, window.clock, window.lab, window.gather, window.total, window.rank), count(micro)
+        return window.with_micro(micro), count(micro)
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         batch, rows = fwd.batch, fwd.batch.supervised
@@ -141,6 +141,14 @@ class Otr(Objective):
             "no_hit": float((hits < least).sum()), "entropy": float(torch.special.entr(p).sum()),
         }  # fmt: skip
         self._seen = {k: self._seen.get(k, 0.0) + v for k, v in more.items()}
+
+    def state_dict(self) -> dict[str, Tensor | float]:
+        """The last step's sums, which the next one may warn of, and whether it has been done."""
+        return {**self._seen, "told": self._told}
+
+    def load_state_dict(self, state: Mapping[str, Tensor | float]) -> None:
+        self._told = bool(state["told"])
+        self._seen = {k: float(v) for k, v in state.items() if k != "told"}
 
     def report(self) -> Mapping[str, float]:
         """Means over the step's positions."""

@@ -99,7 +99,7 @@ class QTuning(Objective):
         first = sum(sizes[: window.rank])
         kept = self._prune(micro, [s.nll for s in scored], rows, first)
         self._note(rows, kept, micro)
-        return Window(kept, window.clock, window.lab, window.gather, window.total, window.rank), count(kept)
+        return window.with_micro(kept), count(kept)
 
     def _row_values(self, batch: Batch, nll: Tensor, entropy: Tensor) -> Tensor:
         """[S, 2]: perplexity and mean entropy of each row's answer."""

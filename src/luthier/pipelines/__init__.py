@@ -1,4 +1,4 @@
-"""In which stages."""
+"""Stages: the order in which a model is trained, and on what."""
 
 from luthier.support.lazy import lazy
 

@@ -17,7 +17,7 @@ from luthier.step.lab import Lab
 from luthier.step.progress import Progress
 from luthier.step.settings import TrainSettings
 from luthier.training.loop import Loop, Rows
-from luthier.tuners.base import Tuner, with_head
+from luthier.tuners.base import Trainable, Tuner, with_head
 from luthier.update import Update
 
 
@@ -25,7 +25,8 @@ from luthier.update import Update
 class Train:
     """Train on rows.
 
-    start  "base", or the name of an earlier stage: its trained state where the tuner is the same, else its Update
+    start  "base", or the name of an earlier stage: its trained state where the tuner is the same, else its Update,
+           put into the weights
     data   name of a set of rows in the lab, or of an earlier Apply stage
     carry  name of an earlier stage whose modules beside the model (heads) are taken over
     """
@@ -49,11 +50,16 @@ class Apply:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage left: a trained state, or rows."""
+    """What a stage left: a trained state, or rows.
+
+    update  all that differs from the base, what the stage started from included
+    under   the update that was in place while the stage trained, which its state does not hold
+    """
 
     name: str
     stage: Train | Apply
     update: Update | None = None
+    under: Update | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
     beside: Mapping[str, Tensor] | None = None
     rows: Rows | None = None
@@ -73,18 +79,21 @@ class Pipeline(Method):
 
 
 @contextmanager
-def started(view: ModelView, stage: Train, lab: Lab, done: Mapping[str, Outcome], total_steps: int) -> Iterator[Any]:
-    """The stage's trainable on the model it starts from; afterwards the base is as it was."""
+def started(
+    view: ModelView, stage: Train, lab: Lab, done: Mapping[str, Outcome], total_steps: int
+) -> Iterator[tuple[Trainable, Update | None]]:
+    """The stage's trainable on the model it starts from, and the update under it; afterwards the base is as it was."""
     with ExitStack() as stack:
         before = None if stage.start == "base" else done[stage.start]
         same = before is not None and isinstance(before.stage, Train) and before.stage.tuner == stage.tuner
-        if before is not None and before.update is not None and not same:
-            stack.enter_context(before.update.bind(view))
+        under = None if before is None else before.under if same else before.update
+        if under is not None:
+            stack.enter_context(under.in_place(view))
         trainable = with_head(stage.tuner.attach(view, lab, total_steps), view.anatomy.task_head)
         stack.callback(trainable.detach)
         if before is not None and same:
-            trainable.load_state_dict(dict(before.state))
-        yield trainable
+            trainable.go_on(dict(before.state))
+        yield trainable, under
 
 
 def run_pipeline(
@@ -115,7 +124,7 @@ def run_stage(
     carried = done[stage.carry].beside if stage.carry else None
     total = Loop.length(source, stage.settings)
     place = None if folder is None else folder / stage.name
-    with started(view, stage, lab, done, total) as trainable:
+    with started(view, stage, lab, done, total) as (trainable, under):
         run = Loop(
             view, source, trainable, stage.objective, stage.settings, lab=lab, folder=place, carried=carried, **loop
         )
@@ -124,4 +133,6 @@ def run_stage(
             run.save()
         state = {k: v.detach().cpu().clone() for k, v in trainable.state_dict().items()}
         beside = None if run.extra is None else {k: v.detach().cpu().clone() for k, v in run.extra.state_dict().items()}
-        return Outcome(stage.name, stage, trainable.update(), state, beside, None, progress)
+        own = trainable.update()
+        whole = own if under is None else under.then(own)
+        return Outcome(stage.name, stage, whole, under, state, beside, None, progress)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -21,18 +23,22 @@ from luthier.support.errors import LuthierError
 from luthier.training.loop import Rows
 from luthier.tuners.adapter import Adapter
 
+log = logging.getLogger(__name__)
+COLLAPSED = 0.95  # share of the pool in one class above which a teacher is said to have collapsed
+
 
 class List(Pipeline):
     """Self-training with adapters: label, train a new student on weighted soft labels, finish on the labelled rows.
 
-    Rows of the lab: "labelled" (with their class) and "unlabelled". Every student starts from the base with newly drawn
-    adapters, otherwise the teacher's errors are reinforced.
+    Rows of the lab: "labelled" (with their class) and "unlabelled"; a row of the pool that is labelled as well is left
+    out, and that is said. Every student starts from the base with newly drawn adapters, otherwise the teacher's errors
+    are reinforced.
     Departs from the source: the labelled finish is a stage with its own optimiser and decay; the backbone's head stays
     frozen; the teacher's labels are computed once a round, which is exact since it is frozen.
     Cost: rounds x unlabelled_steps extra steps, of which the re-weighted 40% take about twice a plain one.
     """
 
-    traits: ClassVar[Traits] = Traits(needs=frozenset({"jvp", "pool"}))
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"classification"}), needs=frozenset({"jvp", "pool"}))
     source: ClassVar[Source] = Source(
         "LiST: Lite Prompted Self-training Makes Parameter-efficient Few-shot Learners",
         2021,
@@ -53,9 +59,9 @@ class List(Pipeline):
     learning_rate: float = Field(1e-4, gt=0)
     """For every stage."""
     rank: int = Field(128, ge=1)
-    """Of the adapters."""
+    """Rank of the adapters."""
     init_std: float = Field(0.0002, ge=0)
-    """Of the adapters' start."""
+    """Standard deviation that the adapters start with."""
     warmup_share: float = Field(0.6, ge=0, le=1)
     """Share of a student's steps before rows are weighted."""
     reweight: bool = True
@@ -102,16 +108,34 @@ class List(Pipeline):
 
     @torch.no_grad()
     def apply(self, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Rows:
-        """The pool with the teacher's soft labels."""
+        """The pool with the teacher's soft labels, without rows that are labelled already."""
         pool, teacher = lab.rows("unlabelled"), done[stage.inputs[0]]
         if not pool:
             raise LuthierError("pipeline.list: the pool of unlabelled rows is empty")
+        known = {tuple(row["ids"]) for row in lab.rows("labelled")}
         assert teacher.update is not None
         out = []
         with teacher.update.bind(view):
             view.module.eval()
             for row in pool:
+                if tuple(row["ids"]) in known:
+                    continue
                 soft = Forward(collate([row]).to(view.device), view).logits().softmax(-1)[0].cpu()
                 extra = {k: v for k, v in row.get("row", {}).items() if k != "label"}
                 out.append({**row, "row": {**extra, "soft": soft}})
+        self._tell(stage, out, len(pool))
         return out
+
+    def _tell(self, stage: Apply, labelled: Rows, given: int) -> None:
+        """Warn of what makes a pool worth little. Raises LuthierError where nothing of it is left."""
+        if not labelled:
+            raise LuthierError(f"pipeline.list: all {given} rows of the pool are among the labelled rows")
+        if left_out := given - len(labelled):
+            log.warning("%s: %d rows of the pool are labelled rows as well and are left out", stage.name, left_out)
+        if len(labelled) < self.unlabelled_batch:
+            log.warning(
+                "%s: the pool has %d rows, less than a batch of %d", stage.name, len(labelled), self.unlabelled_batch
+            )
+        (most, count), *_ = Counter(int(row["row"]["soft"].argmax()) for row in labelled).most_common(1)
+        if count > COLLAPSED * len(labelled):
+            log.warning("%s: the teacher gives class %d to %d of %d rows", stage.name, most, count, len(labelled))

@@ -35,9 +35,9 @@ class Stage(TrainSettings):
 class Stages(Pipeline):
     """Train in the stages that the recipe lists; the last one's update is the result.
 
-    A stage that starts from an earlier one goes on with its trained state where the tuner is the same, and otherwise on
-    a base with that update in place; then the result is the last stage's part alone, so such a start is refused for the
-    last stage. `carry` hands on what an objective trained beside the model.
+    A stage that starts from an earlier one goes on with its trained state where the tuner is the same. Where it is
+    another, it trains on a base with the earlier update in the weights, and its result holds both. A tuner that draws
+    what it trains (hft) draws anew for each of its stages. `carry` hands on what an objective trained beside the model.
     Cost: the sum of its stages.
     """
 
@@ -54,28 +54,50 @@ class Stages(Pipeline):
                 if ref not in (None, "base") and ref not in seen:
                     raise ValueError(f"{key} of {stage.name} names {ref!r}, which is no earlier stage")
             seen[stage.name] = stage
-        last = self.stages[-1]
-        if last.start != "base" and seen[last.start].tuner != last.tuner:
-            raise ValueError(
-                f"{last.name} starts from {last.start} with another tuner; its update would lack that part"
-            )
+        if "base" in seen:
+            raise ValueError("a stage is called base, which is what start names the untouched model by; rename it")
         return self
 
     def check(self, facts: Facts) -> list[Problem]:
         """What the stages' own methods say."""
-        found = super().check(facts)
+        found, seen = super().check(facts), {s.name: s for s in self.stages}
         for i, stage in enumerate(self.stages):
             mine = replace(facts, settings=stage, batch_size=stage.batch_size, others=(stage.tuner, stage.objective))
             for key in ("tuner", "objective"):
                 for p in getattr(stage, key).check(mine):
                     found.append(Problem(f"stages.{i}.{key}.{p.key}", p.what, p.remedy))
+            if facts.quantized and _another(stage, seen) and _moves(stage.tuner) and _learnt(stage.start, seen):
+                what = f"{stage.name} goes on from another tuner's update, which cannot be written into packed weights"
+                found.append(Problem(f"stages.{i}.start", what, "keep the tuner, start from base, or remove quantize"))
         return found
 
     def next(self, done: Mapping[str, Outcome]) -> Train | Apply | None:
         stage = next((s for s in self.stages if s.name not in done), None)
         if stage is None:
             return None
+        earlier = self.stages[: self.stages.index(stage)]
+        tuner = stage.tuner.in_stage(sum(type(s.tuner) is type(stage.tuner) for s in earlier))
         fields: dict[str, Any] = {n: getattr(stage, n) for n in TrainSettings.model_fields}
         return Train(
-            stage.name, stage.tuner, stage.objective, start=stage.start, settings=TrainSettings(**fields), carry=stage.carry
+            stage.name, tuner, stage.objective, start=stage.start, settings=TrainSettings(**fields), carry=stage.carry
         )  # fmt: skip
+
+
+def _another(stage: Stage, seen: Mapping[str, Stage]) -> bool:
+    """True where the stage goes on from what another tuner learnt."""
+    return stage.start != "base" and seen[stage.start].tuner != stage.tuner
+
+
+def _learnt(name: str, seen: Mapping[str, Stage]) -> bool:
+    """True where this stage, or one that it goes on from, changed the model."""
+    return name != "base" and (_moves(seen[name].tuner) or _learnt(seen[name].start, seen))
+
+
+def _moves(tuner: Tuner) -> bool:
+    """True for a tuner that changes the model."""
+    return bool(tuner.traits.claims)
+
+
+def _in_weights(tuner: Tuner) -> bool:
+    """True where all that the tuner changes is in the weights, so that any other can go on from there."""
+    return tuner.traits.linear or "plain_weights" in tuner.traits.needs or not _moves(tuner)

@@ -12,18 +12,19 @@ from luthier.curation.base import Curator, chain_of
 from luthier.data.codec import Chain
 from luthier.data.columns import RESERVED, Carried
 from luthier.data.reading import on_hub
+from luthier.decoding.base import Decoder
+from luthier.decoding.greedy import Greedy
 from luthier.evaluation.base import Evaluator
-from luthier.evaluation.classification import Classification
-from luthier.evaluation.forgetting import Forgetting
-from luthier.evaluation.loss import Loss
 from luthier.method import Facts, Method
 from luthier.method.kinds import LISTED
-from luthier.method.registry import written
+from luthier.method.registry import find, written
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Pipeline
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import RecipeError
+from luthier.tasks.base import Task
+from luthier.tasks.causal_lm import CausalLm
 from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora
 
@@ -64,7 +65,7 @@ class DataSettings(BaseModel):
     """A .jsonl (or .jsonl.gz), .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests;
     or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Of several sources: the share of one in the draws is proportional to (weight * rows)^(1 / temperature)."""
+    """How several sources are mixed: the share of one in the draws is proportional to (weight * rows)^(1 / temperature)."""
     keep: tuple[str, ...] = ()
     """Fields of the training rows that reach the objective: numbers (weight), lists of numbers (soft), texts by the row's key."""
     spans: str | None = None
@@ -124,10 +125,10 @@ class Recipe(TrainSettings):
     model: str
     """A folder, a .gguf file, a Hub id (org/name, org/name@revision), or builtin:smollm2-135m."""
     revision: str | None = None
-    """Of a Hub model."""
+    """Revision of a Hub model: a branch, a tag or a commit."""
     trust_remote_code: bool = False
     """Run the model's own Python code; needs --allow-code on the command line as well."""
-    task: Literal["causal-lm", "classification"] = "causal-lm"
+    task: SerializeAsAny[Task] = CausalLm()
     """What a row is."""
     data: DataSettings
     """Rows."""
@@ -143,8 +144,10 @@ class Recipe(TrainSettings):
     """Several stages, each with a tuner and an objective of its own, in place of one."""
     collaborate: SerializeAsAny[Collaboration] | None = None
     """A protocol between parties, for `luthier collaborate`."""
+    decode: SerializeAsAny[Decoder] = Greedy()
+    """How answers are written, in evaluation and in use."""
     evaluate: list[SerializeAsAny[Evaluator]] = Field(default_factory=list)
-    """What is measured before and after, beside what always is: the loss, and classes or forgetting."""
+    """What is measured before and after, beside what the task always measures: the loss, and classes or forgetting."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Precision of frozen weights; "auto" takes the file's."""
     quantize: Literal["nf4"] | None = None
@@ -169,7 +172,7 @@ class Recipe(TrainSettings):
 
     def evaluators(self) -> list[Evaluator]:
         """Those that always measure, and those that are asked for."""
-        always = (Loss(), Classification() if self.task == "classification" else Forgetting())
+        always: list[Evaluator] = [find("evaluate", name)() for name in self.task.always]
         return [*(a for a in always if not any(type(e) is type(a) for e in self.evaluate)), *self.evaluate]
 
     def listed(self) -> dict[str, Method]:
@@ -181,14 +184,15 @@ class Recipe(TrainSettings):
         others = tuple(self.methods().values())
         quantized = self.quantize is not None
         return Facts(
-            task=self.task, batch_size=self.batch_size, settings=self, others=others, quantized=quantized, **more
-        )
+            task=self.task.key(), batch_size=self.batch_size, settings=self, others=others, quantized=quantized,
+            redraws=self.task.redraws, **more,
+        )  # fmt: skip
 
     def check_methods(self, facts: Facts | None = None) -> None:
         """Raises RecipeError for the first combination that cannot work."""
         facts = facts or self.facts()
         owners: dict[str, str] = {}
-        for key, method in {**self.methods(), **self.listed()}.items():
+        for key, method in {"task": self.task, **self.methods(), **self.listed()}.items():
             for problem in method.check(facts):
                 raise RecipeError(f"{key}.{method.key()}.{problem.key}", problem.what, problem.remedy)
             for claim in method.traits.claims:
@@ -210,8 +214,8 @@ class Recipe(TrainSettings):
                 raise RecipeError(key, f"is not read beside pipeline {self.pipeline.key()}", "set it in the stages")
         self._check_fields()
         hub = [any(on_hub(s.path) for s in self.data.sources), on_hub(self.data.eval or "")]
-        single = isinstance(self.data.train, str)
-        held, labels = self.data.eval is not None, self.task == "classification"
+        single, held = isinstance(self.data.train, str), self.data.eval is not None
+        unread_pool = self.data.pool and not self.task.pool_shapes
         during = ("needs evaluations during training", "set eval_steps")
         rows = ("has no rows to evaluate on", "set data.eval")
         asks = self.pipeline is not None and "pool" in self.pipeline.traits.needs
@@ -223,7 +227,7 @@ class Recipe(TrainSettings):
             ("load_best", not self.load_best and not self.eval_steps, *during),
             ("evaluate", not held and not all(e.own_rows for e in self.evaluate), *rows),
             ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
-            ("data.pool", self.data.pool and not labels, "is for task: classification", "remove it"),
+            ("data.pool", unread_pool, f"is not read by task {self.task.key()}", "remove it"),
             ("data.temperature", "temperature" in data and single, "mixes several sources", "list them in data.train"),
             ("data.train_split", "train_split" in data and not hub[0], "is for Hub data sets", "remove it"),
             ("data.eval_split", "eval_split" in data and not hub[1], "is for Hub data sets", "remove it"),

@@ -102,7 +102,9 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> frozens
         key, equals, text = item.removeprefix("~").partition("=")
         path = tuple(key.split("."))
         if not all(path) or (not equals and not remove):
-            raise RecipeError("command line", f"{item!r} is no override", "write key.sub=value, or ~key to remove one")
+            raise RecipeError(
+                "command line", f"{item!r} is not an override", "write key.sub=value, or ~key to remove one"
+            )
         at = values
         for part in path[:-1]:
             if isinstance(at.get(part), str):  # tuner: lora, then tuner.lora.rank=8

@@ -45,7 +45,7 @@ def write_report(folder: Path) -> Path:
         recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         env=(folder / "env.txt").read_text(encoding="utf-8"),
         name=folder.name,
-        charts=_charts(log),
+        charts=_charts(log, loss_unit(run)),
         facts=_facts(run),
         planes=_planes(folder),
         scores=_scores(run),
@@ -83,13 +83,18 @@ def _lines(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
-def _charts(log: list[dict[str, float]]) -> list[dict[str, Any]]:
+def loss_unit(run: Mapping[str, Any]) -> str:
+    """The unit of a run's loss: nats a token, a row or a masked token."""
+    return str(((run.get("after") or {}).get("loss") or {}).get("unit", "nats a token"))
+
+
+def _charts(log: list[dict[str, float]], unit: str) -> list[dict[str, Any]]:
     steps = [e for e in log if "loss" in e]
     loss = [Series("training loss", [(e["step"], e["loss"]) for e in steps])]
     held = [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
     if held:
         loss.append(Series("held-out loss", held))
-    charts = [("Loss, nats a token", loss)]
+    charts = [(f"Loss, {unit}", loss)]
     if any("grad_norm" in e for e in steps):
         charts.append(
             (
@@ -156,6 +161,15 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         (f"Source {s['name']}", f"{s['rows']:,} rows, {s['share']:.1%} of the draws") for s in run.get("sources", [])
     ]
     out += [(f"Curated by {k['step']}", f"{k['rows']:,} of {k['of']:,} rows stayed") for k in run.get("curated", [])]
+    if run.get("skipped_steps"):
+        out.append(
+            (
+                "Steps that moved nothing",
+                f"{run['skipped_steps']} of {run['steps']}: nothing to learn, or no finite loss",
+            )
+        )
+    if run.get("pool_shared"):
+        out.append(("Pool rows left out", f"{run['pool_shared']:,}, which are training rows as well"))
     if run.get("skipped"):
         out.append(("Rows that could not be read", "; ".join(run["skipped"])))
     return out

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier.report.page import loss_unit
 from luthier.support.errors import LuthierError
 
 SIZE, DPI = (6.4, 3.2), 160  # inches; dots an inch
@@ -22,7 +23,7 @@ def pictures(folder: Path) -> list[Path]:
     """
     state = _json(folder / "run.json")
     if state.get("state") == "done":
-        made = [p for p in (_loss(folder), _scores(folder, state)) if p is not None]
+        made = [p for p in (_loss(folder, state), _scores(folder, state)) if p is not None]
         _put_into_card(folder / "README.md", made)
         return made
     standings = _json(folder / "standings.json")
@@ -56,9 +57,9 @@ def _saved(figure: Any, file: Path) -> Path:
     return file
 
 
-def _loss(folder: Path) -> Path | None:
+def _loss(folder: Path, state: dict[str, Any]) -> Path | None:
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-    figure, axes = _axes("Loss, nats a token", "step")
+    figure, axes = _axes(f"Loss, {loss_unit(state)}", "step")
     for i, (key, name) in enumerate((("loss", "training"), ("eval_loss", "held out"))):
         points = [(e["step"], e[key]) for e in log if key in e]
         if points:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.data.batch import IGNORE, Batch, collate
+from luthier.data.batch import Batch, collate, predicted
 from luthier.data.rendering import Renderer
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Forward, Window, count
+from luthier.objectives.base import Clock, Forward, Window, count, mean_of
 from luthier.step.lab import Lab
 from luthier.step.order import micro_batches
 from luthier.step.probe import Probe
@@ -25,12 +25,12 @@ Tokens = list[list[dict[str, Any]]]  # by row: text, on (supervised), and before
 
 
 def tokens_of(renderer: Renderer, rows: Sequence[Any]) -> Tokens:
-    """Texts of the tokens, with whether each carries loss."""
+    """Texts of the tokens, with whether each carries loss; a hidden one is shown as what it should be."""
     decode = renderer.tokenizer.decode
     return [
-        [  # nothing predicts the first token
-            {"text": decode([i]), "on": y != IGNORE and at > 0}
-            for at, (i, y) in enumerate(zip(r["ids"], r["labels"], strict=True))
+        [
+            {"text": decode([right if on else i]), "on": on}
+            for i, right, on in zip(r["ids"], r.get("targets", r["ids"]), predicted(r), strict=True)
         ]
         for r in rows[:SHOWN]
     ]
@@ -69,6 +69,7 @@ def note_weights(
     places = micro_batches([len(r["ids"]) for r in chosen], tokens_per_forward)[0]
     micro = [collate([chosen[i] for i in part]).to(probe.view.device) for part in places]
     of_row = {r["key"]: mine for mine, r in zip(tokens, chosen, strict=False)}
+    ahead = 0 if "targets" in chosen[0] else 1  # the state before a token predicts it, or that of its own gap
     for t in (t for mine in tokens for t in mine if t["on"]):
         t["kept"] = False
     every = count(micro)["tokens"]
@@ -79,7 +80,7 @@ def note_weights(
             for n, at in enumerate(batch.supervised.tolist()):
                 mine = of_row.get(batch.keys[int(batch.seq[at])])
                 if mine is not None:
-                    t = mine[int(batch.pos[at]) + 1]  # the state before a token predicts it
+                    t = mine[int(batch.pos[at]) + ahead]
                     t["kept"] = True
                     if pulls is not None:
                         t["weight"] = round(float(pulls[n]) * every, 3)
@@ -94,7 +95,7 @@ def _pulls(probe: Probe, batch: Batch, denominators: Any) -> Tensor | None:
     if not state.requires_grad:
         return None
     terms = probe.objective.loss(fwd).values()
-    total = sum((t.weight * t.sums.sum() / max(denominators[t.over], 1e-9) for t in terms), state.sum() * 0)
+    total = sum((t.weight * mean_of(t, denominators) for t in terms), state.sum() * 0)
     ours = torch.autograd.grad(total, state, retain_graph=True)[0][batch.supervised].float().norm(dim=1)
     plain = torch.autograd.grad(fwd.nll().sum(), state)[0][batch.supervised].float().norm(dim=1)
     return torch.where(plain > 0, ours / plain.clamp_min(1e-12), 0.0)
@@ -106,7 +107,7 @@ def save(tokens: Tokens, folder: Path) -> None:
 
 
 def load(folder: Path) -> Tokens:
-    """What was saved; nothing where nothing was."""
+    """The saved tokens; an empty list where none were saved."""
     file = folder / "tokens.json"
     found: Tokens = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     return found

@@ -35,9 +35,9 @@ def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> di
         raise RecipeError("curate", "names no step", "write curate: [scdp: {keep_fraction: 0.5}]")
     if output.exists():
         raise LuthierError(f"{output}: is there already; name a new folder")
-    located, renderer, _ = tokens_and_config(recipe, base)
-    rows, skipped, _ = training_rows(recipe.data, base, recipe.task, tick)
-    lab = curation_lab(recipe, renderer, untouched(recipe, located, renderer), tick)
+    located, renderer, config = tokens_and_config(recipe, base)
+    rows, skipped, _ = training_rows(recipe.data, base, recipe.task.shapes, tick)
+    lab = curation_lab(recipe, renderer, untouched(recipe, located, renderer, config), tick)
     told, table = [], Table.of(rows)
     with whole(output) as folder:
         with (folder / "decisions.jsonl").open("w", encoding="utf-8") as file:

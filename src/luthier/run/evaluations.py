@@ -47,9 +47,10 @@ def _key(folder: Path, data: str | None) -> str | None:
         files = [content_of(f) for f in sorted(folder.glob("*.safetensors"))]
     except (OSError, ValueError, KeyError):
         return None
-    return key_of(state.get("update_digest"), files, content, recipe, code_key("luthier.run.ready", *_evaluators()))
+    code = code_key("luthier.run.ready", *_modules("evaluation"), *_modules("tasks"))
+    return key_of(state.get("update_digest"), files, content, recipe, code)
 
 
-def _evaluators() -> list[str]:
-    """Modules of all evaluators: which of them the recipe names is not worth the seconds of reading it."""
-    return sorted(f"luthier.evaluation.{f.stem}" for f in (ROOT / "evaluation").glob("*.py") if f.stem != "__init__")
+def _modules(room: str) -> list[str]:
+    """All modules of a room: which of its methods the recipe names is not worth the seconds of reading it."""
+    return sorted(f"luthier.{room}.{f.stem}" for f in (ROOT / room).glob("*.py") if f.stem != "__init__")

@@ -142,6 +142,8 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
         say(f"curate  {step.step} kept {step.rows} of {step.of} rows")
     if data.skipped:
         say(f"skipped {len(data.skipped)} entries of rows that cannot be read; the first: {data.skipped[0]}")
+    if data.pool_shared:
+        say(f"pool    {data.pool_shared} rows are left out: they are training rows as well")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
     for source in ready.train.sources:
         say(f"source  {source['name']}: {source['rows']} rows, {source['share']:.1%} of the draws")
@@ -149,7 +151,7 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
         base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
         sources=ready.train.sources,
         curated=[{n: v for n, v in k._asdict().items() if n not in ("plane", "axes")} for k in data.kept],
-        classes=data.classes,
+        classes=data.classes, pool_shared=data.pool_shared,
     )  # fmt: skip
     place.write("curation.json", json.dumps([k._asdict() for k in data.kept]))
 
@@ -159,9 +161,10 @@ def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Resu
     results = ready.results()
     say(f"before  {shown(results)}")
     if show_tokens and place.writes and not (place.path / "tokens.json").exists():
-        tokens = token_view.tokens_of(ready.renderer, ready.train.rows)
-        if ready.recipe.task == "causal-lm":
-            token_view.note_losses(tokens, ready.view, ready.train.rows, "before")
+        rows = ready.first_rows(token_view.SHOWN)
+        tokens = token_view.tokens_of(ready.renderer, rows)
+        if ready.recipe.task.token_losses:
+            token_view.note_losses(tokens, ready.view, rows, "before")
         token_view.save(tokens, place.path)
     return results
 
@@ -196,9 +199,8 @@ def _train(
     with _listening(ready, place, on_step, total) as listen:
         loop = Loop(
             ready.view, ready.train.rows, trainable, recipe.objective, recipe, lab=ready.lab(), folder=place.path,
-            compute=recipe.compute,
             evaluate=None if ready.data.held is None else ready.held_out_loss, accelerator=ready.accelerator,
-            on_step=listen, stop=stop, data_hash=ready.train.digest,
+            on_step=listen, stop=stop, data_hash=ready.train.digest, draw=ready.draw,
         )  # fmt: skip
         say(f"train   {weights:,} of {ready.view.anatomy.num_parameters:,} weights, {total} steps")
         _weigh_tokens(ready, place, loop)
@@ -207,7 +209,7 @@ def _train(
         except Interrupted:
             place.note(state="stopped", signal=stop.signal)
             raise
-    return Trained(trainable.update(), lambda: trainable.phase("score"), trainable.detach, weights, progress)
+    return Trained(trainable.update(), contextlib.nullcontext, trainable.detach, weights, progress)
 
 
 def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
@@ -218,10 +220,11 @@ def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
     known = any("kept" in t for row in tokens for t in row)
     if ready.recipe.gradient_checkpointing:  # memory is short, and this keeps a whole forward's activations
         return
-    if known or ready.recipe.task != "causal-lm" or not ready.accelerator.is_main_process:
+    if known or not ready.recipe.task.token_losses or not ready.accelerator.is_main_process:
         return
-    recipe, rows = ready.recipe, ready.train.rows
-    alone = Probe(loop.view, loop.objective, loop.extra)  # sums over no ranks: only the first one looks
+    recipe, rows = ready.recipe, ready.first_rows(token_view.WINDOW)
+    # Sums over no ranks, since only the first one looks; and a look changes nothing of what the run's own objective keeps.
+    alone = Probe(loop.view, loop.objective.fresh(), loop.extra)
     token_view.note_weights(
         tokens, alone, rows, recipe.batch_size, loop.total_steps, loop.lab, recipe.tokens_per_forward
     )
@@ -243,7 +246,7 @@ def _pipeline(
         try:
             done = run_pipeline(
                 ready.recipe.pipeline, ready.view, lab, place.path, deadline=deadline, before_stage=told, evaluate=held,
-                on_step=listen, stop=stop, accelerator=ready.accelerator, data_hash=ready.train.digest,
+                on_step=listen, stop=stop, accelerator=ready.accelerator, data_hash=ready.train.digest, draw=ready.draw,
             )  # fmt: skip
         except Interrupted:
             place.note(state="stopped", signal=stop.signal)
@@ -288,9 +291,9 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
         for g in gates:
             say(f"gate    {g.measure} {g.change.value:+.3f} ({g.change.low:.3f} to {g.change.high:.3f}): {g.outcome}")
         evaluation = time.monotonic() - started
-        if ready.recipe.task == "causal-lm":
+        if ready.recipe.task.token_losses:
             tokens = token_view.load(place.path)
-            token_view.note_losses(tokens, ready.view, ready.train.rows, "after")
+            token_view.note_losses(tokens, ready.view, ready.first_rows(token_view.SHOWN), "after")
             token_view.save(tokens, place.path)
         if keep:
             save_update(trained.update, place.path, ready.view)
@@ -301,15 +304,16 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
     place.write("samples.jsonl", _samples(before, after))
     place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
+    whole = keep and _whole(ready, trained.update)
     if keep:
-        _leave_model(ready, place, trained.update)
+        _leave_model(ready, place, trained.update, whole)
     _note_spent(
         ready, place, before, trained, peak, evaluation_seconds=evaluation, kept=keep, after=after.brief(),
         reload_difference=worst, update_digest=digest, gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
     )  # fmt: skip
     if keep:
         remember(place.path, None, {n: m.value for n, m in after.measures.items()})
-        _card(ready, place, trained.update)
+        _card(ready, place, "finetune" if whole else "adapter")
     expected = place.state().get("forecast")
     if expected and not progress.resumed:
         off = miss(expected, peak, progress.seconds)
@@ -322,33 +326,28 @@ def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Traine
     """What a finished run took, which ends it."""
     p = trained.progress
     place.note(
-        state="done", steps=p.step, tokens=p.tokens, train_seconds=p.seconds, row_tokens=p.row_tokens, spent=_spent(ready, p),
-        trained_weights=trained.weights, before=before.brief(), peak_memory_bytes=peak, update_bytes=_size(trained.update),
+        state="done", steps=p.step, skipped_steps=p.skipped, tokens=p.tokens, train_seconds=p.seconds,
+        row_tokens=p.row_tokens, spent=_spent(ready, p), trained_weights=trained.weights, before=before.brief(),
+        peak_memory_bytes=peak, update_bytes=trained.update.num_bytes,
         **more,
     )  # fmt: skip
 
 
-def _size(update: Update) -> int:
-    """Bytes of its tensors."""
-    return sum(t.nbytes for part in update.parts for t in part.tensors().values())
-
-
 def _whole(ready: Ready, update: Update) -> bool:
-    """True where most weights changed, so that the whole model is left beside the update."""
-    touched = {n for part in update.parts if part.kind in ("dense", "replace") for n in part.tensors()}
-    return 2 * len(touched) > len(ready.view.anatomy.parameters)
+    """True where most weights changed and can be merged, so that the whole model is left beside the update."""
+    touched = {n for part in update.parts for n in part.whole()}
+    return 2 * len(touched) > len(ready.view.anatomy.parameters) and update.refusal(ready.view.module) is None
 
 
-def _leave_model(ready: Ready, place: RunFolder, update: Update) -> None:
+def _leave_model(ready: Ready, place: RunFolder, update: Update, whole: bool) -> None:
     """What other tools open: the tokenizer; where most weights changed, the whole model too."""
     ready.renderer.tokenizer.save_pretrained(place.path)
-    if _whole(ready, update):
+    if whole:
         update.merge_into(ready.view.module)
         ready.view.module.save_pretrained(place.path)
 
 
-def _card(ready: Ready, place: RunFolder, update: Update) -> None:
-    relation = "finetune" if _whole(ready, update) else "adapter"
+def _card(ready: Ready, place: RunFolder, relation: str) -> None:
     place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
 
 

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from luthier.data.prepare import Prepared
-from luthier.model.loading import CLASSES
 from luthier.model.view import ModelView, probe_layout
 from luthier.recipe import Recipe
 from luthier.support.errors import LuthierError
@@ -36,7 +35,7 @@ PATIENCE = 20.0  # seconds after which one depth stops measuring
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of one run: peak memory of the process (or of the GPU) in bytes, and seconds of training."""
+    """What one run is expected to take: peak memory of the process (or of the GPU) in bytes, and seconds of training."""
 
     memory_bytes: int
     seconds: float
@@ -49,7 +48,7 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Measured:
-    """Of a miniature: bytes, and seconds a token."""
+    """What a miniature took: bytes, and seconds a token."""
 
     layers: int
     peak: int
@@ -171,7 +170,8 @@ def measure(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prep
         "shuffle": False, "max_steps": max(steps, 2), "eval_steps": None, "save_steps": None, "early_stopping_patience": None,
     }  # fmt: skip
     quick = recipe.model_copy(update=settings)
-    loop = Loop(view, rows, trainable, recipe.objective, quick, compute=recipe.compute)
+    draw = recipe.task.draw(tokenizer, recipe.seed)
+    loop = Loop(view, rows, trainable, recipe.objective, quick, compute=recipe.compute, draw=draw)
     started, seconds, tokens = time.perf_counter(), 0.0, 0
     with activations_of(loop.wrapped) as saved:
         loop.step()
@@ -196,7 +196,7 @@ def _miniature(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> Mode
     dtype = config.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(), torch.device(device):
-        model = CLASSES[recipe.task].from_config(config, dtype=dtype or torch.float32)
+        model = recipe.task.auto(config).from_config(config, dtype=dtype or torch.float32)
     model.config.use_cache = False
     model.config.pad_token_id = tokenizer.pad_token_id
     view = ModelView(model, tokenizer)
@@ -258,7 +258,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _gradients(trainable: Trainable) -> int:
-    """Of what is trained, and of the weights it is written into."""
+    """Bytes of the gradients of what is trained, and of the weights it is written into."""
     trained = {id(p): p for p in (*trainable.parameters(), *trainable.view.module.parameters()) if p.requires_grad}
     return sum(p.nbytes for p in trained.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +14,12 @@ from accelerate import Accelerator
 from luthier.data.prepare import Prepared
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
+from luthier.decoding.base import writing_with
 from luthier.evaluation.base import Exam, Results
 from luthier.inference.scoring import mean_loss
 from luthier.inference.services import lab_with
 from luthier.model.anatomy import Anatomy
-from luthier.model.loading import CLASSES, Located, load_config, load_model, load_tokenizer, locate, named_classes
+from luthier.model.loading import Located, load_config, load_model, load_tokenizer, locate, named_classes
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.run import score_cache
@@ -25,6 +27,7 @@ from luthier.run.rows import Data, prepare_rows
 from luthier.step.lab import Lab
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
+from luthier.tasks.base import Draw
 from luthier.training.loop import Loop
 
 
@@ -44,6 +47,16 @@ class Ready:
     def train(self) -> Prepared:
         return self.data.train
 
+    @property
+    def draw(self) -> Draw | None:
+        """What a row is in an epoch; None where it is the same in all of them."""
+        return self.recipe.task.draw(self.renderer.tokenizer, self.recipe.seed)
+
+    def first_rows(self, count: int) -> list[Any]:
+        """The first training rows, to show: as they would be scored."""
+        draw = self.draw
+        return [row if draw is None else draw(row, None) for row in self.train.rows[:count]]
+
     def held_out_loss(self) -> float:
         assert self.data.held is not None
         return mean_loss(self.lab().scorer.losses(self.view, self.data.held.rows))
@@ -54,19 +67,28 @@ class Ready:
         sets = {"train": data.train.rows, "labelled": data.train.rows}
         if data.pool is not None:
             sets["unlabelled"] = data.pool.rows
-        return lab_with(
+        lab = lab_with(
             self.renderer, {"base": lambda: self.view}, task=recipe.task, seed=recipe.seed, sets=sets, tick=self.tick,
             tokens_per_forward=2 * recipe.tokens_per_forward,
         )  # fmt: skip
+        return writing_with(lab, recipe.decode)
 
     def results(self, update: str = "none") -> Results:
-        """Of the model as it stands, which is the base with the update of this digest; taken from the cache where it
+        """The results of the model as it stands, which is the base with the update of this digest; taken from the cache where it
         has been measured before."""
         held, recipe = self.data.held, self.recipe
         rows_held = () if held is None else held.rows
         exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or (), recipe.codec)
         head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
-        model = key_of(self.view.base.weights, self.view.base.tokenizer, recipe.quantize, head, update)
+        model = key_of(
+            self.view.base.weights,
+            self.view.base.tokenizer,
+            recipe.quantize,
+            recipe.compute,
+            recipe.decode,
+            head,
+            update,
+        )
         rows = "none" if held is None or self.data.held_rows is None else held.digest + self.data.held_rows.digest
         evaluators, meter = recipe.evaluators(), self.view.meter
         with meter.watching(self.view.module), meter.stage("evaluate"):
@@ -91,7 +113,9 @@ def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
     """What `check` looks at: rows, configuration and the anatomy of a model without weights."""
     _, renderer, config, data = gather(recipe, base, tick)
     with torch.device("meta"):
-        return Outline(renderer, config, data, Anatomy(CLASSES[recipe.task].from_config(config)))
+        anatomy = Anatomy(recipe.task.auto(config).from_config(config))
+    _check(recipe, config, data.train, None, anatomy=anatomy)
+    return Outline(renderer, config, data, anatomy)
 
 
 class Outline(NamedTuple):
@@ -103,9 +127,13 @@ class Outline(NamedTuple):
     anatomy: Anatomy
 
 
-def _check(recipe: Recipe, config: Any, train: Prepared, layout: str | None, processes: int = 1) -> None:
+def _check(
+    recipe: Recipe, config: Any, train: Prepared, layout: str | None, processes: int = 1, anatomy: Anatomy | None = None
+) -> None:
     total = Loop.length(train.rows, recipe) if train.rows else None
-    known: dict[str, Any] = {"model_config": config, "total_steps": total, "num_rows": len(train.rows)}
+    known: dict[str, Any] = {
+        "model_config": config, "total_steps": total, "num_rows": len(train.rows), "anatomy": anatomy,
+    }  # fmt: skip
     recipe.check_methods(recipe.facts(**known, layout=layout, num_processes=processes))
 
 
@@ -121,7 +149,7 @@ class Gathered(NamedTuple):
 def gather(recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1) -> Gathered:
     """Rows and configuration, checked against each other."""
     located, renderer, config = tokens_and_config(recipe, base)
-    view = untouched(recipe, located, renderer)
+    view = untouched(recipe, located, renderer, config)
     data = prepare_rows(recipe, renderer, config, base, view, tick)
     if data.labels:
         config.update(named_classes(data.classes))
@@ -129,14 +157,14 @@ def gather(recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1)
     return Gathered(located, renderer, config, data)
 
 
-def untouched(recipe: Recipe, located: Located, renderer: Renderer) -> Callable[[], ModelView]:
+def untouched(recipe: Recipe, located: Located, renderer: Renderer, config: Any) -> Callable[[], ModelView]:
     """The base model, loaded when first asked for, for curators."""
     loaded: list[ModelView] = []
 
     def view() -> ModelView:
         if not loaded:
-            dtype = dtype_of(recipe)
-            loaded.append(load_model(located, recipe.task, dtype, tokenizer=renderer.tokenizer, seed=recipe.seed))
+            auto, dtype = recipe.task.auto(config), dtype_of(recipe)
+            loaded.append(load_model(located, auto, dtype, tokenizer=renderer.tokenizer, seed=recipe.seed))
         return loaded[0]
 
     return view
@@ -153,10 +181,13 @@ def make_ready(
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     located, renderer, config, data = gathered or gather(recipe, base)
     view = load_model(
-        located, recipe.task, dtype_of(recipe), labels=data.classes, tokenizer=renderer.tokenizer, seed=recipe.seed,
-        quantize=recipe.quantize,
+        located, recipe.task.auto(config), dtype_of(recipe), labels=data.classes, tokenizer=renderer.tokenizer,
+        seed=recipe.seed, quantize=recipe.quantize,
     )  # fmt: skip
-    _check(recipe, config, data.train, view.layout, accelerator.num_processes)
+    recipe.task.check_view(view)
+    _check(recipe, config, data.train, view.layout, accelerator.num_processes, view.anatomy)
+    if recipe.compute is not None:
+        view.phases.append(partial(recipe.compute.patch, view))
     return Ready(recipe, folder, view, renderer, data, accelerator)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ class Data(NamedTuple):
     skipped: list[str]
     kept: list[Kept]
     curation: Cost
+    pool_shared: int = 0  # rows of the pool that were left out, since the training rows hold them as well
 
     @property
     def classes(self) -> list[str]:
@@ -71,27 +73,33 @@ def prepare_rows(
     view  loads the untouched model, for curators that ask it
     Held-out rows are rendered in the form that the model is trained on; `held_rows` are as they came.
     """
-    d = recipe.data
+    d, task = recipe.data, recipe.task
     how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
-    rows, skipped, mix = training_rows(d, base, recipe.task, tick)
+    rows, skipped, mix = training_rows(d, base, task.shapes, tick)
     table, kept, cost = curated(recipe, Table.of(rows), curation_lab(recipe, renderer, view, tick))
     rows, chain = table.weighed, recipe.codec
     held = None
     if d.eval:
-        held, more = read(d.eval, d.columns, base, recipe.task, "eval", part=d.eval_split, **how)
+        held, more = read(d.eval, d.columns, base, "eval", shapes=task.shapes, part=d.eval_split, **how)
         skipped += more
         for evaluator in recipe.evaluators():
             evaluator.check_rows(rows, held)
-    labels = _labels(rows, held, config.label2id or {}) if recipe.task == "classification" else {}
+    labels = task.labels(rows, held, config.label2id or {})
     room = d.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     fit: dict[str, Any] = {
-        "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "labels": labels or None, "tick": tick,
+        "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "tick": tick,
+        "maker": task.maker(renderer, labels),
     }  # fmt: skip
-    pool = None
+    pool, shared = None, 0
     if d.pool:
-        unlabelled, more = read(d.pool, d.columns, base, "unlabelled", "pool", part=d.train_split, **how)
+        unlabelled, more = read(d.pool, d.columns, base, "pool", shapes=task.pool_shapes, part=d.train_split, **how)
         skipped += more
-        pool = prepare(encoded(unlabelled, chain), renderer, **{**fit, "labels": {}})
+        new = apart(unlabelled, rows)
+        shared = len(unlabelled) - len(new)
+        if not new:
+            what = f"the training rows hold all {shared} rows of it as well"
+            raise RecipeError("data.pool", what, "name rows that are not labelled")
+        pool = prepare(encoded(new, chain), renderer, **{**fit, "maker": task.maker(renderer, labels, labelled=False)})
     return Data(
         prepare(rows, renderer, **fit, carried=d.carried, mix=mix),
         prepare(encoded(held, chain), renderer, **fit) if held is not None else None,
@@ -101,6 +109,7 @@ def prepare_rows(
         skipped,
         kept,
         cost,
+        shared,
     )
 
 
@@ -112,8 +121,20 @@ def curation_lab(recipe: Recipe, renderer: Renderer, view: Callable[[], ModelVie
     )  # fmt: skip
 
 
+def apart(pool: Rows, labelled: Rows) -> Rows:
+    """The rows of the pool whose text, but for case and white space, is that of no labelled row."""
+    known = {_likeness(r) for r in labelled}
+    keep = [i for i, r in enumerate(pool) if _likeness(r) not in known]
+    return pool if len(keep) == len(pool) else pool.take(np.array(keep, dtype=np.int64))
+
+
+def _likeness(row: Row) -> bytes:
+    """Equal for texts that differ in case and white space only."""
+    return hashlib.blake2b(" ".join(row.values["text"].casefold().split()).encode(), digest_size=16).digest()
+
+
 def training_rows(
-    data: DataSettings, base: Path, task: str, tick: Tick = no_tick
+    data: DataSettings, base: Path, shapes: Sequence[str], tick: Tick = no_tick
 ) -> tuple[Rows, list[str], Mix | None]:
     """(the rows of all sources, what was wrong with skipped ones, how the sources are mixed; None for a single one).
 
@@ -123,7 +144,7 @@ def training_rows(
     origins: list[Origin] = []
     for number, source in enumerate(data.sources):
         rows, bad = read(
-            source.path, source.columns or {}, base, task, "train", part=source.split, limit=source.limit,
+            source.path, source.columns or {}, base, "train", shapes=shapes, part=source.split, limit=source.limit,
             on_bad=data.on_bad_row, carried=data.carried, tick=tick,
         )  # fmt: skip
         prefix = rows.parts[0].prefix or ""
@@ -134,18 +155,6 @@ def training_rows(
         origins.append(Origin(source.path, prefix, source.weight))
     mix = None if isinstance(data.train, str) else Mix(tuple(origins), data.temperature)
     return Rows.joined(found), skipped, mix
-
-
-def _labels(rows: Rows, held: Rows | None, known: Mapping[str, int]) -> dict[str | int, int]:
-    """Class index by label: as the model has them where it knows these very names, else in alphabetical order."""
-    names = sorted({r.values["label"] for r in rows}, key=str)
-    if {str(n) for n in names} == set(known):
-        names.sort(key=lambda n: known[str(n)])
-    for r in held or ():
-        if r.values["label"] not in names:
-            what = f"label {r.values['label']!r} occurs in no training row"
-            raise RecipeError(r.key, what, "mend the label or drop the row")
-    return {n: i for i, n in enumerate(names)}
 
 
 class Step(NamedTuple):
@@ -169,7 +178,7 @@ def steps(recipe: Recipe, table: Table, lab: Lab) -> Iterator[Step]:
         if not len(table):
             raise RecipeError(where, f"leaves none of {len(before)} rows", "ask for less, or look at the rows")
         for number in range(len(before.entries), len(table.entries)):
-            shape_of(table.entries[number], recipe.task)
+            shape_of(table.entries[number], recipe.task.shapes)
         yield Step(curator.key(), before, table)
 
 

@@ -13,7 +13,7 @@ MODEL = ("luthier.model.loading", "luthier.update.files")  # code that decides w
 
 
 def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> str:
-    """Of an examination.
+    """The key of an examination.
 
     model  names the weights: base and update; rows: the rows and how they were rendered
     """
@@ -21,8 +21,9 @@ def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> 
     asked = [(e.key(), e.content()) for e in evaluators]
     machine = (str(view.dtype), view.device.type, view.layout)
     texts = (renderer.system, renderer.plain, renderer.tokenizer.chat_template)
-    code = code_key("luthier.evaluation.base", *MODEL, *sorted({type(e).__module__ for e in evaluators}))
-    return key_of(model, rows, asked, machine, texts, exam.task, exam.lab.seed, exam.codec.name, code)
+    code = code_key("luthier.evaluation.base", *MODEL, *sorted({type(m).__module__ for m in (exam.task, *evaluators)}))
+    task = (exam.task.key(), exam.task.model_dump_json())
+    return key_of(model, rows, asked, machine, texts, task, exam.lab.seed, exam.codec.name, code)
 
 
 def kept(key: str, exam: Exam, evaluators: list[Evaluator]) -> Results:

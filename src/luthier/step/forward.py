@@ -79,6 +79,8 @@ class Forward:
     def scores(self) -> TokenScores:
         """Loss and entropy of every supervised token, without a gradient."""
         rows, view = self.batch.supervised, self.view
+        if not len(rows):  # nothing to ask: a trunk may not take a batch without tokens
+            return TokenScores(torch.zeros(0, device=rows.device), torch.zeros(0, device=rows.device))
         picked = view.head_input(self.hidden()[rows])
         view.meter.head(picked, view.head_weight, False)
         return token_scores(picked, view.head_weight, self.batch.labels[rows], view.head_bias, view.head_transform())

@@ -26,11 +26,13 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 
 class RowScore(NamedTuple):
-    """The score of one row: summed loss in nats, over how many tokens (1 for a class), and the most likely class."""
+    """The score of one row: summed loss in nats, over how many tokens (1 for a class); where its task looks at them, the
+    likeliest class or tokens, and the right ones."""
 
     total: float
     over: float
-    best: int | None
+    best: tuple[int, ...] = ()
+    wanted: tuple[int, ...] = ()
 
 
 class Completion(NamedTuple):

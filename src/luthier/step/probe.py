@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,8 @@ from luthier.kernels.head import TokenScores
 from luthier.kernels.plain import plain_operations
 from luthier.model.view import ModelView
 from luthier.step.forward import Forward
-from luthier.step.window import Term, Window, count
+from luthier.step.window import Term, Window, count, mean_of
+from luthier.support.rng import generator_states, set_generators
 
 
 class Minimised(Protocol):
@@ -23,6 +24,8 @@ class Minimised(Protocol):
     def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]: ...
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]: ...
+
+    def fresh(self) -> Self: ...
 
 
 class Probed(NamedTuple):
@@ -35,15 +38,20 @@ class Probed(NamedTuple):
     grads_after: Mapping[str, Tensor] = {}
 
 
+class Planned(NamedTuple):
+    """A window as an objective has planned it: this rank's batches, and the denominators over all ranks."""
+
+    objective: Minimised
+    batches: Sequence[Batch]
+    denominators: Mapping[str, float]
+
+
 @contextmanager
 def no_trace(module: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     """Restore the training mode, requires_grad flags, gradients and the global generators afterwards."""
     modes = {n: m.training for n, m in module.named_modules()}
     saved = [(p, p.requires_grad, p.grad) for p in module.parameters()]
-    generators = (
-        torch.get_rng_state(),
-        [torch.cuda.get_rng_state(i) for i in range(torch.cuda.device_count())],
-    )
+    generators = generator_states()
     for p, _, _ in saved:
         p.grad = None
     if eval_mode:
@@ -51,9 +59,7 @@ def no_trace(module: nn.Module, eval_mode: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_rng_state(generators[0])
-        for i, state in enumerate(generators[1]):
-            torch.cuda.set_rng_state(state, i)
+        set_generators(generators)
         for p, flag, grad in saved:
             p.requires_grad_(flag)
             p.grad = grad
@@ -89,37 +95,63 @@ class Probe:
         with self.quiet():
             return [self.forward(b).scores() for b in batches]
 
-    def mean_loss(self, batches: Sequence[Batch]) -> Tensor:
-        """This rank's share of the objective's loss over the batches as one window, differentiable."""
-        local = count(list(batches))
-        sums = self.total(torch.tensor([local[k] for k in sorted(local)], device=self.view.device).double()).tolist()
-        denominators = dict(zip(sorted(local), sums, strict=True))
+    @torch.no_grad()
+    def planned(self, asked: Window | Sequence[Batch]) -> Planned:
+        """What the objective trains on in this window; a copy of it is asked, so that its state stays as it is.
+
+        Batches in place of a window are taken as they are, as one window.
+        """
+        objective = self.objective.fresh()
+        if isinstance(asked, Window):
+            window, local = objective.plan(asked, self)
+            batches = [b for b in window.micro if b.num_tokens]
+        else:
+            batches, local = list(asked), count(list(asked))
+        names = sorted(local)
+        sums = self.total(torch.tensor([local[n] for n in names], device=self.view.device).double()).tolist()
+        return Planned(objective, batches, dict(zip(names, sums, strict=True)))
+
+    def mean_loss(self, asked: Window | Sequence[Batch]) -> Tensor:
+        """This rank's share of the objective's loss over the window, differentiable."""
+        return self._mean(self.planned(asked))
+
+    def _mean(self, planned: Planned) -> Tensor:
         total = torch.zeros((), device=self.view.device)
-        for b in batches:
-            for term in self.objective.loss(self.forward(b)).values():
-                total = total + term.weight * term.sums.sum() / max(denominators.get(term.over, 1.0), 1e-9)
+        for b in planned.batches:
+            for term in planned.objective.loss(self.forward(b)).values():
+                total = total + term.weight * mean_of(term, planned.denominators)
         return total
 
     def gradients(
-        self, batches: Sequence[Batch], names: Sequence[str], loss: Callable[[Forward], Tensor] | None = None
+        self, asked: Window | Sequence[Batch], names: Sequence[str], loss: Callable[[Forward], Tensor] | None = None
     ) -> Probed:
-        """Loss and gradients at these parameters; `loss` (a forward's scalar) in place of the objective's."""
+        """Loss and gradients at these parameters; `loss` (a forward's scalar) over batches in place of the objective's."""
+        if loss is None:
+            return self._gradients(self.planned(asked), names)
+        assert not isinstance(asked, Window)
+        return self._gradients(Planned(self.objective, list(asked), {}), names, loss)
+
+    def _gradients(
+        self, planned: Planned, names: Sequence[str], loss: Callable[[Forward], Tensor] | None = None
+    ) -> Probed:
         with self.quiet():
             for p in self.view.module.parameters():
                 p.requires_grad_(False)
             wanted = [self.view.weight(n).requires_grad_(True) for n in names]
             with torch.enable_grad():
                 if loss is None:
-                    value = self.mean_loss(batches)
+                    value = self._mean(planned)
                 else:
-                    value = sum((loss(self.forward(b)) for b in batches), torch.zeros((), device=self.view.device))
-                here = torch.autograd.grad(value, wanted) if batches else [torch.zeros_like(p) for p in wanted]
+                    zero = torch.zeros((), device=self.view.device)
+                    value = sum((loss(self.forward(b)) for b in planned.batches), zero)
+                some = value.requires_grad  # a rank may have no rows
+                here = torch.autograd.grad(value, wanted) if some else [torch.zeros_like(p) for p in wanted]
             grads = [self.total(g) for g in here]
         return Probed(float(self.total(value.detach())), dict(zip(names, grads, strict=True)), {})
 
     def trial_step(
         self,
-        batches: Sequence[Batch],
+        asked: Window | Sequence[Batch],
         names: Sequence[str],
         make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     ) -> Probed:
@@ -127,7 +159,8 @@ class Probe:
 
         make  builds a fresh optimiser; the run's own keeps its state untouched
         """
-        first = self.gradients(batches, names)
+        planned = self.planned(asked)
+        first = self._gradients(planned, names)
         before = {n: self.view.weight(n).detach().clone() for n in names}
         try:
             masters = [nn.Parameter(before[n].float().clone()) for n in names]
@@ -137,7 +170,7 @@ class Probe:
             with torch.no_grad():
                 for n, p in zip(names, masters, strict=True):
                     self.view.weight(n).copy_(p)
-            second = self.gradients(batches, names)
+            second = self._gradients(planned, names)
             changes = {n: p.detach() - before[n].float() for n, p in zip(names, masters, strict=True)}
         finally:
             with torch.no_grad():

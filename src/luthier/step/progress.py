@@ -15,7 +15,8 @@ class Progress:
     supervised: int = 0
     seconds: float = 0.0
     select_seconds: float = 0.0  # of these, what choosing what trains took
-    skipped: int = 0
+    skipped: int = 0  # steps on which no weight moved: nothing to learn, or a loss that is not finite
+    not_finite: int = 0  # of these, the last in a row whose loss was not finite
     best_loss: float | None = None
     best_step: int | None = None
     bad_evaluations: int = 0

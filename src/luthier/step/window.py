@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -40,9 +40,19 @@ class Window:
     micro: list[Batch]
     clock: Clock
     lab: Lab = field(default_factory=Lab)
+    _: KW_ONLY
     gather: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     total: Callable[[Tensor], Tensor] = field(default=lambda x: x)
     rank: int = 0
+
+    def with_micro(self, micro: list[Batch]) -> Window:
+        """The same window over other micro-batches."""
+        return replace(self, micro=micro)
+
+
+def mean_of(term: Term, denominators: Mapping[str, float]) -> Tensor:
+    """The term's sum over its denominator of the whole step. Where that is zero there was nothing to sum."""
+    return term.sums.sum() / (denominators[term.over] or 1.0)
 
 
 def count(micro: list[Batch]) -> dict[str, float]:

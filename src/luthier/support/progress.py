@@ -17,7 +17,7 @@ def untold(what: str, done: int, total: int) -> None:
 
 
 def steps(total: int, progress: Progress, done: int = 0) -> Iterator[int]:
-    """Of a tuning, from `done` on; told of after each."""
+    """The steps of a tuning from `done` on; progress is told after each."""
     for step in range(done, total):
         yield step
         progress("tune    step", step + 1, total)

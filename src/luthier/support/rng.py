@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,3 +34,66 @@ class Streams:
     def torch(self, purpose: str, *key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
         """A torch generator for this purpose and key."""
         return torch.Generator(device=device).manual_seed(self._digest(purpose, *key) & (2**63 - 1))
+
+
+# --- the global generators, which dropout and other libraries draw from ---
+
+
+def generator_states() -> dict[str, Any]:
+    """Where the global generators stand: Python's, NumPy's, torch's on the CPU and on every GPU in use.
+
+    Tensors, numbers and tuples alone, so that they are read back without unpickling.
+    """
+    state: Any = np.random.get_state(legacy=False)
+    numpy_state = {
+        "key": torch.from_numpy(state["state"]["key"].astype(np.int64)), "pos": int(state["state"]["pos"]),
+        "has_gauss": int(state["has_gauss"]), "gauss": float(state["gauss"]),
+    }  # fmt: skip
+    return {
+        "python": random.getstate(), "numpy": numpy_state, "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }  # fmt: skip
+
+
+def set_generators(states: dict[str, Any]) -> None:
+    """Put the global generators where `generator_states` found them. A GPU that it did not know is left as it is."""
+    random.setstate(states["python"])
+    n = states["numpy"]
+    np.random.set_state(("MT19937", n["key"].numpy().astype(np.uint32), n["pos"], n["has_gauss"], n["gauss"]))
+    torch.set_rng_state(states["cpu"])
+    known = states["cuda"][: torch.cuda.device_count()] if states["cuda"] else []
+    for device, state in enumerate(known):
+        torch.cuda.set_rng_state(state, device)
+
+
+class Generators:
+    """A course of the global generators that belongs to one piece of work: nothing that others draw shifts it, and
+    others find theirs as they were.
+
+    >>> own, other = Generators(Streams(0), "train"), Generators(Streams(0), "train")
+    >>> with own.drawing():
+    ...     first = torch.rand(2)
+    >>> with other.drawing():
+    ...     print(torch.equal(first, torch.rand(2)))
+    True
+    """
+
+    def __init__(self, streams: Streams, purpose: str, *key: int | str) -> None:
+        self._seed = int(streams.at(purpose, *key).integers(1 << 63))
+        self.states: dict[str, Any] | None = None  # before the first draw
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Draws inside are this course's."""
+        outside = generator_states()
+        if self.states is None:
+            random.seed(self._seed)
+            np.random.seed(self._seed % (1 << 32))
+            torch.manual_seed(self._seed)  # every GPU's as well
+        else:
+            set_generators(self.states)
+        try:
+            yield
+        finally:
+            self.states = generator_states()
+            set_generators(outside)

@@ -114,8 +114,9 @@ def _df_of(quantile: float) -> float:
 
 
 def verdict(difference: Estimate, margin: float = 0.0) -> Outcome:
-    """Of the claim "larger by more than `margin`": held where the whole interval lies above it, not held where it lies at
-    or below.
+    """The verdict on the claim "larger by more than `margin`".
+
+    Held where the whole interval lies above the margin, not held where it lies at or below.
     """
     if difference.low > margin:
         return "held"

@@ -17,6 +17,20 @@ SIZES: dict[str, Any] = {
 TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
+ENCODERS: dict[str, Any] = {
+    "bert": (tf.BertConfig, tf.BertForMaskedLM),
+    "roberta": (tf.RobertaConfig, tf.RobertaForMaskedLM),
+    "distilbert": (tf.DistilBertConfig, tf.DistilBertForMaskedLM),
+    "electra": (tf.ElectraConfig, tf.ElectraForMaskedLM),
+    "modernbert": (tf.ModernBertConfig, tf.ModernBertForMaskedLM),
+}
+ENCODER_SIZES: dict[str, Any] = {
+    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0},
+    "electra": {"embedding_size": 16},
+    "modernbert": {"cls_token_id": 1, "sep_token_id": 2},
+}
+
+
 def tiny(kind: str = "llama", seed: int = 0, layers: int = 3, **more: Any) -> tf.PreTrainedModel:
     """A randomly initialised float32 model of a real architecture."""
     torch.manual_seed(seed)
@@ -49,10 +63,18 @@ def tiny(kind: str = "llama", seed: int = 0, layers: int = 3, **more: Any) -> tf
                          word_embed_proj_dim=32, dropout=0.0, **TOKENS)
         )  # fmt: skip
     no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    if kind == "bert":
-        return tf.BertForMaskedLM(tf.BertConfig(**sizes, **no_dropout))
+    if kind in ENCODERS:
+        config, model = ENCODERS[kind]
+        return model(config(**{**sizes, **no_dropout, **ENCODER_SIZES.get(kind, {})}))
     if kind == "bert-classifier":
         return tf.BertForSequenceClassification(tf.BertConfig(**{**sizes, **no_dropout, "num_labels": 3}))
+    if kind == "llama-classifier":
+        return tf.LlamaForSequenceClassification(tf.LlamaConfig(**{"num_key_value_heads": 2, **sizes, "num_labels": 3}))
+    if kind == "gpt2-classifier":
+        no_drop: dict[str, Any] = {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0, "num_labels": 3}
+        return tf.GPT2ForSequenceClassification(
+            tf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, **TOKENS, **no_drop)
+        )
     if kind == "lfm2":
         pattern = ["conv" if i % 2 == 0 else "full_attention" for i in range(layers)]
         return tf.Lfm2ForCausalLM(tf.Lfm2Config(**sizes, num_key_value_heads=2, layer_types=pattern))
@@ -94,6 +116,19 @@ def rows_of(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, answer: int
     return out
 
 
+def labelled_rows(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, classes: int = 3) -> list[dict]:
+    """Random rows of a class each, nothing else supervised."""
+    return [
+        {
+            "ids": r["ids"],
+            "labels": [IGNORE] * len(r["ids"]),
+            "key": r["key"],
+            "row": {"label": torch.tensor(i % classes)},
+        }
+        for i, r in enumerate(rows_of(lengths, seed))
+    ]
+
+
 def batch_of(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, answer: int = 4) -> Batch:
     return collate(rows_of(lengths, seed, answer))
 
@@ -102,6 +137,28 @@ TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+
+
+WORDS = "the a it was is not very film book day good bad great terrible fine poor long short saw read liked in on ."
+
+
+def word_tokenizer(words: str = WORDS, marks: str = "[PAD] [UNK] [CLS] [SEP] [MASK]") -> tf.PreTrainedTokenizerFast:
+    """Words as tokens with an encoder's marks, as BERT puts them; made for texts of these words."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    special = marks.split()
+    vocabulary = {t: i for i, t in enumerate([*special, *dict.fromkeys(words.split())])}
+    pad, unknown, first, last, mask = special
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {last}", special_tokens=[(t, vocabulary[t]) for t in (first, last)]
+    )
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=pad, unk_token=unknown, cls_token=first, sep_token=last, mask_token=mask
+    )
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> tf.PreTrainedTokenizerFast:

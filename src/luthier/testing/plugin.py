@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from luthier.method.kinds import KINDS
+
 CONTRACT = "luthier.testing.contract"
-# argument of a test -> which examples it is asked of
-ARGUMENTS = ("example", "tuner", "objective", "curate", "plain_tuner")
+# Arguments of tests: every example, tuners that any loop can drive, or the examples of a kind.
+ARGUMENTS = ("example", "plain_tuner", *KINDS)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -5,31 +5,37 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from luthier.compute.base import Compute
 from luthier.data.batch import IGNORE, Batch, collate
 from luthier.data.store import TokenRows
 from luthier.model.view import ModelView
-from luthier.objectives.base import Clock, Forward, Objective, Window
+from luthier.objectives.base import Clock, Forward, Objective, Window, count, mean_of
 from luthier.step.lab import Lab
 from luthier.step.order import Order, micro_batches
 from luthier.step.probe import Probe
 from luthier.step.progress import Progress
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
+from luthier.support.rng import Generators, Streams
+from luthier.tasks.base import Draw
 from luthier.training import checkpoint
 from luthier.tuners.base import ParamGroup, Stats, Trainable, default_optimizer
 
 STAGES = ("select", "plan", "train")  # of a step, in the ledger
-NAN_STEPS = 10  # skipped steps in a row after which a run that skips stops as well
+NAN_STEPS = 10  # steps in a row without a finite loss after which a run that skips them stops as well
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -45,7 +51,7 @@ class Wrapped(nn.Module):
         terms = self._objective.loss(Forward(batch, self._view, self.extra))
         total, parts = torch.zeros((), device=batch.ids.device), {}
         for name, term in terms.items():
-            mean = term.sums.sum() / max(denominators[term.over], 1e-9)
+            mean = mean_of(term, denominators)
             parts[name] = mean.detach()
             total = total + term.weight * mean
         return total, parts
@@ -58,38 +64,37 @@ class Interrupted(Exception):
 class Loop:
     """Trains one stage.
 
+    compute   a method that changes the forward pass; it hears of every phase of this model from now on
     rows      rendered rows: mappings as `collate` takes them
     evaluate  returns the loss on held-out rows; called every eval_steps
     on_step   called after each step with (entry, progress, total steps)
     stop      asked between steps; True saves and raises Interrupted
+    draw      the task's: what a row is in an epoch; None where it is the same in all of them
     """
 
     def __init__(
         self, view: ModelView, rows: Rows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
         lab: Lab | None = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
         on_step: Callable[[dict[str, float], Progress, int], None] | None = None, stop: Callable[[], bool] = lambda: False,
-        carried: Mapping[str, Tensor] | None = None, compute: Any = None, accelerator: Accelerator | None = None,
-        data_hash: str = "",
+        carried: Mapping[str, Tensor] | None = None, compute: Compute | None = None, accelerator: Accelerator | None = None,
+        data_hash: str = "", draw: Draw | None = None,
     ) -> None:  # fmt: skip
         if not rows:
             raise LuthierError("data.train: no row is left to train on; look at what was dropped with `luthier check`")
+        # The objective's state is this run's: one that an earlier run left in the same object stays there.
         self.view, self.rows, self.trainable, self.objective, self.settings = (
-            view,
-            rows,
-            trainable,
-            objective,
-            settings,
-        )
-        self.lab, self.folder, self.evaluate, self.on_step, self.stop = (
-            lab or Lab(seed=settings.seed),
-            folder,
-            evaluate,
-            on_step,
-            stop,
-        )
+            view, rows, trainable, objective.fresh(), settings
+        )  # fmt: skip
+        self.lab, self.folder, self.evaluate = lab or Lab(seed=settings.seed), folder, evaluate
+        self.on_step, self.stop = on_step, stop
         self.accelerator = accelerator or Accelerator(cpu=view.device.type == "cpu")
-        self.extra = objective.extend(view, carried)
-        self.compute, self.data_hash = compute, data_hash
+        self.generators = Generators(Streams(settings.seed), "train", self.accelerator.process_index)
+        with self.generators.drawing():
+            self.extra = self.objective.extend(view, carried)
+        self.data_hash, self.draw = data_hash, draw
+        if compute is not None:
+            view.phases.append(partial(compute.patch, view))
+        self._supervised = False  # whether some row was seen to be
         s = settings
         mixture = rows.mixture if isinstance(rows, TokenRows) else None
         self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle, mixture)
@@ -98,13 +103,13 @@ class Loop:
             seconds=attached, select_seconds=attached,
             flops={"select": trainable.attach_flops} if trainable.attach_flops else {},
         )  # fmt: skip
-        self.probe = Probe(view, objective, self.extra, self._total)
+        self.probe = Probe(view, self.objective, self.extra, self._total)
         groups = trainable.groups()
         if self.extra is not None and (beside := [p for p in self.extra.parameters() if p.requires_grad]):
             groups = [*groups, ParamGroup(beside)]
         if not any(g.params for g in groups):
             raise LuthierError(
-                f"nothing trains: {objective.key()} adds no modules beside the frozen model; choose a tuner"
+                f"nothing trains: {self.objective.key()} adds no modules beside the frozen model; choose a tuner"
             )
         self.optimizer = trainable.optimizer(groups, self._default_optimizer)
         self.scheduler = get_scheduler(
@@ -115,7 +120,7 @@ class Loop:
         if s.torch_compile:
             for i in range(len(view.anatomy.blocks)):
                 view.block(i).compile(dynamic=True)
-        wrapped = Wrapped(view, objective, self.extra)
+        wrapped = Wrapped(view, self.objective, self.extra)
         if not s.torch_compile:  # a hook would cut every compiled block
             view.meter.watch(wrapped)
         if self.accelerator.num_processes > 1:
@@ -143,16 +148,23 @@ class Loop:
 
     # --- one step ---
 
+    def _chosen(self, step: int) -> list[Mapping[str, Any]]:
+        """The rows of a step, as its epoch sees them."""
+        rows = [self.rows[i] for i in self.order.rows(step)]
+        return rows if self.draw is None else [self.draw(r, step // self.order.steps_per_epoch) for r in rows]
+
     def window(self, step: int) -> Window:
         """The micro-batches of this rank."""
-        chosen = [self.rows[i] for i in self.order.rows(step)]
+        chosen = self._chosen(step)
         lengths = [len(row["ids"]) for row in chosen]
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         parts = micro_batches(lengths, self.settings.tokens_per_forward, world)[rank]
         micro = [collate([chosen[i] for i in part]) for part in parts]
         clock = Clock(step, self.total_steps, self.order.epoch(step))
         gather = self.accelerator.gather if world > 1 else (lambda x: x)
-        return Window([b.to(self.view.device) for b in micro], clock, self.lab, gather, self._total, rank)
+        return Window(
+            [b.to(self.view.device) for b in micro], clock, self.lab, gather=gather, total=self._total, rank=rank
+        )
 
     def _live(self, window: Window) -> tuple[list[Batch], float]:
         """The forwards that have tokens, weight 1; a rank without any runs one row at weight 0, since every rank must
@@ -160,10 +172,11 @@ class Loop:
         live = [b for b in window.micro if b.num_tokens]
         if live:
             return live, 1.0
-        idle = collate([self.rows[self.order.rows(window.clock.step)[0]]]).to(self.view.device)
-        return self.objective.plan(
-            replace(window, micro=[idle], gather=lambda x: x, total=lambda x: x, rank=0), self.probe
-        )[0].micro, 0.0
+        idle = collate([self._chosen(window.clock.step)[0]]).to(self.view.device)
+        # The other ranks do not plan with this one, and what they keep is not changed by it.
+        objective = self.objective.fresh()
+        window = replace(window, micro=[idle], gather=lambda x: x, total=lambda x: x, rank=0)
+        return objective.plan(window, Probe(self.view, objective, self.extra))[0].micro, 0.0
 
     def _total(self, value: Tensor) -> Tensor:
         """The sum over ranks."""
@@ -177,7 +190,11 @@ class Loop:
         return dict(zip(keys, total.tolist(), strict=True))
 
     def step(self) -> dict[str, float]:
-        """One optimiser step; returns what to log."""
+        """One optimiser step; returns what to log. What it draws is this run's, by the recipe's seed."""
+        with self.generators.drawing():
+            return self._step()
+
+    def _step(self) -> dict[str, float]:
         started, number = time.perf_counter(), self.progress.step
         window = self.window(number)
         given = sum(b.num_tokens for b in window.micro)
@@ -187,28 +204,24 @@ class Loop:
         chosen = time.perf_counter() - started
         with torch.no_grad(), meter.stage("plan"):
             window, local = self.objective.plan(window, self.probe)
-        denominators = self._reduce(local)
-        if not any(denominators.values()):
-            raise LuthierError(f"step {number + 1}: no supervised token is left; look at the rows with `luthier check`")
+        denominators, p = self._reduce(local), self.progress
+        learns = any(denominators.values())
         with meter.stage("train"):
-            entry = (
-                self._closure_step(window, denominators)
-                if self.trainable.steps_by_closure
-                else self._gradient_step(window, denominators)
-            )
-        self.scheduler.step()
-        p = self.progress
+            entry, moved = self._moved_by(window, denominators) if learns else self._passed_over(number)
+        self._next_rate(moved)
         p.step += 1
+        p.skipped += not moved
         stepped = time.perf_counter()
-        with meter.stage("select"):
-            self.trainable.after_step(Clock(p.step, self.total_steps, self.order.epoch(p.step)))
+        if moved:
+            with meter.stage("select"):
+                self.trainable.after_step(Clock(p.step, self.total_steps, self.order.epoch(p.step)))
         p.select_seconds += chosen + time.perf_counter() - stepped
         for stage, flops in self._reduce({k: meter.flops.get(k, 0.0) - spent.get(k, 0.0) for k in STAGES}).items():
             p.flops[stage] = p.flops.get(stage, 0.0) + flops
         counts = self._reduce(
             {
-                "given": given, "tokens": sum(b.num_tokens for b in window.micro),
-                "supervised": sum(int((b.labels != IGNORE).sum()) for b in window.micro),
+                "given": given, "tokens": learns * sum(b.num_tokens for b in window.micro),
+                "supervised": learns * sum(int((b.labels != IGNORE).sum()) for b in window.micro),
             }
         )  # fmt: skip
         p.tokens += int(counts["tokens"])
@@ -219,7 +232,32 @@ class Loop:
         rate = counts["tokens"] / seconds
         clock = {"step": p.step, "epoch": self.order.epoch(p.step)}
         counts = {"num_tokens": p.tokens, "tokens_per_second": rate, "flops": sum(p.flops.values())}
+        if p.skipped:
+            counts["skipped"] = p.skipped
         return {**clock, **entry, **self.objective.report(), **counts}
+
+    def _moved_by(self, window: Window, denominators: Mapping[str, float]) -> tuple[dict[str, float], bool]:
+        """What to log of a step, and whether a weight moved."""
+        if self.trainable.steps_by_closure:
+            return self._closure_step(window, denominators), True
+        return self._gradient_step(window, denominators)
+
+    def _passed_over(self, number: int) -> tuple[dict[str, float], bool]:
+        """A step whose window has nothing to learn, on any rank: no forward, no momentum, no decay; the clock goes on.
+
+        Raises LuthierError where no row at all is supervised.
+        """
+        if not self._supervised:
+            self._supervised = any(count([collate([row])])["sequences"] for row in self.rows)
+        if not self._supervised:
+            raise LuthierError(f"step {number + 1}: no supervised token is in any row; look with `luthier check`")
+        return {"learning_rate": self.scheduler.get_last_lr()[0]}, False
+
+    def _next_rate(self, moved: bool) -> None:
+        with warnings.catch_warnings():
+            if not moved:  # torch takes a first step that is skipped for a mistake in the order of calls
+                warnings.simplefilter("ignore", UserWarning)
+            self.scheduler.step()
 
     def _losses(
         self, window: Window, denominators: Mapping[str, float], backward: bool
@@ -231,7 +269,7 @@ class Loop:
         for i, batch in enumerate(micro):
             last = i == len(micro) - 1
             sync = contextlib.nullcontext() if world == 1 or last else self.accelerator.no_sync(self.wrapped)
-            with sync, self._patched("train"):
+            with sync, self.view.phase("train"):
                 loss, named = self.wrapped(batch, denominators)
                 if backward and loss.requires_grad:
                     # Denominators are global, and the wrapper averages over ranks: undo the average.
@@ -242,39 +280,36 @@ class Loop:
         summed = self._reduce({"total": total, **{f"part.{k}": v for k, v in parts.items()}})
         return summed["total"], {k[5:]: v for k, v in summed.items() if k.startswith("part.")}
 
-    def _patched(self, phase: str) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.compute is None else self.compute.patch(self.view, phase)
-
-    def _gradient_step(self, window: Window, denominators: Mapping[str, float]) -> dict[str, float]:
+    def _gradient_step(self, window: Window, denominators: Mapping[str, float]) -> tuple[dict[str, float], bool]:
         self.view.module.train()
-        with self.trainable.phase("train"):
-            loss, parts = self._losses(window, denominators, backward=True)
+        loss, parts = self._losses(window, denominators, backward=True)
         self.trainable.after_backward()
         params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = float(nn.utils.clip_grad_norm_(params, self.settings.max_grad_norm)) if params else 0.0
         entry = {**parts, "loss": loss, "grad_norm": norm, "learning_rate": self.scheduler.get_last_lr()[0]}
+        moves = False
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._not_finite(entry)
         elif self.trainable.before_step(Stats(loss, norm)):
+            moves, self.progress.not_finite = True, 0
             self.optimizer.step()
-            self.progress.skipped = 0
         self.optimizer.zero_grad(set_to_none=True)
-        return entry
+        return entry, moves
 
     def _closure_step(self, window: Window, denominators: Mapping[str, float]) -> dict[str, float]:
         """For optimisers that only ask for losses: dropout off, no graph."""
         self.view.module.eval()
 
         def closure() -> float:
-            with torch.no_grad(), self.trainable.phase("train"):
+            with torch.no_grad():
                 return self._losses(window, denominators, backward=False)[0]
 
         loss = self.optimizer.step(closure)
         return {"loss": float(loss), "learning_rate": self.scheduler.get_last_lr()[0]}
 
     def _not_finite(self, entry: dict[str, float]) -> None:
-        self.progress.skipped += 1
-        if self.settings.on_nan == "stop" or self.progress.skipped >= NAN_STEPS:
+        self.progress.not_finite += 1
+        if self.settings.on_nan == "stop" or self.progress.not_finite >= NAN_STEPS:
             raise LuthierError(
                 f"step {self.progress.step + 1}: loss {entry['loss']}, gradient norm {entry['grad_norm']}; "
                 "lower learning_rate, or set on_nan: skip to pass over single bad steps"
@@ -332,9 +367,9 @@ class Loop:
     def _evaluated(self) -> bool:
         """Evaluate, remember the best state, and say whether to stop early."""
         assert self.evaluate is not None
-        with self.trainable.phase("score"):
-            loss = self.evaluate()
         p = self.progress
+        with Generators(Streams(self.settings.seed), "evaluate", p.step).drawing():
+            loss = self.evaluate()
         p.log.append({"step": p.step, "eval_loss": loss})
         if p.best_loss is None or loss < p.best_loss:
             p.best_loss, p.best_step, p.bad_evaluations = loss, p.step, 0
@@ -356,14 +391,20 @@ class Loop:
         self.accelerator.wait_for_everyone()
         if folder == self.folder:
             self.progress.saved_step = self.progress.step
+        generators = gather_object([self.generators.states])  # of every rank
         if self.accelerator.is_main_process:
-            state = {**vars(self.progress), "global_step": self.progress.step, "data_hash": self.data_hash}
+            kept = self.objective.state_dict()
             tensors = {f"trainable.{k}": v for k, v in self.trainable.state_dict().items()}
             if self.extra is not None:
                 tensors |= {f"extra.{k}": v for k, v in self.extra.state_dict().items()}
+            tensors |= {f"objective.{k}": v for k, v in kept.items() if isinstance(v, Tensor)}
+            state = {
+                **vars(self.progress), "global_step": self.progress.step, "data_hash": self.data_hash,
+                "objective": {k: v for k, v in kept.items() if not isinstance(v, Tensor)},
+            }  # fmt: skip
             checkpoint.save(
                 folder, self.progress.step, tensors, self.optimizer.state_dict(), self.scheduler.state_dict(),
-                {"torch": torch.get_rng_state()}, state,
+                {"ranks": generators}, state,
             )  # fmt: skip
             checkpoint.prune(folder, self.settings.save_limit)
         self.accelerator.wait_for_everyone()
@@ -386,17 +427,19 @@ class Loop:
             raise LuthierError(f"{folder}: does not fit this run ({error}); use --fresh to start over") from error
 
     def _take_up(self, saved: dict[str, Any], whole: bool) -> None:
-        tensors = saved["tensors"]
-        own = {k.removeprefix("trainable."): v for k, v in tensors.items() if k.startswith("trainable.")}
-        self.trainable.load_state_dict(own)
+        def of(owner: str) -> dict[str, Tensor]:
+            return {k.removeprefix(owner): v for k, v in saved["tensors"].items() if k.startswith(owner)}
+
+        self.trainable.load_state_dict(of("trainable."))
         if self.extra is not None:
-            self.extra.load_state_dict(
-                {k.removeprefix("extra."): v for k, v in tensors.items() if k.startswith("extra.")}
-            )
+            self.extra.load_state_dict(of("extra."))
         if whole:
+            self.objective.load_state_dict({**of("objective."), **saved["state"]["objective"]})
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])
-            torch.set_rng_state(saved["rng"]["torch"])
+            ranks, rank = saved["rng"]["ranks"], self.accelerator.process_index
+            if rank < len(ranks):  # one that was not there before has a course of its own by the seed
+                self.generators.states = ranks[rank]
             known = Progress.__dataclass_fields__
             self.progress = Progress(**{k: v for k, v in saved["state"].items() if k in known})
             self.progress.resumed = True

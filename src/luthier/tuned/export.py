@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GgufConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from luthier.federation.outcome import given_in
 from luthier.report.card import card
@@ -36,6 +36,11 @@ def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dic
     if output.exists() and any(output.iterdir()):
         raise LuthierError(f"{output}: exists and is not empty; choose another folder")
     run = open_run(folder, allow_code, quantize=False)
+    task = run.recipe.task
+    if to not in task.export_forms:
+        raise LuthierError(
+            f"--to {to}: cannot hold a model tuned for {task.key()}; use {' or '.join(task.export_forms)}"
+        )
     if to != "hf":  # peft and GGUF round in other places than we do: what both say without rounding is compared
         run.view.widen()
     probe = torch.tensor([run.renderer.tokenizer("The quick brown fox jumps over it.")["input_ids"]])
@@ -72,9 +77,8 @@ def push_to_hub(folder: Path, name: str) -> str:
 
 def _merged(run: Tuned) -> PreTrainedModel:
     """The model with the update in its weights."""
-    kinds = [p.kind for p in run.update.parts if p.kind in ("prompt", "modules")]
-    if kinds:
-        raise LuthierError(f"{run.folder}: a {kinds[0]} part cannot be merged into weights; use the run folder itself")
+    if why := run.update.refusal(run.view.module):
+        raise LuthierError(f"{run.folder}: {why}; use the run folder itself")
     run.update.merge_into(run.view.module)
     return run.view.module
 
@@ -104,8 +108,8 @@ def _hf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
     _merged(run).save_pretrained(output)
     run.renderer.tokenizer.save_pretrained(output)
     (output / "README.md").write_text(_card(run), encoding="utf-8")
-    cls = AutoModelForSequenceClassification if run.recipe.task == "classification" else AutoModelForCausalLM
-    return cls.from_pretrained(output, dtype=run.view.dtype)
+    found: PreTrainedModel = run.recipe.task.auto(run.view.module.config).from_pretrained(output, dtype=run.view.dtype)
+    return found
 
 
 def _card(run: Tuned) -> str:
@@ -150,7 +154,7 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 def _gguf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
     import gguf
 
-    config = run.view.module.config
+    config = run.view.module.config  # merging writes the numbers of a smaller model into it
     if config.model_type != "llama":
         raise LuthierError(
             f"export --to gguf: {config.model_type} models are not supported, only llama-type ones; use --to hf"

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from luthier.data.batch import IGNORE, collate
 from luthier.data.rendering import Renderer
+from luthier.decoding.base import writing_with
 from luthier.federation.outcome import given_in
-from luthier.inference.generation import generate
+from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
-from luthier.objectives.base import Forward
 from luthier.recipe import Recipe, load_file
 from luthier.run.evaluations import remember
 from luthier.run.ready import make_ready, tokens_and_config
@@ -45,7 +45,7 @@ def state_of(folder: Path) -> dict[str, Any]:
                 f"{folder}: holds an update, and nothing that says how it is used; open it with luthier.load, or peft"
             ) from error
         raise LuthierError(
-            f"{folder}: is no run of ours ({file.name} cannot be read); give the folder a run ended in"
+            f"{folder}: is not a finished run ({file.name} cannot be read); give the folder of one"
         ) from error
     if state.get("state") != "done":
         raise LuthierError(f"{folder}: this run is {state.get('state')}, not done; finish it with luthier run")
@@ -81,12 +81,14 @@ def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> T
     from luthier.model.loading import load_model
 
     recipe, base, classes = recipe_of(folder, allow_code)
-    located, renderer, _ = tokens_and_config(recipe, base)
+    located, renderer, config = tokens_and_config(recipe, base)
     dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     view = load_model(
-        located, recipe.task, dtype, tokenizer=renderer.tokenizer, labels=classes, seed=recipe.seed,
+        located, recipe.task.auto(config), dtype, tokenizer=renderer.tokenizer, labels=classes, seed=recipe.seed,
         quantize=recipe.quantize if quantize else None,
     )  # fmt: skip
+    if recipe.compute is not None:
+        view.phases.append(partial(recipe.compute.patch, view))
     return Tuned(recipe, folder, view, renderer, load(folder))
 
 
@@ -97,31 +99,21 @@ def answers(
     says.
     """
     run = open_run(folder, allow_code)
-    if run.recipe.task == "classification":
-        if base_too:
-            raise LuthierError("--base: the untouched model has no trained head, so it has no answer")
-        with run.update.bind(run.view):
-            return [{"prompt": p, **_classified(run, p)} for p in prompts]
-    codec, asked = run.recipe.codec, [{"prompt": p} for p in prompts]
-    ids = [run.renderer.prompt_ids(codec.encode(values)) for values in asked]
-    before = generate(run.view, ids, run.renderer, max_new_tokens) if base_too else []
+    task = run.recipe.task
+    lab = writing_with(
+        lab_with(run.renderer, {"base": lambda: run.view}, task=task, seed=run.recipe.seed), run.recipe.decode
+    )
+    if base_too and not task.untuned_answers:
+        raise LuthierError("--base: the untouched model has no trained head, so it has no answer")
+    rows = [{"prompt": p} for p in prompts]
+    codec, words = run.recipe.codec, [str(run.recipe.codec.encode(values)["prompt"]) for values in rows]
+    before = task.replies(run.view, lab, words, max_new_tokens) if base_too else []
     with run.update.bind(run.view):
-        after = generate(run.view, ids, run.renderer, max_new_tokens)
-    out = []
-    for i, values in enumerate(asked):
-        entry = {**values, "answer": codec.decode(values, after[i].text), "stopped": after[i].stopped}
-        out.append({**entry, "base": codec.decode(values, before[i].text)} if base_too else entry)
-    return out
-
-
-@torch.no_grad()
-def _classified(run: Tuned, text: str) -> dict[str, Any]:
-    run.view.module.eval()
-    ids = run.renderer.tokenizer(text)["input_ids"]
-    batch = collate([{"ids": ids, "labels": [IGNORE] * len(ids)}]).to(run.view.device)
-    shares = Forward(batch, run.view).logits()[0].softmax(-1)
-    best = int(shares.argmax())
-    return {"answer": run.view.classes[best], "share": float(shares[best])}
+        after = task.replies(run.view, lab, words, max_new_tokens)
+    out = [{**v, **reply, "answer": codec.decode(v, reply["answer"])} for v, reply in zip(rows, after, strict=True)]
+    if not base_too:
+        return out
+    return [{**entry, "base": codec.decode(v, b["answer"])} for entry, v, b in zip(out, rows, before, strict=True)]
 
 
 def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = False) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from luthier.kernels.linear import folded
 from luthier.method import Source, Traits
 from luthier.model.additions import bias_of, oriented, output_adapter, register
 from luthier.model.view import ModelView
@@ -16,11 +17,6 @@ from luthier.step.lab import Lab
 from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Modules, Update
-
-
-def folded(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:
-    """((I + B A) W, (I + B A) b): the adapter inside the projection. weight [out, in], a [R, out], b [out, R]."""
-    return weight + b @ (a @ weight), None if bias is None else bias + b @ (a @ bias)
 
 
 class Adapter(Tuner):
@@ -63,7 +59,7 @@ class AdapterTrainable(Trainable):
         for x in view.anatomy.block_linears:
             if x.role not in ("o", "down"):
                 continue
-            generator, module = streams.torch("adapter", x.module), view.module.get_submodule(x.module)
+            generator, module = streams.torch("adapter", x.module), view.layer(x.module)
             a = torch.randn(tuner.rank, x.shape[0], generator=generator) * tuner.init_std
             b = torch.randn(x.shape[0], tuner.rank, generator=generator) * tuner.init_std
             self.a[x.module], self.b[x.module] = (
@@ -84,7 +80,7 @@ class AdapterTrainable(Trainable):
         """Parameters by name with the adapters folded in."""
         out: dict[str, Tensor] = {}
         for name in self.a:
-            module = self.view.module.get_submodule(name)
+            module = self.view.layer(name)
             weight, bias = folded(oriented(module), bias_of(module), self.a[name], self.b[name])
             out[f"{name}.weight"] = weight if oriented(module) is module.weight else weight.T
             if bias is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,14 +12,16 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from luthier.kernels.linear import stochastic_round
-from luthier.method import Method
+from luthier.method import Facts, Method, Problem
 from luthier.model.additions import refuse_packed
+from luthier.model.anatomy import Anatomy
 from luthier.model.undo import Undo
 from luthier.model.view import ModelView, probe_layout
 from luthier.step.lab import Lab
 from luthier.step.window import Clock, Window
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
-from luthier.update import Dense, Replace, Update
+from luthier.update import Dense, Part, Replace, Update
 
 if TYPE_CHECKING:
     from luthier.step.probe import Probe
@@ -35,7 +37,7 @@ class ParamGroup(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Of the window about to be stepped on: mean loss, global gradient norm."""
+    """Numbers of the window that is about to be stepped on: mean loss, global gradient norm."""
 
     loss: float
     grad_norm: float
@@ -57,8 +59,34 @@ def as_dicts(groups: list[ParamGroup], lr: float) -> list[dict[str, Any]]:
     return out
 
 
+def by_decay(params: Iterable[nn.Parameter]) -> list[ParamGroup]:
+    """Matrices with the run's weight decay; biases and norms without."""
+    params = list(params)
+    matrices, vectors = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+    return [g for g in (ParamGroup(matrices), ParamGroup(vectors, weight_decay=0.0)) if g.params]
+
+
 class Tuner(Method):
-    """Chooses what is trained. `attach` is all it takes to use one without the house."""
+    """Chooses what is trained. `attach` is all it takes to use one in a loop of your own."""
+
+    def check(self, facts: Facts) -> list[Problem]:
+        """With what is known of the model: its layers and their shapes, before any weight."""
+        found, anatomy = super().check(facts), facts.anatomy
+        if anatomy is None:
+            return found
+        try:
+            self.check_model(anatomy)
+        except RecipeError as error:
+            found.append(Problem(error.where.rpartition(".")[2], error.what, error.remedy))
+        except LuthierError as error:
+            found.append(Problem("model", str(error)))
+        return found
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        """Raises LuthierError for a model of which the tuner cannot train what it is asked to."""
+        targets = getattr(self, "targets", None)
+        if targets is not None:
+            anatomy.match(targets)
 
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
@@ -68,6 +96,10 @@ class Tuner(Method):
         total_steps  all optimiser steps of the run; methods with a schedule of their own refuse None
         """
         raise NotImplementedError
+
+    def in_stage(self, number: int) -> Tuner:
+        """The tuner for its `number`-th stage in a pipeline, from 0. Methods that draw anew for each stage differ."""
+        return self
 
     def selections(self, total_steps: int) -> int:
         """How often a run of so many steps chooses what trains, where that is work that the ledger counts."""
@@ -89,12 +121,23 @@ class Trainable:
     def __init__(self, view: ModelView) -> None:
         self.view = view
         self.base = view.base  # before anything moves
-        self._flags = [(p, p.requires_grad) for p in view.module.parameters()]
+        self._flags = {p: p.requires_grad for p in view.module.parameters()}
+        view.phases.append(self.phase)
         self._undo: list[Undo] = []
+        self._owned = False
+        view.attached.append(self)
 
     def freeze_base(self) -> None:
-        for p, _ in self._flags:
+        for p in self._flags:
             p.requires_grad_(False)
+
+    def own(self, inner: Trainable) -> None:
+        """Take another trainable as a part of this one, which answers for it from now on."""
+        attached = self.view.attached
+        if attached.index(inner) < attached.index(self):
+            self._flags |= inner._flags
+        attached.remove(inner)
+        inner._owned = True
 
     def groups(self) -> list[ParamGroup]:
         raise NotImplementedError
@@ -120,7 +163,7 @@ class Trainable:
         """After the optimiser moved: write trained values back into the model. clock.step counts this step."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Around "train", "score" or "generate"."""
+        """Entered around every forward, with its purpose: "train", "score" or "generate"."""
         return nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -132,15 +175,35 @@ class Trainable:
         for i, p in enumerate(self.parameters()):
             p.copy_(state[str(i)])
 
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        """Take up the state in which an earlier stage of the same tuner ended."""
+        self.load_state_dict(state)
+
     def update(self) -> Update:
         raise NotImplementedError
 
     def detach(self) -> None:
         """Take everything out again: the base is bit-identical to what it was."""
+        if self.phase in self.view.phases:
+            self.view.phases.remove(self.phase)
         for step in reversed(self._undo):
             step()
         self._undo.clear()
-        for p, flag in self._flags:
+        if not self._owned:
+            self._give_back_flags()
+
+    def _give_back_flags(self) -> None:
+        """Which tensors want a gradient is what it was before this came; what came later and stays keeps its own way."""
+        attached = self.view.attached
+        if self not in attached:
+            return
+        at = attached.index(self)
+        attached.remove(self)
+        later = [t for t in attached[at:] if isinstance(t, Trainable)]
+        if later:
+            later[0]._flags |= self._flags
+            return
+        for p, flag in self._flags.items():
             p.requires_grad_(flag)
             p.grad = None
 
@@ -155,6 +218,8 @@ class DenseTrainable(Trainable):
         if freeze:
             self.freeze_base()
         refuse_packed("tuner", view.module, names)
+        for holder in {n.rpartition(".")[0] for n in names}:
+            view.layer(holder)
         self.names, self._streams, self._steps = names, Streams(seed), 0
         self._stored = {n: view.weight(n).detach().clone() for n in names}
         self._moved: set[str] = set()
@@ -168,10 +233,7 @@ class DenseTrainable(Trainable):
         return self._masters[name]
 
     def groups(self) -> list[ParamGroup]:
-        """Matrices with the run's weight decay; biases and norms without."""
-        matrices = [p for p in self._masters.values() if p.ndim > 1]
-        vectors = [p for p in self._masters.values() if p.ndim <= 1]
-        return [g for g in (ParamGroup(matrices), ParamGroup(vectors, weight_decay=0.0)) if g.params]
+        return by_decay(self._masters.values())
 
     def after_backward(self) -> None:
         self._moved = {n for n in self._masters if self.view.weight(n).grad is not None}
@@ -210,10 +272,19 @@ class DenseTrainable(Trainable):
             if f"weight.{n}" in state:
                 self.view.weight(n).copy_(state[f"weight.{n}"])
 
-    @torch.no_grad()
     def update(self) -> Update:
-        changes = {n: (m.detach() - self._stored[n].float()).cpu() for n, m in self._masters.items()}
-        return Update(self.base, (Dense(changes),))
+        return Update(self.base, self.parts())
+
+    @torch.no_grad()
+    def parts(self, whole: Collection[str] = ()) -> tuple[Part, ...]:
+        """Differences to the base. The parameters in `whole` did not start from it, and a task head is drawn anew at every
+        load, so these are replaced as they are.
+        """
+        replaced = {*whole, *self.view.anatomy.task_head} & self._masters.keys()
+        changes = {n: (m - self._stored[n].float()).cpu() for n, m in self._masters.items() if n not in replaced}
+        values = {n: m.detach().cpu().clone() for n, m in self._masters.items() if n in replaced}
+        found: list[Part] = [Dense(changes)] if changes or not values else []
+        return (*found, Replace(values)) if values else tuple(found)
 
     @torch.no_grad()
     def detach(self) -> None:
@@ -238,6 +309,8 @@ class WithHead(Trainable):
         )
         self.attach_flops, self.attach_seconds = inner.attach_flops, inner.attach_seconds
         self.head = DenseTrainable(inner.view, names, freeze=False)
+        self.own(inner)
+        self.own(self.head)
 
     def groups(self) -> list[ParamGroup]:
         return [*self.inner.groups(), *self.head.groups()]
@@ -260,24 +333,32 @@ class WithHead(Trainable):
         self.head.after_step(clock)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        return self.inner.phase(name)
+        return nullcontext()  # the inner one hears of it by itself
 
     def state_dict(self) -> dict[str, Tensor]:
         inner = {f"inner.{k}": t for k, t in self.inner.state_dict().items()}
         return inner | {f"head.{k}": t for k, t in self.head.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pick = lambda start: {k.removeprefix(start): t for k, t in state.items() if k.startswith(start)}  # noqa: E731
-        self.inner.load_state_dict(pick("inner."))
-        self.head.load_state_dict(pick("head."))
+        self.inner.load_state_dict(_below("inner.", state))
+        self.head.load_state_dict(_below("head.", state))
+
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        self.inner.go_on(_below("inner.", state))
+        self.head.load_state_dict(_below("head.", state))
 
     def update(self) -> Update:
-        learnt = {n: self.head.master(n).detach().cpu().clone() for n in self.head.names}
-        return Update(self.base, (*self.inner.update().parts, Replace(learnt)))
+        return Update(self.base, (*self.inner.update().parts, *self.head.parts()))
 
     def detach(self) -> None:
         self.head.detach()
         self.inner.detach()
+        super().detach()
+
+
+def _below(start: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries under a prefix, without it."""
+    return {k.removeprefix(start): t for k, t in state.items() if k.startswith(start)}
 
 
 def with_head(trainable: Trainable, head: list[str]) -> Trainable:

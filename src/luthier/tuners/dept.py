@@ -115,7 +115,7 @@ class DeptTrainable(Trainable):
         hook = soft_prompt(lambda: self.vectors, self.offsets if rank else None)
         view.input_hooks.append(hook)
         self._undo.append(lambda: view.input_hooks.remove(hook))
-        self._undo.append(patch_model(view, hook, tuner.length))
+        self._undo.append(patch_model(view))
 
     def _start(self, view: ModelView, streams: Streams) -> Tensor:
         """[M, D] float32."""
@@ -124,6 +124,8 @@ class DeptTrainable(Trainable):
             ids = torch.randint(len(table), (m,), generator=streams.torch("dept-ids"))
         else:
             text = view.tokenizer(self.tuner.init_text, add_special_tokens=False)["input_ids"]
+            if not text:
+                raise RecipeError("dept.init_text", f"{self.tuner.init_text!r} holds no token", "write some words")
             ids = torch.tensor((text * (m // len(text) + 1))[:m], dtype=torch.long)
         return table[ids.to(table.device)].clone()
 

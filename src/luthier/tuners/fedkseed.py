@@ -18,8 +18,8 @@ from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
-from luthier.update import Seeds, Update
-from luthier.update.parts import noise
+from luthier.update import Replace, Seeds, Update
+from luthier.update.vectors import noise
 
 HISTORY_CLIP = 1000.0
 
@@ -153,7 +153,8 @@ class FedKSeedTrainable(Trainable):
         self.tuner = tuner
         self.seeds = seed_pool(tuner.num_seeds, tuner.seed_pool)
         self.probabilities = probabilities
-        self.names = list(view.anatomy.parameters)
+        head = view.anatomy.task_head  # last, so that the noise of all others is keyed as the update keys it
+        self.names = [*(n for n in view.anatomy.parameters if n not in head), *head]
         self.start = {n: view.weight(n).detach().clone() for n in self.names}
         low = any(t.dtype != torch.float32 for t in self.start.values())
         # In low precision a perturbation does not come off again exactly: keep float32 weights and round once.
@@ -220,10 +221,12 @@ class FedKSeedTrainable(Trainable):
             self.view.weight(n).copy_(state[f"weight.{n}"])
 
     def update(self) -> Update:
-        used = self.scalars.nonzero().squeeze(1)
-        shapes = {n: tuple(t.shape) for n, t in self.start.items()}
+        used, head = self.scalars.nonzero().squeeze(1), self.view.anatomy.task_head
+        shapes = {n: tuple(t.shape) for n, t in self.start.items() if n not in head}
         part = Seeds(torch.as_tensor(self.seeds)[used], -self.learning_rate * self.scalars[used], shapes)
-        return Update(self.base, (part,))
+        learnt = {n: (self.view.weight(n) if self.masters is None else self.masters[n]) for n in head}
+        whole = Replace({n: t.detach().cpu().clone() for n, t in learnt.items()})  # a head is drawn anew at every load
+        return Update(self.base, (part, whole) if head else (part,))
 
     @torch.no_grad()
     def detach(self) -> None:

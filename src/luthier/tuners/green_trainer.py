@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -20,7 +20,7 @@ from luthier.step.lab import Lab
 from luthier.step.probe import Probe
 from luthier.step.window import Clock, Window
 from luthier.support.errors import LuthierError, RecipeError
-from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
+from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view, by_decay
 from luthier.update import Update
 
 # Places in a block, in the order of the forward pass; tensors of one place read the same activation.
@@ -28,7 +28,8 @@ _NORM_IN, _QKV, _OUT, _NORM_MID, _UP, _DOWN, _NORM_END, _PLACES = 0, 1, 2, 3, 4,
 _NORMS = (
     (r"(input_layernorm|ln_1|self_attn_layer_norm)$", _NORM_IN),
     (r"(post_attention_layernorm|ln_2|final_layer_norm|pre_feedforward_layernorm)$", _NORM_MID),
-    (r"post_feedforward_layernorm$", _NORM_END),
+    (r"attention\.output\.LayerNorm$|sa_layer_norm$", _NORM_MID),  # of encoders, behind the residual
+    (r"(post_feedforward_layernorm|output\.LayerNorm|output_layer_norm)$", _NORM_END),
     (r"[qk]_norm$", _QKV),
 )
 _ROLE_PLACE = {
@@ -56,10 +57,12 @@ class Item(NamedTuple):
 class CostModel(NamedTuple):
     """Multiply-adds of one batch, elementwise work neglected.
 
-    items           every parameter; through: level -> cost of passing the activation gradient through its matrices
+    items           every parameter but a task head's
+    through         level -> cost of passing the activation gradient through its matrices
     core            B N^2 (heads * head_dim): one of the four products of an attention's backward
     attention       levels that hold q, k, v
-    head            cost of the head's activation gradient, paid when anything trains
+    head            cost of the head's activation gradient, paid when anything trains; for a task head, which always
+                    trains, of its weight gradients too
     forward         of the whole pass
     """
 
@@ -98,18 +101,20 @@ def core_units(parts: frozenset[str]) -> int:
     return {frozenset("v"): 1, frozenset("q"): 2, frozenset("k"): 2}.get(parts, 3)
 
 
-def cost_model(anatomy: Anatomy, tokens: int, pairs: int) -> CostModel:
-    """Costs for a batch of `tokens` tokens whose sequences have sum L^2 = `pairs`.
+def cost_model(anatomy: Anatomy, tokens: int, pairs: int, sequences: int) -> CostModel:
+    """Costs for a batch of `tokens` tokens in `sequences` sequences with sum L^2 = `pairs`.
 
+    A head over the vocabulary is priced for every token; a pooler and a task head read one token of a sequence.
     Raises LuthierError for a parameter whose place in the forward pass is not known.
     """
     matrices = {x.module: x for x in anatomy.linears}
-    vocabulary = anatomy.parameters[f"{anatomy.embedding}.weight"][0]
-    head = tokens * vocabulary * anatomy.hidden_size
+    head = _head_cost(anatomy, tokens, sequences)
     last = len(anatomy.blocks) * _PLACES + 1
     items, through = [], dict.fromkeys(range(last + 2), 0)
     for name in anatomy.parameters:
         module, _, kind = name.rpartition(".")
+        if name in anatomy.task_head:
+            continue
         if module == anatomy.embedding:
             items.append(Item(name, 0, head if anatomy.tied else 0))
         elif module == anatomy.head:
@@ -121,14 +126,26 @@ def cost_model(anatomy: Anatomy, tokens: int, pairs: int) -> CostModel:
             cost = tokens * matrices[module].shape[0] * matrices[module].shape[1] if module in matrices else 0
             items.append(Item(name, level, cost if kind == "weight" else 0, part))
             through[level] += cost if kind == "weight" else 0
-        elif re.search(r"(embed_positions|wpe|position_embeddings|token_type_embeddings)", name):
+        elif ".pooler." in f".{name}":
+            cost = sequences * matrices[module].shape[0] * matrices[module].shape[1] if kind == "weight" else 0
+            items.append(Item(name, last, cost))
+            through[last] += cost
+        elif re.search(r"(embed_positions|wpe|position_embeddings|token_type_embeddings|embeddings\.LayerNorm)", name):
             items.append(Item(name, 0, 0))
         else:
             raise LuthierError(f"green-trainer does not know where {name} stands in the forward pass")
     core = pairs * anatomy.num_heads * anatomy.head_dim
     attention = frozenset(i * _PLACES + 1 + _QKV for i in range(len(anatomy.blocks)))
     forward = sum(through.values()) + head + len(anatomy.blocks) * 2 * core
-    return CostModel(tuple(items), through, core, attention, head, forward)
+    backward = 2 * head if anatomy.task_head else head
+    return CostModel(tuple(items), through, core, attention, backward, forward)
+
+
+def _head_cost(anatomy: Anatomy, tokens: int, sequences: int) -> int:
+    """Multiply-adds of the head's forward."""
+    if not anatomy.task_head:
+        return tokens * anatomy.parameters[f"{anatomy.embedding}.weight"][0] * anatomy.hidden_size
+    return sequences * sum(x.shape[0] * x.shape[1] for x in anatomy.linears if x.name in anatomy.task_head)
 
 
 def _place(anatomy: Anatomy, module: str, matrices: dict[str, Any]) -> tuple[int, str]:
@@ -206,16 +223,25 @@ def _chosen(steps: list[tuple[str, int, np.ndarray]], slot: int) -> list[str]:
     return names
 
 
+def scheduled(optimizer: Optimizer) -> float:
+    """Share of its peak rate that the optimiser's next step has; 1 where that is 0, as at the start of a warm-up."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"] / group.get("initial_lr", group["lr"])) or 1.0
+
+
 class GreenTrainer(Tuner):
     """Train at `flops_share` of what full tuning would take, on the tensors that repay it best.
 
     Before the first step, and then every `reselect_every` steps, one trial step on the step's rows shows how much loss
-    each tensor's change takes away to first order; a knapsack picks the set under the FLOP budget. Everything the trial
-    touched is put back, and its optimiser is a fresh one.
+    each tensor's change takes away to first order; a knapsack picks the set under the FLOP budget. The trial step has the
+    rate that the schedule gives to the step itself. Everything the trial touched is put back, and its optimiser is a fresh
+    one. A task head always trains, within the budget.
     Departs from the official code: exact costs by level instead of a chain, exact selection instead of a truncated
-    table, no polluted moments.
+    table, no polluted moments; where a warm-up starts the run at rate 0, that trial takes the peak rate, since a step
+    of no length says nothing of any tensor.
     Cost: within the stated share, plus two forwards and backwards a selection; masters of all weights.
-    Refuses: a share at or below what the forward pass alone takes.
+    Refuses: a share at or below what the forward pass alone takes, and models with tensors whose place in the forward
+    pass it does not know.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -246,6 +272,9 @@ class GreenTrainer(Tuner):
             )
         return GreenTrainable(self, as_view(model), self.every(total_steps or 0))
 
+    def check_model(self, anatomy: Anatomy) -> None:
+        cost_model(anatomy, 1, 1, 1)
+
     def every(self, total_steps: int) -> int:
         """Steps between two selections of a run."""
         return self.reselect_every or max(1, total_steps // 3)
@@ -255,24 +284,34 @@ class GreenTrainer(Tuner):
 
 
 class GreenTrainable(Trainable):
-    """All weights with masters, of which the selected train."""
+    """All weights but a task head's with masters, of which the selected train."""
 
     reselects = reads_rows = True
 
     def __init__(self, tuner: GreenTrainer, view: ModelView, every: int) -> None:
         super().__init__(view)
         self.tuner, self.every = tuner, every
-        self.dense = DenseTrainable(view, list(view.anatomy.parameters), tuner.seed)
+        names = [n for n in view.anatomy.parameters if n not in view.anatomy.task_head]
+        self.dense = DenseTrainable(view, names, tuner.seed)
+        self.own(self.dense)
         self.selected: list[str] = []
         self.spent: dict[str, float] = {}
-        self._make: Callable[[list[Any]], Optimizer] | None = None
+        self._make: Callable[[list[nn.Parameter]], Optimizer] | None = None
 
     def groups(self) -> list[ParamGroup]:
         return self.dense.groups()
 
     def optimizer(self, groups: list[ParamGroup], default: Callable[[list[ParamGroup]], Optimizer]) -> Optimizer:
-        self._make = lambda params: default([ParamGroup(params)])
-        return default(groups)
+        run = default(groups)
+
+        def make(params: list[nn.Parameter]) -> Optimizer:
+            trial, factor = default(by_decay(params)), scheduled(run)
+            for group in trial.param_groups:
+                group["lr"] *= factor
+            return trial
+
+        self._make = make
+        return run
 
     def before_window(self, window: Window, probe: Probe) -> None:
         if window.clock.step % self.every == 0:
@@ -285,9 +324,9 @@ class GreenTrainable(Trainable):
             self.view.weight(name).requires_grad_(name in chosen)
 
     def _select(self, window: Window, probe: Probe) -> list[str]:
-        tokens = sum(b.num_tokens for b in window.micro)
-        pairs = sum(n * n for b in window.micro for n in b.lengths)
-        everywhere = window.total(torch.tensor([tokens, pairs], device=self.view.device))
+        lengths = [n for b in window.micro for n in b.lengths]
+        here = [sum(lengths), sum(n * n for n in lengths), len(lengths)]
+        everywhere = window.total(torch.tensor(here, device=self.view.device))
         costs = cost_model(self.view.anatomy, *everywhere.tolist())
         budget = self.tuner.flops_share * (costs.forward + costs.full_backward) - costs.forward
         reachable = [
@@ -318,7 +357,7 @@ class GreenTrainable(Trainable):
     def _importance(self, window: Window, probe: Probe, names: list[str]) -> dict[str, float]:
         """-<change, gradient after it> for each tensor: the loss that would come back without its change."""
         assert self._make is not None
-        seen = probe.trial_step(window.micro, names, self._make)
+        seen = probe.trial_step(window, names, self._make)
         values = {n: -float((seen.changes[n].double() * seen.grads_after[n].double()).sum()) for n in names}
         if not np.isfinite(list(values.values())).all():
             raise LuthierError("green-trainer: the trial step gave a value that is not finite; lower learning_rate")

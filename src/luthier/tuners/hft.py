@@ -18,10 +18,10 @@ from luthier.model.anatomy import Anatomy
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.window import Window
-from luthier.support.errors import LuthierError
+from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
-from luthier.update import Dense, Update
+from luthier.update import Dense, Replace, Update
 
 log = logging.getLogger(__name__)
 ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
@@ -33,7 +33,7 @@ PAIRS = (("q", "k"), ("q", "v"), ("o", "k"), ("o", "v"))  # with grouped queries
 def categories(anatomy: Anatomy) -> list[dict[str, dict[str, list[str]]]]:
     """For each block: category -> tensor -> its parameters (a bias follows its matrix, a q- or k-norm its projection).
 
-    Raises LuthierError, naming what was found, for fused projections and for blocks without one of the categories.
+    Raises RecipeError, naming what was found, for fused projections and for blocks without one of the categories.
     """
     roles = {x.module: x.role for x in anatomy.linears}
     out = []
@@ -44,14 +44,13 @@ def categories(anatomy: Anatomy) -> list[dict[str, dict[str, list[str]]]]:
             module = parameter.rpartition(".")[0]
             category, tensor = _category(module, roles.get(module))
             if category is None:
-                raise LuthierError(
-                    f"tuner.hft: {parameter} is {tensor}, which halving by tensors cannot split; choose full"
-                )
+                what = f"{parameter} is {tensor}, which halving by tensors cannot split"
+                raise RecipeError("hft.model", what, "choose full")
             found[category].setdefault(tensor, []).append(parameter)
         missing = [c for c, tensors in found.items() if not tensors]
         if missing:
             seen = ", ".join(sorted({p.rpartition(".")[0].rpartition(".")[2] for p in mine}))
-            raise LuthierError(f"tuner.hft: block {index} has no {missing[0]}; found were {seen}")
+            raise RecipeError("hft.model", f"block {index} has no {missing[0]}; found were {seen}", "choose full")
         out.append(found)
     return out
 
@@ -82,10 +81,11 @@ def counts(blocks: int, tensors: int, fraction: float, generator: np.random.Gene
 
 def draw_plan(
     anatomy: Anatomy, fraction: float = 0.5, level: str = "category", balance: str = "params", seed: int = 0, stage: int = 0,
-    embeddings: bool = True,
+    embeddings: bool = True, epoch: int = 0,
 ) -> frozenset[str]:  # fmt: skip
-    """Names of the parameters that train in a stage. The same seed and stage give the same plan."""
-    generator, blocks = Streams(seed).at("hft", stage), categories(anatomy)
+    """Names of the parameters that train in an epoch of a stage. The same seed, stage and epoch give the same plan."""
+    drawn = (stage, epoch) if epoch else (stage,)
+    generator, blocks = Streams(seed).at("hft", *drawn), categories(anatomy)
     inside = {p for found in blocks for tensors in found.values() for ps in tensors.values() for p in ps}
     outside = {p for p in anatomy.parameters if p not in inside}
     if not embeddings:
@@ -147,13 +147,16 @@ def half_reset(update: Update, trainable: Iterable[str]) -> Update:
     Raises KeyError for a plan that names parameters the update does not have, TypeError for an update that is not dense.
     """
     keep = set(trainable)
-    if any(not isinstance(p, Dense) for p in update.parts):
+    if any(not part.linear and not part.replaces() for part in update.parts):
         raise TypeError("half_reset takes an update of whole tensors")
-    changes = {n: d for part in update.parts for n, d in part.tensors().items()}
-    unknown = sorted(keep - set(changes))
+    changes = {n: d for part in update.parts if part.linear for n, d in part.deltas()}
+    heads = {n: t for part in update.parts if not part.linear for n, t in part.tensors().items()}
+    unknown = sorted(keep - changes.keys() - heads.keys())
     if unknown:
         raise KeyError(f"the plan names {unknown[0]}, which this update does not have: it belongs to another model")
-    return Update(update.base, (Dense({n: d if n in keep else torch.zeros_like(d) for n, d in changes.items()}),))
+    reset = Dense({n: d if n in keep else torch.zeros_like(d) for n, d in changes.items()})
+    kept = {n: t for n, t in heads.items() if n in keep}
+    return Update(update.base, (reset, Replace(kept)) if kept else (reset,))
 
 
 # --- the method ---
@@ -183,16 +186,25 @@ class Hft(Tuner):
     train_embeddings: bool = True
     """Train embeddings and head too; false where they are tied and data are few."""
     resample: Literal["stage", "epoch"] = "stage"
-    """Draw once for the run, or again at every epoch (optimiser state of newly frozen tensors is dropped)."""
-    stage: int = Field(0, ge=0)
-    """Number of this stage in a sequence; each draws another half."""
+    """Draw once for the stage, or again at every epoch (optimiser state of newly frozen tensors is dropped)."""
+    stage: int | None = Field(None, ge=0)
+    """Number that the half is drawn for; None counts the stages of a pipeline that use hft, from 0."""
     seed: int = Field(0, ge=0)
     """For the draws and for stochastic rounding."""
 
+    def check_model(self, anatomy: Anatomy) -> None:
+        categories(anatomy)
+
+    def in_stage(self, number: int) -> Hft:
+        """With another half than in the stages before, unless the recipe says which."""
+        return self if self.stage is not None else self.model_copy(update={"stage": number})
+
     def plan(self, anatomy: Anatomy, epoch: int = 0) -> frozenset[str]:
         """Names of the parameters that train."""
-        stage = self.stage if self.resample == "stage" else self.stage + epoch
-        return draw_plan(anatomy, self.fraction, self.level, self.balance, self.seed, stage, self.train_embeddings)
+        drawn = epoch if self.resample == "epoch" else 0
+        return draw_plan(
+            anatomy, self.fraction, self.level, self.balance, self.seed, self.stage or 0, self.train_embeddings, drawn
+        )
 
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None

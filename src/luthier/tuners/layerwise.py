@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.anatomy import Anatomy
 from luthier.model.features import FeatureCache
+from luthier.model.undo import Undo
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
-from luthier.support.errors import RecipeError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
-from luthier.update import Dense, Replace, Update
+from luthier.update import Update
 
 Convention = Literal["contiguous", "head_gap"]
 
@@ -44,7 +43,7 @@ class Layerwise(Tuner):
     `freeze_blocks` lowest blocks and the embeddings stay; the rest train at rates that fall with depth; the
     `reinit_blocks` top blocks start anew. Adam's bias correction is on, and short runs should take far more than three
     epochs: both matter more than the rest. "Decay 0.9" means different things in the two published conventions.
-    Frozen blocks have their dropout off.
+    What is frozen has its dropout off.
     Cost: the backward stops at the lowest trained block; masters and moments of trained weights only. With
     `cache_features` the frozen forward is paid once, for one hidden state a token of memory.
     Refuses: freezing all blocks, re-initialising frozen ones, quantised bases.
@@ -76,6 +75,9 @@ class Layerwise(Tuner):
             found.append(
                 Problem("cache_features", "no block is frozen, so nothing stays the same", "set freeze_blocks")
             )
+        if self.cache_features and facts.redraws:
+            what = f"{facts.task} hides other tokens in every epoch, so nothing stays the same"
+            found.append(Problem("cache_features", what, "remove it"))
         return found
 
     def attach(
@@ -94,7 +96,19 @@ class Layerwise(Tuner):
                 "layerwise.reinit_blocks", f"{self.reinit_blocks} of {n} blocks with {self.freeze_blocks} frozen",
                 f"at most {n - self.freeze_blocks} are free",
             )  # fmt: skip
+        if self.reinit_style == "zero_residual":
+            self._refuse_other_residuals(view.anatomy)
         return LayerwiseTrainable(self, view)
+
+    def _refuse_other_residuals(self, anatomy: Anatomy) -> None:
+        """Raises RecipeError for a block to be made the identity that writes through another matrix (a convolution's)."""
+        for i in range(len(anatomy.blocks) - self.reinit_blocks, len(anatomy.blocks)):
+            roles = {x.role for x in anatomy.block_linears if x.block == i}
+            if not {"o", "down"} <= roles:
+                raise RecipeError(
+                    "layerwise.reinit_style", f"zero_residual, and block {i} has no attention or MLP output projection",
+                    "use normal",
+                )  # fmt: skip
 
 
 class LayerwiseTrainable(Trainable):
@@ -110,8 +124,8 @@ class LayerwiseTrainable(Trainable):
             for name, value in fresh.items():
                 view.weight(name).copy_(value)
         self.dense = DenseTrainable(view, [n for n in anatomy.parameters if n not in self.frozen], tuner.seed)
-        for i in range(tuner.freeze_blocks):
-            self._without_dropout(view.block(i))
+        self.own(self.dense)
+        self._undo += [still(view.module, m) for m in frozen_modules(view, tuner.freeze_blocks)]
         self.features = FeatureCache(view, tuner.freeze_blocks) if tuner.cache_features else None
         if self.features is not None:
             self._undo += self.features.install()
@@ -127,13 +141,6 @@ class LayerwiseTrainable(Trainable):
             if self.features is not None:
                 self.features.active = False
 
-    def _without_dropout(self, block: nn.Module) -> None:
-        for module in block.modules():
-            if isinstance(module, nn.Dropout):
-                before = module.p
-                module.p = 0.0
-                self._undo.append(partial(setattr, module, "p", before))
-
     def groups(self) -> list[ParamGroup]:
         """By depth, matrices apart from biases and norms; the head without decay of its weights."""
         anatomy, t, out = self.view.anatomy, self.tuner, []
@@ -147,9 +154,6 @@ class LayerwiseTrainable(Trainable):
             out.append(ParamGroup(vectors, factor, 0.0))
         return [g for g in out if g.params]
 
-    def optimizer(self, groups: list[ParamGroup], default: Callable[[list[ParamGroup]], Optimizer]) -> Optimizer:
-        return default(groups)
-
     def after_backward(self) -> None:
         self.dense.after_backward()
 
@@ -162,15 +166,9 @@ class LayerwiseTrainable(Trainable):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.dense.load_state_dict(state)
 
-    @torch.no_grad()
     def update(self) -> Update:
         """Differences, and whole tensors for what did not start from the base."""
-        (part,) = self.dense.update().parts
-        assert isinstance(part, Dense)
-        changes = {n: d for n, d in part.changes.items() if n not in self.original}
-        whole = {n: self.dense.master(n).detach().cpu().clone() for n in self.original}
-        parts: list[Dense | Replace] = [Dense(changes)] if changes else []
-        return Update(self.base, (*parts, Replace(whole)) if whole else tuple(parts))
+        return Update(self.base, self.dense.parts(self.original))
 
     @torch.no_grad()
     def detach(self) -> None:
@@ -178,6 +176,36 @@ class LayerwiseTrainable(Trainable):
         for name, value in self.original.items():
             self.view.weight(name).copy_(value)
         super().detach()
+
+
+def frozen_modules(view: ModelView, count: int) -> list[nn.Module]:
+    """The lowest `count` blocks and, where there are any, what comes before them: embeddings and their dropout."""
+    if not count:
+        return []
+    anatomy = view.anatomy
+    way = [anatomy.block_list[:i] for i, c in enumerate(anatomy.block_list) if c == "."]  # what holds the blocks
+    front = []
+    for holder in ["", *way]:
+        for name, child in view.module.get_submodule(holder).named_children():
+            full = f"{holder}.{name}" if holder else name
+            if full not in (*way, anatomy.block_list) and anatomy.depth(f"{full}.weight") == 0:
+                front.append(child)
+    return front + [view.block(i) for i in range(count)]
+
+
+def still(model: nn.Module, part: nn.Module) -> Undo:
+    """Keep a part in eval mode whatever the model is told, so that dropout of every sort is off in it.
+
+    Setting the p of dropout layers would not do: Llama and OPT keep theirs as numbers.
+    """
+    part.eval()
+    part.train = lambda mode=True: part  # type: ignore[method-assign]
+
+    def undo() -> None:
+        del part.train
+        part.train(model.training)
+
+    return undo
 
 
 def reinitialised(anatomy: Anatomy, count: int) -> list[str]:
@@ -191,18 +219,33 @@ def reinitialised(anatomy: Anatomy, count: int) -> list[str]:
 
 @torch.no_grad()
 def new_weights(view: ModelView, count: int, style: str, streams: Streams) -> dict[str, Tensor]:
-    """Matrices ~ N(0, initializer_range), biases 0, norm weights 1; with "zero_residual" output projections 0."""
+    """Matrices and kernels ~ N(0, initializer_range), biases 0, norms neutral; with "zero_residual" output projections 0."""
     anatomy, out = view.anatomy, {}
     std = getattr(view.module.config.get_text_config(), "initializer_range", 0.02)
     roles = {x.name: x.role for x in anatomy.linears}
     for name in reinitialised(anatomy, count):
-        shape, module = anatomy.parameters[name], view.module.get_submodule(name.rpartition(".")[0])
+        shape = anatomy.parameters[name]
         if name.endswith(".bias"):
             out[name] = torch.zeros(shape)
-        elif isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
+        elif len(shape) > 1:
             silent = style == "zero_residual" and roles.get(name) in ("o", "down")
             draw = torch.randn(shape, generator=streams.torch("reinit", name)) * std
             out[name] = torch.zeros(shape) if silent else draw
         else:
-            out[name] = torch.ones(shape)
+            out[name] = neutral(view, name)
     return out
+
+
+def neutral(view: ModelView, name: str) -> Tensor:
+    """A norm's weight as the architecture starts it: 1 for most, 0 where the norm adds one itself (Gemma).
+
+    Raises LuthierError for a vector that the architecture does not start by itself.
+    """
+    holder, _, leaf = name.rpartition(".")
+    module = copy.deepcopy(view.module.get_submodule(holder))
+    own = module.get_parameter(leaf)
+    own.fill_(float("nan"))
+    view.module._init_weights(module)
+    if not bool(own.isfinite().all()):
+        raise LuthierError(f"layerwise.reinit_blocks: how {name} starts is not known; set it to 0")
+    return own.detach().cpu()

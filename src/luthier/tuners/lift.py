@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.model.anatomy import Linear
+from luthier.model.anatomy import Anatomy, Linear
 from luthier.model.meter import svd_flops
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
@@ -147,6 +147,20 @@ class Lift(Tuner):
             raise RecipeError("lift", "needs the total number of steps", "set max_steps")
         return LiftTrainable(self, as_view(model), total_steps or 0)
 
+    def check_model(self, anatomy: Anatomy) -> None:
+        self.matrices(anatomy)
+
+    def matrices(self, anatomy: Anatomy) -> tuple[Linear, ...]:
+        """Those that train. Raises RecipeError for one that cannot."""
+        linears = anatomy.match(self.targets)
+        if anatomy.tied and any(x.module == anatomy.head for x in linears):
+            raise RecipeError("lift.targets", "the head is tied to the embeddings", "leave it out")
+        for x in linears:
+            if any(side % self.block for side in x.shape):
+                what = f"{x.name} of {x.shape[0]} x {x.shape[1]} has no whole blocks of 4 x 4"
+                raise RecipeError("lift.block", what, "set it to 1")
+        return linears
+
     def every(self, total_steps: int) -> int:
         """Steps between two choices of a run; 0: there is only the first, as in runs of fewer than five steps."""
         return min(self.reselect_every, total_steps // 5)
@@ -165,13 +179,11 @@ class LiftTrainable(Trainable):
         self.tuner, self._streams, self._steps = tuner, Streams(tuner.seed), 0
         self.every = tuner.every(total_steps)
         linears, seen = [], set()
-        for x in view.anatomy.match(tuner.targets):
+        for x in tuner.matrices(view.anatomy):
             weight = view.weight(x.name)
             if id(weight) not in seen:  # a shared matrix is one
                 linears.append(x)
                 seen.add(id(weight))
-        if view.anatomy.tied and any(x.module == view.anatomy.head for x in linears):
-            raise RecipeError("lift.targets", "the head is tied to the embeddings", "leave it out")
         before, started = view.meter.total, time.perf_counter()
         self.sparse = SparseWeights(view, linears, {x.name: self._choose(x) for x in linears})
         self.attach_flops, self.attach_seconds = view.meter.total - before, time.perf_counter() - started
@@ -192,10 +204,6 @@ class LiftTrainable(Trainable):
         weight = weight.T if linear.transposed else weight
         if not bool(weight.isfinite().all()):
             raise LuthierError(f"lift: {linear.name} holds values that are not finite; look at the base model")
-        if t.block > 1 and (shape[0] % t.block or shape[1] % t.block):
-            raise RecipeError(
-                "lift.block", f"{linear.name} of {shape[0]} x {shape[1]} has no whole blocks of 4 x 4", "set it to 1"
-            )
         k = num_entries(shape, t.rank, t.density)
         rank = min(t.filter_rank or max(1, round(k / sum(shape))), min(shape))
         if t.filter_rank and t.filter_rank > min(shape):
@@ -218,8 +226,8 @@ class LiftTrainable(Trainable):
     def after_step(self, clock: Clock | None = None) -> None:
         self._steps += 1
         self.sparse.write(self._rounding())
-        total = None if clock is None else clock.total
-        if self.every and self._steps % self.every == 0 and (total is None or self._steps < total):
+        ended = clock is not None and clock.step >= clock.total  # nothing would train what is chosen then
+        if self.every and self._steps % self.every == 0 and not ended:
             for name, linear in self.sparse.linears.items():
                 self.reselect(name, self._choose(linear))
 

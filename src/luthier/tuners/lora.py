@@ -62,7 +62,7 @@ class LoraTrainable(Trainable):
         self.b: dict[str, nn.Parameter] = {}
         streams = Streams(tuner.seed)
         for x in self.targets:
-            module = view.module.get_submodule(x.module)
+            module = view.layer(x.module)
             a = nn.Parameter(initial_a(x, tuner.rank, streams).to(view.device))
             b = nn.Parameter(torch.zeros(x.shape[0], tuner.rank, device=view.device))
             self.a[x.name], self.b[x.name] = a, b

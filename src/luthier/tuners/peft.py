@@ -7,17 +7,18 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from luthier.method import Facts, Problem, Source, Traits
+from luthier.model.peft_modules import PeftModules
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Update
-from luthier.update.parts import PeftPart, peft_unload
+from luthier.update.compositions import PeftPart
 
 STARTS = (True, False, "gaussian")  # peft's other starts write into the base, which then cannot be given back
 OURS = frozenset({"target_modules", "task_type", "peft_type", "inference_mode", "base_model_name_or_path", "revision"})
@@ -81,32 +82,31 @@ class PeftTrainable(Trainable):
 
         super().__init__(view)
         self.freeze_base()
-        names = sorted(x.module for x in view.anatomy.match(tuner.targets))
-        options: dict[str, Any] = {"target_modules": names, **tuner.options}
+        targets = view.anatomy.match(tuner.targets)
+        options: dict[str, Any] = {"target_modules": sorted(x.module for x in targets), **tuner.options}
         if tuner.type == "IA3":  # it scales what the layers put out, but for those whose input it scales
-            options.setdefault(
-                "feedforward_modules", [n for n in names if n.rpartition(".")[2] in ("down_proj", "fc2")]
-            )
+            options.setdefault("feedforward_modules", sorted(x.module for x in targets if x.role == "down"))
         try:
             config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(tuner.type)](**options)
             with torch.random.fork_rng():
                 torch.manual_seed(int(Streams(tuner.seed).at("peft").integers(1 << 31)))
-                self.wrapped = get_peft_model(view.module, config)
+                self.placed = PeftModules(view.module, lambda model: get_peft_model(model, config))
         except (ValueError, TypeError) as error:
             raise RecipeError("tuner.peft.options", str(error).splitlines()[0], "see peft's documentation") from error
 
-    def named(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad}
+        self.wrapped = self.placed.wrapped
+        # Now, since a task head that trains beside it wants gradients too.
+        self.named = {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad}
 
     def groups(self) -> list[ParamGroup]:
-        return [ParamGroup(list(self.named().values()))]
+        return [ParamGroup(list(self.named.values()))]
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {n: p.detach() for n, p in self.named().items()}
+        return {n: p.detach() for n, p in self.named.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for n, p in self.named().items():
+        for n, p in self.named.items():
             p.copy_(state[n])
 
     def update(self) -> Update:
@@ -117,5 +117,5 @@ class PeftTrainable(Trainable):
         return Update(self.base, (PeftPart(config, {n: t.detach().cpu().clone() for n, t in state.items()}),))
 
     def detach(self) -> None:
-        peft_unload(self.wrapped)
+        self.placed.undo()
         super().detach()

@@ -1,4 +1,4 @@
-"""A few entries of a weight as the trained parameter: the one sparse mechanism of the house."""
+"""A few entries of a weight as the trained parameter: luthier's one sparse mechanism."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.kernels.linear import sparse_linear, stochastic_round
-from luthier.model.additions import bias_of, oriented, refuse_packed, register, replace_forward
+from luthier.model.additions import bias_of, oriented, refuse_packed, register, replace_product
 from luthier.model.anatomy import Linear
 from luthier.model.undo import Undo
 from luthier.model.view import ModelView
@@ -34,27 +34,26 @@ class SparseWeights:
         self.stored: dict[str, Tensor] = {}
         self.undo: list[Undo] = []
         for name, x in self.linears.items():
-            module = view.module.get_submodule(x.module)
+            module = view.layer(x.module)
             self.stored[name] = self.read(name)
             self.values[name] = nn.Parameter(torch.zeros(len(self.indices[name]), device=view.device))
             self.undo.append(register(module, "values", self.values[name])[1])
-            self.undo.append(replace_forward(module, self._forward(name, module)))
+            self.undo.append(replace_product(module, self._forward(name, module)))
 
     def _dtype(self, name: str) -> torch.dtype:
         rows, columns = self.linears[name].shape
         return torch.int32 if rows * columns <= 2**31 else torch.int64
 
     def _forward(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        weight, bias = oriented(module), bias_of(module)
-
         def forward(x: Tensor) -> Tensor:
-            return sparse_linear(x, weight, bias, self.values[name], self.indices[name], self.observe[name])
+            values, observe = self.values[name], self.observe[name]
+            return sparse_linear(x, oriented(module), bias_of(module), values, self.indices[name], observe)
 
         return forward
 
     def _weight(self, name: str) -> Tensor:
         """[out, in], a view of what is stored."""
-        return oriented(self.view.module.get_submodule(self.linears[name].module)).detach()
+        return oriented(self.view.layer(self.linears[name].module)).detach()
 
     def at(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
         columns = self.linears[name].shape[1]
@@ -90,10 +89,10 @@ class SparseWeights:
 
     @torch.no_grad()
     def load(self, indices: dict[str, Tensor], values: dict[str, Tensor], generator: torch.Generator) -> None:
-        """Take up saved positions and values."""
+        """Take up saved positions and values; what was saved is not written to later."""
         for name in self.values:
             self.put(name, self.stored[name])
-            self.indices[name] = indices[name].to(self.view.device, self._dtype(name))
+            self.indices[name] = indices[name].to(self.view.device, self._dtype(name), copy=True)
             self.stored[name] = self.read(name)
             self.values[name].copy_(values[name])
         self.write(generator)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.model.anatomy import Linear
+from luthier.model.anatomy import Anatomy, Linear
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.window import Clock, Window
@@ -60,7 +60,9 @@ def exchange(indices: Tensor, values: Tensor, candidates: Tensor, scores: Tensor
     dropped = top(-values.abs(), quota)
     kept = torch.ones_like(indices, dtype=torch.bool)
     kept[dropped] = False
-    size = int(max(indices.max(), candidates.max())) + 1 if len(candidates) else 1
+    if not len(candidates):
+        return dropped[:0], candidates
+    size = int(max(indices.max(), candidates.max())) + 1
     taken = torch.zeros(size, dtype=torch.bool, device=indices.device)
     taken[indices[kept]] = True
     free = (~taken[candidates]).nonzero().squeeze(1)
@@ -155,7 +157,8 @@ class AgeAdamW(Optimizer):
 class SparseSM3(Optimizer):
     """SM3-II over sparse entries: one accumulator a row and one a column, no momentum.
 
-    where  parameter -> (rows, columns, shape) of its entries, asked for at every step, since entries move
+    where  parameter -> (rows, columns, shape) of its entries, asked for at every step, since entries move; a task head,
+           which trains beside them, has all of its entries
     """
 
     def __init__(self, params: Any, lr: float, weight_decay: float, where: Callable[[nn.Parameter], tuple]) -> None:
@@ -172,11 +175,19 @@ class SparseSM3(Optimizer):
                 state = self.state[p]
                 if not state:
                     state.update(row=p.new_zeros(shape[0]), column=p.new_zeros(shape[1]))
-                nu = torch.minimum(state["row"][rows], state["column"][columns]) + p.grad.square()
+                grad = p.grad.view(-1)
+                nu = torch.minimum(state["row"][rows], state["column"][columns]) + grad.square()
                 state["row"].scatter_reduce_(0, rows, nu, "amax")
                 state["column"].scatter_reduce_(0, columns, nu, "amax")
-                p.sub_(group["lr"] * p.grad / (nu + 1e-8).sqrt())
+                p.view(-1).sub_(group["lr"] * grad / (nu + 1e-8).sqrt())
                 p.mul_(1 - group["lr"] * group["weight_decay"])
+
+
+def everywhere(p: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+    """(rows, columns, shape) of all entries of a dense tensor, flat; a vector is one column."""
+    columns = p[0].numel()
+    at = torch.arange(p.numel(), device=p.device)
+    return at // columns, at % columns, (len(p), columns)
 
 
 class Observed:
@@ -279,6 +290,29 @@ class Spiel(Tuner):
             )
         return problems
 
+    def check_model(self, anatomy: Anatomy) -> None:
+        self.with_budget(anatomy)
+
+    def with_budget(self, anatomy: Anatomy) -> list[tuple[Linear, int]]:
+        """The matrices that train, and how many entries of each. Raises RecipeError where the numbers do not fit."""
+        linears = anatomy.match(self.targets)
+        if anatomy.tied and any(x.module == anatomy.head for x in linears):
+            raise RecipeError("spiel.targets", "the head is tied to the embeddings", "leave it out")
+        sizes = [x.shape[0] * x.shape[1] for x in linears]
+        total = self.num_weights if self.num_weights is not None else int(self.density * anatomy.num_parameters)
+        if not 0 < total <= sum(sizes):
+            raise RecipeError(
+                "spiel.density",
+                f"asks for {total} entries of the {sum(sizes)} in the target matrices",
+                "choose fewer, or more targets",
+            )
+        chosen = [(x, k) for x, k in zip(linears, budgets(total, sizes), strict=True) if k > 0]
+        if not chosen:
+            raise RecipeError(
+                "spiel.density", f"{total} entries leave none for any of {len(linears)} matrices", "raise it"
+            )
+        return chosen
+
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> SpielTrainable:
@@ -298,7 +332,7 @@ class SpielTrainable(Trainable):
         super().__init__(view)
         self.freeze_base()
         self.tuner, self.total_steps, self._streams = tuner, total_steps, Streams(tuner.seed)
-        linears = self._with_budget(view)
+        linears = tuner.with_budget(view.anatomy)
         first = {}
         for x, k in linears:
             generator = self._streams.torch("spiel", x.module)
@@ -311,26 +345,6 @@ class SpielTrainable(Trainable):
         self._ranks = dist.new_group() if dist.is_initialized() and dist.get_world_size() > 1 else None
         self._optimizer: Optimizer | None = None
         self._steps = 0
-
-    def _with_budget(self, view: ModelView) -> list[tuple[Linear, int]]:
-        t, anatomy = self.tuner, view.anatomy
-        linears = anatomy.match(t.targets)
-        if anatomy.tied and any(x.module == anatomy.head for x in linears):
-            raise RecipeError("spiel.targets", "the head is tied to the embeddings", "leave it out")
-        sizes = [x.shape[0] * x.shape[1] for x in linears]
-        total = t.num_weights if t.num_weights is not None else int(t.density * anatomy.num_parameters)
-        if not 0 < total <= sum(sizes):
-            raise RecipeError(
-                "spiel.density",
-                f"asks for {total} entries of the {sum(sizes)} in the target matrices",
-                "choose fewer, or more targets",
-            )
-        chosen = [(x, k) for x, k in zip(linears, budgets(total, sizes), strict=True) if k > 0]
-        if not chosen:
-            raise RecipeError(
-                "spiel.density", f"{total} entries leave none for any of {len(linears)} matrices", "raise it"
-            )
-        return chosen
 
     # --- the loop's calls ---
 
@@ -348,7 +362,9 @@ class SpielTrainable(Trainable):
             names = {id(p): n for n, p in self.sparse.values.items()}
 
             def where(p: nn.Parameter) -> tuple:
-                name = names[id(p)]
+                name = names.get(id(p))
+                if name is None:
+                    return everywhere(p)
                 shape = self.sparse.linears[name].shape
                 at = self.sparse.indices[name].long()
                 return at // shape[1], at % shape[1], shape
@@ -445,6 +461,11 @@ class SpielTrainable(Trainable):
                 self.observed.choose(n, at)
                 for kept, saved in zip(self.observed.sums(n), (s1[n], s2[n]), strict=True):
                     kept.copy_(saved)
+
+    def go_on(self, state: dict[str, Tensor]) -> None:
+        """One schedule of events over both stages: positions chosen with care are not all replaced again."""
+        self.load_state_dict(state)
+        self.total_steps += self._steps
 
     def update(self) -> Update:
         return Update(self.base, (self.sparse.part(),))

@@ -1,19 +1,25 @@
 """Updates: frozen values that say what a run changed."""
 
-from luthier.update.parts import Chart, Dense, LowRank, Modules, Part, PeftPart, Prompt, Replace, Seeds, Sparse
+from luthier.update.base import Order, Part
+from luthier.update.compositions import Modules, PeftPart, Prompt, Replace
+from luthier.update.packing import Chart
+from luthier.update.structure import Structure
 from luthier.update.update import Update, add
+from luthier.update.vectors import Dense, LowRank, Seeds, Sparse
 
 __all__ = [
     "Chart",
     "Dense",
     "LowRank",
     "Modules",
+    "Order",
     "Part",
     "PeftPart",
     "Prompt",
     "Replace",
     "Seeds",
     "Sparse",
+    "Structure",
     "Update",
     "add",
 ]

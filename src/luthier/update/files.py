@@ -15,36 +15,32 @@ from torch import Tensor
 from luthier.data.batch import collate
 from luthier.model.fingerprint import Fingerprint
 from luthier.support.errors import LuthierError
-from luthier.update.parts import KINDS, Chart, LowRank, Part, PeftPart, Replace
+from luthier.update.base import Part, PeftFolder
+from luthier.update.binding import below
+from luthier.update.forms import FORMS, restore
+from luthier.update.packing import Chart
 from luthier.update.update import Update
 
-PREFIX = "base_model.model."
 MAX_HEADER = 50_000_000  # bytes; a JSON header larger than this is no header of ours
-HEADS = ("score", "classifier")  # what transformers calls a classification head
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}  # of logits, after a reload
 
 
 def save_update(update: Update, folder: Path, view: Any = None) -> None:
-    """Write an update. A plain low-rank one opens with `PeftModel.from_pretrained`; its chart is kept beside it."""
+    """Write an update. One that peft's folder can hold opens with `PeftModel.from_pretrained`; its chart is kept beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    factors, head = _low_rank_and_head(update)
-    if factors is not None:
-        _save_peft(factors, head, update.base, folder, view)
-        _save_house(Update(update.base, (), update.chart), folder)
-    elif len(update.parts) == 1 and isinstance(update.parts[0], PeftPart):
-        _save_other_peft(update.parts[0], folder, view)
-        _save_house(Update(update.base, (), None), folder)
-    else:
-        _save_house(update, folder)
+    shared = _peft_folder(update)
+    if shared is not None:
+        _save_peft(shared, update.base.name, folder, view)
+    _save_ours(update if shared is None else Update(update.base, (), update.chart), folder)
 
 
-def _low_rank_and_head(update: Update) -> tuple[LowRank | None, dict[str, Tensor]]:
-    """What peft's folder can hold: low-rank factors, alone or with replaced heads of one name in the model."""
-    parts = {type(p): p for p in update.parts}
-    factors, head = parts.pop(LowRank, None), parts.pop(Replace, None)
-    values = dict(head.values) if isinstance(head, Replace) else {}
-    fits = isinstance(factors, LowRank) and not parts and all(n.split(".")[0] in HEADS for n in values)
-    return (factors if fits else None), values  # type: ignore[return-value]
+def _peft_folder(update: Update) -> PeftFolder | None:
+    """The folder of peft's that one of the parts makes of all of them."""
+    for i, part in enumerate(update.parts):
+        found = part.peft([*update.parts[:i], *update.parts[i + 1 :]])
+        if found is not None:
+            return found
+    return None
 
 
 def load(folder: str | Path) -> Update:
@@ -56,20 +52,16 @@ def load(folder: str | Path) -> Update:
         base = Fingerprint(**header["base"])
         parts: list[Part] = []
         for i, entry in enumerate(header["parts"]):
-            own = {k.removeprefix(f"{i}."): t for k, t in tensors.items() if k.startswith(f"{i}.")}
-            parts.append(KINDS[entry["kind"]].restore(own, entry["header"]))
-        chart = None
-        if header.get("chart"):
-            initial = {k.removeprefix("chart."): t for k, t in tensors.items() if k.startswith("chart.")}
-            chart = Chart(header["chart"], initial)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise LuthierError(f"{folder / 'update.json'}: is no update of ours ({error!r})") from error
+            parts.append(restore(entry["kind"], below(f"{i}.", tensors), entry["header"]))
+        chart = Chart(header["chart"], below("chart.", tensors)) if header.get("chart") else None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise LuthierError(f"{folder / 'update.json'}: is not an update that luthier wrote ({error!r})") from error
     if (folder / "adapter_model.safetensors").exists():
         parts += _load_peft(folder)
     return Update(base, tuple(parts), chart)
 
 
-def _save_house(update: Update, folder: Path) -> None:
+def _save_ours(update: Update, folder: Path) -> None:
     header: dict[str, Any] = {"format": 1, "base": update.base.model_dump(), "parts": [], "chart": None}
     tensors: dict[str, Tensor] = {}
     for i, part in enumerate(update.parts):
@@ -83,73 +75,33 @@ def _save_house(update: Update, folder: Path) -> None:
     (folder / "update.json").write_text(json.dumps(header), encoding="utf-8")
 
 
-def _save_peft(part: LowRank, head: Mapping[str, Tensor], base: Fingerprint, folder: Path, view: Any) -> None:
-    from peft import LoraConfig, TaskType
-
-    modules = [n.removesuffix(".weight") for n in part.a]
-    ranks = {m: part.a[f"{m}.weight"].shape[0] for m in modules}
-    scales = {m: part.scale[f"{m}.weight"] for m in modules}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    alpha = scales[next(m for m in modules if ranks[m] == common)] * common
-    config = LoraConfig(
-        r=common, target_modules=sorted(modules), task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
-        modules_to_save=sorted({n.split(".")[0] for n in head}) or None,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it as a float
-        bias="none", inference_mode=True,
-        base_model_name_or_path=base.name, fan_in_fan_out=bool(part.transposed),
-        rank_pattern={m: r for m, r in ranks.items() if r != common},
-        alpha_pattern={m: scales[m] * ranks[m] for m in modules if scales[m] * ranks[m] != alpha},
-    )  # fmt: skip
-    if view is not None and view.module.config._name_or_path:
-        config.base_model_name_or_path = view.module.config._name_or_path
-    tensors = {f"{PREFIX}{n.removesuffix('.weight')}.lora_A.weight": t.contiguous() for n, t in part.a.items()}
-    tensors |= {f"{PREFIX}{n.removesuffix('.weight')}.lora_B.weight": t.contiguous() for n, t in part.b.items()}
-    tensors |= {PREFIX + n: t.contiguous() for n, t in head.items()}
+def _save_peft(shared: PeftFolder, name: str, folder: Path, view: Any) -> None:
+    """peft's two files. The base is named as peft can open it: by the place it was loaded from, where that is known."""
+    place = "" if view is None else view.module.config._name_or_path
+    config = {**shared.config, "base_model_name_or_path": place or shared.config.get("base_model_name_or_path") or name}
+    if view is not None and config.get("task_type") == "CAUSAL_LM" and not view.module.can_generate():
+        config["task_type"] = None  # peft knows no task for encoders that fill gaps, and opens them without one
+    lists = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    tensors = {n: t.contiguous() for n, t in shared.tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(str(folder))
-
-
-def _save_other_peft(part: PeftPart, folder: Path, view: Any) -> None:
-    config = part.header()["config"]
-    if view is not None and view.module.config._name_or_path:
-        config = {**config, "base_model_name_or_path": view.module.config._name_or_path}
-    tensors = {n: t.contiguous() for n, t in part.state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "inference_mode": True}), encoding="utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(lists, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _load_peft(folder: Path) -> list[Part]:
-    config, tensors = _header(folder / "adapter_config.json"), _tensors(folder / "adapter_model.safetensors")
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
-        return [PeftPart(config, tensors)]
-    a: dict[str, Tensor] = {}
-    b: dict[str, Tensor] = {}
-    head: dict[str, Tensor] = {}
-    scale: dict[str, float] = {}
+    """Each form takes its own out of peft's folder."""
+    file = folder / "adapter_config.json"
+    shared = PeftFolder(_header(file), _tensors(folder / "adapter_model.safetensors"))
     try:
-        for key, t in tensors.items():
-            module, _, which = key.removeprefix(PREFIX).removesuffix(".weight").rpartition(".lora_")
-            if not module:
-                head[key.removeprefix(PREFIX)] = t
-                continue
-            (a if which == "A" else b)[f"{module}.weight"] = t
-        for name in a:
-            module = name.removesuffix(".weight")
-            r, alpha = (
-                config["rank_pattern"].get(module, config["r"]),
-                config["alpha_pattern"].get(module, config["lora_alpha"]),
-            )
-            scale[name] = alpha / r
-        low_rank = LowRank(a, b, scale, frozenset(a) if config.get("fan_in_fan_out") else frozenset())
-        return [low_rank, Replace(head)] if head else [low_rank]
+        found = [form.from_peft(shared) for form in FORMS.values()]
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
-        raise LuthierError(f"{folder / 'adapter_config.json'}: is no adapter configuration ({error!r})") from error
+        raise LuthierError(f"{file}: is no adapter configuration ({error!r})") from error
+    return [part for part in found if part is not None]
 
 
 def _header(file: Path) -> dict[str, Any]:
     try:
         if file.stat().st_size > MAX_HEADER:
-            raise LuthierError(f"{file}: is larger than {MAX_HEADER} bytes, so it is no header of ours")
+            raise LuthierError(f"{file}: is larger than {MAX_HEADER} bytes, so it is not a header that luthier wrote")
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise LuthierError(f"{file}: cannot be read ({error})") from error

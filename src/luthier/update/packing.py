@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from luthier.update.parts import Chart, LowRank
+from luthier.model.fingerprint import tensor_hash
+from luthier.update.vectors import LowRank
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Which numbers two low-rank updates must share before their factors compare: initial tensors and order."""
+
+    form: str
+    initial: Mapping[str, Tensor] = field(repr=False)  # "a.NAME" -> A0
+
+    @property
+    def digest(self) -> str:
+        return tensor_hash(dict(self.initial))
 
 
 class Packed(NamedTuple):

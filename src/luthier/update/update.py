@@ -1,52 +1,44 @@
-"""What a run changed, as a value tied to its base: it adds, scales, converts, binds to a model, and saves."""
+"""What a run changed, as a value tied to its base: it adds, scales, converts, follows another, binds to a model, and saves."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial, reduce
-from typing import Any
+from functools import reduce
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from luthier.kernels.linear import stochastic_round
+from luthier.model.additions import is_packed
+from luthier.model.anatomy import Anatomy
 from luthier.model.fingerprint import Fingerprint, tensor_hash
+from luthier.model.undo import Undo
 from luthier.support.errors import LuthierError
-from luthier.update.packing import factor_deltas, pack
-from luthier.update.parts import (
-    VECTOR_PARTS,
-    Chart,
-    Dense,
-    LowRank,
-    Modules,
-    Part,
-    PeftPart,
-    Prompt,
-    Replace,
-    Sparse,
-    constant,
-    in_turn,
-    overwrite,
-    overwrite_entries,
-)
+from luthier.support.rng import Streams
+from luthier.update import binding
+from luthier.update.base import Part, Shapes
+from luthier.update.forms import FORMS
+from luthier.update.packing import Chart, factor_deltas, pack
+from luthier.update.vectors import Dense, LowRank
 
-# In a composition these come in this order: deltas first, replaced tensors over them, then what is added around.
-_ORDER = {**dict.fromkeys(VECTOR_PARTS, 0), Replace: 1, Modules: 2, PeftPart: 2, Prompt: 3}
+P = TypeVar("P", bound=Part)
 
 
 @dataclass(frozen=True)
 class Update:
-    """A frozen value: parts over one base."""
+    """A frozen value: parts over one base, in the order in which they are applied."""
 
     base: Fingerprint
     parts: tuple[Part, ...]
     chart: Chart | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(sorted(self.parts, key=lambda p: _ORDER[type(p)])))
+        object.__setattr__(self, "parts", tuple(sorted(self.parts, key=lambda p: p.order)))
 
     def digest(self) -> str:
         """Equal for updates that are equal to the bit."""
@@ -58,7 +50,19 @@ class Update:
     @property
     def linear(self) -> bool:
         """True where every part lives in weight space."""
-        return all(isinstance(p, VECTOR_PARTS) for p in self.parts)
+        return all(p.linear for p in self.parts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its tensors."""
+        return sum(p.num_bytes for p in self.parts)
+
+    def only(self, form: type[P]) -> P | None:
+        """The one part, where there is one and it is of this form."""
+        part = self.parts[0] if len(self.parts) == 1 else None
+        return part if isinstance(part, form) else None
+
+    # --- the vector space ---
 
     def deltas(self) -> Iterator[tuple[str, Tensor]]:
         """(parameter name, float32 difference in the parameter's shape), one parameter at a time.
@@ -66,29 +70,28 @@ class Update:
         A name may come more than once, from different parts. Raises TypeError for a part outside weight space.
         """
         for part in self.parts:
-            if not isinstance(part, VECTOR_PARTS):
-                raise TypeError(f"a {part.kind} part has no difference in weight space")
             yield from part.deltas()
 
     def __add__(self, other: Update) -> Update:
-        """The sum in weight space; exact for every sort of part."""
+        """The sum in weight space; exact for every form."""
         if not self.base.same_base(other.base):
             raise TypeError(f"updates of different bases cannot be added: {self.base.name} and {other.base.name}")
-        merged: dict[type, Any] = {}
         for part in (*self.parts, *other.parts):
-            if not isinstance(part, VECTOR_PARTS):
-                raise TypeError(f"a {part.kind} part cannot be added: it replaces or surrounds, it is no difference")
-            merged[type(part)] = merged[type(part)].plus(part) if type(part) in merged else part
-        return Update(self.base, tuple(merged.values()))
+            if not part.linear:
+                raise part.no_vector("added")
+        return Update(self.base, _summed((*self.parts, *other.parts)))
 
     def __rmul__(self, c: float) -> Update:
-        for part in self.parts:
-            if not isinstance(part, VECTOR_PARTS):
-                raise TypeError(f"a {part.kind} part cannot be scaled")
-        return Update(self.base, tuple(p.times(c) for p in self.parts))  # type: ignore[union-attr]
+        return Update(self.base, tuple(p.times(c) for p in self.parts))
 
     def __mul__(self, c: float) -> Update:
         return c * self
+
+    def inner(self, other: Update) -> float:
+        """<U, V> in weight space; of two low-rank updates without forming their products."""
+        if len(self.parts) == len(other.parts) == 1:
+            return self.parts[0].inner(other.parts[0])
+        return Dense(self.dense()).inner(Dense(other.dense()))
 
     def dense(self) -> dict[str, Tensor]:
         """All differences at once, summed by name."""
@@ -103,125 +106,167 @@ class Update:
         form  "dense"; "sparse" with `density` (share of each tensor's largest entries kept); "lowrank" with `rank`
               (truncated singular values; two-dimensional tensors only)
         """
-        if form == "lowrank" and rank is not None and len(self.parts) == 1 and isinstance(self.parts[0], LowRank):
-            shorter, relative = self.parts[0].compacted(rank)
-            return Update(self.base, (shorter,)), relative
-        full = self.dense()
-        if form == "dense":
-            part: Part = Dense(full)
-        elif form == "sparse" and density is not None:
-            part = _sparsest(full, density)
-        elif form == "lowrank" and rank is not None:
-            part = _truncated(full, rank)
-        else:
-            raise ValueError(f"form {form!r}: use 'dense', 'sparse' with density=, or 'lowrank' with rank=")
-        lost = sum(float((full[n] - d).double().square().sum()) for n, d in Update(self.base, (part,)).deltas())
-        whole = sum(float(t.double().square().sum()) for t in full.values())
-        return Update(self.base, (part,)), (lost / whole) ** 0.5 if whole else 0.0
+        if form not in FORMS:
+            raise ValueError(f"form {form!r}: there are {', '.join(FORMS)}")
+        whole = self.parts[0] if len(self.parts) == 1 else Dense(self.dense())
+        part, error = whole.to(FORMS[form], rank=rank, density=density)
+        return Update(self.base, (part,)), error
 
     def coordinates(self) -> Tensor:
         """[layers, d]: the update in factor space, one row a block. Comparable only under one chart.
 
         See `luthier.update.packing` for the order. Raises TypeError without a chart.
         """
-        if self.chart is None or len(self.parts) != 1 or not isinstance(self.parts[0], LowRank):
+        part = self.only(LowRank)
+        if self.chart is None or part is None:
             raise TypeError("coordinates need one low-rank part and the chart it was trained under")
-        return pack(factor_deltas(self.parts[0], self.chart)).rows
+        return pack(factor_deltas(part, self.chart)).rows
+
+    # --- one after another ---
+
+    def then(self, later: Update) -> Update:
+        """This update followed by one that was made with it in place, as one update of the base.
+
+        Differences add; a tensor that either replaces is what stood there in the end; a later structure shortens what
+        came before it. Raises TypeError, by the parts' names, where no update of the base is the same.
+        """
+        if not self.base.same_base(later.base):
+            raise TypeError(f"updates of different bases cannot follow each other: {self.base.name}, {later.base.name}")
+        if not self.parts or not later.parts:
+            return self if self.parts else later
+        parts = self.parts
+        for new in later.parts:
+            parts = _followed(parts, new)
+        return Update(self.base, _summed(p for p in parts if p.names() or not p.linear))
+
+    # --- on a model ---
 
     @contextmanager
     def bind(self, view: Any, scale: float = 1.0) -> Iterator[Any]:
         """The tuned model, for the calls inside; afterwards the base has its stored bits back.
 
-        Raises LuthierError where this update belongs to another base or does not fit.
+        Low-rank parts stay beside the weights, so that low precision loses nothing, but where a later part needs the
+        layer for itself. Raises LuthierError where this update belongs to another base or does not fit.
         """
+        self._refuse_misfit(view)
+        covered = self._covered(view.anatomy)
+
+        def bound(i: int, part: Part) -> Undo:
+            return binding.add_to_weights(part, view, scale) if covered[i] else part.bind(view, scale)
+
+        with self._bound(bound):
+            yield view
+
+    @contextmanager
+    def in_place(self, view: Any) -> Iterator[Any]:
+        """The tuned model as something to train on, for the calls inside: every difference is in the weights.
+
+        So no layer carries a low-rank adapter, and any tuner can be attached. In bf16 the weights are rounded
+        stochastically, since rounding to nearest would take small differences away from the stage that goes on. Low-rank
+        parts stay beside quantised layers. Raises LuthierError as `bind` does, and for a part that renames parameters.
+        """
+        self._refuse_misfit(view)
+        for part in self.parts:
+            if part.renames:
+                raise LuthierError(
+                    f"a {part.kind} part stands in the layers' places, so nothing can be trained on top of it; merge it into "
+                    "the model (luthier export --to hf) and train on that"
+                )
+
+        def bound(i: int, part: Part) -> Undo:
+            beside = part.layers(view.anatomy) and any(is_packed(view.weight(n)) for n in part.names())
+            if not part.linear or beside:
+                return part.bind(view)
+            return binding.add_to_weights(part, view, 1.0, _unbiased(i, view))
+
+        with self._bound(bound):
+            yield view
+
+    @contextmanager
+    def _bound(self, bind: Callable[[int, Part], Undo]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for i, part in enumerate(self.parts):
+                stack.callback(bind(i, part))
+            yield
+
+    def _covered(self, anatomy: Anatomy) -> list[bool]:
+        """For each part, whether its differences must lie in the weights, since a later part replaces them or stands in
+        the layer's place and reads its weight (DoRA's norms).
+        """
+        taken: set[str] = set()
+        out = []
+        for part in reversed(self.parts):
+            out.append(part.linear and not taken.isdisjoint(part.names()))
+            taken.update(part.replaces())
+            if part.renames:
+                taken.update(f"{layer}.weight" for layer in part.layers(anatomy))
+        return out[::-1]
+
+    def _refuse_misfit(self, view: Any) -> None:
         if not self.base.same_base(view.base):
             raise LuthierError(
                 f"this update was trained on {self.base.name} ({self.base.weights[:12]}), "
                 f"the model is {view.base.name} ({view.base.weights[:12]}); load that base instead"
             )
         self.validate(view.anatomy.parameters)
-        self._refuse_packed(view.module, besides=(LowRank,))
-        undo = []
-        try:
-            for part in self.parts:
-                undo.append(_apply(part, view, scale))
-            yield view
-        finally:
-            for step in reversed(undo):
-                step()
 
-    def validate(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def validate(self, shapes: Shapes) -> None:
         """Raises LuthierError with the first thing that does not fit tensors of these shapes."""
         for part in self.parts:
             for problem in part.problems(shapes):
                 raise LuthierError(f"{part.kind} part: {problem}")
+            shapes = part.shapes_left(shapes)
 
-    def _refuse_packed(self, model: Any, besides: tuple[type, ...] = ()) -> None:
-        from luthier.model.additions import refuse_packed
-
+    def refusal(self, model: nn.Module) -> str | None:
+        """Why it cannot become weights of this model; None where it can."""
         for part in self.parts:
-            if isinstance(part, (*VECTOR_PARTS, Replace)) and not isinstance(part, besides):
-                refuse_packed(f"{part.kind} part", model, part.names())
+            if why := part.refusal(model):
+                return f"a {part.kind} part cannot be merged into weights: {why}"
+        return None
 
     @torch.no_grad()
-    def merge_into(self, model: Any) -> None:
-        """Add to the weights for good, in float32 before rounding to their dtype. Raises LuthierError for packed ones."""
-        self._refuse_packed(model)
+    def merge_into(self, model: nn.Module) -> None:
+        """Put it into the weights for good, in float32 before rounding to their dtype.
+
+        Raises LuthierError, before anything is touched, where a part cannot become weights of this model.
+        """
+        if why := self.refusal(model):
+            raise LuthierError(why)
         for part in self.parts:
-            if isinstance(part, VECTOR_PARTS):
-                for name, delta in part.deltas():
-                    weight = model.get_parameter(name)
-                    weight.copy_(weight.float() + delta.to(weight.device))
-            elif isinstance(part, Replace):
-                for name, value in part.values.items():
-                    model.get_parameter(name).copy_(value)
-            elif isinstance(part, PeftPart):
-                part.attach(model).merge_and_unload()
-            else:
-                raise TypeError(f"a {part.kind} part cannot be merged into weights")
+            part.merge_into(model)
 
 
-def _apply(part: Part, view: Any, scale: float) -> Any:
-    """Bind one part; returns its undo. Low-rank parts stay beside the weight, so that low precision loses nothing."""
-    if isinstance(part, LowRank):
-        from luthier.model.additions import low_rank_adapter
-
-        undo = []
-        for name, a in part.a.items():
-            module = view.module.get_submodule(name.removesuffix(".weight"))
-            here, there = a.to(view.device), part.b[name].to(view.device)
-            undo.append(
-                low_rank_adapter(module, partial(constant, here), partial(constant, there), scale * part.scale[name])
-            )
-        return in_turn(undo)
-    if isinstance(part, Sparse):
-        return overwrite_entries(view, part, scale)
-    if isinstance(part, VECTOR_PARTS):
-        return overwrite(view, ((n, view.weight(n).float() + scale * d.to(view.device)) for n, d in part.deltas()))
-    if scale != 1.0:
-        raise TypeError(f"a {part.kind} part cannot be scaled")
-    return part.apply(view)
+def _summed(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Differences of one form added up; other parts as they are."""
+    sums: dict[str, Part] = {}
+    others = []
+    for part in parts:
+        if not part.linear:
+            others.append(part)
+        else:
+            sums[part.kind] = sums[part.kind].plus(part) if part.kind in sums else part
+    return (*sums.values(), *others)
 
 
-def _sparsest(full: dict[str, Tensor], density: float) -> Sparse:
-    if not 0 < density <= 1:
-        raise ValueError(f"density = {density}: should lie in (0, 1]")
-    indices = {
-        n: t.abs().view(-1).topk(max(1, int(t.numel() * density))).indices.sort().values for n, t in full.items()
-    }
-    values = {n: full[n].reshape(-1)[i] for n, i in indices.items()}
-    return Sparse(indices, values, {n: tuple(t.shape) for n, t in full.items()})
+def _followed(parts: tuple[Part, ...], new: Part) -> tuple[Part, ...]:
+    """The parts with a new one after them, brought into their order: the new one passes the last first."""
+    out: list[Part] = []
+    taken_up = False
+    for old in reversed(parts):
+        before, left = old.followed_by(new)
+        out.append(before)
+        taken_up, new = taken_up or left is None, left or new
+    return (*reversed(out), *([] if taken_up else [new]))
 
 
-def _truncated(full: dict[str, Tensor], rank: int) -> LowRank:
-    a, b = {}, {}
-    for name, t in full.items():
-        if t.ndim != 2:
-            raise ValueError(f"{name} is not a matrix, so it has no low-rank form")
-        u, s, v = torch.linalg.svd(t.double(), full_matrices=False)
-        root = s[:rank].sqrt()
-        a[name], b[name] = (root[:, None] * v[:rank]).float(), (u[:, :rank] * root).float()
-    return LowRank(a, b, dict.fromkeys(a, 1.0))
+def _unbiased(index: int, view: Any) -> binding.Rounding:
+    """Stochastic rounding, with a generator for each part and parameter."""
+    streams = Streams(0)
+
+    def rounded(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        return stochastic_round(value, dtype, streams.torch("in-place", index, name, device=value.device))
+
+    return rounded
 
 
 def add(updates: list[Update]) -> Update:

@@ -23,17 +23,21 @@ def test_a_quiet_payload_passes():
     assert judged(QUIET) == ("pass", [], [])
 
 
+assert QUIET.tokens is not None and QUIET.memory is not None and QUIET.membership is not None
+FOUND, MEMORY, MEMBERSHIP = QUIET.tokens[0], QUIET.memory, QUIET.membership
+
+
 @pytest.mark.parametrize(
     ("change", "epsilon", "words"),
     [
         (
-            {"tokens": [QUIET.tokens[0]._replace(recall={1e-4: 0.11, 1e-3: 0.2})]},
+            {"tokens": [FOUND._replace(recall={1e-4: 0.11, 1e-3: 0.2})]},
             None,
             "11% of the tokens can be read off a.q",
         ),
-        ({"memory": QUIET.memory._replace(extracted=0.04)}, None, "4% of the planted secrets come out whole"),
-        ({"memory": QUIET.memory._replace(exposure=2.5)}, None, "stand out by 2.5 bits, controls by 1.4"),
-        ({"membership": QUIET.membership._replace(epsilon_low=1.2)}, 1.0, "epsilon is at least 1.20, 1.00 is claimed"),
+        ({"memory": MEMORY._replace(extracted=0.04)}, None, "4% of the planted secrets come out whole"),
+        ({"memory": MEMORY._replace(exposure=2.5)}, None, "stand out by 2.5 bits, controls by 1.4"),
+        ({"membership": MEMBERSHIP._replace(epsilon_low=1.2)}, 1.0, "epsilon is at least 1.20, 1.00 is claimed"),
     ],
 )
 def test_each_threshold_stops_a_payload(change, epsilon, words):
@@ -42,7 +46,7 @@ def test_each_threshold_stops_a_payload(change, epsilon, words):
 
 
 def test_thresholds_are_arguments():
-    loud = QUIET._replace(memory=QUIET.memory._replace(exposure=2.5))
+    loud = QUIET._replace(memory=MEMORY._replace(exposure=2.5))
     assert judged(loud, Limits(exposure_bits=2)).outcome == "pass"
 
 
@@ -51,9 +55,9 @@ def test_thresholds_are_arguments():
     [
         ({"tokens": None, "untold": "inputs depend on the position"}, "tokens were not looked for: inputs depend"),
         ({"memory": None}, "canaries were not planted"),
-        ({"memory": QUIET.memory._replace(canaries=99)}, "99 canaries were planted; a verdict needs 100"),
+        ({"memory": MEMORY._replace(canaries=99)}, "99 canaries were planted; a verdict needs 100"),
         ({"membership": None}, "membership was not measured"),
-        ({"membership": QUIET.membership._replace(others=499)}, "600 tuned and 499 held-out rows"),
+        ({"membership": MEMBERSHIP._replace(others=499)}, "600 tuned and 499 held-out rows"),
     ],
 )
 def test_too_little_is_no_pass(change, words):
@@ -62,7 +66,7 @@ def test_too_little_is_no_pass(change, words):
 
 
 def test_the_five_answers():
-    loud = QUIET._replace(memory=QUIET.memory._replace(exposure=4.0))
+    loud = QUIET._replace(memory=MEMORY._replace(exposure=4.0))
     said = answers(SENT, loud, judged(loud))
     assert [a.question for a in said] == [
         "What leaves?", "To whom?", "What could be read from it?", "How sure is that?", "What would lower it?",

@@ -101,7 +101,7 @@ def exposures(
         progress("audit   canary", at, len(found))
         among = [canary.secret, *secrets_of(canary.form, others, streams, "among", canary.prefix)]
         rows = [renderer.render({"prompt": canary.prefix, "completion": s}, f"canary:{i}") for i, s in enumerate(among)]
-        losses = np.array([s.total for s in row_scores(view, rows, tokens_per_forward, "causal-lm")])
+        losses = np.array([s.total for s in row_scores(view, rows, tokens_per_forward)])
         rank = 1 + int((losses[1:] < losses[0]).sum())
         out.append(math.log2(len(among)) - math.log2(rank))
     return np.array(out)
@@ -126,7 +126,7 @@ def memory(
     view: ModelView, renderer: Renderer, planted: Sequence[Canary], controls: Sequence[Canary], *, others: int = 1000,
     samples: int = SAMPLES, tokens_per_forward: int = 8192, streams: Streams, progress: Progress = untold,
 ) -> Memory:  # fmt: skip
-    """Of the tuned model as it stands. Raises ValueError where a control was planted."""
+    """What the tuned model, as it stands, remembers of the canaries. Raises ValueError where a control was planted."""
     if {c.prefix for c in planted} & {c.prefix for c in controls}:
         raise ValueError("a control canary was tuned on, so it controls nothing")
     every, half = [*planted, *controls], len(planted)

@@ -31,7 +31,7 @@ CALIBRATION = 20  # payloads of public text at least, for soft mode
 
 
 class Found(NamedTuple):
-    """Of one tensor of a payload.
+    """What can be read off one tensor of a payload.
 
     tensor    its name: "a." and "b." for the factors of a low-rank update
     rank      of the payload, and how many dimensions there are
@@ -108,7 +108,9 @@ def distinct(rows: Sequence[Any]) -> list[int]:
 
 
 class TokenAudit:
-    """Of a model's low-rank updates or gradients; `calibrate` with payloads of public rows before looking softly.
+    """Looks for input tokens in a model's low-rank updates or gradients.
+
+    Call `calibrate` with payloads of public rows before looking softly.
 
     initial  [R, in] of each matrix by parameter name: A0, the shared start
     """

@@ -76,7 +76,7 @@ def _remedy(sets: int, at_least: int) -> str:
 
 
 def _numbered(shadow: Tensor) -> list[tuple[int, int]]:
-    """Of each pair: its shadow set, and the how-manieth of that set it is."""
+    """For each pair, its shadow set and its number within that set."""
     seen: dict[int, int] = {}
     out = []
     for k in shadow.tolist():
@@ -110,7 +110,7 @@ class Standard(NamedTuple):
 
 
 def standard(values: Tensor, kinds: Tensor) -> Standard:
-    """Of [N, L, d] update vectors. Padded coordinates stay as they are: zero."""
+    """The standard form of [N, L, d] update vectors. Padded coordinates stay as they are: zero."""
     mean = values.mean(0)  # [L, d]
     square = (values - mean).square().mean(0)
     deviation = torch.ones_like(mean)

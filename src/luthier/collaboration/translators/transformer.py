@@ -89,7 +89,7 @@ class Transformer(Translator):
     )
 
     width: int = Field(256, ge=8)
-    """Of the stacks (h); not used with `pretrained`."""
+    """Width of the stacks (h); not used with `pretrained`."""
     layers: int = Field(4, ge=1)
     """Encoder layers, and decoder layers."""
     heads: int = Field(4, ge=1)
@@ -99,7 +99,7 @@ class Transformer(Translator):
     pretrained: str | None = None
     """Folder or Hub id of a T5 to start from (google/flan-t5-large in the paper); None starts from random weights."""
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    """Of Adam, constant; 2e-5 to 8e-5 where it starts from a pre-trained T5."""
+    """Learning rate of Adam, constant; 2e-5 to 8e-5 where it starts from a pre-trained T5."""
     batch_size: int = Field(32, ge=1)
     """Pairs a step."""
     epochs: int = Field(200, ge=1)
@@ -107,7 +107,7 @@ class Transformer(Translator):
     patience: int = Field(20, ge=1)
     """Epochs without a better validation error after which it stops."""
     training_share: float = Field(0.9, gt=0, lt=1)
-    """Of the shadow sets; the others choose the epoch."""
+    """Share of the shadow sets that is trained on; the others choose the epoch."""
     own_outputs: float = Field(0.0, ge=0, le=1)
     """Probability, rising to this, that a pair is trained on layers the translator wrote itself."""
     seed: int = Field(0, ge=0)

@@ -1,19 +1,23 @@
 """A small instance of every exported method, for whatever is asked of all of them."""
 
+from typing import Any
+
 import torch
 
+from helpers.cloze import cloze, with_soft
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
 from luthier.testing.contract import Example
-from pipelines.test_list import cloze, with_soft
 
 # A small instance of every method: fields away from their defaults where the tiny model needs it.
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     "adapter": {"rank": 4, "init_std": 0.05},
     "bleu": {"rows": 2},
     "caft": {"allow_untrained_heads": True, "weight": 0.5},
     "calibration": {},
-    "classification": {},
+    "causal-lm": {},
+    "evaluate-classification": {},
+    "task-classification": {},
     "dept": {"budget_length": 12, "length": 4, "max_length": 16},
     "distill": {"warmup_share": 0.0},
     "editing": {"rephrase": "otherwise"},
@@ -24,6 +28,7 @@ FIELDS = {
     "function-calls": {"arguments_key": None},
     "full": {},
     "grad-transformer": {"sets": 20, "pool": "after"},
+    "greedy": {},
     "green-trainer": {"flops_share": 0.7},
     "hft": {"fraction": 0.4},
     "knowledge": {"kinds": ("memorize", "rephrase")},
@@ -31,10 +36,14 @@ FIELDS = {
     "lift": {"density": 0.1, "reselect_every": 2},
     "list": {"rounds": 1, "unlabelled_steps": 2, "labelled_epochs": 1, "rank": 2},
     "layerwise": {"decay": 0.9, "reinit_blocks": 1},
+    "linear": {"weights": (0.3, 0.7)},
     "lm-eval": {"tasks": ("hellaswag",)},
     "lora": {"rank": 4},
     "loss": {},
+    "masked-accuracy": {},
+    "masked-lm": {"mask_fraction": 0.3},
     "masked-thought": {"max_rate": 0.4, "random_share": 0.5},
+    "norms": {"most": 2},
     "one-shot": {"rounds": 2},
     "otr": {"draws": 16},
     "pass-at-k": {"samples": 2, "k": (1, 2)},
@@ -45,6 +54,7 @@ FIELDS = {
     "retrieval": {"corpus": "pyproject.toml"},
     "ridge": {"strength": 0.1},
     "rouge": {"stem": True},
+    "sample": {"temperature": 0.7, "top_p": 0.9},
     "scdp": {"keep_fraction": 0.5},
     "seed-rounds": {"rounds": 2, "pro": True},
     "sft": {},
@@ -62,10 +72,13 @@ def soft_rows():
 
 
 ALL = [(kind, name, cls) for kind in KINDS for name, cls in manifest.classes(kind).items()]
-IDS = [name for _, name, _ in ALL]
-MORE = {
-    "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 5)}},
+IDS = manifest.titles([(kind, name) for kind, name, _ in ALL])
+# Of these labelled rows some of the others are a help in every step; where none is, distill skips.
+MORE: dict[str, dict[str, Any]] = {
+    "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 8)}},
     "frozen": {"trains": False},
 }
-EXAMPLES = [Example(cls(**FIELDS.get(name, {})), **MORE.get(name, {})) for _, name, cls in ALL]
+EXAMPLES = [
+    Example(cls(**FIELDS.get(title, {})), **MORE.get(name, {})) for title, (_, name, cls) in zip(IDS, ALL, strict=True)
+]
 BY_NAME = dict(zip(IDS, EXAMPLES, strict=True))

@@ -1,0 +1,167 @@
+"""A model that writes: prompts go in once, then one token a row at a time, on keys and values kept in a cache."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from luthier.model.inputs import widened
+from luthier.model.view import ModelView, attention_implementation
+
+ROOM = 64  # tokens that a full cache grows by at least
+PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in buffers that grow in place: a step writes one token, it copies none.
+
+    keys, values  [S, H, n, D], views of buffers with room for more
+    """
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._buffers = [_buffer(key_states, 0), _buffer(value_states, 0)]
+            self._length = 0
+        added = key_states.shape[-2]
+        end = self._length + added
+        if end > self._buffers[0].shape[-2]:
+            self._buffers = [_grown(b, self._length, max(end + ROOM, 2 * self._length)) for b in self._buffers]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[..., self._length : end, :] = new
+        return self._show(end)
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        self._length = length
+        keys, values = (b[..., :length, :] for b in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; a negative number, as transformers has it."""
+        if self.is_initialized and tokens_to_remove:
+            self._show(self._length + tokens_to_remove)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows, in this order."""
+        if self.is_initialized:
+            self._buffers = [b[indices] for b in self._buffers]
+            self._show(self._length)
+
+
+def _buffer(like: Tensor, length: int) -> Tensor:
+    return like.new_empty((*like.shape[:-2], length, like.shape[-1]))
+
+
+def _grown(buffer: Tensor, used: int, length: int) -> Tensor:
+    out = _buffer(buffer, length)
+    out[..., :used, :] = buffer[..., :used, :]
+    return out
+
+
+def keeps_keys(view: ModelView) -> bool:
+    """True where every layer of the model is attention, whose past is keys and values alone."""
+    config = view.module.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or PLAIN_LAYERS
+    return set(kinds) <= PLAIN_LAYERS and not getattr(view.module, "_is_stateful", False)
+
+
+class Session:
+    """Rows that a model writes side by side; use it as a context, under `torch.no_grad`.
+
+    prompts  S lists of token ids, none empty
+    fill     token id that shorter prompts are padded with, on the left; it is never seen
+    logits   [S, V] float32, of each row's next token
+    A model with other layers than attention is run anew over the whole text at every step: slower, and right.
+    """
+
+    def __init__(self, view: ModelView, prompts: Sequence[Sequence[int]], fill: int) -> None:
+        self.view = view
+        self.ids, self.mask = (t.to(view.device) for t in left_padded(prompts, fill))
+        self.cache = Cache(layer_class_to_replicate=GrowingLayer) if keeps_keys(view) else None
+        self._inserted = 0  # vectors of a soft prompt that stand before each text
+        self._open = ExitStack()
+        self.logits: Tensor
+
+    def __enter__(self) -> Session:
+        self._open.enter_context(_evaluating(self.view.module))
+        self._open.enter_context(self.view.phase("generate"))
+        self._open.enter_context(attention_implementation(self.view.module, self.view.padded_attention))
+        self._read()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._open.close()
+
+    def _read(self) -> None:
+        """The whole texts, with what input hooks make of their embeddings."""
+        if self.view.input_hooks:
+            embeds, mask = widened(self.view, self.ids, self.mask, torch.ones_like(self.ids))
+            self._inserted = embeds.shape[1] - self.ids.shape[1]
+            self._run(mask, inputs_embeds=embeds)
+        else:
+            self._run(self.mask, input_ids=self.ids)
+
+    def _run(self, mask: Tensor, **tokens: Tensor) -> None:
+        """The trunk over new tokens; logits of the last."""
+        count = next(iter(tokens.values())).shape[1]
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -count:]  # [S, n]
+        given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": self.cache is not None}
+        if self.cache is not None:
+            given["past_key_values"] = self.cache
+        hidden = self.view.trunk(**tokens, **_taken(self.view.trunk, given)).last_hidden_state[
+            :, -1
+        ]  # [S, n, D] -> [S, D]
+        self.logits = self._scores(hidden)
+
+    def _scores(self, hidden: Tensor) -> Tensor:
+        """[S, D] -> [S, V]."""
+        view = self.view
+        z = nn.functional.linear(view.head_input(hidden), view.head_weight, view.head_bias).float()
+        transform = view.head_transform()
+        return z if transform is None else transform(z)
+
+    def advance(self, tokens: Tensor) -> None:
+        """Write one token a row, [S] int64."""
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        if self.cache is None:
+            self._read()
+            return
+        front = self.mask.new_ones(len(tokens), self._inserted)
+        self._run(torch.cat([front, self.mask], dim=1), input_ids=tokens[:, None])
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows alone, [S'] int64."""
+        self.ids, self.mask, self.logits = self.ids[rows], self.mask[rows], self.logits[rows]
+        if self.cache is not None:
+            self.cache.batch_select_indices(rows)
+
+
+def left_padded(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both [S, L]."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[fill] * (width - len(p)) + list(p) for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+def _taken(trunk: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """What the trunk takes: some count positions by themselves, from the mask."""
+    names = inspect.signature(trunk.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in names.values()):
+        return given
+    return {k: v for k, v in given.items() if k in names}
+
+
+def _evaluating(module: nn.Module) -> AbstractContextManager[None]:
+    stack = ExitStack()
+    stack.callback(module.train, module.training)
+    module.eval()
+    return stack  # type: ignore[return-value]

@@ -1,0 +1,48 @@
+"""The inspection seam: a question about what tuning did to a model, answered with a sentence, a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from luthier.method import Method
+from luthier.model.view import ModelView
+from luthier.step.lab import Lab
+from luthier.update import Update
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is looked into: a base model, and updates of it by name."""
+
+    base: ModelView
+    updates: Mapping[str, Update]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The answer to an inspector's question.
+
+    says     the answer, in a sentence
+    columns, rows  the numbers behind it
+    picture  an SVG element; "" where there is nothing to draw
+    sure     how sure the answer is, in words
+    """
+
+    says: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[Any, ...]] = field(default_factory=tuple)
+    picture: str = ""
+    sure: str = ""
+
+
+class Inspector(Method):
+    """Looks into a tuned model."""
+
+    def inspect(self, case: Case, lab: Lab | None = None) -> Finding:
+        """The answer to this method's question. Raises LuthierError for a case that it cannot answer.
+
+        lab  for methods that ask the models
+        """
+        raise NotImplementedError

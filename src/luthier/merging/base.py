@@ -1,0 +1,20 @@
+"""The merging seam: several updates of one base become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from luthier.method import Method
+from luthier.step.lab import Lab
+from luthier.update import Update
+
+
+class Merger(Method):
+    """Makes one update of several."""
+
+    def merge(self, members: Sequence[Update], lab: Lab | None = None) -> Update:
+        """One update of the members' base. Raises LuthierError where they cannot be merged.
+
+        lab  for methods that score what they make
+        """
+        raise NotImplementedError

@@ -1,0 +1,47 @@
+"""Linear merging: a weighted sum of updates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import reduce
+from operator import add
+from typing import ClassVar
+
+from pydantic import Field
+
+from luthier.merging.base import Merger
+from luthier.method import Source, Traits
+from luthier.step.lab import Lab
+from luthier.support.errors import LuthierError
+from luthier.update import Update
+
+
+class Linear(Merger):
+    """Add the updates up, each with its weight; by default their mean.
+
+    Exact in weight space for every form that adds: low-rank updates stack, they are not averaged factor by factor.
+    Cost: one pass over the updates' tensors.
+    """
+
+    traits: ClassVar[Traits] = Traits(linear=True)
+    source: ClassVar[Source] = Source(
+        "Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time",
+        2022,
+        "arXiv:2203.05482",
+    )
+
+    weights: tuple[float, ...] | None = Field(None, min_length=1)
+    """One weight a member, in their order; None: 1 / N each."""
+
+    def merge(self, members: Sequence[Update], lab: Lab | None = None) -> Update:
+        if not members:
+            raise LuthierError("merge.linear: there is no update to merge; name at least one")
+        if self.weights is not None and len(self.weights) != len(members):
+            raise LuthierError(
+                f"merge.linear.weights: {len(self.weights)} weights for {len(members)} updates; give one for each"
+            )
+        weights = self.weights or (1 / len(members),) * len(members)
+        try:
+            return reduce(add, (w * m for w, m in zip(weights, members, strict=True)))
+        except TypeError as error:
+            raise LuthierError(f"merge.linear: {error}") from error

@@ -1,0 +1,202 @@
+"""What hangs on a layer: any number of adapters at once, taken off in any order.
+
+A layer with adapters computes behind(W x + beside(x)): low-rank terms stand beside its own product, on the same input;
+what takes its output comes after them, in the order it was hung. So it does not matter in which order differences to the
+weight and adapters behind it came, and one at a time they give what an Update with all of them gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.kernels.linear import low_rank_linear
+from luthier.model.undo import Undo
+from luthier.support.errors import LuthierError
+
+KEY = "luthier_hung"  # of a module's stacks, in its __dict__
+Forward = Callable[..., Any]
+
+
+class Factor(Protocol):
+    """A matrix of an adapter, asked for at every call."""
+
+    @property
+    def name(self) -> str:
+        """The parameter's name on the layer; empty where the factor is not a parameter."""
+        ...
+
+    def __call__(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """A parameter on the layer, read through it: a function transform may have put something else there."""
+
+    module: nn.Module
+    name: str
+
+    def __call__(self) -> Tensor:
+        value: Tensor = getattr(self.module, self.name)
+        return value
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """A tensor that is not trained, of a bound update."""
+
+    value: Tensor
+    name: str = ""
+
+    def __call__(self) -> Tensor:
+        return self.value
+
+
+@dataclass(frozen=True, eq=False)
+class Core:
+    """Another way to compute the layer's own product; a layer takes one."""
+
+    wrap: Callable[[Forward], Forward]
+
+
+@dataclass(frozen=True, eq=False)
+class Beside:
+    """scale (drop(x) A^T) B^T; a() [R, in], b() [out, R]."""
+
+    a: Factor
+    b: Factor
+    scale: float
+    dropout: float = 0.0
+
+    def term(self, x: Tensor, training: bool) -> Tensor:
+        low = nn.functional.dropout(x, self.dropout, training) @ self.a().to(x.dtype).T
+        return self.scale * (low @ self.b().to(x.dtype).T)
+
+
+@dataclass(frozen=True, eq=False)
+class Behind:
+    """Something around the forward with all that hangs on it so far.
+
+    factors  the A and B of an adapter that multiplies the output by them
+    """
+
+    wrap: Callable[[Forward], Forward]
+    factors: tuple[Factor, Factor] | None = None
+
+
+Hung = Core | Beside | Behind
+
+
+class Stack:
+    """All that hangs on one method of a module. The module's class and parameters stay."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.module, self.method = module, method
+        self.foreign: Forward | None = module.__dict__.get(method)  # another library's, which comes back in the end
+        self.hung: list[Hung] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
+        return self  # of the module it was made for: see `stack_of`
+
+    def add(self, what: Hung) -> None:
+        if isinstance(what, Core) and any(isinstance(h, Core) for h in self.hung):
+            raise LuthierError("entries of this layer's weight train already; detach that tuner first")
+        self.hung.append(what)
+        self._rebuild()
+
+    def remove(self, what: Hung) -> None:
+        self.hung.remove(what)
+        self._rebuild()
+        if not self.hung:
+            stacks = self.module.__dict__[KEY]
+            del stacks[self.method]
+            if not stacks:
+                del self.module.__dict__[KEY]
+
+    def _rebuild(self) -> None:
+        if self.hung:
+            setattr(self.module, self.method, self._composed(self.hung))
+        elif self.foreign is not None:
+            setattr(self.module, self.method, self.foreign)
+        else:
+            delattr(self.module, self.method)
+
+    def _composed(self, hung: Sequence[Hung]) -> Forward:
+        forward: Forward = self.foreign or getattr(type(self.module), self.method).__get__(self.module)
+        plain = self.foreign is None and type(self.module).forward in (nn.Linear.forward, Conv1D.forward)
+        for core in [h for h in hung if isinstance(h, Core)]:
+            forward, plain = core.wrap(forward), False
+        if beside := [h for h in hung if isinstance(h, Beside)]:
+            forward = with_terms(self.module, forward, beside, plain and not is_packed(self.module.weight))  # type: ignore[arg-type]
+        for behind in [h for h in hung if isinstance(h, Behind)]:
+            forward = behind.wrap(forward)
+        return forward
+
+
+def hang(module: nn.Module, what: Hung, method: str = "forward") -> Undo:
+    """Put something on a module's method; returns how to take it off, in whatever order.
+
+    Raises LuthierError for a second thing that computes the layer's own product, and for a copy of a layer with adapters.
+    """
+    stacks = module.__dict__.setdefault(KEY, {})
+    stack = stacks.get(method)
+    if stack is None:
+        stack = stacks[method] = Stack(module, method)
+    if stack.module is not module:
+        raise LuthierError("this layer is a copy of one with adapters on it, and would compute with that one's")
+    stack.add(what)
+    return partial(stack.remove, what)
+
+
+def factors_of(module: nn.Module) -> list[tuple[Beside | Behind, Factor, Factor]]:
+    """Adapters on a layer with their A and B, in the order in which it computes with them."""
+    stack = module.__dict__.get(KEY, {}).get("forward")
+    hung = [] if stack is None or stack.module is not module else stack.hung
+    beside = [(h, h.a, h.b) for h in hung if isinstance(h, Beside)]
+    return [*beside, *((h, *h.factors) for h in hung if isinstance(h, Behind) and h.factors)]
+
+
+def with_terms(module: nn.Module, beneath: Forward, terms: Sequence[Beside], fused: bool) -> Forward:
+    """The layer's product plus low-rank terms.
+
+    fused  the layer computes x W^T + bias: terms without dropout then share one rounding with it
+    """
+    steady = [t for t in terms if not t.dropout]
+
+    def forward(x: Tensor) -> Tensor:
+        inside = (steady if module.training else terms) if fused else []
+        out = low_rank_linear(x, oriented(module), bias_of(module), *stacked(inside)) if inside else beneath(x)
+        apart = [t.term(x, module.training) for t in terms if t not in inside]
+        return out + sum(apart[1:], apart[0]) if apart else out
+
+    return forward
+
+
+def stacked(terms: Sequence[Beside]) -> tuple[Tensor, Tensor, float]:
+    """(A [R, in], B [out, R], scale) of a sum of low-rank terms: their ranks laid side by side."""
+    if len(terms) == 1:
+        return terms[0].a(), terms[0].b(), terms[0].scale
+    return torch.cat([t.a() for t in terms]), torch.cat([t.scale * t.b() for t in terms], dim=1), 1.0
+
+
+def is_packed(weight: Tensor) -> bool:
+    """True for a quantised weight: packed bits that only its layer's own forward understands."""
+    return not weight.is_floating_point()
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The layer's bias, where it has one."""
+    bias: Tensor | None = getattr(module, "bias", None)
+    return bias
+
+
+def oriented(module: nn.Module) -> Tensor:
+    """The weight as [out, in]; a view."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.T if isinstance(module, Conv1D) else weight

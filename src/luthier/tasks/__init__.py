@@ -1,0 +1,10 @@
+"""What a row is, and how a model is asked about it."""
+
+from luthier.support.lazy import lazy
+
+EXPORTS = {
+    "CausalLm": "causal_lm",
+    "Classification": "classification",
+    "MaskedLm": "masked_lm",
+}
+__getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

@@ -1,0 +1,55 @@
+"""Causal language modelling: the next token, of answers or of whole texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from luthier.data.prepare import ANSWERS, RowMaker
+from luthier.data.reading import ANSWERED
+from luthier.data.rendering import Renderer
+from luthier.data.store import Row
+from luthier.method import Source, Traits
+from luthier.model.view import ModelView
+from luthier.step.lab import Lab
+from luthier.tasks.base import Task
+
+
+class CausalLm(Task):
+    """Predict the next token: of a completion, of every assistant turn, or of a whole text.
+
+    Rows hold prompt and completion, messages, or text. The usual task.
+    Cost: that of the model.
+    """
+
+    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
+    source: ClassVar[Source] = Source(
+        "A Neural Probabilistic Language Model", 2003, "https://www.jmlr.org/papers/v3/bengio03a.html"
+    )
+
+    shapes: ClassVar[tuple[str, ...]] = ANSWERED
+    always: ClassVar[tuple[str, ...]] = ("loss", "forgetting")
+    spells: ClassVar[bool] = True
+    export_forms: ClassVar[tuple[str, ...]] = ("hf", "peft", "gguf")
+    starter: ClassVar[Mapping[str, str]] = {
+        "model": "builtin:smollm2-135m",
+        "task": "causal-lm",
+        "data": "{train: builtin:requests, eval: builtin:requests}",
+    }
+
+    def auto(self, config: PreTrainedConfig) -> Any:
+        return AutoModelForCausalLM
+
+    def maker(self, renderer: Renderer, labels: Mapping[str | int, int], labelled: bool = True) -> RowMaker:
+        return ANSWERS
+
+    def asked(self, row: Row, renderer: Renderer) -> tuple[str, str]:
+        if "text" in row.values and "messages" not in row.values:
+            return "", row.values["text"]
+        return renderer.messages(row.values)[-2]["content"], renderer.answer(row.values)
+
+    def replies(self, view: ModelView, lab: Lab, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:
+        ids = [lab.renderer.prompt_ids({"prompt": p}) for p in prompts]
+        return [{"answer": a.text, "stopped": a.stopped} for a in lab.generator(view, ids, max_new_tokens)]

@@ -1,0 +1,109 @@
+"""How parts are put into a model and taken out again, and how their tensors are checked and shortened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.model.additions import refuse_packed
+from luthier.model.undo import Undo, in_turn
+from luthier.update.base import Part, Shapes
+
+Rounding = Callable[[str, Tensor, torch.dtype], Tensor]  # (parameter, value float32, dtype) -> value of that dtype
+
+
+def nearest_bits(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounding to nearest."""
+    return value.to(dtype)
+
+
+@torch.no_grad()
+def overwrite(view: Any, values: Iterable[tuple[str, Tensor]]) -> Undo:
+    """Write tensors over parameters, one at a time; the returned function puts the stored bits back."""
+
+    def steps() -> Iterator[Undo]:
+        for name, value in values:
+            weight = view.weight(name)
+            yield partial(_write, weight, weight.detach().clone())
+            weight.copy_(value)
+
+    return in_turn(steps())
+
+
+@torch.no_grad()
+def _write(weight: Tensor, value: Tensor) -> None:
+    weight.copy_(value)
+
+
+def add_to_weights(part: Part, view: Any, scale: float = 1.0, rounding: Rounding = nearest_bits) -> Undo:
+    """Add a part's differences to the weights, in float32 before they are rounded.
+
+    Raises LuthierError for packed weights, before anything is touched.
+    """
+    refuse_packed(f"{part.kind} part", view.module, part.names())
+
+    def sums() -> Iterator[tuple[str, Tensor]]:
+        for name, delta in part.deltas():
+            weight = view.weight(name)
+            yield name, rounding(name, weight.float() + scale * delta.to(weight.device), weight.dtype)
+
+    return overwrite(view, sums())
+
+
+@torch.no_grad()
+def add_entries(view: Any, indices: Mapping[str, Tensor], values: Mapping[str, Tensor], scale: float) -> Undo:
+    """Add values at flat positions of parameters, in float32; only the entries that are touched are kept for the undo."""
+
+    def steps() -> Iterator[Undo]:
+        for name, index in indices.items():
+            weight = view.weight(name)
+            here, value = index.to(weight.device), values[name].to(weight.device)
+            stored = weight.view(-1)[here]
+            yield partial(_write_entries, weight, here, stored)
+            weight.view(-1)[here] = (stored.float() + scale * value).to(weight.dtype)
+
+    return in_turn(steps())
+
+
+@torch.no_grad()
+def _write_entries(weight: Tensor, index: Tensor, values: Tensor) -> None:
+    weight.view(-1)[index] = values
+
+
+@torch.no_grad()
+def merge_deltas(part: Part, model: nn.Module) -> None:
+    """Add a part's differences to the weights for good."""
+    for name, delta in part.deltas():
+        weight = model.get_parameter(name)
+        weight.copy_(weight.float() + delta.to(weight.device))
+
+
+def misfit(name: str, t: Tensor, shapes: Shapes) -> Iterator[str]:
+    """What keeps a tensor from being a value of this parameter, or a difference of one."""
+    if name not in shapes or tuple(t.shape) != tuple(shapes[name]):
+        yield f"{name} has shape {tuple(t.shape)}, the base {shapes.get(name, 'no such tensor')}"
+    elif not t.is_floating_point():
+        yield f"{name}: values of {t.dtype}, real numbers are wanted"
+    elif not t.isfinite().all():
+        yield f"{name}: a value is not finite"
+
+
+def shortened(structure: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of parameters, less what a structure takes out of them."""
+    cuts = {n: structure.cut(n) for n in tensors}
+    return {n: t if (cut := cuts[n]) is None else cut.of(t) for n, t in tensors.items()}
+
+
+def below(start: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under a prefix, without it."""
+    return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def size(shape: tuple[int, ...]) -> int:
+    """Numbers in a tensor of this shape."""
+    return math.prod(shape)
