@@ -45,7 +45,7 @@ def measure(step: str, file: Path) -> dict[str, Any]:
     from luthier.data.reading import read
     from luthier.data.rendering import Renderer
     from luthier.model.loading import BUILTIN, load_tokenizer, locate
-    from luthier.support.rng import Streams
+    from luthier.step.lab import Lab
 
     renderer = Renderer(load_tokenizer(locate(BUILTIN)))
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -56,7 +56,7 @@ def measure(step: str, file: Path) -> dict[str, Any]:
         prepare(rows, renderer, max_length=8192)
     elif step == "scdp":
         started = time.perf_counter()
-        Scdp(keep_fraction=0.1).select(rows, Streams(0))
+        Scdp(keep_fraction=0.1).select(rows, Lab())
     seconds = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"seconds": seconds, "before_mb": base / 1024, "peak_mb": peak / 1024}

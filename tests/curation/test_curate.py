@@ -18,7 +18,7 @@ def test_every_row_gets_a_reason_and_those_that_stay_are_a_file(model_folder, tm
     assert (result["rows"], result["of"]) == (10, 40) and [s["rows"] for s in result["steps"]] == [20, 10]
     decided, kept = lines(folder / "decisions.jsonl"), lines(folder / "kept.jsonl")
     assert len(decided) == 60 and len(kept) == 10 and all(r in rows(40) for r in kept)
-    stayed = [d["key"] for d in decided if d["step"] == "q-tuning-offline" and d["decision"] == "kept"]
+    stayed = [d["key"] for d in decided if d["step"] == "q-tuning-offline" and d["decision"] == "keep"]
     numbers = [int(k.rpartition(":")[2]) for k in stayed]
     assert kept == [rows(40)[n - 1] for n in numbers] and all(d["reason"] for d in decided)
     page = (folder / "report.html").read_text()

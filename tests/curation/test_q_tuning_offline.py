@@ -8,22 +8,22 @@ import torch
 
 from helpers.commands import luthier, rows, write
 from luthier.curation import QTuningOffline
-from luthier.curation.base import Base
 from luthier.curation.q_tuning_offline import scored
 from luthier.data.batch import IGNORE
 from luthier.data.quadrants import choose_rows, named
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
+from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
-from luthier.support.errors import RecipeError
-from luthier.support.rng import Streams
+from luthier.step.lab import Lab
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import byte_tokenizer, tiny
 
 
 @pytest.fixture(scope="module")
 def base():
     view = ModelView(tiny("llama", vocab_size=260, max_position_embeddings=512).eval(), byte_tokenizer())
-    return Base(lambda: view, Renderer(view.tokenizer))
+    return lab_with(Renderer(view.tokenizer), {"base": lambda: view})
 
 
 def some(n, start=0):
@@ -43,7 +43,7 @@ def test_perplexity_and_entropy_against_a_plain_softmax(base):
 
 
 def test_the_choice_is_the_objectives_over_the_whole_set(base):
-    chosen = QTuningOffline(keep_fraction=0.3).select(some(40), Streams(0), base)
+    chosen = QTuningOffline(keep_fraction=0.3).select(some(40), base)
     plane, _ = scored(some(40), base)
     by_hand = choose_rows(plane[:, 0], plane[:, 1], 0.3, 10)
     assert chosen.keep.tolist() == by_hand.keep.tolist() and len(chosen.keep) == 12
@@ -57,7 +57,7 @@ def test_the_choice_is_the_objectives_over_the_whole_set(base):
 
 @pytest.mark.parametrize("steps", [1, 10])
 def test_the_search_takes_the_steps_that_were_asked_for(base, steps):
-    chosen = QTuningOffline(keep_fraction=0.3, bisection_steps=steps).select(some(40), Streams(0), base)
+    chosen = QTuningOffline(keep_fraction=0.3, bisection_steps=steps).select(some(40), base)
     plane, _ = scored(some(40), base)
     by_hand = choose_rows(plane[:, 0], plane[:, 1], 0.3, steps)
     assert by_hand.alpha != choose_rows(plane[:, 0], plane[:, 1], 0.3, 11 - steps).alpha
@@ -70,7 +70,7 @@ def test_rows_without_a_target_are_counted_but_never_kept(base):
     """Six of twelve, all from the nine that can be scored, and in the places that these have among the twelve."""
     bare = [Row(f"b:{i}", {"messages": [{"role": "user", "content": f"say {i}"}]}) for i in range(3)]
     mixed = [bare[0], *some(4), bare[1], *some(5, 4), bare[2]]
-    chosen = QTuningOffline(keep_fraction=0.5).select(mixed, Streams(0), base)
+    chosen = QTuningOffline(keep_fraction=0.5).select(mixed, base)
     usable = [i for i, r in enumerate(mixed) if r not in bare]
     plane, _ = scored(some(9), base)
     by_hand = choose_rows(plane[:, 0], plane[:, 1], 6.5 / 9, 10)
@@ -78,7 +78,7 @@ def test_rows_without_a_target_are_counted_but_never_kept(base):
     assert [chosen.reason[i] for i in (0, 5, 11)] == ["without a supervised token"] * 3
     assert np.isnan(chosen.score[[0, 5, 11]]).all()
     with pytest.raises(RecipeError, match="no row has a supervised token"):
-        QTuningOffline(keep_fraction=0.5).select(bare, Streams(0), base)
+        QTuningOffline(keep_fraction=0.5).select(bare, base)
 
 
 def test_scoring_is_cut_into_parts_and_forwards_and_counted_once(base, monkeypatch):
@@ -88,7 +88,7 @@ def test_scoring_is_cut_into_parts_and_forwards_and_counted_once(base, monkeypat
     plane, flops = scored(some(12), base)
     assert flops == pytest.approx(base.view().meter.total - before), "what was counted before is not counted again"
     monkeypatch.setattr(q_tuning_offline, "PART", 5)
-    small = base.__class__(base.view, base.renderer, tokens_per_forward=30)
+    small = lab_with(base.renderer, {"base": base.view}, tokens_per_forward=30)
     apart, again = scored(some(12), small)
     np.testing.assert_allclose(apart, plane, rtol=1e-4)
     assert again == pytest.approx(flops, rel=0.05)
@@ -99,7 +99,7 @@ def test_dropout_is_off_and_a_loss_beyond_exp_is_the_largest():
     with torch.no_grad():
         model.lm_head.weight.mul_(1e4)
     view = ModelView(model, byte_tokenizer(), layout="padded")
-    noisy = Base(lambda: view, Renderer(view.tokenizer))
+    noisy = lab_with(Renderer(view.tokenizer), {"base": lambda: view})
     first, second = scored(some(6), noisy)[0], scored(some(6), noisy)[0]
     assert np.array_equal(first, second)
     assert first[:, 0].max() == pytest.approx(np.exp(80), rel=1e-4)
@@ -107,12 +107,12 @@ def test_dropout_is_off_and_a_loss_beyond_exp_is_the_largest():
 
 @pytest.mark.parametrize("fraction", [0.05, 0.5, 1.0])
 def test_the_count_is_exact(base, fraction):
-    assert len(QTuningOffline(keep_fraction=fraction).select(some(40), Streams(0), base).keep) == int(fraction * 40)
+    assert len(QTuningOffline(keep_fraction=fraction).select(some(40), base).keep) == int(fraction * 40)
 
 
 def test_the_order_of_rows_does_not_matter(base):
     mixed = list(reversed(some(30)))
-    one, other = (QTuningOffline(keep_fraction=0.3).select(r, Streams(0), base) for r in (some(30), mixed))
+    one, other = (QTuningOffline(keep_fraction=0.3).select(r, base) for r in (some(30), mixed))
     assert {some(30)[i].key for i in one.keep} == {mixed[i].key for i in other.keep}
 
 
@@ -122,10 +122,12 @@ def test_corners_of_the_plane_have_their_names():
 
 
 def test_what_cannot_be_chosen_is_refused(base):
-    with pytest.raises(RecipeError, match="asks a model and was given none"):
-        QTuningOffline(keep_fraction=0.5).select(some(4), Streams(0))
+    with pytest.raises(LuthierError, match="asks a model and was given none; pass model and tokenizer"):
+        QTuningOffline(keep_fraction=0.5).choose([r.values for r in some(4)])
+    with pytest.raises(LuthierError, match="there is no model called 'base' here"):
+        QTuningOffline(keep_fraction=0.5).select(some(4), Lab())
     with pytest.raises(RecipeError, match="keeps none"):
-        QTuningOffline(keep_fraction=0.01).select(some(4), Streams(0), base)
+        QTuningOffline(keep_fraction=0.01).select(some(4), base)
     with pytest.raises(ValueError, match="keep_fraction"):
         QTuningOffline(keep_fraction=1.5)
 

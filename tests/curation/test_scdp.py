@@ -22,8 +22,8 @@ from luthier.curation.scdp import (
 )
 from luthier.data.mixture import quotas
 from luthier.data.store import Row
+from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
-from luthier.support.rng import Streams
 
 WORDS = "alpha beta gamma delta river stone cloud field green paper metal seven night glass horse table".split()  # noqa: SIM905
 
@@ -119,7 +119,7 @@ def test_2_distances_are_those_of_plain_counting():
     """What a selection ranks by, made from texts in single precision, against dense double precision."""
     some = [*rows(200), Row("f:201", {"text": "a ! b"}), Row("f:202", {"text": "Alpha ALPHA alpha, beta"})]
     x, g = naive([r.values["text"] for r in some])
-    d = Scdp(keep_fraction=0.5).select(some, Streams(0)).score
+    d = Scdp(keep_fraction=0.5).select(some, Lab()).score
     assert np.abs(d - np.linalg.norm(x - g, axis=1)).max() < 2e-6
     worded = np.arange(len(some)) != 200
     assert d[200] == pytest.approx(np.linalg.norm(g), abs=2e-6), "a row without a word is as far as the median is long"
@@ -133,7 +133,7 @@ def test_the_ledger_counts_two_products_an_iteration():
     x, _ = naive([r.values["text"] for r in some])
     _, iterations = weiszfeld(csr_matrix(x.astype(np.float32)))
     assert iterations > 1
-    assert Scdp(keep_fraction=0.5).select(some, Streams(0)).flops == 2 * (x > 0).sum() * (2 * iterations + 3)
+    assert Scdp(keep_fraction=0.5).select(some, Lab()).flops == 2 * (x > 0).sum() * (2 * iterations + 3)
 
 
 def test_rows_are_squared_block_by_block():
@@ -143,19 +143,19 @@ def test_rows_are_squared_block_by_block():
 
 def test_3_the_rule_switches_on_the_kept_count():
     many = rows(3000)
-    far = Scdp(keep_fraction=0.5).select(many, Streams(0))
-    spread = Scdp(keep_fraction=0.501).select(many, Streams(0))
+    far = Scdp(keep_fraction=0.5).select(many, Lab())
+    spread = Scdp(keep_fraction=0.501).select(many, Lab())
     assert len(far.keep) == 1500 and "rule far" in far.reason[0]
     assert len(spread.keep) == 1503 and "rule stratified" in spread.reason[0]
     assert far.score[far.keep].min() >= np.delete(far.score, far.keep).max()
-    between = Scdp(keep_fraction=0.5002).select(many, Streams(0))  # 1500.6 rows: above the switch before it is cut
+    between = Scdp(keep_fraction=0.5002).select(many, Lab())  # 1500.6 rows: above the switch before it is cut
     assert len(between.keep) == 1500 and "rule stratified" in between.reason[0]
-    assert len(Scdp(keep_fraction=0.5).select(many[:11], Streams(0)).keep) == 5
+    assert len(Scdp(keep_fraction=0.5).select(many[:11], Lab()).keep) == 5
 
 
 def test_an_even_draw_takes_rows_without_a_word_like_any_other():
     many = [*rows(3001), Row("f:0", {"text": "!"})]
-    chosen = Scdp(keep_fraction=0.6).select(many, Streams(0))
+    chosen = Scdp(keep_fraction=0.6).select(many, Lab())
     assert len(chosen.keep) == 1801 and "rule stratified" in chosen.reason[0]
     # It lies nearest to the median, alone in its stratum, and strata smaller than their share are taken whole.
     assert strata_of(chosen.score).tolist().count(0) == 1 and chosen.score.argmin() == 3001 and 3001 in chosen.keep
@@ -168,7 +168,7 @@ def test_only_the_commonest_words_are_counted_where_that_is_asked():
     assert counted[4][1] > counted[5][1]
     kept = {w for w, _ in counted[:5]}
     x, g = naive([" ".join(w for w in t.split() if w in kept) for t in texts])
-    d = Scdp(keep_fraction=0.5, max_features=5).select(some, Streams(0)).score
+    d = Scdp(keep_fraction=0.5, max_features=5).select(some, Lab()).score
     assert np.abs(d - np.linalg.norm(x - g, axis=1)).max() < 2e-6
 
 
@@ -226,10 +226,10 @@ def test_6_far_follows_its_rows():
     generator = random.Random(7)
     words = lambda: [f"w{int(generator.paretovariate(0.8))}" for _ in range(generator.randint(5, 30))]  # noqa: E731
     some = [Row(f"f:{i}", {"text": " ".join(words())}) for i in range(60)]
-    kept = {some[i].key for i in Scdp(keep_fraction=0.3).select(some, Streams(0)).keep}
+    kept = {some[i].key for i in Scdp(keep_fraction=0.3).select(some, Lab()).keep}
     order = random.Random(3).sample(range(60), 60)
     mixed = [some[i] for i in order]
-    selection = Scdp(keep_fraction=0.3).select(mixed, Streams(0))
+    selection = Scdp(keep_fraction=0.3).select(mixed, Lab())
     scores = np.sort(selection.score)
     assert len(np.unique(scores.round(9))) == 60, "the check needs scores without ties"
     assert {mixed[i].key for i in selection.keep} == kept
@@ -241,7 +241,7 @@ def test_7_the_spread_of_distances_is_wider_than_a_random_subsets():
     for i in range(6000):  # Zipf-like words, so that distances differ
         words = [f"w{int(generator.paretovariate(0.8))}" for _ in range(generator.randint(3, 40))]
         some.append(Row(f"f:{i}", {"text": " ".join(words)}))
-    selection = Scdp(keep_fraction=0.3).select(some, Streams(0))
+    selection = Scdp(keep_fraction=0.3).select(some, Lab())
 
     def entropy(index):
         p = np.bincount(strata_of(selection.score)[index], minlength=100) / len(index)
@@ -256,7 +256,7 @@ def test_7_the_spread_of_distances_is_wider_than_a_random_subsets():
 def test_class_balance_meets_largest_remainder_quotas():
     assert quotas(np.array([5, 3, 2]), 7).tolist() == [4, 2, 1]
     labelled = rows(300, labels=["a", "a", "b"])
-    selection = Scdp(keep_fraction=0.3, class_balanced=True).select(labelled, Streams(0))
+    selection = Scdp(keep_fraction=0.3, class_balanced=True).select(labelled, Lab())
     kept = [labelled[i].values["label"] for i in selection.keep]
     assert kept.count("a") == 60 and kept.count("b") == 30
     inside = np.isin(np.arange(300), selection.keep)
@@ -267,7 +267,7 @@ def test_class_balance_meets_largest_remainder_quotas():
 
 def test_an_even_draw_within_each_class():
     labelled = rows(4000, labels=["a", "a", "a", "b"])
-    selection = Scdp(keep_fraction=0.5, class_balanced=True).select(labelled, Streams(0))
+    selection = Scdp(keep_fraction=0.5, class_balanced=True).select(labelled, Lab())
     assert "rule stratified" in selection.reason[0]
     for name, quota in (("a", 1500), ("b", 500)):
         mine = np.array([i for i, r in enumerate(labelled) if r.values["label"] == name])
@@ -278,7 +278,7 @@ def test_an_even_draw_within_each_class():
 
 def test_a_class_without_a_quota_is_named(caplog):
     labelled = [*rows(20, labels=["a"]), Row("f:21", {"text": "odd one", "label": "b"})]
-    kept = Scdp(keep_fraction=0.3, class_balanced=True).select(labelled, Streams(0)).keep
+    kept = Scdp(keep_fraction=0.3, class_balanced=True).select(labelled, Lab()).keep
     assert 20 not in kept and "class 1 keeps no row" in caplog.text
 
 
@@ -287,23 +287,23 @@ def test_bad_input():
         with pytest.raises(ValueError, match="keep_fraction"):
             Scdp(keep_fraction=value)
     with pytest.raises(RecipeError, match="keeps no example"):
-        Scdp(keep_fraction=0.01).select(rows(10), Streams(0))
+        Scdp(keep_fraction=0.01).select(rows(10), Lab())
     with pytest.raises(RecipeError, match="hold no words"):
-        Scdp(keep_fraction=0.5).select([Row("f:1", {"text": "a"}), Row("f:2", {"text": ""})], Streams(0))
+        Scdp(keep_fraction=0.5).select([Row("f:1", {"text": "a"}), Row("f:2", {"text": ""})], Lab())
     with pytest.raises(RecipeError, match="a row has no label"):
-        Scdp(keep_fraction=0.5, class_balanced=True).select(rows(10), Streams(0))
+        Scdp(keep_fraction=0.5, class_balanced=True).select(rows(10), Lab())
     some = [*rows(20), Row("f:21", {"text": "x"})]
-    assert 20 not in Scdp(keep_fraction=0.5).select(some, Streams(0)).keep
+    assert 20 not in Scdp(keep_fraction=0.5).select(some, Lab()).keep
 
 
 def test_random_keeps_its_share_by_key():
     some = rows(100)
-    a, b = (Random(keep_fraction=0.3).select(some, Streams(s)) for s in (0, 1))
+    a, b = (Random(keep_fraction=0.3).select(some, Lab(seed=s)) for s in (0, 1))
     assert len(a.keep) == 30 and not np.array_equal(a.keep, b.keep)
-    assert np.array_equal(a.keep, Random(keep_fraction=0.3).select(some, Streams(0)).keep)
+    assert np.array_equal(a.keep, Random(keep_fraction=0.3).select(some, Lab()).keep)
     shuffled = random.Random(1).sample(some, 100)
-    again = Random(keep_fraction=0.3).select(shuffled, Streams(0))
+    again = Random(keep_fraction=0.3).select(shuffled, Lab())
     assert {shuffled[i].key for i in again.keep} == {some[i].key for i in a.keep}
-    assert len(Random(keep_fraction=1.0).select(some, Streams(0)).keep) == 100
+    assert len(Random(keep_fraction=1.0).select(some, Lab()).keep) == 100
     with pytest.raises(RecipeError, match="keeps none"):
-        Random(keep_fraction=0.001).select(some, Streams(0))
+        Random(keep_fraction=0.001).select(some, Lab())

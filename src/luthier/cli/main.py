@@ -256,7 +256,7 @@ def curate(
     allow_code: AllowCode = False,
     debug: Debug = False,
 ) -> None:
-    """Choose rows as the recipe's curate steps say, with a reason for every row, and train nothing."""
+    """Carry out the recipe's curate steps, with a reason for every row, and train nothing."""
     loaded = load(recipe, overrides, allow_code)
     quiet(debug)
     from luthier.cli.progress import Bar

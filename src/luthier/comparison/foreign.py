@@ -106,7 +106,7 @@ def _score(
     view = _left(ready.view, output, recipe)
     held = ready.data.held
     assert held is not None and ready.data.held_rows is not None
-    exam = Exam(view, ready.lab(), recipe.task, held.rows, ready.data.held_rows)
+    exam = Exam(view, ready.lab(), recipe.task, held.rows, ready.data.held_rows, recipe.codec)
     started = time.perf_counter()
     evaluators = recipe.evaluators()
     key = kept.exam_key(exam, evaluators, key_of(view.base.weights), held.digest + ready.data.held_rows.digest)

@@ -1,28 +1,72 @@
-"""The curation seam: which rows, in which words. Each step adds columns that say why."""
+"""The curation seam: which rows, in which words, how much each counts. Every row and the reason stay in the table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedModel
 
-from luthier.data.reading import Tick, no_tick
-from luthier.data.rendering import Renderer
+from luthier.data.codec import Chain, Codec
 from luthier.data.store import Row
+from luthier.data.table import Table
+from luthier.inference.services import lab_around
 from luthier.method import Method
-from luthier.model.view import ModelView, probe_layout
-from luthier.support.rng import Streams
+from luthier.step.lab import Lab
+from luthier.support.cache import key_of
+from luthier.support.errors import LuthierError
+from luthier.support.sources import code_key
+
+__all__ = ["Chooser", "Codec", "Curator", "Selection", "Table", "chain_of", "text_of"]
+
+
+class Curator(Method):
+    """Changes the set of rows before training: keeps, drops, weighs, rewrites, splits, adds."""
+
+    idempotent: ClassVar[bool] = False  # True: curating its own result changes nothing more
+
+    def curate(self, table: Table, lab: Lab) -> Table:
+        """The table after this step. Raises RecipeError where it cannot work on these rows.
+
+        The result comes from the table's own operations, so that every row is accounted for. What asking a model takes is
+        charged to the lab's ledger, under "curate". Draws are keyed by seed and row.
+        """
+        raise NotImplementedError  # the seam: every curator has its own
+
+    @property
+    def codec(self) -> Codec | None:
+        """How answers are brought back, where the rows were put into another form; None where they were not."""
+        return None
+
+    def curated(
+        self, rows: Sequence[dict[str, Any]], seed: int = 0, model: PreTrainedModel | None = None, tokenizer: Any = None
+    ) -> Table:
+        """The table of plain dictionaries after this step; for use without a recipe.
+
+        model, tokenizer  for curators that ask a model
+        """
+        if model is None and "base_view" in self.traits.needs:
+            raise LuthierError(f"{self.key()}: asks a model and was given none; pass model and tokenizer")
+        lab = Lab(seed=seed) if model is None else lab_around(model, tokenizer, seed)
+        table = Table.of([Row(str(i), values) for i, values in enumerate(rows)])
+        return self.curate(table.at(self.key()), lab)
+
+    def choose(
+        self, rows: Sequence[dict[str, Any]], seed: int = 0, model: PreTrainedModel | None = None, tokenizer: Any = None
+    ) -> list[int]:
+        """Positions of the plain dictionaries of which something stays, as it came or in other words; without a recipe."""
+        table = self.curated(rows, seed, model, tokenizer)
+        found = np.unique(table.roots(table.live))
+        return [int(i) for i in found if i >= 0]
 
 
 class Selection(NamedTuple):
-    """What a curator decided about every row it saw.
+    """What a chooser decided about every row it saw.
 
     keep    [M] int64, positions of the rows that stay, sorted
     score   [N] float64, what the decision rests on
     reason  N short texts, why each row stayed or went
-    flops   what the decision took
     plane   [N, 2] where each row lies, for a picture; None where the decision rests on one number
     axes    what the plane's directions are called
     """
@@ -30,47 +74,29 @@ class Selection(NamedTuple):
     keep: np.ndarray
     score: np.ndarray
     reason: list[str]
-    flops: float = 0.0
     plane: np.ndarray | None = None
     axes: tuple[str, str] = ("", "")
 
 
-class Base(NamedTuple):
-    """The untouched model, for curators that ask it.
+class Chooser(Curator):
+    """A curator that only says which rows stay."""
 
-    view  loads it when first asked
-    """
+    def select(self, rows: Sequence[Row], lab: Lab) -> Selection:
+        """Decide about every row. Raises RecipeError where nothing would be left."""
+        raise NotImplementedError  # the seam: every chooser has its own
 
-    view: Callable[[], ModelView]
-    renderer: Renderer
-    tokens_per_forward: int = 2048
-    tick: Tick = no_tick
+    def curate(self, table: Table, lab: Lab) -> Table:
+        chosen = self.select(table.rows, lab)
+        if chosen.plane is not None:
+            table = table.shown(chosen.plane, chosen.axes)
+        return table.keep(chosen.keep, chosen.score, chosen.reason)
 
 
-class Curator(Method):
-    """Chooses rows before training."""
-
-    def select(self, rows: Sequence[Row], streams: Streams, base: Base | None = None) -> Selection:
-        """Decide about every row. Raises RecipeError where nothing would be left.
-
-        base  given to those whose traits need "base_view"
-        """
-        raise NotImplementedError
-
-    def choose(
-        self, rows: Sequence[dict[str, Any]], seed: int = 0, model: PreTrainedModel | None = None, tokenizer: Any = None
-    ) -> list[int]:
-        """Positions of the rows to keep among plain dictionaries; for use without a recipe.
-
-        model, tokenizer  for curators that ask a model
-        """
-        named = [Row(str(i), values) for i, values in enumerate(rows)]
-        base = None
-        if model is not None:
-            view = ModelView(model, tokenizer)
-            view.layout, _ = probe_layout(view)
-            base = Base(lambda: view, Renderer(tokenizer))
-        return [int(i) for i in self.select(named, Streams(seed), base).keep]
+def chain_of(curators: Iterable[Curator]) -> Chain:
+    """The codecs of a recipe's curators, in order."""
+    found = [(c, codec) for c in curators if (codec := c.codec) is not None]
+    named = [(c.key(), c.model_dump_json(), code_key(type(c).__module__)) for c, _ in found]
+    return Chain([codec for _, codec in found], key_of(named) if named else "")
 
 
 def text_of(row: Row) -> str:

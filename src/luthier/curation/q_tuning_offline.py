@@ -6,27 +6,23 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 from pydantic import Field
-from torch import Tensor
 
-from luthier.curation.base import Base, Curator, Selection
-from luthier.data.batch import collate
+from luthier.curation.base import Chooser, Selection
 from luthier.data.quadrants import NLL_CLAMP, choose_rows, named
-from luthier.data.store import Row
+from luthier.data.store import Row, Rows
+from luthier.kernels.head import TokenScores
 from luthier.method import Source, Traits
-from luthier.step.forward import Forward, sequence_sum
-from luthier.step.order import micro_batches
+from luthier.step.lab import Lab, Ledger
 from luthier.support.cache import cache_folder, key_of
 from luthier.support.errors import RecipeError
 from luthier.support.files import replaced
-from luthier.support.rng import Streams
 from luthier.support.sources import code_key
 
-PART = 256  # rows rendered and sorted into forwards together
+PART = 256  # rows rendered together
 
 
-class QTuningOffline(Curator):
+class QTuningOffline(Chooser):
     """Keep the rows that surprise the untouched model while it is sure, or that it expects while it is unsure.
 
     The sample stage of q-tuning over all rows at once: perplexity and mean entropy of each answer under the base model;
@@ -51,14 +47,13 @@ class QTuningOffline(Curator):
     bisection_steps: int = Field(10, ge=1)
     """Halvings in the search for the quadrants' edges (K)."""
 
-    def select(self, rows: Sequence[Row], streams: Streams, base: Base | None = None) -> Selection:
-        if base is None:
-            raise RecipeError("curate.q-tuning-offline", "asks a model and was given none", "pass model and tokenizer")
+    def select(self, rows: Sequence[Row], lab: Lab) -> Selection:
         if int(self.keep_fraction * len(rows)) < 1 or len(rows) < 2:
             raise RecipeError(
                 "q-tuning-offline.keep_fraction", f"{self.keep_fraction} of {len(rows)} rows keeps none", "raise it"
             )
-        plane, flops = _kept(rows, base)
+        plane, flops = _kept(rows, lab)
+        lab.ledger.charge("curate", flops)
         usable = np.flatnonzero(np.isfinite(plane).all(1))
         if not len(usable):
             raise RecipeError("curate.q-tuning-offline", "no row has a supervised token", "look at data.columns")
@@ -73,19 +68,20 @@ class QTuningOffline(Curator):
         for i, topped in zip(keep, chosen.topped_up, strict=True):
             reason[i] = ("kept to fill up: " if topped else "kept: ") + reason[i].removeprefix("left out: ")
         shown = np.stack([np.log(plane[:, 0]), plane[:, 1]], 1)
-        return Selection(keep, plane[:, 0], reason, flops, shown, ("log perplexity", "mean entropy"))
+        return Selection(keep, plane[:, 0], reason, shown, ("log perplexity", "mean entropy"))
 
 
-def _kept(rows: Sequence[Row], base: Base) -> tuple[np.ndarray, float]:
+def _kept(rows: Sequence[Row], lab: Lab) -> tuple[np.ndarray, float]:
     """([N, 2] perplexity and entropy, FLOPs that finding them took), from the cache where it has them."""
-    view = base.view()
-    digest = getattr(rows, "digest", None)
-    if digest is None:
-        return scored(rows, base)
-    asked = (view.base.weights, view.base.tokenizer, str(view.dtype), base.renderer.system, base.renderer.plain)
-    file = cache_folder() / "planes" / f"{key_of(digest, asked, code_key(__name__))}.npz"
+    if not (isinstance(rows, Rows) and rows.on_disk):
+        return scored(rows, lab)
+    view, renderer = lab.view(), lab.renderer
+    asked = (view.base.weights, view.base.tokenizer, str(view.dtype), renderer.system, renderer.plain)
+    file = (
+        cache_folder() / "planes" / f"{key_of(rows.digest, asked, code_key(__name__, 'luthier.inference.scoring'))}.npz"
+    )
     if not file.exists():
-        plane, flops = scored(rows, base)
+        plane, flops = scored(rows, lab)
         file.parent.mkdir(parents=True, exist_ok=True)
         with replaced(file) as temporary, temporary.open("wb") as out:
             np.savez(out, plane=plane, flops=flops)
@@ -93,28 +89,21 @@ def _kept(rows: Sequence[Row], base: Base) -> tuple[np.ndarray, float]:
     return stored["plane"], float(stored["flops"])
 
 
-@torch.no_grad()
-def scored(rows: Sequence[Row], base: Base) -> tuple[np.ndarray, float]:
+def scored(rows: Sequence[Row], lab: Lab) -> tuple[np.ndarray, float]:
     """[N, 2] perplexity and mean entropy of each row's answer, NaN without one; and the FLOPs."""
-    view, out = base.view(), np.full((len(rows), 2), np.nan)
-    before = view.meter.total
-    view.module.eval()
-    with view.meter.watching(view.module), view.meter.stage("curate"):
+    view, spent, out = lab.view(), Ledger(), []
+    with spent.measuring("curate", view):
         for start in range(0, len(rows), PART):
-            part = [
-                base.renderer.render(rows[i].values, rows[i].key) for i in range(start, min(start + PART, len(rows)))
-            ]
-            base.tick("curating", start, part[0]["key"])
-            for places in micro_batches([len(r["ids"]) for r in part], base.tokens_per_forward)[0]:
-                batch = collate([part[i] for i in places]).to(view.device)
-                fwd = Forward(batch, view)
-                scores = fwd.scores()
-                n = sequence_sum(torch.ones_like(scores.nll), batch)
-                ppl = _mean(sequence_sum(scores.nll, batch), n).clamp(max=NLL_CLAMP).exp()
-                entropy = _mean(sequence_sum(scores.entropy, batch), n)
-                out[[start + i for i in places]] = torch.stack([ppl, entropy], 1).double().cpu().numpy()
-    return out, view.meter.total - before
+            part = [rows[i] for i in range(start, min(start + PART, len(rows)))]
+            lab.tick("curating", start, part[0].key)
+            rendered = [lab.renderer.render(r.values, r.key) for r in part]
+            out += [_means(found) for found in lab.scorer.tokens(view, rendered)]
+    return np.array(out).reshape(-1, 2), spent.flops["curate"]
 
 
-def _mean(total: Tensor, n: Tensor) -> Tensor:
-    return torch.where(n > 0, total / n.clamp_min(1), torch.nan)
+def _means(found: TokenScores) -> tuple[float, float]:
+    """Perplexity and mean entropy over a row's supervised tokens."""
+    if not len(found.nll):
+        return np.nan, np.nan
+    nll = min(float(found.nll.double().mean()), NLL_CLAMP)
+    return float(np.exp(nll)), float(found.entropy.double().mean())

@@ -8,14 +8,14 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from luthier.curation.base import Base, Curator, Selection
+from luthier.curation.base import Chooser, Selection
 from luthier.data.store import Row
 from luthier.method import Source
+from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
-from luthier.support.rng import Streams
 
 
-class Random(Curator):
+class Random(Chooser):
     """Keep a share of the rows, drawn uniformly without replacement.
 
     Each row's draw depends on the seed and its own key, so that adding rows elsewhere does not change its fate's order.
@@ -29,13 +29,13 @@ class Random(Curator):
     keep_fraction: float = Field(gt=0, le=1, examples=[0.5])
     """Share of the rows kept."""
 
-    def select(self, rows: Sequence[Row], streams: Streams, base: Base | None = None) -> Selection:
+    def select(self, rows: Sequence[Row], lab: Lab) -> Selection:
         count = int(self.keep_fraction * len(rows))
         if not count:
             raise RecipeError(
                 "random.keep_fraction", f"{self.keep_fraction} of {len(rows)} rows keeps none", "raise it"
             )
-        draws = np.array([streams.at("random", r.key).random() for r in rows])
+        draws = np.array([lab.streams.at("random", r.key).random() for r in rows])
         keep = np.sort(np.argsort(draws, kind="stable")[:count])
         inside = set(keep.tolist())
         return Selection(keep, draws, ["drawn" if i in inside else "not drawn" for i in range(len(rows))])

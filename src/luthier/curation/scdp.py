@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from luthier.curation.base import Base, Curator, Selection, text_of
+from luthier.curation.base import Chooser, Selection, text_of
 from luthier.data.mixture import quotas
 from luthier.data.store import Row
 from luthier.method import Source
+from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
-from luthier.support.rng import Streams
 
 NUM_STRATA = 100
 FAR_LIMIT = 1500  # kept rows up to which the farthest are taken
@@ -103,7 +103,7 @@ def stratified(scores: np.ndarray, count: int, generator: np.random.Generator) -
 # --- the method ---
 
 
-class Scdp(Curator):
+class Scdp(Chooser):
     """Rank rows by their TF-IDF distance from the set's geometric median; keep the farthest, or a spread over distances.
 
     Up to 1500 kept rows the farthest ("hardest") stay, above that an even draw over 100 strata of distance: the switch
@@ -127,22 +127,23 @@ class Scdp(Curator):
     max_features: int | None = Field(None, ge=1)
     """Words counted at most; for pools beyond two million rows."""
 
-    def select(self, rows: Sequence[Row], streams: Streams, base: Base | None = None) -> Selection:
+    def select(self, rows: Sequence[Row], lab: Lab) -> Selection:
         count = int(self.keep_fraction * len(rows))
         if not count:
             raise RecipeError(
                 "scdp.keep_fraction", f"{self.keep_fraction} of {len(rows)} rows keeps no example", "raise it"
             )
         scores, empty, flops = self.scores(map(text_of, rows))
+        lab.ledger.charge("curate", flops)
         rule = "far" if self.keep_fraction * len(rows) <= FAR_LIMIT else "stratified"
         if empty.any():
             log.warning("scdp: %d rows hold no word and cannot be ranked", int(empty.sum()))
         usable = np.where(empty, -np.inf, scores) if rule == "far" else scores
-        keep = self._keep(usable, count, rule, self._classes(rows), streams.at("scdp"))
+        keep = self._keep(usable, count, rule, self._classes(rows), lab.streams.at("scdp"))
         inside = np.zeros(len(rows), dtype=bool)
         inside[keep] = True
         why = {True: f"kept by rule {rule}", False: f"left out by rule {rule}"}
-        return Selection(np.sort(keep), scores, [why[i] for i in inside.tolist()], flops)
+        return Selection(np.sort(keep), scores, [why[i] for i in inside.tolist()])
 
     def scores(self, texts: Iterable[str]) -> tuple[np.ndarray, np.ndarray, float]:
         """([N] distance from the median, [N] True for rows without a word, FLOPs of the sparse products)."""

@@ -6,6 +6,7 @@ import hashlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -157,7 +158,7 @@ def prepare(
             carried.content,
             code_key(__name__),
         )
-    made = store.stored(key, store.token_schema(work.columns.all), work.batches(rows), work.notes)
+    made = store.stored(key, lambda: store.token_schema(work.columns.all), work.batches(rows), work.notes)
     census = Census(**made.notes["census"])
     _refuse_long(census, fit, made.notes["seen"])
     if census.rows and maker.answers and census.without_stop == census.rows:
@@ -187,20 +188,30 @@ def _refuse_long(census: Census, fit: Fit, seen: int) -> None:
 
 
 class _Columns:
-    """The columns beside ids and labels, and how a row fills them."""
+    """The columns beside ids and labels, and how a row fills them; all rows are looked at when they are first asked for."""
 
     def __init__(self, rows: Rows | Sequence[Row], carried: Carried) -> None:
-        self.carried, self.weights = carried, rows.weights if isinstance(rows, Rows) else None
-        survey = Survey(carried)
-        for row in rows if carried.fields else ():
+        self.rows, self.carried = rows, carried
+        self.weights = rows.weights if isinstance(rows, Rows) else None
+
+    @cached_property
+    def all(self) -> list[Column]:
+        """Every column with its type. Raises RecipeError with the key of the first row that does not fit."""
+        survey = Survey(self.carried)
+        for row in self.rows if self.carried.fields else ():
             survey.look(row.key, row.values)
-        self.all = survey.columns()
-        for c in self.all:
+        found = survey.columns()
+        for c in found:
             if c.name == WEIGHT and (c.level != "row" or c.width):
                 raise RecipeError("data.keep", "weight is no number in these rows", "rename it with data.columns")
         if self.weights is not None:
-            self.all = [c for c in self.all if (c.level, c.name) != ("row", WEIGHT)] + [Column("row", WEIGHT)]
-        self._types = {n: i for c in self.all if c.level == "span" for i, n in enumerate(c.names)}
+            found = [*(c for c in found if (c.level, c.name) != ("row", WEIGHT)), Column("row", WEIGHT)]
+        return found
+
+    @cached_property
+    def _types(self) -> dict[str, int]:
+        """The number of each label that is a text."""
+        return {n: i for c in self.all if c.level == "span" for i, n in enumerate(c.names)}
 
     def given(self, row: Row) -> list[tuple[int, int, int]]:
         """A row's spans of characters, their labels as numbers."""

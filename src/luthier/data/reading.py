@@ -8,7 +8,7 @@ import itertools
 import json
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -63,11 +63,12 @@ def read(
     read_as = (sorted(columns.items()), tuple(shapes), limit, on_bad, carried.content)
     key = key_of("rows", content, read_as, code_key(__name__))
     skipped = _Skipped(on_bad)
+    found: Raw = itertools.islice(raw(), limit)
     if source.endswith(".csv") and carried.fields:
-        found, raw = raw, lambda: _numbered(found(), carried)
-    rows = _checked(itertools.islice(raw(), limit), prefix, columns, shapes, Survey(carried), skipped, tick)
+        found = _numbered(found, {columns.get(name, name) for name in carried.fields})
+    rows = _checked(found, prefix, columns, shapes, Survey(carried), skipped, tick)
     made = store.stored(
-        key, store.ROW_SCHEMA, store.row_batches(rows), lambda: {"skipped": skipped.told(), "of": prefix}
+        key, lambda: store.ROW_SCHEMA, store.row_batches(rows), lambda: {"skipped": skipped.told(), "of": prefix}
     )
     if not made.table.num_rows:
         raise RecipeError(f"data.{split}", f"{source} holds no rows", "give a file with at least one")
@@ -130,11 +131,11 @@ def _checked(
         yield number, text
 
 
-def _numbered(raw: Raw, carried: Carried) -> Raw:
-    """Rows of a CSV file, whose fields are texts: kept fields that are numbers become numbers, empty ones are missing."""
+def _numbered(raw: Raw, fields: Collection[str]) -> Raw:
+    """Rows of a CSV file, where all is text: in these fields numbers become numbers, and what is empty is missing."""
     for number, values in raw:
         if isinstance(values, dict):
-            values = {k: _number(v) if k in carried.fields else v for k, v in values.items()}
+            values = {k: _number(v) if k in fields else v for k, v in values.items()}
         yield number, values
 
 

@@ -46,22 +46,22 @@ class Made(NamedTuple):
 
 
 def stored(
-    key: str | None, schema: pa.Schema, batches: Iterator[pa.RecordBatch], notes: Callable[[], Mapping[str, Any]]
-) -> Made:
+    key: str | None, schema: Callable[[], pa.Schema], batches: Iterator[pa.RecordBatch], notes: Callable[[], Mapping[str, Any]]
+) -> Made:  # fmt: skip
     """The table under this key, made from `batches` where the cache has none.
 
-    key    None: nothing is written, the table stays in memory
-    notes  asked for after the last batch; JSON values
+    key     None: nothing is written, the table stays in memory
+    schema  asked for before the first batch; notes: after the last one, JSON values
     """
     if key is None:
-        table = pa.Table.from_batches(list(batches), schema)
+        table = pa.Table.from_batches(list(batches), schema())
         return Made(table, dict(notes()))
     folder = cache_folder() / "rows" / key
     found = _opened(folder)
     if found is not None:
         return found
     with made(folder) as temporary:
-        _write(temporary, schema, batches, notes)
+        _write(temporary, schema(), batches, notes)
     again = _opened(folder)
     assert again is not None, folder
     return again
@@ -152,10 +152,14 @@ class Rows(Sequence[Row]):
         if len(several) == 1:
             return several[0]
         parts = [part for rows in several for part in rows.parts]
+        weights = None
+        if any(rows.weights is not None for rows in several):
+            weights = np.concatenate([np.ones(len(r)) if r.weights is None else r.weights for r in several])
         if all(rows._index is None for rows in several):
-            return cls(parts)
+            return cls(parts, None, weights)
         ends = np.cumsum([0, *(rows._starts[-1] for rows in several)])
-        return cls(parts, np.concatenate([rows.places + start for rows, start in zip(several, ends[:-1], strict=True)]))
+        places = [rows.places + start for rows, start in zip(several, ends[:-1], strict=True)]
+        return cls(parts, np.concatenate(places), weights)
 
     def __len__(self) -> int:
         return int(self._starts[-1]) if self._index is None else len(self._index)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field
 from transformers import PreTrainedModel
 
+from luthier.data.codec import Chain
 from luthier.data.prepare import prepare
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
@@ -52,6 +53,7 @@ class Exam:
     """A model and the rows it is asked about; what several evaluators need is asked once.
 
     rows     rendered rows; sources: the same as they came; both empty where there are none
+    codec    puts questions into the form that the model was trained on, and its answers back
     """
 
     view: ModelView
@@ -59,6 +61,7 @@ class Exam:
     task: Task
     rows: Sequence[Any] = ()
     sources: Sequence[Row] = ()
+    codec: Chain = field(default_factory=Chain)
     _answers: dict[tuple[str, int], Completion] = field(default_factory=dict)
     asked: dict[str, tuple[Question, Completion]] = field(default_factory=dict)
 
@@ -111,14 +114,23 @@ class Exam:
         """Greedy answers; a question is never answered twice for the same length."""
         missing = [q for q in questions if (q.key, max_new_tokens) not in self._answers]
         if missing:
-            prompts = [self.renderer.prompt_ids(q.row.values) for q in missing]
-            for q, done in zip(missing, self.generated(prompts, max_new_tokens), strict=True):
+            replies = self.replies([q.row.values for q in missing], max_new_tokens)
+            for q, done in zip(missing, replies, strict=True):
                 self._answers[q.key, max_new_tokens] = done
                 self.asked.setdefault(q.key, (q, done))
         return [self._answers[q.key, max_new_tokens] for q in questions]
 
+    def prompt_ids(self, values: Mapping[str, Any]) -> list[int]:
+        """What the model is given for a row."""
+        return self.renderer.prompt_ids(self.codec.encode(values))
+
+    def replies(self, asked: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[Completion]:
+        """Greedy answers to rows, in the form of the rows."""
+        done = self.generated([self.prompt_ids(values) for values in asked], max_new_tokens)
+        return [c._replace(text=self.codec.decode(v, c.text)) for v, c in zip(asked, done, strict=True)]
+
     def generated(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Completion]:
-        """Greedy completions of an evaluator's own prompts."""
+        """Greedy completions of an evaluator's own prompts, as the model writes them."""
         return self.lab.generator(self.view, prompts, max_new_tokens)
 
 

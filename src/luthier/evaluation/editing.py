@@ -57,6 +57,7 @@ class Editing(Evaluator):
 
 def _accuracy(exam: Exam, pairs: list[tuple[str, str]]) -> list[float]:
     """Share of each answer's tokens that come first; an empty answer counts as 0."""
-    rows = [exam.renderer.render({"prompt": p, "completion": c}, str(i)) for i, (p, c) in enumerate(pairs)]
+    forms = [exam.codec.encode({"prompt": p, "completion": c}) for p, c in pairs]
+    rows = [exam.renderer.render(form, str(i)) for i, form in enumerate(forms)]
     stops = set(exam.renderer.stop_ids)
     return [float(np.mean(hits)) if len(hits) else 0.0 for hits in exam.token_hits(rows, stops)]

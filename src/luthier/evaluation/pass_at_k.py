@@ -86,7 +86,7 @@ class PassAtK(Answering):
         if self.samples == 1:
             answers = [[a.text] for a in exam.answers(questions, self.max_new_tokens)]
         else:
-            prompts, keys = [exam.renderer.prompt_ids(q.row.values) for q in questions], [q.key for q in questions]
+            prompts, keys = [exam.prompt_ids(q.row.values) for q in questions], [q.key for q in questions]
             answers = sampled(
                 exam.view,
                 prompts,
@@ -97,6 +97,9 @@ class PassAtK(Answering):
                 exam.streams,
                 keys,
             )
+            answers = [
+                [exam.codec.decode(q.row.values, a) for a in drawn] for q, drawn in zip(questions, answers, strict=True)
+            ]
         programs = []
         for q, replies in zip(questions, answers, strict=True):
             try:

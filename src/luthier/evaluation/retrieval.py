@@ -231,11 +231,8 @@ class Retrieval(Answering):
         self, exam: Exam, questions: Sequence[Question], contexts: Sequence[Context], condition: str
     ) -> list[Completion]:
         asked = [self.asked(q.prompt, c.text) for q, c in zip(questions, contexts, strict=True)]
-        prompts = [
-            exam.renderer.prompt_ids({"prompt": text, "completion": q.references[0]})
-            for q, text in zip(questions, asked, strict=True)
-        ]
-        replies = exam.generated(prompts, self.max_new_tokens)
+        rows = [{"prompt": text, "completion": q.references[0]} for q, text in zip(questions, asked, strict=True)]
+        replies = exam.replies(rows, self.max_new_tokens)
         for q, text, reply in zip(questions, asked, replies, strict=True):
             key = f"{q.key}" if condition == "retrieved" else f"{q.key}:{condition}"
             exam.asked.setdefault(key, (q._replace(key=key, prompt=text), reply))

@@ -8,7 +8,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny
 
 from luthier.collaboration.base import Collaboration
 from luthier.compute.base import Compute
-from luthier.curation.base import Curator
+from luthier.curation.base import Curator, chain_of
+from luthier.data.codec import Chain
 from luthier.data.columns import RESERVED, Carried
 from luthier.data.reading import on_hub
 from luthier.decoding.base import Decoder
@@ -136,7 +137,7 @@ class Recipe(TrainSettings):
     objective: SerializeAsAny[Objective] = Sft()
     """What each token teaches."""
     curate: list[SerializeAsAny[Curator]] = Field(default_factory=list)
-    """Steps that choose rows, in order."""
+    """Steps that choose, weigh, rewrite, split or add rows, in order."""
     compute: SerializeAsAny[Compute] | None = None
     """Fewer tokens in the forward pass."""
     pipeline: SerializeAsAny[Pipeline] | None = None
@@ -163,6 +164,11 @@ class Recipe(TrainSettings):
         parts: dict[str, Method] = {"tuner": self.tuner, "objective": self.objective}
         more = {"compute": self.compute, "collaborate": self.collaborate}
         return {**parts, **{k: m for k, m in more.items() if m is not None}}
+
+    @property
+    def codec(self) -> Chain:
+        """How the curators' forms of rows are put on questions, and taken off answers."""
+        return chain_of(self.curate)
 
     def evaluators(self) -> list[Evaluator]:
         """Those that always measure, and those that are asked for."""

@@ -25,6 +25,7 @@ from luthier.support.units import in_flops
 from luthier.support.version import __version__
 
 SAMPLES = 12
+DECIDED = {"keep": "kept", "drop": "left out", "rewrite": "put in other words", "split": "split"}
 NEAR_ONE = 0.05  # pulls within this of 1 are plain cross-entropy, up to rounding
 
 
@@ -64,7 +65,7 @@ def write_curation(folder: Path, name: str, recipe: Recipe, before: int, after: 
     text = io.StringIO()
     YAML().dump(recipe.as_dict(), text)
     decided = [json.loads(line) for line in _lines(folder / "decisions.jsonl")[:50_000]]
-    examples = {what: [d for d in decided if d["decision"] == what][:SAMPLES] for what in ("kept", "left out")}
+    examples = {title: [d for d in decided if d["decision"] == what][:SAMPLES] for what, title in DECIDED.items()}
     page = template("curate.html").render(
         name=name,
         before=before,

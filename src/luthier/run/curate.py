@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from luthier.curation.base import Base
+import numpy as np
+
+from luthier.data.batch import WEIGHT
+from luthier.data.columns import Carried
 from luthier.data.reading import Tick, no_tick
+from luthier.data.store import Rows
+from luthier.data.table import Table
 from luthier.recipe import Recipe
 from luthier.report.page import write_curation
 from luthier.run.ready import tokens_and_config, untouched
-from luthier.run.rows import decisions, kept_by, training_rows
+from luthier.run.rows import Step, curation_lab, kept_by, steps, training_rows
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import whole
 
@@ -19,8 +25,9 @@ from luthier.support.files import whole
 def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> dict[str, Any]:
     """Carry out the recipe's `curate` steps into a new folder; returns what each step left.
 
-    kept.jsonl       the rows that stayed, as they came
-    decisions.jsonl  one line a row and step: step, key, score, decision, reason
+    kept.jsonl       the rows of the set, in the words that the steps gave them; with "weight" where they were weighed
+    table.parquet    every row that came in or was made: step, decision, score, reason, parent, weight, values
+    decisions.jsonl  one line a row and step: what each step said of the rows that it saw
     report.html      counts, reasons, and the plane where a step decides on one
     Raises RecipeError for a recipe without steps, LuthierError where the folder is there already.
     """
@@ -30,24 +37,44 @@ def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> di
         raise LuthierError(f"{output}: is there already; name a new folder")
     located, renderer, config = tokens_and_config(recipe, base)
     rows, skipped, _ = training_rows(recipe.data, base, recipe.task.shapes, tick)
-    model = Base(untouched(recipe, located, renderer, config), renderer, 2 * recipe.tokens_per_forward, tick)
-    told, left = [], rows
+    lab = curation_lab(recipe, renderer, untouched(recipe, located, renderer, config), tick)
+    told, table = [], Table.of(rows)
     with whole(output) as folder:
         with (folder / "decisions.jsonl").open("w", encoding="utf-8") as file:
-            for step, seen, chosen in decisions(recipe, rows, model):
-                inside = set(chosen.keep.tolist())
-                for i, row in enumerate(seen):
-                    decision = "kept" if i in inside else "left out"
-                    line = {
-                        "step": step, "key": row.key, "score": float(chosen.score[i]), "decision": decision,
-                        "reason": chosen.reason[i],
-                    }  # fmt: skip
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                told.append(kept_by(step, len(seen), chosen))
-                left = seen.take(chosen.keep)
+            for step in steps(recipe, table, lab):
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(step))
+                told.append(kept_by(step))
+                table = step.after
+        kept = _values(table.weighed, recipe.data.carried)
         with (folder / "kept.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(r.values, ensure_ascii=False, default=str) + "\n" for r in left)
+            file.writelines(json.dumps(v, ensure_ascii=False, default=str) + "\n" for v in kept)
+        table.write(folder / "table.parquet")
         (folder / "curation.json").write_text(json.dumps([k._asdict() for k in told]), encoding="utf-8")
-        write_curation(folder, output.name, recipe, len(rows), len(left))
-    steps = [{"step": k.step, "rows": k.rows, "of": k.of, "reasons": k.reasons} for k in told]
-    return {"folder": str(output), "rows": len(left), "of": len(rows), "skipped": skipped, "steps": steps}
+        write_curation(folder, output.name, recipe, len(rows), len(table))
+    short = [{"step": k.step, "rows": k.rows, "of": k.of, "reasons": k.reasons} for k in told]
+    return {"folder": str(output), "rows": len(table), "of": len(rows), "skipped": skipped, "steps": short}
+
+
+def _lines(step: Step) -> Iterator[dict[str, Any]]:
+    """What a step said of each row that it saw, and of each that it made."""
+    made = np.arange(len(step.before.entries), len(step.after.entries))
+    for number in (*step.before.live.tolist(), *made.tolist()):
+        line = step.after.line(number)
+        yield {"step": step.name, **{k: line[k] for k in ("key", "score", "decision", "reason")}}
+
+
+def _values(rows: Rows, carried: Carried) -> Iterator[dict[str, Any]]:
+    """The rows' values; where rows were weighed, "weight" is the curators' times the user's own.
+
+    Raises RecipeError for a field of that name which means something else.
+    """
+    for i, row in enumerate(rows):
+        if rows.weights is None:
+            yield row.values
+            continue
+        kept = WEIGHT in carried.keep
+        if WEIGHT in row.values and not kept:
+            what = "has a field weight that data.keep does not name, and a curator weighs rows"
+            raise RecipeError(row.key, what, "keep it, or rename it with data.columns")
+        own = carried.value(row.key, row.values, WEIGHT) if kept else 1.0
+        yield {**row.values, WEIGHT: float(rows.weights[i]) * own}

@@ -78,7 +78,7 @@ class Ready:
         has been measured before."""
         held, recipe = self.data.held, self.recipe
         rows_held = () if held is None else held.rows
-        exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or ())
+        exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or (), recipe.codec)
         head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
         model = key_of(
             self.view.base.weights,

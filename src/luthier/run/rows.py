@@ -11,17 +11,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from luthier.curation.base import Base, Selection
+from luthier.data.codec import Chain
 from luthier.data.mixture import Mix, Origin
 from luthier.data.prepare import Prepared, prepare
-from luthier.data.reading import Tick, no_tick, read
+from luthier.data.reading import Tick, no_tick, read, shape_of
 from luthier.data.rendering import Renderer
-from luthier.data.store import Row, Rows
+from luthier.data.store import Row, Rows, as_json, written
+from luthier.data.table import DROP, KEEP, Table
+from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.recipe.settings import DataSettings
+from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
-from luthier.support.rng import Streams
 
 PLANE = 1000  # rows of a selection that a picture shows
 
@@ -46,7 +48,7 @@ class Data(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What choosing rows took."""
+    """What curating took."""
 
     flops: float
     seconds: float
@@ -69,11 +71,13 @@ def prepare_rows(
     """Read, curate and render.
 
     view  loads the untouched model, for curators that ask it
+    Held-out rows are rendered in the form that the model is trained on; `held_rows` are as they came.
     """
     d, task = recipe.data, recipe.task
     how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
     rows, skipped, mix = training_rows(d, base, task.shapes, tick)
-    rows, kept, cost = curated(recipe, rows, Base(view, renderer, 2 * recipe.tokens_per_forward, tick))
+    table, kept, cost = curated(recipe, Table.of(rows), curation_lab(recipe, renderer, view, tick))
+    rows, chain = table.weighed, recipe.codec
     held = None
     if d.eval:
         held, more = read(d.eval, d.columns, base, "eval", shapes=task.shapes, part=d.eval_split, **how)
@@ -95,10 +99,12 @@ def prepare_rows(
         if not new:
             what = f"the training rows hold all {shared} rows of it as well"
             raise RecipeError("data.pool", what, "name rows that are not labelled")
-        pool = prepare(new, renderer, **{**fit, "maker": task.maker(renderer, config, labels, labelled=False)})
+        pool = prepare(
+            encoded(new, chain), renderer, **{**fit, "maker": task.maker(renderer, config, labels, labelled=False)}
+        )
     return Data(
         prepare(rows, renderer, **fit, carried=d.carried, mix=mix),
-        prepare(held, renderer, **fit) if held is not None else None,
+        prepare(encoded(held, chain), renderer, **fit) if held is not None else None,
         held,
         labels,
         pool,
@@ -107,6 +113,14 @@ def prepare_rows(
         cost,
         shared,
     )
+
+
+def curation_lab(recipe: Recipe, renderer: Renderer, view: Callable[[], ModelView], tick: Tick = no_tick) -> Lab:
+    """The services that curators may use."""
+    return lab_with(
+        renderer, {"base": view}, task=recipe.task, tokens_per_forward=2 * recipe.tokens_per_forward, seed=recipe.seed,
+        tick=tick,
+    )  # fmt: skip
 
 
 def apart(pool: Rows, labelled: Rows) -> Rows:
@@ -145,42 +159,64 @@ def training_rows(
     return Rows.joined(found), skipped, mix
 
 
-class Decided(NamedTuple):
-    """What one step of `curate` decided about every row it saw."""
+class Step(NamedTuple):
+    """One step of `curate`: the table that it saw, and the one that it left."""
 
-    step: str
-    rows: Rows  # that it saw
-    chosen: Selection
-
-
-def decisions(recipe: Recipe, rows: Rows, base: Base) -> Iterator[Decided]:
-    """Each step in turn, on the rows that the one before kept."""
-    streams = Streams(recipe.seed)
-    for step in recipe.curate:
-        chosen = step.select(rows, streams, base)
-        yield Decided(step.key(), rows, chosen)
-        rows = rows.take(chosen.keep)
+    name: str
+    before: Table
+    after: Table
 
 
-def curated(recipe: Recipe, rows: Rows, base: Base) -> tuple[Rows, list[Kept], Cost]:
-    """The rows that every step of `curate` keeps, in their order, a count of the reasons by step, and what it took."""
-    told, flops, started = [], 0.0, time.perf_counter()
-    for step, seen, chosen in decisions(recipe, rows, base):
-        told.append(kept_by(step, len(seen), chosen))
-        rows, flops = seen.take(chosen.keep), flops + chosen.flops
-    return rows, told, Cost(flops, time.perf_counter() - started)
+def steps(recipe: Recipe, table: Table, lab: Lab) -> Iterator[Step]:
+    """Each step in turn, on the table that the one before left.
+
+    Raises RecipeError for one that leaves no row, loses rows without a word, or makes rows of no known shape.
+    """
+    for i, curator in enumerate(recipe.curate):
+        where, before = f"curate.{i}.{curator.key()}", table.at(curator.key())
+        table = curator.curate(before, lab)
+        if not table.follows(before):
+            raise RecipeError(where, "returns another table than it was given", "return what its operations give")
+        if not len(table):
+            raise RecipeError(where, f"leaves none of {len(before)} rows", "ask for less, or look at the rows")
+        for number in range(len(before.entries), len(table.entries)):
+            shape_of(table.entries[number], recipe.task.shapes)
+        yield Step(curator.key(), before, table)
 
 
-def kept_by(step: str, of: int, chosen: Selection) -> Kept:
-    """A step's decision in short."""
-    return Kept(step, len(chosen.keep), of, dict(Counter(chosen.reason)), _plane(chosen), chosen.axes)
+def curated(recipe: Recipe, table: Table, lab: Lab) -> tuple[Table, list[Kept], Cost]:
+    """The table after every step of `curate`, each step in short, and what they took."""
+    told, started = [], time.perf_counter()
+    for step in steps(recipe, table, lab):
+        told.append(kept_by(step))
+        table = step.after
+    return table, told, Cost(lab.ledger.flops.get("curate", 0.0), time.perf_counter() - started)
 
 
-def _plane(chosen: Selection) -> list[tuple[float, float, bool]]:
-    """Evenly spaced rows of a selection's plane."""
-    if chosen.plane is None:
-        return []
-    shown = np.linspace(0, len(chosen.plane) - 1, min(PLANE, len(chosen.plane))).astype(int)
-    inside = set(chosen.keep.tolist())
-    points = [(float(chosen.plane[i, 0]), float(chosen.plane[i, 1]), int(i) in inside) for i in shown]
-    return [p for p in points if np.isfinite(p[:2]).all()]
+def kept_by(step: Step) -> Kept:
+    """A step's decisions in short; a row that others took the place of is counted by them."""
+    after = step.after
+    now = (after.turn == len(after.steps)) & (after.decision <= DROP)
+    reasons = Counter(after.reason[now].tolist())
+    reasons.pop("", None)
+    plane, axes = _plane(after)
+    return Kept(step.name, len(after), len(step.before), dict(reasons), plane, axes)
+
+
+def _plane(table: Table) -> tuple[list[tuple[float, float, bool]], tuple[str, str]]:
+    """Evenly spaced rows of the last step's picture, where it has one."""
+    picture = table.picture
+    if picture is None or picture.turn != len(table.steps):
+        return [], ("", "")
+    count = len(picture.points)
+    shown = np.linspace(0, count - 1, min(PLANE, count)).astype(int)
+    stays = table.decision[picture.numbers] == KEEP
+    points = [(float(picture.points[i, 0]), float(picture.points[i, 1]), bool(stays[i])) for i in shown]
+    return [p for p in points if np.isfinite(p[:2]).all()], picture.axes
+
+
+def encoded(rows: Rows, chain: Chain) -> Rows:
+    """Rows in the form that the recipe's curators give them, as far as answers can be brought back."""
+    if not chain.codecs:
+        return rows
+    return written(((r.key, as_json(Row(r.key, chain.encode(r.values)))) for r in rows), rows.on_disk)

@@ -23,7 +23,7 @@ def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> 
     texts = (renderer.system, renderer.plain, renderer.tokenizer.chat_template)
     code = code_key("luthier.evaluation.base", *MODEL, *sorted({type(m).__module__ for m in (exam.task, *evaluators)}))
     task = (exam.task.key(), exam.task.model_dump_json())
-    return key_of(model, rows, asked, machine, texts, task, exam.lab.seed, code)
+    return key_of(model, rows, asked, machine, texts, task, exam.lab.seed, exam.codec.name, code)
 
 
 def kept(key: str, exam: Exam, evaluators: list[Evaluator]) -> Results:

@@ -105,11 +105,15 @@ def answers(
     )
     if base_too and not task.untuned_answers:
         raise LuthierError("--base: the untouched model has no trained head, so it has no answer")
-    before = task.replies(run.view, lab, prompts, max_new_tokens) if base_too else []
+    rows = [{"prompt": p} for p in prompts]
+    codec, words = run.recipe.codec, [str(run.recipe.codec.encode(values)["prompt"]) for values in rows]
+    before = task.replies(run.view, lab, words, max_new_tokens) if base_too else []
     with run.update.bind(run.view):
-        after = task.replies(run.view, lab, prompts, max_new_tokens)
-    out = [{"prompt": prompt, **reply} for prompt, reply in zip(prompts, after, strict=True)]
-    return [{**entry, "base": b["answer"]} for entry, b in zip(out, before, strict=True)] if base_too else out
+        after = task.replies(run.view, lab, words, max_new_tokens)
+    out = [{**v, **reply, "answer": codec.decode(v, reply["answer"])} for v, reply in zip(rows, after, strict=True)]
+    if not base_too:
+        return out
+    return [{**entry, "base": codec.decode(v, b["answer"])} for entry, v, b in zip(out, rows, before, strict=True)]
 
 
 def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = False) -> dict[str, Any]:

@@ -1,0 +1,295 @@
+"""A set of rows while it is curated: what was decided about each, and why. No row ever leaves the table."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+from luthier.data import store
+from luthier.data.store import Row, Rows
+from luthier.support.errors import LuthierError
+
+KEEP, DROP, REWRITE, SPLIT = 0, 1, 2, 3
+DECISIONS = ("keep", "drop", "rewrite", "split")
+SCHEMA = pa.schema(
+    {
+        "id": pa.int64(), "key": pa.string(), "parent": pa.int64(), "step": pa.string(), "decision": pa.string(),
+        "score": pa.float64(), "reason": pa.string(), "weight": pa.float64(), "values": pa.large_string(),
+    }
+)  # fmt: skip
+Reasons = str | Sequence[str]  # one for all rows, or one for each
+
+
+class Picture(NamedTuple):
+    """Where the rows of a step lie: points [M, 2] of the rows with these numbers, and what the directions are called."""
+
+    turn: int
+    numbers: np.ndarray
+    points: np.ndarray
+    axes: tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Rows with columns that say what became of them. Each operation gives a new table; its rows are the M in the set.
+
+    entries   all N rows that ever were: those that came in, then those that curators made
+    incoming  how many came in
+    live      [M] numbers of the entries in the set, in its order
+    decision  [N] index into DECISIONS: in the set, left out, or replaced by the rows whose parent it is
+    score     [N] what the decision rests on, NaN where on nothing
+    reason    [N] texts
+    parent    [N] number of the entry a row was made from, -1 for none
+    turn      [N] which step decided last, counted from 1; 0 for none. Names are in `steps`
+    weight    [N] how much a row counts in training
+    """
+
+    entries: Rows
+    incoming: int
+    live: np.ndarray
+    decision: np.ndarray
+    score: np.ndarray
+    reason: np.ndarray
+    parent: np.ndarray
+    turn: np.ndarray
+    weight: np.ndarray
+    steps: tuple[str, ...] = ()
+    picture: Picture | None = None
+
+    @classmethod
+    def of(cls, rows: Rows | Sequence[Row]) -> Table:
+        """The table of rows that nothing was decided about."""
+        given = rows if isinstance(rows, Rows) else Rows.of(rows)
+        n, none = len(given), np.full(len(given), "", dtype=object)
+        weight = np.ones(n) if given.weights is None else given.weights
+        return cls(
+            given.weighing(None), n, np.arange(n), np.zeros(n, np.int8), np.full(n, np.nan), none, np.full(n, -1),
+            np.zeros(n, np.int16), weight,
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self.live)
+
+    @property
+    def rows(self) -> Rows:
+        """The rows in the set, read when asked for."""
+        whole = len(self.live) == len(self.entries) and bool((self.live == np.arange(len(self.live))).all())
+        return self.entries if whole else self.entries.take(self.live)
+
+    @property
+    def weighed(self) -> Rows:
+        """The same with their weights, where not all are 1."""
+        weight = self.weight[self.live]
+        return self.rows if bool((weight == 1).all()) else self.rows.weighing(weight)
+
+    def at(self, step: str) -> Table:
+        """The table with this step at work: what is decided from here on is its decision."""
+        return replace(self, steps=(*self.steps, step))
+
+    @property
+    def step(self) -> str:
+        """The step at work."""
+        return self.steps[-1] if self.steps else "nobody"
+
+    # --- operations; positions are places in `rows` ---
+
+    def keep(self, positions: np.ndarray, score: np.ndarray | None = None, reason: Reasons = "") -> Table:
+        """Only these rows stay; all M rows get a score [M] and a reason."""
+        inside = np.zeros(len(self), dtype=bool)
+        inside[np.asarray(positions, dtype=np.int64)] = True
+        told = np.array(self._told(reason), dtype=object)
+        told[~inside & (told == "")] = f"not chosen by {self.step}"
+        decision = self.decision.copy()
+        decision[self.live[~inside]] = DROP
+        out = self._decided(self.live, told, score)
+        return replace(out, live=self.live[inside], decision=decision)
+
+    def drop(self, positions: np.ndarray, reason: str, score: np.ndarray | None = None) -> Table:
+        """These rows go. score [M] of all rows."""
+        if not reason:
+            raise LuthierError(f"{self.step}: drops rows without a reason; give one")
+        gone = np.zeros(len(self), dtype=bool)
+        gone[np.asarray(positions, dtype=np.int64)] = True
+        decision = self.decision.copy()
+        decision[self.live[gone]] = DROP
+        scored = self if score is None else replace(self, score=_put(self.score, self.live, score))
+        out = scored._decided(self.live[gone], reason)
+        return replace(out, live=self.live[~gone], decision=decision)
+
+    def weigh(self, weights: np.ndarray, reason: Reasons = "weighed") -> Table:
+        """Every row counts this many times as much as before; weights [M], 0 or more."""
+        given = np.asarray(weights, dtype=np.float64)
+        if given.shape != (len(self),) or not bool((np.isfinite(given) & (given >= 0)).all()):
+            raise LuthierError(f"{self.step}: weights are not {len(self)} finite numbers of 0 or more")
+        out = self._decided(self.live, reason)
+        return replace(out, weight=_put(self.weight, self.live, self.weight[self.live] * given))
+
+    def score_rows(self, score: np.ndarray, reason: Reasons = "") -> Table:
+        """Only note a score [M], and why."""
+        return self._decided(self.live, reason, score)
+
+    def rewrite(self, values: Iterable[Mapping[str, Any] | None], reason: Reasons = "rewritten") -> Table:
+        """Each row in other words, under its own key; None leaves it as it is. Values are taken one at a time."""
+        return self._replaced((None if v is None else (v,) for v in values), REWRITE, reason)
+
+    def split(self, values: Iterable[Sequence[Mapping[str, Any]] | None], reason: Reasons = "split") -> Table:
+        """Each row as several, in its place, under KEY/1, KEY/2, ...; None leaves it as it is."""
+        return self._replaced(values, SPLIT, reason)
+
+    def add(
+        self, values: Iterable[Mapping[str, Any]], parents: Sequence[int] | None = None, reason: Reasons = "added"
+    ) -> Table:
+        """New rows at the end. With parents (a position for each) they are called KEY+1, ..., without STEP:1, ...
+
+        reason  for all, or one for each
+        """
+        made = array("q")
+        own = int((self.parent[self.incoming :] < 0).sum())
+        children = np.bincount(self.parent[self.parent >= 0], minlength=len(self.entries))
+
+        def items() -> Iterator[tuple[str, bytes]]:
+            for k, v in enumerate(values):
+                if parents is None:
+                    made.append(-1)
+                    key = f"{self.step}:{own + k + 1}"
+                else:
+                    made.append(int(self.live[parents[k]]))
+                    children[made[-1]] += 1
+                    key = f"{self.entries.key(made[-1])}+{children[made[-1]]}"
+                yield key, store.as_json(Row(key, dict(v)))
+
+        new = store.written(items(), self.entries.on_disk)
+        number = len(self.entries) + np.arange(len(made))
+        return self._grown(new, made, reason, np.concatenate([self.live, number]))
+
+    def shown(self, points: np.ndarray, axes: tuple[str, str]) -> Table:
+        """The table with a picture of where its M rows lie, [M, 2]."""
+        return replace(self, picture=Picture(len(self.steps), self.live, points, axes))
+
+    # --- what they share ---
+
+    def _told(self, reason: Reasons, count: int | None = None) -> list[str]:
+        count = len(self) if count is None else count
+        if isinstance(reason, str):
+            return [reason] * count
+        if len(reason) != count:
+            raise LuthierError(f"{self.step}: gives {len(reason)} reasons for {count} rows")
+        return list(reason)
+
+    def _decided(self, numbers: np.ndarray, reason: Reasons | np.ndarray, score: np.ndarray | None = None) -> Table:
+        """The table with a reason (and a score) at these entries, given by the step at work."""
+        told = np.array(reason if isinstance(reason, np.ndarray) else self._told(reason, len(numbers)), dtype=object)
+        out = replace(
+            self, reason=_put(self.reason, numbers, told), turn=_put(self.turn, numbers, np.int16(len(self.steps)))
+        )  # fmt: skip
+        return out if score is None else replace(out, score=_put(self.score, numbers, score))
+
+    def _replaced(self, children: Iterable[Sequence[Mapping[str, Any]] | None], word: int, reason: Reasons) -> Table:
+        """Every row that has children gives its place to them."""
+        live, parents, gone = array("q"), array("q"), array("q")
+        told, held = self._told(reason), iter(children)
+        start = len(self.entries)
+
+        def items() -> Iterator[tuple[str, bytes]]:
+            for position, number in enumerate(self.live.tolist()):
+                try:
+                    new = next(held)
+                except StopIteration:
+                    raise LuthierError(f"{self.step}: gives values for {position} of {len(self)} rows") from None
+                if new is None:
+                    live.append(number)
+                    continue
+                key = self.entries.key(number)
+                if not new:
+                    raise LuthierError(f"{self.step}: splits {key} into no row; drop it, with a reason")
+                gone.append(position)
+                for k, v in enumerate(new, start=1):
+                    live.append(start + len(parents))
+                    parents.append(number)
+                    name = key if word == REWRITE else f"{key}/{k}"
+                    yield name, store.as_json(Row(name, dict(v)))
+            if next(held, self) is not self:
+                raise LuthierError(f"{self.step}: gives values for more than {len(self)} rows")
+
+        new = store.written(items(), self.entries.on_disk)
+        places, why = np.array(gone, dtype=np.int64), np.array(told, dtype=object)
+        old = self.live[places]
+        decision = self.decision.copy()
+        decision[old] = word
+        given = dict(zip(old.tolist(), why[places].tolist(), strict=True))
+        out = replace(self, decision=decision)._decided(old, why[places])
+        return out._grown(new, parents, [given[p] for p in parents], np.array(live, dtype=np.int64))
+
+    def _grown(self, new: Rows, parents: array[int], reason: Reasons, live: np.ndarray) -> Table:
+        """The table with more entries; they weigh what their parents do."""
+        if not parents:
+            return self
+        n, parent = len(parents), np.array(parents, dtype=np.int64)
+        weight = np.where(parent < 0, 1.0, self.weight[parent])
+        return replace(
+            self,
+            entries=Rows.joined([self.entries, new]),
+            live=live,
+            decision=np.concatenate([self.decision, np.zeros(n, np.int8)]),
+            score=np.concatenate([self.score, np.full(n, np.nan)]),
+            reason=np.concatenate([self.reason, np.array(self._told(reason, n), dtype=object)]),
+            parent=np.concatenate([self.parent, parent]),
+            turn=np.concatenate([self.turn, np.full(n, len(self.steps), np.int16)]),
+            weight=np.concatenate([self.weight, weight]),
+        )
+
+    # --- asking ---
+
+    def follows(self, before: Table) -> bool:
+        """True where this table was made from that one by operations alone."""
+        n, parts = len(before.entries), len(before.entries.parts)
+        same = len(self.entries) >= n and all(
+            a is b for a, b in zip(self.entries.parts[:parts], before.entries.parts, strict=True)
+        )
+        return (
+            same
+            and bool((self.entries.places[:n] == before.entries.places).all())
+            and bool((self.parent[:n] == before.parent).all())
+            and self.steps == before.steps
+        )
+
+    def roots(self, numbers: np.ndarray) -> np.ndarray:
+        """[M] the entries that came in which these entries go back to; -1 for those made from none."""
+        found = np.asarray(numbers, dtype=np.int64).copy()
+        while bool((on := (found >= 0) & (self.parent[found] >= 0)).any()):
+            found[on] = self.parent[found[on]]
+        found[found >= self.incoming] = -1
+        return found
+
+    def line(self, number: int) -> dict[str, Any]:
+        """What is known of an entry, without its values."""
+        turn, score, parent = int(self.turn[number]), float(self.score[number]), int(self.parent[number])
+        return {
+            "id": number, "key": self.entries.key(number), "parent": None if parent < 0 else parent,
+            "step": self.steps[turn - 1] if turn else None, "decision": DECISIONS[self.decision[number]],
+            "score": None if np.isnan(score) else score, "reason": self.reason[number], "weight": float(self.weight[number]),
+        }  # fmt: skip
+
+    def write(self, path: Path) -> None:
+        """Every entry with its columns and its values (as JSON) into a Parquet file, batch by batch."""
+        with pa.parquet.ParquetWriter(path, SCHEMA) as writer:
+            for part in store.chunks(iter(range(len(self.entries)))):
+                lines = [
+                    {**self.line(i), "values": json.dumps(self.entries[i].values, ensure_ascii=False)} for i in part
+                ]
+                writer.write_batch(pa.RecordBatch.from_pylist(lines, SCHEMA))
+
+
+def _put(values: np.ndarray, at: np.ndarray, new: Any) -> np.ndarray:
+    """A copy with new values at these places."""
+    out = values.copy()
+    out[at] = new
+    return out
