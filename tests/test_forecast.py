@@ -43,8 +43,8 @@ def test_weights_state_and_activations_of_a_deep_model_follow_from_a_shallow_one
     """The extrapolated bytes are those of the whole model, measured with the same counters."""
     config = tiny("llama", layers=12, vocab_size=300).config
     recipe = a_recipe(tuner=tuner, gradient_checkpointing=False)
-    got = fc.forecast(recipe, config, byte_tokenizer(), data)
-    whole = fc.measure(recipe, config, byte_tokenizer(), data, 12)
+    got = fc.forecast(recipe, config, byte_tokenizer(), {"train": data})
+    (whole,) = fc.measure(recipe, config, byte_tokenizer(), {"train": data}, 12)
     assert got.weights == whole.weights
     assert got.activations == pytest.approx(whole.activations, rel=1e-3)
     if tuner != {"spiel": {"num_weights": 500}}:  # whose entries do not grow with depth
@@ -66,13 +66,15 @@ def test_live_bytes_are_weights_masters_moments_and_what_is_kept():
 def test_checkpointing_is_chosen_only_where_memory_would_not_do(monkeypatch, data):
     config, recipe = tiny("llama", layers=3, vocab_size=300).config, a_recipe()
     monkeypatch.setattr(fc, "available_memory", lambda: 10**15)
-    chosen, plain = fc.resolved(recipe, config, byte_tokenizer(), data)
+    chosen, plain = fc.resolved(recipe, config, byte_tokenizer(), {"train": data})
     assert chosen.gradient_checkpointing is False
     monkeypatch.setattr(fc, "available_memory", lambda: 1)
-    chosen, saving = fc.resolved(recipe, config, byte_tokenizer(), data)
+    chosen, saving = fc.resolved(recipe, config, byte_tokenizer(), {"train": data})
     assert chosen.gradient_checkpointing is True and saving.activations < 0.6 * plain.activations
     assert (
-        fc.resolved(a_recipe(gradient_checkpointing=False), config, byte_tokenizer(), data)[0].gradient_checkpointing
+        fc.resolved(a_recipe(gradient_checkpointing=False), config, byte_tokenizer(), {"train": data})[
+            0
+        ].gradient_checkpointing
         is False
     )
 

@@ -28,8 +28,9 @@ from luthier.run.folder import RunFolder, recipe_hash
 from luthier.run.forecast import NoForecast, disk_needed, forget_peak, miss, peak_memory, resolved
 from luthier.run.ready import Gathered, Ready, gather, make_ready
 from luthier.run.stopping import StopRequest
+from luthier.step.outcome import Outcome
 from luthier.step.probe import Probe
-from luthier.step.progress import Progress
+from luthier.step.progress import Progress, together
 from luthier.support.environment import environment
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.units import in_bytes, in_time
@@ -114,12 +115,12 @@ def _foreseen(
 ) -> Recipe:
     """Forecast memory, time and disk; refuse what cannot fit; decide on checkpointing where the recipe leaves it open.
 
-    Not for several processes or stages: a miniature of one process's step would not be theirs.
+    Not for several processes: a miniature of one process's step would not be theirs.
     """
-    if accelerator.num_processes > 1 or recipe.pipeline is not None or not foresee:
+    if accelerator.num_processes > 1 or not foresee:
         left_open = recipe.gradient_checkpointing == "auto"
         return recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
-    recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.train)
+    recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.sets())
     if isinstance(expected, NoForecast):
         say(f"expect  no forecast ({expected.reason})")
         return recipe
@@ -235,8 +236,8 @@ def _pipeline(
     ready: Ready, place: RunFolder, stop: StopRequest, on_step: Any, deadline: float | None, say: Say
 ) -> Trained:
     """Several stages; the last one's Update is the result."""
-    assert ready.recipe.pipeline is not None
-    lab = ready.lab()
+    recipe = ready.recipe
+    assert recipe.pipeline is not None
     held = None if ready.data.held is None else ready.held_out_loss
 
     def told(stage: Train | Apply) -> None:
@@ -245,19 +246,30 @@ def _pipeline(
     with _listening(ready, place, on_step, None) as listen:
         try:
             done = run_pipeline(
-                ready.recipe.pipeline, ready.view, lab, place.path, deadline=deadline, before_stage=told, evaluate=held,
-                on_step=listen, stop=stop, accelerator=ready.accelerator, data_hash=ready.train.digest, draw=ready.draw,
+                recipe.pipeline, ready.view, ready.lab(), place.path, deadline=deadline, before_stage=told, evaluate=held,
+                pace=recipe.pace, save_memory=recipe.gradient_checkpointing is True, on_step=listen, stop=stop,
+                accelerator=ready.accelerator, data_hash=ready.train.digest, draw=ready.draw,
             )  # fmt: skip
         except Interrupted:
             place.note(state="stopped", signal=stop.signal)
             raise
-    last = list(done.values())[-1]
-    assert last.update is not None and last.progress is not None
-    update = last.update
+    update = next((o.update for o in reversed(done.values()) if o.update is not None), None)
+    if update is None:
+        raise LuthierError(f"pipeline.{recipe.pipeline.key()}: no stage changed the model, so nothing is left")
+    place.note(stages=[_stage_note(o) for o in done.values()])
     stack = contextlib.ExitStack()
     stack.enter_context(update.bind(ready.view))
     weights = sum(t.numel() for part in update.parts for t in part.tensors().values())
-    return Trained(update, contextlib.nullcontext, stack.close, weights, last.progress)
+    return Trained(update, contextlib.nullcontext, stack.close, weights, together(o.progress for o in done.values()))
+
+
+def _stage_note(outcome: Outcome) -> dict[str, Any]:
+    """What run.json keeps of a stage."""
+    p = outcome.progress
+    return {
+        "name": outcome.name, "steps": p.step, "tokens": p.tokens, "row_tokens": p.row_tokens, "seconds": p.seconds,
+        "select_seconds": p.select_seconds, "flops": p.flops, "metrics": dict(outcome.metrics),
+    }  # fmt: skip
 
 
 @contextlib.contextmanager

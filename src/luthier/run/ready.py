@@ -63,10 +63,7 @@ class Ready:
 
     def lab(self) -> Lab:
         """The services that methods of this run may use."""
-        recipe, data = self.recipe, self.data
-        sets = {"train": data.train.rows, "labelled": data.train.rows}
-        if data.pool is not None:
-            sets["unlabelled"] = data.pool.rows
+        recipe, sets = self.recipe, {name: rows.rows for name, rows in self.data.sets().items()}
         lab = lab_with(
             self.renderer, {"base": lambda: self.view}, task=recipe.task, seed=recipe.seed, sets=sets, tick=self.tick,
             tokens_per_forward=2 * recipe.tokens_per_forward,

@@ -23,7 +23,9 @@ from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.recipe.settings import DataSettings
 from luthier.step.lab import Lab
+from luthier.step.settings import TrainSettings
 from luthier.support.errors import RecipeError
+from luthier.training.loop import Loop
 
 PLANE = 1000  # rows of a selection that a picture shows
 
@@ -45,6 +47,17 @@ class Data(NamedTuple):
     def classes(self) -> list[str]:
         """Names of the classes, by index."""
         return [str(n) for n in self.labels]
+
+    def sets(self) -> dict[str, Prepared]:
+        """Rendered rows by the names that stages use."""
+        pool = {} if self.pool is None else {"unlabelled": self.pool}
+        return {"train": self.train, "labelled": self.train, **pool}
+
+
+def tokens_a_step(rows: Prepared, settings: TrainSettings) -> float:
+    """Tokens of the rows that an optimiser step is given, on average."""
+    once = settings.model_copy(update={"epochs": 1.0, "max_steps": None})
+    return rows.epoch_tokens / max(1, Loop.length(rows.rows, once))
 
 
 class Cost(NamedTuple):
