@@ -12,7 +12,6 @@ from typing import Any
 
 from luthier.comparison.judge import Standing, judged, measures_of
 from luthier.comparison.plan import Comparison, Foreign, recipe_of, slug, with_seed
-from luthier.comparison.queue import Workers, workers
 from luthier.comparison.rows import Files, written
 from luthier.comparison.steps import Arm, Done, Job, StageCost, StagePlan, budget_of, forecast, next_jobs, total_runs
 from luthier.evaluation.base import Evaluator
@@ -21,7 +20,7 @@ from luthier.method.registry import modules_of
 from luthier.pipelines.base import Pace, planned
 from luthier.recipe import Recipe
 from luthier.run.folder import RunFolder
-from luthier.run.forecast import available_memory
+from luthier.run.queue import Workers, side_by_side, workers
 from luthier.run.ready import gather
 from luthier.run.rows import Data, tokens_a_step
 from luthier.support.cache import key_of
@@ -33,7 +32,6 @@ from luthier.support.units import in_bytes, in_flops, in_time
 from luthier.training.loop import Interrupted, Loop
 
 Say = Callable[[str], None]
-ROOM = 0.8  # of the free memory that runs side by side may take
 
 
 @dataclass
@@ -115,18 +113,20 @@ class Bench:
         what = key_of(recipe.as_dict(), command, job.steps, code_key("luthier.run.execute", *modules_of(recipe)))
         return self.folder / "arms" / slug(job.arm) / f"{job.purpose}-{what[:8]}"
 
-    def request(self, job: Job, side_by_side: int) -> dict[str, Any]:
+    def request(self, job: Job, at_a_time: int) -> dict[str, Any]:
         """For a worker, one of so many."""
-        keys, foreign = self.plan.arms[job.arm], None
+        keys = self.plan.arms[job.arm]
+        more: dict[str, Any] = {"keep": self.keep, "judge": job.purpose != "measure", "nested": True}
         if isinstance(keys, Foreign):
-            foreign = {
+            more = {"call": "luthier.comparison.foreign:run_foreign"}
+            more["foreign"] = {
                 "command": keys.command, "cwd": str(self.base.resolve()), "steps": job.steps, "seconds": self._seconds(job),
                 "flops_a_step": self._flops_a_step(keys),
             }  # fmt: skip
         return {
-            "recipe": self.recipe(job).as_dict(), "name": f"arm {job.arm}", "folder": str(self.place(job)), "foreign": foreign,
-            "base": str(self.base.resolve()), "code": None if self.code is None else str(self.code), "keep": self.keep,
-            "judge": job.purpose != "measure", "threads": max(1, (os.cpu_count() or 1) // side_by_side),
+            "recipe": self.recipe(job).as_dict(), "name": f"arm {job.arm}", "folder": str(self.place(job)),
+            "base": str(self.base.resolve()), "code": None if self.code is None else str(self.code),
+            "threads": max(1, (os.cpu_count() or 1) // at_a_time), **more,
         }  # fmt: skip
 
     def _seconds(self, job: Job) -> float | None:
@@ -364,8 +364,7 @@ def _side_by_side(bench: Bench, asked: int | None) -> int:
     if asked is not None:
         return max(1, asked)
     peaks = [d.peak_bytes for d in bench.done.values() if d.peak_bytes]
-    fitting = int(ROOM * available_memory() / max(peaks)) if peaks else 1
-    count = max(1, min(os.cpu_count() or 1, fitting, len(bench.plan.arms) * len(bench.plan.seeds)))
+    count = side_by_side(peaks, len(bench.plan.arms) * len(bench.plan.seeds))
     if peaks:
         bench.say(f"queue   {count} at a time ({in_bytes(max(peaks))} each at most)")
     return count

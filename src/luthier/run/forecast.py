@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -194,7 +195,8 @@ def measure(
     forget_peak()
     view = _miniature(recipe, with_layers(config, layers), tokenizer)
     if recipe.pipeline is not None:
-        return _measured_stages(recipe, view, sets, layers)
+        with _unheard():
+            return _measured_stages(recipe, view, sets, layers)
     data = sets["train"]
     total, rows = Loop.length(data.rows, recipe), _few(data, recipe.batch_size, recipe.seed)
     weights = _bytes(view.module.parameters())
@@ -236,6 +238,18 @@ def _measured_stages(recipe: Recipe, view: ModelView, sets: Mapping[str, Prepare
         tokens, choices = tokens_a_step(data, whole.settings) * total, stage.tuner.selections(total)
         out.append(replace(found, tokens=tokens, choices=choices))
     return out
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Warnings of a pipeline about few rows or a poor model are true of every miniature, and tell nothing."""
+    logger = logging.getLogger("luthier")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _stepped(loop: Loop, layers: int, weights: int) -> Measured:
