@@ -69,7 +69,8 @@ def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Pre
     high = low if first == second else measure(recipe, config, tokenizer, data, second)
 
     def grown(name: str) -> float:
-        a, b = getattr(low, name), getattr(high, name)
+        a: float = getattr(low, name)
+        b: float = getattr(high, name)
         return b if first == second else b + (b - a) * (depth - second) / (second - first)
 
     whole = {n: int(grown(n)) for n in ("weights", "state", "activations", "update", "trained")}
