@@ -44,6 +44,12 @@ def test_no_test_imports_another(file):
     assert imported_tests((TESTS / file).read_text(encoding="utf-8")) == [], "move what is shared to tests/helpers/"
 
 
+def test_the_folders_of_tests_are_the_rooms_of_the_package():
+    folders = {file.partition("/")[0] for file in FILES if "/" in file} - {"example_package", "helpers", "mutation"}
+    rooms = {p.name for p in (ROOT / "src/luthier").iterdir() if p.is_dir()}
+    assert folders - rooms == set(), "a test lies in the folder that is called like its subject's"
+
+
 T = "test_"  # apart, lest these lines be found themselves
 
 
