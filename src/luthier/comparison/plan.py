@@ -112,8 +112,8 @@ class Comparison(BaseModel):
         """An arm with a command is somebody else's trainer."""
         if not isinstance(arms, dict):
             return arms
-        is_command = lambda keys: isinstance(keys, dict) and "command" in keys  # noqa: E731
-        return {n: Foreign.model_validate(k) if is_command(k) else k for n, k in arms.items()}
+        foreign = {n for n, keys in arms.items() if isinstance(keys, dict) and "command" in keys}
+        return {n: Foreign.model_validate(k) if n in foreign else k for n, k in arms.items()}
 
     @property
     def base_arm(self) -> str:

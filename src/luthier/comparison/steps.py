@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from luthier.comparison.plan import Comparison, Foreign, Search
@@ -230,7 +231,7 @@ def _of_arm(plan: Comparison, arms: Mapping[str, Arm], arm: Arm, done: Mapping[s
         return []
     if leader is not arm and done[f"{leader.name}/measure"].error is not None:
         return []
-    steps = lambda share: _steps(budget, leader, _mine(done, leader.name), share)  # noqa: E731
+    steps = partial(_steps, budget, leader, _mine(done, leader.name))
     rate = arm.learning_rate
     if plan.search is not None:
         trials = _trials(arm, plan.search, done, steps(plan.search.share))

@@ -99,7 +99,8 @@ def grown(low: Measured, high: Measured, depth: int) -> Forecast:
     """One stage of a model of this depth, from two miniatures."""
 
     def at_depth(name: str) -> float:
-        a, b = getattr(low, name), getattr(high, name)
+        a: float = getattr(low, name)
+        b: float = getattr(high, name)
         if low.layers == high.layers:
             return b
         return b + (b - a) * (depth - high.layers) / (high.layers - low.layers)

@@ -66,7 +66,8 @@ class Workers:
         except (BrokenPipeError, ValueError):
             line = ""
         if line:
-            return json.loads(line)
+            answer: dict[str, Any] = json.loads(line)
+            return answer
         code = process.wait()
         self._mine.process = None
         if self._stopping:
