@@ -77,6 +77,7 @@ IDS = manifest.titles([(kind, name) for kind, name, _ in ALL])
 MORE: dict[str, dict[str, Any]] = {
     "distill": dict(zip(("rows", "inputs"), soft_rows(), strict=True)) | {"pools": {"labelled": cloze(6, 8)}},
     "frozen": {"trains": False},
+    "list": {"pools": {"labelled": cloze(6, 8), "unlabelled": [*cloze(8, 9), *cloze(2, 8)]}},
 }
 EXAMPLES = [
     Example(cls(**FIELDS.get(title, {})), **MORE.get(name, {})) for title, (_, name, cls) in zip(IDS, ALL, strict=True)

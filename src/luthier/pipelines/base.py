@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from luthier.method import Method
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, Phase
 from luthier.objectives.base import Objective
 from luthier.step.lab import Lab
 from luthier.step.progress import Progress
@@ -96,6 +96,21 @@ def started(
         yield trainable, under
 
 
+@contextmanager
+def as_found(view: ModelView) -> Iterator[None]:
+    """Afterwards the model is in the mode it was in, and what a stage's loop put on it to count its work and to thin it out
+    is gone.
+    """
+    modes, phases = [(part, part.training) for part in view.module.modules()], list(view.phases)
+    try:
+        yield
+    finally:
+        view.meter.unwatch()
+        view.phases[:] = phases
+        for part, mode in modes:
+            part.training = mode
+
+
 def run_pipeline(
     pipeline: Pipeline, view: ModelView, lab: Lab, folder: Path | None = None, *, deadline: float | None = None,
     before_stage: Callable[[Train | Apply], None] = lambda _: None, **loop: Any,
@@ -118,13 +133,14 @@ def run_stage(
 ) -> Outcome:  # fmt: skip
     """One stage."""
     if isinstance(stage, Apply):
-        return Outcome(stage.name, stage, rows=pipeline.apply(stage, view, lab, done))
+        with as_found(view):
+            return Outcome(stage.name, stage, rows=pipeline.apply(stage, view, lab, done))
     source = done[stage.data].rows if stage.data in done else lab.rows(stage.data)
     assert source is not None
     carried = done[stage.carry].beside if stage.carry else None
     total = Loop.length(source, stage.settings)
     place = None if folder is None else folder / stage.name
-    with started(view, stage, lab, done, total) as (trainable, under):
+    with as_found(view), started(view, stage, lab, done, total) as (trainable, under):
         run = Loop(
             view, source, trainable, stage.objective, stage.settings, lab=lab, folder=place, carried=carried, **loop
         )

@@ -11,6 +11,7 @@ from luthier.testing.contract.curators import *  # noqa: F403
 from luthier.testing.contract.examples import CONSTANT, PADDED, SETTINGS, Example, Four, as_examples
 from luthier.testing.contract.methods import *  # noqa: F403
 from luthier.testing.contract.objectives import *  # noqa: F403
+from luthier.testing.contract.pipelines import *  # noqa: F403
 from luthier.testing.contract.tuners import *  # noqa: F403
 from luthier.testing.contract.tuners import learns_a_task_head
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -155,6 +156,22 @@ def view_in(dtype: torch.dtype) -> ModelView:
 def states(view: ModelView, batch: Batch) -> Tensor:
     """[T, D] the last hidden states."""
     return view.trace(batch).hidden[-1]
+
+
+def worn(view: ModelView) -> dict[str, Any]:
+    """All that a method could leave on a model, in a form that compares to the bit: weights, gradients, modes, hooks."""
+    out: dict[str, Any] = {
+        "inputs": list(view.input_hooks), "phases": list(view.phases), "attached": list(view.attached),
+        "attention": view.module.config._attn_implementation, "layout": view.layout,
+    }  # fmt: skip
+    for name, t in (*view.module.named_parameters(), *view.module.named_buffers()):
+        held = t.detach().cpu().contiguous().view(torch.uint8) if t.ndim else t.item()
+        content = held if isinstance(held, (int, float)) else hashlib.sha256(held.numpy().tobytes()).hexdigest()
+        out[name] = (content, t.dtype, t.requires_grad, t.grad is None, len(t._backward_hooks or ()))
+    for name, part in view.module.named_modules():
+        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        out[f"module {name}"] = (part.training, vars(part).get("forward"), type(part), [len(h) for h in hooks])
+    return out
 
 
 PADDED = {
