@@ -11,12 +11,10 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from luthier.method import Facts
 from luthier.method import registry as manifest
-from luthier.model.view import ModelView
 from luthier.pipelines.base import Apply, Outcome, Pipeline, Train, run_pipeline
 from luthier.step.lab import Lab
 from luthier.testing.contract.examples import Example, worn
@@ -89,7 +87,9 @@ def test_a_pipeline_ends_and_its_stages_have_names_of_their_own(pipeline: Exampl
     done = whole(pipeline).done
     assert 0 < len(done) <= MOST
     for name, outcome in done.items():
-        assert name == outcome.stage.name and FOLDER.fullmatch(name) and name != "base", "a stage's name is its folder's"
+        assert name == outcome.stage.name and FOLDER.fullmatch(name) and name != "base", (
+            "a stage's name is its folder's"
+        )
     assert len({name.casefold() for name in done}) == len(done)
     last = list(done.values())[-1]
     assert isinstance(last.stage, Train) and last.update is not None, "the last stage's update is the result"
@@ -149,7 +149,13 @@ def test_what_a_stages_methods_refuse_the_pipeline_reports_beforehand(pipeline: 
     assert isinstance(pipeline.method, Pipeline)
     stages = [o.stage for o in whole(pipeline).done.values() if isinstance(o.stage, Train)]
     tasks = sorted(pipeline.method.traits.tasks)
-    wrong: list[dict[str, Any]] = [{}, {"quantized": True}, {"num_processes": 2}, {"layout": "padded"}, {"layout": "flat"}]
+    wrong: list[dict[str, Any]] = [
+        {},
+        {"quantized": True},
+        {"num_processes": 2},
+        {"layout": "padded"},
+        {"layout": "flat"},
+    ]
     wrong += [{"task": name} for name in manifest.names("task")]
     for change in wrong:
         facts = replace(Facts(task=tasks[0]), **change)
