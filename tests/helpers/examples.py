@@ -29,7 +29,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "frozen": {},
     "function-calls": {"arguments_key": None, "max_new_tokens": 40},
     "full": {},
-    "grad-transformer": {"sets": 20, "pool": "after"},
+    "grad-transformer": {"sets": 4, "pool": "after"},
     "greedy": {},
     "green-trainer": {"flops_share": 0.7},
     "hft": {"fraction": 0.4},
@@ -64,7 +64,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "seed-rounds": {"rounds": 2, "pro": True},
     "sft": {},
     "spiel": {"density": 0.05, "reselect_every": 4, "window": 2},
-    "transformer": {"width": 16, "layers": 1},
+    "transformer": {"width": 16, "layers": 1, "epochs": 20, "batch_size": 8, "learning_rate": 1e-2},
     "stages": {"stages": [{"name": "first", "max_steps": 2}, {"name": "second", "start": "first", "max_steps": 2}]},
 }  # fmt: skip
 

@@ -7,12 +7,14 @@ An example is a small instance; where it needs rows, a model or a tuner of its o
 """
 
 from luthier.testing.contract.answers import *  # noqa: F403
+from luthier.testing.contract.computes import *  # noqa: F403
 from luthier.testing.contract.curators import *  # noqa: F403
 from luthier.testing.contract.evaluators import *  # noqa: F403
 from luthier.testing.contract.examples import CONSTANT, PADDED, SETTINGS, Example, Four, as_examples
 from luthier.testing.contract.methods import *  # noqa: F403
 from luthier.testing.contract.objectives import *  # noqa: F403
 from luthier.testing.contract.pipelines import *  # noqa: F403
+from luthier.testing.contract.translators import *  # noqa: F403
 from luthier.testing.contract.tuners import *  # noqa: F403
 from luthier.testing.contract.tuners import learns_a_task_head
 
