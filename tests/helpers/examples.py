@@ -10,6 +10,7 @@ from luthier.evaluation import Retrieval
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
 from luthier.testing.contract import Example
+from luthier.tuners.fedkseed import FedKSeed
 
 # A small instance of every method: fields away from their defaults where the tiny model needs it.
 FIELDS: dict[str, dict[str, Any]] = {
@@ -90,6 +91,7 @@ MORE: dict[str, dict[str, Any]] = {
     "lm-eval": {"rows": (), "learns": CHOICES},
     "list": {"pools": {"labelled": cloze(6, 8), "unlabelled": [*cloze(8, 9), *cloze(2, 8)]}},
     "pass-at-k": {"rows": PROGRAMS},
+    "seed-rounds": {"tuner": FedKSeed(num_seeds=8)},
     "retrieval": {"rows": FACTS, "learns": [*FACTS, *Retrieval(**FIELDS["retrieval"]).training_rows(FACTS)]},
 }
 EXAMPLES = [

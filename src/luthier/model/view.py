@@ -180,17 +180,12 @@ class ModelView:
         of the base enable it inside, and take it inside. Optimisers and backward passes of the tuned model stay outside.
         Raises LuthierError where a trainable does not say how the model computes without it.
         """
-        modes = [(part, part.training) for part in self.module.modules()]
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), _modes_kept(self.module), ExitStack() as stack:
             for x in reversed(self.attached):
                 if x not in self.attached.left_out:
                     stack.enter_context(self.leaving_out(x, [x.base_view]))
             self.module.eval()
-            try:
-                yield self
-            finally:
-                for part, mode in modes:
-                    part.training = mode
+            yield self
 
     # --- the trunk ---
 
@@ -391,12 +386,32 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 
 
 @contextmanager
+def as_found(view: ModelView) -> Iterator[None]:
+    """Around a loop that trains: afterwards every part is in the mode it was in, and what the loop put on the model to count
+    its work and to thin it out is gone.
+    """
+    phases = list(view.phases)
+    try:
+        with _modes_kept(view.module):
+            yield
+    finally:
+        view.meter.unwatch()
+        view.phases[:] = phases
+
+
+@contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """The model as it is asked: dropout is off inside. Afterwards every part is in the mode it was in, since a part may
     stand in another one than the whole.
     """
+    with _modes_kept(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def _modes_kept(module: nn.Module) -> Iterator[None]:
     modes = [(part, part.training) for part in module.modules()]
-    module.eval()
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from luthier.method import Method
-from luthier.model.view import ModelView, Phase
+from luthier.model.view import ModelView, as_found
 from luthier.objectives.base import Objective
 from luthier.step.lab import Lab
 from luthier.step.progress import Progress
@@ -94,21 +94,6 @@ def started(
         if before is not None and same:
             trainable.go_on(dict(before.state))
         yield trainable, under
-
-
-@contextmanager
-def as_found(view: ModelView) -> Iterator[None]:
-    """Afterwards the model is in the mode it was in, and what a stage's loop put on it to count its work and to thin it out
-    is gone.
-    """
-    modes, phases = [(part, part.training) for part in view.module.modules()], list(view.phases)
-    try:
-        yield
-    finally:
-        view.meter.unwatch()
-        view.phases[:] = phases
-        for part, mode in modes:
-            part.training = mode
 
 
 def run_pipeline(

@@ -14,6 +14,7 @@ from luthier.testing.contract.examples import CONSTANT, PADDED, SETTINGS, Exampl
 from luthier.testing.contract.methods import *  # noqa: F403
 from luthier.testing.contract.objectives import *  # noqa: F403
 from luthier.testing.contract.pipelines import *  # noqa: F403
+from luthier.testing.contract.protocols import *  # noqa: F403
 from luthier.testing.contract.translators import *  # noqa: F403
 from luthier.testing.contract.tuners import *  # noqa: F403
 from luthier.testing.contract.tuners import learns_a_task_head
