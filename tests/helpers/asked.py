@@ -7,6 +7,8 @@ import tempfile
 from importlib.resources import files
 from pathlib import Path
 
+from luthier.testing.models import tiny, word_tokenizer
+
 FOLDER = Path(tempfile.mkdtemp(prefix="luthier-asked-"))
 atexit.register(shutil.rmtree, FOLDER, ignore_errors=True)
 
@@ -63,3 +65,19 @@ doc_to_choice: "{{{{choices}}}}"
 target_delimiter: ""
 metric_list: [{{metric: acc}}]
 """)
+
+
+def cloze_encoder():
+    """Fills a gap, and has two classes by name."""
+    return _named("bert")
+
+
+def cloze_decoder():
+    """Says what comes next, and has two classes by name."""
+    return _named("llama")
+
+
+def _named(kind):
+    tokenizer = word_tokenizer()
+    ends = {"max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 3, "id2label": {0: "bad", 1: "good"}}
+    return tiny(kind, layers=2, vocab_size=len(tokenizer), **ends), tokenizer

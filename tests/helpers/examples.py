@@ -4,11 +4,25 @@ from typing import Any
 
 import torch
 
-from helpers.asked import CALLS, CANARIES, CHOICES, EDITED, EDITS, FACTS, KNOWN, PASSAGES, PROGRAMS, TASKS
+from helpers.asked import (
+    CALLS,
+    CANARIES,
+    CHOICES,
+    EDITED,
+    EDITS,
+    FACTS,
+    KNOWN,
+    PASSAGES,
+    PROGRAMS,
+    TASKS,
+    cloze_decoder,
+    cloze_encoder,
+)
 from helpers.cloze import cloze, with_soft
 from luthier.evaluation import Retrieval
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
+from luthier.tasks.classification import Classification
 from luthier.testing.contract import Example
 from luthier.tuners.fedkseed import FedKSeed
 
@@ -98,3 +112,6 @@ EXAMPLES = [
     Example(cls(**FIELDS.get(title, {})), **MORE.get(name, {})) for title, (_, name, cls) in zip(IDS, ALL, strict=True)
 ]
 BY_NAME = dict(zip(IDS, EXAMPLES, strict=True))
+# A class by a word in a gap, by an encoder and by a decoder that both know words.
+GAP = Classification(prompt="{text} It was {label}.", words={"good": "great", "bad": "terrible"})
+EXAMPLES += [Example(GAP, model=cloze_encoder), Example(GAP, model=cloze_decoder)]

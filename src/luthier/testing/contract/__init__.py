@@ -15,6 +15,7 @@ from luthier.testing.contract.methods import *  # noqa: F403
 from luthier.testing.contract.objectives import *  # noqa: F403
 from luthier.testing.contract.pipelines import *  # noqa: F403
 from luthier.testing.contract.protocols import *  # noqa: F403
+from luthier.testing.contract.tasks import *  # noqa: F403
 from luthier.testing.contract.translators import *  # noqa: F403
 from luthier.testing.contract.tuners import *  # noqa: F403
 from luthier.testing.contract.tuners import learns_a_task_head

@@ -60,15 +60,15 @@ ROWS: dict[str, Values] = {  # of words that both tokenizers know
     "causal-lm": [
         {"prompt": "good day", "completion": "was the day not good"},
         {"prompt": "a film", "completion": "it was long and very poor"},
-        {"prompt": "a book", "completion": "I read it and I liked it"},
+        {"prompt": "a book", "completion": "read and liked on that day"},
         {"prompt": "the film is", "completion": "short"},
     ],
     "classification": [
         {"text": "a very good film", "label": "good"}, {"text": "the book was bad", "label": "bad"},
-        {"text": "I liked it", "label": "good"}, {"text": "poor and long", "label": "bad"},
+        {"text": "liked on a fine day", "label": "good"}, {"text": "poor and long", "label": "bad"},
     ],
     "masked-lm": [
-        {"text": "the film was good ."}, {"text": "a bad book"}, {"text": "I read it on a fine day"}, {"text": "not very long ."},
+        {"text": "the film was good ."}, {"text": "a bad book"}, {"text": "it was a fine day"}, {"text": "not very long ."},
     ],
 }  # fmt: skip
 
