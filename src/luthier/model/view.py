@@ -180,17 +180,12 @@ class ModelView:
         of the base enable it inside, and take it inside. Optimisers and backward passes of the tuned model stay outside.
         Raises LuthierError where a trainable does not say how the model computes without it.
         """
-        modes = [(part, part.training) for part in self.module.modules()]
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), _modes_kept(self.module), ExitStack() as stack:
             for x in reversed(self.attached):
                 if x not in self.attached.left_out:
                     stack.enter_context(self.leaving_out(x, [x.base_view]))
             self.module.eval()
-            try:
-                yield self
-            finally:
-                for part, mode in modes:
-                    part.training = mode
+            yield self
 
     # --- the trunk ---
 
@@ -399,6 +394,40 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
             c._attn_implementation = before[key]
 
 
+@contextmanager
+def as_found(view: ModelView) -> Iterator[None]:
+    """Around a loop that trains: afterwards every part is in the mode it was in, and what the loop put on the model to count
+    its work and to thin it out is gone.
+    """
+    phases = list(view.phases)
+    try:
+        with _modes_kept(view.module):
+            yield
+    finally:
+        view.meter.unwatch()
+        view.phases[:] = phases
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The model as it is asked: dropout is off inside. Afterwards every part is in the mode it was in, since a part may
+    stand in another one than the whole.
+    """
+    with _modes_kept(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def _modes_kept(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 @torch.no_grad()
 def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
     """("flat" or "padded", largest relative difference): run two short sequences together and alone.
@@ -413,18 +442,17 @@ def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
     seq = torch.tensor([0] * 6 + [1] * 7, device=device)
     pos = torch.tensor([*range(6), *range(7)], device=device)
     both = Batch(ids=ids, labels=torch.full_like(ids, -100), seq=seq, pos=pos, lengths=lengths)
-    training, before = view.module.training, view.layout
-    view.module.eval()  # the model as it is called alone, by anybody, is the reference
+    before = view.layout
     try:
-        view.layout = "flat"
-        flat = view.trace(both).hidden[-1].float()
-        alone = [view.trunk(input_ids=part.unsqueeze(0)).last_hidden_state[0] for part in ids.split(lengths)]
-        single = torch.cat(alone).float()
+        with evaluating(view.module):  # the model as it is called alone, by anybody, is the reference
+            view.layout = "flat"
+            flat = view.trace(both).hidden[-1].float()
+            alone = [view.trunk(input_ids=part.unsqueeze(0)).last_hidden_state[0] for part in ids.split(lengths)]
+            single = torch.cat(alone).float()
     except (ValueError, TypeError, RuntimeError):  # the model does not pass our arguments on: it must pad
         return "padded", float("inf")
     finally:
         view.layout = before
-        view.module.train(training)
     difference = float((flat - single).abs().max() / single.abs().max().clamp_min(1e-9))
     limit = tolerance * max(1.0, torch.finfo(view.dtype).eps / torch.finfo(torch.float32).eps / 4)
     return ("flat" if difference <= limit else "padded"), difference

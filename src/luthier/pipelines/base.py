@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from luthier.method import Method
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, as_found
 from luthier.objectives.base import Objective
 from luthier.step.lab import Lab, Ledger
 from luthier.step.outcome import Outcome
@@ -176,7 +176,7 @@ def run_stage(
     total = Loop.length(source, stage.settings)
     place = None if folder is None else folder / stage.name
     carried = done[stage.carry].beside if stage.carry else None
-    with started(view, stage, inside, done, total) as (trainable, under):
+    with as_found(view), started(view, stage, inside, done, total) as (trainable, under):
         run = Loop(
             view, source, trainable, stage.objective, stage.settings, lab=inside, folder=place, carried=carried, **loop
         )
@@ -203,7 +203,7 @@ def trained(stage: Train, trainable: Trainable, under: Update | None, run: Loop)
 def applied(pipeline: Pipeline, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Outcome:
     """What an Apply stage made, with what it took: its own forward passes, and nested runs."""
     ledger = Ledger()
-    with ledger.measuring(stage.name, view):
+    with as_found(view), ledger.measuring(stage.name, view):
         out = pipeline.apply(stage, view, replace(lab, ledger=ledger), done)
     took = Progress(seconds=ledger.seconds[stage.name], flops={"apply": sum(ledger.flops.values())})
     return replace(out, name=stage.name, progress=took)

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from luthier.data.batch import collate
 from luthier.method import Source, Traits
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, evaluating
 from luthier.objectives.base import Forward
 from luthier.objectives.distill import Distill
 from luthier.objectives.sft import Sft
@@ -116,8 +116,7 @@ class List(Pipeline):
         known = {tuple(row["ids"]) for row in lab.rows("labelled")}
         assert teacher.update is not None
         out = []
-        with teacher.update.bind(view):
-            view.module.eval()
+        with teacher.update.bind(view), evaluating(view.module):
             for row in pool:
                 if tuple(row["ids"]) in known:
                     continue

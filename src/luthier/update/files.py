@@ -14,6 +14,7 @@ from torch import Tensor
 
 from luthier.data.batch import collate
 from luthier.model.fingerprint import Fingerprint
+from luthier.model.view import evaluating
 from luthier.support.errors import LuthierError
 from luthier.update.base import Part, PeftFolder
 from luthier.update.binding import below
@@ -125,14 +126,12 @@ def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapp
     nothing at all.
     """
     batch = collate([row]).to(view.device)
-    training = view.module.training
-    view.module.eval()
-    live = view.trace(batch).hidden[-1].float()
-    detach()
-    base = view.trace(batch).hidden[-1].float()
-    with load(folder).bind(view):
-        reloaded = view.trace(batch).hidden[-1].float()
-    view.module.train(training)
+    with evaluating(view.module):
+        live = view.trace(batch).hidden[-1].float()
+        detach()
+        base = view.trace(batch).hidden[-1].float()
+        with load(folder).bind(view):
+            reloaded = view.trace(batch).hidden[-1].float()
     worst, moved = float((live - reloaded).abs().max()), float((live - base).abs().max())
     scale = float(live.abs().max().clamp_min(1.0))
     if worst > TOLERANCE[view.dtype] * scale:
