@@ -192,7 +192,9 @@ def use(entry: dict[str, Any]) -> str | None:
 
 def page(entry: dict[str, Any]) -> str:
     """A method's page as Markdown."""
-    lines = [f"# {entry['name']}", "", f"`{entry['kind']}: {entry['name']}`", "", entry["doc"], ""]
+    command = KINDS[entry["kind"]].command
+    use_as = f"{entry['kind']}: {entry['name']}" if command is None else f"{command} --method {entry['name']}"
+    lines = [f"# {entry['name']}", "", f"`{use_as}`", "", entry["doc"], ""]
     if entry["source"]:
         s = entry["source"]
         equation = f", {s['equation']}" if s["equation"] else ""
@@ -207,7 +209,9 @@ def page(entry: dict[str, Any]) -> str:
     if traits["claims"]:
         lines.append(f"Owns alone: {', '.join(traits['claims'])}.")
     written_out = entry["kind"] == "pipeline" and examples_of(entry)  # stages: they are the reader's own
-    if not written_out and KINDS[entry["kind"]].command is None:
+    if command is not None:
+        lines += ["", "## On the command line", "", f"    {starter(entry)}"]
+    elif not written_out:
         lines += ["", "## In a recipe", "", "```yaml", starter(entry), "```"]
     lines_of_use = use(entry)
     if lines_of_use is not None:
@@ -226,7 +230,11 @@ API = {
     "luthier.run": ("run",),
     "luthier.tuned": ("open_run", "answers", "scores"),
     "luthier.tuned.export": ("export",),
+    "luthier.tuned.merge": ("merge",),
+    "luthier.tuned.inspect": ("inspect",),
     "luthier.integrations": ("Loss", "Tuning"),
+    "luthier.merging.base": ("Merger",),
+    "luthier.inspection.base": ("Inspector", "Case", "Finding"),
     "luthier.update": ("Update", "add", "Part", "Structure"),
     "luthier.model.loading": ("locate", "load_model"),
     "luthier.model.view": ("ModelView",),
