@@ -150,7 +150,7 @@ def test_an_adapter_of_a_model_elsewhere_is_compared_by_its_weights(copies, mode
         merge([a, tmp_path / "plain"], tmp_path / "n")
     named(tmp_path / "plain", "")
     with pytest.raises(LuthierError, match="names no base model"):
-        merge([tmp_path / "plain", a / "nosuch"], tmp_path / "n")
+        merge([tmp_path / "plain", shutil.copytree(tmp_path / "plain", tmp_path / "again")], tmp_path / "n")
     assert not (tmp_path / "n").exists()
 
 
@@ -222,7 +222,7 @@ REFUSALS = [
     ("a", "merge: 1 members; name two finished runs or adapters at least"),
     ("a b --set weights=[1]", "merge.linear.weights: 1 weights for 2 updates; give one for each"),
     ("a b --set weihts=[1,2]", "command line: merge.linear.weihts: there is no such key; did you mean weights?"),
-    ("a b --set weights=x", "command line: merge.linear.weights: \"x\":"),
+    ("a b --set weights=x", 'command line: merge.linear.weights: "x":'),
     ("a b --set weights", "--set 'weights' sets no field; write --set field=value"),
     ("a b --set ~weights", "--set '~weights' sets no field"),
     ("a b --method liner", "command line: merge.liner: there is no merge 'liner'; did you mean linear?"),
@@ -240,7 +240,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("words", "says"), REFUSALS, ids=[w for w, _ in REFUSALS])
-def test_what_cannot_be_merged_is_refused_before_any_work(words, says, copies, tmp_path, no_work, monkeypatch):
+def test_what_cannot_be_merged_is_refused_before_any_work(words, says, copies, tmp_path, no_work):
     a, _ = copies
     (tmp_path / "empty").mkdir()
     changed(a, tmp_path / "stopped", state="stopped")
@@ -248,10 +248,8 @@ def test_what_cannot_be_merged_is_refused_before_any_work(words, says, copies, t
     stranger(a, tmp_path / "other")
     classifier(a, tmp_path / "classes", ["x", "y"])
     classifier(a, tmp_path / "more", ["x", "z"])
-    with monkeypatch.context() as allowed:
-        allowed.undo()
-        own_form(a, tmp_path / "form")
-        own_form(a, tmp_path / "form2")
+    own_form(a, tmp_path / "form")
+    own_form(a, tmp_path / "form2")
     before = sorted(tmp_path.iterdir())
     words = [f"../{tmp_path.name}/a" if w == "../a/../a" else w for w in words.split()]
     done = luthier("merge", *words, "-o", "m", cwd=tmp_path)
@@ -260,10 +258,8 @@ def test_what_cannot_be_merged_is_refused_before_any_work(words, says, copies, t
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_a_finished_folder_is_never_written_over(copies, tmp_path, no_work, monkeypatch):
-    with monkeypatch.context() as allowed:
-        allowed.undo()
-        merge(copies, tmp_path / "m")
+def test_a_finished_folder_is_never_written_over(copies, tmp_path):
+    merge(copies, tmp_path / "m")
     kept = {p.name: p.read_bytes() for p in (tmp_path / "m").iterdir()}
     with pytest.raises(LuthierError, match="m: holds a merge of a, b already; choose another folder"):
         merge(copies, tmp_path / "m")

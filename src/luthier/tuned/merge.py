@@ -20,6 +20,8 @@ from luthier.tuned.merged import FILE, Merged, Source, merged_in
 from luthier.update import Update
 from luthier.update.files import load, save_update
 
+ROUNDING = 1e-6  # of the largest logit: what is left of factors that cancel out
+
 
 def merge(
     folders: Sequence[Path], output: Path, method: Merger | None = None, allow_code: bool = False
@@ -83,7 +85,7 @@ def _write(update: Update, lab: Lab, folder: Path, shown: Path) -> float:
     """
     view, ids = lab.view(), probe.probe_of(lab.renderer.tokenizer)
     merged = _said(update, view, ids)
-    if probe.difference(merged, probe.logits(view.module, ids)) == 0.0:
+    if probe.difference(merged, probe.logits(view.module, ids)) <= ROUNDING:
         raise LuthierError(f"{shown}: the merged model equals the base, so its members cancel out; nothing was written")
     save_update(update, folder, view)
     off = probe.difference(_said(load(folder), view, ids), merged)
