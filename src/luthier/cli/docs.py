@@ -121,11 +121,14 @@ translated = {cls}({fields}).fit(pairs)(clients)  # [clients, layers, numbers a 
 ```"""
 # Fields that make the lines below runnable: caft's stage that comes first, a task in a folder beside the script.
 FIELDS = {"caft": 'stage="heads"', "lm-eval": 'tasks=["capitals"], folder="tasks"'}
-SERVER = 'server = protocol.server(contract, ["north", "south"], None, None)'
+WORKSHOP = "from luthier.collaboration.base import Workshop\nfrom luthier.step.lab import Lab\n"
+SERVER = (
+    'server = protocol.server(contract, ["north", "south"], None, Workshop(Lab()))  # no journal, and it asks no model'
+)
 CONSTANT = ', lr_scheduler_type="constant", warmup_fraction=0.0'
 LORA = {
     "imports": "OneShot",
-    "more": "from luthier.tuners import Lora\n",
+    "more": f"{WORKSHOP}from luthier.tuners import Lora\n",
     "models": "model,",
     "fields": "",
     "settings": "",
@@ -133,7 +136,7 @@ LORA = {
 PROTOCOLS = {
     "one-shot": {**LORA, "tuner": "Lora(rank=2)", "server": SERVER, "result": 'server.outcome("north")'},
     "seed-rounds": {
-        **LORA, "imports": "SeedRounds", "more": "from luthier.tuners import FedKSeed\n", "fields": "rounds=2",
+        **LORA, "imports": "SeedRounds", "more": f"{WORKSHOP}from luthier.tuners import FedKSeed\n", "fields": "rounds=2",
         "settings": CONSTANT,
         "tuner": "FedKSeed(num_seeds=64)", "server": SERVER, "result": 'server.outcome("north")',
     },
