@@ -165,13 +165,13 @@ def _losses(shop: Shop, folder: Path, name: str, audited: Audited, got: Path) ->
     everybody = [
         r for n in NAMES for r in place.rendered(place.rows(str(_file(folder, n, "private")), Path()))
     ]  # fmt: skip
-    large, pairs = place.view("large"), pairs_in(shop)
+    large, pairs = place.lab.view("large"), pairs_in(shop)
     start = start_of(large, c.tuner)
     public = start.update(on_public(shop, lambda _: None))
     given = {
         page.BARE: None, page.MEAN: start.update(mean_shadow(pairs, pairs.x[:1])[0]), page.PUBLIC: public,
-        page.TRANSLATED: load(got), page.SHARED: shop.protocol.centralised(c, place, own),
-        page.ALL: shop.protocol.centralised(c, place, everybody),
+        page.TRANSLATED: load(got), page.SHARED: shop.protocol.centralised(c, place.workshop, own),
+        page.ALL: shop.protocol.centralised(c, place.workshop, everybody),
     }  # fmt: skip
     with audited.update.bind(place.first):
         small = place.loss("small", None, held)

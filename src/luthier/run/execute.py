@@ -28,6 +28,7 @@ from luthier.run.folder import RunFolder, recipe_hash
 from luthier.run.forecast import NoForecast, disk_needed, forget_peak, miss, peak_memory, resolved
 from luthier.run.nested import NestedRuns
 from luthier.run.ready import Gathered, Ready, gather, make_ready
+from luthier.run.result import leave_model
 from luthier.run.stopping import StopRequest
 from luthier.step.outcome import Outcome
 from luthier.step.probe import Probe
@@ -323,9 +324,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
     place.write("samples.jsonl", _samples(before, after))
     place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
-    whole = keep and _whole(ready, trained.update)
-    if keep:
-        _leave_model(ready, place, trained.update, whole)
+    whole = keep and leave_model(trained.update, ready.view, ready.renderer.tokenizer, place.path)
     _note_spent(
         ready, place, before, trained, peak, evaluation_seconds=evaluation, kept=keep, after=after.brief(),
         reload_difference=worst, update_digest=digest, gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
@@ -350,20 +349,6 @@ def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Traine
         peak_memory_bytes=peak, update_bytes=trained.update.num_bytes,
         **more,
     )  # fmt: skip
-
-
-def _whole(ready: Ready, update: Update) -> bool:
-    """True where most weights changed and can be merged, so that the whole model is left beside the update."""
-    touched = {n for part in update.parts for n in part.whole()}
-    return 2 * len(touched) > len(ready.view.anatomy.parameters) and update.refusal(ready.view.module) is None
-
-
-def _leave_model(ready: Ready, place: RunFolder, update: Update, whole: bool) -> None:
-    """What other tools open: the tokenizer; where most weights changed, the whole model too."""
-    ready.renderer.tokenizer.save_pretrained(place.path)
-    if whole:
-        update.merge_into(ready.view.module)
-        ready.view.module.save_pretrained(place.path)
 
 
 def _card(ready: Ready, place: RunFolder, relation: str) -> None:

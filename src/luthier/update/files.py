@@ -62,6 +62,33 @@ def load(folder: str | Path) -> Update:
     return Update(base, tuple(parts), chart)
 
 
+def base_of(folder: Path) -> Fingerprint:
+    """The base of the update in a folder; no tensor is read. Raises LuthierError as `load` does."""
+    file = folder / "update.json"
+    try:
+        return Fingerprint(**_header(file)["base"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LuthierError(f"{file}: is not an update that luthier wrote ({error!r})") from error
+
+
+def load_adapter(folder: Path, base: Fingerprint) -> Update:
+    """The update in a folder that peft wrote, which does not say whose weights it belongs to: `base` does.
+
+    Raises LuthierError, naming the file, for one that cannot be read.
+    """
+    return Update(base, tuple(_load_peft(folder)))
+
+
+def adapter_base(folder: Path) -> tuple[str, str | None]:
+    """(name of the model that a peft folder says it belongs to, its revision). Raises LuthierError where it says none."""
+    file = folder / "adapter_config.json"
+    config = _header(file)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise LuthierError(f"{file}: names no base model; write base_model_name_or_path into it")
+    return name, revision if isinstance(revision, str) else None
+
+
 def _save_ours(update: Update, folder: Path) -> None:
     header: dict[str, Any] = {"format": 1, "base": update.base.model_dump(), "parts": [], "chart": None}
     tensors: dict[str, Tensor] = {}

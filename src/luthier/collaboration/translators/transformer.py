@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import T5Config, T5Model
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from luthier.collaboration.translators.base import PADDED, Fitted, Pairs, Standard, Tell, Translator, untold
+from luthier.collaboration.translators.base import PADDED, Fitted, Pairs, Standard, Translator
 from luthier.method import Source
+from luthier.step.lab import Lab
 from luthier.support.rng import Streams
 
 SETS_NEEDED = 20  # under which the sheet refuses; ridge does better below 200
@@ -115,7 +116,7 @@ class Transformer(Translator):
     seed: int = Field(0, ge=0)
     """For starts, split, order and dropout."""
 
-    def fit(self, pairs: Pairs, tell: Tell = untold) -> FittedTransformer:
+    def fit(self, pairs: Pairs, lab: Lab | None = None) -> FittedTransformer:
         pairs = pairs.checked(at_least=SETS_NEEDED)
         streams = Streams(self.seed)
         training, validation = pairs.split(self.training_share, streams)
@@ -123,7 +124,7 @@ class Transformer(Translator):
         with keyed(streams, "translator"):
             net = self._net(pairs, streams)
             fitted = FittedTransformer(x, y, net)
-            _Training(self, fitted, training, validation, streams).run(tell)
+            _Training(self, fitted, training, validation, streams).run()
         return fitted
 
     def _net(self, pairs: Pairs, streams: Streams) -> UpdateTransformer:
@@ -165,12 +166,11 @@ class _Training:
         self.mask = training.y_kinds != PADDED
         self.optimizer = torch.optim.Adam([p for p in self.net.parameters() if p.requires_grad], settings.learning_rate)
 
-    def run(self, tell: Tell) -> None:
+    def run(self) -> None:
         best, best_state, since = float("inf"), {}, 0
         for epoch in range(self.settings.epochs):
             entry = {"epoch": epoch + 1, "loss": self._epoch(epoch), "validation": self._validate()}
             self.fitted.epochs.append(entry)
-            tell(entry)
             since += 1
             if entry["validation"] < best:
                 best, since = entry["validation"], 0

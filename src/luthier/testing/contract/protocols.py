@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement
-from luthier.collaboration.base import Collaboration
+from luthier.collaboration.base import Collaboration, Workshop
 from luthier.collaboration.grad_transformer import shadow
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused, decode
@@ -23,6 +23,7 @@ from luthier.collaboration.parties import Disclosure, Member, Sent, Tick
 from luthier.collaboration.rounds import SERVER, RoundServer
 from luthier.collaboration.wire import packed
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.testing.contract.examples import Example, worn
@@ -45,7 +46,7 @@ def rows_of_party(number: int) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A protocol with its contract, and fresh parties of it: a `Workshop` of tiny models."""
+    """A protocol with its contract, and fresh parties of it."""
 
     method: Collaboration
     contract: Any
@@ -55,13 +56,18 @@ class Bench:
         number = self.method.roles.index(role)
         return view_of(layers=2 + number, seed=number)
 
+    @property
+    def workshop(self) -> Workshop:
+        """A fresh one, of tiny models."""
+        return Workshop(Lab(models={r: partial(self.view, r) for r in self.method.roles}), self.shadows)
+
     def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
         """Both models' updates on sets of public rows."""
         return [dict(s) for s in _shadows(self, sets, snapshots)]
 
     def server(self, names: Sequence[str] = NAMES, journal: Journal | None = None) -> RoundServer:
         """Before anything has arrived."""
-        return self.method.server(self.contract, list(names), journal, self)
+        return self.method.server(self.contract, list(names), journal, self.workshop)
 
     def client(self, name: str) -> Member:
         """A party with rows that go with its name."""
@@ -186,7 +192,7 @@ def test_a_client_leaves_its_model_as_it_was(collaborate: Example) -> None:
     (sent,) = party.handle(state)
     assert worn(view) == before
     party.moved(sent.message)
-    one.method.alone(NAMES[0], one.contract, one, rows_of_party(0))
+    one.method.alone(NAMES[0], one.contract, one.workshop, rows_of_party(0))
     assert worn(view) == before
 
 
@@ -295,11 +301,11 @@ def test_another_model_or_contract_is_refused_on_the_clients_side(collaborate: E
 def test_what_a_client_has_alone_and_where_it_begins(collaborate: Example) -> None:
     """Alone it has an update of the model that it tunes; the first state is the one that `beginning` writes down."""
     one = bench(collaborate)
-    alone = one.method.alone(NAMES[0], one.contract, one, rows_of_party(0))
+    alone = one.method.alone(NAMES[0], one.contract, one.workshop, rows_of_party(0))
     own = one.view(one.method.roles[0])
     assert alone.base.same_base(own.base) and any(t.abs().max() > 0 for t in alone.dense().values())
-    assert bits(alone) == bits(one.method.alone(NAMES[0], one.contract, one, rows_of_party(0)))
-    whole_set = one.method.centralised(one.contract, one, rows_of_party(0))
+    assert bits(alone) == bits(one.method.alone(NAMES[0], one.contract, one.workshop, rows_of_party(0)))
+    whole_set = one.method.centralised(one.contract, one.workshop, rows_of_party(0))
     assert whole_set.base.same_base(one.view(one.method.roles[-1]).base)
     first, begun = one.server().begin()[0].message.tensors(), one.method.beginning(one.contract)
     assert begun.keys() == first.keys() and all(torch.equal(begun[n], first[n]) for n in begun)
