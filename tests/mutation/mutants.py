@@ -108,6 +108,8 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, str]]:
         case ast.BoolOp(op=op, values=values):
             sign, other = ("and", "or") if isinstance(op, ast.And) else ("or", "and")
             yield f"{sign} becomes {other}", "(" + f" {other} ".join(f"({ast.unparse(v)})" for v in values) + ")"
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int())):
+            pass  # -1 becomes -2 and 0 by its own constant; 1 would be the same axis of a table
         case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert() as op, operand=operand):
             sign = {ast.Not: "not", ast.USub: "the minus", ast.Invert: "~"}[type(op)]
             yield f"{sign} is dropped", f"({ast.unparse(operand)})"

@@ -27,6 +27,7 @@ def changes(body):
         ("return x[2]", {("2 becomes 3", "return x[(3)]"), ("2 becomes 1", "return x[(1)]")}),
         ("return not x", {("not is dropped", "return (x)")}),
         ("return -x", {("the minus is dropped", "return (x)")}),
+        ("return x[-1]", {("1 becomes 2", "return x[-(2)]"), ("1 becomes 0", "return x[-(0)]")}),
         ("return x and y", {("and becomes or", "return ((x) or (y))")}),
         ("return True", {("True becomes False", "return False")}),
         ("return x.detach()", {(".detach() is dropped", "return (x)")}),
