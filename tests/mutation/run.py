@@ -72,7 +72,7 @@ def judged(file: Path, tests: Sequence[Path], workers: int, found: Sequence[Muta
     start = time.monotonic()
     name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
     noticed = trials(file, name, tests, found, workers)
-    survived = [m for m, n in zip(found, noticed, strict=True) if not n]
+    survived = [m for m, n in zip(found, noticed, strict=True) if n is None]
     return Result(len(found), [(m.number, m.line, m.change) for m in survived], time.monotonic() - start)
 
 

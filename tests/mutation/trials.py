@@ -64,19 +64,21 @@ class Job(NamedTuple):
     seconds: float
 
 
-def trials(file: Path, name: str, tests: Sequence[Path], found: Sequence[Mutant], workers: int) -> list[bool]:
-    """Was each fault noticed? `name` is the module's. Raises SystemExit where the tests fail without any."""
+def trials(file: Path, name: str, tests: Sequence[Path], found: Sequence[Mutant], workers: int) -> list[str | None]:
+    """For each fault the test that noticed it, or how else it was noticed; None for survivors. `name` is the module's.
+
+    Raises SystemExit where the tests fail without any.
+    """
     plan = _Plan(file, name, found, workers)
     (outcome,) = pool([Job(partial(_session, plan, tests), 24 * 3600.0)], 1)
     if outcome.code != 0 or outcome.said is None:
         raise SystemExit(f"{file}: {outcome.said or 'its tests cannot be collected'}")
-    noticed: list[bool | None] = outcome.said["noticed"]
-    late = [i for i, n in enumerate(noticed) if n is None]
-    anew = zip(late, outcome.said["anew"], strict=True)
-    jobs = [Job(partial(_anew, plan, found[i].source, chosen), limit) for i, (chosen, limit) in anew]
-    for i, o in zip(late, pool(jobs, workers), strict=True):
-        noticed[i] = o.code != 0
-    return [bool(n) for n in noticed]
+    noticed: list[str | None] = outcome.said["noticed"]
+    anew: list[tuple[int, list[str], float]] = outcome.said["anew"]
+    jobs = [Job(partial(_anew, plan, found[i].source, chosen), limit) for i, chosen, limit in anew]
+    for (i, *_), o in zip(anew, pool(jobs, workers), strict=True):
+        noticed[i] = "a test, or the import" if o.code != 0 else None
+    return noticed
 
 
 class _Plan(NamedTuple):
@@ -235,12 +237,12 @@ class _Judge:
 
     def _faults(
         self, items: dict[str, pytest.Item], seen: dict[str, Seen], live: Sequence[FunctionType]
-    ) -> tuple[list[bool | None], list[tuple[list[str], float]]]:
-        """Was each noticed, None where the module has to be imported anew; and for those the tests and the limit."""
+    ) -> tuple[list[str | None], list[tuple[int, list[str], float]]]:
+        """What noticed each; and those for which the module has to be imported anew, with their tests and limit."""
         reach = Reach(self.plan.file.read_text(encoding="utf-8"))
         odds = _Odds(seen)
-        noticed: list[bool | None] = [False] * len(self.plan.found)
-        anew: list[tuple[list[str], float]] = []
+        noticed: list[str | None] = [None] * len(self.plan.found)
+        anew: list[tuple[int, list[str], float]] = []
         orders: list[tuple[int, list[str]]] = []
 
         def jobs() -> Iterator[Job]:
@@ -254,16 +256,20 @@ class _Judge:
                 if self.plan.name in sys.modules:
                     put = None if early else _exchange(m.source, self.plan.file, live)
                 if put is None:
-                    noticed[i] = None
-                    anew.append((chosen, odds.limit(chosen)))
+                    anew.append((i, chosen, odds.limit(chosen)))
                 else:
                     orders.append((i, chosen))
                     yield Job(self._run([items[n] for n in chosen], put), odds.limit(chosen))
 
         def ended(place: int, outcome: Outcome) -> None:
             i, chosen = orders[place]
-            noticed[i] = outcome.code != 0
-            odds.learn(chosen, outcome.said if outcome.code else None, noticed[i] is True)
+            if outcome.code == 1:
+                noticed[i] = outcome.said
+                odds.learn(chosen, outcome.said)
+            elif outcome.code == 0:
+                odds.learn(chosen, None)
+            else:
+                noticed[i] = "a limit, or the end of the process"
 
         pool(jobs(), self.plan.workers, ended)
         return noticed, anew
@@ -312,12 +318,9 @@ class _Odds:
     def limit(self, names: Iterable[str]) -> float:
         return MARGIN * sum(self.seen[n].seconds for n in names) + SPARE_SECONDS
 
-    def learn(self, asked: Sequence[str], by: str | None, noticed: bool) -> None:
-        """A limit that was reached says nothing of any one test."""
-        if noticed and by is None:
-            return
-        ran = asked[: asked.index(by) + 1] if by in asked else asked
-        self.asked.update(ran)
+    def learn(self, asked: Sequence[str], by: str | None) -> None:
+        """These were asked in this order, and the last that ran noticed the fault; None: none did."""
+        self.asked.update(asked if by is None else asked[: asked.index(by) + 1])
         if by is not None:
             self.noticed[by] += 1
 
