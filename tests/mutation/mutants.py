@@ -77,6 +77,8 @@ def _changeable(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
     if isinstance(node, ast.expr | ast.stmt):
         yield node
     declared: set[ast.AST] = set()
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return  # zip's: a precaution
     if isinstance(node, ast.FunctionDef | ast.Lambda):
         declared = {node.args, *getattr(node, "decorator_list", ()), *filter(None, [getattr(node, "returns", None)])}
     elif isinstance(node, ast.AnnAssign):

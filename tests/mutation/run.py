@@ -16,7 +16,7 @@ import os
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,25 +33,41 @@ ROOMS = (
     "tuners", "objectives", "compute", "curation", "pipelines", "merging", "decoding", "inspection", "update", "training",
     "kernels",
 )  # fmt: skip
+ELSEWHERE = ("data/quadrants.py",)  # what methods compute with, in another room
 # Tests of a module that are not called after it; those of any other are test_NAME.py in whichever folder.
 OWN = {
+    "curation/base.py": ("curation/test_curate.py", "curation/test_proof.py"),
     "data/quadrants.py": ("objectives/test_q_tuning.py", "curation/test_q_tuning_offline.py"),
+    "kernels/plain.py": ("training/test_head.py",),
     "kernels/linear.py": ("tuners/test_spiel.py", "tuners/test_lora.py"),
-    "training/checkpoint.py": ("training/test_equalities.py",),
-    "training/loop.py": ("training/test_equalities.py",),
+    "training/checkpoint.py": ("training/test_state.py", "training/test_equalities.py"),
+    "training/loop.py": ("training/test_equalities.py", "training/test_skipped.py", "training/test_state.py"),
+    "tuners/base.py": ("tuners/test_full.py", "tuners/test_task_head.py", "tuners/test_layerwise.py"),
+    "tuners/fedkseed.py": ("collaboration/test_fedkseed.py", "collaboration/test_seed_rounds.py"),
+    "update/base.py": ("update/test_parts.py", "update/test_update.py"),
+    "update/binding.py": ("update/test_parts.py", "update/test_update.py", "update/test_following.py"),
     "update/files.py": ("update/test_update.py",),
-    "update/compositions.py": ("update/test_parts.py", "update/test_update.py"),
+    "update/compositions.py": ("update/test_parts.py", "update/test_update.py", "update/test_then.py"),
     "update/structure.py": ("update/test_structure.py",),
     "update/vectors.py": ("update/test_parts.py", "update/test_update.py"),
 }
 
 
+class Fault(NamedTuple):
+    """One that was tried."""
+
+    number: int  # of the line
+    line: str
+    change: str
+    noticed: str | None  # the test that noticed it, or how else it was; None for a survivor
+
+
 class Result(NamedTuple):
     """What became of the faults of one file."""
 
-    mutants: int
-    survived: list[tuple[int, str, str]]  # line's number, the line, the change
-    seconds: float
+    faults: list[Fault]
+    seconds: float  # by the clock
+    tests: float  # seconds of processor time that the tests take without a fault
 
 
 def own_tests(file: Path) -> list[Path]:
@@ -59,29 +75,41 @@ def own_tests(file: Path) -> list[Path]:
     named = OWN.get(file.relative_to(PACKAGE).as_posix())
     if named is not None:
         return [TESTS / n for n in named]
-    return sorted(TESTS.rglob(f"test_{file.stem}.py"))
+    return sorted(TESTS.rglob(f"test_{file.stem}.py")) + sorted(TESTS.rglob(f"test_{file.stem}_oracle.py"))
 
 
-def accepted() -> list[dict[str, str]]:
-    """Faults that no test can or should notice, each with its reason."""
+def accepted() -> set[tuple[str, str, str]]:
+    """Faults that no test can or should notice: file, line, change."""
+    return {(a["file"], a["line"], change) for a in accepted_table() for change in a["changes"]}
+
+
+def accepted_table() -> list[dict[str, Any]]:
+    """The same as they are written down, each line with its changes and the reason."""
     return tomllib.loads((TESTS / "mutation/accepted.toml").read_text(encoding="utf-8")).get("survivor", [])
 
 
-def judged(file: Path, tests: Sequence[Path], workers: int, found: Sequence[Mutant]) -> Result:
+def judged(file: Path, tests: Sequence[Path], workers: int, found: Mapping[str, Mutant]) -> dict[str, Any]:
     """These faults of a file against its tests. Raises SystemExit where the tests fail without any."""
     start = time.monotonic()
     name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
-    noticed = trials(file, name, tests, found, workers)
-    survived = [m for m, n in zip(found, noticed, strict=True) if n is None]
-    return Result(len(found), [(m.number, m.line, m.change) for m in survived], time.monotonic() - start)
+    noticed, seconds = trials(file, name, tests, list(found.values()), workers)
+    faults = {key: [*m[:3], by] for (key, m), by in zip(found.items(), noticed, strict=True)}
+    return {"faults": faults, "seconds": time.monotonic() - start, "tests": seconds}
+
+
+def drawn(file: Path, share: float) -> dict[str, Mutant]:
+    """The faults of a file by a hash of where they are and what they do; or a share of them, drawn evenly by that hash."""
+    name, found = file.relative_to(PACKAGE).as_posix(), mutants(file.read_text(encoding="utf-8"))
+    keys = [hashlib.sha256("\0".join((name, str(m.number), m.change, m.source)).encode()).hexdigest() for m in found]
+    return {k: m for k, m in zip(keys, found, strict=True) if int(k[:16], 16) < share * 2**64}
 
 
 def wanted(names: Sequence[str]) -> list[Path]:
     """The files named, or all of methods and of what they are made of, in which there is something to change."""
     if names:
         return [Path(n).resolve() for n in names]
-    every = (f for room in ROOMS for f in sorted((PACKAGE / room).rglob("*.py")))
-    return [f for f in every if mutants(f.read_text(encoding="utf-8"))]
+    every = [f for room in ROOMS for f in sorted((PACKAGE / room).rglob("*.py"))]
+    return [f for f in (*every, *(PACKAGE / n for n in ELSEWHERE)) if mutants(f.read_text(encoding="utf-8"))]
 
 
 def kept_at(file: Path) -> Path:
@@ -92,11 +120,11 @@ def key_of(*files: Path) -> str:
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 
-def results(files: Sequence[Path], workers: int, again: bool) -> Iterator[tuple[Path, Result | None]]:
-    """A file's result, or None where it has no tests of its own.
+def results(files: Sequence[Path], workers: int, again: bool, share: float) -> Iterator[tuple[Path, Result | None]]:
+    """A file's result, or None where it has no tests of its own. Faults are tried that have not been; all, after a change.
 
-    `again`: of a source that has not changed only the faults are tried that survived the last time. That is for use while
-    tests are being added: those that were noticed count on, and a call without it tries all.
+    `again`: of a source that has not changed those are tried again that survived. That is for use while tests are being
+    added: those that were noticed count on, and a call without it tries all.
     """
     for file in files:
         tests = own_tests(file)
@@ -104,19 +132,23 @@ def results(files: Sequence[Path], workers: int, again: bool) -> Iterator[tuple[
             yield file, None
             continue
         kept = kept_at(file)
-        stored: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
         made_by = (file, TESTS / "mutation/mutants.py")
-        source, key = key_of(*made_by), key_of(*made_by, *tests)
-        found = mutants(file.read_text(encoding="utf-8"))
-        if again and stored.get("source") == source and stored.get("key") != key:
-            left = {(n, line, change) for n, line, change in stored["survived"]}
-            some = judged(file, tests, workers, [m for m in found if m[:3] in left])
-            stored = {**stored, "survived": some.survived}
-        elif stored.get("key") != key:
-            stored = {"key": key, "source": source, **judged(file, tests, workers, found)._asdict()}
-        kept.write_text(json.dumps(stored, indent=1), encoding="utf-8")
-        survived = [(n, line, change) for n, line, change in stored["survived"]]
-        yield file, Result(stored["mutants"], survived, stored["seconds"])
+        now = {"source": key_of(*made_by), "key": key_of(*made_by, *tests)}
+        stored: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        if again and stored.get("source") == now["source"] and stored["key"] != now["key"]:
+            stored["faults"] = {k: f for k, f in stored["faults"].items() if f[3] is not None}
+            stored["key"] = now["key"] + " for survivors"
+        elif stored.get("key", "").partition(" ")[0] != now["key"] or ("for" in stored["key"] and not again):
+            stored = {**now, "faults": {}, "seconds": 0.0, "tests": 0.0}
+        left = {k: m for k, m in drawn(file, share).items() if k not in stored["faults"]}
+        if left:
+            more = judged(file, tests, workers, left)
+            stored["faults"] |= more["faults"]
+            stored["seconds"] += more["seconds"]
+            stored["tests"] = more["tests"]
+            kept.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+        faults = sorted((Fault(*f) for f in stored["faults"].values()), key=lambda f: f[:3])
+        yield file, Result(faults, stored["seconds"], stored["tests"])
 
 
 def told(file: Path, result: Result | None, known: set[tuple[str, str, str]]) -> tuple[str, list[str]]:
@@ -124,9 +156,10 @@ def told(file: Path, result: Result | None, known: set[tuple[str, str, str]]) ->
     name = file.relative_to(ROOT).as_posix()
     if result is None:
         return f"{name}: no tests of its own", []
-    new = [(n, line, change) for n, line, change in result.survived if (name, line, change) not in known]
-    counts = f"{name}: {result.mutants} faults, {len(new)} survived, {len(result.survived) - len(new)} accepted"
-    return f"{counts}, {result.seconds:.0f} s", [f"  {n}: {change}: {line}" for n, line, change in new]
+    survived = [f for f in result.faults if f.noticed is None]
+    new = [f for f in survived if (name, f.line, f.change) not in known]
+    counts = f"{name}: {len(result.faults)} faults, {len(new)} survived, {len(survived) - len(new)} accepted"
+    return f"{counts}, {result.seconds:.0f} s", [f"  {f.number}: {f.change}: {f.line}" for f in new]
 
 
 def load_libraries() -> None:
@@ -144,13 +177,14 @@ def main() -> None:
     parser.add_argument("files", nargs="*", help="Source files; all methods and what they are made of by default.")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes at a time; one a core.")
     parser.add_argument("--again", action="store_true", help="Only what survived the last time, of sources unchanged.")
+    parser.add_argument("--share", type=float, default=1.0, help="Of all faults only so many, drawn evenly by a hash.")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     OUT.mkdir(parents=True, exist_ok=True)
     load_libraries()
-    known = {(a["file"], a["line"], a["change"]) for a in accepted()}
+    known = accepted()
     with (OUT / "survivors.txt").open("w", encoding="utf-8") as report:
-        for file, result in results(wanted(given.files), given.workers, given.again):
+        for file, result in results(wanted(given.files), given.workers, given.again, given.share):
             counts, survivors = told(file, result, known)
             print(counts, flush=True)
             print(counts, *survivors, sep="\n", file=report, flush=True)

@@ -58,7 +58,7 @@ def project(tmp_path, monkeypatch):
 def outcomes(file, tests):
     (file.parent / "test_example.py").write_text(tests)
     found = mutants(SOURCE)
-    seen = trials(file, NAME, [file.parent / "test_example.py"], found, 2)
+    seen = trials(file, NAME, [file.parent / "test_example.py"], found, 2).noticed
     return {(m.number, m.change): by for m, by in zip(found, seen, strict=True)}
 
 

@@ -40,8 +40,8 @@ MARGIN = 5.0  # a fault that takes so many times the tests' own processor time h
 SPARE_SECONDS = 10.0
 WAIT = 10.0  # the clock may run so many times longer: other processes need the cores too
 SPARE_BYTES = 8 << 30  # a fault that takes so much more memory has been noticed
-# Nothing is captured: what the process writes goes nowhere.
-PYTEST = ("-s", "-p", "no:cacheprovider", "-p", "no:xdist")
+# Nothing is captured: what the process writes goes nowhere. That an assertion fails is enough; why, is not worked out.
+PYTEST = ("-s", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist")
 
 
 class Seen(NamedTuple):
@@ -49,6 +49,13 @@ class Seen(NamedTuple):
 
     seconds: float  # of processor time
     lines: frozenset[int]  # of the file
+
+
+class Trials(NamedTuple):
+    """What became of faults, and how long the tests take without any."""
+
+    noticed: list[str | None]  # for each the test that noticed it, or how else it was noticed; None for survivors
+    seconds: float  # of processor time, for all tests, each run alone
 
 
 class Outcome(NamedTuple):
@@ -64,11 +71,8 @@ class Job(NamedTuple):
     seconds: float
 
 
-def trials(file: Path, name: str, tests: Sequence[Path], found: Sequence[Mutant], workers: int) -> list[str | None]:
-    """For each fault the test that noticed it, or how else it was noticed; None for survivors. `name` is the module's.
-
-    Raises SystemExit where the tests fail without any.
-    """
+def trials(file: Path, name: str, tests: Sequence[Path], found: Sequence[Mutant], workers: int) -> Trials:
+    """Every fault against the tests. `name` is the module's. Raises SystemExit where the tests fail without a fault."""
     plan = _Plan(file, name, found, workers)
     (outcome,) = pool([Job(partial(_session, plan, tests), 24 * 3600.0)], 1)
     if outcome.code != 0 or outcome.said is None:
@@ -78,7 +82,7 @@ def trials(file: Path, name: str, tests: Sequence[Path], found: Sequence[Mutant]
     jobs = [Job(partial(_anew, plan, found[i].source, chosen), limit) for i, chosen, limit in anew]
     for (i, *_), o in zip(anew, pool(jobs, workers), strict=True):
         noticed[i] = "a test, or the import" if o.code != 0 else None
-    return noticed
+    return Trials(noticed, outcome.said["seconds"])
 
 
 class _Plan(NamedTuple):
@@ -119,7 +123,7 @@ def pool(
                 shutil.rmtree(child.folder, ignore_errors=True)
                 del running[pid]
                 ended(child.place, outcome)
-        time.sleep(0.002)
+        time.sleep(0.01)
 
 
 def _ended(pid: int, child: _Running) -> Outcome | None:
@@ -198,6 +202,17 @@ class _Judge:
         self.plan, self.imported, self.folder = plan, imported, folder
         self.failed: Callable[[str], None] = lambda name: None
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+        """Ends the trial before the failure is described, which can take longer than the test."""
+        expected = (pytest.skip.Exception, pytest.xfail.Exception)
+        if (
+            call.excinfo is not None
+            and not call.excinfo.errisinstance(expected)
+            and not item.get_closest_marker("xfail")
+        ):
+            self.failed(item.nodeid)
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
             self.failed(report.nodeid)
@@ -215,12 +230,14 @@ class _Judge:
         live = _functions_of(self.plan.file)
         gc.collect()
         gc.freeze()
-        noticed, anew = self._faults(items, self._alone(list(items.values())), live)
-        _say(self.folder, {"noticed": noticed, "anew": anew})
+        seen = self._alone(list(items.values()))
+        noticed, anew = self._faults(items, seen, live)
+        said = {"noticed": noticed, "anew": anew, "seconds": sum(s.seconds for s in seen.values())}
+        _say(self.folder, said)
         return True
 
     def _alone(self, items: list[pytest.Item]) -> dict[str, Seen]:
-        """Every test by itself, then all in the order of their times. Ends the process where one fails."""
+        """Every test by itself. Ends the process where one fails."""
         outcomes = pool([Job(self._watched(i), 600.0) for i in items], self.plan.workers)
         seen = {}
         for item, o in zip(items, outcomes, strict=True):
@@ -228,11 +245,6 @@ class _Judge:
                 _say(self.folder, f"{item.nodeid} fails alone, before anything is changed")
                 os._exit(1)
             seen[item.nodeid] = Seen(o.seconds, frozenset(o.said))
-        items = sorted(items, key=lambda i: seen[i.nodeid].seconds)
-        (together,) = pool([Job(self._run(items, None), 1800.0)], 1)
-        if together.code != 0:
-            _say(self.folder, f"{together.said} fails after others, before anything is changed")
-            os._exit(1)
         return seen
 
     def _faults(
@@ -272,7 +284,16 @@ class _Judge:
                 noticed[i] = "a limit, or the end of the process"
 
         pool(jobs(), self.plan.workers, ended)
+        if orders and all(noticed[i] for i, _ in orders):
+            self._together([items[n] for n in odds.ordered(seen)])
         return noticed, anew
+
+    def _together(self, items: Sequence[pytest.Item]) -> None:
+        """Where every trial failed, it may be that the tests fail after one another. Ends the process in that case."""
+        (outcome,) = pool([Job(self._run(items, None), 1800.0)], 1)
+        if outcome.code != 0:
+            _say(self.folder, f"{outcome.said} fails after others, before anything is changed")
+            os._exit(1)
 
     def _run(self, items: Sequence[pytest.Item], put: Callable[[], None] | None) -> Callable[[Path], int]:
         """These tests, until one fails, after `put` has put the fault in."""
