@@ -16,7 +16,7 @@ from luthier.objectives.base import Clock, Window
 from luthier.objectives.distill import Distill, soft_loss
 from luthier.objectives.sft import Sft
 from luthier.pipelines import base
-from luthier.pipelines.base import Apply, run_pipeline
+from luthier.pipelines.base import Apply, Outcome, run_pipeline
 from luthier.pipelines.list import List
 from luthier.recipe import load_file
 from luthier.run.rows import apart
@@ -303,6 +303,19 @@ def labels_of(pool, labelled, **fields):
         stage = pipeline.next(done)
         done[stage.name] = base.run_stage(pipeline, stage, view, lab, done)
     return done["labels-1"].rows
+
+
+def test_a_teacher_labels_without_dropout():
+    pool, lab = cloze(6, 1), Lab({"labelled": cloze(4, 0), "unlabelled": cloze(6, 1)})
+    view = view_of("bert", hidden_dropout_prob=0.5)
+    trainable = Adapter(rank=2).attach(view)
+    done = {"teacher": Outcome("teacher", List().next({}), update=trainable.update())}
+    trainable.detach()
+    stage, found = List(unlabelled_batch=1).next(done), []
+    for _ in range(2):
+        view.module.train()
+        found.append(torch.stack([r["row"]["soft"] for r in List().apply(stage, view, lab, done)]))
+    assert torch.equal(*found) and len(found[0]) == len(pool)
 
 
 def test_rows_that_are_labelled_already_leave_the_pool_and_that_is_said(caplog):
