@@ -6,6 +6,7 @@ import json
 import math
 import random
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ def known(evaluate: Example, task: str) -> dict[str, Measure]:
 
 def test_an_evaluator_gives_the_measures_that_it_names(evaluate: Example) -> None:
     assert isinstance(evaluate.method, Evaluator)
-    named, given = evaluate.method.names(), set()
+    named = evaluate.method.names()
+    given: set[str] = set()
     for task in tasks_of(evaluate):
         found = known(evaluate, task)
         given |= found.keys()
@@ -93,16 +95,16 @@ def test_an_evaluator_only_looks(evaluate: Example) -> None:
         view = asked(evaluate, task).view()
         view.module.train()
         view.trunk.eval()  # a part in another mode, as a frozen one may be
-        before, drawn = worn(view), _generators()
+        before, drawn, first = worn(view), _generators(), known(evaluate, task)
         again = measured(evaluate, exam_of(view, task_named(task), rows_for(evaluate, task)))
         assert worn(view) == before
         assert _generators() == drawn
-        assert {n: m.as_dict() for n, m in again.items()} == {n: m.as_dict() for n, m in known(evaluate, task).items()}
+        assert {n: m.as_dict() for n, m in again.items()} == {n: m.as_dict() for n, m in first.items()}
 
 
 def _generators() -> tuple[bytes, bytes, int]:
     """Where the global generators are."""
-    numpy = np.random.get_state(legacy=True)
+    numpy: Any = np.random.get_state(legacy=True)
     return torch.get_rng_state().numpy().tobytes(), np.asarray(numpy[1]).tobytes(), hash(random.getstate())
 
 
