@@ -256,7 +256,8 @@ def test_rounds_come_in_order_and_the_pipeline_is_pure():
     done = run_pipeline(pipeline, view, lab)
     assert list(done) == ["teacher", "labels-1", "student-1", "round-1", "labels-2", "student-2", "round-2"]
     part = dict(list(done.items())[:3])
-    assert pipeline.next(part) == pipeline.next(part) == done["round-1"].stage
+    assert pipeline.next(part) == pipeline.next(part) and pipeline.next(part).name == "round-1"
+    assert pipeline.next(part).tuner == done["round-1"].tuner == done["student-1"].tuner != done["teacher"].tuner
     again = run_pipeline(pipeline, view_of("bert"), lab)
     for name in ("teacher", "round-2"):
         for k, t in done[name].state.items():

@@ -15,7 +15,7 @@ from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.progress import Progress, steps, untold
 from luthier.support.rng import Streams
-from luthier.training.loop import Loop
+from luthier.training.loop import Loop, Rows
 from luthier.tuners.lora import Lora
 
 
@@ -44,7 +44,7 @@ def draw(
 
 
 def tuned(
-    view: ModelView, rows: Sequence, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
+    view: ModelView, rows: Rows, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
     privacy: Privacy | None = None, progress: Progress = untold,
 ) -> Tensor:  # fmt: skip
     """[snapshots, L, d] float32: the update after each of the last optimiser steps.

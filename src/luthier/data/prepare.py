@@ -343,7 +343,10 @@ def shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
     ids, labels = item["ids"], item["labels"]
     out = {**item, "ids": ids[:start] + ids[stop:], "labels": labels[:start] + labels[stop:], "token": token}
     if "span" in item:
-        moved = lambda at: at if at <= start else max(start, at - over)  # noqa: E731
+
+        def moved(at: int) -> int:
+            return at if at <= start else max(start, at - over)
+
         spans = {k: [(moved(a), moved(b), kind) for a, b, kind in v] for k, v in item["span"].items()}
         out["span"] = {k: [s for s in v if s[1] > s[0]] for k, v in spans.items()}
     return out

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from luthier.collaboration.contract import start_of
 from luthier.collaboration.controls import mean_shadow
@@ -34,7 +34,8 @@ CASES = (str.lower, str.upper, str.title)
 JOINTS = (" ", "_", "-")
 WRAPS = ("{}", "[{}]", "<{}>", '"{}"')
 ENDS = ("", ".", ";", " !")
-STYLES = tuple(itertools.product(LEADS, CASES, JOINTS, WRAPS, ENDS))  # 576 houses
+Style = tuple[str, Callable[[str], str], str, str, str]
+STYLES: tuple[Style, ...] = tuple(itertools.product(LEADS, CASES, JOINTS, WRAPS, ENDS))  # 576 houses
 WIDTH = 64  # characters of a request, or of a piece of text
 
 
@@ -52,7 +53,7 @@ class Size(NamedTuple):
     houses: int = 96
 
 
-def written(action: str, style: tuple[Any, ...]) -> str:
+def written(action: str, style: Style) -> str:
     """An action's name in a house's style."""
     lead, case, joint, wrap, end = style
     return lead + wrap.format(joint.join(case(action.replace("_", " ")).split())) + end

@@ -175,7 +175,10 @@ def _on_the_way(place: Place, server: RoundServer, clients: Mapping[str, Client]
     if end is None:
         return {"arrivals": [], "line": []}
     role = place.protocol.roles[-1]
-    mean = lambda u: float(np.mean([place.loss(role, u, c.held) for c in clients.values()]))  # noqa: E731
+
+    def mean(update: Update) -> float:
+        return float(np.mean([place.loss(role, update, c.held) for c in clients.values()]))
+
     again, arrivals = place.protocol.server(place.contract, list(clients), None, place), []
     for message in Journal(out / "arrived", LIMIT):
         if message.header.kind == again.waits_for:

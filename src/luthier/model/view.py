@@ -246,7 +246,9 @@ class ModelView:
         trace.hidden[-1] = self._to_original(self._flatten(final, inputs.batch), inputs)
         return trace
 
-    def _keep(self, trace: Trace, layer: int, is_last: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _keep(
+        self, trace: Trace, layer: int, is_last: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         trace.hidden[layer] = args[0] if args else kwargs["hidden_states"]
         if is_last:
             trace.block_kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
@@ -265,7 +267,8 @@ class ModelView:
             if not batch.contiguous:  # else the model's own positions are right, whatever they start from
                 kwargs["position_ids"] = pad(batch.pos, batch)
         with attention_implementation(self.module, self._attention_name()):
-            return self.trunk(**tokens, **_accepted(self.trunk, kwargs)).last_hidden_state
+            final: Tensor = self.trunk(**tokens, **_accepted(self.trunk, kwargs)).last_hidden_state
+        return final
 
     def _attention_name(self) -> str:
         if self.layout == "flat":
@@ -327,14 +330,17 @@ class ModelView:
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, D]: what stands between the trunk and the vocabulary matrix (a masked-LM transform)."""
+        transformed: Tensor
         for name in TRANSFORMS:
             part = self._part(name)
             if part is not None and name != self.anatomy.head:
-                return part(hidden)
+                transformed = part(hidden)
+                return transformed
         for name, norm in DENSE_AND_NORM:
             dense, after = self._part(name), self._part(norm)
             if dense is not None and after is not None:
-                return after(getattr(self.module, "activation", nn.functional.gelu)(dense(hidden)))
+                transformed = after(getattr(self.module, "activation", nn.functional.gelu)(dense(hidden)))
+                return transformed
         return hidden
 
     def _part(self, name: str) -> nn.Module | None:
@@ -352,11 +358,14 @@ class ModelView:
     def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [S, C] through the model's own classification head."""
         parts = dict(self.module.named_children())
+        logits: Tensor
         if "score" in parts:  # decoders: a matrix over the last token
-            return parts["score"](hidden[batch.ends]).float()
-        first = hidden[batch.starts].unsqueeze(1)  # encoders read their first token
-        pooler = getattr(self.trunk, "pooler", None)
-        return parts["classifier"](first if pooler is None else self._dropout(pooler(first))).float()
+            logits = parts["score"](hidden[batch.ends])
+        else:
+            first = hidden[batch.starts].unsqueeze(1)  # encoders read their first token
+            pooler = getattr(self.trunk, "pooler", None)
+            logits = parts["classifier"](first if pooler is None else self._dropout(pooler(first)))
+        return logits.float()
 
     def _dropout(self, pooled: Tensor) -> Tensor:
         drop = getattr(self.module, "dropout", None)

@@ -97,7 +97,8 @@ def _peft(run: Tuned, output: Path, name: str) -> nn.Module:
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:
     model.eval()
-    return model(input_ids=ids.to(next(model.parameters()).device)).logits.float().cpu()
+    logits: Tensor = model(input_ids=ids.to(next(model.parameters()).device)).logits
+    return logits.float().cpu()
 
 
 def _difference(a: Tensor, b: Tensor) -> float:

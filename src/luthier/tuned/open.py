@@ -38,7 +38,7 @@ def state_of(folder: Path) -> dict[str, Any]:
     """run.json of a finished run. Raises LuthierError for a folder that is none."""
     file = folder / "run.json"
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         if not file.exists() and (folder / "update.json").exists():
             raise LuthierError(

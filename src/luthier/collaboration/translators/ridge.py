@@ -17,7 +17,9 @@ def dual_weights(x: Tensor, y: Tensor, strength: float) -> Tensor:
     x, y = x.double(), y.double()
     gram = x @ x.T  # [n, n]
     gram.diagonal().add_(strength * gram.diagonal().mean())
-    return torch.linalg.lstsq(gram, y, driver="gelsd").solution if strength == 0 else torch.linalg.solve(gram, y)
+    found: Tensor
+    found = torch.linalg.lstsq(gram, y, driver="gelsd").solution if strength == 0 else torch.linalg.solve(gram, y)
+    return found
 
 
 class Ridge(Translator):

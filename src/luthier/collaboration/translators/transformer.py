@@ -39,7 +39,8 @@ class UpdateTransformer(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """[N, L_S, d_S] -> [N, L_S, h]."""
-        return self.core.encoder(inputs_embeds=self.embed_s(x)).last_hidden_state
+        hidden: Tensor = self.core.encoder(inputs_embeds=self.embed_s(x)).last_hidden_state
+        return hidden
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Each layer of the large update from the small one and the true layers before it: [N, L_T, d_T] in and out.
@@ -51,7 +52,8 @@ class UpdateTransformer(nn.Module):
         hidden = self.core.decoder(
             inputs_embeds=self.embed_t(before), encoder_hidden_states=self.encode(x), use_cache=False
         ).last_hidden_state  # [N, L_T, h]
-        return self.out(hidden)
+        written: Tensor = self.out(hidden)
+        return written
 
     @torch.no_grad()
     def write(self, x: Tensor, layers: int, cached: bool = True) -> Tensor:

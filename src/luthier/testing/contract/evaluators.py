@@ -132,4 +132,10 @@ def test_without_rows_nothing_is_measured(evaluate: Example) -> None:
             assert found == []
 
 
-__all__ = [n for n in dir() if n.startswith("test_")]
+__all__ = [
+    "test_a_better_model_has_better_measures",
+    "test_a_measure_of_a_row_depends_on_that_row_alone",
+    "test_an_evaluator_gives_the_measures_that_it_names",
+    "test_an_evaluator_only_looks",
+    "test_without_rows_nothing_is_measured",
+]

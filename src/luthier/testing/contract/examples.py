@@ -192,7 +192,7 @@ def padded_rows() -> list[dict[str, Any]]:
     return out
 
 
-class Four(torch.utils.data.Dataset):
+class Four(torch.utils.data.Dataset[dict[str, Tensor]]):
     """Rows for transformers' Trainer."""
 
     def __len__(self) -> int:
