@@ -16,11 +16,12 @@ from luthier.objectives.base import Clock, Window
 from luthier.objectives.distill import Distill, soft_loss
 from luthier.objectives.sft import Sft
 from luthier.pipelines import base
-from luthier.pipelines.base import Apply, Outcome, run_pipeline
+from luthier.pipelines.base import Apply, run_pipeline
 from luthier.pipelines.list import List
 from luthier.recipe import load_file
 from luthier.run.rows import apart
 from luthier.step.lab import Lab
+from luthier.step.outcome import Outcome
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
@@ -256,7 +257,8 @@ def test_rounds_come_in_order_and_the_pipeline_is_pure():
     done = run_pipeline(pipeline, view, lab)
     assert list(done) == ["teacher", "labels-1", "student-1", "round-1", "labels-2", "student-2", "round-2"]
     part = dict(list(done.items())[:3])
-    assert pipeline.next(part) == pipeline.next(part) == done["round-1"].stage
+    assert pipeline.next(part) == pipeline.next(part) and pipeline.next(part).name == "round-1"
+    assert pipeline.next(part).tuner == done["round-1"].tuner == done["student-1"].tuner != done["teacher"].tuner
     again = run_pipeline(pipeline, view_of("bert"), lab)
     for name in ("teacher", "round-2"):
         for k, t in done[name].state.items():
@@ -308,7 +310,7 @@ def test_a_teacher_labels_without_dropout():
     pool, lab = cloze(6, 1), Lab({"labelled": cloze(4, 0), "unlabelled": cloze(6, 1)})
     view = view_of("bert", hidden_dropout_prob=0.5)
     trainable = Adapter(rank=2).attach(view)
-    done = {"teacher": Outcome("teacher", List().next({}), update=trainable.update())}
+    done = {"teacher": Outcome("teacher", update=trainable.update())}
     trainable.detach()
     stage, found = List(unlabelled_batch=1).next(done), []
     for _ in range(2):

@@ -13,6 +13,7 @@ from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.base import ParamGroup, as_dicts
+from luthier.tuners.sparse import top, top_magnitudes
 from luthier.tuners.spiel import (
     AgeAdamW,
     Observed,
@@ -24,8 +25,6 @@ from luthier.tuners.spiel import (
     is_observed,
     outer_top,
     replaced_share,
-    top,
-    top_magnitudes,
     unseen,
 )
 

@@ -36,7 +36,7 @@ PATIENCE = 0.2  # seconds between looks for answers
 
 def carried(grid: Grid, place: Place, clients: list[str], output: Path, patience: float) -> None:
     """A server's whole work, from its journal on: rounds, the results on disk, then to the clients."""
-    party = place.protocol.server(place.contract, clients, place.journal(), place)
+    party = place.protocol.server(place.contract, clients, place.journal(), place.workshop)
     line = Line(grid, clients)
     try:
         serve(party, line, patience, _said, lambda: leave_so_far(place, party, output))

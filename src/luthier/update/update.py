@@ -166,7 +166,7 @@ class Update:
         layer for itself. Raises LuthierError where this update belongs to another base or does not fit, and, on leaving,
         where something that came later wrote over the same weights and is still there.
         """
-        self._refuse_misfit(view)
+        self.refuse_misfit(view)
         covered = self._covered(view.anatomy)
 
         def bound(i: int, part: Part) -> Change:
@@ -183,7 +183,7 @@ class Update:
         stochastically, since rounding to nearest would take small differences away from the stage that goes on. Low-rank
         parts stay beside quantised layers. Raises LuthierError as `bind` does, and for a part that renames parameters.
         """
-        self._refuse_misfit(view)
+        self.refuse_misfit(view)
         for part in self.parts:
             if part.renames:
                 raise LuthierError(
@@ -230,7 +230,8 @@ class Update:
                 taken.update(f"{layer}.weight" for layer in part.layers(anatomy))
         return out[::-1]
 
-    def _refuse_misfit(self, view: Any) -> None:
+    def refuse_misfit(self, view: Any) -> None:
+        """Raises LuthierError where it belongs to another base than this model, or does not fit it."""
         if not self.base.same_base(view.base):
             raise LuthierError(
                 f"this update was trained on {self.base.name} ({self.base.weights[:12]}), "
