@@ -94,7 +94,7 @@ class Shapeless(Curator):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Loses", "curate.0.bad: returns another table than it was given"),
+        ("Loses", "curate.0.bad: returns a table that does not come from its argument"),
         ("Empties", "curate.0.bad: leaves none of 12 rows"),
         ("Shapeless", "bad:1: has the fields question, expected messages or prompt and completion or text"),
     ],
