@@ -141,8 +141,8 @@ def test_interrupted_twice_it_saves_and_goes_on_to_the_same_weights(model_folder
 
 def told(stderr):
     """The arguments of the command that a stopped run says goes on with it."""
-    line = next(x for x in stderr.splitlines() if x.startswith("go on with: "))
-    return shlex.split(line.removeprefix("go on with: luthier "))
+    line = next(x for x in stderr.splitlines() if x.startswith("continue with: "))
+    return shlex.split(line.removeprefix("continue with: luthier "))
 
 
 def test_after_fresh_the_command_names_the_new_folder(model_folder, tmp_path):
@@ -482,7 +482,7 @@ def test_standing_still_is_said_once_with_the_place(capsys):
     watch.at("rendering f.jsonl:7")
     time.sleep(0.6)
     watch.stop()
-    assert capsys.readouterr().err.count("the last thing begun: rendering f.jsonl:7") == 1
+    assert capsys.readouterr().err.count("the last thing that started: rendering f.jsonl:7") == 1
 
 
 def test_peak_memory_is_the_runs_own_and_not_that_of_the_process_before(model_folder, tmp_path):

@@ -124,7 +124,7 @@ def test_stopped_at_any_moment_it_goes_on(ending, model_folder, tmp_path):
     assert not events(now) and "Not finished: lora has " in now.stdout and now.stdout.endswith("report.html\n"), (
         now.stderr
     )
-    assert code == -9 if ending == signal.SIGKILL else code == 130 and "go on with: luthier compare" in said, said
+    assert code == -9 if ending == signal.SIGKILL else code == 130 and "continue with: luthier compare" in said, said
     last = luthier("compare", path, *HERE, cwd=tmp_path)
     assert last.returncode == 0, last.stderr
     before = int(re.search(r"(\d+) done before", last.stderr).group(1))

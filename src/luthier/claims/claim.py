@@ -104,7 +104,9 @@ def load(path: Path) -> Claim:
         values, lines = parse(path.read_text(encoding="utf-8"), str(path))
         return Claim.model_validate(values)
     except OSError as error:
-        known = ", ".join(names(path.parent)) or "none in this folder; claims are in a clone of luthier, so run this command there"
+        known = (
+            ", ".join(names(path.parent)) or "none in this folder; claims are in a clone of luthier, so run it there"
+        )
         raise RecipeError(str(path), "there is no such claim", f"known are {known}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -310,7 +312,7 @@ def evidence(folder: Path = FOLDER) -> str:
         "describes. They do not show what a 7B model would gain. Claims of the tier gpu need a GPU.",
         "",
         "`luthier claim NAME` measures a claim again; see [claims](howto/claims.md). `make docs` makes this page from `claims/`.",
-        "A *sheet* is the project's summary of a paper; its checks are numbered. In conditions, \"A minus B\" is the difference",
+        'A *sheet* is the project\'s summary of a paper; its checks are numbered. In conditions, "A minus B" is the difference',
         "of two arms on the same seed.",
         "",
         "| method | source | code | claim | verdict | measured |",
@@ -318,7 +320,9 @@ def evidence(folder: Path = FOLDER) -> str:
     ]
     for m in listed:
         claim = written.get(m["name"])
-        entry = have.get(m["name"]) or (have.get(claim.method) if claim else None)  # the method in the code may have another name
+        entry = have.get(m["name"]) or (
+            have.get(claim.method) if claim else None
+        )  # the method in the code may have another name
         page = f"[{entry['kind']}](methods/{entry['name']}.md)" if entry else "no code yet"
         code = m.get("code", page)  # `code:` is given where the method has no key in recipes
         lines.append(f"| {m['name']} | {m['title']}, {m['year']}, {m['reference']} | {code} | {_told(claim)} |")
