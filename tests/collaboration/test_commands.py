@@ -225,7 +225,9 @@ def test_one_shot_by_files(agreed, tmp_path):
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
     for name in NAMES:
         done = tune(tmp_path, name, "--held", f"{name}-held.jsonl")
-        assert done.returncode == 0 and "epsilon 8" in done.stderr and "whether a row is there" in done.stderr, done.stderr
+        assert done.returncode == 0 and "epsilon 8" in done.stderr and "whether a row is there" in done.stderr, (
+            done.stderr
+        )
         assert "upper bound: epsilon 8.00, by accounting" in done.stderr
         low = float(re.search(r"epsilon is at least (\S+) with 95%", done.stderr)[1])
         assert low <= 8, "what the attack shows stays under what is accounted for"
@@ -234,7 +236,7 @@ def test_one_shot_by_files(agreed, tmp_path):
     place, updates = Place(tmp_path / "c"), [load(tmp_path / "results" / n) for n in NAMES]
     assert updates[0].base.same_base(place.first.base) and len({u.digest() for u in updates}) == 1
     page = (tmp_path / "results/report.html").read_text()
-    assert "Who counted how much" in page and "kept back" in page
+    assert "How much each client counts" in page and "not shared" in page
 
 
 def test_the_mean_so_far_lies_there_after_each_arrival(agreed, tmp_path):

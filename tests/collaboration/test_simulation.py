@@ -76,7 +76,7 @@ def test_the_page_shows_arrivals_and_the_way_to_the_mean(simulated):
     assert f["line"][0][1] == pytest.approx(sum(f["everybody"][UNTOUCHED].values()) / 2)
     one = dict(map(tuple, f["line"]))[1.0]
     assert one == pytest.approx(f["arrivals"][-1]["loss"]) == pytest.approx(sum(f["losses"][TOGETHER].values()) / 2)
-    for said in ("As they arrive", "Alone, together, shared", "Who counted how much", TWO[0]):
+    for said in ("As they arrive", "Alone, together, shared", "How much each client counts", TWO[0]):
         assert said in page
 
 

@@ -57,7 +57,7 @@ def test_a_curator_that_rewrites_and_splits_is_under_thirty_lines_and_works_ever
     decided = [json.loads(x) for x in (folder / "decisions.jsonl").read_text().splitlines()]
     assert len(decided) == (12 + 4) + 14 and {d["decision"] for d in decided} == {"keep", "drop", "rewrite", "split"}
     page = (folder / "report.html").read_text()
-    assert "7 of 12 rows stayed" in page and "put in other words" in page and "left out" in page
+    assert "7 of 12 rows stayed" in page and "rewritten" in page and "left out" in page
     ran = luthier("run", path, "--allow-code", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     run = json.loads((tmp_path / "out/run.json").read_text())
