@@ -1,4 +1,4 @@
-"""The compute seam: fewer tokens or pairs in the forward pass."""
+"""The base class of compute methods: fewer tokens or pairs in the forward pass."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from luthier.model.view import ModelView
 
 
 class Compute(Method):
-    """Changes what a forward pass computes, in the phases that it is for."""
+    """Changes what a forward pass computes, in some phases."""
 
     def patch(self, view: ModelView, phase: str) -> AbstractContextManager[Any]:
-        """Entered around every forward, its backward too where there is one; yields a state to report.
+        """Entered around every forward pass and its backward pass. Yields a state to report.
 
-        phase  "train", "score" or "generate"; a method for training alone leaves the other two as they are
+        phase  "train", "score" or "generate"; a method for training changes nothing in the other two
         """
         raise NotImplementedError
