@@ -269,9 +269,9 @@ def _samples(exam: Exam, found: dict[str, Measure]) -> list[Sample]:
 
 
 def conversation(row: Row, renderer: Renderer) -> str:
-    """All that stands before the answer: equal last turns after different ones are different questions.
+    """Everything before the answer. Equal last turns after different earlier turns are different questions.
 
-    Raises LuthierError for a row that asks nothing.
+    Raises LuthierError for a row without a prompt.
     """
     if not {"prompt", "messages"} & set(row.values):
         raise LuthierError(
@@ -281,12 +281,12 @@ def conversation(row: Row, renderer: Renderer) -> str:
 
 
 def number_of(key: str) -> str:
-    """A row's number within its file: results of equal rows are equal wherever the file lies."""
+    """A row's number within its file, so that results of equal rows are equal wherever the file is."""
     return key.rpartition(":")[2]
 
 
 def unique(keys: Sequence[str]) -> list[str]:
-    """The keys, with a number behind those that come again."""
+    """The keys, with a number added to keys that occur again."""
     seen: dict[str, int] = {}
     out = []
     for key in keys:

@@ -1,4 +1,4 @@
-"""The pipeline seam: in which stages. A pipeline is a pure function of the outcomes so far, so it replays after a kill."""
+"""The base class of pipelines. A pipeline is a pure function of the outcomes so far, so it can replay after a kill."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from luthier.update import Update
 class Train:
     """Train on rows.
 
-    start  "base", or the name of an earlier stage: its trained state where the tuner is the same, else its Update,
-           put into the weights
+    start  "base", or the name of an earlier stage: its trained state if the tuner is the same, else its Update,
+    put into the weights
     data   name of a set of rows in the lab, or of an earlier Apply stage
-    carry  name of an earlier stage whose modules beside the model (heads) are taken over
+    carry  name of an earlier stage whose extra modules (heads) are used again
     """
 
     name: str
@@ -42,7 +42,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Apply:
-    """A stage without training: label a pool, merge, choose a mask. The pipeline's own `apply` does it."""
+    """A stage without training: label a pool, merge, choose a mask. The pipeline's own `apply` carries it out."""
 
     name: str
     inputs: tuple[str, ...] = ()
@@ -50,10 +50,10 @@ class Apply:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a stage left: a trained state, or rows.
+    """The result of a stage: a trained state, or rows.
 
-    update  all that differs from the base, what the stage started from included
-    under   the update that was in place while the stage trained, which its state does not hold
+    update  the whole difference to the base, with what the stage started from
+    under   the update that was in place while the stage trained; its state does not hold it
     """
 
     name: str
@@ -67,10 +67,10 @@ class Outcome:
 
 
 class Pipeline(Method):
-    """Says which stage comes next."""
+    """Decides which stage comes next."""
 
     def next(self, done: Mapping[str, Outcome]) -> Train | Apply | None:
-        """The next stage after these outcomes, or None at the end. Must depend on nothing else."""
+        """The next stage after these outcomes, or None at the end. It must depend on nothing else."""
         raise NotImplementedError
 
     def apply(self, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Rows:
@@ -82,7 +82,7 @@ class Pipeline(Method):
 def started(
     view: ModelView, stage: Train, lab: Lab, done: Mapping[str, Outcome], total_steps: int
 ) -> Iterator[tuple[Trainable, Update | None]]:
-    """The stage's trainable on the model it starts from, and the update under it; afterwards the base is as it was."""
+    """The stage's trainable on the model it starts from, and the update under it. The base is restored afterwards."""
     with ExitStack() as stack:
         before = None if stage.start == "base" else done[stage.start]
         same = before is not None and isinstance(before.stage, Train) and before.stage.tuner == stage.tuner
@@ -100,10 +100,10 @@ def run_pipeline(
     pipeline: Pipeline, view: ModelView, lab: Lab, folder: Path | None = None, *, deadline: float | None = None,
     before_stage: Callable[[Train | Apply], None] = lambda _: None, **loop: Any,
 ) -> dict[str, Outcome]:  # fmt: skip
-    """Run every stage in turn; returns the outcomes by name, the last being the result.
+    """Run all stages in order. Returns the outcomes by name; the last one is the result.
 
-    Each stage checkpoints into a folder of its name, its end included: a killed pipeline replays, finished stages are
-    taken up as they ended, and the one it was in goes on inside.
+    Each stage saves checkpoints in a folder with its name, also at its end. A killed pipeline replays: finished stages are
+    loaded, and the interrupted one continues.
     """
     done: dict[str, Outcome] = {}
     while (stage := pipeline.next(done)) is not None:
