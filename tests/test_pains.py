@@ -353,7 +353,7 @@ def test_pain_14_and_18_unchanged_logits_are_an_error_everywhere(tmp_path, model
 
     factors = {n: t * 0 if "lora_B" in n else t for n, t in load_file(out / "adapter_model.safetensors").items()}
     save_file(factors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LuthierError, match="equals the base; nothing was exported"):
+    with pytest.raises(LuthierError, match="equals the base model; nothing was exported"):
         export(out, "hf", tmp_path / "merged")
 
 

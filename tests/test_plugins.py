@@ -90,9 +90,9 @@ def test_without_the_package_the_name_is_unknown():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("focal", "m:C", "is no KIND.NAME; kinds are tuner"),
+        ("focal", "m:C", "is not KIND.NAME; kinds are tuner"),
         ("optimizer.x", "m:C", "is no KIND.NAME"),
-        ("tuner.lora", "m:C", "the tuner 'lora' is there already"),
+        ("tuner.lora", "m:C", "the tuner 'lora' exists already"),
     ],
 )
 def test_a_wrong_entry_point_is_named(name, value, words, monkeypatch):

@@ -1,4 +1,4 @@
-"""What a stage, or a whole nested run, left."""
+"""The result of a stage, or of a whole nested run."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Rows = Sequence[Mapping[str, Any]]  # rendered rows, as `collate` takes them
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is left of a stage or of a nested run; what it did not make is None or empty.
+    """The result of a stage or of a nested run. Parts that it did not make are None or empty.
 
-    update   what changed, of the base
+    update   the difference to the base
     rows     rows that were made: a labelled pool, a chosen set
-    mask     [shape of the weight] bool by parameter name: which entries may move, for a later stage
+    mask     [shape of the weight] bool by parameter name: entries that a later stage may train
     metrics  measures of the result, by name
-    state    of the trainable, for a stage that goes on with the same tuner
-    beside   state of modules beside the model (heads), where the objective trained any
+    state    of the trainable, for a stage that continues with the same tuner
+    beside   state of modules beside the model (heads), if the objective trained any
     """
 
     name: str

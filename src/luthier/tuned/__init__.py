@@ -1,4 +1,4 @@
-"""A finished run: open it, ask it, score it, export it."""
+"""Use a finished run: open it, generate, score, export."""
 
 from luthier.support.lazy import lazy
 
