@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -205,7 +206,7 @@ def test_the_terms_name_places_that_exist_and_none_twice():
     assert len(set(terms)) == len(terms)
 
 
-def test_the_guides_python_runs(model_folder, tmp_path):
+def test_the_guides_python_runs(model_folder, tmp_path, monkeypatch):
     from luthier import recipe
     from luthier.run.execute import run
     from luthier.tuned.open import open_run
@@ -217,6 +218,8 @@ def test_the_guides_python_runs(model_folder, tmp_path):
     tuned, ids = open_run(tmp_path / "out"), torch.tensor([[5, 6, 7]])
     scope = {"run": tmp_path / "out", "view": open_run(tmp_path / "out").view, "ids": ids}
     scope |= {"base": model_folder, "given": tmp_path / "out"}
+    scope |= {"other": shutil.copytree(tmp_path / "out", tmp_path / "other")}
+    monkeypatch.chdir(tmp_path)
     ran = 0
     for guide in GUIDES:
         for code in blocks(guide, "python"):

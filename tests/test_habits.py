@@ -15,7 +15,8 @@ from luthier.support.version import __version__
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 FILES = sorted(p.relative_to(TESTS).as_posix() for p in TESTS.rglob("*.py"))
 
 
@@ -41,6 +42,12 @@ def imported_tests(source):
 @pytest.mark.parametrize("file", FILES)
 def test_no_test_imports_another(file):
     assert imported_tests((TESTS / file).read_text(encoding="utf-8")) == [], "move what is shared to tests/helpers/"
+
+
+def test_the_folders_of_tests_are_the_rooms_of_the_package():
+    folders = {file.partition("/")[0] for file in FILES if "/" in file} - {"example_package", "helpers", "mutation"}
+    rooms = {p.name for p in (ROOT / "src/luthier").iterdir() if p.is_dir()}
+    assert folders - rooms == set(), "a test lies in the folder that is called like its subject's"
 
 
 T = "test_"  # apart, lest these lines be found themselves
@@ -72,6 +79,13 @@ def test_before_a_commit_the_same_is_checked_as_by_make():
     recipe = (ROOT / "Makefile").read_text(encoding="utf-8").split("\ncheck: ")[1].split("\n\n")[0].splitlines()[1:]
     made = [line.strip().replace("$(BIN)", ".venv/bin") for line in recipe]
     assert [hook["entry"] for hook in repo["hooks"]] == made and len(made) == 3
+
+
+def test_mypy_is_strict_and_tests_alone_are_looser():
+    mypy = PYPROJECT["tool"]["mypy"]
+    (looser,) = mypy["overrides"]
+    folders = {f"{file.partition('/')[0]}.*" for file in FILES if "/" in file} - {"example_package.*"}
+    assert mypy["strict"] and sorted(looser["module"]) == sorted({f[:-3] for f in FILES if "/" not in f} | folders)
 
 
 def test_the_workflow_runs_the_oldest_python_that_is_allowed_and_two_newer():

@@ -11,8 +11,8 @@ from luthier.collaboration.averaging import (
     factor_averaged,
     gap_bound,
     outliers,
-    shares,
 )
+from luthier.collaboration.rounds import shares
 from luthier.data.batch import collate
 from luthier.kernels.plain import plain_operations
 from luthier.model.fingerprint import Fingerprint

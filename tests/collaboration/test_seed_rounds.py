@@ -6,9 +6,9 @@ import torch
 
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused, decode
-from luthier.collaboration.parties import Sent, Tick, in_process
+from luthier.collaboration.parties import Sent, Tick, in_process, sizes
 from luthier.collaboration.privacy import Privacy
-from luthier.collaboration.seed_rounds import SeedClient, SeedContract, SeedRounds, SeedServer, sizes
+from luthier.collaboration.seed_rounds import SeedClient, SeedContract, SeedRounds, SeedServer
 from luthier.inference.scoring import mean_loss, row_scores
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError

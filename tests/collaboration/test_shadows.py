@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from luthier.collaboration.base import Workshop
 from luthier.collaboration.contract import Contract, refuse_other, refuse_vector, start_of
 from luthier.collaboration.controls import controls, gap_recovered, mean_shadow, pooled, share_of_gain
 from luthier.collaboration.grad_transformer import GradTransformer, shadow
@@ -14,7 +15,9 @@ from luthier.collaboration.similarity import likeness, mean_cosine
 from luthier.collaboration.translators.base import Pairs
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.objectives.sft import Sft
+from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
@@ -210,3 +213,13 @@ def test_cosine_of_clients():
 def test_measures_of_a_translation():
     assert gap_recovered(61.02, 48.43, 58.66) == pytest.approx(123.07, abs=0.01)  # AQuA-RAT in the paper
     assert share_of_gain(1.3014, 1.3676, 1.2929) == pytest.approx(0.886, abs=0.001)
+
+
+def test_a_workshop_without_shadow_runs_says_so_and_gives_its_models_by_the_lab():
+    seen = []
+    bare, full = Workshop(Lab()), Workshop(Lab(), lambda sets, snapshots: seen.append((sets, snapshots)) or [{}])
+    with pytest.raises(LuthierError, match="nothing here made shadow runs; give the workshop what reads them"):
+        bare.shadows(2, 1)
+    assert full.shadows(3, 2) == [{}] and seen == [(3, 2)]
+    with pytest.raises(LuthierError, match="there is no model called 'small' here"):
+        GradTransformer().alone("clinic", None, bare, [])

@@ -9,10 +9,14 @@ from luthier.comparison.steps import (
     Arm,
     Cost,
     Done,
+    Job,
+    StageCost,
+    StagePlan,
     best_rate,
     budget_of,
     cost_of,
     forecast,
+    never,
     next_jobs,
     next_rate,
     over_budget,
@@ -211,3 +215,20 @@ def test_an_arm_whose_update_is_larger_than_the_budget_in_bytes_stops_after_its_
     assert over_budget(plan, done, "b") == "its update has 600,000 bytes, the budget is 500,000"
     assert over_budget(plan, done, "a") is None
     assert over_budget(plan_of(budget={"tokens": 1}), done, "b") is None
+
+
+def test_a_pipelines_step_is_its_stages_steps_in_their_shares_and_other_work_is_done_once():
+    """Two stages of 30 and 10 steps over rows of 100 and 50 tokens a step; labelling a pool between them takes 500."""
+    stages = (StagePlan("a", 30, 100.0), StagePlan("b", 10, 50.0))
+    arm = Arm("p", 1e-3, (30 * 100 + 10 * 50) / 40, 40, stages=stages)
+    took = {
+        "a": StageCost(4 * 100 * 3.0, 8.0, 400.0),
+        "label": StageCost(500.0, 2.5, 0.0),
+        "b": StageCost(4 * 50 * 7.0, 4.0, 200.0),
+    }
+    run = Done(Job("p", "measure", 1e-3, 0, 4), 3100.0, 14.5, 8, 600.0, 40.0, 0.5, stages=took)
+    flops, seconds, tokens = (arm.cost([run], unit) for unit in ("flops", "seconds", "tokens"))
+    assert flops == Cost((30 * 100 * 3 + 10 * 50 * 7) / 40, 540.0)
+    assert seconds == Cost((30 * 2.0 + 10 * 1.0) / 40, 3.0)
+    assert tokens == Cost(87.5, 0.0)
+    assert flops.of(40, never) == 540 + 12500 and steps_within(flops, 540 + 12500 / 2) == 20

@@ -462,6 +462,17 @@ def test_one_neuron_stays_however_many_are_pruned():
     _, grads, _ = nll_and_grads(stirred("llama"), batch, Lemo(keep_fraction=1.0, mlp_prune_fraction=0.999))
     _, one, _ = nll_and_grads(stirred("llama"), batch, Lemo(keep_fraction=1.0, mlp_prune_fraction=63 / 64))
     assert all(torch.equal(a, b) for a, b in zip(grads, one, strict=True))
+    _, two, _ = nll_and_grads(stirred("llama"), batch, Lemo(keep_fraction=1.0, mlp_prune_fraction=62 / 64))
+    assert not any(torch.equal(a, b) for a, b in zip(two, one, strict=True))
+
+
+def test_a_pruned_backward_is_charged_for_its_three_products():
+    def spent(fraction):
+        view = stirred("llama")
+        nll_and_grads(view, batch_of((24, 17, 9)), Lemo(keep_fraction=1.0, mlp_prune_fraction=fraction))
+        return view.meter.total
+
+    assert spent(0.5) - spent(0.75) == 6 * 3 * 2 * 50 * 32 * 16, "six blocks, 50 tokens, 16 neurons of 32 numbers"
 
 
 def test_packed_weights_of_an_mlp_are_refused():

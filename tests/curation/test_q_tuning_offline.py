@@ -117,8 +117,9 @@ def test_the_order_of_rows_does_not_matter(base):
 
 
 def test_corners_of_the_plane_have_their_names():
-    ppl, entropy = np.array([9.0, 9, 1, 1, 5]), np.array([9.0, 1, 1, 9, 5])
-    assert named(ppl, entropy, 0.3) == ["Q1 noise", "Q2 misconception", "Q3 redundant", "Q4 to calibrate", "between"]
+    ppl, entropy = np.array([9.0, 9, 1, 1, 5, 5, 5, 1, 9]), np.array([9.0, 1, 1, 9, 5, 1, 9, 5, 5])
+    corners = ["Q1 noise", "Q2 misconception", "Q3 redundant", "Q4 to calibrate"]
+    assert named(ppl, entropy, 0.3) == [*corners, *["between"] * 5]
 
 
 def test_what_cannot_be_chosen_is_refused(base):

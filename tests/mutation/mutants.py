@@ -77,6 +77,8 @@ def _changeable(node: ast.AST) -> Iterator[ast.expr | ast.stmt]:
     if isinstance(node, ast.expr | ast.stmt):
         yield node
     declared: set[ast.AST] = set()
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return  # zip's: a precaution
     if isinstance(node, ast.FunctionDef | ast.Lambda):
         declared = {node.args, *getattr(node, "decorator_list", ()), *filter(None, [getattr(node, "returns", None)])}
     elif isinstance(node, ast.AnnAssign):
@@ -108,6 +110,8 @@ def _changes(node: ast.AST) -> Iterator[tuple[str, str]]:
         case ast.BoolOp(op=op, values=values):
             sign, other = ("and", "or") if isinstance(op, ast.And) else ("or", "and")
             yield f"{sign} becomes {other}", "(" + f" {other} ".join(f"({ast.unparse(v)})" for v in values) + ")"
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int())):
+            pass  # -1 becomes -2 and 0 by its own constant; 1 would be the same axis of a table
         case ast.UnaryOp(op=ast.Not() | ast.USub() | ast.Invert() as op, operand=operand):
             sign = {ast.Not: "not", ast.USub: "the minus", ast.Invert: "~"}[type(op)]
             yield f"{sign} is dropped", f"({ast.unparse(operand)})"

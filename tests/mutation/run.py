@@ -1,9 +1,8 @@
 """Which faults would no test notice? `python tests/mutation/run.py [FILE ...]` puts them in one at a time and runs the tests.
 
 A file is judged by its own tests alone: a fault that only a run of the whole catches is one that the next change lets in.
-Libraries are imported once; every fault gets a process forked from there, in which the changed text takes the place of the
-module. Files on disk stay as they are. Results go to runs/mutation/: survivors.txt for reading, and a file for each source by
-which a later call passes over what has not changed.
+How they are run is trials.py's. Files on disk stay as they are. Results go to runs/mutation/: survivors.txt for reading, and a
+file for each source by which a later call passes over what has not changed.
 """
 
 from __future__ import annotations
@@ -12,19 +11,13 @@ import argparse
 import gc
 import hashlib
 import importlib
-import importlib.machinery
-import importlib.util
 import json
 import os
-import shutil
-import signal
 import sys
-import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -33,33 +26,48 @@ PACKAGE = ROOT / "src/luthier"
 OUT = ROOT / "runs/mutation"
 sys.path.insert(0, str(TESTS))
 
-from mutation.mutants import mutants  # noqa: E402
+from mutation.mutants import Mutant, mutants  # noqa: E402
+from mutation.trials import trials  # noqa: E402
 
 ROOMS = (
     "tuners", "objectives", "compute", "curation", "pipelines", "merging", "decoding", "inspection", "update", "training",
     "kernels",
 )  # fmt: skip
+ELSEWHERE = ("data/quadrants.py",)  # what methods compute with, in another room
 # Tests of a module that are not called after it; those of any other are test_NAME.py in whichever folder.
 OWN = {
+    "curation/base.py": ("run/test_curate.py", "curation/test_proof.py"),
     "data/quadrants.py": ("objectives/test_q_tuning.py", "curation/test_q_tuning_offline.py"),
+    "kernels/plain.py": ("kernels/test_head.py",),
     "kernels/linear.py": ("tuners/test_spiel.py", "tuners/test_lora.py"),
-    "training/checkpoint.py": ("training/test_equalities.py",),
-    "training/loop.py": ("training/test_equalities.py",),
+    "training/checkpoint.py": ("training/test_state.py", "training/test_equalities.py"),
+    "training/loop.py": ("training/test_equalities.py", "training/test_skipped.py", "training/test_state.py"),
+    "tuners/base.py": ("tuners/test_full.py", "tuners/test_task_head.py", "tuners/test_layerwise.py"),
+    "tuners/fedkseed.py": ("tuners/test_fedkseed.py", "collaboration/test_seed_rounds.py"),
+    "update/base.py": ("update/test_parts.py", "update/test_update.py"),
+    "update/binding.py": ("update/test_parts.py", "update/test_update.py", "update/test_following.py"),
     "update/files.py": ("update/test_update.py",),
-    "update/compositions.py": ("update/test_parts.py", "update/test_update.py"),
+    "update/compositions.py": ("update/test_parts.py", "update/test_update.py", "update/test_then.py"),
     "update/structure.py": ("update/test_structure.py",),
     "update/vectors.py": ("update/test_parts.py", "update/test_update.py"),
 }
-MARGIN = 5.0  # a fault that takes so many times the tests' own time has been noticed
-SPARE_SECONDS = 20.0
+
+
+class Fault(NamedTuple):
+    """One that was tried."""
+
+    number: int  # of the line
+    line: str
+    change: str
+    noticed: str | None  # the test that noticed it, or how else it was; None for a survivor
 
 
 class Result(NamedTuple):
     """What became of the faults of one file."""
 
-    mutants: int
-    survived: list[tuple[int, str, str]]  # line's number, the line, the change
-    seconds: float
+    faults: list[Fault]
+    seconds: float  # by the clock
+    tests: float  # seconds of processor time that the tests take without a fault
 
 
 def own_tests(file: Path) -> list[Path]:
@@ -67,140 +75,80 @@ def own_tests(file: Path) -> list[Path]:
     named = OWN.get(file.relative_to(PACKAGE).as_posix())
     if named is not None:
         return [TESTS / n for n in named]
-    return sorted(TESTS.rglob(f"test_{file.stem}.py"))
+    return sorted(TESTS.rglob(f"test_{file.stem}.py")) + sorted(TESTS.rglob(f"test_{file.stem}_oracle.py"))
 
 
-def accepted() -> list[dict[str, str]]:
-    """Faults that no test can or should notice, each with its reason."""
+def accepted() -> set[tuple[str, str, str]]:
+    """Faults that no test can or should notice: file, line, change."""
+    return {(a["file"], a["line"], change) for a in accepted_table() for change in a["changes"]}
+
+
+def accepted_table() -> list[dict[str, Any]]:
+    """The same as they are written down, each line with its changes and the reason."""
     return tomllib.loads((TESTS / "mutation/accepted.toml").read_text(encoding="utf-8")).get("survivor", [])
 
 
-def judged(file: Path, tests: Sequence[Path], workers: int) -> Result:
-    """Every fault of a file against its tests. Raises SystemExit where the tests fail without any."""
-    source, start = file.read_text(encoding="utf-8"), time.monotonic()
-    (plain,) = _outcomes(file, tests, [source], 1, 600.0)
-    if plain.code != 0:
-        raise SystemExit(f"{file.relative_to(ROOT)}: its tests end with {plain.code} before anything is changed")
-    found = mutants(source)
-    limit = MARGIN * plain.seconds + SPARE_SECONDS
-    outcomes = _outcomes(file, tests, [m.source for m in found], workers, limit)
-    survived = [m for m, o in zip(found, outcomes, strict=True) if o.code == 0]
-    return Result(len(found), [(m.number, m.line, m.change) for m in survived], time.monotonic() - start)
+def judged(file: Path, tests: Sequence[Path], workers: int, found: Mapping[str, Mutant]) -> dict[str, Any]:
+    """These faults of a file against its tests. Raises SystemExit where the tests fail without any."""
+    start = time.monotonic()
+    name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
+    noticed, seconds = trials(file, name, tests, list(found.values()), workers)
+    faults = {key: [*m[:3], by] for (key, m), by in zip(found.items(), noticed, strict=True)}
+    return {"faults": faults, "seconds": time.monotonic() - start, "tests": seconds}
 
 
-class Outcome(NamedTuple):
-    code: int | None  # pytest's, None where time ran out or the process died
-    seconds: float
-
-
-class Running(NamedTuple):
-    place: int
-    folder: str
-    start: float
-
-
-def _outcomes(file: Path, tests: Sequence[Path], sources: Sequence[str], workers: int, limit: float) -> list[Outcome]:
-    """pytest's exit code for every text of the file, so many processes at a time."""
-    outcomes: dict[int, Outcome] = {}
-    running: dict[int, Running] = {}
-    waiting = iter(enumerate(sources))
-    while len(outcomes) < len(sources):
-        while len(running) < workers and (following := next(waiting, None)) is not None:
-            index, source = following
-            folder = tempfile.mkdtemp(prefix="luthier-mutant-")
-            running[_started(file, source, tests, folder)] = Running(index, folder, time.monotonic())
-        for pid, child in list(running.items()):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            took = time.monotonic() - child.start
-            if not done and took < limit:
-                continue
-            if not done:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            code = os.WEXITSTATUS(status) if done and os.WIFEXITED(status) else None
-            outcomes[child.place] = Outcome(code, took)
-            shutil.rmtree(child.folder, ignore_errors=True)
-            del running[pid]
-        time.sleep(0.01)
-    return [outcomes[i] for i in range(len(sources))]
-
-
-def _started(file: Path, source: str, tests: Sequence[Path], folder: str) -> int:
-    """A process that runs the tests with this text in the file's place; its exit code is pytest's."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 3
-    try:
-        os.setsid()  # with whatever the tests start
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(nothing, stream)
-        os.environ["TMPDIR"] = tempfile.tempdir = folder
-        name = ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts)
-        sys.meta_path.insert(0, Replaced(name, file, source))
-        import pytest
-
-        words = ["-x", "-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", str(ROOT), *map(str, tests)]
-        code = int(pytest.main(words))
-    finally:
-        os._exit(code)
-
-
-class Replaced:
-    """Gives one module another text; stands before the usual finders."""
-
-    def __init__(self, name: str, file: Path, source: str) -> None:
-        self.name, self.file, self.source = name, file, source
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != self.name:
-            return None
-        return importlib.util.spec_from_file_location(name, self.file, loader=_Loader(name, self.file, self.source))
-
-
-class _Loader(importlib.machinery.SourceFileLoader):
-    def __init__(self, name: str, file: Path, source: str) -> None:
-        super().__init__(name, str(file))
-        self.source = source
-
-    def get_code(self, fullname: str) -> CodeType:
-        return compile(self.source, self.path, "exec", dont_inherit=True)
+def drawn(file: Path, share: float) -> dict[str, Mutant]:
+    """The faults of a file by a hash of where they are and what they do; or a share of them, drawn evenly by that hash."""
+    name, found = file.relative_to(PACKAGE).as_posix(), mutants(file.read_text(encoding="utf-8"))
+    keys = [hashlib.sha256("\0".join((name, str(m.number), m.change, m.source)).encode()).hexdigest() for m in found]
+    return {k: m for k, m in zip(keys, found, strict=True) if int(k[:16], 16) < share * 2**64}
 
 
 def wanted(names: Sequence[str]) -> list[Path]:
     """The files named, or all of methods and of what they are made of, in which there is something to change."""
     if names:
         return [Path(n).resolve() for n in names]
-    every = (f for room in ROOMS for f in sorted((PACKAGE / room).rglob("*.py")))
-    return [f for f in every if mutants(f.read_text(encoding="utf-8"))]
+    every = [f for room in ROOMS for f in sorted((PACKAGE / room).rglob("*.py"))]
+    return [f for f in (*every, *(PACKAGE / n for n in ELSEWHERE)) if mutants(f.read_text(encoding="utf-8"))]
 
 
-def remembered(file: Path, tests: Sequence[Path]) -> tuple[Path, str]:
-    """Where a file's result is kept, and the text by which it is known: the file's, its tests' and the faults'."""
-    made_by = [file, *tests, TESTS / "mutation/mutants.py"]
-    key = hashlib.sha256(b"\0".join(f.read_bytes() for f in made_by)).hexdigest()
-    return OUT / f"{'.'.join(file.relative_to(PACKAGE).with_suffix('').parts)}.json", key
+def kept_at(file: Path) -> Path:
+    return OUT / f"{'.'.join(file.relative_to(PACKAGE).with_suffix('').parts)}.json"
 
 
-def results(files: Sequence[Path], workers: int) -> Iterator[tuple[Path, Result | None]]:
-    """A file's result, or None where it has no tests of its own."""
+def key_of(*files: Path) -> str:
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def results(files: Sequence[Path], workers: int, again: bool, share: float) -> Iterator[tuple[Path, Result | None]]:
+    """A file's result, or None where it has no tests of its own. Faults are tried that have not been; all, after a change.
+
+    `again`: of a source that has not changed those are tried again that survived. That is for use while tests are being
+    added: those that were noticed count on, and a call without it tries all.
+    """
     for file in files:
         tests = own_tests(file)
         if not tests:
             yield file, None
             continue
-        kept, key = remembered(file, tests)
+        kept = kept_at(file)
+        made_by = (file, TESTS / "mutation/mutants.py")
+        now = {"source": key_of(*made_by), "key": key_of(*made_by, *tests)}
         stored: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
-        if stored.get("key") != key:
-            stored = {"key": key, **judged(file, tests, workers)._asdict()}
+        if again and stored.get("source") == now["source"] and stored["key"] != now["key"]:
+            stored["faults"] = {k: f for k, f in stored["faults"].items() if f[3] is not None}
+            stored["key"] = now["key"] + " for survivors"
+        elif stored.get("key", "").partition(" ")[0] != now["key"] or ("for" in stored["key"] and not again):
+            stored = {**now, "faults": {}, "seconds": 0.0, "tests": 0.0}
+        left = {k: m for k, m in drawn(file, share).items() if k not in stored["faults"]}
+        if left:
+            more = judged(file, tests, workers, left)
+            stored["faults"] |= more["faults"]
+            stored["seconds"] += more["seconds"]
+            stored["tests"] = more["tests"]
             kept.write_text(json.dumps(stored, indent=1), encoding="utf-8")
-        yield (
-            file,
-            Result(stored["mutants"], [(n, line, why) for n, line, why in stored["survived"]], stored["seconds"]),
-        )
+        faults = sorted((Fault(*f) for f in stored["faults"].values()), key=lambda f: f[:3])
+        yield file, Result(faults, stored["seconds"], stored["tests"])
 
 
 def told(file: Path, result: Result | None, known: set[tuple[str, str, str]]) -> tuple[str, list[str]]:
@@ -208,9 +156,10 @@ def told(file: Path, result: Result | None, known: set[tuple[str, str, str]]) ->
     name = file.relative_to(ROOT).as_posix()
     if result is None:
         return f"{name}: no tests of its own", []
-    new = [(n, line, change) for n, line, change in result.survived if (name, line, change) not in known]
-    counts = f"{name}: {result.mutants} faults, {len(new)} survived, {len(result.survived) - len(new)} accepted"
-    return f"{counts}, {result.seconds:.0f} s", [f"  {n}: {change}: {line}" for n, line, change in new]
+    survived = [f for f in result.faults if f.noticed is None]
+    new = [f for f in survived if (name, f.line, f.change) not in known]
+    counts = f"{name}: {len(result.faults)} faults, {len(new)} survived, {len(survived) - len(new)} accepted"
+    return f"{counts}, {result.seconds:.0f} s", [f"  {f.number}: {f.change}: {f.line}" for f in new]
 
 
 def load_libraries() -> None:
@@ -227,13 +176,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", help="Source files; all methods and what they are made of by default.")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes at a time; one a core.")
+    parser.add_argument("--again", action="store_true", help="Only what survived the last time, of sources unchanged.")
+    parser.add_argument("--share", type=float, default=1.0, help="Of all faults only so many, drawn evenly by a hash.")
     given = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     OUT.mkdir(parents=True, exist_ok=True)
     load_libraries()
-    known = {(a["file"], a["line"], a["change"]) for a in accepted()}
+    known = accepted()
     with (OUT / "survivors.txt").open("w", encoding="utf-8") as report:
-        for file, result in results(wanted(given.files), given.workers):
+        for file, result in results(wanted(given.files), given.workers, given.again, given.share):
             counts, survivors = told(file, result, known)
             print(counts, flush=True)
             print(counts, *survivors, sep="\n", file=report, flush=True)

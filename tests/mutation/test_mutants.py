@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from mutation.mutants import mutants
-from mutation.run import OWN, PACKAGE, ROOT, TESTS, Result, accepted, own_tests, told, wanted
+from mutation.run import OWN, PACKAGE, ROOT, TESTS, Fault, Result, accepted_table, drawn, own_tests, told, wanted
 
 
 def changes(body):
@@ -27,6 +27,7 @@ def changes(body):
         ("return x[2]", {("2 becomes 3", "return x[(3)]"), ("2 becomes 1", "return x[(1)]")}),
         ("return not x", {("not is dropped", "return (x)")}),
         ("return -x", {("the minus is dropped", "return (x)")}),
+        ("return x[-1]", {("1 becomes 2", "return x[-(2)]"), ("1 becomes 0", "return x[-(0)]")}),
         ("return x and y", {("and becomes or", "return ((x) or (y))")}),
         ("return True", {("True becomes False", "return False")}),
         ("return x.detach()", {(".detach() is dropped", "return (x)")}),
@@ -52,6 +53,7 @@ def test_each_fault_is_made_once(body, expected):
         "log.info(x + 1)",
         'return "a" + x',
         "z: list[1] = x",
+        "return zip(x, y, strict=True)",
     ],
 )
 def test_what_is_only_said_stays_as_it_is(body):
@@ -88,17 +90,22 @@ def test_tests_named_for_a_file_exist():
 
 
 def test_accepted_faults_are_still_made_and_have_a_reason():
-    for a in accepted():
+    for a in accepted_table():
         made = mutants((ROOT / a["file"]).read_text(encoding="utf-8"))
-        assert any((m.line, m.change) == (a["line"], a["change"]) for m in made), a
-        assert len(a["reason"]) > 10, a
+        for change in a["changes"]:
+            assert any((m.line, m.change) == (a["line"], change) for m in made), (a, change)
+        assert len(a["reason"]) > 10 and a["changes"], a
 
 
 def test_accepted_survivors_are_counted_apart():
     file = PACKAGE / "objectives/otr.py"
-    result = Result(5, [(3, "a = b + 1", "1 becomes 2"), (4, "c = -d", "the minus is dropped")], 7.4)
+    faults = [
+        Fault(2, "x = 1", "1 becomes 2", "test_x"), Fault(3, "a = b + 1", "1 becomes 2", None),
+        Fault(4, "c = -d", "the minus is dropped", None),
+    ]  # fmt: skip
+    result = Result(faults, 7.4, 0.5)
     counts, lines = told(file, result, {("src/luthier/objectives/otr.py", "c = -d", "the minus is dropped")})
-    assert counts == "src/luthier/objectives/otr.py: 5 faults, 1 survived, 1 accepted, 7 s"
+    assert counts == "src/luthier/objectives/otr.py: 3 faults, 1 survived, 1 accepted, 7 s"
     assert lines == ["  3: 1 becomes 2: a = b + 1"]
     assert told(file, None, set())[0] == "src/luthier/objectives/otr.py: no tests of its own"
 
@@ -107,3 +114,11 @@ def test_methods_are_looked_through_and_packages_front_doors_are_not():
     names = {f.relative_to(PACKAGE).as_posix() for f in wanted([])}
     assert {"objectives/otr.py", "curation/scdp.py", "kernels/head.py"} <= names
     assert not any(n.endswith("__init__.py") for n in names) and not any(n.startswith("cli/") for n in names)
+
+
+def test_a_share_of_the_faults_is_drawn_evenly_and_always_the_same():
+    file = PACKAGE / "tuners/spiel.py"
+    every, half = drawn(file, 1.0), drawn(file, 0.5)
+    assert list(every.values()) == mutants(file.read_text(encoding="utf-8")) and half == drawn(file, 0.5)
+    assert drawn(file, 0.25).keys() < half.keys() < every.keys()
+    assert 0.4 < len(half) / len(every) < 0.6

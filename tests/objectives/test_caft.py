@@ -301,6 +301,18 @@ def test_untrained_heads_are_refused_and_strangers_are_named():
         Caft().extend(view_of(), other)
 
 
+def test_a_quantised_last_block_cannot_be_copied_and_another_does_not_matter():
+    for block in (0, 1, 2):
+        view = view_of()
+        packed = torch.nn.Parameter(torch.zeros(8, 1).byte(), requires_grad=False)
+        view.module.model.layers[block].mlp.up_proj.weight = packed
+        if block < 2:
+            assert isinstance(Caft().extend(view), torch.nn.Module)
+        else:
+            with pytest.raises(LuthierError, match=r"layers.2.mlp.up_proj.weight is quantised"):
+                Caft().extend(view)
+
+
 def test_heads_without_targets_are_skipped():
     fwd, _ = planned(view_of(), Caft(allow_untrained_heads=True), batch_of((4, 3), answer=1))
     terms = Caft(allow_untrained_heads=True).loss(fwd)

@@ -52,6 +52,10 @@ def test_rows_without_soft_labels_are_refused():
     view = view_of()
     with pytest.raises(LuthierError, match="a row has no soft label"):
         Distill().plan(Window([collate(cloze(2, 0))], Clock(0, 2)), Probe(view, Distill()))
+    with pytest.raises(LuthierError, match="a row has no soft label"):
+        Distill().plan(
+            Window([collate(with_soft(cloze(2, 0))), collate(cloze(2, 1))], Clock(0, 2)), Probe(view, Distill())
+        )
 
 
 def look_ahead(limit=10_000, meta_rows=32):

@@ -29,7 +29,7 @@ def gradient(f, z):
     return torch.autograd.grad(f(z).sum(), z)[0]
 
 
-@pytest.mark.parametrize(("beta", "kappa"), [(-0.1, 1.0), (-0.1, 1.3), (0.0, 1.3)])
+@pytest.mark.parametrize(("beta", "kappa"), [(-0.1, 1.0), (-0.1, 1.3), (0.0, 1.3), (-1.0, 1.3)])
 def test_1_gradient_of_the_closed_form(beta, kappa):
     z, x = problem()
     p, drawn = z.softmax(-1), (z / kappa).softmax(-1)
@@ -269,6 +269,23 @@ def test_the_log_is_of_one_step_and_counts_a_token_once():
         assert loop.objective._seen["tokens"] == 15
 
 
+@pytest.mark.parametrize(("draws", "least"), [("exact", 1 / 256), (10, 1 / 20)])
+def test_a_token_has_no_hit_below_the_share_of_one_draw(draws, least):
+    """With draws: not one of them. In the limit: fewer than one in 256, the source's number of draws."""
+    objective, z = Otr(draws=draws), torch.zeros(5, 3)
+    hits = torch.tensor([0.0, least * 0.997, least, least * 1.002, 2 * least])
+    objective._note(z, torch.zeros(5, dtype=torch.long), hits)
+    assert objective.report()["otr/no_hit"] == pytest.approx(2 / 5)
+
+
+def test_what_is_only_computed_forward_is_in_the_log():
+    view, objective = view_of(), Otr()
+    window, _ = objective.plan(Window([collate(rows_of((12, 9), answer=4))], Clock(0, 3)), Probe(view, objective))
+    assert not objective.report() and not objective._told, "nothing was seen before"
+    objective.loss(Forward(window.micro[0], view))
+    assert objective._seen["tokens"] == 8
+
+
 @pytest.mark.parametrize(("no_hit", "warns"), [(5.0, False), (6.0, True)])
 def test_it_warns_where_more_than_half_of_the_gold_tokens_are_not_drawn(caplog, no_hit, warns):
     objective = Otr()
@@ -279,6 +296,7 @@ def test_it_warns_where_more_than_half_of_the_gold_tokens_are_not_drawn(caplog, 
 
 def test_what_it_is_not_is_refused_or_warned_of(caplog):
     assert [p.key for p in Otr(draws=0).check(Facts())] == ["draws"]
+    assert not Otr(draws=1, kappa=1.0, beta=0.0).check(Facts()) and not caplog.text
     for wrong in ({"kappa": 0}, {"beta": 1.0}, {"draws": "some"}, {"kappa": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Otr(**wrong)
@@ -286,4 +304,4 @@ def test_what_it_is_not_is_refused_or_warned_of(caplog):
         assert not Otr(kappa=0.5, beta=0.2).check(Facts())
     assert "sharpens" in caplog.text and "rewards wrong tokens" in caplog.text
     with pytest.raises(FloatingPointError, match="not finite"):
-        draw(torch.full((1, 4), float("nan")), 2, 1.0)
+        draw(torch.tensor([[0.0, float("nan")]]), 2, 1.0)

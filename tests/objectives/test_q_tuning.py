@@ -15,6 +15,7 @@ from luthier.objectives.q_tuning import QTuning, keep_tokens, neighbour_score
 from luthier.objectives.sft import Sft
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.full import Full
@@ -254,6 +255,8 @@ def test_rows_without_a_target_are_left_out_and_the_others_chosen_as_if_they_wer
     silent = {**rows[0], "labels": [IGNORE] * 14, "key": "silent"}
     kept = planned(collate([silent, *rows]), QTuning(keep_rows=0.5), view)
     assert kept.keys == planned(collate(rows), QTuning(keep_rows=0.5), view).keys and len(kept.keys) == 4
+    none = Window([collate([silent])], Clock(0, 10))
+    assert QTuning().plan(none, Probe(view, QTuning())) == (none, {"tokens": 0.0, "sequences": 0.0})
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -379,6 +382,7 @@ def test_bad_input():
         with pytest.raises(ValueError, match=next(iter(fields))):
             QTuning(**fields)
     assert QTuning().check(Facts(batch_size=1))[0].key == "keep_rows"
+    assert not QTuning(keep_rows=1.0).check(Facts(batch_size=1)) and not QTuning().check(Facts(batch_size=2))
 
 
 def test_a_loss_that_is_not_finite_names_its_row():
@@ -387,3 +391,12 @@ def test_a_loss_that_is_not_finite_names_its_row():
         view.weight("lm_head.weight").fill_(float("nan"))
     with pytest.raises(Exception, match="not finite: 0"):
         planned(batch, QTuning(), view)
+
+
+def test_one_row_whose_loss_is_not_finite_is_enough():
+    view, rows = view_of(), uneven()
+    (word, *_) = set(rows[3]["ids"]) - {i for r in rows if r is not rows[3] for i in r["ids"]}
+    with torch.no_grad():
+        view.weight("model.embed_tokens.weight")[word] = float("nan")
+    with pytest.raises(LuthierError, match=r"not finite: 3; lower"):
+        planned(collate(rows), QTuning(), view)

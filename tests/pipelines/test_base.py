@@ -10,9 +10,12 @@ from luthier.objectives.base import Term
 from luthier.objectives.q_tuning import QTuning
 from luthier.objectives.sft import Sft
 from luthier.pipelines import Stages, base
-from luthier.pipelines.base import run_pipeline
+from luthier.pipelines.base import Apply, Pipeline, Train, run_pipeline
 from luthier.step.lab import Lab
-from luthier.testing.models import rows_of, view_of
+from luthier.step.outcome import Outcome
+from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
+from luthier.testing.models import batch_of, rows_of, view_of
 from luthier.training.loop import Interrupted, Loop
 from luthier.tuners import Full, Lora
 from luthier.tuners.lift import Lift
@@ -146,3 +149,78 @@ def test_a_stage_is_checked_with_its_own_batch_size_settings_and_neighbours():
     tuner = Looks()
     stages({"name": "a", "tuner": tuner, "objective": QTuning()}).check(facts)
     assert seen == [tuner, QTuning()]
+
+
+class Merged(Pipeline):
+    """Two plain stages, half of each one's change added up by a stage without training, then one under a mask."""
+
+    def next(self, done):
+        quick = TrainSettings(max_steps=2, batch_size=4, learning_rate=0.01)
+        todo = [
+            Train("a", Full(), Sft(), settings=quick), Train("b", Full(), Sft(), settings=quick, data="other"),
+            Apply("half", ("a", "b")), Train("c", Masked(), Sft(), start="half", settings=quick),
+        ]  # fmt: skip
+        return next((s for s in todo if s.name not in done), None)
+
+    def apply(self, stage, view, lab, done):
+        a, b = (done[n].update for n in stage.inputs)
+        name = view.anatomy.linears[0].module + ".weight"
+        mask = torch.zeros_like(view.weight(name), dtype=torch.bool)
+        mask[0] = True
+        view.module(batch_of().ids[None])  # work that is counted
+        return Outcome(stage.name, update=a * 0.5 + b * 0.5, mask={name: mask}, metrics={"members": 2.0})
+
+
+class Masked(Full):
+    """Moves only what the mask of an earlier stage lets move."""
+
+    def attach(self, view, lab=None, total_steps=None):
+        ((name, mask),) = lab.outcome("half").mask.items()
+        trainable = super().attach(view, lab, total_steps)
+        view.weight(name).register_hook(lambda grad: grad * mask)
+        return trainable
+
+
+def test_a_stage_without_training_leaves_an_update_a_mask_and_metrics_to_later_ones():
+    view = view_of()
+    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    lab = Lab({"train": rows_of(), "other": rows_of(seed=5)})
+    done = run_pipeline(Merged(), view, lab)
+    half = done["half"]
+    assert half.metrics == {"members": 2.0} and half.progress.flops["apply"] > 0 and half.progress.seconds > 0
+    name = next(iter(half.mask))
+    moved = {}
+    for stage in ("a", "b", "half"):
+        with done[stage].update.bind(view):
+            moved[stage] = view.weight(name).detach() - before[name]
+    torch.testing.assert_close(moved["half"], (moved["a"] + moved["b"]) / 2, rtol=0, atol=1e-7)
+    with done["c"].update.bind(view):
+        further = view.weight(name).detach() - before[name] - moved["half"]
+    assert float(further[0].abs().min()) > 1e-4 and float(further[1:].abs().max()) < 1e-6
+    assert all(torch.equal(p, before[n]) for n, p in view.module.named_parameters())
+    with pytest.raises(LuthierError, match="no earlier stage is called 'half'; there are none"):
+        lab.outcome("half")
+
+
+def test_rows_that_no_stage_made_are_refused_by_name():
+    both = Train("b", Full(), Sft(), data="a")
+    with pytest.raises(LuthierError, match="b: trains on the rows of a, which made none"):
+        base.rows_of(both, Lab(), {"a": Outcome("a")})
+
+
+def test_a_pace_scales_every_stage_and_is_not_seen_where_it_is_the_pipelines_own():
+    stage = Train("a", Full(), Sft(), settings=TrainSettings(epochs=3.0, batch_size=2, learning_rate=0.1))
+    rows = rows_of((5,) * 8)
+    own = Loop.length(rows, stage.settings)
+    assert own == 12 and base.Pace().of(stage, rows).settings.max_steps is None
+    half = base.Pace(length=0.5, learning_rate=3.0).of(stage, rows).settings
+    assert half.max_steps == 6 and half.learning_rate == pytest.approx(0.3)
+    assert base.Pace(length=0.01).steps(12) == 1 and base.Pace(max_steps=4).steps(12) == 4
+    assert [base.Pace().of(stage, rows, save).settings.gradient_checkpointing for save in (False, True)] == [
+        False,
+        True,
+    ]
+    done = run_pipeline(
+        stages({"name": "a"}, {"name": "b", "max_steps": 8}), view_of(), Lab({"train": rows_of()}), pace=base.Pace(length=0.5)
+    )  # fmt: skip
+    assert [o.progress.step for o in done.values()] == [1, 4]

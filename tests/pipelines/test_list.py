@@ -21,6 +21,7 @@ from luthier.pipelines.list import List
 from luthier.recipe import load_file
 from luthier.run.rows import apart
 from luthier.step.lab import Lab
+from luthier.step.outcome import Outcome
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
@@ -256,7 +257,8 @@ def test_rounds_come_in_order_and_the_pipeline_is_pure():
     done = run_pipeline(pipeline, view, lab)
     assert list(done) == ["teacher", "labels-1", "student-1", "round-1", "labels-2", "student-2", "round-2"]
     part = dict(list(done.items())[:3])
-    assert pipeline.next(part) == pipeline.next(part) == done["round-1"].stage
+    assert pipeline.next(part) == pipeline.next(part) and pipeline.next(part).name == "round-1"
+    assert pipeline.next(part).tuner == done["round-1"].tuner == done["student-1"].tuner != done["teacher"].tuner
     again = run_pipeline(pipeline, view_of("bert"), lab)
     for name in ("teacher", "round-2"):
         for k, t in done[name].state.items():
@@ -302,6 +304,19 @@ def labels_of(pool, labelled, **fields):
         stage = pipeline.next(done)
         done[stage.name] = base.run_stage(pipeline, stage, view, lab, done)
     return done["labels-1"].rows
+
+
+def test_a_teacher_labels_without_dropout():
+    pool, lab = cloze(6, 1), Lab({"labelled": cloze(4, 0), "unlabelled": cloze(6, 1)})
+    view = view_of("bert", hidden_dropout_prob=0.5)
+    trainable = Adapter(rank=2).attach(view)
+    done = {"teacher": Outcome("teacher", update=trainable.update())}
+    trainable.detach()
+    stage, found = List(unlabelled_batch=1).next(done), []
+    for _ in range(2):
+        view.module.train()
+        found.append(torch.stack([r["row"]["soft"] for r in List().apply(stage, view, lab, done)]))
+    assert torch.equal(*found) and len(found[0]) == len(pool)
 
 
 def test_rows_that_are_labelled_already_leave_the_pool_and_that_is_said(caplog):

@@ -61,7 +61,16 @@ def pages(model_folder, tmp_path_factory):
         "audit": sent,
         "translation": back,
         "simulation": simulated(folder / "simulation"),
+        "inspect": inspected(folder, folder / "run/out"),
     }
+
+
+def inspected(folder, run):
+    """A run, and its copy under a hostile name."""
+    copy = shutil.copytree(run, folder / f"<img src=x onerror=alert(1)> {'long' * 20}")
+    done = luthier("inspect", run, copy, "--html", "inspect.html", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "inspect.html"
 
 
 def simulated(folder):
@@ -119,7 +128,7 @@ return worst;
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "name", ["run", "curate", "compare", "claims", "collaboration", "audit", "translation", "simulation"]
+    "name", ["run", "curate", "compare", "claims", "collaboration", "audit", "translation", "simulation", "inspect"]
 )
 def test_a_page_fits_its_window_reads_well_and_asks_for_nothing(browser, pages, name, mode, tmp_path):
     opened(browser, pages[name], mode)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from luthier.kernels.linear import folded
 from luthier.testing.models import batch_of, view_of
 from luthier.tuners import Adapter
-from luthier.tuners.adapter import folded
 
 
 def test_two_a_block_on_the_output_projections():

@@ -224,6 +224,16 @@ def test_vectors_start_from_the_text(length):
         assert torch.equal(trainable.vectors[i], view.embedding.weight[text[i % 5]])
 
 
+def test_what_trains_is_found_among_the_models_parameters_until_it_is_taken_off():
+    view = view_of()
+    before = [n for n, _ in view.module.named_parameters()]
+    trainable = moved(view)
+    found = {n: p for n, p in view.module.named_parameters() if n not in before}
+    assert {id(p) for p in found.values()} == {id(p) for p in (trainable.vectors, trainable.a, trainable.b)}
+    trainable.detach()
+    assert [n for n, _ in view.module.named_parameters()] == before
+
+
 def test_vectors_start_from_rows_of_the_table_where_there_is_no_tokenizer():
     view = view_of()
     vectors = Dept(**SMALL).attach(view).vectors.detach()

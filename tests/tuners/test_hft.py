@@ -1,6 +1,7 @@
 """The exact checks of the sheet; numbers in names are the sheet's. 7 is a claim."""
 
 import logging
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -292,6 +293,33 @@ def test_an_epoch_of_one_stage_is_no_stage_of_its_own():
 def test_a_stage_of_a_pipeline_draws_for_its_number_unless_the_recipe_names_one():
     assert [Hft().in_stage(k).stage for k in (0, 1, 5)] == [0, 1, 5]
     assert [Hft(stage=3).in_stage(k).stage for k in (0, 5)] == [3, 3]
+
+
+def test_a_plan_an_epoch_starts_with_the_first_and_goes_on_where_it_was_saved():
+    tuner, view, other = Hft(resample="epoch"), view_of(), view_of()
+    trainable, resumed = tuner.attach(view), tuner.attach(other)
+    plans = [tuner.plan(view.anatomy, e) for e in (0, 2)]
+    assert trainable.chosen == plans[0] != plans[1]
+    trainable.draw(2)
+    with torch.no_grad():
+        trainable.master("model.layers.0.mlp.up_proj.weight").add_(1.0)
+    resumed.load_state_dict(trainable.state_dict())
+    assert (resumed.epoch, resumed.chosen) == (2, plans[1])
+    assert {n for n, p in other.module.named_parameters() if p.requires_grad} == plans[1]
+    assert torch.equal(*(t.master("model.layers.0.mlp.up_proj.weight") for t in (trainable, resumed)))
+    resumed.before_window()  # loops that know of no window are in the first epoch
+    assert (resumed.epoch, resumed.chosen) == (0, plans[0])
+
+
+def test_blocks_with_more_tensors_of_a_category_than_others_train_their_share():
+    modules = [("b.0", ("q", "up", "n1", "n2")), ("b.1", ("q", "up", "n1", "n2", "n3", "n4"))]
+    roles = {"q": "q", "up": "up"}
+    anatomy = SimpleNamespace(
+        linears=[SimpleNamespace(module=f"{b}.{n}", role=roles[n]) for b, names in modules for n in names if n in roles],
+        blocks=[b for b, _ in modules], parameters={f"{b}.{n}.weight": (2,) for b, names in modules for n in names},
+        num_kv_heads=1, num_heads=1,
+    )  # fmt: skip
+    assert draw_plan(anatomy, fraction=0.99) == set(anatomy.parameters)
 
 
 def test_half_reset_keeps_a_task_head_that_is_in_the_plan():

@@ -5,10 +5,11 @@ import re
 import pytest
 import torch
 
+from luthier.method import Facts
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
-from luthier.support.errors import RecipeError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.base import default_optimizer
@@ -234,6 +235,13 @@ def test_reinitialised_updates_replace_and_detach_restores():
         torch.testing.assert_close(view.trace(batch).hidden[-1], live, atol=1e-6, rtol=0)
 
 
+def test_a_quantised_weight_is_refused():
+    view = view_of()
+    view.module.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(8, 1).byte(), requires_grad=False)
+    with pytest.raises(LuthierError, match=r"layers.0.mlp.up_proj.weight is quantised"):
+        Layerwise().attach(view)
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="decay"):
         Layerwise(decay=0.0)
@@ -320,3 +328,6 @@ def test_4_features_are_known_by_tokens_and_positions_and_kept_in_training_only(
         torch.testing.assert_close(view.trace(other).hidden[-1], view_of().trace(other).hidden[-1])
     with pytest.raises(RecipeError, match=r"layerwise\.cache_features: no block is frozen"):
         Layerwise(cache_features=True).attach(view_of())
+    hiding = Facts(task="masked-lm", redraws=True)
+    assert [p.key for p in Layerwise(cache_features=True, freeze_blocks=1).check(hiding)] == ["cache_features"]
+    assert not Layerwise(freeze_blocks=1).check(hiding)

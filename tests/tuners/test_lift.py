@@ -178,6 +178,15 @@ def test_entries_are_chosen_again_and_a_resumed_run_is_the_same(tmp_path):
     )
 
 
+def test_at_first_only_the_chosen_entries_train_and_none_was_ever_dropped():
+    view = view_of()
+    trainable = Lift(density=0.1).attach(view, total_steps=10)
+    trains = {id(p) for p in view.module.parameters() if p.requires_grad}
+    assert trains == {id(p) for p in trainable.sparse.values.values()}
+    assert trainable.left.keys() == trainable.sparse.values.keys()
+    assert all(len(x) == 0 for left in trainable.left.values() for x in left)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_detaching_after_re_selection_gives_the_base_back(dtype):
     view = view_of("gpt2")
@@ -236,4 +245,4 @@ def test_bad_input(caplog):
     with pytest.raises(LuthierError, match="the checkpoint trains"):
         one.load_state_dict(other.state_dict())
     with pytest.raises(RecipeError, match="tied to the embeddings"):
-        Lift(targets=("lm_head",)).attach(tiny(tie_word_embeddings=True), total_steps=10)
+        Lift(targets=("lm_head", "q_proj")).attach(tiny(tie_word_embeddings=True), total_steps=10)

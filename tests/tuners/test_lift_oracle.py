@@ -124,7 +124,8 @@ def test_3_the_smallest_chosen_is_at_least_the_largest_left_out(seed):
 
 
 @pytest.mark.parametrize(
-    ("fields", "wanted"), [({"rank": 3}, 3), ({"density": 0.05}, 1), ({"density": 0.4}, 9), ({"filter_rank": 2}, 2)]
+    ("fields", "wanted"),
+    [({"rank": 3}, 3), ({"density": 0.05}, 1), ({"density": 0.002}, 1), ({"density": 0.4}, 9), ({"filter_rank": 2}, 2)],
 )
 def test_the_filter_has_the_rank_of_a_lora_with_as_many_numbers(fields, wanted):
     """up_proj is 64 x 32: 0.4 of it are 819 entries, and LoRA has 96 a rank."""

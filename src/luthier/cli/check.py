@@ -26,11 +26,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
     renderer, config, data, anatomy = outline(recipe, base, tick)
     train, held = data.train, data.held
     matched, left_out = matched_modules(recipe, anatomy)
-    measure = measure and recipe.pipeline is None
-    skipped = NoForecast(
-        "not asked for" if recipe.pipeline is None else "there is no forecast for the stages of a pipeline"
-    )
-    expected = resolved(recipe, config, renderer.tokenizer, train)[1] if measure else skipped
+    expected = resolved(recipe, config, renderer.tokenizer, data.sets())[1] if measure else NoForecast("not asked for")
     draw = recipe.task.draw(renderer.tokenizer, recipe.seed)
     shown = [row if draw is None else draw(row, None) for row in train.rows[:SHOWN]]
     return {

@@ -122,11 +122,14 @@ translated = {cls}({fields}).fit(pairs)(clients)  # [clients, layers, numbers a 
 ```"""
 # Fields that make the example code run: caft's first stage, a task in a folder beside the script.
 FIELDS = {"caft": 'stage="heads"', "lm-eval": 'tasks=["capitals"], folder="tasks"'}
-SERVER = 'server = protocol.server(contract, ["north", "south"], None, None)'
+WORKSHOP = "from luthier.collaboration.base import Workshop\nfrom luthier.step.lab import Lab\n"
+SERVER = (
+    'server = protocol.server(contract, ["north", "south"], None, Workshop(Lab()))  # no journal, and it asks no model'
+)
 CONSTANT = ', lr_scheduler_type="constant", warmup_fraction=0.0'
 LORA = {
     "imports": "OneShot",
-    "more": "from luthier.tuners import Lora\n",
+    "more": f"{WORKSHOP}from luthier.tuners import Lora\n",
     "models": "model,",
     "fields": "",
     "settings": "",
@@ -134,7 +137,7 @@ LORA = {
 PROTOCOLS = {
     "one-shot": {**LORA, "tuner": "Lora(rank=2)", "server": SERVER, "result": 'server.outcome("north")'},
     "seed-rounds": {
-        **LORA, "imports": "SeedRounds", "more": "from luthier.tuners import FedKSeed\n", "fields": "rounds=2",
+        **LORA, "imports": "SeedRounds", "more": f"{WORKSHOP}from luthier.tuners import FedKSeed\n", "fields": "rounds=2",
         "settings": CONSTANT,
         "tuner": "FedKSeed(num_seeds=64)", "server": SERVER, "result": 'server.outcome("north")',
     },
@@ -193,7 +196,9 @@ def use(entry: dict[str, Any]) -> str | None:
 
 def page(entry: dict[str, Any]) -> str:
     """A method's page as Markdown."""
-    lines = [f"# {entry['name']}", "", f"`{entry['kind']}: {entry['name']}`", "", entry["doc"], ""]
+    command = KINDS[entry["kind"]].command
+    use_as = f"{entry['kind']}: {entry['name']}" if command is None else f"{command} --method {entry['name']}"
+    lines = [f"# {entry['name']}", "", f"`{use_as}`", "", entry["doc"], ""]
     if entry["source"]:
         s = entry["source"]
         equation = f", {s['equation']}" if s["equation"] else ""
@@ -208,7 +213,9 @@ def page(entry: dict[str, Any]) -> str:
     if traits["claims"]:
         lines.append(f"No other method in the recipe may use: {', '.join(traits['claims'])}.")
     written_out = entry["kind"] == "pipeline" and examples_of(entry)  # the stages are the reader's own
-    if not written_out and KINDS[entry["kind"]].command is None:
+    if command is not None:
+        lines += ["", "## On the command line", "", f"    {starter(entry)}"]
+    elif not written_out:
         lines += ["", "## In a recipe", "", "```yaml", starter(entry), "```"]
     lines_of_use = use(entry)
     if lines_of_use is not None:
@@ -227,7 +234,11 @@ API = {
     "luthier.run": ("run",),
     "luthier.tuned": ("open_run", "answers", "scores"),
     "luthier.tuned.export": ("export",),
+    "luthier.tuned.merge": ("merge",),
+    "luthier.tuned.inspect": ("inspect",),
     "luthier.integrations": ("Loss", "Tuning"),
+    "luthier.merging.base": ("Merger",),
+    "luthier.inspection.base": ("Inspector", "Case", "Finding"),
     "luthier.update": ("Update", "add", "Part", "Structure"),
     "luthier.model.loading": ("locate", "load_model"),
     "luthier.model.view": ("ModelView",),

@@ -21,7 +21,8 @@ def table_of_methods(entries: list[dict[str, Any]]) -> None:
         table.add_column(column, overflow="fold")
     for e in entries:
         source = e["source"]
-        table.add_row(e["kind"], e["name"], e["summary"], f"{source['year']}, {source['reference']}" if source else "")
+        key = KINDS[e["kind"]].command or e["kind"]
+        table.add_row(key, e["name"], e["summary"], f"{source['year']}, {source['reference']}" if source else "")
     Console(highlight=False).print(table)
 
 
@@ -43,7 +44,9 @@ def one_method(entry: dict[str, Any]) -> None:
 
 
 def starter(entry: dict[str, Any]) -> str:
-    """A runnable recipe with this method."""
+    """A runnable recipe with this method, or the command that takes it."""
+    if KINDS[entry["kind"]].command is not None:
+        return command_line(entry)
     tasks, usual = entry["traits"]["tasks"], Facts().task
     task = usual if usual in tasks else tasks[0]
     first = {m["name"]: m["starter"] for m in manifest.read() if m["kind"] == "task"}[task]
@@ -64,6 +67,13 @@ def starter(entry: dict[str, Any]) -> str:
     if "closure" in entry["traits"]["needs"] or entry["name"] == "seed-rounds":
         lines += ["lr_scheduler_type: constant", "warmup_fraction: 0.0"]
     return "\n".join(lines)
+
+
+def command_line(entry: dict[str, Any]) -> str:
+    """The command that uses a method which is no key of a recipe."""
+    kind = KINDS[entry["kind"]]
+    fields = [f"--set {n}={json.dumps(x)}" for n, x in examples_of(entry).items()]
+    return " ".join([f"{kind.command} {kind.takes} --method {entry['name']}", *fields])
 
 
 def examples_of(entry: dict[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,17 @@ if "--debug" not in sys.argv:
 import typer  # noqa: E402
 
 from luthier.cli.collaborate import app as collaborate  # noqa: E402
-from luthier.cli.shared import AllowCode, Debug, Json, Overrides, RecipePath, load  # noqa: E402
+from luthier.cli.shared import (  # noqa: E402
+    AllowCode,
+    AllowOurs,
+    Debug,
+    Fields,
+    Json,
+    Overrides,
+    RecipePath,
+    load,
+    method_named,
+)
 from luthier.support.environment import quiet  # noqa: E402
 from luthier.support.errors import LuthierError  # noqa: E402
 
@@ -420,6 +430,59 @@ def export(
     print(
         json.dumps(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}"
     )
+
+
+Runs = Annotated[list[Path], typer.Argument(help="Folders of finished runs, merges or adapters, of one base.")]
+
+
+@app.command()
+def merge(
+    runs: Runs,
+    output: Annotated[Path, typer.Option("--output", "-o", help="A new folder.")],
+    method: Annotated[str, typer.Option(help="How; see luthier methods.")] = "linear",
+    fields: Fields = None,
+    as_json: Json = False,
+    allow_code: AllowOurs = False,
+    debug: Debug = False,
+) -> None:
+    """Make one model of several finished runs of one base; it is read back and compared."""
+    chosen = method_named("merge", method, fields, allow_code)
+    quiet(debug)
+    from luthier.tuned.merge import merge as join
+
+    result = join(runs, output, chosen, allow_code)
+    print(
+        json.dumps(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}"
+    )
+
+
+@app.command()
+def inspect(
+    runs: Runs,
+    method: Annotated[str, typer.Option(help="The question; see luthier methods.")] = "norms",
+    fields: Fields = None,
+    html: Annotated[Path | None, typer.Option(help="Write the answer with its picture into this page.")] = None,
+    as_json: Json = False,
+    allow_code: AllowOurs = False,
+    debug: Debug = False,
+) -> None:
+    """What did tuning do to a model? A sentence, the numbers behind it, and how sure it is."""
+    chosen = method_named("inspect", method, fields, allow_code)
+    if html is not None and html.is_dir():
+        raise LuthierError(f"--html {html}: is a folder; name a file in it")
+    quiet(debug)
+    from luthier.cli.finding import as_dict, show
+    from luthier.report.page import write_finding
+    from luthier.tuned.inspect import inspect as look
+
+    finding = look(runs, chosen, allow_code)
+    page = None if html is None else write_finding(html, finding, shlex.join(["luthier", *sys.argv[1:]]))
+    if as_json:
+        print(json.dumps(as_dict(finding) | {"html": None if page is None else str(page)}))
+        return
+    show(finding)
+    if page is not None:
+        print(page)
 
 
 @app.command()

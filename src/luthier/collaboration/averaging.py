@@ -70,8 +70,12 @@ def factor_averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> U
     for name, part in parts.items():
         if part.scale != one.scale or any(part.a[n].shape != one.a[n].shape for n in one.a):
             raise ValueError(f"{name}: another rank or scale; factors can be averaged for equal ones only")
-    mean = lambda take: {n: sum(p * take(parts[c])[n] for c, p in shares(rows).items()) for n in one.a}  # noqa: E731
-    whole = LowRank(mean(lambda p: p.a), mean(lambda p: p.b), one.scale, one.transposed)
+
+    def mean(factors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {n: sum((p * factors[c][n] for c, p in shares(rows).items()), torch.zeros(())) for n in one.a}
+
+    a, b = mean({c: p.a for c, p in parts.items()}), mean({c: p.b for c, p in parts.items()})
+    whole = LowRank(a, b, one.scale, one.transposed)
     return Update(updates[min(updates)].base, (whole,))
 
 

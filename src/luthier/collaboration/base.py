@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,19 +15,29 @@ from luthier.collaboration.privacy import Privacy
 from luthier.collaboration.rounds import RoundServer
 from luthier.method import Method
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.tuners.base import Tuner
 from luthier.update import Update
 
 
-class Workshop(Protocol):
-    """What a server may need besides its contract. The folder of a contract is a workshop."""
+@dataclass(frozen=True)
+class Workshop:
+    """Where a server works: a lab, and what shadow runs left.
 
-    def view(self, role: str) -> ModelView:
-        """One of the contract's models."""
+    lab   its models are those that the contract pins, under the names of their roles
+    made  reads the updates of so many shadow sets with so many snapshots each; None: no shadow runs belong to the contract
+    """
+
+    lab: Lab
+    made: Callable[[int, int], list[dict[str, Tensor]]] | None = None
 
     def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
         """Both models' updates on this many sets of public rows. Raises LuthierError if some are missing."""
+        if self.made is None:
+            raise LuthierError("nothing here made shadow runs; give the workshop what reads them")
+        return self.made(sets, snapshots)
 
 
 class Collaboration(Method):
@@ -62,7 +73,7 @@ class Collaboration(Method):
     def alone(self, name: str, contract: Any, workshop: Workshop, rows: Sequence[Any]) -> Update:
         """The model that a client would have without the others: the same protocol with only this client."""
         server = self.server(contract, [name], None, workshop)
-        client = self.client(name, contract, workshop.view(self.roles[0]), rows)
+        client = self.client(name, contract, workshop.lab.view(self.roles[0]), rows)
         in_process([server, client], server.begin(), lambda sent, disclosure: None)
         return server.outcome(name)
 

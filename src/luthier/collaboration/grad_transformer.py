@@ -26,6 +26,7 @@ from luthier.collaboration.wire import headers, packed
 from luthier.method import Source, Traits
 from luthier.method.registry import written
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
@@ -119,19 +120,20 @@ class GradTransformer(Collaboration):
         self, contract: Contract, clients: Sequence[str], journal: Journal | None, workshop: Workshop
     ) -> Provider:
         pairs = pairs_of(contract, workshop.shadows(self.sets, self.snapshots))
-        return Provider.fitted(self, contract, [workshop.view(role) for role in self.roles], pairs, clients, journal)
+        views = [workshop.lab.view(role) for role in self.roles]
+        return Provider.fitted(self, contract, views, pairs, clients, journal, workshop.lab)
 
     def client(self, name: str, contract: Contract, view: ModelView, rows: Sequence[Any]) -> Organisation:
         return Organisation(name, contract, view, rows)
 
     def alone(self, name: str, contract: Contract, workshop: Workshop, rows: Sequence[Any]) -> Update:
         """The small model, tuned."""
-        client = self.client(name, contract, workshop.view("small"), rows)
+        client = self.client(name, contract, workshop.lab.view("small"), rows)
         return client.moved(client.message())
 
     def centralised(self, contract: Contract, workshop: Workshop, rows: Sequence[Any]) -> Update:
         """The large model, tuned like the shadow runs."""
-        large = workshop.view("large")
+        large = workshop.lab.view("large")
         vectors = tuned(large, rows, contract.tuner, contract.settings_of("large"))
         return start_of(large, contract.tuner).update(vectors[-1])
 
@@ -159,11 +161,11 @@ class Provider(RoundServer):
     @classmethod
     def fitted(
         cls, protocol: GradTransformer, contract: Contract, views: Sequence[ModelView], pairs: Pairs, clients: Sequence[str],
-        journal: Journal | None = None,
+        journal: Journal | None = None, lab: Lab | None = None,
     ) -> Provider:  # fmt: skip
         """A provider whose translator is trained on these pairs first."""
         small, large = (start_of(v, contract.tuner) for v in views)
-        return cls(contract, protocol, (small, large), pairs, protocol.translator.fit(pairs), clients, journal)
+        return cls(contract, protocol, (small, large), pairs, protocol.translator.fit(pairs, lab), clients, journal)
 
     def accept(self, message: Message) -> None:
         name, x = message.header.sender, message.tensors().get("update")

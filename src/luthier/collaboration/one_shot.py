@@ -20,7 +20,7 @@ from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
 from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.method import Source, Traits
 from luthier.model.fingerprint import Fingerprint
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
@@ -220,18 +220,19 @@ def alone(
     """(update, last training loss) of one client alone, or of all clients' rows together. With a privacy limit the loss is not
     returned, because the limit does not account for it."""
     total, settings = Loop.length(rows, contract.settings), contract.settings
-    if contract.privacy is not None:
-        made = plan(contract.privacy, len(rows), settings.batch_size, total, contract.protocol.rounds)
-        return PrivateRun(view, rows, contract.tuner, settings, made).finish(progress), None
-    trainable = contract.tuner.attach(view, None, total)
-    try:
-        loop = Loop(view, rows, trainable, Sft(), settings)
-        entry: dict[str, float] = {}
-        for _ in steps(total, progress):
-            entry = loop.step()
-        return trainable.update(), entry.get("loss")  # there is none if the last step had no supervised token
-    finally:
-        trainable.detach()
+    with as_found(view):
+        if contract.privacy is not None:
+            made = plan(contract.privacy, len(rows), settings.batch_size, total, contract.protocol.rounds)
+            return PrivateRun(view, rows, contract.tuner, settings, made).finish(progress), None
+        trainable = contract.tuner.attach(view, None, total)
+        try:
+            loop = Loop(view, rows, trainable, Sft(), settings)
+            entry: dict[str, float] = {}
+            for _ in steps(total, progress):
+                entry = loop.step()
+            return trainable.update(), entry.get("loss")  # none where the last step had nothing to learn
+        finally:
+            trainable.detach()
 
 
 def _moves(update: Update) -> dict[str, list[str]]:

@@ -20,7 +20,7 @@ from luthier.collaboration.parties import Disclosure, Member, Sent, sizes
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
 from luthier.method import Source, Traits
 from luthier.model.fingerprint import Fingerprint
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
@@ -218,7 +218,7 @@ class SeedClient(Member):
         own = int(streams.at("client", self.name, round).integers(2**31))
         tuner = c.tuner.model_copy(update={"seed": own})
         drawn = None if probabilities is None else probabilities.double().numpy()
-        with update_of(c, scalars).bind(self.view):
+        with as_found(self.view), update_of(c, scalars).bind(self.view):
             client: FedKSeedTrainable = tuner.attach(
                 self.view, probabilities=None if drawn is None else drawn / drawn.sum()
             )

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from luthier.collaboration.privacy import Privacy, PrivateRun, plan
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.progress import Progress, steps, untold
 from luthier.support.rng import Streams
-from luthier.training.loop import Loop
+from luthier.training.loop import Loop, Rows
 from luthier.tuners.lora import Lora
 
 
@@ -44,7 +44,7 @@ def draw(
 
 
 def tuned(
-    view: ModelView, rows: Sequence, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
+    view: ModelView, rows: Rows, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
     privacy: Privacy | None = None, progress: Progress = untold,
 ) -> Tensor:  # fmt: skip
     """[snapshots, L, d] float32: the update after each of the last optimiser steps.
@@ -56,19 +56,20 @@ def tuned(
     total = Loop.length(rows, settings)
     if snapshots > total:
         raise ValueError(f"{snapshots} snapshots of a run of {total} steps; lower snapshots or train longer")
-    step_on: Callable[[], Any]
-    if privacy is not None:
-        run = PrivateRun(view, rows, tuner, settings, plan(privacy, len(rows), settings.batch_size, total))
-        trainable, step_on = run.trainable, run.step
-    else:
-        trainable = tuner.attach(view, None, total)
-        step_on = Loop(view, rows, trainable, Sft(), settings).step
-    try:
-        seen: list[Tensor] = []
-        for step in steps(total, progress):
-            step_on()
-            if step >= total - snapshots:
-                seen.append(trainable.update().coordinates())
-    finally:
-        trainable.detach()
-    return torch.stack(seen)
+    with as_found(view):
+        step_on: Callable[[], Any]
+        if privacy is not None:
+            run = PrivateRun(view, rows, tuner, settings, plan(privacy, len(rows), settings.batch_size, total))
+            trainable, step_on = run.trainable, run.step
+        else:
+            trainable = tuner.attach(view, None, total)
+            step_on = Loop(view, rows, trainable, Sft(), settings).step
+        try:
+            seen: list[Tensor] = []
+            for step in steps(total, progress):
+                step_on()
+                if step >= total - snapshots:
+                    seen.append(trainable.update().coordinates())
+        finally:
+            trainable.detach()
+        return torch.stack(seen)

@@ -12,16 +12,17 @@ from typing import Any
 
 from luthier.comparison.judge import Standing, judged, measures_of
 from luthier.comparison.plan import Comparison, Foreign, recipe_of, slug, with_seed
-from luthier.comparison.queue import Workers, workers
 from luthier.comparison.rows import Files, written
-from luthier.comparison.steps import Arm, Done, Job, budget_of, forecast, next_jobs, total_runs
+from luthier.comparison.steps import Arm, Done, Job, StageCost, StagePlan, budget_of, forecast, next_jobs, total_runs
 from luthier.evaluation.base import Evaluator
 from luthier.evaluation.forgetting import NONE, Forgetting
 from luthier.method.registry import modules_of
+from luthier.pipelines.base import Pace, planned
 from luthier.recipe import Recipe
 from luthier.run.folder import RunFolder
-from luthier.run.forecast import available_memory
+from luthier.run.queue import Workers, side_by_side, workers
 from luthier.run.ready import gather
+from luthier.run.rows import Data, tokens_a_step
 from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import write_text
@@ -31,7 +32,6 @@ from luthier.support.units import in_bytes, in_flops, in_time
 from luthier.training.loop import Interrupted, Loop
 
 Say = Callable[[str], None]
-ROOM = 0.8  # share of the free memory that parallel runs may use
 
 
 @dataclass
@@ -70,13 +70,24 @@ class Bench:
             "report_to": (),
             "save_steps": None,
         }
-        if job.steps is not None:
+        if recipe.pipeline is not None:
+            more = {**more, "learning_rate": recipe.learning_rate, "pace": self._pace(job, recipe)}
+        elif job.steps is not None:
             more |= {"max_steps": job.steps, "epochs": 1.0}
         if job.purpose == "measure":
             more |= {"eval_steps": None, "early_stopping_patience": None, "load_best": True}
         if trial:
             more["evaluate"] = self._choosing(recipe)
         return files.put_into(recipe.model_copy(update=more), held_out)
+
+    def _pace(self, job: Job, recipe: Recipe) -> Pace:
+        """How a pipeline trains in this run: its first stage at the job's rate, all stages in proportion."""
+        arm, own = self.arms[job.arm], recipe.pace
+        rate = own.learning_rate * job.learning_rate / arm.learning_rate
+        if job.purpose == "measure":
+            return Pace(learning_rate=rate, length=own.length, max_steps=job.steps)
+        length = own.length * (1.0 if job.steps is None else job.steps / arm.own_steps)
+        return Pace(learning_rate=rate, length=length)
 
     def _choosing(self, recipe: Recipe) -> list[Evaluator]:
         """Only the evaluators of the measure that chooses the learning rate."""
@@ -102,18 +113,20 @@ class Bench:
         what = key_of(recipe.as_dict(), command, job.steps, code_key("luthier.run.execute", *modules_of(recipe)))
         return self.folder / "arms" / slug(job.arm) / f"{job.purpose}-{what[:8]}"
 
-    def request(self, job: Job, side_by_side: int) -> dict[str, Any]:
+    def request(self, job: Job, at_a_time: int) -> dict[str, Any]:
         """The request for a worker; `side_by_side` workers share the machine."""
-        keys, foreign = self.plan.arms[job.arm], None
+        keys = self.plan.arms[job.arm]
+        more: dict[str, Any] = {"keep": self.keep, "judge": job.purpose != "measure", "nested": True}
         if isinstance(keys, Foreign):
-            foreign = {
+            more = {"call": "luthier.comparison.foreign:run_foreign"}
+            more["foreign"] = {
                 "command": keys.command, "cwd": str(self.base.resolve()), "steps": job.steps, "seconds": self._seconds(job),
                 "flops_a_step": self._flops_a_step(keys),
             }  # fmt: skip
         return {
-            "recipe": self.recipe(job).as_dict(), "name": f"arm {job.arm}", "folder": str(self.place(job)), "foreign": foreign,
-            "base": str(self.base.resolve()), "code": None if self.code is None else str(self.code), "keep": self.keep,
-            "judge": job.purpose != "measure", "threads": max(1, (os.cpu_count() or 1) // side_by_side),
+            "recipe": self.recipe(job).as_dict(), "name": f"arm {job.arm}", "folder": str(self.place(job)),
+            "base": str(self.base.resolve()), "code": None if self.code is None else str(self.code),
+            "threads": max(1, (os.cpu_count() or 1) // at_a_time), **more,
         }  # fmt: skip
 
     def _seconds(self, job: Job) -> float | None:
@@ -164,6 +177,10 @@ class Bench:
             job, sum(flops.values()), spent["seconds"], state["steps"], state["row_tokens"], once, spent["curation_seconds"],
             state["update_bytes"], state["peak_memory_bytes"], state["evaluation_seconds"], value,
             select_flops=flops.get("select", 0.0), select_seconds=spent.get("select_seconds", 0.0),
+            stages={
+                s["name"]: StageCost(sum(s["flops"].values()), s["seconds"], s["row_tokens"])
+                for s in state.get("stages", ())
+            },
         )  # fmt: skip
 
     def finish(self, job: Job, answer: dict[str, Any]) -> None:
@@ -206,10 +223,9 @@ def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> No
         raise RecipeError(
             f"arm {arm}: torch_compile", "hides the FLOPs from the ledger", "give the budget in seconds or tokens"
         )
-    if recipe.pipeline is not None:
-        raise RecipeError(
-            f"arm {arm}: pipeline", "has its own budgets in its stages", "compare its stages, or run it alone"
-        )
+    if recipe.pace.max_steps is not None:
+        what = "caps the stages, so that they could not take their shares of the budget"
+        raise RecipeError(f"arm {arm}: pace.max_steps", what, "use pace.length")
     if [(e.key(), e.content()) for e in recipe.evaluators()] != [(e.key(), e.content()) for e in first.evaluators()]:
         raise RecipeError(f"arm {arm}: evaluate", "differs from another arm's", "judge all arms by the same evaluators")
     names = {n for e in recipe.evaluators() for n in e.names()}
@@ -220,17 +236,30 @@ def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> No
 
 def _arm(plan: Comparison, arm: str, recipe: Recipe, files: Files, base: Path) -> Arm:
     keys = plan.arms[arm]
-    gathered = gather(files.put_into(recipe, files.eval), base)
-    train = gathered.data.train
-    rows = train.rows
-    own = Loop.length(rows, recipe)
-    a_step = train.epoch_tokens / max(
-        1, Loop.length(rows, recipe.model_copy(update={"epochs": 1.0, "max_steps": None}))
-    )
-    rate = keys.learning_rate if isinstance(keys, Foreign) else recipe.learning_rate
+    data = gather(files.put_into(recipe, files.eval), base).data
+    if recipe.pipeline is not None and not isinstance(keys, Foreign):
+        return _in_stages(arm, recipe, data)
+    own, a_step = Loop.length(data.train.rows, recipe), tokens_a_step(data.train, recipe)
     if isinstance(keys, Foreign):
-        return Arm(arm, rate, a_step, own, keys)
-    return Arm(arm, rate, a_step, own, None, recipe.tuner.selections)
+        return Arm(arm, keys.learning_rate, a_step, own, keys)
+    return Arm(arm, recipe.learning_rate, a_step, own, None, recipe.tuner.selections)
+
+
+def _in_stages(name: str, recipe: Recipe, data: Data) -> Arm:
+    """An arm that trains by a pipeline."""
+    assert recipe.pipeline is not None
+    sets = data.sets()
+    found = planned(recipe.pipeline, {n: s.rows for n, s in sets.items()})
+    plans = []
+    for stage, rows in found:
+        steps = recipe.pace.steps(Loop.length(sets[rows].rows, stage.settings))
+        plans.append(StagePlan(stage.name, steps, tokens_a_step(sets[rows], stage.settings)))
+    if not plans:
+        raise RecipeError(f"arm {name}: pipeline", "trains nothing", "compare pipelines that train")
+    own = sum(p.steps for p in plans)
+    tokens = sum(p.tokens_a_step * p.steps for p in plans) / own
+    rate = found[0][0].settings.learning_rate * recipe.pace.learning_rate
+    return Arm(name, rate, tokens, own, stages=tuple(plans))
 
 
 def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> list[Standing]:
@@ -335,8 +364,7 @@ def _side_by_side(bench: Bench, asked: int | None) -> int:
     if asked is not None:
         return max(1, asked)
     peaks = [d.peak_bytes for d in bench.done.values() if d.peak_bytes]
-    fitting = int(ROOM * available_memory() / max(peaks)) if peaks else 1
-    count = max(1, min(os.cpu_count() or 1, fitting, len(bench.plan.arms) * len(bench.plan.seeds)))
+    count = side_by_side(peaks, len(bench.plan.arms) * len(bench.plan.seeds))
     if peaks:
         bench.say(f"queue   {count} runs at a time (each at most {in_bytes(max(peaks))})")
     return count

@@ -42,13 +42,13 @@ def filled(command: str, values: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def run_foreign(recipe: Recipe, folder: Path, asked: Mapping[str, Any]) -> None:
-    """Train by the command, load its result and score it. Afterwards the folder looks like that of a run.
+def run_foreign(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> None:
+    """Train by the command, load what it left, score it; the folder then looks like a run's. A worker calls it.
 
-    asked  command, cwd, steps, seconds, flops_a_step
+    request  under "foreign": command, cwd, steps, seconds, flops_a_step
     Raises LuthierError if the command fails or leaves no model.
     """
-    place = RunFolder(folder)
+    place, asked = RunFolder(folder), request["foreign"]
     with place.locked():
         if place.state().get("state") == "done":
             return

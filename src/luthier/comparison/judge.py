@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -169,7 +169,10 @@ def _spent(done: Mapping[str, Done], arm: str) -> dict[str, float]:
     """Means over the runs with seeds, and sums over the search for a learning rate."""
     runs = [d for d in _mine(done, arm) if d.job.purpose.startswith("seed-") and d.error is None]
     search = [d for d in _mine(done, arm) if not d.job.purpose.startswith("seed-")]
-    mean = lambda pick: float(np.mean([pick(d) for d in runs])) if runs else math.nan  # noqa: E731
+
+    def mean(pick: Callable[[Done], float]) -> float:
+        return float(np.mean([pick(d) for d in runs])) if runs else math.nan
+
     return {
         "flops": mean(lambda d: d.flops + d.once_flops), "seconds": mean(lambda d: d.seconds + d.once_seconds),
         "tokens": mean(lambda d: d.row_tokens), "steps": mean(lambda d: d.steps), "bytes": mean(lambda d: d.update_bytes),

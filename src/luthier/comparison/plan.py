@@ -112,8 +112,8 @@ class Comparison(BaseModel):
         """An arm with a command is another trainer."""
         if not isinstance(arms, dict):
             return arms
-        is_command = lambda keys: isinstance(keys, dict) and "command" in keys  # noqa: E731
-        return {n: Foreign.model_validate(k) if is_command(k) else k for n, k in arms.items()}
+        foreign = {n for n, keys in arms.items() if isinstance(keys, dict) and "command" in keys}
+        return {n: Foreign.model_validate(k) if n in foreign else k for n, k in arms.items()}
 
     @property
     def base_arm(self) -> str:
@@ -274,9 +274,23 @@ def _dumped(values: Mapping[str, Any]) -> str:
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The same run with another seed: order, start values and every method's own draws."""
+    """The same run under another seed: order, starts and every draw of its methods, of each stage's too."""
     moved: dict[str, Any] = {"seed": seed}
-    for key, method in {**recipe.methods(), **recipe.listed()}.items():
-        if "seed" in type(method).model_fields and key in Recipe.model_fields:
-            moved[key] = method.model_copy(update={"seed": method.seed + seed})  # type: ignore[attr-defined]
+    for key, method in recipe.methods().items():
+        if key in Recipe.model_fields:
+            moved[key] = _reseeded(method, seed)
     return recipe.model_copy(update=moved)
+
+
+def _reseeded(settings: BaseModel, by: int) -> Any:
+    """Settings whose every seed is moved on, in lists and settings within them too."""
+    moved: dict[str, Any] = {}
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        if name == "seed":
+            moved[name] = value + by
+        elif isinstance(value, BaseModel):
+            moved[name] = _reseeded(value, by)
+        elif isinstance(value, (list, tuple)) and value and all(isinstance(v, BaseModel) for v in value):
+            moved[name] = type(value)(_reseeded(v, by) for v in value)
+    return settings.model_copy(update=moved) if moved else settings

@@ -7,7 +7,8 @@ every seed at the best rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from luthier.comparison.plan import Comparison, Foreign, Search
@@ -30,6 +31,14 @@ class Job(NamedTuple):
         return f"{self.arm}/{self.purpose}"
 
 
+class StageCost(NamedTuple):
+    """What one stage of a pipeline took."""
+
+    flops: float
+    seconds: float
+    row_tokens: float
+
+
 class Done(NamedTuple):
     """The result of a finished run.
 
@@ -38,6 +47,7 @@ class Done(NamedTuple):
     row_tokens      tokens of the rows that it got
     value           the measure that chooses, with the sign that more is better; None if not measured
     error           the reason of a failure; None if it did not fail
+    stages          of a pipeline: what each stage took, by name
     """
 
     job: Job
@@ -54,6 +64,7 @@ class Done(NamedTuple):
     error: str | None = None
     select_flops: float = 0.0
     select_seconds: float = 0.0
+    stages: Mapping[str, StageCost] = {}
 
 
 class Cost(NamedTuple):
@@ -73,10 +84,21 @@ def never(steps: int) -> int:
     return 0
 
 
-def cost_of(done: list[Done], unit: str, tokens_a_step: float, selections: Selections = never) -> Cost:
+class StagePlan(NamedTuple):
+    """A training stage of a pipeline: its own steps, and the tokens of the rows that one is given on average."""
+
+    name: str
+    steps: int
+    tokens_a_step: float
+
+
+def cost_of(
+    done: list[Done], unit: str, tokens_a_step: float, selections: Selections = never, stages: Sequence[StagePlan] = ()
+) -> Cost:
     """The cost of a step over average rows, from the runs so far. The longest run counts most.
 
     selections  how often a run of so many steps chooses weights; a choice costs nearly the same in every run
+    stages      of a pipeline: its steps are those of all stages, each stage's share of them as the pipeline has it
     Raises ValueError if there is no run.
     """
     runs = [d for d in done if d.error is None and d.steps]
@@ -85,11 +107,25 @@ def cost_of(done: list[Done], unit: str, tokens_a_step: float, selections: Selec
     known = max(runs, key=lambda d: d.steps)
     if unit == "tokens":
         return Cost(tokens_a_step, 0.0)
+    if stages:
+        return _cost_in_stages(known, unit, stages)
     spent = {"flops": known.flops, "seconds": known.seconds}[unit]
     once = {"flops": known.once_flops, "seconds": known.once_seconds}[unit]
     times = selections(known.steps)
     chosen = {"flops": known.select_flops, "seconds": known.select_seconds}[unit] if times else 0.0
     return Cost((spent - chosen) / max(known.row_tokens, 1.0) * tokens_a_step, once, chosen / max(times, 1))
+
+
+def _cost_in_stages(known: Done, unit: str, stages: Sequence[StagePlan]) -> Cost:
+    """A step of all stages together; work that is no stage's training (labelling a pool) is done once."""
+    once = {"flops": known.once_flops, "seconds": known.once_seconds}[unit]
+    trained = {s.name for s in stages}
+    once += sum(getattr(c, unit) for name, c in known.stages.items() if name not in trained)
+    whole = 0.0
+    for s in stages:
+        took = known.stages[s.name]
+        whole += getattr(took, unit) / max(took.row_tokens, 1.0) * s.tokens_a_step * s.steps
+    return Cost(whole / sum(s.steps for s in stages), once)
 
 
 def steps_within(cost: Cost, budget: float, selections: Selections = never) -> int:
@@ -131,6 +167,7 @@ class Arm(NamedTuple):
     """What planning needs to know about an arm.
 
     tokens_a_step  mean over the rows that it gets; own_steps: as in its recipe
+    stages         of a pipeline; its own steps are theirs together, and its rate is the first one's
     """
 
     name: str
@@ -139,6 +176,11 @@ class Arm(NamedTuple):
     own_steps: int
     foreign: Foreign | None = None
     selections: Selections = never
+    stages: tuple[StagePlan, ...] = ()
+
+    def cost(self, done: list[Done], unit: str) -> Cost:
+        """What this arm costs, by its runs so far."""
+        return cost_of(done, unit, self.tokens_a_step, self.selections, self.stages)
 
 
 def next_jobs(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]) -> list[Job]:
@@ -161,7 +203,7 @@ def budget_of(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done
     runs = [d for d in _mine(done, base.name) if d.job.purpose == "measure" and d.error is None]
     if not runs:
         return None
-    return "flops", cost_of(runs, "flops", base.tokens_a_step, base.selections).of(base.own_steps, base.selections)
+    return "flops", base.cost(runs, "flops").of(base.own_steps, base.selections)
 
 
 def over_budget(plan: Comparison, done: Mapping[str, Done], arm: str) -> str | None:
@@ -189,7 +231,7 @@ def _of_arm(plan: Comparison, arms: Mapping[str, Arm], arm: Arm, done: Mapping[s
         return []
     if leader is not arm and done[f"{leader.name}/measure"].error is not None:
         return []
-    steps = lambda share: _steps(budget, leader, _mine(done, leader.name), share)  # noqa: E731
+    steps = partial(_steps, budget, leader, _mine(done, leader.name))
     rate = arm.learning_rate
     if plan.search is not None:
         trials = _trials(arm, plan.search, done, steps(plan.search.share))
@@ -213,7 +255,7 @@ def _steps(budget: tuple[str, float], arm: Arm, done: list[Done], share: float) 
     # Trials are planned from the first measurement, so that a finished trial does not change the length of another.
     known = done if share == 1.0 else [d for d in done if d.job.purpose == "measure"]
     finished = [d for d in known if not d.job.purpose.startswith("seed-")]
-    cost = cost_of(finished, unit, arm.tokens_a_step, arm.selections)
+    cost = arm.cost(finished, unit)
     return steps_within(cost, amount * share, arm.selections)
 
 
@@ -255,8 +297,8 @@ def forecast(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]
         if known is None or known.error is not None or over_budget(plan, done, arm.name) is not None:
             seconds += sum(shares) * budget[1] if known is None else 0.0
             continue
-        tokens, chooses = arms[leader].tokens_a_step, arms[leader].selections
-        work, time = (cost_of([known], unit, tokens, chooses) for unit in ("flops", "seconds"))
+        chooses = arms[leader].selections
+        work, time = (arms[leader].cost([known], unit) for unit in ("flops", "seconds"))
         for share in shares:
             steps = _steps(budget, arms[leader], [known], share) or 0
             flops += work.of(steps, chooses)

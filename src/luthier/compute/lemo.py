@@ -110,8 +110,8 @@ def pruned_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activ
 
     A neuron's weight in the choice is the length of its activations plus that of its up values, over all tokens.
     """
-    out: Tensor = _PrunedMlp.apply(x, gate, up, down, activation, keep)
-    return out
+    apply: Callable[..., Tensor] = _PrunedMlp.apply
+    return apply(x, gate, up, down, activation, keep)
 
 
 @dataclass
@@ -224,9 +224,9 @@ class Lemo(Compute):
         return pruned_mlp(x, *layers, activation, keep)
 
     def _attend(
-        self, parts: Attention, plain: Callable[..., tuple], view: ModelView, layer: int, keep: float, state: LemoState,
-        hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs: Any,
-    ) -> tuple:  # fmt: skip
+        self, parts: Attention, plain: Callable[..., tuple[Tensor, Any]], view: ModelView, layer: int, keep: float,
+        state: LemoState, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs: Any,
+    ) -> tuple[Tensor, Any]:  # fmt: skip
         """The layer's own attention over the kept tokens only; zeros for the others."""
         if kwargs.get("past_key_values") is not None:
             raise RuntimeError("lemo is on while training only: generate and evaluate outside it")

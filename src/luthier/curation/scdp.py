@@ -32,7 +32,8 @@ def squares(x: Any, block: int = 1 << 16) -> np.ndarray:
 def distances(x: Any, y: np.ndarray, of_x: np.ndarray | None = None) -> np.ndarray:
     """[N] Euclidean distances of sparse rows [N, V] to y [V], without making them dense; of_x are squares(x)."""
     of_x = squares(x) if of_x is None else of_x
-    return np.sqrt(np.clip(of_x - 2 * (x @ y) + y @ y, 0, None))
+    far: np.ndarray = np.sqrt(np.clip(of_x - 2 * (x @ y) + y @ y, 0, None))
+    return far
 
 
 def geometric_median(x: Any, eps: float = 1e-5, max_iter: int = 200) -> np.ndarray:

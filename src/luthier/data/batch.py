@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -193,7 +194,7 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
         lengths.append(n)
         keys.append(str(item.get("key", index)))
     columns = {level: _columns_of(sequences, keys, level) for level in ("token", "row", "span")}
-    as_long = lambda values: torch.tensor(values, dtype=torch.long)  # noqa: E731
+    as_long = partial(torch.tensor, dtype=torch.long)
     return Batch(
         ids=as_long(ids),
         labels=as_long(labels),

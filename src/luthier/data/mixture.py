@@ -30,13 +30,14 @@ class Mix(NamedTuple):
 def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> np.ndarray:
     """[P] shares of the draws, proportional to (weight * size)^(1 / temperature); 1 keeps them, larger evens them out."""
     raw = (np.array(weights, dtype=np.float64) * np.array(sizes)) ** (1 / temperature)
-    return raw / raw.sum()
+    out: np.ndarray = raw / raw.sum()
+    return out
 
 
 def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
     """Whole numbers in proportion to sizes that sum to `total`, by largest remainder."""
     exact = total * sizes / sizes.sum()
-    out = np.floor(exact).astype(np.int64)
+    out: np.ndarray = np.floor(exact).astype(np.int64)
     rest = np.argsort(-(exact - out), kind="stable")[: total - out.sum()]
     out[rest] += 1
     return out

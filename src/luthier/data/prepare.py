@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from luthier.data import rendering, store
-from luthier.data.batch import IGNORE, WEIGHT, front_of
+from luthier.data.batch import IGNORE, WEIGHT, front_of, predicted
 from luthier.data.columns import Carried, Column, Survey
 from luthier.data.mixture import Mix, Mixture
 from luthier.data.reading import NOTHING, Tick, no_tick
@@ -110,7 +110,7 @@ class AnswerRows:
         return [renderer.training_row(s, p, r.key) for r, s, p in zip(rows, segments, pieces, strict=True)]
 
     def supervised(self, item: Mapping[str, Any]) -> int:
-        return sum(y != IGNORE for y in item["labels"])
+        return sum(predicted(item))
 
     def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
         return shortened(item, limit, how)
@@ -345,7 +345,10 @@ def shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
     ids, labels = item["ids"], item["labels"]
     out = {**item, "ids": ids[:start] + ids[stop:], "labels": labels[:start] + labels[stop:], "token": token}
     if "span" in item:
-        moved = lambda at: at if at <= start else max(start, at - over)  # noqa: E731
+
+        def moved(at: int) -> int:
+            return at if at <= start else max(start, at - over)
+
         spans = {k: [(moved(a), moved(b), kind) for a, b, kind in v] for k, v in item["span"].items()}
         out["span"] = {k: [s for s in v if s[1] > s[0]] for k, v in spans.items()}
     return out
@@ -358,4 +361,6 @@ def _why(row: Row, item: dict[str, Any]) -> str:
         return "its answer is empty"
     if "messages" in row.values and not any(t["role"] == "assistant" for t in row.values["messages"]):
         return "it has no assistant turn"
+    if len(item["ids"]) == 1:
+        return "it is a single token, with nothing before it to predict it from"
     return "its answer was cut off or is empty"

@@ -50,7 +50,8 @@ class Renderer:
         return turns
 
     def _template(self, turns: Sequence[Message], generate: bool) -> str:
-        return self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generate)
+        text: str = self.tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=generate)
+        return text
 
     def segments(self, row: Mapping[str, Any]) -> list[Segment]:
         """The row as pieces of text, cut where an answer begins and where its stop token ends."""
@@ -136,9 +137,14 @@ class Renderer:
 
     def answer(self, row: Mapping[str, Any]) -> str:
         """The text to compare generation with: the last answer, the completion, or all of a plain text."""
+        text: str
         if "text" in row:
-            return row["text"]
-        return row["messages"][-1]["content"] if "messages" in row else row["completion"]
+            text = row["text"]
+        elif "messages" in row:
+            text = row["messages"][-1]["content"]
+        else:
+            text = row["completion"]
+        return text
 
 
 def stop_ids(tokenizer: Any) -> tuple[int, ...]:

@@ -236,7 +236,7 @@ class TokenRows(Sequence[dict[str, Any]]):
         self._places: dict[str, int] | None = None
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return int(self._table.num_rows)
 
     @overload
     def __getitem__(self, i: int) -> dict[str, Any]: ...
@@ -261,7 +261,8 @@ class TokenRows(Sequence[dict[str, Any]]):
     @property
     def lengths(self) -> np.ndarray:
         """[N] int64 tokens of each row."""
-        return pc.list_value_length(self._columns["ids"]).to_numpy().astype(np.int64)
+        found: np.ndarray = pc.list_value_length(self._columns["ids"]).to_numpy().astype(np.int64)
+        return found
 
     @property
     def keys(self) -> list[str]:

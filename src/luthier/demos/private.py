@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from luthier.collaboration.contract import start_of
 from luthier.collaboration.controls import mean_shadow
@@ -34,7 +34,8 @@ CASES = (str.lower, str.upper, str.title)
 JOINTS = (" ", "_", "-")
 WRAPS = ("{}", "[{}]", "<{}>", '"{}"')
 ENDS = ("", ".", ";", " !")
-STYLES = tuple(itertools.product(LEADS, CASES, JOINTS, WRAPS, ENDS))  # 576 houses
+Style = tuple[str, Callable[[str], str], str, str, str]
+STYLES: tuple[Style, ...] = tuple(itertools.product(LEADS, CASES, JOINTS, WRAPS, ENDS))  # 576 houses
 WIDTH = 64  # characters of a request, or of a piece of text
 
 
@@ -52,7 +53,7 @@ class Size(NamedTuple):
     houses: int = 96
 
 
-def written(action: str, style: tuple[Any, ...]) -> str:
+def written(action: str, style: Style) -> str:
     """An action's name in a house's style."""
     lead, case, joint, wrap, end = style
     return lead + wrap.format(joint.join(case(action.replace("_", " ")).split())) + end
@@ -164,13 +165,13 @@ def _losses(shop: Shop, folder: Path, name: str, audited: Audited, got: Path) ->
     everybody = [
         r for n in NAMES for r in place.rendered(place.rows(str(_file(folder, n, "private")), Path()))
     ]  # fmt: skip
-    large, pairs = place.view("large"), pairs_in(shop)
+    large, pairs = place.lab.view("large"), pairs_in(shop)
     start = start_of(large, c.tuner)
     public = start.update(on_public(shop, lambda _: None))
     given = {
         page.BARE: None, page.MEAN: start.update(mean_shadow(pairs, pairs.x[:1])[0]), page.PUBLIC: public,
-        page.TRANSLATED: load(got), page.SHARED: shop.protocol.centralised(c, place, own),
-        page.ALL: shop.protocol.centralised(c, place, everybody),
+        page.TRANSLATED: load(got), page.SHARED: shop.protocol.centralised(c, place.workshop, own),
+        page.ALL: shop.protocol.centralised(c, place.workshop, everybody),
     }  # fmt: skip
     with audited.update.bind(place.first):
         small = place.loss("small", None, held)

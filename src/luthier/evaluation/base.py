@@ -97,7 +97,12 @@ class Exam:
         return (right[~np.isin(wanted, list(without))] for _, right, wanted in found)
 
     def questions(self, count: int) -> list[Question]:
-        """The first `count` prompts. Rows with the same prompt are one question with several right answers."""
+        """The first `count` prompts; rows that ask the same are one question with several right answers.
+
+        Raises LuthierError where there are no rows.
+        """
+        if not self.sources:
+            raise LuthierError("there are no rows to ask about, so nothing is measured; give some, or set data.eval")
         found: dict[str, Question] = {}
         for row in self.sources:
             prompt, answer = self.task.asked(row, self.renderer)

@@ -131,7 +131,7 @@ def _asked(exam: Exam) -> Any:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    class Asked(TemplateLM):
+    class Asked(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """Scores and generates by luthier."""
 
         tokenizer = exam.renderer.tokenizer

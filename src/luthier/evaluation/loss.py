@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class Loss(Evaluator):
         return out
 
 
-def _bytes(exam: Exam, row: dict) -> int:
+def _bytes(exam: Exam, row: Mapping[str, Any]) -> int:
     """UTF-8 bytes of a row's supervised text."""
     ids = [y for y in row["labels"] if y != IGNORE]
     return len(exam.renderer.tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8"))

@@ -61,7 +61,8 @@ class Measure:
         total = features.sum(0)
         if n < 2:
             return np.array([self.value] * n)
-        return n * rule.of(total) - (n - 1) * rule.of(total - features)
+        parts: np.ndarray = n * rule.of(total) - (n - 1) * rule.of(total - features)
+        return parts
 
     def brief(self) -> dict[str, Any]:
         """The measure without rows, for run.json."""
@@ -95,7 +96,9 @@ def ratio(name: str, above: Any, below: Any, keys: tuple[str, ...], **more: Any)
 
 
 def _divided(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    return np.divide(above, below, out=np.zeros_like(above, dtype=np.float64), where=below != 0)
+    out = np.zeros_like(above, dtype=np.float64)
+    np.divide(above, below, out=out, where=below != 0)
+    return out
 
 
 def _mean() -> Aggregate:
@@ -137,7 +140,8 @@ def _calibration() -> Aggregate:
 @cache
 def _sacrebleu(name: str) -> Any:
     """The metric whose own counts are stored; its corpus score is a function of their sum."""
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     return BLEU() if name == "bleu" else CHRF()
 

@@ -26,7 +26,6 @@ from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError
 from luthier.support.files import replaced, write_text
 from luthier.support.progress import Lines
-from luthier.support.rng import Streams
 from luthier.tuners.lora import Lora
 from luthier.update import LowRank, Update
 from luthier.update.packing import factor_deltas, unpack
@@ -74,9 +73,9 @@ def prepared(
 
     state  the state that a server sent; None: the first state of the protocol
     """
-    streams, contract = Streams(place.contract.settings.seed), place.contract
+    streams, contract = place.lab.streams, place.contract
     known, controls = canaries(look.canaries, streams) if look.canaries else ([], [])
-    party = place.protocol.client(name, contract, place.first, [*rows, *planted_rows(known, place.renderer)])
+    party = place.protocol.client(name, contract, place.first, [*rows, *planted_rows(known, place.lab.renderer)])
     party.counted, party.progress = len(rows), Lines(say)
     if state is None:
         state = Message.of(
@@ -167,9 +166,9 @@ def _tokens(place: Place, update: Update, rows: Sequence[Any]) -> tuple[list[Fou
 def _memory(place: Place, update: Update, known: list[Canary], controls: list[Canary], others: int, say: Say) -> Memory:
     with update.bind(place.first) as view:
         tokens = 2 * place.contract.settings.tokens_per_forward
-        streams = Streams(place.contract.settings.seed)
+        streams = place.lab.streams
         return memory(
-            view, place.renderer, known, controls, others=others, tokens_per_forward=tokens, streams=streams,
+            view, place.lab.renderer, known, controls, others=others, tokens_per_forward=tokens, streams=streams,
             progress=Lines(say),
         )  # fmt: skip
 

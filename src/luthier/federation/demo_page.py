@@ -60,7 +60,7 @@ def write_collaboration(
 
 
 def _mean(found: Mapping[str, Any], model: str) -> float:
-    values = [by[model] for by in found["losses"].values()]
+    values: list[float] = [by[model] for by in found["losses"].values()]
     return sum(values) / len(values)
 
 

@@ -36,7 +36,7 @@ PATIENCE = 0.2  # seconds between looks for answers
 
 def carried(grid: Grid, place: Place, clients: list[str], output: Path, patience: float) -> None:
     """Do a server's whole work, starting from its journal: rounds, results on disk, then results to the clients."""
-    party = place.protocol.server(place.contract, clients, place.journal(), place)
+    party = place.protocol.server(place.contract, clients, place.journal(), place.workshop)
     line = Line(grid, clients)
     try:
         serve(party, line, patience, _said, lambda: leave_so_far(place, party, output))

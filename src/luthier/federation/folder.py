@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,21 @@ from torch import Tensor
 
 from luthier import recipe as recipes
 from luthier.collaboration.agreement import Agreement, Rendering
-from luthier.collaboration.base import Collaboration
+from luthier.collaboration.base import Collaboration, Workshop
 from luthier.collaboration.journal import Journal
 from luthier.data.prepare import prepare
 from luthier.data.reading import Tick, no_tick, read
 from luthier.data.rendering import Renderer
 from luthier.data.store import Rows
-from luthier.inference.scoring import mean_loss, row_scores
+from luthier.inference.scoring import mean_loss
+from luthier.inference.services import lab_with
 from luthier.method.building import method
 from luthier.method.registry import written
-from luthier.model.loading import load_model, load_tokenizer, locate
+from luthier.model.loading import Located, load_model, load_tokenizer, locate
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.recipe.settings import set_in
+from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import replaced, write_text
@@ -63,7 +65,6 @@ class Place:
         self.models: dict[str, str] = {**stored["models"], **self.given}
         if unknown := set(models or {}) - set(self.protocol.roles):
             raise LuthierError(f"--model {min(unknown)}: the contract's models are {', '.join(self.protocol.roles)}")
-        self._views: dict[str, ModelView] = {}
 
     @classmethod
     def create(cls, recipe: Recipe, base: Path, path: Path) -> Place:
@@ -93,28 +94,30 @@ class Place:
 
     # --- models and rows ---
 
-    def view(self, role: str) -> ModelView:
-        """One of the contract's models, loaded once."""
-        if role not in self._views:
-            self._views[role] = _view(self.models[role])
-        return self._views[role]
+    @cached_property
+    def lab(self) -> Lab:
+        """The services around the models that the contract pins, by their roles; each is loaded when it is first asked for."""
+        r, settings = self.contract.rendering, self.contract.settings
+        plain = {"auto": None, "chat": False, "plain": True}[r.template]
+        renderer = Renderer(_tokenizer(locate(self.models[self.protocol.roles[0]])), r.system, plain)
+        models = {role: partial(_view, model) for role, model in self.models.items()}
+        return lab_with(renderer, models, tokens_per_forward=2 * settings.tokens_per_forward, seed=settings.seed)
+
+    @property
+    def workshop(self) -> Workshop:
+        """What a server works with."""
+        return Workshop(self.lab, self.shadows)
 
     @property
     def first(self) -> ModelView:
         """The model that clients tune."""
-        return self.view(self.protocol.roles[0])
+        return self.lab.view(self.protocol.roles[0])
 
     def loss(self, role: str, update: Update | None, rows: Sequence[Any]) -> float:
         """Nats a token of a model on rendered rows, with an update or without."""
-        view, tokens = self.view(role), 2 * self.contract.settings.tokens_per_forward
+        view = self.lab.view(role)
         with nullcontext() if update is None else update.bind(view):
-            return mean_loss(row_scores(view, rows, tokens))
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        r = self.contract.rendering
-        plain = {"auto": None, "chat": False, "plain": True}[r.template]
-        return Renderer(self.first.tokenizer, r.system, plain)
+            return mean_loss(self.lab.scorer.losses(view, rows))
 
     def rows(self, source: str, base: Path, tick: Tick = no_tick, columns: Mapping[str, str] | None = None) -> Rows:
         """Rows of a file. Raises RecipeError with the line of a row that cannot be used."""
@@ -124,7 +127,7 @@ class Place:
         """Render rows as the contract says."""
         config = self.first.module.config.get_text_config()
         room = self.contract.rendering.max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
-        return prepare(rows, self.renderer, max_length=room, tick=tick).rows
+        return prepare(rows, self.lab.renderer, max_length=room, tick=tick).rows
 
     def public(self, tick: Tick = no_tick) -> tuple[Sequence[dict[str, Any]], list[str]]:
         """(the provider's rendered rows, the kind of each)."""
@@ -252,10 +255,14 @@ def _absolute(base: Path, model: str) -> str:
 
 def _view(model: str) -> ModelView:
     located = locate(model)
+    return load_model(located, tokenizer=_tokenizer(located))
+
+
+def _tokenizer(located: Located) -> Any:
     tokenizer = load_tokenizer(located)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
-    return load_model(located, tokenizer=tokenizer)
+    return tokenizer
 
 
 def _json(file: Path, remedy: str) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def opened(place: Place, tick: Tick = no_tick) -> Shop:
     if not isinstance(place.protocol, GradTransformer) or not isinstance(place.contract, Contract):
         raise LuthierError(f"{place.path}: {place.protocol.key()} has no shadow sets; only grad-transformer has them")
     rows, sorts = place.public(tick)
-    draws = place.protocol.draws(sorts, Streams(place.contract.settings.seed))
+    draws = place.protocol.draws(sorts, place.lab.streams)
     return Shop(place, place.protocol, place.contract, rows, draws)
 
 
@@ -109,7 +109,7 @@ def _make_missing(shop: Shop, missing: list[int], processes: int | None, say: Sa
 
 
 def _make(shop: Shop, number: int) -> None:
-    views = [shop.place.view(r) for r in shop.protocol.roles]
+    views = [shop.place.lab.view(r) for r in shop.protocol.roles]
     made = shadow(shop.contract, views, shop.of_set(number), number, shop.protocol.snapshots)
     shop.place.keep_shadow(number, made)
 
@@ -156,7 +156,7 @@ def judge(shop: Shop, say: Say, limit: int = 10) -> dict[str, Any]:
 
     Losses are of the large model, on public rows in the shares of each set that no run was tuned on.
     """
-    pairs, streams = pairs_in(shop), Streams(shop.contract.settings.seed)
+    pairs, streams = pairs_in(shop), shop.place.lab.streams
     known, kept = pairs.split(1 - HELD_BACK, streams)
     last = torch.tensor([int((kept.shadow == k).nonzero().max()) for k in kept.shadow.unique()[:limit]])
     asked = kept.take(last)
@@ -169,7 +169,7 @@ def judge(shop: Shop, say: Say, limit: int = 10) -> dict[str, Any]:
         "translated": shop.protocol.translator.fit(known)(asked.x), "true update": asked.y,
     }  # fmt: skip
     losses = {n: [] for n in updates}  # type: dict[str, list[float]]
-    start = start_of(shop.place.view("large"), shop.contract.tuner)
+    start = start_of(shop.place.lab.view("large"), shop.contract.tuner)
     for i, k in enumerate(asked.shadow.tolist()):
         rows = shop.beside(k)
         for name, y in updates.items():
@@ -202,7 +202,7 @@ def on_public(shop: Shop, say: Say) -> Tensor:
     file = shop.place.path / "public.safetensors"
     if not file.exists():
         say("public  the large model on all public rows, a control")
-        view, c = shop.place.view("large"), shop.contract
+        view, c = shop.place.lab.view("large"), shop.contract
         order = Streams(c.settings.seed).at("public").permutation(len(shop.rows))
         held = [shop.rows[i] for i in order[: shop.protocol.rows]]
         rows = [shop.rows[i] for i in order[shop.protocol.rows :]]

@@ -52,7 +52,7 @@ def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _
     names = sorted({m.header.sender for m in messages.values()})
     if not names:
         raise LuthierError(_none(refused))
-    server = place.protocol.server(place.contract, names, None, place)
+    server = place.protocol.server(place.contract, names, None, place.workshop)
     results = []
     for file, message in messages.items():
         for sent in server.handle(message):
@@ -102,7 +102,7 @@ def _none(refused: dict[str, str]) -> str:
 
 def _left(place: Place, update: Update, folder: Path, name: str) -> Path:
     role = place.protocol.roles[-1]
-    return leave(place, role, update, folder, name, place.view(role))
+    return leave(place, role, update, folder, name, place.lab.view(role))
 
 
 def _judged(place: Place) -> dict[str, Any] | None:

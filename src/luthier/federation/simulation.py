@@ -24,7 +24,6 @@ from luthier.run.folder import RunFolder
 from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
-from luthier.support.rng import Streams
 from luthier.support.units import in_time
 from luthier.update import Update
 from luthier.update.files import load
@@ -52,7 +51,7 @@ def simulate(
     clients = {n: _split(place, n, file, held) for n, file in files.items()}
     with RunFolder(out).locked():
         _same(out, place, clients)
-        server = place.protocol.server(place.contract, list(clients), Journal(out / "arrived", LIMIT), place)
+        server = place.protocol.server(place.contract, list(clients), Journal(out / "arrived", LIMIT), place.workshop)
         work = Work(len(clients) + sum(len(server.chosen(r)) for r in range(server.rounds)) + 1, say)
         of_own = {n: _kept(place, out / "alone" / n, work, f"{n} alone", c.rows, n) for n, c in clients.items()}
         _together(place, server, clients, work)
@@ -63,7 +62,7 @@ def simulate(
             if not (out / "together" / n).exists():
                 with whole(out / "together" / n) as temporary:
                     role = place.protocol.roles[-1]
-                    leave(place, role, update, temporary, n, place.view(role))
+                    leave(place, role, update, temporary, n, place.lab.view(role))
         say("judge   on held-out rows")
         found = _found(place, clients, of_own, given, shared)
         found |= _on_the_way(place, server, clients, out) | {
@@ -79,7 +78,7 @@ def _split(place: Place, name: str, file: str, held: float) -> Client:
     count = round(held * len(rows))
     if count < FEW or count == len(rows):
         raise LuthierError(f"{name}: {count} of {len(rows)} rows would be held out; take at least {FEW}, and not all")
-    order = Streams(place.contract.settings.seed).at("held", name).permutation(len(rows)).tolist()
+    order = place.lab.streams.at("held", name).permutation(len(rows)).tolist()
     return Client([rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])])
 
 
@@ -114,12 +113,12 @@ def _kept(place: Place, folder: Path, work: Work, what: str, rows: Sequence[Any]
     protocol, there = place.protocol, folder.exists()
     if not there:
         if name is None:
-            update = protocol.centralised(place.contract, place, rows)
+            update = protocol.centralised(place.contract, place.workshop, rows)
         else:
-            update = protocol.alone(name, place.contract, place, rows)
+            update = protocol.alone(name, place.contract, place.workshop, rows)
         with whole(folder) as temporary:
             role = protocol.roles[0 if name else -1]
-            leave(place, role, update, temporary, what, place.view(role))
+            leave(place, role, update, temporary, what, place.lab.view(role))
     (work.found if there else work.finished)(what)
     return load(folder)
 
@@ -175,8 +174,11 @@ def _on_the_way(place: Place, server: RoundServer, clients: Mapping[str, Client]
     if end is None:
         return {"arrivals": [], "line": []}
     role = place.protocol.roles[-1]
-    mean = lambda u: float(np.mean([place.loss(role, u, c.held) for c in clients.values()]))  # noqa: E731
-    again, arrivals = place.protocol.server(place.contract, list(clients), None, place), []
+
+    def mean(update: Update) -> float:
+        return float(np.mean([place.loss(role, update, c.held) for c in clients.values()]))
+
+    again, arrivals = place.protocol.server(place.contract, list(clients), None, place.workshop), []
     for message in Journal(out / "arrived", LIMIT):
         if message.header.kind == again.waits_for:
             again.handle(message)

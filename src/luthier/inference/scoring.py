@@ -11,7 +11,7 @@ import torch
 from luthier.data.batch import IGNORE, collate
 from luthier.data.reading import Tick, no_tick
 from luthier.kernels.head import CHUNK, TokenScores
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, evaluating
 from luthier.step.forward import Forward
 from luthier.step.lab import Choices, Continuation, Pair, RowScore
 from luthier.step.order import micro_batches
@@ -68,9 +68,7 @@ def _in_order(
     draw: Draw | None = None,
 ) -> Iterator[T]:  # fmt: skip
     """The result of `of` for each sequence of a forward, for the rows in their order; dropout is off."""
-    training = view.module.training
-    view.module.eval()
-    try:
+    with evaluating(view.module):
         for start in range(0, len(rows), WINDOW):
             part = [r if draw is None else draw(r, None) for r in rows[start : start + WINDOW]]
             tick("scoring", start, f"rows {start + 1} to {start + len(part)}")
@@ -80,8 +78,6 @@ def _in_order(
                 with view.phase("score"):
                     done |= zip(places, of(Forward(batch, view)), strict=True)
             yield from (done[i] for i in range(len(part)))
-    finally:
-        view.module.train(training)
 
 
 def mean_loss(scored: Iterable[RowScore]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from luthier.model.inputs import widened
-from luthier.model.view import ModelView, attention_implementation
+from luthier.model.view import ModelView, attention_implementation, evaluating
 
 ROOM = 64  # a full cache grows by at least this many tokens
 PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -90,7 +90,7 @@ class Session:
         self.logits: Tensor
 
     def __enter__(self) -> Session:
-        self._open.enter_context(_evaluating(self.view.module))
+        self._open.enter_context(evaluating(self.view.module))
         self._open.enter_context(self.view.phase("generate"))
         self._open.enter_context(attention_implementation(self.view.module, self.view.padded_attention))
         self._read()
@@ -158,10 +158,3 @@ def _taken(trunk: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
         return given
     return {k: v for k, v in given.items() if k in names}
-
-
-def _evaluating(module: nn.Module) -> AbstractContextManager[None]:
-    stack = ExitStack()
-    stack.callback(module.train, module.training)
-    module.eval()
-    return stack  # type: ignore[return-value]

@@ -36,6 +36,11 @@ class Finding:
     picture: str = ""
     sure: str = ""
 
+    @staticmethod
+    def shown(value: Any) -> str:
+        """A cell of the table, as people read it."""
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
 
 class Inspector(Method):
     """Inspects a tuned model."""

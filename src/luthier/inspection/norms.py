@@ -12,13 +12,14 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.inspection.base import Case, Finding, Inspector
-from luthier.method import Source, Traits
+from luthier.method import Source
 from luthier.step.lab import Lab
 from luthier.support.errors import LuthierError
 from luthier.update import Update
 
 OUTSIDE = "outside the blocks"
-BAR, GAP, WIDTH, NAME = 14, 4, 420, 150  # pixels of the picture
+BAR, GAP, WIDTH, LETTER = 14, 4, 420, 7  # pixels of the picture; a letter's width is a guess on the safe side
+TITLE = "size of the change in each layer, as a share of its weights"
 
 
 class Size(NamedTuple):
@@ -61,23 +62,22 @@ def bars(found: Mapping[str, list[Size]]) -> str:
         (f"{name}, {s.layer}" if len(found) > 1 else s.layer, s.relative) for name, all_ in found.items() for s in all_
     ]
     longest = max((r for _, r in rows), default=0.0) or 1.0
-    return "".join([_opening(len(rows)), *_drawn(rows, longest), "</svg>"])
+    left = LETTER * max((len(name) for name, _ in rows), default=0) + GAP
+    return "".join([_opening(len(rows), left), *_drawn(rows, longest, left), "</svg>"])
 
 
-def _opening(count: int) -> str:
-    height = count * (BAR + GAP)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {NAME + WIDTH + 80} {height}" role="img" class="norms">'
-    )
+def _opening(count: int, left: int) -> str:
+    size = f'viewBox="0 0 {left + WIDTH + 80} {count * (BAR + GAP)}"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{TITLE}" class="norms">'
 
 
-def _drawn(rows: list[tuple[str, float]], longest: float) -> Iterator[str]:
+def _drawn(rows: list[tuple[str, float]], longest: float, left: int) -> Iterator[str]:
     for i, (name, value) in enumerate(rows):
         y, width = i * (BAR + GAP), WIDTH * value / longest
         text = f'y="{y + BAR - 3}" font-size="11" fill="currentColor"'
         yield f'<text x="0" {text}>{escape(name)}</text>'
-        yield f'<rect x="{NAME}" y="{y}" width="{width:.1f}" height="{BAR}" fill="currentColor" opacity="0.6"/>'
-        yield f'<text x="{NAME + width + 6:.1f}" {text}>{value:.2%}</text>'
+        yield f'<rect x="{left}" y="{y}" width="{width:.1f}" height="{BAR}" fill="currentColor" opacity="0.6"/>'
+        yield f'<text x="{left + width + 6:.1f}" {text}>{value:.2%}</text>'
 
 
 class Norms(Inspector):
@@ -87,7 +87,6 @@ class Norms(Inspector):
     Cost: one pass over the update's tensors, made dense one at a time; no forward pass.
     """
 
-    traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm", "classification"}))
     source: ClassVar[Source] = Source("Editing Models with Task Arithmetic", 2022, "arXiv:2212.04089", "section 2")
 
     most: int = Field(3, ge=1)

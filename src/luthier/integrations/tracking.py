@@ -20,8 +20,10 @@ log = logging.getLogger(__name__)
 
 def check(names: Sequence[str]) -> None:
     """Raises RecipeError for a tracker that is unknown, or whose package is missing, before anything starts."""
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
 
     for name in names:
         if name != "none" and name not in INTEGRATION_TO_CALLBACK:

@@ -112,7 +112,8 @@ def token_nll(
                backward instead
     """
     if bias is None and transform is None and not is_plain():
-        return _ChunkedNll.apply(hidden.to(weight.dtype), weight, labels)  # autocast hands on two dtypes
+        apply: Callable[..., Tensor] = _ChunkedNll.apply
+        return apply(hidden.to(weight.dtype), weight, labels)  # autocast hands on two dtypes
 
     def chunk(h: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(_logits(h, weight, bias, transform), y, reduction="none")

@@ -60,7 +60,8 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
         return out if bias is None else out + bias
     if is_plain():
         return F.linear(x, weight, bias) + scale * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T
-    return _LowRank.apply(x, weight, bias, a, b, scale)
+    apply: Callable[..., Tensor] = _LowRank.apply
+    return apply(x, weight, bias, a, b, scale)
 
 
 class _Sparse(torch.autograd.Function):
@@ -100,7 +101,8 @@ def sparse_linear(
     The caller keeps `weight` equal to base + scatter(values); this function only routes the gradient.
     observe  called in the backward with the dense gradient [out, in], which is freed right after
     """
-    return _Sparse.apply(x, weight, bias, values, indices, observe)
+    apply: Callable[..., Tensor] = _Sparse.apply
+    return apply(x, weight, bias, values, indices, observe)
 
 
 def folded(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -33,13 +33,16 @@ class Linear(Merger):
     weights: tuple[float, ...] | None = Field(None, min_length=1)
     """One weight for each member, in their order; null: 1 / N each."""
 
-    def merge(self, members: Sequence[Update], lab: Lab | None = None) -> Update:
-        if not members:
+    def check_count(self, count: int) -> None:
+        if not count:
             raise LuthierError("merge.linear: there is no update to merge; name at least one")
-        if self.weights is not None and len(self.weights) != len(members):
+        if self.weights is not None and len(self.weights) != count:
             raise LuthierError(
-                f"merge.linear.weights: {len(self.weights)} weights for {len(members)} updates; give one for each"
+                f"merge.linear.weights: {len(self.weights)} weights for {count} updates; give one for each"
             )
+
+    def merge(self, members: Sequence[Update], lab: Lab | None = None) -> Update:
+        self.check_count(len(members))
         weights = self.weights or (1 / len(members),) * len(members)
         try:
             return reduce(add, (w * m for w, m in zip(weights, members, strict=True)))

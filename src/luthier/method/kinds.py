@@ -15,7 +15,7 @@ class Kind(NamedTuple):
     key      in a recipe; package: the room with its methods; base: name of the class they derive from
     listed   True if the recipe's key holds a list of them
     within   the kind and the field of a method that holds this one, if it is not a key of a recipe
-    command  what uses methods of this kind, if no recipe does
+    command, takes  what uses methods of this kind, where no recipe does, and the arguments that it needs
     """
 
     key: str
@@ -24,6 +24,7 @@ class Kind(NamedTuple):
     listed: bool = False
     within: tuple[str, str] | None = None
     command: str | None = None
+    takes: str = ""
 
     @property
     def in_recipe(self) -> bool:
@@ -48,8 +49,8 @@ TABLE = (
     Kind("evaluate", "luthier.evaluation", "Evaluator", listed=True),
     Kind("collaborate", "luthier.collaboration", "Collaboration"),
     Kind("decode", "luthier.decoding", "Decoder"),
-    Kind("merge", "luthier.merging", "Merger", command="luthier merge"),
-    Kind("inspect", "luthier.inspection", "Inspector", command="luthier inspect"),
+    Kind("merge", "luthier.merging", "Merger", command="luthier merge", takes="RUN RUN -o FOLDER"),
+    Kind("inspect", "luthier.inspection", "Inspector", command="luthier inspect", takes="RUN"),
     Kind("translate", "luthier.collaboration.translators", "Translator", within=("collaborate", "translator")),
 )
 KINDS = {kind.key: kind for kind in TABLE}

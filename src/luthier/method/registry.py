@@ -28,7 +28,8 @@ FILE = Path(__file__).with_name("methods.json")
 
 def read() -> list[dict[str, Any]]:
     """The stored list."""
-    return json.loads(FILE.read_text(encoding="utf-8"))
+    entries: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
+    return entries
 
 
 def classes(kind: str) -> dict[str, type]:
@@ -70,7 +71,8 @@ def find(kind: str, key: str) -> type:
     entry = next((m for m in read() if m["kind"] == kind and m["name"] == key), None)
     if entry is None:
         raise KeyError(key)
-    return getattr(importlib.import_module(entry["module"]), entry["class"])
+    found: type = getattr(importlib.import_module(entry["module"]), entry["class"])
+    return found
 
 
 def names(kind: str) -> list[str]:

@@ -174,7 +174,7 @@ def role_of(inner: str) -> str:
 
 def _find_block_list(model: PreTrainedModel) -> str:
     depth = model.config.get_text_config().num_hidden_layers
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    lists: list[str] = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
         raise LuthierError(
             f"{type(model).__name__}: no list of {depth} blocks found; this architecture is not supported"
@@ -183,7 +183,8 @@ def _find_block_list(model: PreTrainedModel) -> str:
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:
-    return next(n for n, m in model.named_modules() if m is part)
+    name: str = next(n for n, m in model.named_modules() if m is part)
+    return name
 
 
 def _final_norm(model: nn.Module, trunk: str, block_list: str) -> str | None:

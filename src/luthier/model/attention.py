@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -217,7 +218,6 @@ def _plain(
     return F.dropout(scores.softmax(-1).to(q.dtype), dropout) @ v
 
 
-@torch.compiler.disable(recursive=True)  # its loops follow the lengths of every batch: each would be compiled anew
 def flat_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
     scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
@@ -244,7 +244,8 @@ def flat_attention(
     places = kept_places if window is not None else None  # the kernels for many sequences at once take none
     short = max(sequence_lengths) <= SHORT and query.device.type == "cpu" and dropout == 0.0
     if short and torch.is_grad_enabled() and not is_plain() and places is None:
-        return _ShortAttention.apply(query, key, value, sequence_lengths, scale, causal, window), None
+        apply: Callable[..., Tensor] = _ShortAttention.apply
+        return apply(query, key, value, sequence_lengths, scale, causal, window), None
     if has_varlen(query) and dropout == 0.0 and not is_plain() and places is None:
         return _varlen(query, key, value, sequence_lengths, scale, causal, window), None
     one = _plain if is_plain() else _fused
@@ -254,4 +255,5 @@ def flat_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("luthier", flat_attention)
+# Not compiled: its loops follow the lengths of every batch, and each would be compiled anew.
+AttentionInterface.register("luthier", torch.compiler.disable(flat_attention, recursive=True))

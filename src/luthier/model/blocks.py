@@ -258,7 +258,7 @@ def _shell(module: nn.Module, children: Mapping[str, nn.Module]) -> nn.Module:
 
 def _small(layer: nn.Module, shape: tuple[int, int], generator: torch.Generator) -> nn.Linear:
     """A random layer [out, in], with a bias where this one has one."""
-    small = nn.utils.skip_init(
+    small: nn.Linear = nn.utils.skip_init(
         nn.Linear, shape[1], shape[0], bias=getattr(layer, "bias", None) is not None, device="cpu"
     )
     with torch.no_grad():

@@ -30,7 +30,10 @@ def prepend(inputs: Inputs, vectors: Tensor) -> Inputs:
     where = torch.arange(batch.num_tokens, device=device) + m * (batch.seq + 1)  # [T] -> T'
     front = torch.ones(new_total, dtype=torch.bool, device=device)
     front[where] = False
-    fill = lambda old, value: old.new_full((new_total, *old.shape[1:]), value).index_copy(0, where, old)  # noqa: E731
+
+    def fill(old: Tensor, value: int) -> Tensor:
+        return old.new_full((new_total, *old.shape[1:]), value).index_copy(0, where, old)
+
     seq = fill(batch.seq, 0)
     seq[front] = torch.arange(count, device=device).repeat_interleave(m)
     pos = fill(batch.pos + m, 0)

@@ -180,17 +180,12 @@ class ModelView:
         of the base enable it inside, and take it inside. Optimisers and backward passes of the tuned model stay outside.
         Raises LuthierError where a trainable does not say how the model computes without it.
         """
-        modes = [(part, part.training) for part in self.module.modules()]
-        with torch.no_grad(), ExitStack() as stack:
+        with torch.no_grad(), _modes_kept(self.module), ExitStack() as stack:
             for x in reversed(self.attached):
                 if x not in self.attached.left_out:
                     stack.enter_context(self.leaving_out(x, [x.base_view]))
             self.module.eval()
-            try:
-                yield self
-            finally:
-                for part, mode in modes:
-                    part.training = mode
+            yield self
 
     # --- the trunk ---
 
@@ -251,7 +246,9 @@ class ModelView:
         trace.hidden[-1] = self._to_original(self._flatten(final, inputs.batch), inputs)
         return trace
 
-    def _keep(self, trace: Trace, layer: int, is_last: bool, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _keep(
+        self, trace: Trace, layer: int, is_last: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         trace.hidden[layer] = args[0] if args else kwargs["hidden_states"]
         if is_last:
             trace.block_kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
@@ -270,7 +267,8 @@ class ModelView:
             if not batch.contiguous:  # else the model's own positions are right, whatever they start from
                 kwargs["position_ids"] = pad(batch.pos, batch)
         with attention_implementation(self.module, self._attention_name()):
-            return self.trunk(**tokens, **_accepted(self.trunk, kwargs)).last_hidden_state
+            final: Tensor = self.trunk(**tokens, **_accepted(self.trunk, kwargs)).last_hidden_state
+        return final
 
     def _attention_name(self) -> str:
         if self.layout == "flat":
@@ -332,14 +330,17 @@ class ModelView:
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, D]: the modules between the trunk and the vocabulary matrix (a masked-LM transform)."""
+        transformed: Tensor
         for name in TRANSFORMS:
             part = self._part(name)
             if part is not None and name != self.anatomy.head:
-                return part(hidden)
+                transformed = part(hidden)
+                return transformed
         for name, norm in DENSE_AND_NORM:
             dense, after = self._part(name), self._part(norm)
             if dense is not None and after is not None:
-                return after(getattr(self.module, "activation", nn.functional.gelu)(dense(hidden)))
+                transformed = after(getattr(self.module, "activation", nn.functional.gelu)(dense(hidden)))
+                return transformed
         return hidden
 
     def _part(self, name: str) -> nn.Module | None:
@@ -357,11 +358,14 @@ class ModelView:
     def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [S, C] through the model's own classification head."""
         parts = dict(self.module.named_children())
+        logits: Tensor
         if "score" in parts:  # decoders: a matrix over the last token
-            return parts["score"](hidden[batch.ends]).float()
-        first = hidden[batch.starts].unsqueeze(1)  # encoders read their first token
-        pooler = getattr(self.trunk, "pooler", None)
-        return parts["classifier"](first if pooler is None else self._dropout(pooler(first))).float()
+            logits = parts["score"](hidden[batch.ends])
+        else:
+            first = hidden[batch.starts].unsqueeze(1)  # encoders read their first token
+            pooler = getattr(self.trunk, "pooler", None)
+            logits = parts["classifier"](first if pooler is None else self._dropout(pooler(first)))
+        return logits.float()
 
     def _dropout(self, pooled: Tensor) -> Tensor:
         drop = getattr(self.module, "dropout", None)
@@ -390,6 +394,40 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
             c._attn_implementation = before[key]
 
 
+@contextmanager
+def as_found(view: ModelView) -> Iterator[None]:
+    """Around a loop that trains: afterwards every part is in the mode it was in, and what the loop put on the model to count
+    its work and to thin it out is gone.
+    """
+    phases = list(view.phases)
+    try:
+        with _modes_kept(view.module):
+            yield
+    finally:
+        view.meter.unwatch()
+        view.phases[:] = phases
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """The model as it is asked: dropout is off inside. Afterwards every part is in the mode it was in, since a part may
+    stand in another one than the whole.
+    """
+    with _modes_kept(module):
+        module.eval()
+        yield
+
+
+@contextmanager
+def _modes_kept(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 @torch.no_grad()
 def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
     """("flat" or "padded", largest relative difference): run two short sequences together and alone.
@@ -404,18 +442,17 @@ def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
     seq = torch.tensor([0] * 6 + [1] * 7, device=device)
     pos = torch.tensor([*range(6), *range(7)], device=device)
     both = Batch(ids=ids, labels=torch.full_like(ids, -100), seq=seq, pos=pos, lengths=lengths)
-    training, before = view.module.training, view.layout
-    view.module.eval()  # the model as it is called alone, by anybody, is the reference
+    before = view.layout
     try:
-        view.layout = "flat"
-        flat = view.trace(both).hidden[-1].float()
-        alone = [view.trunk(input_ids=part.unsqueeze(0)).last_hidden_state[0] for part in ids.split(lengths)]
-        single = torch.cat(alone).float()
+        with evaluating(view.module):  # the model as it is called alone, by anybody, is the reference
+            view.layout = "flat"
+            flat = view.trace(both).hidden[-1].float()
+            alone = [view.trunk(input_ids=part.unsqueeze(0)).last_hidden_state[0] for part in ids.split(lengths)]
+            single = torch.cat(alone).float()
     except (ValueError, TypeError, RuntimeError):  # the model does not pass our arguments on: it must pad
         return "padded", float("inf")
     finally:
         view.layout = before
-        view.module.train(training)
     difference = float((flat - single).abs().max() / single.abs().max().clamp_min(1e-9))
     limit = tolerance * max(1.0, torch.finfo(view.dtype).eps / torch.finfo(torch.float32).eps / 4)
     return ("flat" if difference <= limit else "padded"), difference

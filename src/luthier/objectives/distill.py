@@ -18,7 +18,8 @@ from luthier.support.errors import LuthierError
 
 def soft_loss(logits: Tensor, soft: Tensor) -> Tensor:
     """[S] float32: KL(soft || softmax(logits)); logits [S, C], soft [S, C] probabilities."""
-    return (torch.special.xlogy(soft, soft) - soft * logits.float().log_softmax(-1)).sum(-1)
+    own: Tensor = torch.special.xlogy(soft, soft)
+    return (own - soft * logits.float().log_softmax(-1)).sum(-1)
 
 
 def helpful_weights(helpfulness: Tensor, total: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:

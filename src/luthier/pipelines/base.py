@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from luthier.method import Method
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, as_found
 from luthier.objectives.base import Objective
-from luthier.step.lab import Lab
+from luthier.step.lab import Lab, Ledger
+from luthier.step.outcome import Outcome
 from luthier.step.progress import Progress
 from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.training.loop import Loop, Rows
 from luthier.tuners.base import Trainable, Tuner, with_head
 from luthier.update import Update
@@ -42,39 +45,60 @@ class Train:
 
 @dataclass(frozen=True)
 class Apply:
-    """A stage without training: label a pool, merge, choose a mask. The pipeline's own `apply` carries it out."""
+    """A stage without training: label a pool, merge, choose a mask. The pipeline's own `apply` does it.
 
-    name: str
-    inputs: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The result of a stage: a trained state, or rows.
-
-    update  the whole difference to the base, with what the stage started from
-    under   the update that was in place while the stage trained; its state does not hold it
+    inputs  names of earlier stages
+    like    the set of rows that those it makes come from: plans count with as many
     """
 
     name: str
-    stage: Train | Apply
-    update: Update | None = None
-    under: Update | None = None
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-    beside: Mapping[str, Tensor] | None = None
-    rows: Rows | None = None
-    progress: Progress | None = None
+    inputs: tuple[str, ...] = ()
+    like: str = "train"
+
+
+class Pace(BaseModel):
+    """How long and how fast the stages of a pipeline train, beside what the pipeline says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    length: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Every stage takes this many times its steps, at least one."""
+    learning_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Every stage's learning rate is multiplied by this."""
+    max_steps: int | None = Field(None, ge=1)
+    """No stage takes more steps than this."""
+
+    def steps(self, own: int) -> int:
+        """Steps of a stage that takes `own` by itself."""
+        scaled = max(1, round(own * self.length))
+        return scaled if self.max_steps is None else min(scaled, self.max_steps)
+
+    def of(self, stage: Train, rows: Rows, save_memory: bool = False) -> Train:
+        """The stage at this pace, over these rows."""
+        own, changed = stage.settings, dict[str, Any]()
+        if self != OWN_PACE:
+            changed["max_steps"] = self.steps(Loop.length(rows, own))
+            changed["learning_rate"] = own.learning_rate * self.learning_rate
+        if own.gradient_checkpointing == "auto":
+            changed["gradient_checkpointing"] = save_memory
+        return replace(stage, settings=own.model_copy(update=changed))
+
+
+OWN_PACE = Pace()
 
 
 class Pipeline(Method):
     """Decides which stage comes next."""
 
     def next(self, done: Mapping[str, Outcome]) -> Train | Apply | None:
-        """The next stage after these outcomes, or None at the end. It must depend on nothing else."""
+        """The next stage after these outcomes, or None at the end. Must depend on nothing else.
+
+        Plans ask it with outcomes that hold a name and rows alone, so it must bear those.
+        """
         raise NotImplementedError
 
-    def apply(self, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Rows:
-        """Carry out an Apply stage."""
+    def apply(self, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Outcome:
+        """Carry out an Apply stage; what it made: rows, an update of the base, a mask, metrics."""
         raise NotImplementedError
 
 
@@ -85,7 +109,7 @@ def started(
     """The stage's trainable on the model it starts from, and the update under it. The base is restored afterwards."""
     with ExitStack() as stack:
         before = None if stage.start == "base" else done[stage.start]
-        same = before is not None and isinstance(before.stage, Train) and before.stage.tuner == stage.tuner
+        same = before is not None and before.tuner == stage.tuner
         under = None if before is None else before.under if same else before.update
         if under is not None:
             stack.enter_context(under.in_place(view))
@@ -96,11 +120,38 @@ def started(
         yield trainable, under
 
 
+def planned(pipeline: Pipeline, sets: Mapping[str, Rows]) -> list[tuple[Train, str]]:
+    """Every training stage in order, with the set that its rows come from, before anything is trained."""
+    done: dict[str, Outcome] = {}
+    came: dict[str, str] = {}
+    out = []
+    while (stage := pipeline.next(done)) is not None:
+        if isinstance(stage, Apply):
+            came[stage.name] = stage.like
+            done[stage.name] = Outcome(stage.name, rows=sets[stage.like])
+        else:
+            out.append((stage, came.get(stage.data, stage.data)))
+            done[stage.name] = Outcome(stage.name, tuner=stage.tuner)
+    return out
+
+
+def rows_of(stage: Train, lab: Lab, done: Mapping[str, Outcome]) -> Rows:
+    """The rows that a stage trains on. Raises LuthierError where an earlier stage made none."""
+    if stage.data not in done:
+        return lab.rows(stage.data)
+    rows = done[stage.data].rows
+    if rows is None:
+        raise LuthierError(f"{stage.name}: trains on the rows of {stage.data}, which made none")
+    return rows
+
+
 def run_pipeline(
     pipeline: Pipeline, view: ModelView, lab: Lab, folder: Path | None = None, *, deadline: float | None = None,
-    before_stage: Callable[[Train | Apply], None] = lambda _: None, **loop: Any,
+    before_stage: Callable[[Train | Apply], None] = lambda _: None, pace: Pace = OWN_PACE, save_memory: bool = False, **loop: Any,
 ) -> dict[str, Outcome]:  # fmt: skip
     """Run all stages in order. Returns the outcomes by name; the last one is the result.
+
+    save_memory  what gradient_checkpointing "auto" means in its stages
 
     Each stage saves checkpoints in a folder with its name, also at its end. A killed pipeline replays: finished stages are
     loaded, and the interrupted one continues.
@@ -108,31 +159,55 @@ def run_pipeline(
     done: dict[str, Outcome] = {}
     while (stage := pipeline.next(done)) is not None:
         before_stage(stage)
-        done[stage.name] = run_stage(pipeline, stage, view, lab, done, folder, deadline, **loop)
+        done[stage.name] = run_stage(pipeline, stage, view, lab, done, folder, deadline, pace, save_memory, **loop)
     return done
 
 
 def run_stage(
     pipeline: Pipeline, stage: Train | Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome],
-    folder: Path | None = None, deadline: float | None = None, **loop: Any,
+    folder: Path | None = None, deadline: float | None = None, pace: Pace = OWN_PACE, save_memory: bool = False, **loop: Any,
 ) -> Outcome:  # fmt: skip
-    """One stage."""
+    """One stage; what it took is in the outcome's progress."""
+    inside = replace(lab, done=done)
     if isinstance(stage, Apply):
-        return Outcome(stage.name, stage, rows=pipeline.apply(stage, view, lab, done))
-    source = done[stage.data].rows if stage.data in done else lab.rows(stage.data)
-    assert source is not None
-    carried = done[stage.carry].beside if stage.carry else None
+        return applied(pipeline, stage, view, inside, done)
+    source = rows_of(stage, lab, done)
+    stage = pace.of(stage, source, save_memory)
     total = Loop.length(source, stage.settings)
     place = None if folder is None else folder / stage.name
-    with started(view, stage, lab, done, total) as (trainable, under):
+    carried = done[stage.carry].beside if stage.carry else None
+    with as_found(view), started(view, stage, inside, done, total) as (trainable, under):
         run = Loop(
-            view, source, trainable, stage.objective, stage.settings, lab=lab, folder=place, carried=carried, **loop
+            view, source, trainable, stage.objective, stage.settings, lab=inside, folder=place, carried=carried, **loop
         )
         progress = run.run(deadline)
         if progress.step > progress.saved_step:
             run.save()
-        state = {k: v.detach().cpu().clone() for k, v in trainable.state_dict().items()}
-        beside = None if run.extra is None else {k: v.detach().cpu().clone() for k, v in run.extra.state_dict().items()}
-        own = trainable.update()
-        whole = own if under is None else under.then(own)
-        return Outcome(stage.name, stage, whole, under, state, beside, None, progress)
+        return trained(stage, trainable, under, run)
+
+
+def trained(stage: Train, trainable: Trainable, under: Update | None, run: Loop) -> Outcome:
+    """What a loop that has ended leaves to later stages."""
+    own = trainable.update()
+    return Outcome(
+        stage.name,
+        update=own if under is None else under.then(own),
+        tuner=stage.tuner,
+        state=_copied(trainable.state_dict()),
+        under=under,
+        beside=None if run.extra is None else _copied(run.extra.state_dict()),
+        progress=run.progress,
+    )
+
+
+def applied(pipeline: Pipeline, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Outcome:
+    """What an Apply stage made, with what it took: its own forward passes, and nested runs."""
+    ledger = Ledger()
+    with as_found(view), ledger.measuring(stage.name, view):
+        out = pipeline.apply(stage, view, replace(lab, ledger=ledger), done)
+    took = Progress(seconds=ledger.seconds[stage.name], flops={"apply": sum(ledger.flops.values())})
+    return replace(out, name=stage.name, progress=took)
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().clone() for k, v in state.items()}

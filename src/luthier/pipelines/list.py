@@ -12,15 +12,15 @@ from pydantic import Field
 
 from luthier.data.batch import collate
 from luthier.method import Source, Traits
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, evaluating
 from luthier.objectives.base import Forward
 from luthier.objectives.distill import Distill
 from luthier.objectives.sft import Sft
-from luthier.pipelines.base import Apply, Outcome, Pipeline, Train
+from luthier.pipelines.base import Apply, Pipeline, Train
 from luthier.step.lab import Lab
+from luthier.step.outcome import Outcome, Rows
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.training.loop import Rows
 from luthier.tuners.adapter import Adapter
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class List(Pipeline):
         for m in range(1, self.rounds + 1):
             teacher = "teacher" if m == 1 else f"round-{m - 1}"
             if f"labels-{m}" not in done:
-                return Apply(f"labels-{m}", (teacher,))
+                return Apply(f"labels-{m}", (teacher,), like="unlabelled")
             if f"student-{m}" not in done:
                 return self._student(m)
             if f"round-{m}" not in done:
@@ -108,7 +108,7 @@ class List(Pipeline):
         return Train(f"student-{m}", self._adapter(m), objective, data=f"labels-{m}", settings=settings)
 
     @torch.no_grad()
-    def apply(self, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Rows:
+    def apply(self, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Outcome:
         """The pool with the teacher's soft labels, without rows that are labelled already."""
         pool, teacher = lab.rows("unlabelled"), done[stage.inputs[0]]
         if not pool:
@@ -116,8 +116,7 @@ class List(Pipeline):
         known = {tuple(row["ids"]) for row in lab.rows("labelled")}
         assert teacher.update is not None
         out = []
-        with teacher.update.bind(view):
-            view.module.eval()
+        with teacher.update.bind(view), evaluating(view.module):
             for row in pool:
                 if tuple(row["ids"]) in known:
                     continue
@@ -125,7 +124,7 @@ class List(Pipeline):
                 extra = {k: v for k, v in row.get("row", {}).items() if k != "label"}
                 out.append({**row, "row": {**extra, "soft": soft}})
         self._tell(stage, out, len(pool))
-        return out
+        return Outcome(stage.name, rows=out)
 
     def _tell(self, stage: Apply, labelled: Rows, given: int) -> None:
         """Warn if the pool is of little use. Raises LuthierError if nothing is left of it."""

@@ -11,7 +11,8 @@ from pydantic import Field, SerializeAsAny, model_validator
 from luthier.method import Facts, Problem
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
-from luthier.pipelines.base import Apply, Outcome, Pipeline, Train
+from luthier.pipelines.base import Apply, Pipeline, Train
+from luthier.step.outcome import Outcome
 from luthier.step.settings import TrainSettings
 from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora

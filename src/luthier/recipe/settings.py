@@ -20,7 +20,7 @@ from luthier.method.kinds import LISTED
 from luthier.method.registry import find, written
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
-from luthier.pipelines.base import Pipeline
+from luthier.pipelines.base import Pace, Pipeline
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import RecipeError
 from luthier.tasks.base import Task
@@ -142,6 +142,8 @@ class Recipe(TrainSettings):
     """A method that computes fewer tokens in the forward pass."""
     pipeline: SerializeAsAny[Pipeline] | None = None
     """Several stages instead of one, each with its own tuner and objective."""
+    pace: Pace = Pace()
+    """How long and how fast the pipeline's stages train, beside what it says: {length: 0.1} for a try."""
     collaborate: SerializeAsAny[Collaboration] | None = None
     """A protocol between parties, for `luthier collaborate`."""
     decode: SerializeAsAny[Decoder] = Greedy()
@@ -226,6 +228,7 @@ class Recipe(TrainSettings):
             ("early_stopping_patience", self.early_stopping_patience and not self.eval_steps, *during),
             ("load_best", not self.load_best and not self.eval_steps, *during),
             ("evaluate", not held and not all(e.own_rows for e in self.evaluate), *rows),
+            ("pace", self.pace != Pace() and self.pipeline is None, "is read by pipelines only", "set max_steps"),
             ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
             ("data.pool", unread_pool, f"is not read by task {self.task.key()}", "remove it"),
             ("data.temperature", "temperature" in data and single, "mixes several sources", "list them in data.train"),

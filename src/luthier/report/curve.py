@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,6 +40,11 @@ def labelled(values: list[float]) -> list[tuple[float, str]]:
     return [(v, f"{v / unit:.{digits}f}{' kMGTPE'[power].strip()}") for v in values]
 
 
+def _axis(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
+    """Where a value stands: `low` at `start`, `high` at `stop`."""
+    return lambda x: start + (x - low) / ((high - low) or 1.0) * (stop - start)
+
+
 def line_chart(series: list[Series], x_name: str, title: str, from_zero: bool = True) -> Markup:
     """A line chart. Points that are not finite are left out.
 
@@ -52,8 +58,8 @@ def line_chart(series: list[Series], x_name: str, title: str, from_zero: bool = 
     x0, x1 = min(xs), max(xs)
     y0, y1 = (min(0.0, *ys), max(ys)) if from_zero else _span(ys)
     y1 = y1 if y1 > y0 else y0 + 1.0
-    at_x = lambda x: LEFT + (x - x0) / ((x1 - x0) or 1.0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
-    at_y = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
+    at_x = _axis(x0, x1, LEFT, WIDTH - RIGHT)
+    at_y = _axis(y0, y1, HEIGHT - BOTTOM, TOP)
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by {escape(x_name)}">']
     for y, said in labelled(ticks(y0, y1)):
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
@@ -88,7 +94,7 @@ def interval_chart(ranges: list[Range], title: str, mark: float = 0.0) -> Markup
     low, high = min(*ends, mark), max(*ends, mark)
     pad = 0.06 * ((high - low) or 1.0)
     low, high, height = low - pad, high + pad, TOP + row * len(ranges) + BOTTOM
-    at = lambda x: left + (x - low) / (high - low) * (WIDTH - left - RIGHT)  # noqa: E731
+    at = _axis(low, high, left, WIDTH - RIGHT)
     out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
     for x, said in labelled(ticks(low, high)):
         out.append(f'<line class="grid" x1="{at(x):.1f}" x2="{at(x):.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
@@ -128,8 +134,8 @@ def point_chart(points: list[Point], x_name: str, y_name: str, title: str) -> Ma
     if not clean:
         return Markup("")
     (x0, x1), (y0, y1) = _span([p.x for p in clean]), _span([p.y for p in clean])
-    at_x = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
-    at_y = lambda y: HEIGHT - BOTTOM - (y - y0) / (y1 - y0) * (HEIGHT - TOP - BOTTOM)  # noqa: E731
+    at_x = _axis(x0, x1, LEFT, WIDTH - RIGHT)
+    at_y = _axis(y0, y1, HEIGHT - BOTTOM, TOP)
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for y, said in labelled(ticks(y0, y1, 4)):
         out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
@@ -154,8 +160,8 @@ def plane_chart(points: list[tuple[float, float, bool]], x_name: str, y_name: st
     """Rows in a plane. Rows that stayed are filled."""
     height = 320
     (x0, x1), (y0, y1) = _span([p[0] for p in points]), _span([p[1] for p in points])
-    at_x = lambda x: LEFT + (x - x0) / (x1 - x0) * (WIDTH - LEFT - RIGHT)  # noqa: E731
-    at_y = lambda y: height - BOTTOM - (y - y0) / (y1 - y0) * (height - TOP - BOTTOM)  # noqa: E731
+    at_x = _axis(x0, x1, LEFT, WIDTH - RIGHT)
+    at_y = _axis(y0, y1, height - BOTTOM, TOP)
     out = [
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}: {escape(x_name)}, {escape(y_name)}">'
     ]

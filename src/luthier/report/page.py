@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, Template
+from markupsafe import Markup
 from ruamel.yaml import YAML
 
 from luthier.evaluation.measures import SIDE
+from luthier.inspection.base import Finding
 from luthier.recipe import Recipe
 from luthier.report import token_view
 from luthier.report.curve import Series, line_chart, plane_chart
@@ -77,6 +79,19 @@ def write_curation(folder: Path, name: str, recipe: Recipe, before: int, after: 
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def write_finding(target: Path, finding: Finding, again: str) -> Path:
+    """The page of what an inspector found.
+
+    again  the command that makes it
+    """
+    page = template("finding.html").render(
+        name="What tuning did", finding=finding, picture=Markup(finding.picture), again=again, version=__version__
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, page)
+    return target
 
 
 def _lines(file: Path) -> list[str]:

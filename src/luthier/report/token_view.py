@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier.data.batch import Batch, collate, predicted
 from luthier.data.rendering import Renderer
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, evaluating
 from luthier.objectives.base import Clock, Forward, Window, count, mean_of
 from luthier.step.lab import Lab
 from luthier.step.order import micro_batches
@@ -39,16 +39,12 @@ def tokens_of(renderer: Renderer, rows: Sequence[Any]) -> Tokens:
 @torch.no_grad()
 def note_losses(tokens: Tokens, view: ModelView, rows: Sequence[Any], when: str) -> None:
     """Store each supervised token's loss in nats under `when`."""
-    training = view.module.training
-    view.module.eval()
-    try:
+    with evaluating(view.module):
         for mine, row in zip(tokens, rows, strict=False):
             values = iter(Forward(collate([row]).to(view.device), view).nll().tolist())
             for t in mine:
                 if t["on"]:
                     t[when] = round(next(values), 3)
-    finally:
-        view.module.train(training)
 
 
 def note_weights(

@@ -9,15 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.batch import WEIGHT
-from luthier.data.columns import Carried
 from luthier.data.reading import Tick, no_tick
-from luthier.data.store import Rows
 from luthier.data.table import Table
 from luthier.recipe import Recipe
 from luthier.report.page import write_curation
 from luthier.run.ready import tokens_and_config, untouched
-from luthier.run.rows import Step, curation_lab, kept_by, steps, training_rows
+from luthier.run.rows import Step, as_lines, curation_lab, kept_by, steps, training_rows
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import whole
 
@@ -45,9 +42,8 @@ def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> di
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in _lines(step))
                 told.append(kept_by(step))
                 table = step.after
-        kept = _values(table.weighed, recipe.data.carried)
         with (folder / "kept.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(v, ensure_ascii=False, default=str) + "\n" for v in kept)
+            file.writelines(as_lines(table.weighed, recipe.data.carried))
         table.write(folder / "table.parquet")
         (folder / "curation.json").write_text(json.dumps([k._asdict() for k in told]), encoding="utf-8")
         write_curation(folder, output.name, recipe, len(rows), len(table))
@@ -61,20 +57,3 @@ def _lines(step: Step) -> Iterator[dict[str, Any]]:
     for number in (*step.before.live.tolist(), *made.tolist()):
         line = step.after.line(number)
         yield {"step": step.name, **{k: line[k] for k in ("key", "score", "decision", "reason")}}
-
-
-def _values(rows: Rows, carried: Carried) -> Iterator[dict[str, Any]]:
-    """Yield the rows' values. If rows were weighed, "weight" is the curators' weight times the user's weight.
-
-    Raises RecipeError if a field named "weight" has another meaning.
-    """
-    for i, row in enumerate(rows):
-        if rows.weights is None:
-            yield row.values
-            continue
-        kept = WEIGHT in carried.keep
-        if WEIGHT in row.values and not kept:
-            what = "has a field weight that data.keep does not name, and a curator weighs rows"
-            raise RecipeError(row.key, what, "keep it, or rename it with data.columns")
-        own = carried.value(row.key, row.values, WEIGHT) if kept else 1.0
-        yield {**row.values, WEIGHT: float(rows.weights[i]) * own}

@@ -26,10 +26,13 @@ from luthier.report.page import write_report
 from luthier.run.evaluations import remember
 from luthier.run.folder import RunFolder, recipe_hash
 from luthier.run.forecast import NoForecast, disk_needed, forget_peak, miss, peak_memory, resolved
+from luthier.run.nested import NestedRuns
 from luthier.run.ready import Gathered, Ready, gather, make_ready
+from luthier.run.result import leave_model
 from luthier.run.stopping import StopRequest
+from luthier.step.outcome import Outcome
 from luthier.step.probe import Probe
-from luthier.step.progress import Progress
+from luthier.step.progress import Progress, together
 from luthier.support.environment import environment
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.units import in_bytes, in_time
@@ -44,7 +47,7 @@ Say = Callable[[str], None]
 
 def run(
     recipe: Recipe, folder: Path, base: Path, *, say: Say = lambda _: None, on_step: Any = None, max_seconds: float | None = None,
-    tick: Tick = no_tick, keep: bool = True, foresee: bool = True, judge: bool = True,
+    tick: Tick = no_tick, keep: bool = True, foresee: bool = True, judge: bool = True, nested: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out a recipe. Returns the final contents of run.json.
 
@@ -53,6 +56,7 @@ def run(
     tick      called with (what is done, rows so far, the row at work) while rows are read and rendered
     keep      False: keep scores and log, but not the weights
     foresee   False: make no forecast of memory and time
+    nested    False: this is a nested run itself, and may have none of its own
     judge     False: only measure what a step costs; evaluate the base model only, and keep nothing but the costs
     Under `torchrun` or `accelerate launch`, every process calls this function; the first process writes and prints.
     Raises Interrupted after Ctrl-C, SIGTERM or max_seconds. Everything is saved first.
@@ -72,21 +76,34 @@ def run(
         _begin(place, recipe, base)
         tracking.check(recipe.report_to)
         say(f"model   {recipe.model}")
-        gathered = gather(recipe, base, tick, accelerator.num_processes)
-        recipe = _foreseen(recipe, gathered, accelerator, place, say, foresee)
-        ready = make_ready(recipe, folder, base, gathered, accelerator)
-        ready.tick = tick
-        _tell_rows(ready, place, say)
-        result = _before(ready, place, say, judge)
         deadline = None if max_seconds is None else started + max_seconds
-        run = _pipeline if recipe.pipeline is not None else _train
-        trained = run(ready, place, stop, on_step, deadline, say)
-        if judge:
-            _finish(ready, place, result, trained, say, keep)
-        else:
-            _note_spent(ready, place, result, trained, peak_memory(), evaluation_seconds=result.seconds, kept=False)
+        # Several processes would each start the same nested runs.
+        runs = NestedRuns(recipe, base, stop) if nested and accelerator.num_processes == 1 else None
+        try:
+            gathered = gather(recipe, base, tick, accelerator.num_processes, runs)
+            recipe = _foreseen(recipe, gathered, accelerator, place, say, foresee)
+            ready = make_ready(recipe, folder, base, gathered, accelerator)
+            ready.tick, ready.nested = tick, runs
+            _carry_out(ready, place, stop, on_step, deadline, say, keep, judge)
+        except Interrupted:
+            place.note(state="stopped", signal=stop.signal)
+            raise
         accelerator.wait_for_everyone()
         return place.state()
+
+
+def _carry_out(
+    ready: Ready, place: RunFolder, stop: StopRequest, on_step: Any, deadline: float | None, say: Say, keep: bool, judge: bool
+) -> None:  # fmt: skip
+    """Measure, train, measure, and leave what is to be left."""
+    _tell_rows(ready, place, say)
+    result = _before(ready, place, say, judge)
+    train = _pipeline if ready.recipe.pipeline is not None else _train
+    trained = train(ready, place, stop, on_step, deadline, say)
+    if judge:
+        _finish(ready, place, result, trained, say, keep)
+    else:
+        _note_spent(ready, place, result, trained, peak_memory(), evaluation_seconds=result.seconds, kept=False)
 
 
 def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
@@ -114,12 +131,12 @@ def _foreseen(
 ) -> Recipe:
     """Forecast memory, time and disk. Refuse what cannot fit, and decide on checkpointing if the recipe leaves it open.
 
-    There is no forecast for several processes or stages: the small model measures one process and one stage only.
+    Not for several processes: a miniature of one process's step would not be theirs.
     """
-    if accelerator.num_processes > 1 or recipe.pipeline is not None or not foresee:
+    if accelerator.num_processes > 1 or not foresee:
         left_open = recipe.gradient_checkpointing == "auto"
         return recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
-    recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.train)
+    recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.sets())
     if isinstance(expected, NoForecast):
         say(f"expect  no forecast ({expected.reason})")
         return recipe
@@ -204,11 +221,7 @@ def _train(
         )  # fmt: skip
         say(f"train   {weights:,} of {ready.view.anatomy.num_parameters:,} weights, {total} steps")
         _weigh_tokens(ready, place, loop)
-        try:
-            progress = loop.run(deadline)
-        except Interrupted:
-            place.note(state="stopped", signal=stop.signal)
-            raise
+        progress = loop.run(deadline)
     return Trained(trainable.update(), contextlib.nullcontext, trainable.detach, weights, progress)
 
 
@@ -235,29 +248,36 @@ def _pipeline(
     ready: Ready, place: RunFolder, stop: StopRequest, on_step: Any, deadline: float | None, say: Say
 ) -> Trained:
     """Train several stages. The result is the Update of the last one."""
-    assert ready.recipe.pipeline is not None
-    lab = ready.lab()
+    recipe = ready.recipe
+    assert recipe.pipeline is not None
     held = None if ready.data.held is None else ready.held_out_loss
 
     def told(stage: Train | Apply) -> None:
         say(f"stage   {stage.name}")
 
     with _listening(ready, place, on_step, None) as listen:
-        try:
-            done = run_pipeline(
-                ready.recipe.pipeline, ready.view, lab, place.path, deadline=deadline, before_stage=told, evaluate=held,
-                on_step=listen, stop=stop, accelerator=ready.accelerator, data_hash=ready.train.digest, draw=ready.draw,
-            )  # fmt: skip
-        except Interrupted:
-            place.note(state="stopped", signal=stop.signal)
-            raise
-    last = list(done.values())[-1]
-    assert last.update is not None and last.progress is not None
-    update = last.update
+        done = run_pipeline(
+            recipe.pipeline, ready.view, ready.lab(), place.path, deadline=deadline, before_stage=told, evaluate=held,
+            pace=recipe.pace, save_memory=recipe.gradient_checkpointing is True, on_step=listen, stop=stop,
+            accelerator=ready.accelerator, data_hash=ready.train.digest, draw=ready.draw,
+        )  # fmt: skip
+    update = next((o.update for o in reversed(done.values()) if o.update is not None), None)
+    if update is None:
+        raise LuthierError(f"pipeline.{recipe.pipeline.key()}: no stage changed the model, so nothing is left")
+    place.note(stages=[_stage_note(o) for o in done.values()])
     stack = contextlib.ExitStack()
     stack.enter_context(update.bind(ready.view))
     weights = sum(t.numel() for part in update.parts for t in part.tensors().values())
-    return Trained(update, contextlib.nullcontext, stack.close, weights, last.progress)
+    return Trained(update, contextlib.nullcontext, stack.close, weights, together(o.progress for o in done.values()))
+
+
+def _stage_note(outcome: Outcome) -> dict[str, Any]:
+    """What run.json keeps of a stage."""
+    p = outcome.progress
+    return {
+        "name": outcome.name, "steps": p.step, "tokens": p.tokens, "row_tokens": p.row_tokens, "seconds": p.seconds,
+        "select_seconds": p.select_seconds, "flops": p.flops, "metrics": dict(outcome.metrics),
+    }  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -304,9 +324,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
     place.write("samples.jsonl", _samples(before, after))
     place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
-    whole = keep and _whole(ready, trained.update)
-    if keep:
-        _leave_model(ready, place, trained.update, whole)
+    whole = keep and leave_model(trained.update, ready.view, ready.renderer.tokenizer, place.path)
     _note_spent(
         ready, place, before, trained, peak, evaluation_seconds=evaluation, kept=keep, after=after.brief(),
         reload_difference=worst, update_digest=digest, gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
@@ -333,20 +351,6 @@ def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Traine
     )  # fmt: skip
 
 
-def _whole(ready: Ready, update: Update) -> bool:
-    """True if most weights changed and can be merged; then the whole model is saved beside the update."""
-    touched = {n for part in update.parts for n in part.whole()}
-    return 2 * len(touched) > len(ready.view.anatomy.parameters) and update.refusal(ready.view.module) is None
-
-
-def _leave_model(ready: Ready, place: RunFolder, update: Update, whole: bool) -> None:
-    """Save what other tools open: the tokenizer and, if most weights changed, the whole model."""
-    ready.renderer.tokenizer.save_pretrained(place.path)
-    if whole:
-        update.merge_into(ready.view.module)
-        ready.view.module.save_pretrained(place.path)
-
-
 def _card(ready: Ready, place: RunFolder, relation: str) -> None:
     place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
 
@@ -355,7 +359,8 @@ def _spent(ready: Ready, progress: Progress) -> dict[str, Any]:
     """The costs: FLOPs by stage (None if torch.compile hides them), tokens, seconds of curation and training."""
     compiled = ready.recipe.torch_compile
     evaluated = ready.view.meter.flops.get("evaluate", 0.0)
-    flops = None if compiled else {**progress.flops, "curate": ready.data.curation.flops}
+    beside = ready.ledger.flops
+    flops = None if compiled else {**progress.flops, **beside, "curate": ready.data.curation.flops}
     return {
         "flops": flops, "evaluation_flops": evaluated, "tokens": progress.tokens, "seconds": progress.seconds,
         "select_seconds": progress.select_seconds, "curation_seconds": ready.data.curation.seconds,

@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 import ctypes
 import gc
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from luthier.data.prepare import Prepared
+from luthier.data.rendering import Renderer
+from luthier.inference.services import lab_with
 from luthier.model.view import ModelView, probe_layout
+from luthier.pipelines.base import Apply, applied, started, trained
 from luthier.recipe import Recipe
+from luthier.run.rows import tokens_a_step
+from luthier.step.outcome import Outcome
+from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
 from luthier.training.loop import Loop
@@ -48,7 +55,11 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a small model used: bytes, and seconds a token."""
+    """What a stage took in a miniature: bytes, and seconds a token; and what the whole run's stage is to do.
+
+    tokens   that the whole stage is given
+    choices  of what trains, each of which takes attach_seconds
+    """
 
     layers: int
     peak: int
@@ -59,26 +70,47 @@ class Measured:
     trained: int
     seconds_per_token: float
     attach_seconds: float
+    tokens: float
+    choices: int
 
 
-def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prepared) -> Forecast:
-    """Measure two small models and extrapolate. Takes seconds, and the memory of a few layers."""
+def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, sets: Mapping[str, Prepared]) -> Forecast:
+    """Measure two miniatures and extrapolate. Takes seconds, and memory of a few layers.
+
+    sets  rendered rows by name; "train" at least
+    """
     depth = config.get_text_config().num_hidden_layers
     first, second = depths(config)
-    low = measure(recipe, config, tokenizer, data, first)
-    high = low if first == second else measure(recipe, config, tokenizer, data, second)
+    low = measure(recipe, config, tokenizer, sets, first)
+    high = low if first == second else measure(recipe, config, tokenizer, sets, second)
+    stages = [grown(a, b, depth) for a, b in zip(low, high, strict=True)]
+    return Forecast(
+        max(s.memory_bytes for s in stages),
+        sum(s.seconds for s in stages),
+        max(s.weights for s in stages),
+        sum(s.trained_state for s in stages),  # each stage has checkpoints of its own
+        max(s.activations for s in stages),
+        max(s.update for s in stages),
+        max(s.trained_weights for s in stages),
+    )
 
-    def grown(name: str) -> float:
-        a, b = getattr(low, name), getattr(high, name)
-        return b if first == second else b + (b - a) * (depth - second) / (second - first)
 
-    whole = {n: int(grown(n)) for n in ("weights", "state", "activations", "update", "trained")}
+def grown(low: Measured, high: Measured, depth: int) -> Forecast:
+    """One stage of a model of this depth, from two miniatures."""
+
+    def at_depth(name: str) -> float:
+        a: float = getattr(low, name)
+        b: float = getattr(high, name)
+        if low.layers == high.layers:
+            return b
+        return b + (b - a) * (depth - high.layers) / (high.layers - low.layers)
+
+    whole = {n: int(at_depth(n)) for n in ("weights", "state", "activations", "update", "trained")}
     more = sum(whole[n] - getattr(high, n) for n in ("weights", "state", "activations"))
     # At the end the update is in memory twice, trained and read back from its files, but there are no activations.
     end = 2 * whole["update"] - whole["activations"]
-    tokens = data.epoch_tokens * Loop.length(data.rows, recipe) / Loop.length(data.rows, _one_epoch(recipe))
-    stepping = max(grown("seconds_per_token"), high.seconds_per_token) * tokens
-    choosing = grown("attach_seconds") * recipe.tuner.selections(Loop.length(data.rows, recipe))
+    stepping = max(at_depth("seconds_per_token"), high.seconds_per_token) * high.tokens
+    choosing = at_depth("attach_seconds") * high.choices
     return Forecast(
         high.peak + more + max(0, end), stepping + choosing,
         whole["weights"], whole["state"], whole["activations"], whole["update"], whole["trained"],
@@ -92,7 +124,7 @@ class NoForecast(NamedTuple):
 
 
 def resolved(
-    recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prepared
+    recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, sets: Mapping[str, Prepared]
 ) -> tuple[Recipe, Forecast | NoForecast]:
     """The recipe with gradient_checkpointing decided, and its forecast. Checkpointing is on only if memory would not be enough.
 
@@ -105,10 +137,10 @@ def resolved(
         return recipe.model_copy(update=off), NoForecast("random weights cannot be quantised like the model's")
     plain = recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
     try:
-        expected = forecast(plain, config, tokenizer, data)
+        expected = forecast(plain, config, tokenizer, sets)
         if left_open and expected.memory_bytes > available_memory():
             saving = recipe.model_copy(update={"gradient_checkpointing": True})
-            return saving, forecast(saving, config, tokenizer, data)
+            return saving, forecast(saving, config, tokenizer, sets)
     except (LuthierError, ValueError, RuntimeError, LookupError, AttributeError, TypeError) as error:
         return plain, NoForecast(str(error).splitlines()[0] if str(error) else type(error).__name__)
     return plain, expected
@@ -157,26 +189,78 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
     return out
 
 
-def measure(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prepared, layers: int) -> Measured:
-    """Train a small model for a few steps. The first step holds the longest rows, the others typical rows."""
+def measure(
+    recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, sets: Mapping[str, Prepared], layers: int
+) -> list[Measured]:
+    """Train a miniature for a few steps: what each stage took, one where the recipe has no pipeline."""
     forget_peak()
     view = _miniature(recipe, with_layers(config, layers), tokenizer)
+    if recipe.pipeline is not None:
+        with _unheard():
+            return _measured_stages(recipe, view, sets, layers)
+    data = sets["train"]
+    total, rows = Loop.length(data.rows, recipe), _few(data, recipe.batch_size, recipe.seed)
     weights = _bytes(view.module.parameters())
-    total, rows = Loop.length(data.rows, recipe), _rows(data, recipe)
     trainable = with_head(recipe.tuner.attach(view, None, total), view.anatomy.task_head)
-    trained = sum(p.numel() for p in trainable.parameters())
-    steps = -(-len(rows) // recipe.batch_size)
-    settings = {
-        "shuffle": False, "max_steps": max(steps, 2), "eval_steps": None, "save_steps": None, "early_stopping_patience": None,
-    }  # fmt: skip
-    quick = recipe.model_copy(update=settings)
     draw = recipe.task.draw(tokenizer, recipe.seed)
-    loop = Loop(view, rows, trainable, recipe.objective, quick, compute=recipe.compute, draw=draw)
+    loop = Loop(view, rows, trainable, recipe.objective, _quick(recipe, rows), compute=recipe.compute, draw=draw)
+    found = _stepped(loop, layers, weights)
+    return [replace(found, tokens=tokens_a_step(data, recipe) * total, choices=recipe.tuner.selections(total))]
+
+
+def _measured_stages(recipe: Recipe, view: ModelView, sets: Mapping[str, Prepared], layers: int) -> list[Measured]:
+    """The whole pipeline in small: few rows, few steps; each stage gets what the one before left."""
+    assert recipe.pipeline is not None
+    draw, done, out = recipe.task.draw(view.tokenizer, recipe.seed), dict[str, Outcome](), []
+    came: dict[str, Prepared] = dict(sets)
+    few = {name: _few(data, recipe.batch_size, recipe.seed) for name, data in sets.items()}
+    lab = lab_with(Renderer(view.tokenizer), {"base": lambda: view}, task=recipe.task, seed=recipe.seed, sets=few)
+    while (stage := recipe.pipeline.next(done)) is not None:
+        forget_peak()
+        inside, weights = replace(lab, done=done), _bytes(view.module.parameters())
+        if isinstance(stage, Apply):
+            came[stage.name] = sets[stage.like]
+            done[stage.name] = applied(recipe.pipeline, stage, view, inside, done)
+            seconds = done[stage.name].progress.seconds / max(sum(len(r["ids"]) for r in few[stage.like]), 1)
+            tokens = float(sets[stage.like].epoch_tokens)
+            out.append(Measured(layers, peak_memory(), weights, 0, 0, 0, 0, seconds, 0.0, tokens, 0))
+            continue
+        data = came[stage.data]
+        whole = recipe.pace.of(stage, data.rows, recipe.gradient_checkpointing is True)
+        total = Loop.length(data.rows, whole.settings)
+        rows = done[stage.data].rows if stage.data in done else _few(data, whole.settings.batch_size, recipe.seed)
+        assert rows is not None
+        carried = done[stage.carry].beside if stage.carry else None
+        with started(view, whole, inside, done, total) as (trainable, under):
+            quick = _quick(whole.settings, rows)
+            loop = Loop(view, rows, trainable, stage.objective, quick, lab=inside, carried=carried, draw=draw)
+            found = _stepped(loop, layers, weights)
+            done[stage.name] = trained(stage, trainable, under, loop)
+        tokens, choices = tokens_a_step(data, whole.settings) * total, stage.tuner.selections(total)
+        out.append(replace(found, tokens=tokens, choices=choices))
+    return out
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Warnings of a pipeline about few rows or a poor model are true of every miniature, and tell nothing."""
+    logger = logging.getLogger("luthier")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _stepped(loop: Loop, layers: int, weights: int) -> Measured:
+    """What the first step keeps, and how long the others take."""
+    trainable, rows = loop.trainable, loop.rows
     started, seconds, tokens = time.perf_counter(), 0.0, 0
     with activations_of(loop.wrapped) as saved:
         loop.step()
     state = live_bytes() - weights + _gradients(trainable)
-    for step in range(1, quick.max_steps):  # type: ignore[arg-type]
+    for step in range(1, loop.total_steps):
         at = time.perf_counter()
         loop.step()
         seconds += time.perf_counter() - at
@@ -185,11 +269,18 @@ def measure(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, data: Prep
             break
     update = sum(_bytes(part.tensors().values()) for part in trainable.update().parts)
     a_token, attached = seconds / max(tokens, 1), trainable.attach_seconds
-    return Measured(layers, peak_memory(), weights, state, max(saved), update, trained, a_token, attached)
+    weights_trained = sum(p.numel() for p in trainable.parameters())
+    peak = peak_memory()
+    return Measured(layers, peak, weights, state, max(saved), update, weights_trained, a_token, attached, 0.0, 0)
 
 
-def _one_epoch(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"epochs": 1.0, "max_steps": None})
+def _quick(settings: TrainSettings, rows: Sequence[Any]) -> TrainSettings:
+    """The same, for a few steps without anything between them."""
+    changed = {
+        "shuffle": False, "max_steps": max(2, min(TIMED + 1, -(-len(rows) // settings.batch_size))), "eval_steps": None,
+        "save_steps": None, "early_stopping_patience": None,
+    }  # fmt: skip
+    return settings.model_copy(update=changed)
 
 
 def _miniature(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> ModelView:
@@ -204,11 +295,11 @@ def _miniature(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> Mode
     return view
 
 
-def _rows(data: Prepared, recipe: Recipe) -> list[dict[str, Any]]:
+def _few(data: Prepared, batch: int, seed: int) -> list[dict[str, Any]]:
     """The longest rows for one step, then rows drawn at random for the other steps."""
-    size, lengths = min(recipe.batch_size, len(data.rows)), data.rows.lengths
+    size, lengths = min(batch, len(data.rows)), data.rows.lengths
     longest = np.argsort(-lengths, kind="stable")[:size]
-    drawn = Streams(recipe.seed).at("forecast").choice(len(data.rows), TIMED * size)
+    drawn = Streams(seed).at("forecast").choice(len(data.rows), TIMED * size)
     return [data.rows[int(i)] for i in (*longest, *drawn)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.run import score_cache
 from luthier.run.rows import Data, prepare_rows
-from luthier.step.lab import Lab
+from luthier.step.lab import Lab, Ledger, Runs
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
 from luthier.tasks.base import Draw
@@ -42,6 +42,8 @@ class Ready:
     data: Data
     accelerator: Accelerator
     tick: Tick = no_tick
+    nested: Runs | None = None
+    ledger: Ledger = field(default_factory=Ledger)
 
     @property
     def train(self) -> Prepared:
@@ -63,15 +65,12 @@ class Ready:
 
     def lab(self) -> Lab:
         """The services that methods of this run may use."""
-        recipe, data = self.recipe, self.data
-        sets = {"train": data.train.rows, "labelled": data.train.rows}
-        if data.pool is not None:
-            sets["unlabelled"] = data.pool.rows
+        recipe, sets = self.recipe, {name: rows.rows for name, rows in self.data.sets().items()}
         lab = lab_with(
             self.renderer, {"base": lambda: self.view}, task=recipe.task, seed=recipe.seed, sets=sets, tick=self.tick,
             tokens_per_forward=2 * recipe.tokens_per_forward,
         )  # fmt: skip
-        return writing_with(lab, recipe.decode)
+        return writing_with(replace(lab, nested=self.nested, ledger=self.ledger), recipe.decode)
 
     def results(self, update: str = "none") -> Results:
         """The results of the model with the update of this digest, or of the base model. They are read from the cache if they
@@ -97,10 +96,15 @@ class Ready:
             return score_cache.kept(score_cache.exam_key(exam, evaluators, model, rows), exam, evaluators)
 
 
+def located_model(recipe: Recipe, base: Path) -> Located:
+    """Where the recipe's model is."""
+    located = locate(recipe.model if ":" in recipe.model else str(_beside(base, recipe.model)), recipe.revision)
+    return located._replace(trust_code=recipe.trust_remote_code)
+
+
 def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     """(where the model is, renderer, configuration)."""
-    located = locate(recipe.model if ":" in recipe.model else str(_beside(base, recipe.model)), recipe.revision)
-    located = located._replace(trust_code=recipe.trust_remote_code)
+    located = located_model(recipe, base)
     tokenizer = load_tokenizer(located)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
@@ -148,11 +152,16 @@ class Gathered(NamedTuple):
     data: Data
 
 
-def gather(recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1) -> Gathered:
-    """Read rows and configuration, and check them against each other."""
+def gather(
+    recipe: Recipe, base: Path, tick: Tick = no_tick, processes: int = 1, nested: Runs | None = None
+) -> Gathered:
+    """Rows and configuration, checked against each other.
+
+    nested  carries out runs within this one, for curators that learn by training
+    """
     located, renderer, config = tokens_and_config(recipe, base)
     view = untouched(recipe, located, renderer, config)
-    data = prepare_rows(recipe, renderer, config, base, view, tick)
+    data = prepare_rows(recipe, renderer, config, base, view, tick, nested)
     if data.labels:
         config.update(named_classes(data.classes))
     _check(recipe, config, data.train, None, processes)

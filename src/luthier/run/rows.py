@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from luthier.data.batch import WEIGHT
 from luthier.data.codec import Chain
+from luthier.data.columns import Carried
 from luthier.data.mixture import Mix, Origin
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.reading import Tick, no_tick, read, shape_of
@@ -22,8 +26,10 @@ from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.recipe.settings import DataSettings
-from luthier.step.lab import Lab
+from luthier.step.lab import Lab, Runs
+from luthier.step.settings import TrainSettings
 from luthier.support.errors import RecipeError
+from luthier.training.loop import Loop
 
 PLANE = 1000  # rows in the picture of a selection
 
@@ -46,6 +52,17 @@ class Data(NamedTuple):
         """Names of the classes, by index."""
         return [str(n) for n in self.labels]
 
+    def sets(self) -> dict[str, Prepared]:
+        """Rendered rows by the names that stages use."""
+        pool = {} if self.pool is None else {"unlabelled": self.pool}
+        return {"train": self.train, "labelled": self.train, **pool}
+
+
+def tokens_a_step(rows: Prepared, settings: TrainSettings) -> float:
+    """Tokens of the rows that an optimiser step is given, on average."""
+    once = settings.model_copy(update={"epochs": 1.0, "max_steps": None})
+    return rows.epoch_tokens / max(1, Loop.length(rows.rows, once))
+
 
 class Cost(NamedTuple):
     """What curation cost."""
@@ -66,17 +83,19 @@ class Kept(NamedTuple):
 
 
 def prepare_rows(
-    recipe: Recipe, renderer: Renderer, config: Any, base: Path, view: Callable[[], ModelView], tick: Tick = no_tick
-) -> Data:
+    recipe: Recipe, renderer: Renderer, config: Any, base: Path, view: Callable[[], ModelView], tick: Tick = no_tick,
+    nested: Runs | None = None,
+) -> Data:  # fmt: skip
     """Read, curate and render the rows.
 
-    view  loads the base model, for curators that use it
+    view    loads the untouched model, for curators that ask it
+    nested  carries out runs within this one, for curators that learn by training
     Held-out rows are rendered in the form that the model is trained on; `held_rows` have their original form.
     """
     d, task = recipe.data, recipe.task
     how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
     rows, skipped, mix = training_rows(d, base, task.shapes, tick)
-    table, kept, cost = curated(recipe, Table.of(rows), curation_lab(recipe, renderer, view, tick))
+    table, kept, cost = curated(recipe, Table.of(rows), curation_lab(recipe, renderer, view, tick, nested))
     rows, chain = table.weighed, recipe.codec
     held = None
     if d.eval:
@@ -115,12 +134,15 @@ def prepare_rows(
     )
 
 
-def curation_lab(recipe: Recipe, renderer: Renderer, view: Callable[[], ModelView], tick: Tick = no_tick) -> Lab:
+def curation_lab(
+    recipe: Recipe, renderer: Renderer, view: Callable[[], ModelView], tick: Tick = no_tick, nested: Runs | None = None
+) -> Lab:
     """The services for curators."""
-    return lab_with(
+    lab = lab_with(
         renderer, {"base": view}, task=recipe.task, tokens_per_forward=2 * recipe.tokens_per_forward, seed=recipe.seed,
         tick=tick,
     )  # fmt: skip
+    return replace(lab, nested=nested)
 
 
 def apart(pool: Rows, labelled: Rows) -> Rows:
@@ -194,7 +216,7 @@ def curated(recipe: Recipe, table: Table, lab: Lab) -> tuple[Table, list[Kept], 
     for step in steps(recipe, table, lab):
         told.append(kept_by(step))
         table = step.after
-    return table, told, Cost(lab.ledger.flops.get("curate", 0.0), time.perf_counter() - started)
+    return table, told, Cost(sum(lab.ledger.flops.values()), time.perf_counter() - started)
 
 
 def kept_by(step: Step) -> Kept:
@@ -224,3 +246,24 @@ def encoded(rows: Rows, chain: Chain) -> Rows:
     if not chain.codecs:
         return rows
     return written(((r.key, as_json(Row(r.key, chain.encode(r.values)))) for r in rows), rows.on_disk)
+
+
+def as_lines(rows: Rows, carried: Carried) -> Iterator[str]:
+    """The rows' values as lines of JSON; where rows were weighed, "weight" is the curators' times the user's own.
+
+    Raises RecipeError for a field of that name which means something else.
+    """
+    for i, row in enumerate(rows):
+        if rows.weights is None:
+            yield _line(row.values)
+            continue
+        kept = WEIGHT in carried.keep
+        if WEIGHT in row.values and not kept:
+            what = "has a field weight that data.keep does not name, and a curator weighs rows"
+            raise RecipeError(row.key, what, "keep it, or rename it with data.columns")
+        own = carried.value(row.key, row.values, WEIGHT) if kept else 1.0
+        yield _line({**row.values, WEIGHT: float(rows.weights[i]) * own})
+
+
+def _line(values: dict[str, Any]) -> str:
+    return json.dumps(values, ensure_ascii=False, default=str) + "\n"

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from luthier.data import store
 from luthier.data.batch import Batch, collate
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
@@ -80,10 +81,23 @@ class Generator(Protocol):
     def __call__(self, view: ModelView, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Completion]: ...
 
 
+class Nested(NamedTuple):
+    """One nested run: this run's recipe without its pipeline, curators and trackers, with these keys changed.
+
+    changes  keys of a recipe, nested as there: {"data": {"limit": 100}, "max_steps": 20}
+    rows     rows to train on, as they came from files or curators; None: those of the recipe
+    keep     True: its update is wanted, beside its measures
+    """
+
+    changes: Mapping[str, Any]
+    rows: store.Rows | None = None
+    keep: bool = False
+
+
 class Runs(Protocol):
     """Carries out nested runs. A run with equal recipe, rows and code is read from disk, not repeated."""
 
-    def __call__(self, changes: Sequence[Mapping[str, Any]]) -> list[Outcome]: ...
+    def __call__(self, runs: Sequence[Nested]) -> list[Outcome]: ...
 
 
 @dataclass
@@ -124,6 +138,7 @@ class Lab:
     sets       rendered rows by name: "train", "labelled", "unlabelled"
     seed       for all keyed draws
     models     by role; each is loaded at its first use; "base" is the base model
+    done       what earlier stages of a pipeline left, by name
     ledger     costs of work beside training
     tick       called with (current work, rows so far, current row)
     """
@@ -135,6 +150,7 @@ class Lab:
     asking: Scorer | None = None
     answering: Generator | None = None
     nested: Runs | None = None
+    done: Mapping[str, Outcome] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     tick: Tick = no_tick
     _loaded: dict[str, ModelView] = field(default_factory=dict)
@@ -162,6 +178,12 @@ class Lab:
             self._loaded[role] = self.models[role]()
         return self._loaded[role]
 
+    def outcome(self, name: str) -> Outcome:
+        """What an earlier stage left."""
+        if name not in self.done:
+            raise LuthierError(f"no earlier stage is called {name!r}; there are {_listed(self.done)}")
+        return self.done[name]
+
     @property
     def renderer(self) -> Renderer:
         """The renderer, which turns rows into tokens."""
@@ -177,9 +199,12 @@ class Lab:
         """The generator, which writes answers."""
         return _there(self.answering, "generates answers")
 
-    def run(self, *changes: Mapping[str, Any]) -> list[Outcome]:
-        """Carry out nested runs: this run's recipe with some keys changed ({"data": {"limit": 100}, "max_steps": 20})."""
-        return _there(self.nested, "carries out nested runs")(changes)
+    def run(self, *runs: Nested) -> list[Outcome]:
+        """Carry out nested runs side by side; what each left, in order. Their cost is charged under "nested"."""
+        done = _there(self.nested, "carries out nested runs")(runs)
+        for outcome in done:
+            self.ledger.charge("nested", sum(outcome.progress.flops.values()), outcome.progress.seconds)
+        return done
 
     def execute(self, programs: Sequence[str], limits: sandbox.Limits = LIMITS) -> list[sandbox.Verdict]:
         """Run generated programs in the sandbox. Raises LuthierError if no sandbox works."""

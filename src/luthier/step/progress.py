@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -24,3 +26,20 @@ class Progress:
     saved_step: int = -1
     flops: dict[str, float] = field(default_factory=dict)  # by stage, over all ranks
     log: list[dict[str, float]] = field(default_factory=list)
+
+
+def together(stages: Iterable[Progress]) -> Progress:
+    """What several stages took, added up."""
+    out, flops = Progress(), Counter[str]()
+    for p in stages:
+        out.step += p.step
+        out.tokens += p.tokens
+        out.row_tokens += p.row_tokens
+        out.supervised += p.supervised
+        out.seconds += p.seconds
+        out.select_seconds += p.select_seconds
+        out.skipped += p.skipped
+        out.resumed |= p.resumed
+        flops.update(p.flops)
+    out.flops = dict(flops)
+    return out

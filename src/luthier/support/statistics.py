@@ -75,7 +75,7 @@ def _two_way(values: np.ndarray) -> tuple[float, float]:
 
     Var = (MS_seed + MS_row - MS_both) / (S R), where each mean square is stretched by its own t quantile before they are
     put together (MOVER, Zou and Donner 2008). With Satterthwaite's degrees of freedom instead, intervals over three seeds
-    covered 91.5% where 95% was said; so they cover 94.7% and more (tests/test_statistics.py).
+    covered 91.5% where 95% was said; so they cover 94.7% and more (tests/support/test_statistics.py).
     """
     s, r = values.shape
     grand, by_seed, by_row = values.mean(), values.mean(1), values.mean(0)

@@ -18,7 +18,7 @@ from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.kernels.head import CHUNK
 from luthier.method import Method
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, evaluating
 from luthier.step.forward import Forward, sequence_sum
 from luthier.step.lab import Choices, Lab, RowScore
 from luthier.support.errors import RecipeError
@@ -131,14 +131,10 @@ class Task(Method):
 def refuse_unknown_head(view: ModelView) -> None:
     """Raises RecipeError if luthier's computation of the head does not give the model's own logits."""
     ids = torch.arange(5, 12, device=view.device) % view.embedding.num_embeddings
-    training = view.module.training
-    view.module.eval()
-    try:
+    with evaluating(view.module):
         batch = collate([{"ids": ids.tolist(), "labels": [IGNORE] * len(ids)}]).to(view.device)
         ours = Forward(batch, view).logits(torch.arange(len(ids), device=view.device))  # [T, V]
         theirs = view.module(input_ids=ids.unsqueeze(0)).logits[0].float()
-    finally:
-        view.module.train(training)
     off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9))
     if not off <= HEAD_TOLERANCE[view.dtype]:  # also if it is NaN
         raise RecipeError(

@@ -23,7 +23,7 @@ from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.loading import reads_both_ways
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, evaluating
 from luthier.step.forward import Forward
 from luthier.step.lab import Choices, Lab, RowScore
 from luthier.support.errors import RecipeError
@@ -176,12 +176,12 @@ class Classification(Task):
 
     @torch.no_grad()
     def replies(self, view: ModelView, lab: Lab, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:
-        view.module.eval()
         classes: dict[str | int, int] = {name: i for i, name in enumerate(view.classes)}
         asked = [Row(f"prompt:{i}", {"text": p}) for i, p in enumerate(prompts, start=1)]
         out = []
         for item in self.maker(lab.renderer, view.module.config, classes, labelled=False).made(asked, lab.renderer):
-            shares = Forward(collate([item]).to(view.device), view).logits()[0].softmax(-1)  # [C]
+            with evaluating(view.module):
+                shares = Forward(collate([item]).to(view.device), view).logits()[0].softmax(-1)  # [C]
             best = int(shares.argmax())
             out.append({"answer": view.classes[best], "share": float(shares[best])})
         return out

@@ -89,14 +89,14 @@ class ClozeRows:
         if self.labelled:
             columns["label"] = self.labels[row.values["label"]]
         span = (inside[0], inside[-1] + 1) if inside else (slot, slot)
-        return {"ids": ids, "labels": [IGNORE] * len(ids), "key": row.key, "row": columns, "span": span}
+        return {"ids": ids, "labels": [IGNORE] * len(ids), "key": row.key, "row": columns, "text_at": span}
 
     def supervised(self, item: Mapping[str, Any]) -> int:
         return 1
 
     def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
         """Cut the text within the sentence, at its start ("trim_prompt") or its end. The rest of the sentence stays."""
-        (start, stop), over = item["span"], len(item["ids"]) - limit
+        (start, stop), over = item["text_at"], len(item["ids"]) - limit
         if over > stop - start:
             rest = len(item["ids"]) - (stop - start)
             raise RecipeError(
@@ -106,4 +106,4 @@ class ClozeRows:
         slot = item["row"]["slot"]
         row = {**item["row"], "slot": slot - over if slot >= a + over else slot}
         ids, labels = item["ids"][:a] + item["ids"][a + over :], item["labels"][: len(item["ids"]) - over]
-        return {**item, "ids": ids, "labels": labels, "row": row, "span": (start, stop - over)}
+        return {**item, "ids": ids, "labels": labels, "row": row, "text_at": (start, stop - over)}

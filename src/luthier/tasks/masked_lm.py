@@ -18,7 +18,7 @@ from luthier.data.store import Row
 from luthier.kernels.head import CHUNK
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.loading import reads_both_ways
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, evaluating
 from luthier.step.forward import Forward
 from luthier.step.lab import Lab, RowScore
 from luthier.support.errors import LuthierError, RecipeError
@@ -147,7 +147,6 @@ class MaskedLm(Task):
     @torch.no_grad()
     def replies(self, view: ModelView, lab: Lab, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:
         """The texts with their masks filled, and the model's probability of each word."""
-        view.module.eval()
         tokenizer, mask = lab.renderer.tokenizer, _mask_of(lab.renderer.tokenizer)
         out = []
         for prompt in prompts:
@@ -158,7 +157,8 @@ class MaskedLm(Task):
                     f"{prompt!r}: has no gap to fill; write {tokenizer.mask_token} where a word is missing"
                 )
             batch = collate([{"ids": ids, "labels": [IGNORE] * len(ids)}]).to(view.device)
-            shares = Forward(batch, view).logits(torch.tensor(places, device=view.device)).softmax(-1)  # [n, V]
+            with evaluating(view.module):
+                shares = Forward(batch, view).logits(torch.tensor(places, device=view.device)).softmax(-1)  # [n, V]
             top, best = shares.max(-1)
             for at, word in zip(places, best.tolist(), strict=True):
                 ids[at] = word

@@ -17,7 +17,7 @@ SIZES: dict[str, Any] = {
 TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
-ENCODERS: dict[str, Any] = {
+ENCODERS: dict[str, tuple[type[tf.PreTrainedConfig], type[tf.PreTrainedModel]]] = {
     "bert": (tf.BertConfig, tf.BertForMaskedLM),
     "roberta": (tf.RobertaConfig, tf.RobertaForMaskedLM),
     "distilbert": (tf.DistilBertConfig, tf.DistilBertForMaskedLM),
@@ -97,7 +97,7 @@ def view_of(kind: str = "llama", **more: Any) -> ModelView:
     return view
 
 
-def rows_of(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, answer: int = 4) -> list[dict]:
+def rows_of(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, answer: int = 4) -> list[dict[str, Any]]:
     """Random rows whose last `answer` tokens are supervised."""
     generator = torch.Generator().manual_seed(seed)
     out = []
@@ -116,7 +116,7 @@ def rows_of(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, answer: int
     return out
 
 
-def labelled_rows(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, classes: int = 3) -> list[dict]:
+def labelled_rows(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, classes: int = 3) -> list[dict[str, Any]]:
     """Random rows of a class each, nothing else supervised."""
     return [
         {

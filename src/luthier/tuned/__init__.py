@@ -1,4 +1,4 @@
-"""Use a finished run: open it, generate, score, export."""
+"""A finished run: open it, ask it, score it, export it, merge it with others, look into what changed."""
 
 from luthier.support.lazy import lazy
 

@@ -10,23 +10,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
 from luthier.federation.outcome import given_in
 from luthier.report.card import card
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole
+from luthier.tuned.merged import merged_in
 from luthier.tuned.open import Tuned, open_run, state_of
+from luthier.tuned.probe import TOLERANCE, difference, logits, probe_of
 
 Writer = Callable[[Tuned, Path, str], nn.Module]
 FORMS = ("hf", "peft", "gguf")
-# Largest accepted difference of logits between the tuned and the exported model, relative to the largest logit.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dict[str, Any]:
-    """Write a finished run, or a collaboration's result, in another form. Returns the folder and the difference.
+    """Write a finished run, a merge, or what a collaboration gave, in another form; returns where and how far off it is.
 
     A 4-bit run is merged into the original weights.
     Raises LuthierError if the form cannot hold the update, or if the export differs from the tuned model.
@@ -43,19 +43,19 @@ def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dic
         )
     if to != "hf":  # peft and GGUF round in other places than luthier, so the outputs without rounding are compared
         run.view.widen()
-    probe = torch.tensor([run.renderer.tokenizer("The quick brown fox jumps over it.")["input_ids"]])
+    probe = probe_of(run.renderer.tokenizer)
     with run.update.bind(run.view):
-        tuned = _logits(run.view.module, probe)
-    base = _logits(run.view.module, probe)
+        tuned = logits(run.view.module, probe)
+    base = logits(run.view.module, probe)
     write: Writer = {"hf": _hf, "peft": _peft, "gguf": _gguf}[to]
     with whole(output) as half:
-        written = _logits(write(run, half, output.name), probe)
-        off = _difference(written, tuned)
+        written = logits(write(run, half, output.name), probe)
+        off = difference(written, tuned)
         if off > TOLERANCE[torch.float16 if to == "gguf" else run.view.dtype]:
             raise LuthierError(
                 f"{output}: the export differs from the tuned model by {off:.3g} of the largest logit; it was removed"
             )
-        if _difference(written, base) == 0.0:
+        if difference(written, base) == 0.0:
             raise LuthierError(f"{output}: the export equals the base model; nothing was exported")
     return {"folder": str(output), "form": to, "difference": off}
 
@@ -94,16 +94,6 @@ def _peft(run: Tuned, output: Path, name: str) -> nn.Module:
     return PeftModel.from_pretrained(run.view.module, str(output))
 
 
-@torch.no_grad()
-def _logits(model: nn.Module, ids: Tensor) -> Tensor:
-    model.eval()
-    return model(input_ids=ids.to(next(model.parameters()).device)).logits.float().cpu()
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-9))
-
-
 def _hf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
     _merged(run).save_pretrained(output)
     run.renderer.tokenizer.save_pretrained(output)
@@ -113,9 +103,9 @@ def _hf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
 
 
 def _card(run: Tuned) -> str:
-    given = given_in(run.folder)
-    if given is not None:
-        return given.card(run.folder.name, "merge")
+    told = given_in(run.folder) or merged_in(run.folder)
+    if told is not None:
+        return told.card(run.folder.name, "merge")
     return card(run.folder, state_of(run.folder), run.recipe, run.view.name, "merge")
 
 

@@ -1,4 +1,4 @@
-"""Use a finished run, or a collaboration's result: load it, generate, score, export."""
+"""A finished run, a merge, or what a collaboration gave, as something to use: load it, ask it, score it, export it."""
 
 from __future__ import annotations
 
@@ -6,39 +6,52 @@ import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from luthier.data.rendering import Renderer
 from luthier.decoding.base import writing_with
 from luthier.federation.outcome import given_in
 from luthier.inference.services import lab_with
+from luthier.model.loading import load_model
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe, load_file
 from luthier.run.evaluations import remember
-from luthier.run.ready import make_ready, tokens_and_config
+from luthier.run.ready import dtype_of, make_ready, tokens_and_config
+from luthier.step.lab import Lab
 from luthier.support.errors import LuthierError
+from luthier.tuned.merged import merged_in
 from luthier.update import Update
 from luthier.update.files import load
 
 
+class Use(NamedTuple):
+    """How a model is loaded and asked: a recipe, the folder that its paths are relative to, names of the classes."""
+
+    recipe: Recipe
+    base: Path
+    classes: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class Tuned:
-    """A recipe, its base model and its update. The recipe of a collaboration's result has no rows."""
+    """A recipe, its base model, and what was learnt. Of a collaboration's gift the recipe holds no rows.
+
+    lab  the services around the base model
+    """
 
     recipe: Recipe
     folder: Path
     view: ModelView
     renderer: Renderer
     update: Update
+    lab: Lab
 
 
 def state_of(folder: Path) -> dict[str, Any]:
     """run.json of a finished run. Raises LuthierError for another folder."""
     file = folder / "run.json"
     try:
-        state = json.loads(file.read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         if not file.exists() and (folder / "update.json").exists():
             raise LuthierError(
@@ -56,40 +69,63 @@ def state_of(folder: Path) -> dict[str, Any]:
     return state
 
 
-def recipe_of(folder: Path, allow_code: bool, rows: str | None = None) -> tuple[Recipe, Path, tuple[str, ...]]:
-    """(the recipe, the folder that its paths are relative to, names of its classes).
+def use_of(folder: Path, allow_code: bool, rows: str | None = None) -> Use:
+    """How the model in a folder is used. Raises LuthierError for a folder that does not say it.
 
     rows  rows to score, instead of the recipe's data.eval
     """
     given = given_in(folder)
     if given is not None:
-        return given.recipe(rows), Path(), ()
+        return Use(given.recipe(rows), Path())
+    merged = merged_in(folder)
+    if merged is not None:
+        return Use(_scoring(merged.asked(folder, allow_code), rows), Path(merged.recipe_folder), merged.classes)
     state = state_of(folder)
     base = Path(state["recipe_folder"])
     recipe = load_file(folder / "recipe.yaml", code=base if allow_code else None)
-    if rows is not None:
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": rows})})
-    return recipe, base, tuple(state.get("classes", ()))
+    return Use(_scoring(recipe, rows), base, tuple(state.get("classes", ())))
+
+
+def _scoring(recipe: Recipe, rows: str | None) -> Recipe:
+    """The recipe with these held-out rows; None: with its own. A recipe without rows of its own reads them twice."""
+    if rows is None:
+        return recipe
+    changed = {"eval": rows} | ({} if recipe.data.train else {"train": rows})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
+
+
+def lab_of(use: Use, quantize: bool = True) -> Lab:
+    """The services around a base model. "base" is loaded when it is first asked for.
+
+    quantize  False: the whole weights even where the recipe holds them in 4 bits
+    """
+    recipe = use.recipe
+    located, renderer, config = tokens_and_config(recipe, use.base)
+
+    def view() -> ModelView:
+        found = load_model(
+            located, recipe.task.auto(config), dtype_of(recipe), tokenizer=renderer.tokenizer, labels=use.classes,
+            seed=recipe.seed, quantize=recipe.quantize if quantize else None,
+        )  # fmt: skip
+        if recipe.compute is not None:
+            found.phases.append(partial(recipe.compute.patch, found))
+        return found
+
+    lab = lab_with(
+        renderer, {"base": view}, task=recipe.task, seed=recipe.seed, tokens_per_forward=2 * recipe.tokens_per_forward
+    )
+    return writing_with(lab, recipe.decode)
 
 
 def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> Tuned:
-    """Load a finished run, or a collaboration's result: its base model and its update.
+    """Load a finished run, a merge, or what a collaboration gave: its base model and its update.
 
     quantize  False: use the original weights even if the run held them in 4 bits
-    Raises LuthierError for another folder.
+    Raises LuthierError for a folder that is none of these.
     """
-    from luthier.model.loading import load_model
-
-    recipe, base, classes = recipe_of(folder, allow_code)
-    located, renderer, config = tokens_and_config(recipe, base)
-    dtype = None if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
-    view = load_model(
-        located, recipe.task.auto(config), dtype, tokenizer=renderer.tokenizer, labels=classes, seed=recipe.seed,
-        quantize=recipe.quantize if quantize else None,
-    )  # fmt: skip
-    if recipe.compute is not None:
-        view.phases.append(partial(recipe.compute.patch, view))
-    return Tuned(recipe, folder, view, renderer, load(folder))
+    use = use_of(folder, allow_code)
+    lab = lab_of(use, quantize)
+    return Tuned(use.recipe, folder, lab.view(), lab.renderer, load(folder), lab)
 
 
 def answers(
@@ -99,10 +135,7 @@ def answers(
     model.
     """
     run = open_run(folder, allow_code)
-    task = run.recipe.task
-    lab = writing_with(
-        lab_with(run.renderer, {"base": lambda: run.view}, task=task, seed=run.recipe.seed), run.recipe.decode
-    )
+    task, lab = run.recipe.task, run.lab
     if base_too and not task.untuned_answers:
         raise LuthierError("--base: the base model has no trained head, so it has no answer")
     rows = [{"prompt": p} for p in prompts]
@@ -119,7 +152,7 @@ def answers(
 def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = False) -> dict[str, Any]:
     """Scores of the tuned model on rows: those of the recipe's data.eval, or `data`."""
     rows = data if data is None or data.startswith("builtin:") else str((split_base / data).resolve())
-    recipe, base, _ = recipe_of(folder, allow_code, rows)
+    recipe, base, _ = use_of(folder, allow_code, rows)
     if recipe.data.eval is None:
         raise LuthierError(f"{folder}: the recipe names no held-out rows (data.eval); name rows with --data")
     ready = make_ready(recipe, folder, base)

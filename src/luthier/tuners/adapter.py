@@ -15,7 +15,7 @@ from luthier.model.additions import bias_of, oriented, output_adapter, register
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.rng import Streams
-from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
+from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view, copies
 from luthier.update import Modules, Update
 
 
@@ -89,5 +89,4 @@ class AdapterTrainable(Trainable):
         return out
 
     def update(self) -> Update:
-        copy = lambda tensors: {n: t.detach().cpu().clone() for n, t in tensors.items()}  # noqa: E731
-        return Update(self.base, (Modules(copy(self.a), copy(self.b)),))
+        return Update(self.base, (Modules(copies(self.a), copies(self.b)),))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -381,6 +381,11 @@ class WithHead(Trainable):
 
     def update(self) -> Update:
         return Update(self.base, (*self.inner.update().parts, *self.head.parts()))
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as they are now, for an update: training goes on without changing them."""
+    return {n: t.detach().cpu().clone() for n, t in tensors.items()}
 
 
 def _below(start: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

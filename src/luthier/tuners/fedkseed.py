@@ -59,7 +59,8 @@ def seed_probabilities(history: Sequence[Sequence[float]]) -> np.ndarray:
     h = np.array([np.abs(np.clip(g, -HISTORY_CLIP, HISTORY_CLIP)).mean() for g in history])
     u = (h - h.min()) / (h.max() - h.min() + 1e-10)
     p = np.exp(u - u.max())
-    return p / p.sum()
+    shares: np.ndarray = p / p.sum()
+    return shares
 
 
 def rebuild(base: dict[str, Tensor], seeds: Sequence[int], scalars: Tensor, learning_rate: float) -> dict[str, Tensor]:

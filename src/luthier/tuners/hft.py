@@ -29,8 +29,10 @@ PAIRS = (("q", "k"), ("q", "v"), ("o", "k"), ("o", "v"))  # with grouped queries
 
 # --- the plan ---
 
+Blocks = list[dict[str, dict[str, list[str]]]]  # of each block: category -> tensor -> its parameters
 
-def categories(anatomy: Anatomy) -> list[dict[str, dict[str, list[str]]]]:
+
+def categories(anatomy: Anatomy) -> Blocks:
     """For each block: category -> tensor -> its parameters (a bias follows its matrix, a q- or k-norm its projection).
 
     Raises RecipeError, naming what was found, for fused projections and for blocks without one of the categories.
@@ -97,7 +99,7 @@ def draw_plan(
 
 
 def _by_category(
-    anatomy: Anatomy, blocks: list, fraction: float, balance: str, generator: np.random.Generator
+    anatomy: Anatomy, blocks: Blocks, fraction: float, balance: str, generator: np.random.Generator
 ) -> set[str]:
     grouped = anatomy.num_kv_heads < anatomy.num_heads
     chosen: set[str] = set()
@@ -117,14 +119,14 @@ def _by_category(
 
 
 def _by_layer(
-    anatomy: Anatomy, blocks: list, fraction: float, balance: str, generator: np.random.Generator
+    anatomy: Anatomy, blocks: Blocks, fraction: float, balance: str, generator: np.random.Generator
 ) -> set[str]:
     picked = generator.permutation(len(blocks))[: round(fraction * len(blocks))]
     return {p for i in picked for tensors in blocks[i].values() for ps in tensors.values() for p in ps}
 
 
 def _by_model(
-    anatomy: Anatomy, blocks: list, fraction: float, balance: str, generator: np.random.Generator
+    anatomy: Anatomy, blocks: Blocks, fraction: float, balance: str, generator: np.random.Generator
 ) -> set[str]:
     groups = [ps for found in blocks for tensors in found.values() for ps in tensors.values()]
     sizes = [sum(_size(anatomy, p) for p in ps) for ps in groups]

@@ -52,7 +52,8 @@ def low_rank(weight: Tensor, rank: int, randomized: bool = False, generator_seed
             u, s, v = torch.svd_lowrank(w, q=min(2 * rank, *w.shape), niter=2)
         return (u[:, :rank] * s[:rank]) @ v[:, :rank].T
     u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+    low: Tensor = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    return low
 
 
 def principal(approximation: Tensor, k: int, block: int = 1) -> Tensor:

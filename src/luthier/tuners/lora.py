@@ -16,7 +16,7 @@ from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.rng import Streams
-from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
+from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view, copies
 from luthier.update import Chart, LowRank, Update
 
 
@@ -91,9 +91,8 @@ class LoraTrainable(Trainable):
         self.initial = {n: state[f"initial.{n}"] for n in self.initial}
 
     def update(self) -> Update:
-        copy = lambda tensors: {n: t.detach().cpu().clone() for n, t in tensors.items()}  # noqa: E731
         transposed = frozenset(x.name for x in self.targets if x.transposed)
-        part = LowRank(copy(self.a), copy(self.b), dict.fromkeys(self.a, self.scale), transposed)
+        part = LowRank(copies(self.a), copies(self.b), dict.fromkeys(self.a, self.scale), transposed)
         return Update(self.base, (part,), Chart("lowrank", {n: t.cpu() for n, t in self.initial.items()}))
 
 

@@ -155,6 +155,9 @@ class AgeAdamW(Optimizer):
                 p.mul_(1 - lr * group["weight_decay"])
 
 
+Places = tuple[Tensor, Tensor, tuple[int, int]]  # (rows, columns, shape) of entries
+
+
 class SparseSM3(Optimizer):
     """SM3-II over sparse entries: one accumulator a row and one a column, no momentum.
 
@@ -162,7 +165,7 @@ class SparseSM3(Optimizer):
            which trains beside them, has all of its entries
     """
 
-    def __init__(self, params: Any, lr: float, weight_decay: float, where: Callable[[nn.Parameter], tuple]) -> None:
+    def __init__(self, params: Any, lr: float, weight_decay: float, where: Callable[[nn.Parameter], Places]) -> None:
         self.where = where
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
@@ -184,7 +187,7 @@ class SparseSM3(Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
 
 
-def everywhere(p: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+def everywhere(p: Tensor) -> Places:
     """(rows, columns, shape) of all entries of a dense tensor, flat; a vector is one column."""
     columns = p[0].numel()
     at = torch.arange(p.numel(), device=p.device)
@@ -204,7 +207,7 @@ class Observed:
         self._step, self._sum, self._squares = (torch.zeros(sum(sizes), device=widest.device) for _ in range(3))
         places = torch.zeros(sum(sizes), dtype=widest.dtype, device=widest.device)
         pieces = zip(*(t.split(sizes) for t in (places, self._sum, self._squares, self._step)), strict=True)
-        self._pieces = dict(zip(indices, pieces, strict=True))
+        self._pieces: dict[str, tuple[Tensor, Tensor, Tensor, Tensor]] = dict(zip(indices, pieces, strict=True))
         self.chosen: set[str] = set()
         self.samples = 0
 
@@ -365,7 +368,7 @@ class SpielTrainable(Trainable):
         else:
             names = {id(p): n for n, p in self.sparse.values.items()}
 
-            def where(p: nn.Parameter) -> tuple:
+            def where(p: nn.Parameter) -> Places:
                 name = names.get(id(p))
                 if name is None:
                     return everywhere(p)
@@ -453,7 +456,9 @@ class SpielTrainable(Trainable):
         return out | {"steps": torch.tensor(self._steps), "samples": torch.tensor(samples)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        pick = lambda head: {k[len(head) :]: v for k, v in state.items() if k.startswith(head)}  # noqa: E731
+        def pick(head: str) -> dict[str, Tensor]:
+            return {k[len(head) :]: v for k, v in state.items() if k.startswith(head)}
+
         self._steps = int(state["steps"])
         self.sparse.load(pick("indices."), pick("values."), self._rounding())
         self.observed = None

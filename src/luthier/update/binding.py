@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from luthier.model.additions import refuse_packed
 from luthier.model.undo import Change, swapped, together
 from luthier.update.base import Part, Shapes
 
+V = TypeVar("V")
 Rounding = Callable[[str, Tensor, torch.dtype], Tensor]  # (parameter, value float32, dtype) -> value of that dtype
 
 
@@ -115,6 +116,11 @@ def shortened(structure: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
 def below(start: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors under a prefix, without it."""
     return {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+
+
+def picked(by_name: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:
+    """What stands under these names."""
+    return {n: by_name[n] for n in names}
 
 
 def size(shape: tuple[int, ...]) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.kernels.linear import folded
-from luthier.model.additions import bias_of, oriented, output_adapter
+from luthier.model.additions import bias_of, oriented, output_adapter, refuse_packed
 from luthier.model.anatomy import Anatomy
 from luthier.model.hanging import Fixed
 from luthier.model.inputs import soft_prompt
@@ -59,7 +59,7 @@ class Replace(Part):
 
     def bind(self, view: Any, scale: float = 1.0) -> Change:
         self.refuse_scale(scale)
-        binding.refuse_packed("replace part", view.module, self.names())
+        refuse_packed("replace part", view.module, self.names())
         return binding.overwrite(view, self.values.items())
 
     @torch.no_grad()

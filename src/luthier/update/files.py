@@ -14,6 +14,7 @@ from torch import Tensor
 
 from luthier.data.batch import collate
 from luthier.model.fingerprint import Fingerprint
+from luthier.model.view import evaluating
 from luthier.support.errors import LuthierError
 from luthier.update.base import Part, PeftFolder
 from luthier.update.binding import below
@@ -59,6 +60,33 @@ def load(folder: str | Path) -> Update:
     if (folder / "adapter_model.safetensors").exists():
         parts += _load_peft(folder)
     return Update(base, tuple(parts), chart)
+
+
+def base_of(folder: Path) -> Fingerprint:
+    """The base of the update in a folder; no tensor is read. Raises LuthierError as `load` does."""
+    file = folder / "update.json"
+    try:
+        return Fingerprint(**_header(file)["base"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise LuthierError(f"{file}: is not an update that luthier wrote ({error!r})") from error
+
+
+def load_adapter(folder: Path, base: Fingerprint) -> Update:
+    """The update in a folder that peft wrote, which does not say whose weights it belongs to: `base` does.
+
+    Raises LuthierError, naming the file, for one that cannot be read.
+    """
+    return Update(base, tuple(_load_peft(folder)))
+
+
+def adapter_base(folder: Path) -> tuple[str, str | None]:
+    """(name of the model that a peft folder says it belongs to, its revision). Raises LuthierError where it says none."""
+    file = folder / "adapter_config.json"
+    config = _header(file)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(name, str) or not name:
+        raise LuthierError(f"{file}: names no base model; write base_model_name_or_path into it")
+    return name, revision if isinstance(revision, str) else None
 
 
 def _save_ours(update: Update, folder: Path) -> None:
@@ -125,14 +153,12 @@ def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapp
     nothing at all.
     """
     batch = collate([row]).to(view.device)
-    training = view.module.training
-    view.module.eval()
-    live = view.trace(batch).hidden[-1].float()
-    detach()
-    base = view.trace(batch).hidden[-1].float()
-    with load(folder).bind(view):
-        reloaded = view.trace(batch).hidden[-1].float()
-    view.module.train(training)
+    with evaluating(view.module):
+        live = view.trace(batch).hidden[-1].float()
+        detach()
+        base = view.trace(batch).hidden[-1].float()
+        with load(folder).bind(view):
+            reloaded = view.trace(batch).hidden[-1].float()
     worst, moved = float((live - reloaded).abs().max()), float((live - base).abs().max())
     scale = float(live.abs().max().clamp_min(1.0))
     if worst > TOLERANCE[view.dtype] * scale:

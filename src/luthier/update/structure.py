@@ -79,7 +79,9 @@ class Structure(Part):
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> Self:
-        by_block = lambda what: {int(b): t for b, t in binding.below(f"{what}.", tensors).items()}  # noqa: E731
+        def by_block(what: str) -> dict[int, Tensor]:
+            return {int(b): t for b, t in binding.below(f"{what}.", tensors).items()}
+
         return cls(
             by_block("heads"), by_block("kv_heads"), by_block("neurons"), str(header["blocks"]), int(header["head_dim"]),
             bool(header["transposed"]),
@@ -305,10 +307,11 @@ class Structure(Part):
         """A later structure's numbers count what this one left."""
         if not isinstance(later, Structure):
             return self, later
-        join = lambda what: {  # noqa: E731
-            b: _joined(getattr(self, what).get(b), getattr(later, what).get(b))
-            for b in sorted(getattr(self, what).keys() | getattr(later, what).keys())
-        }
+
+        def join(what: str) -> dict[int, Tensor]:
+            mine, theirs = getattr(self, what), getattr(later, what)
+            return {b: _joined(mine.get(b), theirs.get(b)) for b in sorted(mine.keys() | theirs.keys())}
+
         return replace(self, heads=join("heads"), kv_heads=join("kv_heads"), neurons=join("neurons")), None
 
 
@@ -318,6 +321,7 @@ def _sorted(places: Sequence[int]) -> Tensor:
 
 def _whole_groups(heads: Tensor, group: int) -> Tensor:
     """Key-value heads of which every query head is among these."""
+    owners: Tensor
     owners, counts = (heads // group).unique(return_counts=True)
     return owners[counts == group]
 

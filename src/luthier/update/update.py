@@ -167,7 +167,7 @@ class Update:
         Raises LuthierError if this update belongs to another base or does not fit and, at the end, if a later change that
         is still on the model wrote over the same weights.
         """
-        self._refuse_misfit(view)
+        self.refuse_misfit(view)
         covered = self._covered(view.anatomy)
 
         def bound(i: int, part: Part) -> Change:
@@ -184,7 +184,7 @@ class Update:
         stochastically, because rounding to nearest would remove small differences from the next stage. Low-rank
         parts stay beside quantised layers. Raises LuthierError as `bind` does, and for a part that renames parameters.
         """
-        self._refuse_misfit(view)
+        self.refuse_misfit(view)
         for part in self.parts:
             if part.renames:
                 raise LuthierError(
@@ -231,7 +231,8 @@ class Update:
                 taken.update(f"{layer}.weight" for layer in part.layers(anatomy))
         return out[::-1]
 
-    def _refuse_misfit(self, view: Any) -> None:
+    def refuse_misfit(self, view: Any) -> None:
+        """Raises LuthierError where it belongs to another base than this model, or does not fit it."""
         if not self.base.same_base(view.base):
             raise LuthierError(
                 f"this update was trained on {self.base.name} ({self.base.weights[:12]}), "

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from luthier.model.additions import low_rank_adapter
+from luthier.model.additions import low_rank_adapter, refuse_packed
 from luthier.model.anatomy import Anatomy
 from luthier.model.hanging import Fixed
 from luthier.model.undo import Change, together
@@ -152,7 +152,7 @@ class Sparse(Part):
                 yield f"{name}: a value is not finite"
 
     def bind(self, view: Any, scale: float = 1.0) -> Change:
-        binding.refuse_packed("sparse part", view.module, self.names())
+        refuse_packed("sparse part", view.module, self.names())
         return binding.add_entries(view, self.indices, self.values, scale)
 
     def merge_into(self, model: nn.Module) -> None:
@@ -160,8 +160,9 @@ class Sparse(Part):
 
     def without(self, names: Collection[str]) -> Sparse:
         left = [n for n in self.indices if n not in names]
-        pick = lambda by_name: {n: by_name[n] for n in left}  # noqa: E731
-        return Sparse(pick(self.indices), pick(self.values), pick(self.shapes))
+        return Sparse(
+            binding.picked(self.indices, left), binding.picked(self.values, left), binding.picked(self.shapes, left)
+        )
 
     def cut_by(self, structure: Part) -> Sparse:
         indices, values = dict(self.indices), dict(self.values)
@@ -313,8 +314,12 @@ class LowRank(Part):
 
     def without(self, names: Collection[str]) -> LowRank:
         left = [n for n in self.a if n not in names]
-        pick = lambda by_name: {n: by_name[n] for n in left}  # noqa: E731
-        return LowRank(pick(self.a), pick(self.b), pick(self.scale), self.transposed - set(names))
+        return LowRank(
+            binding.picked(self.a, left),
+            binding.picked(self.b, left),
+            binding.picked(self.scale, left),
+            self.transposed - set(names),
+        )
 
     def cut_by(self, structure: Part) -> LowRank:
         a, b = dict(self.a), dict(self.b)

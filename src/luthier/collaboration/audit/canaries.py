@@ -81,8 +81,13 @@ def _canary(name: str, form: str, streams: Streams) -> Canary:
 def secrets_of(form: str, count: int, streams: Streams, *key: str) -> list[str]:
     """Made-up secrets of one form that differ only by chance."""
     generator = streams.at("secret", form, *key)
-    letters = lambda n: "".join(generator.choice(list("abcdefghijklmnopqrstuvwxyz"), size=n))  # noqa: E731
-    digits = lambda n: "".join(str(int(d)) for d in generator.integers(10, size=(n,)))  # noqa: E731
+
+    def letters(n: int) -> str:
+        return "".join(generator.choice(list("abcdefghijklmnopqrstuvwxyz"), size=n))
+
+    def digits(n: int) -> str:
+        return "".join(str(int(d)) for d in generator.integers(10, size=(n,)))
+
     makers = {
         "number": lambda: digits(8),
         "mail": lambda: f"{letters(6)}@{letters(5)}.org",

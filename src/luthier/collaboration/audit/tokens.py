@@ -92,7 +92,8 @@ def inputs_of(view: ModelView, linears: Sequence[Linear]) -> dict[str, Tensor]:
 def span(payload: Tensor, tolerance: float = RANK_TOLERANCE) -> Tensor:
     """[k, d] float64: an orthonormal basis of the rows of [n, d], by decreasing size; k singular values exceed tolerance."""
     _, s, rows = torch.linalg.svd(payload.double(), full_matrices=False)
-    return rows[: int((s > tolerance * s[0]).sum()) if len(s) and s[0] > 0 else 0]
+    kept: Tensor = rows[: int((s > tolerance * s[0]).sum()) if len(s) and s[0] > 0 else 0]
+    return kept
 
 
 def distances(candidates: Tensor, basis: Tensor) -> Tensor:
@@ -160,7 +161,9 @@ class TokenAudit:
         spread = torch.stack([self._far(key, r, best) for r, _ in known])
         return _scored(_standard(self._far(key, rows, best), spread), true)
 
-    def _left_out(self, key: str, known: list[tuple[Tensor, frozenset[int]]], share: float) -> list:
+    def _left_out(
+        self, key: str, known: list[tuple[Tensor, frozenset[int]]], share: float
+    ) -> list[tuple[Tensor, frozenset[int]]]:
         far = torch.stack([self._far(key, r, share) for r, _ in known])  # [P, V]
         keep = ~torch.eye(len(far), dtype=torch.bool)
         return [(_standard(far[i], far[keep[i]]), t) for i, (_, t) in enumerate(known)]

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from luthier.method import Method
+from luthier.step.lab import Lab
 from luthier.support.rng import Streams
 
 PADDED = -1  # kind of a coordinate that a narrower layer does not have
 FLOOR = 1e-8  # smallest deviation
-Tell = Callable[[dict[str, float]], None]
-
-
-def untold(entry: dict[str, float]) -> None:
-    """A progress callback that does nothing."""
 
 
 class Pairs(NamedTuple):
@@ -133,10 +128,10 @@ class Translator(Method):
     standardise: bool = True
     """Centre and scale both sides by layer and kind of factor, from the training pairs."""
 
-    def fit(self, pairs: Pairs, tell: Tell = untold) -> Fitted:
-        """Learn from pairs. `tell` is called after each epoch.
+    def fit(self, pairs: Pairs, lab: Lab | None = None) -> Fitted:
+        """Learn from pairs. Every translator has its own. Raises ValueError for pairs it cannot learn from.
 
-        Raises ValueError for pairs that it cannot learn from.
+        lab  for translators that ask the models
         """
         raise NotImplementedError
 

@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.collaboration.translators.base import Fitted, Pairs, Standard, Tell, Translator, untold
+from luthier.collaboration.translators.base import Fitted, Pairs, Standard, Translator
 from luthier.method import Source
+from luthier.step.lab import Lab
 
 
 def dual_weights(x: Tensor, y: Tensor, strength: float) -> Tensor:
@@ -17,7 +18,9 @@ def dual_weights(x: Tensor, y: Tensor, strength: float) -> Tensor:
     x, y = x.double(), y.double()
     gram = x @ x.T  # [n, n]
     gram.diagonal().add_(strength * gram.diagonal().mean())
-    return torch.linalg.lstsq(gram, y, driver="gelsd").solution if strength == 0 else torch.linalg.solve(gram, y)
+    found: Tensor
+    found = torch.linalg.lstsq(gram, y, driver="gelsd").solution if strength == 0 else torch.linalg.solve(gram, y)
+    return found
 
 
 class Ridge(Translator):
@@ -34,7 +37,7 @@ class Ridge(Translator):
     strength: float = Field(0.3, ge=0, allow_inf_nan=False)
     """Ridge, in units of the kernel's mean diagonal."""
 
-    def fit(self, pairs: Pairs, tell: Tell = untold) -> FittedRidge:
+    def fit(self, pairs: Pairs, lab: Lab | None = None) -> FittedRidge:
         pairs = pairs.checked()
         x, y = self.standards(pairs)
         return FittedRidge(x, y, x.apply(pairs.x).flatten(1), y.apply(pairs.y), self.strength)

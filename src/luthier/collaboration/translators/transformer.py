@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import T5Config, T5Model
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from luthier.collaboration.translators.base import PADDED, Fitted, Pairs, Standard, Tell, Translator, untold
+from luthier.collaboration.translators.base import PADDED, Fitted, Pairs, Standard, Translator
 from luthier.method import Source
+from luthier.step.lab import Lab
 from luthier.support.rng import Streams
 
 SETS_NEEDED = 20  # with fewer sets the sheet refuses; ridge is better below 200
@@ -39,7 +40,8 @@ class UpdateTransformer(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """[N, L_S, d_S] -> [N, L_S, h]."""
-        return self.core.encoder(inputs_embeds=self.embed_s(x)).last_hidden_state
+        hidden: Tensor = self.core.encoder(inputs_embeds=self.embed_s(x)).last_hidden_state
+        return hidden
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Predict each layer of the large update from the small update and the true layers before it: [N, L_T, d_T] in and out.
@@ -51,7 +53,8 @@ class UpdateTransformer(nn.Module):
         hidden = self.core.decoder(
             inputs_embeds=self.embed_t(before), encoder_hidden_states=self.encode(x), use_cache=False
         ).last_hidden_state  # [N, L_T, h]
-        return self.out(hidden)
+        written: Tensor = self.out(hidden)
+        return written
 
     @torch.no_grad()
     def write(self, x: Tensor, layers: int, cached: bool = True) -> Tensor:
@@ -113,7 +116,7 @@ class Transformer(Translator):
     seed: int = Field(0, ge=0)
     """Seed for start, split, order and dropout."""
 
-    def fit(self, pairs: Pairs, tell: Tell = untold) -> FittedTransformer:
+    def fit(self, pairs: Pairs, lab: Lab | None = None) -> FittedTransformer:
         pairs = pairs.checked(at_least=SETS_NEEDED)
         streams = Streams(self.seed)
         training, validation = pairs.split(self.training_share, streams)
@@ -121,7 +124,7 @@ class Transformer(Translator):
         with keyed(streams, "translator"):
             net = self._net(pairs, streams)
             fitted = FittedTransformer(x, y, net)
-            _Training(self, fitted, training, validation, streams).run(tell)
+            _Training(self, fitted, training, validation, streams).run()
         return fitted
 
     def _net(self, pairs: Pairs, streams: Streams) -> UpdateTransformer:
@@ -163,12 +166,11 @@ class _Training:
         self.mask = training.y_kinds != PADDED
         self.optimizer = torch.optim.Adam([p for p in self.net.parameters() if p.requires_grad], settings.learning_rate)
 
-    def run(self, tell: Tell) -> None:
+    def run(self) -> None:
         best, best_state, since = float("inf"), {}, 0
         for epoch in range(self.settings.epochs):
             entry = {"epoch": epoch + 1, "loss": self._epoch(epoch), "validation": self._validate()}
             self.fitted.epochs.append(entry)
-            tell(entry)
             since += 1
             if entry["validation"] < best:
                 best, since = entry["validation"], 0

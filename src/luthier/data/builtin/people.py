@@ -7,6 +7,7 @@ cities are made of syllables and mean nothing; yes and no are equally frequent.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -63,7 +64,7 @@ class Item(NamedTuple):
 def people(seed: int = 0, count: int = 25) -> list[Person]:
     """The same people for the same seed. No two share a name or a city."""
     generator, used = Streams(seed).at("people"), set[str]()
-    word = lambda: _word(generator, used)  # noqa: E731
+    word = partial(_word, generator, used)
     return [
         Person(
             word(), word(), int(generator.integers(126, 245)), int(generator.integers(150, 200)), int(generator.integers(22, 69)),
@@ -190,5 +191,8 @@ def rows(seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
         *secondary(everyone, seed),
         *comparison(everyone, seed=seed),
     ]
-    as_row = lambda i: {"prompt": i.prompt, "completion": i.answer, "kind": i.kind, "id": i.id}  # noqa: E731
-    return [as_row(i) for i in train], [as_row(i) for i in test]
+    return [_as_row(i) for i in train], [_as_row(i) for i in test]
+
+
+def _as_row(item: Item) -> dict[str, str]:
+    return {"prompt": item.prompt, "completion": item.answer, "kind": item.kind, "id": item.id}

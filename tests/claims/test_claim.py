@@ -13,7 +13,7 @@ from luthier.claims.claim import Claim, Condition, load, measured
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.statistics import estimate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TEXT = """method: sft
 # A remark that stays.
 claim: The better arm is better

@@ -83,7 +83,7 @@ def test_over_a_network_the_same_parties_come_to_the_same_numbers(network):
     assert server.wait(timeout=280) == 0, net.said()
     assert [c.wait(timeout=60) for c in clients] == [0, 0], net.said()
     place = Place(net.folder / "server")
-    alone = place.protocol.server(place.contract, names, None, place)
+    alone = place.protocol.server(place.contract, names, None, place.workshop)
     rows = {n: place.rendered(place.rows(str(net.folder / f"{n}.jsonl"), net.folder)) for n in names}
     parties = [place.protocol.client(n, place.contract, place.first, rows[n]) for n in names]
     in_process([alone, *parties], alone.begin(), lambda sent, disclosure: None)

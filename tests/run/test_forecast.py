@@ -13,13 +13,18 @@ from luthier.objectives.sft import Sft
 from luthier.run import forecast as fc
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
+from luthier.tasks.classification import Classification
 from luthier.testing.models import byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.full import Full
 
 
 def a_recipe(**keys):
-    return recipes.load(json.dumps({"model": "a/b", "data": {"train": "x.jsonl"}, "batch_size": 4, **keys}))
+    return recipes.load(
+        json.dumps(
+            {"model": "a/b", "data": {"train": "x.jsonl"}, **({} if "pipeline" in keys else {"batch_size": 4}), **keys}
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +48,8 @@ def test_weights_state_and_activations_of_a_deep_model_follow_from_a_shallow_one
     """The extrapolated bytes are those of the whole model, measured with the same counters."""
     config = tiny("llama", layers=12, vocab_size=300).config
     recipe = a_recipe(tuner=tuner, gradient_checkpointing=False)
-    got = fc.forecast(recipe, config, byte_tokenizer(), data)
-    whole = fc.measure(recipe, config, byte_tokenizer(), data, 12)
+    got = fc.forecast(recipe, config, byte_tokenizer(), {"train": data})
+    (whole,) = fc.measure(recipe, config, byte_tokenizer(), {"train": data}, 12)
     assert got.weights == whole.weights
     assert got.activations == pytest.approx(whole.activations, rel=1e-3)
     if tuner != {"spiel": {"num_weights": 500}}:  # whose entries do not grow with depth
@@ -66,13 +71,15 @@ def test_live_bytes_are_weights_masters_moments_and_what_is_kept():
 def test_checkpointing_is_chosen_only_where_memory_would_not_do(monkeypatch, data):
     config, recipe = tiny("llama", layers=3, vocab_size=300).config, a_recipe()
     monkeypatch.setattr(fc, "available_memory", lambda: 10**15)
-    chosen, plain = fc.resolved(recipe, config, byte_tokenizer(), data)
+    chosen, plain = fc.resolved(recipe, config, byte_tokenizer(), {"train": data})
     assert chosen.gradient_checkpointing is False
     monkeypatch.setattr(fc, "available_memory", lambda: 1)
-    chosen, saving = fc.resolved(recipe, config, byte_tokenizer(), data)
+    chosen, saving = fc.resolved(recipe, config, byte_tokenizer(), {"train": data})
     assert chosen.gradient_checkpointing is True and saving.activations < 0.6 * plain.activations
     assert (
-        fc.resolved(a_recipe(gradient_checkpointing=False), config, byte_tokenizer(), data)[0].gradient_checkpointing
+        fc.resolved(a_recipe(gradient_checkpointing=False), config, byte_tokenizer(), {"train": data})[
+            0
+        ].gradient_checkpointing
         is False
     )
 
@@ -106,3 +113,57 @@ def test_a_recipe_whose_miniature_does_not_work_runs_without_a_forecast(tmp_path
     done = run(recipe, tmp_path / "out", tmp_path, say=said.append)
     assert done["state"] == "done" and "forecast" not in done
     assert any("no forecast (spiel.density: asks for 60000 entries of the" in line for line in said), said
+
+
+LIST = {"rounds": 1, "unlabelled_steps": 4, "unlabelled_batch": 4, "labelled_epochs": 1.0, "rank": 4}
+
+
+@pytest.mark.parametrize("kind", ["stages", "list"])
+def test_a_pipelines_stages_are_foreseen_by_a_pipeline_in_small(kind, caplog):
+    """The longest stage's memory, all stages' seconds; what checkpoints hold is added up."""
+    if kind == "stages":
+        two = [
+            {"name": "a", "tuner": {"lora": {"rank": 4}}, "max_steps": 9},
+            {"name": "b", "tuner": "full", "start": "a"},
+        ]
+        recipe = a_recipe(pipeline={"stages": {"stages": two}})
+        rows = [Row(str(i), {"prompt": "p" * 9, "completion": "c" * 5}) for i in range(24)]
+        sets = {"train": prepare(rows, Renderer(byte_tokenizer()), max_length=200)}
+        names, steps = ["a", "b"], [9, 3]
+    else:
+        recipe = a_recipe(pipeline={"list": LIST}, task="classification", data={"train": "x.jsonl", "pool": "y.jsonl"})
+        rows = [Row(str(i), {"text": "t" * (5 + i % 4), "label": "ab"[i % 2]}) for i in range(8)]
+        maker = Classification().maker(Renderer(byte_tokenizer()), tiny("llama").config, {"a": 0, "b": 1})
+        labelled = prepare(rows, Renderer(byte_tokenizer()), max_length=200, maker=maker)
+        pool = [Row(f"p{i}", {"text": "u" * (5 + i % 4)}) for i in range(8)]
+        bare = Classification().maker(
+            Renderer(byte_tokenizer()), tiny("llama").config, {"a": 0, "b": 1}, labelled=False
+        )
+        unlabelled = prepare(pool, Renderer(byte_tokenizer()), max_length=200, maker=bare)
+        sets = {"train": labelled, "labelled": labelled, "unlabelled": unlabelled}
+        names, steps = ["teacher", "labels", "student", "round"], [2, None, 4, 2]
+    config = tiny("llama", layers=6, vocab_size=300).config
+    config.num_labels = 2
+    measured = fc.measure(recipe, config, byte_tokenizer(), sets, 2)
+    assert len(measured) == len(names)
+    tokens = sets["train"].epoch_tokens / len(rows)
+    for found, count in zip(measured, steps, strict=True):
+        batch = 8 if kind == "stages" else 4
+        assert found.tokens == pytest.approx(tokens * (len(rows) if count is None else count * batch), rel=0.01)
+        assert found.seconds_per_token > 0 and (found.trained > 0) is (count is not None)
+    whole = fc.forecast(recipe, config, byte_tokenizer(), sets)
+    view_bytes = sum(p.nbytes for p in recipe.task.auto(config).from_config(config).parameters())
+    assert whole.weights == pytest.approx(view_bytes, rel=0.02)
+    low, high = (fc.measure(recipe, config, byte_tokenizer(), sets, n) for n in (1, 4))
+    each = [fc.grown(a, b, 6) for a, b in zip(low, high, strict=True)]
+    assert whole.trained_state == pytest.approx(sum(s.trained_state for s in each), rel=0.1, abs=50_000)
+    assert whole.activations == max(s.activations for s in each) and 0 < whole.seconds < 60
+    assert not caplog.records, "a small pool and a random teacher are no news of a miniature"
+
+
+def test_stages_at_another_pace_are_foreseen_at_it(data):
+    stages = [{"name": "a", "tuner": {"lora": {"rank": 4}}, "max_steps": 10}]
+    config = tiny("llama", layers=2, vocab_size=300).config
+    recipes_ = [a_recipe(pipeline={"stages": {"stages": stages}}, pace={"length": x}) for x in (1.0, 0.5)]
+    whole, half = (fc.measure(r, config, byte_tokenizer(), {"train": data}, 2)[0].tokens for r in recipes_)
+    assert half == whole / 2

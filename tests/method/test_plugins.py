@@ -14,7 +14,7 @@ from luthier import recipe
 from luthier.method import registry as manifest
 from luthier.support.errors import LuthierError, RecipeError
 
-PACKAGE = Path(__file__).parent / "example_package"
+PACKAGE = Path(__file__).parents[1] / "example_package"
 
 
 @pytest.fixture(scope="module")

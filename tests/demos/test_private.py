@@ -46,8 +46,8 @@ def test_what_comes_back_opens_as_an_adapter_of_the_large_model(shown):
     folder, _, _ = shown
     place = Place(folder / "contract")
     update = load(folder / "results" / "clinic")
-    assert update.base.same_base(place.view("large").base)
-    with update.bind(place.view("large")):
+    assert update.base.same_base(place.lab.view("large").base)
+    with update.bind(place.lab.view("large")):
         pass
 
 

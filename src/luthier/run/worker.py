@@ -6,11 +6,13 @@ seconds.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,11 @@ def main() -> None:
 
 
 def carried_out(request: dict[str, Any]) -> dict[str, Any]:
-    """{"state": "done"}, or "stopped", or "failed" with the reason."""
+    """{"state": "done"}, or "stopped", or "failed" with the reason.
+
+    request  recipe, name, folder, base, code and threads; "call" names a function (recipe, folder, request) in place of
+             `whole_run`, which also asks for keep, judge and nested
+    """
     import torch
 
     from luthier.support.environment import quiet
@@ -72,15 +78,19 @@ def _patiently(request: dict[str, Any], folder: Path) -> None:
 
 def _run(request: dict[str, Any], folder: Path) -> None:
     from luthier import recipe as recipes
-    from luthier.comparison.foreign import run_foreign
-    from luthier.run.execute import run
 
     code = Path(request["code"]) if request["code"] else None
     recipe = recipes.load(json.dumps(request["recipe"]), request["name"], code=code)
-    if request["foreign"]:
-        run_foreign(recipe, folder, request["foreign"])
-    else:
-        run(recipe, folder, Path(request["base"]), keep=request["keep"], foresee=False, judge=request["judge"])
+    module, _, function = request.get("call", "luthier.run.worker:whole_run").partition(":")
+    getattr(importlib.import_module(module), function)(recipe, folder, request)
+
+
+def whole_run(recipe: Any, folder: Path, request: Mapping[str, Any]) -> None:
+    """A run of luthier's own."""
+    from luthier.run.execute import run
+
+    how = {name: request[name] for name in ("keep", "judge", "nested")}
+    run(recipe, folder, Path(request["base"]), foresee=False, **how)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def update(place):
     rows = place.rendered(place.rows(f"{NAME}.jsonl", place.path.parent))
-    return place.protocol.alone(NAME, place.contract, place, rows)
+    return place.protocol.alone(NAME, place.contract, place.workshop, rows)
 
 
 @pytest.fixture
@@ -45,11 +45,11 @@ def folder(place, update, tmp_path):
 
 def test_it_is_asked_as_all_parties_asked(folder, place, update):
     prompts = [r.values["prompt"] for r in list(place.rows(f"{NAME}-held.jsonl", place.path.parent))[:3]]
-    ids = [place.renderer.prompt_ids({"prompt": p}) for p in prompts]
-    assert place.renderer.tokenizer.decode(ids[0]).count(SYSTEM) == 1
+    ids = [place.lab.renderer.prompt_ids({"prompt": p}) for p in prompts]
+    assert place.lab.renderer.tokenizer.decode(ids[0]).count(SYSTEM) == 1
     with update.bind(place.first):
-        expected = [c.text for c in generate(place.first, ids, place.renderer, 8)]
-    untouched = [c.text for c in generate(place.first, ids, place.renderer, 8)]
+        expected = [c.text for c in generate(place.first, ids, place.lab.renderer, 8)]
+    untouched = [c.text for c in generate(place.first, ids, place.lab.renderer, 8)]
     found = answers(folder, prompts, 8, base_too=True)
     assert [f["answer"] for f in found] == expected and [f["base"] for f in found] == untouched
 
@@ -66,7 +66,7 @@ def test_it_is_scored_on_own_rows(folder, place, update):
 def test_it_is_exported_with_a_card(folder, place, update, tmp_path):
     assert export(folder, "peft", tmp_path / "peft")["difference"] < 1e-4
     assert export(folder, "hf", tmp_path / "hf")["difference"] < 1e-5
-    ids = torch.tensor([place.renderer.prompt_ids({"prompt": "a"})])
+    ids = torch.tensor([place.lab.renderer.prompt_ids({"prompt": "a"})])
     with update.bind(place.first):
         expected = place.first.module(input_ids=ids).logits
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(input_ids=ids).logits

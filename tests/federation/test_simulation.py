@@ -14,7 +14,8 @@ from luthier.collaboration.one_shot import AverageServer
 from luthier.demos.private import NAMES
 from luthier.federation import simulation
 from luthier.federation.folder import Place
-from luthier.federation.simulation import ALONE, SHARED, TOGETHER, UNTOUCHED, simulate
+from luthier.federation.simulation import simulate
+from luthier.federation.simulation_page import ALONE, SHARED, TOGETHER, UNTOUCHED
 from luthier.inference.scoring import mean_loss, row_scores
 from luthier.support.errors import LuthierError
 from luthier.update.files import load

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from helpers.cloze import WORDS, cloze
 from luthier.data.batch import IGNORE, collate
 from luthier.objectives.base import Forward, Term, count, mean_of, sequence_sum
-from luthier.pipelines.base import Lab
+from luthier.step.lab import Lab
 from luthier.testing.models import batch_of, rows_of, view_of
-from pipelines.test_list import WORDS, cloze
 
 
 def altered(bias, cap):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
 from helpers.commands import LUTHIER, luthier, rows, write
 
@@ -199,3 +200,45 @@ def test_a_command_that_fails_is_told_with_its_last_words(model_folder, tmp_path
     for words in ("no such trainer", "left no model in", "asks for 'modle'"):
         assert words in done.stdout, done.stdout + done.stderr
     assert done.returncode == 1 and Path(tmp_path / "runs/compare-c/report.html").exists(), "nothing is left to compare"
+
+
+TWO = {
+    "pipeline": {"stages": {"stages": [
+        {"name": "a", "tuner": {"lora": {"rank": 4}}, "learning_rate": 0.01, "batch_size": 4, "epochs": 1.0},
+        {"name": "b", "tuner": "full", "start": "a", "learning_rate": 0.002, "batch_size": 2, "max_steps": 10},
+    ]}}
+}  # fmt: skip
+
+
+def test_a_pipeline_is_compared_at_equal_cost_with_its_rates_searched(model_folder, tmp_path):
+    """An arm in stages beside a plain one: its stages keep their shares of steps and of rates, whatever the budget."""
+    write(tmp_path, model_folder, train=rows(60), held=rows(8, 100))
+    shared = {"model": model_folder, "data": {"train": "train.jsonl", "eval": "eval.jsonl"}}
+    plain = {"tuner": {"lora": {"rank": 4}}, "learning_rate": 0.01, "batch_size": 4}
+    values = {
+        "recipe": shared, "arms": {"plain": plain, "two": TWO}, "seeds": 2, "budget": {"flops": 2.0e8},
+        "search": {"trials": 2, "rows": 10},
+    }  # fmt: skip
+    (tmp_path / "c.yaml").write_text(json.dumps(values))
+    done = luthier("compare", "c.yaml", "--json", *HERE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [a["seeds"] for a in said["arms"]] == [[0, 1], [0, 1]]
+    for arm in said["arms"]:
+        assert arm["spent"]["flops"] == pytest.approx(2e8, rel=0.1), arm["arm"]
+    runs = {}
+    for place in (tmp_path / "runs/compare-c/arms/two").iterdir():
+        runs[place.name.rpartition("-")[0]] = (
+            json.loads((place / "run.json").read_text()), YAML(typ="safe").load((place / "recipe.yaml").read_text())
+        )  # fmt: skip
+    whole = [s["steps"] for s in runs["seed-0"][0]["stages"]]
+    assert whole[0] / whole[1] == pytest.approx(13 / 10, rel=0.1)  # 50 rows of 60 train, in steps of 4
+    assert [s["steps"] for s in runs["measure"][0]["stages"]] == [4, 4]
+    rates = [runs[f"trial-{i}"][1]["pace"]["learning_rate"] for i in range(2)]
+    assert rates == pytest.approx([1.0, 1 / 3]), "of both stages"
+    seeds = [s["seed"] for s in runs["seed-1"][1]["pipeline"]["stages"]["stages"]]
+    assert seeds == [1, 1] and runs["seed-0"][0]["after"] != runs["seed-1"][0]["after"]
+    capped = {**values, "arms": {"two": {**TWO, "pace": {"max_steps": 3}}}}
+    (tmp_path / "c.yaml").write_text(json.dumps(capped))
+    refused = luthier("compare", "c.yaml", *HERE, cwd=tmp_path)
+    assert refused.returncode == 2 and "pace.max_steps: caps the stages" in refused.stderr

@@ -190,7 +190,7 @@ def test_messages_are_audited_written_and_translated_and_a_bad_one_does_not_stop
     assert "refused own.message: 'report.html' cannot be the name of a party" in done.stderr
     place = Place(agreed / "c")
     for name in NAMES[:2]:
-        assert load(agreed / "out" / name).base.same_base(place.view("large").base)
+        assert load(agreed / "out" / name).base.same_base(place.lab.view("large").base)
     page, report = (agreed / "out/report.html").read_text(), json.loads((agreed / "out/report.json").read_text())
     assert set(report["report"]) == set(NAMES[:2]) and f"{report['cosine']:.2f}" in page
     assert "truncated" in page and NAMES[0] in page and "Share of the true gain" in page
@@ -204,9 +204,9 @@ def test_a_translation_is_simulated_too(agreed):
     assert done.returncode == 0, done.stderr
     found, place = json.loads((agreed / "simulated/found.json").read_text()), Place(agreed / "c")
     assert found["arrivals"] == [] and "small model" in (agreed / "simulated/report.html").read_text()
-    assert load(agreed / "simulated/alone" / NAMES[0]).base.same_base(place.view("small").base)
+    assert load(agreed / "simulated/alone" / NAMES[0]).base.same_base(place.lab.view("small").base)
     for folder in ("together/" + NAMES[0], "shared"):
-        assert load(agreed / "simulated" / folder).base.same_base(place.view("large").base)
+        assert load(agreed / "simulated" / folder).base.same_base(place.lab.view("large").base)
 
 
 def test_a_shut_gate_keeps_the_message_back(agreed, monkeypatch):
@@ -243,7 +243,7 @@ def test_the_mean_so_far_lies_there_after_each_arrival(agreed, tmp_path):
     recipe(tmp_path, collaborate="one-shot")
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
     place, seen = Place(tmp_path / "c"), {}
-    server = place.protocol.server(place.contract, NAMES[:2], None, place)
+    server = place.protocol.server(place.contract, NAMES[:2], None, place.workshop)
     leave_so_far(place, server, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "nothing has arrived"
     for name in NAMES[:2]:

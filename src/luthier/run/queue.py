@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
+from luthier.run.forecast import available_memory
+
+ROOM = 0.8  # of the free memory that runs side by side may take
 END = 60.0  # seconds that a worker gets to save its state
+LOOK = 0.5  # seconds between two questions whether to stop
 
 
 class Workers:
@@ -29,7 +34,7 @@ class Workers:
         if self.count:
             self._pending[self._threads.submit(self._ask, request)] = tag
             return
-        from luthier.comparison.worker import carried_out
+        from luthier.run.worker import carried_out
 
         done: Future[dict[str, Any]] = Future()
         done.set_result(carried_out(request))
@@ -39,9 +44,13 @@ class Workers:
     def busy(self) -> int:
         return len(self._pending)
 
-    def next(self) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """(tag, answer) of the requests that ended, once at least one has."""
-        done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
+    def next(self, stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """(tag, answer) of those that ended, once at least one has. Raises KeyboardInterrupt where `stop` says so."""
+        done: set[Future[dict[str, Any]]] = set()
+        while not done:
+            done, _ = wait(self._pending, LOOK, return_when=FIRST_COMPLETED)
+            if not done and stop():
+                raise KeyboardInterrupt
         for future in done:
             yield self._pending.pop(future), future.result()
 
@@ -57,7 +66,8 @@ class Workers:
         except (BrokenPipeError, ValueError):
             line = ""
         if line:
-            return json.loads(line)
+            answer: dict[str, Any] = json.loads(line)
+            return answer
         code = process.wait()
         self._mine.process = None
         if self._stopping:
@@ -68,7 +78,7 @@ class Workers:
     def _process(self) -> subprocess.Popen[str]:
         found: subprocess.Popen[str] | None = getattr(self._mine, "process", None)
         if found is None or found.poll() is not None:
-            command = [sys.executable, "-m", "luthier.comparison.worker"]
+            command = [sys.executable, "-m", "luthier.run.worker"]
             found = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             self._mine.process = found
             self._all.append(found)
@@ -94,6 +104,12 @@ class Workers:
             if process.stdin is not None:
                 process.stdin.close()
             process.wait(END)
+
+
+def side_by_side(peaks: Sequence[float], most: int) -> int:
+    """Runs that cores and memory allow at a time, at most so many; one where nothing says what a run takes."""
+    fitting = int(ROOM * available_memory() / max(peaks)) if peaks else 1
+    return max(1, min(os.cpu_count() or 1, fitting, most))
 
 
 @contextmanager

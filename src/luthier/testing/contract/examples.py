@@ -1,0 +1,202 @@
+"""What the contract works on: examples of methods, and tiny loops, rows and batches for them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from luthier.data.batch import IGNORE, Batch
+from luthier.method import Method
+from luthier.method import registry as manifest
+from luthier.method.kinds import kind_of
+from luthier.model.view import ModelView, probe_layout
+from luthier.objectives.base import Objective
+from luthier.objectives.sft import Sft
+from luthier.step.lab import Lab
+from luthier.step.settings import TrainSettings
+from luthier.testing.models import rows_of, tiny, view_of
+from luthier.training.loop import Interrupted, Loop
+from luthier.tuners.adapter import Adapter
+from luthier.tuners.base import Trainable, Tuner
+from luthier.tuners.lora import Lora
+
+STEPS = 6
+SETTINGS = TrainSettings(max_steps=STEPS, batch_size=4, learning_rate=1e-2)
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_fraction": 0.0}  # what a closure asks for
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A small instance of a method, and what it needs to work on.
+
+    rows    rendered rows, random ones with a supervised end by default; for a curator, an evaluator or a task rows as a
+            file has them
+    inputs  rows as a padded batch of transformers, for an objective that needs more than ids and labels
+    pools   other rows, by the name that the method looks them up under
+    trains  False for a tuner with which nothing of the model moves
+    model   makes a tiny model and its tokenizer, for an evaluator or a task that the usual ones do not fit
+    learns  rows that make a model better at what an evaluator measures, where these are not the rows that it asks about
+    tuner   what the clients of a protocol train
+    """
+
+    method: Method
+    rows: Sequence[dict[str, Any]] | None = None
+    inputs: Mapping[str, Tensor] | None = None
+    pools: Mapping[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
+    trains: bool = True
+    model: Callable[[], tuple[PreTrainedModel, Any]] | None = None
+    learns: Sequence[dict[str, Any]] | None = None
+    tuner: Tuner | None = None
+
+    @property
+    def kind(self) -> str:
+        """The recipe key."""
+        return kind_of(self.method).key
+
+    @property
+    def name(self) -> str:
+        """What a recipe calls it."""
+        cls = type(self.method)
+        return manifest.name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"
+
+    def fits(self, argument: str) -> bool:
+        """Is this example one for tests with this argument?"""
+        if argument == "example":
+            return True
+        if argument == "plain_tuner":  # one that any loop can drive
+            needs = self.method.traits.needs
+            return self.kind == "tuner" and self.trains and not needs & {"grad", "closure"}
+        return self.kind == argument
+
+
+def as_examples(given: Sequence[Example | Method]) -> list[Example]:
+    """Methods become examples."""
+    return [e if isinstance(e, Example) else Example(e) for e in given]
+
+
+def loop_of(
+    tuner: Example, objective: Example, view: ModelView | None = None, folder: Path | None = None,
+    stop: Callable[[], bool] = lambda: False, **changes: Any,
+) -> Loop:  # fmt: skip
+    """A training loop over a tiny model."""
+    view = view or view_of()
+    closure = "closure" in tuner.method.traits.needs
+    settings = SETTINGS.model_copy(update={**(CONSTANT if closure else {}), **changes})
+    rows = objective.rows or rows_of((14, 12, 9, 11), answer=5)
+    assert isinstance(tuner.method, Tuner) and isinstance(objective.method, Objective)
+    trainable = tuner.method.attach(view, total_steps=settings.max_steps)
+    lab = Lab(sets={n: list(r) for n, r in objective.pools.items()})
+    return Loop(
+        view, rows, trainable, objective.method, settings, lab=lab, folder=folder, stop=stop, data_hash="contract"
+    )
+
+
+NOTHING: tuple[Any, Any] = (None, None)  # window and probe, for tuners that ask for neither
+PLAIN = Example(Sft())
+SMALL = Example(Adapter(rank=2, init_std=0.05))
+DROPPING = Example(Lora(rank=2, dropout=0.2))  # draws in every step
+
+
+on_a_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="asks for a GPU; the same is tested on the CPU above"
+)
+
+
+def losses(tuner: Example, objective: Example, device: str) -> list[float]:
+    """Losses of a few steps in float32."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one device otherwise
+    view = ModelView(tiny().eval().to(device))
+    view.layout, _ = probe_layout(view)
+    loop = loop_of(tuner, objective, view)
+    return [float(loop.step()["loss"]) for _ in range(STEPS)]
+
+
+def attached(tuner: Example, view: ModelView, steps: int = 3) -> Trainable:
+    """Trained for a few steps, where it trains anything."""
+    if not tuner.trains:
+        assert isinstance(tuner.method, Tuner)
+        return tuner.method.attach(view)
+    loop = loop_of(tuner, PLAIN, view)
+    for _ in range(steps):
+        loop.step()
+    return loop.trainable
+
+
+def resumed_equals_whole(tuner: Example, objective: Example, folder: Path) -> None:
+    """Stopped after two steps and after four, to the bit."""
+    whole = loop_of(tuner, objective)
+    whole.run()
+    for _ in range(2):
+        asked: Iterator[int] = iter(range(100))
+        with pytest.raises(Interrupted):
+            loop_of(tuner, objective, folder=folder, stop=lambda asked=asked: next(asked) >= 1).run()  # type: ignore[misc]
+    again = loop_of(tuner, objective, folder=folder)
+    again.run()
+    assert [e.get("loss") for e in again.progress.log] == [e.get("loss") for e in whole.progress.log]
+    mine, theirs = again.trainable.state_dict(), whole.trainable.state_dict()
+    assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
+
+
+def view_in(dtype: torch.dtype) -> ModelView:
+    view = view_of()
+    torch.nn.Module.to(view.module, dtype)
+    return view
+
+
+@torch.no_grad()  # attention takes another way with a gradient, which rounds in its own way
+def states(view: ModelView, batch: Batch) -> Tensor:
+    """[T, D] the last hidden states."""
+    return view.trace(batch).hidden[-1]
+
+
+def worn(view: ModelView) -> dict[str, Any]:
+    """All that a method could leave on a model, in a form that compares to the bit: weights, gradients, modes, hooks."""
+    out: dict[str, Any] = {
+        "inputs": list(view.input_hooks), "phases": list(view.phases), "attached": list(view.attached),
+        "attention": view.module.config._attn_implementation, "layout": view.layout,
+    }  # fmt: skip
+    for name, t in (*view.module.named_parameters(), *view.module.named_buffers()):
+        held = t.detach().cpu().contiguous().view(torch.uint8) if t.ndim else t.item()
+        content = held if isinstance(held, (int, float)) else hashlib.sha256(held.numpy().tobytes()).hexdigest()
+        out[name] = (content, t.dtype, t.requires_grad, t.grad is None, len(t._backward_hooks or ()))
+    for name, part in view.module.named_modules():
+        hooks = (part._forward_hooks, part._forward_pre_hooks, part._backward_hooks, part._backward_pre_hooks)
+        out[f"module {name}"] = (part.training, vars(part).get("forward"), type(part), [len(h) for h in hooks])
+    return out
+
+
+PADDED = {
+    "input_ids": torch.arange(5, 41).view(4, 9),
+    "attention_mask": torch.tensor([[1] * 9, [1] * 7 + [0] * 2, [1] * 8 + [0], [1] * 9]),
+}
+PADDED["labels"] = torch.where(
+    (torch.arange(9) >= 4) & (PADDED["attention_mask"] == 1), PADDED["input_ids"], torch.tensor(IGNORE)
+)
+
+
+def padded_rows() -> list[dict[str, Any]]:
+    """The rows of PADDED as luthier renders them."""
+    out = []
+    for k, mask in enumerate(PADDED["attention_mask"].bool()):
+        ids, labels = PADDED["input_ids"][k][mask].tolist(), PADDED["labels"][k][mask].tolist()
+        out.append({"ids": ids, "labels": labels, "key": str(k), "token": {"prompt": [1] * 4 + [0] * (len(ids) - 4)}})
+    return out
+
+
+class Four(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Rows for transformers' Trainer."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {k: v[i] for k, v in PADDED.items()}

@@ -1,0 +1,148 @@
+"""Tiny models that evaluators and tasks ask: one that has learnt its rows by heart, and one that is sure of the contrary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from luthier.data.prepare import prepare
+from luthier.data.rendering import Renderer
+from luthier.data.store import Row
+from luthier.evaluation.base import Exam
+from luthier.inference.services import lab_with
+from luthier.method import registry as manifest
+from luthier.model.view import ModelView, probe_layout
+from luthier.objectives.sft import Sft
+from luthier.step.settings import TrainSettings
+from luthier.tasks.base import Task
+from luthier.testing.contract.examples import Example
+from luthier.testing.models import byte_tokenizer, tiny, tiny_classifier, word_tokenizer
+from luthier.training.loop import Loop
+from luthier.tuners.full import Full
+
+Values = Sequence[Mapping[str, Any]]
+Made = tuple[PreTrainedModel, Any]
+LEARNT = 0.02  # nats, under which rows are known by heart
+STEPS = TrainSettings(
+    max_steps=150, batch_size=256, learning_rate=1e-2, warmup_fraction=0.0, lr_scheduler_type="constant", max_grad_norm=1.0
+)  # fmt: skip
+
+
+def decoder() -> Made:
+    """Writes bytes."""
+    return tiny(vocab_size=260, layers=2, max_position_embeddings=512), byte_tokenizer()
+
+
+def classifier() -> Made:
+    """Tells good from bad."""
+    return tiny_classifier(), byte_tokenizer()
+
+
+def encoder() -> Made:
+    """Fills gaps between words."""
+    tokenizer = word_tokenizer()
+    ends = {"max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 3}
+    return tiny("bert", layers=2, vocab_size=len(tokenizer), **ends), tokenizer
+
+
+USUAL: dict[str, Callable[[], Made]] = {
+    "causal-lm": decoder,
+    "classification": classifier,
+    "masked-lm": encoder,
+}
+ROWS: dict[str, Values] = {  # of words that both tokenizers know
+    "causal-lm": [
+        {"prompt": "good day", "completion": "was the day not good"},
+        {"prompt": "a film", "completion": "it was long and very poor"},
+        {"prompt": "a book", "completion": "read and liked on that day"},
+        {"prompt": "the film is", "completion": "short"},
+    ],
+    "classification": [
+        {"text": "a very good film", "label": "good"}, {"text": "the book was bad", "label": "bad"},
+        {"text": "liked on a fine day", "label": "good"}, {"text": "poor and long", "label": "bad"},
+    ],
+    "masked-lm": [
+        {"text": "the film was good ."}, {"text": "a bad book"}, {"text": "it was a fine day"}, {"text": "not very long ."},
+    ],
+}  # fmt: skip
+
+
+class Subject(NamedTuple):
+    """Weights of a model that knows its rows, and of one that says the opposite."""
+
+    make: Callable[[], Made]
+    knowing: dict[str, Tensor]
+    wrong: dict[str, Tensor]
+
+    def view(self, weights: str = "knowing", layout: str | None = None) -> ModelView:
+        """A fresh model with these weights."""
+        view = view_with(*self.make())
+        view.module.load_state_dict(getattr(self, weights))
+        view.layout = layout or view.layout
+        return view
+
+
+def view_with(model: PreTrainedModel, tokenizer: Any) -> ModelView:
+    """In the layout that suits it, in eval mode."""
+    view = ModelView(model.eval(), tokenizer)
+    view.layout, _ = probe_layout(view)
+    return view
+
+
+def task_named(name: str) -> Task:
+    """The task of this name, as it is without fields."""
+    found: Task = manifest.find("task", name)()
+    return found
+
+
+def maker_of(example: Example, task: Task) -> Callable[[], Made]:
+    """What makes the model that an example is asked of."""
+    made = example.model or USUAL.get(task.key())
+    assert made is not None, f"there is no usual model for {task.key()}: write Example(method, model=...)"
+    return made
+
+
+def exam_of(view: ModelView, task: Task, values: Values, *, tokens_per_forward: int = 2048, order: int = 1) -> Exam:
+    """The rows as questions to a model; order -1 turns them round."""
+    sources = [Row(f"rows:{i}", json.loads(json.dumps(v))) for i, v in enumerate(values, start=1)][::order]
+    renderer = Renderer(view.tokenizer)
+    lab = lab_with(renderer, {"base": lambda: view}, task=task, tokens_per_forward=tokens_per_forward)
+    maker = task.maker(renderer, view.module.config, labels_of(view, task, sources))
+    rendered = prepare(sources, renderer, max_length=512, maker=maker).rows if sources else ()
+    return Exam(view, lab, task, rendered, sources)
+
+
+def labels_of(view: ModelView, task: Task, sources: Sequence[Row]) -> Mapping[str | int, int]:
+    """Classes as the task numbers them, where the rows have some."""
+    if not any("label" in r.values for r in sources):
+        return {}
+    return task.labels(sources, None, {name: i for i, name in enumerate(view.classes)})
+
+
+def subject(make: Callable[[], Made], task: Task, values: Values) -> Subject:
+    """A model that has learnt these rows by heart, and its opposite."""
+    return _subject(make, type(task), task.model_dump_json(), json.dumps(list(values)))
+
+
+@cache
+def _subject(make: Callable[[], Made], kind: type[Task], fields: str, values: str) -> Subject:
+    task, view = kind.model_validate_json(fields), view_with(*make())
+    exam = exam_of(view, task, json.loads(values))
+    draw = task.draw(view.tokenizer, 0)
+    rows = [r if draw is None else draw(r, None) for r in exam.rows]
+    loop = Loop(view, rows, Full().attach(view), Sft(), STEPS)
+    while loop.progress.step < loop.total_steps and loop.step()["loss"] > LEARNT:
+        pass
+    knowing = {n: t.detach().clone() for n, t in view.module.state_dict().items()}
+    with torch.no_grad():
+        heads: list[Tensor] = [view.weight(n) for n in view.anatomy.task_head] or [view.head_weight]
+        for p in heads:
+            p.neg_()
+    wrong = {n: t.detach().clone() for n, t in view.module.state_dict().items()}
+    return Subject(make, knowing, wrong)

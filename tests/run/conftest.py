@@ -1,0 +1,5 @@
+"""Exams from tests/helpers as fixtures."""
+
+from helpers.exams import exam_of, tiny_view
+
+__all__ = ["exam_of", "tiny_view"]
