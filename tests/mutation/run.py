@@ -36,14 +36,14 @@ ROOMS = (
 ELSEWHERE = ("data/quadrants.py",)  # what methods compute with, in another room
 # Tests of a module that are not called after it; those of any other are test_NAME.py in whichever folder.
 OWN = {
-    "curation/base.py": ("curation/test_curate.py", "curation/test_proof.py"),
+    "curation/base.py": ("run/test_curate.py", "curation/test_proof.py"),
     "data/quadrants.py": ("objectives/test_q_tuning.py", "curation/test_q_tuning_offline.py"),
-    "kernels/plain.py": ("training/test_head.py",),
+    "kernels/plain.py": ("kernels/test_head.py",),
     "kernels/linear.py": ("tuners/test_spiel.py", "tuners/test_lora.py"),
     "training/checkpoint.py": ("training/test_state.py", "training/test_equalities.py"),
     "training/loop.py": ("training/test_equalities.py", "training/test_skipped.py", "training/test_state.py"),
     "tuners/base.py": ("tuners/test_full.py", "tuners/test_task_head.py", "tuners/test_layerwise.py"),
-    "tuners/fedkseed.py": ("collaboration/test_fedkseed.py", "collaboration/test_seed_rounds.py"),
+    "tuners/fedkseed.py": ("tuners/test_fedkseed.py", "collaboration/test_seed_rounds.py"),
     "update/base.py": ("update/test_parts.py", "update/test_update.py"),
     "update/binding.py": ("update/test_parts.py", "update/test_update.py", "update/test_following.py"),
     "update/files.py": ("update/test_update.py",),

@@ -277,6 +277,54 @@ def test_6_an_event_seeds_the_moments_that_the_window_saw():
     assert bool((state["age"] == 5).all())
 
 
+def test_what_is_kept_inside_a_window_is_all_of_it():
+    """After step 5 of the windows 1-2 and 4-6 two steps' gradients are summed up."""
+    _, trainable, _, _ = trained(5)
+    state = {k: v.clone() for k, v in trainable.state_dict().items()}
+    assert (int(state["steps"]), int(state["samples"])) == (5, 2)
+    _, other, _, _ = trained(0)
+    other.load_state_dict(state)
+    assert other.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
+    assert other.observed.chosen == trainable.observed.chosen == set(trainable.sparse.values)
+    _, later, _, _ = trained(0)
+    later.go_on(state)
+    assert (later._steps, later.total_steps) == (5, 45)
+    assert all(torch.equal(later.sparse.indices[n], i) for n, i in trainable.sparse.indices.items())
+
+
+def test_positions_beyond_32_bits_are_kept_beside_others():
+    seen = Observed({"small": torch.zeros(2, dtype=torch.int32), "large": torch.zeros(1, dtype=torch.long)})
+    seen.choose("large", torch.tensor([2**31 + 5]))
+    assert seen.candidates("large").tolist() == [2**31 + 5]
+
+
+def test_a_matrix_whose_share_is_below_one_entry_is_left_alone():
+    view = view_of(layers=1)
+    names = {x.name: x.shape[0] * x.shape[1] for x in view.anatomy.match(("q_proj", "down_proj"))}
+    assert list(names.values()) == [1024, 2048]
+    found = Spiel(num_weights=2, targets=("q_proj", "down_proj")).with_budget(view.anatomy)
+    assert [(x.role, k) for x, k in found] == [("down", 1)]
+    with pytest.raises(RecipeError, match="1 entries leave none for any of 2 matrices"):
+        Spiel(num_weights=1, targets=("q_proj", "down_proj")).with_budget(view.anatomy)
+
+
+def test_a_tied_head_is_refused_only_as_a_target_and_another_head_is_a_matrix_like_others():
+    assert Spiel(density=0.01).with_budget(view_of("gpt2").anatomy)
+    assert [x.module for x, _ in Spiel(num_weights=9, targets=("lm_head",)).with_budget(view_of().anatomy)] == [
+        "lm_head"
+    ]
+
+
+def test_another_optimiser_is_refused():
+    _, trainable, _, _ = trained(0)
+    trainable._optimizer = None
+    trainable.before_window()
+    trainable._optimizer = torch.optim.SGD(trainable.sparse.values.values(), lr=0.1)
+    with pytest.raises(TypeError, match="use the optimiser it makes"):
+        trainable.before_window()
+
+
 def test_with_several_ranks_sums_are_of_the_whole_step_and_candidates_those_of_the_first(monkeypatch):
     """The loop multiplies each rank's loss by the number of ranks, so that the mean over ranks is the step's gradient."""
     one, other = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([3.0, 4.0, 0.0])
