@@ -195,7 +195,7 @@ def test_a_plan_is_not_overdrawn():
 def test_tuners_that_look_at_rows_otherwise_are_refused_and_leave_the_base(tuner):
     view = view_of()
     before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
-    with pytest.raises(LuthierError, match=f"{tuner.key()} looks at rows in ways"):
+    with pytest.raises(LuthierError, match=f"{tuner.key()} uses rows in ways"):
         run_of(rehearsed(), rows_of((9, 8, 12, 7)), tuner, view=view)
     assert all(torch.equal(before[n], p) for n, p in view.module.named_parameters())
 

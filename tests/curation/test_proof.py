@@ -57,7 +57,7 @@ def test_a_curator_that_rewrites_and_splits_is_under_thirty_lines_and_works_ever
     decided = [json.loads(x) for x in (folder / "decisions.jsonl").read_text().splitlines()]
     assert len(decided) == (12 + 4) + 14 and {d["decision"] for d in decided} == {"keep", "drop", "rewrite", "split"}
     page = (folder / "report.html").read_text()
-    assert "7 of 12 rows stayed" in page and "put in other words" in page and "left out" in page
+    assert "7 of 12 rows stayed" in page and "rewritten" in page and "left out" in page
     ran = luthier("run", path, "--allow-code", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     run = json.loads((tmp_path / "out/run.json").read_text())
@@ -94,7 +94,7 @@ class Shapeless(Curator):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Loses", "curate.0.bad: returns another table than it was given"),
+        ("Loses", "curate.0.bad: returns a table that does not come from its argument"),
         ("Empties", "curate.0.bad: leaves none of 12 rows"),
         ("Shapeless", "bad:1: has the fields question, expected messages or prompt and completion or text"),
     ],

@@ -191,8 +191,8 @@ def test_rows_in_the_deployed_form(method):
     ("changes", "words"),
     [
         ({"prompt": "{question}"}, "lacks {context} or {question}"),
-        ({"prompt": "{context} {question} {who}"}, "names {who}, which nothing fills in"),
-        ({"form": "("}, "'(' is no regular expression"),
+        ({"prompt": "{context} {question} {who}"}, "names {who}, which luthier does not fill in"),
+        ({"form": "("}, "'(' is not a regular expression"),
         ({"overlap_words": 8}, "leaves nothing new in passages of 8"),
         ({"corpus": "/nowhere.jsonl"}, "there is no file /nowhere.jsonl"),
     ],

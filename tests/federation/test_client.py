@@ -58,7 +58,7 @@ def test_a_round_is_answered_once_and_every_sending_is_noted(agreed, place):
     other = answered(place.path, who(agreed), state(place, 1).encode())
     assert other != first and decode(other, LIMIT).header.round == 1
     assert (place.path / "sent" / f"{NAMES[0]}-1.html").exists()
-    with pytest.raises(Refused, match="round 3 of 2: more was not agreed on"):
+    with pytest.raises(Refused, match="round 3 of 2: the contract has no more rounds"):
         answered(place.path, who(agreed), state(place, 2).encode())
 
 
@@ -150,4 +150,4 @@ def test_files_carry_one_round(agreed):
 @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "x" * 65, "x\n", "server", "so-far", "Report.html"])
 def test_a_name_that_is_a_path_or_taken_is_refused(agreed, name):
     done = luthier("collaborate", "tune", "c", f"{NAMES[0]}.jsonl", "--name", name, cwd=agreed)
-    assert done.returncode == 2 and "is no name for a party" in done.stderr
+    assert done.returncode == 2 and "cannot be the name of a party" in done.stderr

@@ -166,7 +166,7 @@ def test_words_and_labels_belong_together():
 def test_a_decoder_cannot_read_behind_the_gap():
     task, llama, bert = task_of("{label}: {text}"), tiny("llama").config, tiny("bert").config
     (problem,) = task.check(Facts(task="classification", model_config=llama))
-    assert problem.key == "prompt" and "a llama model reads up to the gap" in problem.what
+    assert problem.key == "prompt" and "a llama model reads only up to the gap" in problem.what
     assert not task.check(Facts(task="classification", model_config=bert))
     with pytest.raises(RecipeError, match="needs a mask token"):
         task_of().maker(Renderer(byte_tokenizer()), bert, LABELS)

@@ -1,4 +1,4 @@
-"""`luthier collaborate demo`: three organisations with habits of their own, a provider with public rows, one report.
+"""`luthier collaborate demo`: three organisations with different styles, a provider with public rows, one report.
 
 All of it is made on the spot: two small Llamas that have read Python's manual and library and answered spoken requests, and
 houses that answer requests each in a style that no prompt tells. They stand for a TinyLM and an LLM, and for no model's

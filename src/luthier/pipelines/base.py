@@ -1,4 +1,4 @@
-"""The pipeline seam: in which stages. A pipeline is a pure function of the outcomes so far, so it replays after a kill."""
+"""The base class of pipelines. A pipeline is a pure function of the outcomes so far, so it can replay after a kill."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from luthier.update import Update
 class Train:
     """Train on rows.
 
-    start  "base", or the name of an earlier stage: its trained state where the tuner is the same, else its Update,
-           put into the weights
+    start  "base", or the name of an earlier stage: its trained state if the tuner is the same, else its Update,
+    put into the weights
     data   name of a set of rows in the lab, or of an earlier Apply stage
-    carry  name of an earlier stage whose modules beside the model (heads) are taken over
+    carry  name of an earlier stage whose extra modules (heads) are used again
     """
 
     name: str
@@ -88,7 +88,7 @@ OWN_PACE = Pace()
 
 
 class Pipeline(Method):
-    """Says which stage comes next."""
+    """Decides which stage comes next."""
 
     def next(self, done: Mapping[str, Outcome]) -> Train | Apply | None:
         """The next stage after these outcomes, or None at the end. Must depend on nothing else.
@@ -106,7 +106,7 @@ class Pipeline(Method):
 def started(
     view: ModelView, stage: Train, lab: Lab, done: Mapping[str, Outcome], total_steps: int
 ) -> Iterator[tuple[Trainable, Update | None]]:
-    """The stage's trainable on the model it starts from, and the update under it; afterwards the base is as it was."""
+    """The stage's trainable on the model it starts from, and the update under it. The base is restored afterwards."""
     with ExitStack() as stack:
         before = None if stage.start == "base" else done[stage.start]
         same = before is not None and before.tuner == stage.tuner
@@ -149,12 +149,12 @@ def run_pipeline(
     pipeline: Pipeline, view: ModelView, lab: Lab, folder: Path | None = None, *, deadline: float | None = None,
     before_stage: Callable[[Train | Apply], None] = lambda _: None, pace: Pace = OWN_PACE, save_memory: bool = False, **loop: Any,
 ) -> dict[str, Outcome]:  # fmt: skip
-    """Run every stage in turn; returns the outcomes by name, the last being the result.
+    """Run all stages in order. Returns the outcomes by name; the last one is the result.
 
     save_memory  what gradient_checkpointing "auto" means in its stages
 
-    Each stage checkpoints into a folder of its name, its end included: a killed pipeline replays, finished stages are
-    taken up as they ended, and the one it was in goes on inside.
+    Each stage saves checkpoints in a folder with its name, also at its end. A killed pipeline replays: finished stages are
+    loaded, and the interrupted one continues.
     """
     done: dict[str, Outcome] = {}
     while (stage := pipeline.next(done)) is not None:

@@ -1,7 +1,7 @@
-"""A process that carries out one run after another: a request a line on standard input, an answer a line on output.
+"""A process that carries out one run after another: a request in each input line, an answer in each output line.
 
-A process of its own keeps one arm's crash, memory and threads from the others; one that lives on saves the seconds that
-importing torch takes.
+The process keeps one arm's crash, memory and threads away from the others. It lives on because importing torch takes
+seconds.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 from luthier.support import machine
 
-LOCK_PATIENCE = 60.0  # seconds: a killed comparison's own worker may still be saving
+LOCK_PATIENCE = 60.0  # seconds: a worker of a killed comparison may still be saving
 
 
 def main() -> None:
-    """Until standard input ends, or the parent does."""
+    """Work until standard input ends, or the parent does."""
     machine.end_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to standard error

@@ -20,7 +20,7 @@ from luthier.tasks.base import Task
 class CausalLm(Task):
     """Predict the next token: of a completion, of every assistant turn, or of a whole text.
 
-    Rows hold prompt and completion, messages, or text. The usual task.
+    Rows hold prompt and completion, messages, or text. This is the default task.
     Cost: that of the model.
     """
 
