@@ -240,9 +240,10 @@ def test_one_shot_by_files(agreed, tmp_path):
 
 
 def test_the_mean_so_far_lies_there_after_each_arrival(agreed, tmp_path):
-    recipe(tmp_path, collaborate="one-shot")
+    recipe(tmp_path, collaborate="one-shot", seed=7)
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
     place, seen = Place(tmp_path / "c"), {}
+    assert place.contract.settings.seed == 7 == place.lab.seed and place.workshop.lab is place.lab
     server = place.protocol.server(place.contract, NAMES[:2], None, place.workshop)
     leave_so_far(place, server, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "nothing has arrived"

@@ -51,7 +51,7 @@ class Members:
 
 
 def members_of(folders: Sequence[Path], allow_code: bool = False) -> Members:
-    """Folders of finished runs, merges, gifts and adapters.
+    """Folders of finished runs, merges, results of a collaboration and adapters.
 
     Raises LuthierError for a folder that is none of these or comes twice, and where bases, tasks or classes differ.
     """

@@ -34,7 +34,7 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuned:
-    """A recipe, its base model, and what was learnt. Of a collaboration's gift the recipe holds no rows.
+    """A recipe, its base model, and what was learnt. The recipe of a collaboration's result holds no rows.
 
     lab  the services around the base model
     """
