@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,12 @@ def run(
             raise
         accelerator.wait_for_everyone()
         return place.state()
+
+
+def whole_run(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> None:
+    """What a worker is asked for by default: a run as part of a comparison, or of another run."""
+    how = {name: request[name] for name in ("keep", "judge", "nested")}
+    run(recipe, folder, Path(request["base"]), foresee=False, **how)
 
 
 def _carry_out(

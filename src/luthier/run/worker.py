@@ -12,7 +12,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,8 @@ def carried_out(request: dict[str, Any]) -> dict[str, Any]:
     """{"state": "done"}, or "stopped", or "failed" with the reason.
 
     request  recipe, name, folder, base, code and threads; "call" names a function (recipe, folder, request) in place of
-             `whole_run`, which also asks for keep, judge and nested
+             `execute.whole_run`, which also asks for keep, judge and nested. It is named and not imported, since a run
+             may ask for workers itself
     """
     import torch
 
@@ -81,16 +81,8 @@ def _run(request: dict[str, Any], folder: Path) -> None:
 
     code = Path(request["code"]) if request["code"] else None
     recipe = recipes.load(json.dumps(request["recipe"]), request["name"], code=code)
-    module, _, function = request.get("call", "luthier.run.worker:whole_run").partition(":")
+    module, _, function = request.get("call", "luthier.run.execute:whole_run").partition(":")
     getattr(importlib.import_module(module), function)(recipe, folder, request)
-
-
-def whole_run(recipe: Any, folder: Path, request: Mapping[str, Any]) -> None:
-    """A run of luthier's own."""
-    from luthier.run.execute import run
-
-    how = {name: request[name] for name in ("keep", "judge", "nested")}
-    run(recipe, folder, Path(request["base"]), foresee=False, **how)
 
 
 if __name__ == "__main__":
