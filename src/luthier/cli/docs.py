@@ -108,7 +108,7 @@ protocol, settings = {cls}({fields}), TrainSettings(max_steps=2{settings})
 contract = protocol.agree(views, {tuner}, settings)
 clients = [protocol.client(name, contract, views[0], rows) for name in ("north", "south")]
 {server}
-in_process([server, *clients], server.begin(), gate=lambda sent, disclosure: print(disclosure))  # called before a message is sent
+in_process([server, *clients], server.begin(), gate=lambda sent, disclosure: print(disclosure))  # before sending
 print({result})
 ```
 

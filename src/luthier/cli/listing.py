@@ -70,7 +70,7 @@ def starter(entry: dict[str, Any]) -> str:
 
 
 def command_line(entry: dict[str, Any]) -> str:
-    """The command that uses a method which is no key of a recipe."""
+    """The command that uses a method without a key in recipes."""
     kind = KINDS[entry["kind"]]
     fields = [f"--set {n}={json.dumps(x)}" for n, x in examples_of(entry).items()]
     return " ".join([f"{kind.command} {kind.takes} --method {entry['name']}", *fields])

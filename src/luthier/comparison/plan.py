@@ -192,7 +192,7 @@ def _consistent(plan: Comparison, name: str) -> None:
         if keys.like is None and unit != "seconds":
             what = f"nothing says what a step of the command costs in {unit}"
             raise RecipeError(
-                f"{name}: arms.{arm}", what, "name an arm of ours in like:, or give the budget in seconds"
+                f"{name}: arms.{arm}", what, "name an arm of luthier in like:, or give the budget in seconds"
             )
         if keys.like is not None and not isinstance(plan.arms.get(keys.like), dict):
             raise RecipeError(f"{name}: arms.{arm}.like", f"{keys.like!r} names no arm of this comparison", "name one")

@@ -98,7 +98,7 @@ def _a_token(score: RowScore) -> float:
 
 
 def _read(name: str) -> list[dict[str, Any]]:
-    """Rows of a built-in set, or of a file. Raises RecipeError naming the line that is no such row."""
+    """Rows of a built-in set, or of a file. Raises RecipeError with the line of a row without text."""
     if name in (BUILTIN, "canaries"):
         file = "general" if name == BUILTIN else name
         lines = files("luthier.evaluation").joinpath(f"sets/{file}.jsonl").read_text(encoding="utf-8").splitlines()

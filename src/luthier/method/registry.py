@@ -120,7 +120,7 @@ def modules_of(value: Any) -> list[str]:
 
 
 def _name_of(method: Method) -> str:
-    """The name of a method of ours, or module:Class."""
+    """The name of a method of luthier, or module:Class."""
     cls = type(method)
     return name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"
 

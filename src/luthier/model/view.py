@@ -444,7 +444,7 @@ def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
     both = Batch(ids=ids, labels=torch.full_like(ids, -100), seq=seq, pos=pos, lengths=lengths)
     before = view.layout
     try:
-        with evaluating(view.module):  # the model as it is called alone, by anybody, is the reference
+        with evaluating(view.module):  # the model as any caller would run it is the reference
             view.layout = "flat"
             flat = view.trace(both).hidden[-1].float()
             alone = [view.trunk(input_ids=part.unsqueeze(0)).last_hidden_state[0] for part in ids.split(lengths)]

@@ -14,7 +14,7 @@ from typing import Any
 
 from luthier.run.forecast import available_memory
 
-ROOM = 0.8  # of the free memory that runs side by side may take
+ROOM = 0.8  # share of the free memory that parallel runs may use
 END = 60.0  # seconds that a worker gets to save its state
 LOOK = 0.5  # seconds between two questions whether to stop
 

@@ -88,7 +88,7 @@ def prepare_rows(
 ) -> Data:  # fmt: skip
     """Read, curate and render the rows.
 
-    view    loads the untouched model, for curators that ask it
+    view    loads the base model, for curators that use it
     nested  carries out runs within this one, for curators that learn by training
     Held-out rows are rendered in the form that the model is trained on; `held_rows` have their original form.
     """

@@ -200,7 +200,7 @@ class Lab:
         return _there(self.answering, "generates answers")
 
     def run(self, *runs: Nested) -> list[Outcome]:
-        """Carry out nested runs side by side; what each left, in order. Their cost is charged under "nested"."""
+        """Carry out nested runs in parallel. Returns their results in order. Their cost is charged under "nested"."""
         done = _there(self.nested, "carries out nested runs")(runs)
         for outcome in done:
             self.ledger.charge("nested", sum(outcome.progress.flops.values()), outcome.progress.seconds)

@@ -62,7 +62,7 @@ def reached(*modules: str, root: Path = ROOT) -> list[Path]:
 
 
 def imported(text: str, root: Path = ROOT) -> Iterator[str]:
-    """Modules of ours that a source imports, by their full names."""
+    """The modules of luthier that a source imports, by their full names."""
     for match in IMPORT.finditer(COMMENT.sub("", text)):
         package, names, plain = match.groups()
         if plain:
@@ -87,7 +87,7 @@ def _owner(package: str, name: str, root: Path) -> str:
 
 
 def _file(module: str, root: Path) -> Path | None:
-    """A module's source; None for what is none of ours."""
+    """A module's source; None for a module that is not luthier's."""
     first, *parts = module.split(".")
     if first != PACKAGE:
         return None

@@ -207,7 +207,7 @@ class LiftTrainable(Trainable):
 
     @torch.no_grad()
     def _choose(self, linear: Linear) -> Tensor:
-        """[k] positions over (out, in), from the weight as it stands."""
+        """[k] positions over (out, in), from the current weight."""
         t, shape = self.tuner, linear.shape
         weight = self.view.weight(linear.name).detach()
         weight = weight.T if linear.transposed else weight

@@ -212,7 +212,7 @@ class Part(ABC):
     def followed_by(self, later: Part) -> tuple[Part, Part | None]:
         """(this part, the later one) as one update holds both, where the later one was made with this one in place.
 
-        None stands for a later part that this one has taken up.
+        None means that the later part is joined into this one.
         Raises TypeError where no two parts in the update's order are the same as these two in theirs.
         """
         return self.without(later.replaces()).cut_by(later), later
@@ -228,7 +228,7 @@ class Part(ABC):
     # --- peft's folder ---
 
     def peft(self, others: Sequence[Part]) -> PeftFolder | None:
-        """The folder of peft's that holds this part and the update's others, or None where there is none."""
+        """The folder of peft's that holds this part and the update's others; None if there is none."""
         return None
 
     def as_head(self) -> Mapping[str, Tensor] | None:
