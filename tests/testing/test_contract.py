@@ -3,14 +3,17 @@
 import importlib
 import inspect
 import json
+import pkgutil
 
 import pytest
 import torch
 
-from helpers.examples import ALL, EXAMPLES, FIELDS, IDS  # noqa: F401
+from helpers.examples import ALL, EXAMPLES, FIELDS, IDS
 from luthier.data.batch import collate
 from luthier.method import registry as manifest
+from luthier.method.kinds import KINDS
 from luthier.objectives.sft import Sft
+from luthier.testing import contract, plugin
 from luthier.testing.contract import *  # noqa: F403
 from luthier.testing.contract import PADDED
 from luthier.testing.models import rows_of, tiny
@@ -26,21 +29,29 @@ def test_a_method_is_named_after_its_file_and_has_a_source(kind, name, cls):
     assert name in ("frozen", "stages") or cls.source is not None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_has_tests_of_behaviour_and_every_method_runs_them(kind):
+    """A kind is one for which the suite has tests of its own, beside those of every method."""
+    own = [n for n in contract.__all__ if kind in inspect.signature(getattr(contract, n)).parameters]
+    assert len(own) >= (1 if kind in ("decode", "merge", "inspect") else 3), (
+        f"luthier.testing.contract asks nothing of a {kind}"
+    )
+    assert all(getattr(contract, n).__module__.startswith(plugin.CONTRACT) for n in own), "the plug-in knows them"
+    assert all(any(e.fits(kind) and type(e.method) is cls for e in EXAMPLES) for k, _, cls in ALL if k == kind)
+
+
+def test_every_test_of_the_suite_is_handed_on():
+    """A module that is not imported by the package, or a test that it does not name, is asked of nobody."""
+    modules = [m.name for m in pkgutil.iter_modules(contract.__path__)]
+    found = {
+        n: getattr(importlib.import_module(f"luthier.testing.contract.{m}"), n)
+        for m in modules for n in dir(importlib.import_module(f"luthier.testing.contract.{m}")) if n.startswith("test_")
+    }  # fmt: skip
+    assert found and {n: getattr(contract, n, None) for n in found} == found and set(contract.__all__) == set(found)
+
+
 def test_the_manifest_is_what_the_classes_say():
     assert manifest.read() == json.loads(json.dumps(manifest.build())), "run python -m luthier.method.registry"
-
-
-def test_a_compute_method_in_a_bare_loop():
-    from luthier.compute.lemo import Lemo
-    from luthier.integrations.own_loop import Loss
-
-    model = tiny()
-    plain, thin = Loss(Sft(), model), Loss(Sft(), model, compute=Lemo(block_size=2))
-    with thin.thinned():
-        loss = thin(PADDED)
-        loss.backward()
-    assert float(loss.detach()) > 0 and all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert float(plain(PADDED).detach()) > 0
 
 
 def test_tuners_that_probe_and_step_by_closure_in_a_bare_loop():

@@ -163,4 +163,11 @@ def test_a_compute_method_in_a_bare_loop(compute: Example) -> None:
     assert float(value.detach()) == pytest.approx(float(plain.detach()), abs=1e-6)
 
 
-__all__ = [n for n in dir() if n.startswith("test_")]
+__all__ = [
+    "test_a_compute_method_in_a_bare_loop",
+    "test_a_step_takes_less_work_and_the_ledger_counts_what_is_left",
+    "test_a_thinned_out_run_that_was_stopped_ends_where_an_uninterrupted_one_does",
+    "test_after_every_phase_the_model_is_as_it_was",
+    "test_in_phases_that_it_is_not_for_the_model_computes_as_without_it",
+    "test_sequences_are_thinned_out_each_by_itself",
+]

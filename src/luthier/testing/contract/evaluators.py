@@ -6,6 +6,7 @@ import json
 import math
 import random
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,7 +61,8 @@ def known(evaluate: Example, task: str) -> dict[str, Measure]:
 
 def test_an_evaluator_gives_the_measures_that_it_names(evaluate: Example) -> None:
     assert isinstance(evaluate.method, Evaluator)
-    named, given = evaluate.method.names(), set[str]()
+    named = evaluate.method.names()
+    given: set[str] = set()
     for task in tasks_of(evaluate):
         found = known(evaluate, task)
         given |= found.keys()
@@ -93,17 +95,17 @@ def test_an_evaluator_only_looks(evaluate: Example) -> None:
         view = asked(evaluate, task).view()
         view.module.train()
         view.trunk.eval()  # a part in another mode, as a frozen one may be
-        before, drawn = worn(view), _generators()
+        before, drawn, first = worn(view), _generators(), known(evaluate, task)
         again = measured(evaluate, exam_of(view, task_named(task), rows_for(evaluate, task)))
         assert worn(view) == before
         assert _generators() == drawn
-        assert {n: m.as_dict() for n, m in again.items()} == {n: m.as_dict() for n, m in known(evaluate, task).items()}
+        assert {n: m.as_dict() for n, m in again.items()} == {n: m.as_dict() for n, m in first.items()}
 
 
 def _generators() -> tuple[bytes, bytes, int]:
     """Where the global generators are."""
-    words = np.random.get_state(legacy=False)["state"]["key"]
-    return torch.get_rng_state().numpy().tobytes(), np.asarray(words).tobytes(), hash(random.getstate())
+    numpy: Any = np.random.get_state(legacy=True)
+    return torch.get_rng_state().numpy().tobytes(), np.asarray(numpy[1]).tobytes(), hash(random.getstate())
 
 
 def test_a_better_model_has_better_measures(evaluate: Example) -> None:
@@ -130,4 +132,10 @@ def test_without_rows_nothing_is_measured(evaluate: Example) -> None:
             assert found == []
 
 
-__all__ = [n for n in dir() if n.startswith("test_")]
+__all__ = [
+    "test_a_better_model_has_better_measures",
+    "test_a_measure_of_a_row_depends_on_that_row_alone",
+    "test_an_evaluator_gives_the_measures_that_it_names",
+    "test_an_evaluator_only_looks",
+    "test_without_rows_nothing_is_measured",
+]

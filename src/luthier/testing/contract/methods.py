@@ -111,4 +111,10 @@ def refused(method: Method, key: str, **facts: Any) -> bool:
     return any(p.key == key for p in method.check(Facts(batch_size=4, **facts)))
 
 
-__all__ = [n for n in dir() if n.startswith("test_")]
+__all__ = [
+    "test_a_wrong_field_names_its_key",
+    "test_every_field_is_read",
+    "test_page_and_documented_fields",
+    "test_recipe_round_trip",
+    "test_refusals_are_those_the_traits_declare",
+]

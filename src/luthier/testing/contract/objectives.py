@@ -75,4 +75,9 @@ def test_an_objective_trains_on_a_gpu_as_on_the_cpu(objective: Example) -> None:
     assert losses(SMALL, objective, "cuda") == pytest.approx(losses(SMALL, objective, "cpu"), rel=1e-3)
 
 
-__all__ = [n for n in dir() if n.startswith("test_")]
+__all__ = [
+    "test_a_resumed_objective_ends_where_an_uninterrupted_one_does",
+    "test_an_objective_in_a_bare_loop_is_the_houses",
+    "test_an_objective_trains_on_a_gpu_as_on_the_cpu",
+    "test_packed_alone_and_padded_give_the_same_loss",
+]

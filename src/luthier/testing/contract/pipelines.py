@@ -28,9 +28,9 @@ FOLDER = re.compile(r"[a-z0-9][a-z0-9._-]*")  # names that every file system tak
 
 @dataclass(frozen=True)
 class Whole:
-    """A pipeline that ran without a break: stages and outcomes by name, and the model as it was before and is after."""
+    """A pipeline that ran without a break: its stages, their outcomes, and the model as it was before and is after."""
 
-    stages: dict[str, Train | Apply]
+    stages: list[Train | Apply]
     done: dict[str, Outcome]
     before: dict[str, Any]
     after: dict[str, Any]
@@ -48,10 +48,8 @@ def whole(pipeline: Example) -> Whole:
     view = view_of()
     view.module.train()
     before = worn(view)
-    stages: dict[str, Train | Apply] = {}
-    done = run_pipeline(
-        pipeline.method, view, pipeline_lab(pipeline), before_stage=lambda s: stages.__setitem__(s.name, s)
-    )
+    stages: list[Train | Apply] = []
+    done = run_pipeline(pipeline.method, view, pipeline_lab(pipeline), before_stage=stages.append)
     return Whole(stages, done, before, worn(view))
 
 
@@ -64,67 +62,56 @@ def prefixes(done: Mapping[str, Outcome]) -> Iterator[dict[str, Outcome]]:
 
 def bits(outcome: Outcome) -> dict[str, Any]:
     """All that a stage left, in a form that compares to the bit."""
-    update = None if outcome.update is None else outcome.update.digest()
-    under = None if outcome.under is None else outcome.under.digest()
-    state = {k: _plain(v) for k, v in (outcome.state or {}).items()}
-    beside = {k: _plain(v) for k, v in (outcome.beside or {}).items()}
-    rows = None if outcome.rows is None else [_plain(r) for r in outcome.rows]
-    return {
-        "tuner": outcome.tuner,
-        "metrics": outcome.metrics,
-        "update": update,
-        "under": under,
-        "state": state,
-        "beside": beside,
-        "rows": rows,
-    }
+    out = {name: _plain(getattr(outcome, name)) for name in ("rows", "mask", "metrics", "state", "beside")}
+    updates = {name: getattr(outcome, name) for name in ("update", "under")}
+    return {**out, **{name: None if u is None else u.digest() for name, u in updates.items()}, "tuner": outcome.tuner}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def test_the_next_stage_depends_on_outcomes_alone(pipeline: Example) -> None:
-    """Asked twice, by an equal pipeline, with outcomes in another order that it cannot write to: the same stage."""
+    """Asked twice, by an equal pipeline, with outcomes in another order that it cannot write to: the same stage.
+
+    Outcomes that hold a name and rows alone, as plans have them, do as well.
+    """
     assert isinstance(pipeline.method, Pipeline)
     ran = whole(pipeline)
-    for done, stage in zip(prefixes(ran.done), [*ran.stages.values(), None], strict=True):
+    for done, stage in zip(prefixes(ran.done), [*ran.stages, None], strict=True):
         turned = MappingProxyType(dict(reversed(done.items())))
-        equal = pipeline.method.model_copy(deep=True)
-        assert stage == pipeline.method.next(done) == pipeline.method.next(turned) == equal.next(done)
+        equal, bare = pipeline.method.model_copy(deep=True), {n: Outcome(n, rows=o.rows) for n, o in done.items()}
+        assert (
+            stage == pipeline.method.next(done) == pipeline.method.next(turned) == equal.next(done) == equal.next(bare)
+        )
+    plan = planned(pipeline.method, pipeline_lab(pipeline).sets)
+    assert [stage for stage, _ in plan] == [s for s in ran.stages if isinstance(s, Train)], "it is what was planned"
 
 
 def test_a_pipeline_ends_and_its_stages_have_names_of_their_own(pipeline: Example) -> None:
-    done = whole(pipeline).done
-    assert 0 < len(done) <= MOST
-    for name, outcome in done.items():
+    ran = whole(pipeline)
+    assert 0 < len(ran.done) <= MOST and [s.name for s in ran.stages] == list(ran.done)
+    for name, outcome in ran.done.items():
         assert name == outcome.name and FOLDER.fullmatch(name) and name != "base", "a stage's name is its folder's"
-    assert len({name.casefold() for name in done}) == len(done)
-    assert any(o.update is not None for o in done.values()), "the last update is the result"
+    assert len({name.casefold() for name in ran.done}) == len(ran.done)
+    assert ran.done[ran.stages[-1].name].update is not None, "the last stage's update is the result"
 
 
 def test_stages_refer_to_earlier_ones_and_to_rows_that_there_are(pipeline: Example) -> None:
     ran, lab = whole(pipeline), pipeline_lab(pipeline)
-    for done, stage in zip(prefixes(ran.done), ran.stages.values(), strict=False):
+    for done, stage in zip(prefixes(ran.done), ran.stages, strict=False):
         if isinstance(stage, Apply):
             made = ran.done[stage.name]
             assert set(stage.inputs) <= done.keys() and stage.like in lab.sets
-            assert made.rows or made.update or made.mask or made.metrics, "a stage leaves something"
+            assert made.rows or made.update or made.mask or made.metrics, "a stage without training leaves something"
             continue
         assert stage.start == "base" or done[stage.start].update is not None
-        assert stage.carry is None or done[stage.carry].tuner is not None
+        assert stage.carry is None or stage.carry in done
         assert stage.data in lab.sets or done[stage.data].rows, "rows come from the lab or from a stage that makes some"
-
-
-def test_a_plan_of_the_pipeline_is_what_it_then_does(pipeline: Example) -> None:
-    """Forecasts and comparisons ask it with outcomes that hold rows alone."""
-    assert isinstance(pipeline.method, Pipeline)
-    ran, lab = whole(pipeline), pipeline_lab(pipeline)
-    trained = [s for s in ran.stages.values() if isinstance(s, Train)]
-    found = planned(pipeline.method, lab.sets)
-    assert [stage for stage, _ in found] == trained and all(rows in lab.sets for _, rows in found)
 
 
 def test_a_pipeline_leaves_the_base_as_it_was(pipeline: Example) -> None:
@@ -137,12 +124,12 @@ def test_a_pipeline_stopped_before_and_within_each_stage_ends_as_one_that_ran_th
 ) -> None:
     assert isinstance(pipeline.method, Pipeline)
     expected, lab = whole(pipeline), pipeline_lab(pipeline)
-    for name, stage in expected.stages.items():
+    for stage in expected.stages:
         view = view_of()
         view.module.train()
 
-        def stop(next_one: Train | Apply, name: str = name) -> None:
-            if next_one.name == name:
+        def stop(comes: Train | Apply, name: str = stage.name) -> None:
+            if comes.name == name:
                 raise Interrupted(name)
 
         with pytest.raises(Interrupted):
@@ -167,7 +154,7 @@ def _once() -> Callable[[], bool]:
 def test_what_a_stages_methods_refuse_the_pipeline_reports_beforehand(pipeline: Example) -> None:
     """Without a model, a row or a stage that has run: `check` says it before work begins."""
     assert isinstance(pipeline.method, Pipeline)
-    stages = [s for s in whole(pipeline).stages.values() if isinstance(s, Train)]
+    stages = [s for s in whole(pipeline).stages if isinstance(s, Train)]
     tasks = sorted(pipeline.method.traits.tasks)
     wrong: list[dict[str, Any]] = [
         {},
@@ -189,4 +176,11 @@ def test_what_a_stages_methods_refuse_the_pipeline_reports_beforehand(pipeline: 
                     assert any(p.key.split(".")[-1] == problem.key.split(".")[-1] for p in told), (change, problem)
 
 
-__all__ = [n for n in dir() if n.startswith("test_")]
+__all__ = [
+    "test_a_pipeline_ends_and_its_stages_have_names_of_their_own",
+    "test_a_pipeline_leaves_the_base_as_it_was",
+    "test_a_pipeline_stopped_before_and_within_each_stage_ends_as_one_that_ran_through",
+    "test_stages_refer_to_earlier_ones_and_to_rows_that_there_are",
+    "test_the_next_stage_depends_on_outcomes_alone",
+    "test_what_a_stages_methods_refuse_the_pipeline_reports_beforehand",
+]

@@ -311,4 +311,16 @@ def test_what_a_client_has_alone_and_where_it_begins(collaborate: Example) -> No
     assert begun.keys() == first.keys() and all(torch.equal(begun[n], first[n]) for n in begun)
 
 
-__all__ = [n for n in dir() if n.startswith("test_")]
+__all__ = [
+    "test_a_client_leaves_its_model_as_it_was",
+    "test_a_contract_survives_its_file_and_is_named_by_all_that_is_in_it",
+    "test_a_server_killed_after_each_arrival_goes_on_to_the_same_bits",
+    "test_another_model_or_contract_is_refused_on_the_clients_side",
+    "test_clients_that_say_the_same_count_as_one",
+    "test_every_client_ends_with_what_the_server_has_for_it",
+    "test_messages_survive_their_bytes_and_say_what_leaves",
+    "test_the_order_in_which_clients_come_changes_nothing",
+    "test_the_same_message_twice_and_time_that_is_up_early_change_nothing",
+    "test_what_a_client_has_alone_and_where_it_begins",
+    "test_what_cannot_be_used_is_refused_by_name_and_changes_nothing",
+]

@@ -141,8 +141,8 @@ def _subject(make: Callable[[], Made], kind: type[Task], fields: str, values: st
         pass
     knowing = {n: t.detach().clone() for n, t in view.module.state_dict().items()}
     with torch.no_grad():
-        heads: list[Tensor] = [view.weight(n) for n in view.anatomy.task_head]
-        for weight in heads or [view.head_weight]:
-            weight.neg_()
+        heads: list[Tensor] = [view.weight(n) for n in view.anatomy.task_head] or [view.head_weight]
+        for p in heads:
+            p.neg_()
     wrong = {n: t.detach().clone() for n, t in view.module.state_dict().items()}
     return Subject(make, knowing, wrong)

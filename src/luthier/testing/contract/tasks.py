@@ -150,26 +150,25 @@ def test_a_row_that_is_cut_keeps_its_answer(task: Example) -> None:
                 assert collate([cut]).lengths == (limit,)
 
 
-def _drawn(draw: Draw, rows: Sequence[Mapping[str, Any]], epoch: int | None) -> list[dict[str, Any]]:
-    return [dict(draw(row, epoch)) for row in rows]
-
-
 def test_what_is_drawn_depends_on_seed_epoch_and_row_alone(task: Example) -> None:
     """Drawn twice alike; other tokens in other epochs and for other seeds; held-out rows as they always are."""
     view, (_, values) = fresh(task), asked(task)
     rows, _ = made_of(task, view, values)
-    found = [task_of(task).draw(view.tokenizer, seed) for seed in (0, 0, 1)]
-    draws = [d for d in found if d is not None]
-    assert len(draws) == (3 if task_of(task).redraws else 0)
+    draws = [d for seed in (0, 0, 1) if (d := task_of(task).draw(view.tokenizer, seed)) is not None]
+    assert len(draws) == 3 * task_of(task).redraws
     if not draws:
         return
-    one, same, other = (partial(_drawn, d, rows) for d in draws)
-    assert one(3) == same(3) == _drawn(draws[0], rows[::-1], 3)[::-1]
-    assert one(None) == other(None) and one(3) != other(3) and one(3) != one(4)
-    for row, drawn in zip(rows, one(3), strict=True):
+    first, same, other = (partial(_drawn, d, rows) for d in draws)
+    assert first(3) == same(3) == _drawn(draws[0], rows[::-1], 3)[::-1]
+    assert first(None) == other(None) and first(3) != other(3) and first(3) != first(4)
+    for row, drawn in zip(rows, first(3), strict=True):
         asked_for = [i for i, y in enumerate(drawn["targets"]) if y != IGNORE]
         assert asked_for and all(drawn["targets"][i] == row["labels"][i] for i in asked_for)
         assert all(drawn["ids"][i] == x for i, x in enumerate(row["ids"]) if i not in asked_for)
+
+
+def _drawn(draw: Draw, rows: Sequence[Mapping[str, Any]], epoch: int | None) -> list[dict[str, Any]]:
+    return [dict(draw(r, epoch)) for r in rows]
 
 
 def test_what_measures_always_is_there_and_prefers_who_knows(task: Example) -> None:
@@ -283,4 +282,17 @@ def test_the_first_lines_of_a_recipe_name_the_task(task: Example) -> None:
     assert type(recipe.load(text).task) is type(task_of(task))
 
 
-__all__ = [n for n in dir() if n.startswith("test_")]
+__all__ = [
+    "test_a_checkpoint_opens_with_its_head_and_nothing_drawn_anew",
+    "test_a_label_that_was_never_trained_on_is_named",
+    "test_a_model_answers_prompts_each_by_itself_and_stays_as_it_was",
+    "test_a_row_that_is_cut_keeps_its_answer",
+    "test_a_task_is_learnt_and_its_update_scores_alike_in_a_fresh_base",
+    "test_every_shape_is_read_rendered_and_scored_alike_in_both_layouts",
+    "test_labels_supervise_answers_only",
+    "test_rows_of_another_form_are_named_by_file_and_line",
+    "test_the_first_lines_of_a_recipe_name_the_task",
+    "test_training_rows_are_made_each_by_itself_and_collate",
+    "test_what_is_drawn_depends_on_seed_epoch_and_row_alone",
+    "test_what_measures_always_is_there_and_prefers_who_knows",
+]

@@ -114,4 +114,12 @@ def test_updates_that_it_cannot_read_are_refused(translate: Example, change: Any
         learnt(translate)(change(pairs_for().x))
 
 
-__all__ = [n for n in dir() if n.startswith("test_")]
+__all__ = [
+    "test_a_translation_has_the_form_of_the_large_model_and_is_near",
+    "test_an_update_is_translated_by_itself",
+    "test_its_epochs_are_numbered_and_those_of_equal_pairs_are_equal",
+    "test_pairs_that_teach_nothing_are_refused",
+    "test_standard_form_makes_the_size_of_updates_of_no_account",
+    "test_the_same_pairs_give_the_same_translator",
+    "test_updates_that_it_cannot_read_are_refused",
+]

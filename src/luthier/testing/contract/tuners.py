@@ -251,4 +251,15 @@ def test_a_tuner_under_transformers_trainer(plain_tuner: Example, tmp_path: Path
     assert tuned.update().parts
 
 
-__all__ = [n for n in dir() if n.startswith("test_")]
+__all__ = [
+    "test_a_resumed_tuner_ends_where_an_uninterrupted_one_does",
+    "test_a_task_head_is_learnt_or_refused_by_check",
+    "test_a_tuner_in_a_bare_loop",
+    "test_a_tuner_trains_on_a_gpu_as_on_the_cpu",
+    "test_a_tuner_under_transformers_trainer",
+    "test_detach_gives_back_the_base_bit_for_bit",
+    "test_same_seed_same_numbers",
+    "test_the_saved_update_in_a_fresh_base_gives_the_same_states",
+    "test_who_looks_at_the_base_trains_as_who_does_not",
+    "test_without_the_update_the_model_is_the_base",
+]
