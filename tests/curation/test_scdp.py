@@ -12,6 +12,7 @@ from scipy.sparse import csr_matrix
 from luthier.curation.random import Random
 from luthier.curation.scdp import (
     Scdp,
+    distances,
     farthest,
     geometric_median,
     squares,
@@ -143,6 +144,13 @@ def test_rows_are_squared_block_by_block():
     assert np.allclose(squares(csr_matrix(x), block=4), (x**2).sum(1))
 
 
+def test_a_row_is_at_no_distance_from_itself_whatever_rounding_says():
+    x = np.random.default_rng(0).normal(size=(200, 7)).astype(np.float32)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    own = [distances(csr_matrix(r[None]), r.astype(np.float64))[0] for r in x]
+    assert np.isfinite(own).all() and max(own) < 1e-3
+
+
 def test_3_the_rule_switches_on_the_kept_count():
     many = rows(3000)
     far = Scdp(keep_fraction=0.5).select(many, Lab())
@@ -150,6 +158,8 @@ def test_3_the_rule_switches_on_the_kept_count():
     assert len(far.keep) == 1500 and "rule far" in far.reason[0]
     assert len(spread.keep) == 1503 and "rule stratified" in spread.reason[0]
     assert far.score[far.keep].min() >= np.delete(far.score, far.keep).max()
+    inside = set(far.keep.tolist())
+    assert [r.startswith("kept") for r in far.reason] == [i in inside for i in range(3000)]
     between = Scdp(keep_fraction=0.5002).select(many, Lab())  # 1500.6 rows: above the switch before it is cut
     assert len(between.keep) == 1500 and "rule stratified" in between.reason[0]
     assert len(Scdp(keep_fraction=0.5).select(many[:11], Lab()).keep) == 5
@@ -293,9 +303,12 @@ def test_bad_input():
     with pytest.raises(RecipeError, match="hold no words"):
         Scdp(keep_fraction=0.5).select([Row("f:1", {"text": "a"}), Row("f:2", {"text": ""})], Lab())
     with pytest.raises(RecipeError, match="a row has no label"):
-        Scdp(keep_fraction=0.5, class_balanced=True).select(rows(10), Lab())
+        Scdp(keep_fraction=0.5, class_balanced=True).select([*rows(10, labels=["a"]), *rows(1)], Lab())
     some = [*rows(20), Row("f:21", {"text": "x"})]
     assert 20 not in Scdp(keep_fraction=0.5).select(some, Lab()).keep
+    alike = [*(Row(f"f:{i}", {"text": "alpha"}) for i in range(20)), Row("f:21", {"text": "x"})]
+    chosen = Scdp(keep_fraction=0.05).select(alike, Lab())
+    assert chosen.score.argmax() == 20 and chosen.keep.tolist() == [0], "the farthest has no direction"
 
 
 def test_random_keeps_its_share_by_key():

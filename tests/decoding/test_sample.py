@@ -27,6 +27,8 @@ def test_nucleus_worked_by_hand():
     assert nucleus(logits, 0.81).isfinite().sum(-1).tolist() == [3, 3]
     assert nucleus(logits, 1e-6).isfinite().sum(-1).tolist() == [1, 1], "the likeliest always stays"
     assert torch.equal(nucleus(logits, 1.0), logits)
+    alike = nucleus(torch.zeros(1, 5000), 0.5).isfinite()[0]
+    assert int(alike.sum()) == pytest.approx(2500, abs=2) and alike[: int(alike.sum())].all(), "of equal ones the first"
 
 
 def test_cold_or_narrow_sampling_is_greedy(lab):

@@ -5,7 +5,7 @@ import torch
 
 from luthier.inspection import Norms
 from luthier.inspection.base import Case
-from luthier.inspection.norms import OUTSIDE, bars, layer_of, sizes
+from luthier.inspection.norms import BAR, GAP, OUTSIDE, bars, layer_of, sizes
 from luthier.support.errors import LuthierError
 from luthier.testing.models import view_of
 from luthier.update import Dense, Prompt, Update
@@ -47,6 +47,7 @@ def test_the_sentence_names_the_largest_and_the_picture_is_to_scale():
     assert (
         'width="105.0"' in finding.picture and 'width="420.0"' in finding.picture and 'width="210.0"' in finding.picture
     )
+    assert [f'y="{i * (BAR + GAP)}" width' in finding.picture for i in range(4)] == [True, True, True, False]
     assert "&lt;b&gt;" in bars(
         {"<b>": sizes(Update(view.base, (Dense(changes),)), dict(view.module.named_parameters())), "x": []}
     )

@@ -43,7 +43,6 @@ OWN = {
     "training/checkpoint.py": ("training/test_state.py", "training/test_equalities.py"),
     "training/loop.py": ("training/test_equalities.py", "training/test_skipped.py", "training/test_state.py"),
     "tuners/base.py": ("tuners/test_full.py", "tuners/test_task_head.py", "tuners/test_layerwise.py"),
-    "tuners/fedkseed.py": ("tuners/test_fedkseed.py", "collaboration/test_seed_rounds.py"),
     "update/base.py": ("update/test_parts.py", "update/test_update.py"),
     "update/binding.py": ("update/test_parts.py", "update/test_update.py", "update/test_following.py"),
     "update/files.py": ("update/test_update.py",),

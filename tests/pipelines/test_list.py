@@ -315,7 +315,7 @@ def test_a_teacher_labels_without_dropout():
     stage, found = List(unlabelled_batch=1).next(done), []
     for _ in range(2):
         view.module.train()
-        found.append(torch.stack([r["row"]["soft"] for r in List().apply(stage, view, lab, done)]))
+        found.append(torch.stack([r["row"]["soft"] for r in List().apply(stage, view, lab, done).rows]))
     assert torch.equal(*found) and len(found[0]) == len(pool)
 
 

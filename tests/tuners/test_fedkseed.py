@@ -115,6 +115,8 @@ def test_7_pro_probabilities():
     p = seed_probabilities([[0.0, *generator.normal(scale=500, size=5)] for _ in range(64)])
     assert p.max() / p.min() <= math.e + 1e-9
     assert abs(p.sum() - 1) < 1e-12
+    far = np.exp([0.0, 1 / 3, 1.0]) / np.exp([0.0, 1 / 3, 1.0]).sum()  # magnitudes 1, 2 and 4, scaled to [0, 1]
+    np.testing.assert_allclose(seed_probabilities([[1.0], [-3.0, 1.0], [4.0, -4.0]]), far, rtol=1e-9)
     _, trainable, _ = client(0, num_seeds=4)
     only = np.array([0.0, 0.0, 1.0, 0.0])
     trainable.probabilities = only
@@ -140,6 +142,28 @@ def test_low_precision_keeps_float32_weights():
     assert max(float((trainable.masters[n] - rebuilt[n]).abs().max()) for n in rebuilt) <= 2e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_goes_on_where_it_was(dtype):
+    views = [view_of(), view_of()]
+    first, second = (FedKSeed(num_seeds=8).attach(v) for v in views if v.module.to(dtype) is not None)
+    loop = Loop(views[0], rows_of(), first, Sft(), SETTINGS)
+    for _ in range(5):
+        loop.step()
+    second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+    assert all(torch.equal(views[0].weight(n), views[1].weight(n)) for n in first.names)
+    assert (first.masters is None) == (dtype == torch.float32)
+    assert all(torch.equal(t, second.masters[n]) for n, t in (first.masters or {}).items())
+    assert second.observed == first.observed and torch.equal(first.scalars, second.scalars) and second.steps == 5
+
+
+def test_a_step_says_the_mean_of_its_two_losses():
+    _, trainable, _ = client(0)
+    losses = iter([3.0, 1.0])
+    with torch.no_grad():
+        assert trainable.zo_step(lambda: next(losses), 1e-3) == 2.0
+    assert trainable.observed[0][1] == pytest.approx(2.0 / (2 * trainable.tuner.epsilon))
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match="party 1: a scalar is not finite"):
         aggregate([torch.zeros(3), torch.tensor([0.0, float("nan"), 0.0])], [1, 1])
@@ -151,6 +175,9 @@ def test_bad_input():
     from luthier.method import Facts
 
     assert "constant lr and zero decay" in FedKSeed().check(Facts(settings=TrainSettings()))[0].what
+    plain = {"lr_scheduler_type": "constant", "weight_decay": 0.0, "warmup_fraction": 0.0}
+    for wrong in ({}, {"lr_scheduler_type": "linear"}, {"weight_decay": 0.1}, {"warmup_fraction": 0.1}):
+        assert len(FedKSeed().check(Facts(settings=TrainSettings(**{**plain, **wrong})))) == bool(wrong)
     view = view_of()
     with pytest.raises(RecipeError, match=r"weight_decay = 0\.1"):
         Loop(view, rows_of(), FedKSeed().attach(view), Sft(), SETTINGS.model_copy(update={"weight_decay": 0.1}))

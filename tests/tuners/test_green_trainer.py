@@ -124,6 +124,31 @@ def test_2_with_a_task_head_it_does_too(kind):
         assert 2 * costs.backward(chosen) == backward.get_total_flops(), chosen
 
 
+@pytest.mark.parametrize("kind", ["llama", "bert-classifier"])
+def test_2_every_tensor_alone_costs_what_is_counted(kind):
+    """The shallowest trained tensor decides how far the backward goes: each of them once, but for a head over the
+    vocabulary, whose activation gradient is paid whatever trains (CostModel.head).
+    """
+    view = view_of(kind, layers=1)
+    view.module.set_attn_implementation("eager")
+    view.layout, view._native_attention = "padded", "eager"
+    batch = collate(labelled_rows((12, 12)) if "classifier" in kind else rows_of((12, 12), answer=11))
+    costs = cost_model(view.anatomy, 24, 288, 2)
+    for item in [x for x in costs.items if x.name != "lm_head.weight"]:
+        for n, p in view.module.named_parameters():
+            p.requires_grad_(n == item.name or n in view.anatomy.task_head)
+        logits = Forward(batch, view).logits() if "classifier" in kind else view.module(batch.ids.view(2, 12)).logits
+        with FlopCounterMode(display=False) as counter:
+            logits.square().sum().backward()
+        assert 2 * costs.backward([item.name]) == counter.get_total_flops(), item
+
+
+def test_without_a_budget_nothing_is_chosen():
+    costs = random_costs(np.random.default_rng(0))
+    importance = {x.name: 1.0 for x in costs.items}
+    assert select(costs, importance, 0.0) == select(costs, importance, -1.0) == []
+
+
 def run_of(view, share=0.7, rate=1e-3, **fields):
     """The tuner on this view with an optimiser of its own."""
     trainable = GreenTrainer(flops_share=share, **fields).attach(view, total_steps=9)
@@ -388,6 +413,8 @@ def test_7_frozen_tensors_do_not_move_under_weight_decay(dtype):
     assert 0 < len(chosen) < len(before)
     for n, p in view.module.named_parameters():
         assert torch.equal(before[n], p) != (n in chosen), n
+    trainable.detach()
+    assert all(torch.equal(before[n], p) for n, p in view.module.named_parameters())
 
 
 def test_a_share_that_trains_nothing_names_the_smallest_that_does():
@@ -449,6 +476,8 @@ def test_a_trial_step_that_is_not_finite_is_named():
 def test_unknown_architecture_is_refused():
     with pytest.raises(LuthierError, match="does not know the place of"):
         plan(view_of("lfm2"), 0.8, batch_of())
+    with pytest.raises(LuthierError, match="does not know where"):
+        GreenTrainer().check_model(view_of("lfm2").anatomy)
 
 
 @pytest.mark.parametrize(("every", "steps"), [(4, 9), (None, 7), (None, 2)])

@@ -235,11 +235,13 @@ def test_reinitialised_updates_replace_and_detach_restores():
         torch.testing.assert_close(view.trace(batch).hidden[-1], live, atol=1e-6, rtol=0)
 
 
-def test_a_quantised_weight_is_refused():
+def test_a_quantised_weight_is_refused_before_anything_is_drawn_anew():
     view = view_of()
     view.module.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(8, 1).byte(), requires_grad=False)
+    top = view.weight("model.layers.2.mlp.up_proj.weight").detach().clone()
     with pytest.raises(LuthierError, match=r"layers.0.mlp.up_proj.weight is quantised"):
-        Layerwise().attach(view)
+        Layerwise(reinit_blocks=1).attach(view)
+    assert torch.equal(view.weight("model.layers.2.mlp.up_proj.weight"), top)
 
 
 def test_bad_input():

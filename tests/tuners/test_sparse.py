@@ -6,8 +6,9 @@ import torch
 from luthier.data.batch import collate
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
+from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, tiny, view_of
-from luthier.tuners.sparse import SparseWeights
+from luthier.tuners.sparse import SparseWeights, in_numpy, in_torch, top, top_magnitudes
 
 
 def sparse_view(kind="llama", share=0.1, dtype=torch.float32):
@@ -98,3 +99,37 @@ def test_what_was_loaded_is_not_written_to():
     name = next(iter(saved))
     sparse.move(name, torch.tensor([0, 1]), free_positions(view, sparse, name, 2))
     assert all(torch.equal(given[n], saved[n]) and bool((values[n] == 1).all()) for n in saved)
+
+
+def test_a_layers_entries_train_once_and_can_again_when_they_were_taken_out():
+    view, sparse = sparse_view()
+    linears, first = list(sparse.linears.values()), {n: i.long() for n, i in sparse.indices.items()}
+    with pytest.raises(LuthierError, match="train already; detach that tuner first"):
+        SparseWeights(view, linears, first)
+    for _ in range(2):  # the second time there is nothing left to do
+        sparse.detach()
+    SparseWeights(view, linears, first)
+
+
+# --- the largest entries ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_top_is_a_stable_sorts_head_with_ties_by_position(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for n, k in ((1000, 50), (1000, 999), (7, 7), (5, 0), (300, 299)):
+        values = torch.randint(0, 40, (n,), generator=generator).to(dtype)
+        wanted = values.float().argsort(descending=True, stable=True)[:k].sort().values
+        assert torch.equal(top(values, k), wanted)
+        if 0 < k < n:
+            assert torch.equal(in_numpy(values, k), wanted) and torch.equal(in_torch(values, k), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("values", [7, 100_000])  # many equal magnitudes, and few
+def test_top_magnitudes_are_those_of_a_stable_sort(dtype, values):
+    generator = torch.Generator().manual_seed(0)
+    gradient = ((torch.randint(-values, values + 1, (2000,), generator=generator)) / values * 1e-3).to(dtype)
+    for k in (0, 1, 100, 1999, 2000):
+        wanted = gradient.float().abs().argsort(descending=True, stable=True)[:k].sort().values
+        assert torch.equal(top_magnitudes(gradient, k), wanted)

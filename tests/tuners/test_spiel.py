@@ -13,7 +13,6 @@ from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.base import ParamGroup, as_dicts
-from luthier.tuners.sparse import top, top_magnitudes
 from luthier.tuners.spiel import (
     AgeAdamW,
     Observed,
@@ -462,25 +461,6 @@ def test_bad_input_is_named(fields, match):
 def test_unknown_length_is_refused():
     with pytest.raises(RecipeError, match="total number of steps"):
         Spiel().attach(view_of())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_top_is_a_stable_sorts_head_with_ties_by_position(dtype):
-    generator = torch.Generator().manual_seed(0)
-    for n, k in ((1000, 50), (1000, 999), (7, 7), (5, 0), (300, 299)):
-        values = torch.randint(0, 40, (n,), generator=generator).to(dtype)
-        wanted = values.float().argsort(descending=True, stable=True)[:k].sort().values
-        assert torch.equal(top(values, k), wanted)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("values", [7, 100_000])  # many equal magnitudes, and few
-def test_top_magnitudes_are_those_of_a_stable_sort(dtype, values):
-    generator = torch.Generator().manual_seed(0)
-    gradient = ((torch.randint(-values, values + 1, (2000,), generator=generator)) / values * 1e-3).to(dtype)
-    for k in (0, 1, 100, 1999, 2000):
-        wanted = gradient.float().abs().argsort(descending=True, stable=True)[:k].sort().values
-        assert torch.equal(top_magnitudes(gradient, k), wanted)
 
 
 def held_bytes(trainable, optimizer_state) -> int:

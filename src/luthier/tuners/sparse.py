@@ -160,20 +160,28 @@ class SparseWeights:
 
 
 def top(values: Tensor, k: int) -> Tensor:
-    """[k] positions of the largest values, in ascending order of position; of equal values the first ones.
-
-    On a CPU twenty times faster than a stable sort, which costs 0.1 s for every matrix of a small model.
-    """
+    """[k] positions of the largest values, in ascending order of position; of equal values the first ones."""
     n = len(values)
     if k >= n:
         return torch.arange(n, device=values.device)
     if k == 0:
         return torch.empty(0, dtype=torch.long, device=values.device)
-    if values.device.type == "cpu":
-        v = (values.detach() if values.dtype == torch.int16 else values.detach().float()).numpy()
-        least = _counted(v, k) if v.dtype == np.int16 else np.partition(v, n - k)[n - k]
-        more, equal = np.flatnonzero(v > least), np.flatnonzero(v == least)
-        return torch.from_numpy(np.sort(np.concatenate([more, equal[: k - len(more)]])))
+    return in_numpy(values, k) if values.device.type == "cpu" else in_torch(values, k)
+
+
+def in_numpy(values: Tensor, k: int) -> Tensor:
+    """`top` on a CPU, for 0 < k < n.
+
+    Twenty times faster than a stable sort, which costs 0.1 s for every matrix of a small model.
+    """
+    v = (values.detach() if values.dtype == torch.int16 else values.detach().float()).numpy()
+    least = _counted(v, k) if v.dtype == np.int16 else np.partition(v, len(v) - k)[len(v) - k]
+    more, equal = np.flatnonzero(v > least), np.flatnonzero(v == least)
+    return torch.from_numpy(np.sort(np.concatenate([more, equal[: k - len(more)]])))
+
+
+def in_torch(values: Tensor, k: int) -> Tensor:
+    """`top` on any device, for 0 < k < n."""
     limit = values.topk(k, sorted=False).values.min()
     above, ties = (values > limit).nonzero().squeeze(1), (values == limit).nonzero().squeeze(1)
     return torch.cat([above, ties[: k - len(above)]]).sort().values
