@@ -36,7 +36,7 @@ class Finding:
     says     the answer: a sentence or several, which name each update and end in a full stop
     columns, rows  the numbers behind it
     picture  an SVG element; "" if there is nothing to draw
-    sure     how sure the answer is, in words without a full stop; "" if there is nothing to say
+    sure     how sure the answer is, in words without a full stop
     """
 
     says: str
