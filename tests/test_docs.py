@@ -13,6 +13,7 @@ import torch
 
 from luthier.cli.listing import flowing
 from luthier.method import registry as manifest
+from luthier.method.kinds import KINDS
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +39,14 @@ def test_the_readmes_loop_runs(model_folder):
     scope = {"folder": model_folder, "batches": [batch] * 6}
     exec(compile(code, "README.md", "exec"), scope)
     assert scope["tuned"].update().parts[0].kind == "sparse"
+
+
+def test_the_contributing_table_has_every_kind_with_its_room():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    found = re.findall(r"^\| [a-z]+ \| `([a-z]+)`[^|]*\| `([a-z/]+)` \|", text, re.M)
+    assert sorted(found) == sorted(
+        (k.key, k.package.removeprefix("luthier.").replace(".", "/")) for k in KINDS.values()
+    )
 
 
 def test_the_contributing_example_is_a_method(tmp_path, monkeypatch):

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from luthier.support.environment import without_missing_kernels
 from luthier.support.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from luthier.update import Update
+
+without_missing_kernels()
 
 
 def load(folder: str | Path) -> Update:

@@ -3,6 +3,8 @@
 What typer raises, and how it words a mistake, differs between its versions; these tests run with the oldest and the newest.
 """
 
+import json
+import logging
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 
 from helpers.commands import luthier
 from luthier.method import registry
+from luthier.method.kinds import kind_called
 from luthier.support.version import __version__
 
 
@@ -68,3 +71,28 @@ def test_a_fault_of_ours_leaves_its_traceback(tmp_path, monkeypatch):
     done = luthier("methods", cwd=tmp_path)
     assert done.returncode == 1 and "this is a bug in luthier; the traceback is in luthier-error.txt" in done.stderr
     assert "ZeroDivisionError" in (tmp_path / "luthier-error.txt").read_text()
+
+
+def test_methods_of_a_kind_by_its_key_or_its_folder(tmp_path):
+    curators = [m["name"] for m in registry.read() if m["kind"] == "curate"]
+    for name in ("curate", "curation"):
+        done = luthier("methods", name, "--json", cwd=tmp_path)
+        assert done.returncode == 0 and [m["name"] for m in json.loads(done.stdout)] == curators
+    done = luthier("methods", "translators", cwd=tmp_path)
+    assert done.returncode == 0 and "ridge" not in curators and "curate" not in done.stdout and "transla" in done.stdout
+    done = luthier("methods", "random", cwd=tmp_path)
+    assert "keep_fraction" in done.stdout, "a method's name shows its page"
+    done = luthier("methods", "curators", cwd=tmp_path)
+    assert done.returncode == 2 and "there is no method or kind called 'curators'" in done.stderr
+    assert "kinds are tuner, objective" in " ".join(done.stderr.split())
+
+
+def test_no_method_has_the_name_of_a_kind():
+    assert not [m["name"] for m in registry.read() if kind_called(m["name"])]
+
+
+def test_a_message_about_a_package_that_luthier_does_not_use_is_left_out(caplog):
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
+    log.warning("another message")
+    assert caplog.messages == ["another message"]

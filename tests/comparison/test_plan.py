@@ -89,7 +89,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, change, words):
 
 def test_a_wrong_arm_is_named():
     plan = varied(BASE, ["tuner=lora,nosuch"])
-    with pytest.raises(RecipeError, match="arm nosuch.*there is no tuner 'nosuch'"):
+    with pytest.raises(RecipeError, match="arm nosuch.*there is no tuner called 'nosuch'"):
         recipe_of(plan, "nosuch")
     for words, vary, message in (
         ([], [], "names no recipe"),

@@ -11,6 +11,7 @@ import pytest
 
 from helpers.commands import luthier, write
 from luthier import recipe
+from luthier.method import building
 from luthier.method import registry as manifest
 from luthier.support.errors import LuthierError, RecipeError
 
@@ -83,8 +84,25 @@ def test_the_contract_suite_finds_what_is_wrong(installed, tmp_path):
 
 
 def test_without_the_package_the_name_is_unknown():
-    with pytest.raises(RecipeError, match="there is no objective 'focal'"):
+    with pytest.raises(RecipeError, match="there is no objective called 'focal'"):
         recipe.load("model: a/b\ndata: {train: x.jsonl}\nobjective: focal\n")
+
+
+def test_a_name_that_no_method_has_is_said_in_words_of_its_kind():
+    with pytest.raises(RecipeError, match=r"there is no inspection method called 'spectre'; known are norms"):
+        building.method("inspect", "spectre", "command line")
+    with pytest.raises(RecipeError, match=r"there is no curator called 'randm'; did you mean random\?"):
+        building.method("curate", "randm", "command line")
+
+
+def test_a_class_that_is_exported_but_not_yet_listed_asks_for_the_docs(monkeypatch):
+    import luthier.inspection
+
+    monkeypatch.setitem(luthier.inspection.EXPORTS, "NewOne", "new_one")
+    with pytest.raises(RecipeError, match="called 'new-one'; its class is in EXPORTS .*; run make docs"):
+        building.method("inspect", "new-one", "command line")
+    with pytest.raises(RecipeError, match="called 'newest'; known are norms"):
+        building.method("inspect", "newest", "command line")
 
 
 @pytest.mark.parametrize(

@@ -71,9 +71,12 @@ class Result(NamedTuple):
 
 
 def own_tests(file: Path) -> list[Path]:
-    """The test files that a source file answers to; none where it has none."""
+    """The test files that a source file answers to; none where it has none. Raises SystemExit for one in OWN that is missing."""
     named = OWN.get(file.relative_to(PACKAGE).as_posix())
     if named is not None:
+        missing = [n for n in named if not (TESTS / n).is_file()]
+        if missing:
+            raise SystemExit(f"OWN in tests/mutation/run.py names tests/{missing[0]}, which is not a file")
         return [TESTS / n for n in named]
     return sorted(TESTS.rglob(f"test_{file.stem}.py")) + sorted(TESTS.rglob(f"test_{file.stem}_oracle.py"))
 
@@ -104,10 +107,25 @@ def drawn(file: Path, share: float) -> dict[str, Mutant]:
     return {k: m for k, m in zip(keys, found, strict=True) if int(k[:16], 16) < share * 2**64}
 
 
+def refuse_untested(file: Path) -> None:
+    """Raise SystemExit for a file that is not one of the package's, or that no test file is called after."""
+    if not file.is_file() or not file.is_relative_to(PACKAGE):
+        raise SystemExit(f"{file} is not a file in {PACKAGE}")
+    if not own_tests(file):
+        name = file.relative_to(PACKAGE).as_posix()
+        raise SystemExit(
+            f"{name} has no tests of its own: write tests/.../test_{file.stem}.py, or name its tests in OWN in "
+            "tests/mutation/run.py"
+        )
+
+
 def wanted(names: Sequence[str]) -> list[Path]:
     """The files named, or all of methods and of what they are made of, in which there is something to change."""
     if names:
-        return [Path(n).resolve() for n in names]
+        files = [Path(n).resolve() for n in names]
+        for file in files:
+            refuse_untested(file)
+        return files
     every = [f for room in ROOMS for f in sorted((PACKAGE / room).rglob("*.py"))]
     return [f for f in (*every, *(PACKAGE / n for n in ELSEWHERE)) if mutants(f.read_text(encoding="utf-8"))]
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from mutation.mutants import mutants
+from mutation.run import OWN, PACKAGE, wanted
 from mutation.trials import Lines, Reach, trials
 
 SOURCE = """
@@ -95,3 +96,22 @@ def test_the_lines_that_run_and_the_statement_of_a_fault(project):
     reach, found = Reach(SOURCE), {(m.number, m.change): m for m in mutants(SOURCE)}
     assert reach.lines(found[11, "< becomes <="]) == {11}
     assert reach.lines(found[20, "-= becomes +="]) == {20}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("inspection/nothing.py", "is not a file in"),
+        ("cli/listing.py", r"cli/listing.py has no tests of its own: write tests/\.\.\./test_listing.py"),
+    ],
+)
+def test_a_file_without_tests_is_refused_by_name(name, words):
+    with pytest.raises(SystemExit, match=words):
+        wanted([str(PACKAGE / name)])
+
+
+def test_a_file_is_judged_by_the_tests_that_are_named_for_it(monkeypatch):
+    assert wanted([str(PACKAGE / "inspection/base.py")]) == [PACKAGE / "inspection/base.py"]
+    monkeypatch.setitem(OWN, "inspection/base.py", ("inspection/test_gone.py",))
+    with pytest.raises(SystemExit, match="names tests/inspection/test_gone.py, which is not a file"):
+        wanted([str(PACKAGE / "inspection/base.py")])

@@ -294,15 +294,14 @@ def record(name: str, result: Mapping[str, Any], folder: Path = FOLDER) -> None:
 
 
 def evidence(folder: Path = FOLDER) -> str:
-    """The text of docs/evidence.md: a row for each of the forty-eight methods, with paper, code, claim and verdict."""
+    """The text of docs/evidence.md: one row for each of the forty-eight papers, with code, claim and verdict."""
     listed = YAML(typ="safe").load((folder / "methods.yaml").read_text(encoding="utf-8"))
     have = {m["name"]: m for m in registry.read()}
     written = {n: load(folder / f"{n}.yaml") for n in names(folder)}
     lines = [
         "# Evidence",
         "",
-        "This page has one row for each of the forty-eight methods: the paper, the code, the claim that luthier tests, and the",
-        "verdict.",
+        "This page has one row for each of the forty-eight papers: the code, the claim that luthier tests, and the verdict.",
         "",
         "Each claim has conditions with bounds. luthier computes a mean and a 95% interval over seeds for each condition. The",
         "claim is **held** if the interval of every condition is completely on the right side of its bound. It is **not held**",

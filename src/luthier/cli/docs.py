@@ -197,8 +197,8 @@ def use(entry: dict[str, Any]) -> str | None:
 
 def page(entry: dict[str, Any]) -> str:
     """A method's page as Markdown."""
-    command = KINDS[entry["kind"]].command
-    use_as = f"{entry['kind']}: {entry['name']}" if command is None else f"{command} --method {entry['name']}"
+    command, takes = KINDS[entry["kind"]].command, KINDS[entry["kind"]].takes
+    use_as = f"{entry['kind']}: {entry['name']}" if command is None else f"{command} {takes} --method {entry['name']}"
     lines = [f"# {entry['name']}", "", f"`{use_as}`", "", entry["doc"], ""]
     if entry["source"]:
         s = entry["source"]

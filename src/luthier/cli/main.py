@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import sys
@@ -19,7 +18,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # threads; nothing here forks a worker
 if "--debug" not in sys.argv:
     os.environ.setdefault("TQDM_DISABLE", "1")  # switches off progress bars of libraries; read when tqdm is imported
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it prints when it is imported
 
 import typer  # noqa: E402
 
@@ -486,24 +484,32 @@ def inspect(
 
 
 @app.command()
-def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")] = None, as_json: Json = False) -> None:
+def methods(
+    name: Annotated[str | None, typer.Argument(help="A method, or a kind of methods: curate, inspection, ...")] = None,
+    as_json: Json = False,
+) -> None:
     """Which methods are there, where do they come from, and what do they need?"""
     from luthier.cli.listing import one_method, table_of_methods
     from luthier.method import registry as manifest
+    from luthier.method.kinds import KINDS, kind_called
 
-    entries = manifest.listed()
-    if name is not None:
-        entries = [e for e in entries if e["name"] == name]
-        if not entries:
-            known = ", ".join(sorted({e["name"] for e in manifest.listed()}))
-            raise LuthierError(f"there is no method {name!r}; there are {known}")
+    every = manifest.listed()
+    entries = every if name is None else [e for e in every if e["name"] == name]
+    kind = None if entries else kind_called(str(name))
+    if kind is not None:
+        entries = [e for e in every if e["kind"] == kind.key]
+    if not entries:
+        known = ", ".join(sorted({e["name"] for e in every}))
+        raise LuthierError(
+            f"there is no method or kind called {name!r}; there are {known}; kinds are {', '.join(KINDS)}"
+        )
     if as_json:
         print(json.dumps(entries))
-    elif name is not None:
+    elif name is None or kind is not None:
+        table_of_methods(entries)
+    else:
         for entry in entries:  # a task and an evaluator may have the same name
             one_method(entry)
-    else:
-        table_of_methods(entries)
 
 
 @app.command()

@@ -80,7 +80,7 @@ def build_method(kind: str, value: Any, lines: Lines, path: tuple[str, ...], cod
     if cls is None:
         if name not in registry.names(kind):
             raise RecipeError(
-                lines.where((*path, name)), f"there is no {kind} {name!r}", _nearest(name, registry.names(kind))
+                lines.where((*path, name)), f"there is no {KINDS[kind].what} called {name!r}", _known(kind, name)
             )
         cls = registry.find(kind, name)
         _of_kind(cls, kind, lines.where((*path, name)))
@@ -150,6 +150,13 @@ def _model_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((m for m in map(_model_in, get_args(annotation)) if m is not None), None)
+
+
+def _known(kind: str, name: str) -> str:
+    """What to do about a name that no method of a kind has."""
+    if registry.is_new(kind, name):
+        return "its class is in EXPORTS but not in the list of methods; run make docs"
+    return _nearest(name, registry.names(kind))
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ class Kind(NamedTuple):
     """A kind of method.
 
     key      in a recipe; package: the room with its methods; base: name of the class they derive from
+    what     a method of this kind, in words
     listed   True if the recipe's key holds a list of them
     within   the kind and the field of a method that holds this one, if it is not a key of a recipe
     command, takes  what uses methods of this kind, where no recipe does, and the arguments that it needs
@@ -21,6 +22,7 @@ class Kind(NamedTuple):
     key: str
     package: str
     base: str
+    what: str
     listed: bool = False
     within: tuple[str, str] | None = None
     command: str | None = None
@@ -40,22 +42,33 @@ class Kind(NamedTuple):
 
 
 TABLE = (
-    Kind("tuner", "luthier.tuners", "Tuner"),
-    Kind("objective", "luthier.objectives", "Objective"),
-    Kind("compute", "luthier.compute", "Compute"),
-    Kind("task", "luthier.tasks", "Task"),
-    Kind("pipeline", "luthier.pipelines", "Pipeline"),
-    Kind("curate", "luthier.curation", "Curator", listed=True),
-    Kind("evaluate", "luthier.evaluation", "Evaluator", listed=True),
-    Kind("collaborate", "luthier.collaboration", "Collaboration"),
-    Kind("decode", "luthier.decoding", "Decoder"),
-    Kind("merge", "luthier.merging", "Merger", command="luthier merge", takes="RUN RUN -o FOLDER"),
-    Kind("inspect", "luthier.inspection", "Inspector", command="luthier inspect", takes="RUN"),
-    Kind("translate", "luthier.collaboration.translators", "Translator", within=("collaborate", "translator")),
+    Kind("tuner", "luthier.tuners", "Tuner", "tuner"),
+    Kind("objective", "luthier.objectives", "Objective", "objective"),
+    Kind("compute", "luthier.compute", "Compute", "method of computing"),
+    Kind("task", "luthier.tasks", "Task", "task"),
+    Kind("pipeline", "luthier.pipelines", "Pipeline", "pipeline"),
+    Kind("curate", "luthier.curation", "Curator", "curator", listed=True),
+    Kind("evaluate", "luthier.evaluation", "Evaluator", "evaluator", listed=True),
+    Kind("collaborate", "luthier.collaboration", "Collaboration", "protocol of collaboration"),
+    Kind("decode", "luthier.decoding", "Decoder", "method of decoding"),
+    Kind("merge", "luthier.merging", "Merger", "method of merging", command="luthier merge", takes="RUN RUN -o FOLDER"),
+    Kind("inspect", "luthier.inspection", "Inspector", "inspection method", command="luthier inspect", takes="RUN"),
+    Kind(
+        "translate",
+        "luthier.collaboration.translators",
+        "Translator",
+        "translator",
+        within=("collaborate", "translator"),
+    ),
 )
 KINDS = {kind.key: kind for kind in TABLE}
 LISTED = tuple(kind.key for kind in TABLE if kind.listed)
 SINGLE = tuple(kind.key for kind in TABLE if not kind.listed and kind.in_recipe)
+
+
+def kind_called(name: str) -> Kind | None:
+    """The kind with this key of a recipe, or with its methods in this folder; None if there is none."""
+    return next((k for k in TABLE if name in (k.key, k.package.rpartition(".")[2])), None)
 
 
 def kind_of(method: object) -> Kind:

@@ -80,6 +80,12 @@ def names(kind: str) -> list[str]:
     return [m["name"] for m in read() if m["kind"] == kind] + [n for k, n in plugins() if k == kind]
 
 
+def is_new(kind: str, name: str) -> bool:
+    """True if the room exports the module of this method, but the stored list does not have it yet."""
+    exports: dict[str, str] = importlib.import_module(KINDS[kind].package).EXPORTS
+    return name.replace("-", "_") in exports.values() and name not in names(kind)
+
+
 def listed() -> list[dict[str, Any]]:
     """The methods of luthier and of installed packages, whose modules this imports."""
     return [*read(), *(_entry(kind, name, find(kind, name)) for kind, name in plugins())]

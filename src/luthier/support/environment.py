@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import warnings
@@ -10,6 +11,17 @@ from importlib.metadata import PackageNotFoundError, version
 from luthier.support.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
+
+
+def without_missing_kernels() -> None:
+    """Leave out the one message of bitsandbytes that a package which luthier does not use is missing. It comes at its import."""
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    if _used not in log.filters:
+        log.addFilter(_used)
+
+
+def _used(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 
 
 def quiet(debug: bool) -> None:
