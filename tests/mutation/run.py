@@ -48,7 +48,13 @@ OWN = {
     "update/files.py": ("update/test_update.py",),
     "update/compositions.py": ("update/test_parts.py", "update/test_update.py", "update/test_then.py"),
     "update/structure.py": ("update/test_structure.py",),
-    "update/vectors.py": ("update/test_parts.py", "update/test_update.py"),
+    "update/update.py": (
+        "update/test_update.py",
+        "update/test_parts.py",
+        "update/test_then.py",
+        "update/test_following.py",
+    ),
+    "update/vectors.py": ("update/test_parts.py", "update/test_update.py", "update/test_structure.py"),
 }
 
 
