@@ -37,6 +37,20 @@ def test_the_hand_written_backward_is_autograds():
         torch.testing.assert_close(mine.double(), theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("trains", ["weight", "bias"])
+def test_beside_a_weight_that_trains_too_autograd_takes_all_gradients(trains):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    x, weight, bias, a, b = (t.requires_grad_() for t in (draw(2, 7, 5), draw(6, 5), draw(6), draw(3, 5), draw(6, 3)))
+    (bias if trains == "weight" else weight).requires_grad_(False)
+    moving = [t for t in (x, weight, bias, a, b) if t.requires_grad]
+    ours, theirs = low_rank_linear(x, weight, bias, a, b, 0.7), F.linear(x, weight, bias) + 0.7 * (x @ a.T) @ b.T
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    along = draw(2, 7, 6)
+    for mine, wanted in zip(*(torch.autograd.grad((o * along).sum(), moving) for o in (ours, theirs)), strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_training_is_that_of_plain_factors_beside_the_weight():
     """Five steps against transformers' own forward with factors written out by hand."""
     rows, settings = rows_of(), TrainSettings(max_steps=5, batch_size=4, learning_rate=1e-2, shuffle=False)

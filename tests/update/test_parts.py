@@ -428,3 +428,15 @@ def test_peft_takes_factors_with_heads_and_nothing_else():
     part, head, prompt = low_rank(0), Replace({"score.weight": torch.ones(2, 32)}), Prompt(drawn(0, 3, 32))
     assert part.peft([]) is not None and part.peft([head]) is not None
     assert part.peft([prompt]) is part.peft([head, prompt]) is None
+
+
+@kinds
+def test_bound_the_base_is_still_there_to_be_asked(kind):
+    view = view_of()
+    plain = states(view)
+    with of(MADE[kind](0)).bind(view):
+        changed = states(view)
+        with view.without_update():
+            torch.testing.assert_close(states(view), plain, atol=1e-6, rtol=0)
+        assert torch.equal(states(view), changed) and changed.shape == plain.shape
+        assert float((changed - plain).abs().max()) > 1e-4
