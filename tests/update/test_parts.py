@@ -440,3 +440,11 @@ def test_bound_the_base_is_still_there_to_be_asked(kind):
             torch.testing.assert_close(states(view), plain, atol=1e-6, rtol=0)
         assert torch.equal(states(view), changed) and changed.shape == plain.shape
         assert float((changed - plain).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("form", ["sparse", "lowrank"])
+def test_of_nothing_nothing_is_lost(form):
+    limits = {"rank": 1, "density": 0.5}
+    found, lost = of(Dense({Q: torch.zeros(SHAPES[Q])})).to(form, **limits)
+    assert lost == 0.0 and not found.dense()[Q].any()
+    assert 0.1 < of(MADE["dense"](0).without([NORM])).to(form, **limits)[1] < 1

@@ -97,8 +97,3 @@ def _learnt(name: str, seen: Mapping[str, Stage]) -> bool:
 def _moves(tuner: Tuner) -> bool:
     """True for a tuner that changes the model."""
     return bool(tuner.traits.claims)
-
-
-def _in_weights(tuner: Tuner) -> bool:
-    """True where all that the tuner changes is in the weights, so that any other can go on from there."""
-    return tuner.traits.linear or "plain_weights" in tuner.traits.needs or not _moves(tuner)
