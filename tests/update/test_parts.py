@@ -448,3 +448,14 @@ def test_of_nothing_nothing_is_lost(form):
     found, lost = of(Dense({Q: torch.zeros(SHAPES[Q])})).to(form, **limits)
     assert lost == 0.0 and not found.dense()[Q].any()
     assert 0.1 < of(MADE["dense"](0).without([NORM])).to(form, **limits)[1] < 1
+
+
+def test_an_update_adds_where_all_of_its_parts_do():
+    assert of(MADE["dense"](0), low_rank(0)).linear and not of(MADE["dense"](0), MADE["prompt"](0)).linear
+
+
+def test_bound_it_says_which_parameters_it_writes():
+    view = view_of()
+    with of(MADE["dense"](0), MADE["prompt"](0)).bind(view):
+        assert view.attached[-1].writes == {Q, NORM}
+    assert not view.attached
