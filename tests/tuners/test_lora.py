@@ -178,3 +178,27 @@ def test_targets_are_patterns_that_must_all_match():
 def test_bad_fields_are_named(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Lora(**fields)
+
+
+def test_only_the_factors_train_and_what_is_kept_is_all_of_them():
+    view, other = view_of(), view_of()
+    first, second = Lora(rank=2, seed=1).attach(view), Lora(rank=2).attach(other)
+    assert {id(p) for p in view.module.parameters() if p.requires_grad} == {id(p) for p in first.parameters()}
+    with torch.no_grad():
+        for p in first.parameters():
+            p.add_(0.5)
+    state = first.state_dict()
+    assert not any(t.requires_grad for t in state.values())
+    second.load_state_dict({k: v.clone() for k, v in state.items()})
+    assert second.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in second.state_dict().items())
+    assert second.update().chart.digest == first.update().chart.digest
+
+
+def test_a_second_one_stands_beside_the_first():
+    view, batch = view_of(), batch_of()
+    Lora(rank=2).attach(view)
+    before = view.trace(batch).hidden[-1].detach()
+    second = Lora(rank=2, seed=1).attach(view)
+    torch.testing.assert_close(view.trace(batch).hidden[-1], before, atol=1e-6, rtol=1e-6)
+    assert len(second.a) == len(second.targets)
