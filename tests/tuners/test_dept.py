@@ -235,8 +235,15 @@ def test_what_trains_is_found_among_the_models_parameters_until_it_is_taken_off(
 
 
 def test_the_marks_that_a_tokenizer_adds_are_no_text():
+    class Marking:
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [0] * add_special_tokens + [5, 6]}
+
+        def get_vocab(self):
+            return {}
+
     view = view_of()
-    view.tokenizer = lambda text, add_special_tokens: {"input_ids": [0] * add_special_tokens + [5, 6]}
+    view.tokenizer = Marking()
     vectors = Dept(**SMALL).attach(view).vectors
     assert torch.equal(vectors[0], view.embedding.weight[5]) and torch.equal(vectors[1], view.embedding.weight[6])
 
