@@ -236,6 +236,8 @@ def test_what_trains_is_found_among_the_models_parameters_until_it_is_taken_off(
 
 def test_the_marks_that_a_tokenizer_adds_are_no_text():
     class Marking:
+        chat_template = None
+
         def __call__(self, text, add_special_tokens=True):
             return {"input_ids": [0] * add_special_tokens + [5, 6]}
 
