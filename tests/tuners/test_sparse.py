@@ -108,6 +108,8 @@ def test_a_layers_entries_train_once_and_can_again_when_they_were_taken_out():
     linears, first = list(sparse.linears.values()), {n: i.long() for n, i in sparse.indices.items()}
     with pytest.raises(LuthierError, match="train already; detach that tuner first"):
         SparseWeights(view, linears, first)
+    found = {id(p) for p in view.module.parameters()}
+    assert {id(v) for v in sparse.values.values()} <= found, "processes and optimisers find them in the model"
     for _ in range(2):  # the second time there is nothing left to do
         sparse.detach()
     assert [n for n, _ in view.module.named_parameters()] == [n for n, _ in tiny().named_parameters()]
