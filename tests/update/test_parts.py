@@ -389,3 +389,42 @@ def test_nobody_outside_of_the_room_asks_which_form_a_part_is():
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if asking.search(line)
     ]  # fmt: skip
     assert not found, "\n".join(found)
+
+
+# --- what is refused ---
+
+
+@kinds
+def test_one_number_that_is_not_finite_is_a_problem(kind):
+    part = MADE[kind](0)
+    for name, t in part.tensors().items():
+        if t.is_floating_point():
+            broken = {**part.tensors(), name: t.clone()}
+            broken[name].view(-1)[-1] = float("nan")
+            assert any("finite" in p for p in type(part).restore(broken, part.header()).problems(SHAPES)), name
+
+
+@pytest.mark.parametrize(
+    ("given", "scalars"),
+    [
+        (torch.tensor([[3, 8]]), torch.ones(1, 2, dtype=torch.float64)),
+        (torch.tensor([3, 8]), torch.ones(3, dtype=torch.float64)),
+        (torch.tensor([3, 8], dtype=torch.int32), torch.ones(2, dtype=torch.float64)),
+    ],
+    ids=["a table", "another number", "32 bits"],
+)
+def test_seeds_and_scalars_pair_up(given, scalars):
+    assert list(Seeds(given, scalars, {V: SHAPES[V]}).problems(SHAPES)) == ["seeds and scalars do not pair up"]
+
+
+def test_factors_become_whole_tensors_where_these_are_asked_for():
+    part = low_rank(0)
+    found, lost = part.to(Dense, rank=1)
+    assert isinstance(found, Dense) and lost == 0.0
+    assert all(torch.equal(found.changes[n], d) for n, d in part.deltas())
+
+
+def test_peft_takes_factors_with_heads_and_nothing_else():
+    part, head, prompt = low_rank(0), Replace({"score.weight": torch.ones(2, 32)}), Prompt(drawn(0, 3, 32))
+    assert part.peft([]) is not None and part.peft([head]) is not None
+    assert part.peft([prompt]) is part.peft([head, prompt]) is None
