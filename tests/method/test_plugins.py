@@ -91,7 +91,7 @@ def test_without_the_package_the_name_is_unknown():
     ("name", "value", "words"),
     [
         ("focal", "m:C", "is not KIND.NAME; kinds are tuner"),
-        ("optimizer.x", "m:C", "is no KIND.NAME"),
+        ("optimizer.x", "m:C", "is not KIND.NAME"),
         ("tuner.lora", "m:C", "the tuner 'lora' exists already"),
     ],
 )

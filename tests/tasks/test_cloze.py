@@ -139,7 +139,7 @@ def test_a_word_is_the_token_that_it_is_behind_its_stem():
         ({"prompt": "{text} {label} {label}", "words": WORDS}, "once each"),
         ({"prompt": "{text} {label} {other}", "words": WORDS}, "once each"),
         ({"prompt": PROMPT, "words": {"good": "great"}}, r"words: .*at least two labels"),
-        ({"prompt": PROMPT, "words": {"good": "great", "bad": "great"}}, "a word of its own to each"),
+        ({"prompt": PROMPT, "words": {"good": "great", "bad": "great"}}, "a different word to each"),
         ({"promt": PROMPT}, "did you mean prompt"),
     ],
 )
