@@ -24,7 +24,7 @@ from luthier.objectives.base import Clock, Forward
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.support.progress import Progress, steps, untold
+from luthier.support.progress import OnProgress, steps, untold
 from luthier.training.loop import Loop
 from luthier.tuners.base import Tuner
 from luthier.update import Update
@@ -198,7 +198,7 @@ class PrivateRun:
         self.trainable.after_step(Clock(self.taken, self.plan.steps, 0.0))
         return len(chosen)
 
-    def finish(self, progress: Progress = untold) -> Update:
+    def finish(self, progress: OnProgress = untold) -> Update:
         """Take the remaining steps. The base model is restored afterwards."""
         try:
             for _ in steps(self.plan.steps, progress, self.taken):

@@ -24,10 +24,10 @@ from luthier.federation.folder import Place
 from luthier.federation.provider import Shop, judge, make_shadows, on_public, opened, pairs_in
 from luthier.federation.server import taken_in
 from luthier.support.files import write_text
+from luthier.support.progress import Say
 from luthier.support.rng import Streams
 from luthier.update.files import load
 
-Say = Callable[[str], None]
 NAMES = ("clinic", "library", "workshop")
 LEADS = ("", "do: ", "=> ", "A) ")
 CASES = (str.lower, str.upper, str.title)

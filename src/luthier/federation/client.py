@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +25,11 @@ from luthier.inference.scoring import row_scores
 from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError
 from luthier.support.files import replaced, write_text
-from luthier.support.progress import Lines
+from luthier.support.progress import Lines, Say
 from luthier.tuners.lora import Lora
 from luthier.update import LowRank, Update
 from luthier.update.packing import factor_deltas, unpack
 
-Say = Callable[[str], None]
 OTHERS = 100  # made-up secrets for each canary: 6.7 bits of exposure at most, minutes for a model of 135M weights
 Payloads = Sequence[tuple[Mapping[str, Tensor], Sequence[int]]]  # payloads of public rows, with their tokens
 

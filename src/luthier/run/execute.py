@@ -35,14 +35,13 @@ from luthier.step.probe import Probe
 from luthier.step.progress import Progress, together
 from luthier.support.environment import environment
 from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.progress import Say
 from luthier.support.units import in_bytes, in_time
 from luthier.support.version import __version__
 from luthier.training.loop import Interrupted, Loop
 from luthier.tuners.base import with_head
 from luthier.update import Update
 from luthier.update.files import save_update, verify_update
-
-Say = Callable[[str], None]
 
 
 def run(
