@@ -14,7 +14,7 @@ from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
 from luthier.step.outcome import RenderedRows
 from luthier.step.settings import TrainSettings
-from luthier.support.progress import OnProgress, steps, untold
+from luthier.support.progress import OnProgress, no_progress, steps
 from luthier.support.rng import Streams
 from luthier.training.loop import Loop
 from luthier.tuners.lora import Lora
@@ -46,7 +46,7 @@ def draw(
 
 def tuned(
     view: ModelView, rows: RenderedRows, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
-    privacy: Privacy | None = None, progress: OnProgress = untold,
+    privacy: Privacy | None = None, progress: OnProgress = no_progress,
 ) -> Tensor:  # fmt: skip
     """[snapshots, L, d] float32: the update after each of the last optimiser steps.
 

@@ -20,7 +20,7 @@ from luthier.collaboration.messages import Message as Envelope
 from luthier.collaboration.messages import Refused, decode
 from luthier.collaboration.parties import Sent, Tick
 from luthier.collaboration.rounds import RoundServer
-from luthier.federation.client import HeldBack, Look, prepared, send
+from luthier.federation.client import AuditFailed, AuditSettings, prepared, send
 from luthier.federation.folder import LIMIT, Place
 from luthier.federation.network import GIVEN, RECORD, SENT, Client
 from luthier.federation.outcome import leave
@@ -206,7 +206,7 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
     if not kept.exists():
         try:
             _prepare(place, who, message, stem)
-        except HeldBack as error:
+        except AuditFailed as error:
             write_text(folder / f"{who.name}.held-back", str(error))
             return _declined(who.name, message).encode()
     data = kept.read_bytes()
@@ -231,7 +231,7 @@ def _keep(place: Place, who: Client, result: Envelope) -> None:
 def _prepare(place: Place, who: Client, state: Envelope, stem: str) -> None:
     rows = place.rendered(place.rows(who.data, Path()))
     held = place.rendered(place.rows(who.held, Path())) if who.held else []
-    audited = prepared(place, who.name, rows, Look(held, who.canaries, who.others), state, _said)
+    audited = prepared(place, who.name, rows, AuditSettings(held, who.canaries, who.others), state, _said)
     _said(f"audit   round {state.header.round}: {audited.verdict.outcome}; {place.path / SENT / f'{stem}.html'}")
     send(audited, place.path / SENT, who.send_anyway, stem)
 

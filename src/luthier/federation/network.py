@@ -64,7 +64,7 @@ class Address(NamedTuple):
 
 
 class Client(NamedTuple):
-    """A client that joins, its rows, and how thoroughly it audits (see `collaboration.sending.Look`).
+    """A client that joins, its rows, and how thoroughly it audits (see `collaboration.sending.AuditSettings`).
 
     models  where the contract's models are on this machine, by role
     """

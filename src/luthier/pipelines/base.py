@@ -116,7 +116,7 @@ def started(
         trainable = with_head(stage.tuner.attach(view, lab, total_steps), view.anatomy.task_head)
         stack.callback(trainable.detach)
         if before is not None and same:
-            trainable.go_on(dict(before.state))
+            trainable.continue_from(dict(before.state))
         yield trainable, under
 
 

@@ -25,7 +25,7 @@ from luthier.report.card import card
 from luthier.report.page import write_report
 from luthier.run.evaluations import remember
 from luthier.run.folder import RunFolder, recipe_hash
-from luthier.run.forecast import NoForecast, disk_needed, forget_peak, miss, peak_memory, resolved
+from luthier.run.forecast import NoForecast, disk_needed, miss, peak_memory, reset_peak_memory, resolved
 from luthier.run.nested import NestedRuns
 from luthier.run.ready import Gathered, Ready, gather, make_ready
 from luthier.run.result import leave_model
@@ -71,7 +71,7 @@ def run(
         if before.get("state") == "done":
             say(f"{folder} is finished already")
             return before
-        forget_peak()  # this process may have done other work before: a worker carries out one run after another
+        reset_peak_memory()  # this process may have done other work before: a worker carries out one run after another
         _begin(place, recipe, base)
         tracking.check(recipe.report_to)
         say(f"model   {recipe.model}")

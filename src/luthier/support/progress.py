@@ -13,7 +13,7 @@ Say = Callable[[str], None]  # takes a line for the user
 OnProgress = Callable[[str, int, int], None]  # (what is counted, done, of how many)
 
 
-def untold(what: str, done: int, total: int) -> None:
+def no_progress(what: str, done: int, total: int) -> None:
     """A progress callback that does nothing."""
 
 
