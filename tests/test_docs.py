@@ -161,8 +161,9 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys,
         assert said and set(said) <= set(scope["evaluator"].names())
     if "tuned" in scope and "Tuning" in scope:
         assert scope["tuned"].update().parts
-    if "kept" in scope:
-        assert len(scope["kept"]) == 1
+    if "table" in scope:
+        shown = ast.literal_eval(capsys.readouterr().out)
+        assert shown == [row.values for row in scope["table"].rows] and shown
 
 
 GUIDES = [

@@ -67,7 +67,8 @@ CURATOR = """```python
 from {package} import {cls}
 
 rows = [{{"prompt": "bread in French", "completion": "pain"}}, {{"prompt": "milk in French", "completion": "lait"}}]
-kept = {cls}({required}).choose(rows)  # positions
+table = {cls}({required}).curated(rows{asked})
+print([row.values for row in table.rows])  # table.line(number) says what became of an entry, and why
 ```"""
 
 EVALUATOR = """```python
@@ -180,15 +181,15 @@ def use(entry: dict[str, Any]) -> str | None:
     if entry["kind"] == "tuner":
         turn = CLOSURE if "closure" in needs else GRADIENT
         return PROBING.format(**words, turn=turn) if needs & {"closure", "grad"} else TUNER.format(**words)
-    if entry["kind"] == "curate" and "base_view" in needs:
-        return CURATOR.format(**words).replace(".choose(rows)", ".choose(rows, model=model, tokenizer=tokenizer)")
+    if entry["kind"] == "curate":
+        return CURATOR.format(**words, asked=", model=model, tokenizer=tokenizer" if "base_view" in needs else "")
     words["row"] = ROWS.get(entry["name"], '{"prompt": "bread in French", "completion": "pain"}')
     if entry["kind"] == "translate":
         return TRANSLATE.format(cls=entry["class"], fields="epochs=2" if entry["name"] == "transformer" else "")
     if entry["kind"] == "collaborate":
         return PROTOCOL.format(cls=entry["class"], **PROTOCOLS[entry["name"]])
     texts = {
-        "objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR, "evaluate": EVALUATOR, "decode": DECODER,
+        "objective": OBJECTIVE, "compute": COMPUTE, "evaluate": EVALUATOR, "decode": DECODER,
         "merge": MERGER, "inspect": INSPECTOR,
     }  # fmt: skip
     return texts[entry["kind"]].format(**words)

@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from luthier.data.codec import Chain, Codec
+from luthier.data.reading import answers_of, shape_in
 from luthier.data.store import Row
 from luthier.data.table import Table
 from luthier.inference.services import lab_around
@@ -18,7 +19,7 @@ from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError
 from luthier.support.sources import code_key
 
-__all__ = ["Chooser", "Codec", "Curator", "Selection", "Table", "chain_of", "text_of"]
+__all__ = ["Chooser", "Codec", "Curator", "Selection", "Table", "answers_of", "chain_of", "text_of"]
 
 
 class Curator(Method):
@@ -100,10 +101,10 @@ def chain_of(curators: Iterable[Curator]) -> Chain:
 
 
 def text_of(row: Row) -> str:
-    """A row's words: its text, or prompt and answer, or all turns, joined by a space."""
-    values = row.values
-    if "messages" in values:
+    """A row's words: all turns, or prompt and answer, or its text, joined by a space. `answers_of` gives the answers alone."""
+    values, shape = row.values, shape_in(row.values)
+    if shape == "messages":
         return " ".join(turn["content"] for turn in values["messages"])
-    if "text" in values:
-        return str(values["text"])
-    return f"{values['prompt']} {values.get('completion', '')}"
+    if shape == "prompt and completion":
+        return f"{values['prompt']} {values['completion']}"
+    return str(values["text"])

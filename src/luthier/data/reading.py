@@ -22,7 +22,7 @@ from luthier.support.cache import content_of, key_of
 from luthier.support.errors import RecipeError
 from luthier.support.sources import code_key
 
-SHAPES = {
+SHAPES = {  # a row with the fields of several has the first of them
     "messages": ("messages",),
     "prompt and completion": ("prompt", "completion"),
     "text and label": ("text", "label"),
@@ -303,13 +303,26 @@ def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> di
     return out
 
 
+def shape_in(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> str | None:
+    """The first of these shapes whose fields the values have; None if there is none."""
+    return next((name for name in shapes if all(field in values for field in SHAPES[name])), None)
+
+
+def answers_of(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> list[str]:
+    """The texts that a row trains on: the turns of its assistant, its completion, or its text."""
+    shape = shape_in(values, shapes)
+    if shape == "messages":
+        return [turn["content"] for turn in values["messages"] if turn["role"] == "assistant"]
+    field = {"prompt and completion": "completion", "text and label": "text", "text": "text"}
+    return [] if shape is None else [values[field[shape]]]
+
+
 def shape_of(row: Row, shapes: Sequence[str]) -> str:
     """The shape of a row. Raises RecipeError with the fields found and the fields expected."""
-    values = row.values
-    for name in shapes:
-        if all(field in values for field in SHAPES[name]):
-            _check_types(row, name)
-            return name
+    values, name = row.values, shape_in(row.values, shapes)
+    if name is not None:
+        _check_types(row, name)
+        return name
     expected = " or ".join(shapes)
     raise RecipeError(row.key, f"has the fields {_listed(values)}, expected {expected}", "map them with data.columns")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.data.batch import IGNORE, front_of
+from luthier.data.reading import ANSWERED, answers_of, shape_in
 
 Message = Mapping[str, str]
 
@@ -55,7 +56,7 @@ class Renderer:
 
     def segments(self, row: Mapping[str, Any]) -> list[Segment]:
         """The row as pieces of text, cut where an answer begins and where its stop token ends."""
-        if "text" in row:
+        if shape_in(row, ANSWERED) == "text":
             return [Segment(row["text"] + self._eos(), True)]
         if self.plain and "messages" not in row:
             return [
@@ -137,13 +138,7 @@ class Renderer:
 
     def answer(self, row: Mapping[str, Any]) -> str:
         """The text to compare generation with: the last answer, the completion, or all of a plain text."""
-        text: str
-        if "text" in row:
-            text = row["text"]
-        elif "messages" in row:
-            text = row["messages"][-1]["content"]
-        else:
-            text = row["completion"]
+        text: str = row["messages"][-1]["content"] if "messages" in row else answers_of(row, ANSWERED)[0]
         return text
 
 

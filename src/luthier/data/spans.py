@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.data.columns import Span
+from luthier.data.reading import shape_in
 from luthier.data.rendering import Renderer, Segment
 from luthier.support.errors import RecipeError
 
@@ -16,6 +17,12 @@ def covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[
     """(first token, token after the last) that hold a character of [start, end); None if there is none."""
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
     return (inside[0], inside[-1] + 1) if inside else None
+
+
+def still_there(before: str, after: str, given: Sequence[tuple[int, int, Any]]) -> bool:
+    """True if spans of an answer mark the same characters, at the same places, in the answer made from it."""
+    end = max((s[1] for s in given), default=0)
+    return before[:end] == after[:end]
 
 
 def placed(
@@ -59,7 +66,7 @@ def placed(
 
 def _begin(renderer: Renderer, key: str, values: Mapping[str, Any], which: int) -> int:
     """The number of characters before the answer in its segment; a mark in the answer's place finds it."""
-    if "text" in values or (renderer.plain and "messages" not in values):
+    if "messages" not in values and (renderer.plain or shape_in(values) != "prompt and completion"):
         return 0
     if "messages" in values:
         *turns, last = values["messages"]

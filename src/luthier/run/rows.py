@@ -18,8 +18,9 @@ from luthier.data.codec import Chain
 from luthier.data.columns import Carried
 from luthier.data.mixture import Mix, Origin
 from luthier.data.prepare import Prepared, prepare
-from luthier.data.reading import Tick, no_tick, read, shape_of
+from luthier.data.reading import Tick, answers_of, no_tick, read, shape_of
 from luthier.data.rendering import Renderer
+from luthier.data.spans import still_there
 from luthier.data.store import Row, Rows, as_json, written
 from luthier.data.table import DROP, KEEP, Table
 from luthier.inference.services import lab_with
@@ -192,7 +193,8 @@ class Step(NamedTuple):
 def steps(recipe: Recipe, table: Table, lab: Lab) -> Iterator[Step]:
     """Carry out the steps in order; each works on the table that the step before it left.
 
-    Raises RecipeError for a step that leaves no row, loses rows without a decision, or makes rows of no known shape.
+    Raises RecipeError for a step that leaves no row, loses rows without a decision, makes rows of no known shape, or changes
+    answers whose spans it leaves.
     """
     for i, curator in enumerate(recipe.curate):
         where, before = f"curate.{i}.{curator.key()}", table.at(curator.key())
@@ -207,7 +209,24 @@ def steps(recipe: Recipe, table: Table, lab: Lab) -> Iterator[Step]:
             raise RecipeError(where, f"leaves none of {len(before)} rows", "ask for less, or look at the rows")
         for number in range(len(before.entries), len(table.entries)):
             shape_of(table.entries[number], recipe.task.shapes)
+            _refuse_lost_spans(where, table, number, recipe)
         yield Step(curator.key(), before, table)
+
+
+def _refuse_lost_spans(where: str, table: Table, number: int, recipe: Recipe) -> None:
+    """Raise RecipeError if this entry's spans (`data.spans`) are still those of a parent that has another answer."""
+    name, parent = recipe.data.spans, int(table.parent[number])
+    if name is None or parent < 0:
+        return
+    old, new = table.entries[parent], table.entries[number]
+    given, now = (recipe.data.carried.value(r.key, r.values, name) for r in (old, new))
+    before, after = ("".join(answers_of(r.values, recipe.task.shapes)[-1:]) for r in (old, new))
+    if given == now and not still_there(before, after, given):
+        raise RecipeError(
+            where,
+            f"changes the answer of {old.key} and leaves its {name} as they are, so they mark other characters",
+            f"let the step give {name} new places in the new answer, or leave out data.spans",
+        )
 
 
 def curated(recipe: Recipe, table: Table, lab: Lab) -> tuple[Table, list[Kept], Cost]:

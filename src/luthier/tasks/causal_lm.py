@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from luthier.data.prepare import ANSWERS, RowMaker
-from luthier.data.reading import ANSWERED
+from luthier.data.reading import ANSWERED, shape_in
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.method import Source, Traits
@@ -48,7 +48,7 @@ class CausalLm(Task):
         return ANSWERS
 
     def asked(self, row: Row, renderer: Renderer) -> tuple[str, str]:
-        if "text" in row.values and "messages" not in row.values:
+        if shape_in(row.values, self.shapes) == "text":
             return "", row.values["text"]
         return renderer.messages(row.values)[-2]["content"], renderer.answer(row.values)
 

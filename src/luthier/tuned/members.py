@@ -123,9 +123,9 @@ def _other_base(folder: Path, base: Fingerprint, first: object, its: Fingerprint
 
 def _refuse_other_use(first: tuple[str, Use], other: tuple[str, Use]) -> None:
     (name, use), (other_name, other_use) = first, other
-    task, other_task = use.recipe.task.key(), other_use.recipe.task.key()
-    if task != other_task:
-        raise LuthierError(f"{other_name}: was tuned for {other_task}, {name} for {task}; take members of one task")
+    tuned_for, other_for = use.recipe.task.key(), other_use.recipe.task.key()
+    if tuned_for != other_for:
+        raise LuthierError(f"{other_name}: was tuned for {other_for}, {name} for {tuned_for}; take members of one task")
     if use.classes != other_use.classes:
         raise LuthierError(
             f"{other_name}: its classes are {', '.join(other_use.classes)}, those of {name} {', '.join(use.classes)}; "
