@@ -5,7 +5,7 @@ import torch
 
 from luthier.inspection import Norms
 from luthier.inspection.base import Case
-from luthier.inspection.norms import BAR, GAP, OUTSIDE, bars, layer_of, sizes
+from luthier.inspection.norms import BAR, GAP, OUTSIDE, Size, bars, layer_of, sizes
 from luthier.support.errors import LuthierError
 from luthier.testing.models import view_of
 from luthier.update import Dense, Prompt, Update
@@ -57,3 +57,7 @@ def test_what_is_no_difference_of_weights_is_refused():
     view = view_of()
     with pytest.raises(LuthierError, match=r"inspect.norms: mine holds parts .* \(prompt\)"):
         Norms().inspect(Case(view, {"mine": Update(view.base, (Prompt(torch.zeros(2, 32)),))}))
+
+
+def test_a_picture_of_no_change_has_bars_of_no_width():
+    assert 'width="0.0"' in bars({"mine": [Size("block 0", 0.0, 0.0)]}) and "<rect" not in bars({"mine": []})

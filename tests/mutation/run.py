@@ -42,6 +42,7 @@ OWN = {
     "kernels/linear.py": ("tuners/test_spiel.py", "tuners/test_lora.py"),
     "training/checkpoint.py": ("training/test_state.py", "training/test_equalities.py"),
     "training/loop.py": ("training/test_equalities.py", "training/test_skipped.py", "training/test_state.py"),
+    "pipelines/base.py": ("pipelines/test_base.py", "pipelines/test_list.py"),
     "tuners/base.py": ("tuners/test_trainable.py", "tuners/test_full.py", "tuners/test_task_head.py"),
     "update/base.py": ("update/test_parts.py", "update/test_update.py"),
     "update/binding.py": ("update/test_parts.py", "update/test_update.py", "update/test_following.py"),
