@@ -161,13 +161,15 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys,
         assert said and set(said) <= set(scope["evaluator"].names())
     if "tuned" in scope and "Tuning" in scope:
         assert scope["tuned"].update().parts
-    if "kept" in scope:
-        assert len(scope["kept"]) == 1
+    if "table" in scope:
+        shown = ast.literal_eval(capsys.readouterr().out)
+        assert shown == [row.values for row in scope["table"].rows] and shown
 
 
 GUIDES = [
     "docs/quickstart.md",
     "docs/concepts.md",
+    "docs/terms.md",
     *sorted(f"docs/howto/{p.name}" for p in (ROOT / "docs/howto").glob("*.md")),
 ]
 
@@ -194,6 +196,15 @@ def test_a_guides_recipes_load_its_commands_exist_and_its_links_lead_somewhere(g
         assert {w for w in words if w.startswith("--")} <= options, line
     for link in re.findall(r"\]\(([^)#]+)\)", text):
         assert link.startswith("http") or ((ROOT / guide).parent / link).exists(), link
+
+
+def test_the_terms_name_places_that_exist_and_none_twice():
+    text = (ROOT / "docs/terms.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and not line.startswith("| term")]
+    places = [place for row in rows for place in re.findall(r"`([^`]+)`", row[2])]
+    assert len(places) >= len(rows) > 40 and [p for p in places if not (ROOT / "src/luthier" / p).exists()] == []
+    terms = [term for row in rows for term in row[0].removeprefix("| ").split(", ")]
+    assert len(set(terms)) == len(terms)
 
 
 def test_the_guides_python_runs(model_folder, tmp_path, monkeypatch):

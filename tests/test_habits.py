@@ -50,6 +50,42 @@ def test_the_folders_of_tests_are_the_rooms_of_the_package():
     assert folders - rooms == set(), "a test lies in the folder that is called like its subject's"
 
 
+WORDS = {  # what is not written here -> what is
+    r'"""Of [a-z]': "begin with what it is",
+    r"\bthe house\b": "luthier",
+    r"\bhow-manieth\b": "number of",
+    r"\blest\b": "so that ... not",
+    r"\bhears? of\b": "is called with",
+    r"\buntouched (?:model|base)\b": "base model",
+    r"\bsomebody else's\b": "another",
+    r"\bthe likeliest\b": "the most likely",
+}
+READ = [
+    *(ROOT / "src").rglob("*.py"),
+    *(ROOT / "src").rglob("*.html"),
+    *(p for p in (ROOT / "docs").rglob("*.md") if p.name != "plan.md"),
+    *ROOT.glob("*.md"),
+]
+
+
+def odd_words(text):
+    """(phrase, what to write instead) for each phrase of WORDS in a text."""
+    return [
+        (m.group(), instead) for pattern, instead in WORDS.items() for m in re.finditer(pattern, text, re.IGNORECASE)
+    ]
+
+
+def test_what_users_read_uses_the_usual_words():
+    found = {p.relative_to(ROOT).as_posix(): odd_words(p.read_text(encoding="utf-8")) for p in READ}
+    assert len(found) > 300 and {name: words for name, words in found.items() if words} == {}
+
+
+def test_an_odd_word_is_found_and_a_usual_one_is_not():
+    assert odd_words('def f():\n    """Of all rows."""') == [('"""Of a', "begin with what it is")]
+    assert [w for w, _ in odd_words("The untouched model hears of it")] == ["hears of", "untouched model"]
+    assert odd_words('"""Rows of the base model; softly, offset, household, molest."""') == []
+
+
 T = "test_"  # apart, lest these lines be found themselves
 
 

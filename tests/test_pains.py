@@ -38,7 +38,7 @@ def test_pain_01_training_on_nothing_is_refused_with_the_row():
     assert done.census.dropped == done.census.unsupervised == 1 and len(done.rows) == 1
     view = view_of()
     silent = [{**r, "labels": [IGNORE] * len(r["ids"])} for r in rows_of()]
-    with pytest.raises(LuthierError, match="step 1: no supervised token"):
+    with pytest.raises(LuthierError, match="step 1: no row has a supervised token"):
         Loop(view, silent, Lora().attach(view), Sft(), TrainSettings(max_steps=1)).step()
 
 
@@ -277,7 +277,7 @@ def test_pain_10_memory_that_ends_keeps_the_steps_and_names_the_keys(tmp_path):
     settings = TrainSettings(max_steps=4, batch_size=4, tokens_per_forward=64)
     trainable = Lora(rank=4).attach(view)
     loop = Loop(view, rows_of(), trainable, Greedy(), settings, folder=tmp_path)
-    with pytest.raises(LuthierError, match=r"memory ended in step 3.* 64 tokens.*lower tokens_per_forward"):
+    with pytest.raises(LuthierError, match=r"out of memory in step 3.* 64 tokens.*lower tokens_per_forward"):
         loop.run()
     assert checkpoint.newest(tmp_path).name == "checkpoint-2"
     done.append(True)
@@ -321,7 +321,7 @@ def test_pain_11_resume_walks_back_to_a_whole_checkpoint(tmp_path):
     loop = Loop(again, rows_of(), Lora(rank=4).attach(again), Sft(), settings, folder=tmp_path, data_hash="a")
     assert loop.resume() and loop.progress.step == 4
     other = Loop(again, rows_of(), loop.trainable, Sft(), settings, folder=tmp_path, data_hash="b")
-    with pytest.raises(LuthierError, match="made on other rows"):
+    with pytest.raises(LuthierError, match="made with other rows"):
         other.resume()
 
 
@@ -353,7 +353,7 @@ def test_pain_14_and_18_unchanged_logits_are_an_error_everywhere(tmp_path, model
 
     factors = {n: t * 0 if "lora_B" in n else t for n, t in load_file(out / "adapter_model.safetensors").items()}
     save_file(factors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LuthierError, match="equals the base; nothing was exported"):
+    with pytest.raises(LuthierError, match="equals the base model; nothing was exported"):
         export(out, "hf", tmp_path / "merged")
 
 

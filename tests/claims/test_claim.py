@@ -156,7 +156,7 @@ def test_what_is_not_there_is_said(folder):
         claims.run("thing")
     with pytest.raises(RecipeError, match="there is no such claim; known are thing"):
         load(folder / "claims/none.yaml")
-    with pytest.raises(RecipeError, match="known are none here: claims are in a clone of luthier"):
+    with pytest.raises(RecipeError, match="known are none in this folder; claims are in a clone of luthier"):
         load(folder / "elsewhere/none.yaml")
 
 
@@ -187,7 +187,7 @@ def test_the_evidence_page_has_a_row_for_each_of_the_forty_eight():
     rows = [
         line
         for line in page.splitlines()
-        if line.startswith("| ") and any(code in line for code in ("](methods/", "](howto/", "not there yet"))
+        if line.startswith("| ") and any(code in line for code in ("](methods/", "](howto/", "no code yet"))
     ]
     assert len(rows) == 48
     assert (ROOT / "docs/evidence.md").read_text(encoding="utf-8") == page, "run make docs"

@@ -169,7 +169,7 @@ def test_the_translator_is_judged_beside_all_controls(judged):
 def test_messages_are_audited_written_and_translated_and_a_bad_one_does_not_stop_the_others(agreed, judged):
     for name in NAMES[:2]:
         done = tune(agreed, name, "--held", f"{name}-held.jsonl")
-        assert done.returncode == 0 and "What leaves?" in done.stderr and "verdict unknown" in done.stderr, done.stderr
+        assert done.returncode == 0 and "What is sent?" in done.stderr and "verdict unknown" in done.stderr, done.stderr
     audit = json.loads((agreed / f"{NAMES[0]}.audit.json").read_text())
     assert audit["verdict"]["outcome"] == "unknown" and len(audit["answers"]) == 5
     assert "What could be read from it?" in (agreed / f"{NAMES[0]}.html").read_text()
@@ -187,7 +187,7 @@ def test_messages_are_audited_written_and_translated_and_a_bad_one_does_not_stop
     done = luthier("collaborate", "translate", "c", *files, "--output", "out", cwd=agreed)
     assert done.returncode == 0, done.stderr
     assert "refused cut.message: truncated" in done.stderr and "refused nan.message: not-finite" in done.stderr
-    assert "refused own.message: 'report.html' is no name for a party" in done.stderr
+    assert "refused own.message: 'report.html' cannot be the name of a party" in done.stderr
     place = Place(agreed / "c")
     for name in NAMES[:2]:
         assert load(agreed / "out" / name).base.same_base(place.lab.view("large").base)
@@ -215,7 +215,7 @@ def test_a_shut_gate_keeps_the_message_back(agreed, monkeypatch):
 
     monkeypatch.setattr(sending, "judged", lambda *_: Verdict("fail", ["40% of the tokens can be read off a.x"], []))
     done = tune(agreed, NAMES[2])
-    assert done.returncode == 2 and "not written, since 40% of the tokens" in done.stderr
+    assert done.returncode == 2 and "not written, because 40% of the tokens" in done.stderr
     assert not (agreed / f"{NAMES[2]}.message").exists() and (agreed / f"{NAMES[2]}.html").exists()
     assert tune(agreed, NAMES[2], "--send-anyway").returncode == 0 and (agreed / f"{NAMES[2]}.message").exists()
 
@@ -225,7 +225,9 @@ def test_one_shot_by_files(agreed, tmp_path):
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
     for name in NAMES:
         done = tune(tmp_path, name, "--held", f"{name}-held.jsonl")
-        assert done.returncode == 0 and "epsilon 8" in done.stderr and "for each row" in done.stderr, done.stderr
+        assert done.returncode == 0 and "epsilon 8" in done.stderr and "whether a row is there" in done.stderr, (
+            done.stderr
+        )
         assert "upper bound: epsilon 8.00, by accounting" in done.stderr
         low = float(re.search(r"epsilon is at least (\S+) with 95%", done.stderr)[1])
         assert low <= 8, "what the attack shows stays under what is accounted for"
@@ -234,13 +236,14 @@ def test_one_shot_by_files(agreed, tmp_path):
     place, updates = Place(tmp_path / "c"), [load(tmp_path / "results" / n) for n in NAMES]
     assert updates[0].base.same_base(place.first.base) and len({u.digest() for u in updates}) == 1
     page = (tmp_path / "results/report.html").read_text()
-    assert "Who counted how much" in page and "kept back" in page
+    assert "How much each client counts" in page and "not shared" in page
 
 
 def test_the_mean_so_far_lies_there_after_each_arrival(agreed, tmp_path):
-    recipe(tmp_path, collaborate="one-shot")
+    recipe(tmp_path, collaborate="one-shot", seed=7)
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
     place, seen = Place(tmp_path / "c"), {}
+    assert place.contract.settings.seed == 7 == place.lab.seed and place.workshop.lab is place.lab
     server = place.protocol.server(place.contract, NAMES[:2], None, place.workshop)
     leave_so_far(place, server, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "nothing has arrived"
@@ -261,7 +264,7 @@ def test_the_mean_so_far_lies_there_after_each_arrival(agreed, tmp_path):
     [
         (("contract", "r.yaml", "new", "~collaborate"), "collaborate: is missing; name a protocol"),
         (("contract", "r.yaml", "new", "collaborate.grad-transformer.large=null"), "large: is missing; name a model"),
-        (("contract", "r.yaml", "new", "tuner=full"), "tuner: full has no pinned start"),
+        (("contract", "r.yaml", "new", "tuner=full"), "tuner: full has no fixed start"),
         (("shadow", "nowhere"), "make one with `luthier collaborate contract`"),
         (("tune", "c", "no.jsonl", "--name", "x"), "no.jsonl"),
         (
@@ -284,7 +287,7 @@ def test_a_recipe_with_a_protocol_is_not_run_as_one(agreed):
 
 def test_check_says_what_leaves(agreed):
     done = luthier("check", "r.yaml", cwd=agreed)
-    assert done.returncode == 0 and "whoever serves gets an update of each organisation's small model" in done.stdout
+    assert done.returncode == 0 and "the server gets an update of each organisation's small model" in done.stdout
 
 
 def test_help_says_what_each_argument_is(agreed):

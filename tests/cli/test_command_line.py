@@ -66,5 +66,5 @@ def test_ctrl_c_ends_a_command_with_130(tmp_path, monkeypatch):
 def test_a_fault_of_ours_leaves_its_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "listed", lambda: 1 / 0)
     done = luthier("methods", cwd=tmp_path)
-    assert done.returncode == 1 and "our fault; the traceback is in luthier-error.txt" in done.stderr
+    assert done.returncode == 1 and "this is a bug in luthier; the traceback is in luthier-error.txt" in done.stderr
     assert "ZeroDivisionError" in (tmp_path / "luthier-error.txt").read_text()

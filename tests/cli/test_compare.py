@@ -52,7 +52,7 @@ def test_a_comparison_says_who_is_better_at_equal_cost(compared):
         assert arm["spent"]["flops"] == pytest.approx(2e8, rel=0.1), "equal cost, to a step of fourteen"
         assert arm["spent"]["search_runs"] == 3 and arm["learning_rate"] is not None
     page = (folder / "runs/compare-c/report.html").read_text()
-    for question in ("Which arm wins", "is that sure", "What it cost", "What was forgotten", "Run it again"):
+    for question in ("Which arm is better", "how sure is that", "What it cost", "What was forgotten", "Run it again"):
         assert question in page
     assert "luthier compare" in page and "<script" not in page
 
@@ -125,7 +125,7 @@ def test_stopped_at_any_moment_it_goes_on(ending, model_folder, tmp_path):
     assert not events(now) and "Not finished: lora has " in now.stdout and now.stdout.endswith("report.html\n"), (
         now.stderr
     )
-    assert code == -9 if ending == signal.SIGKILL else code == 130 and "go on with: luthier compare" in said, said
+    assert code == -9 if ending == signal.SIGKILL else code == 130 and "continue with: luthier compare" in said, said
     last = luthier("compare", path, *HERE, cwd=tmp_path)
     assert last.returncode == 0, last.stderr
     before = int(re.search(r"(\d+) done before", last.stderr).group(1))
@@ -144,8 +144,8 @@ def test_a_dry_run_says_what_it_will_take(model_folder, tmp_path):
     [
         (("~recipe.data.eval",), "evaluate: has no rows to evaluate on"),
         (("primary=rouge1",), "nothing in arm lora measures rouge1"),
-        (("search.rows=50",), "50 rows to choose a rate on, of 60"),
-        (("recipe.torch_compile=true",), "arm lora: torch_compile: hides the work from the ledger"),
+        (("search.rows=50",), "50 of 60 rows to choose a learning rate"),
+        (("recipe.torch_compile=true",), "arm lora: torch_compile: hides the FLOPs from the ledger"),
         (("arms.lora.task=classification",), "arm lora"),
         (("recipe.learning_rat=1",), "there is no such key"),
         (("--processes", "2", "--budget", "seconds=5"), "a budget in seconds is only fair"),

@@ -180,7 +180,7 @@ def test_7_a_shorter_form_is_exact_at_the_full_rank_and_loses_less_the_longer_it
         (
             {"a": dense(1), "b": Update(BASE, (Dense({NAMES[0]: torch.ones(10, 12)}),))},
             {"a": 1, "b": 1},
-            r"b: m\.1\.q\.weight is moved by one",
+            r"b: m\.1\.q\.weight is changed by only one",
         ),
     ],
 )

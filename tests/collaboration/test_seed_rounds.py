@@ -202,7 +202,7 @@ def test_a_client_is_told_why_it_was_refused():
     server, party = SeedServer(agreed, ("b", "c")), clients(agreed)[0]
     for sent in server.handle(party.handle(SeedServer(agreed, NAMES).begin()[0].message)[0].message):
         party.handle(sent.message)
-    assert party.refusals == ["unknown: 'a' takes no part in this"]
+    assert party.refusals == ["unknown: 'a' is not one of the clients"]
 
 
 def test_other_models_and_federations_are_refused():

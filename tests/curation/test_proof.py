@@ -57,7 +57,7 @@ def test_a_curator_that_rewrites_and_splits_is_under_thirty_lines_and_works_ever
     decided = [json.loads(x) for x in (folder / "decisions.jsonl").read_text().splitlines()]
     assert len(decided) == (12 + 4) + 14 and {d["decision"] for d in decided} == {"keep", "drop", "rewrite", "split"}
     page = (folder / "report.html").read_text()
-    assert "7 of 12 rows stayed" in page and "put in other words" in page and "left out" in page
+    assert "7 of 12 rows stayed" in page and "rewritten" in page and "left out" in page
     ran = luthier("run", path, "--allow-code", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
     run = json.loads((tmp_path / "out/run.json").read_text())
@@ -94,7 +94,7 @@ class Shapeless(Curator):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("Loses", "curate.0.bad: returns another table than it was given"),
+        ("Loses", "curate.0.bad: returns a table that does not come from its argument"),
         ("Empties", "curate.0.bad: leaves none of 12 rows"),
         ("Shapeless", "bad:1: has the fields question, expected messages or prompt and completion or text"),
     ],
@@ -218,3 +218,72 @@ def test_positions_of_rows_that_stay_count_what_they_came_from(tmp_path):
     assert curator.choose(given) == [0, 1]
     table = curator.curated(given)
     assert [r.values["completion"] for r in table.rows] == ["X", "Y", "Z"] and np.isnan(table.score).all()
+
+
+MARKED = '''
+from luthier.curation.base import Curator
+
+
+class Told(Curator):
+    """Gives a value for each row. Cost: none."""
+
+    def curate(self, table, lab):
+        return table.rewrite([CHANGE(dict(r.values)) for r in table.rows])
+
+
+class Halves(Curator):
+    """Splits the second row into its words. Cost: none."""
+
+    def curate(self, table, lab):
+        words = [None, *([{**r.values, "completion": w} for w in r.values["completion"].split()] for r in table.rows[1:])]
+        return table.split(words)
+
+
+class More(Curator):
+    """Adds a row that is made from the second. Cost: none."""
+
+    def curate(self, table, lab):
+        return table.add([{**table.rows[1].values, "completion": "to come"}], parents=[1])
+'''
+UNMARKED = {"prompt": "p", "completion": "no mark", "marks": []}
+
+
+def marked_curator(folder, model, change="None", name="Told"):
+    train = [UNMARKED, {"prompt": "q", "completion": "go now", "marks": [[3, 6, "when"]]}]
+    path = write(folder, model, train=train, curate=[f"marked:{name}"], data={"train": "train.jsonl", "spans": "marks"},
+                 evaluate=[])  # fmt: skip
+    (folder / "marked.py").write_text(MARKED.replace("CHANGE", f"(lambda v: {change})"))
+    done = luthier("curate", path, "--allow-code", cwd=folder)
+    sys.modules.pop("marked", None)
+    return done
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ("v | {'completion': 'GO NOW'}", "Told"),
+        ("v | {'completion': ' ' + v['completion']}", "Told"),
+        ("v | {'completion': 'go'}", "Told"),
+        ("None", "Halves"),
+        ("None", "More"),
+    ],
+)
+def test_an_answer_that_changes_under_its_marks_is_refused(model_folder, tmp_path, change, name):
+    done = marked_curator(tmp_path, model_folder, change, name)
+    said = f"curate.0.marked: changes the answer of {tmp_path / 'train.jsonl'}:2 and leaves its marks as they are"
+    assert done.returncode == 2 and said in " ".join(done.stderr.split()), done.stderr
+    assert "let the step give marks new places in the new answer, or leave out data.spans" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "v | {'completion': v['completion'] + ' then'}",
+        "v | {'prompt': 'another'}",
+        "v | {'completion': '  ' + v['completion'], 'marks': [[a + 2, b + 2, k] for a, b, k in v['marks']]}",
+        "v | {'completion': 'go', 'marks': []}",
+    ],
+)
+def test_an_answer_may_change_behind_its_marks_or_with_them(model_folder, tmp_path, change):
+    done = marked_curator(tmp_path, model_folder, change)
+    assert done.returncode == 0, done.stderr

@@ -134,7 +134,7 @@ def test_weights_of_rows_multiply_the_users():
     assert len({rows.digest, heavy.digest, rows.weighing(np.ones(2)).digest}) == 3
     with pytest.raises(RecipeError, match="f:1: weight is -1; a weight is 0 or more"):
         prepared([Row("f:1", values(weight=-1))], Carried(("weight",)))
-    with pytest.raises(RecipeError, match=r"data\.keep: weight is no number"):
+    with pytest.raises(RecipeError, match=r"data\.keep: weight is not a number"):
         prepared([Row("f:1", values(weight="heavy"))], Carried(("weight",)))
 
 

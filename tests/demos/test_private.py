@@ -33,7 +33,7 @@ def test_it_ends_in_one_report_with_everything_asked_for(shown):
     page = report.read_text()
     for words in (
         "its own small model", "with its translated update", "needs them to be shared", "mean shadow (C1)",
-        "on all public rows (C2)", "C3 nearest shadow", "C5 shuffled pairs", "What leaves?", "What would lower it?",
+        "on all public rows (C2)", "C3 nearest shadow", "C5 shuffled pairs", "What is sent?", "What would lower it?",
         "bytes of numbers",
     ):  # fmt: skip
         assert words in page, words

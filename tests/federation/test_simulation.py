@@ -39,7 +39,7 @@ def simulated(tmp_path_factory):
     folder = contract(tmp_path_factory.mktemp("simulated"), "one-shot")
     done = luthier(*words(), cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "run     5 of 5: everybody's rows in one place; 0 s left" in done.stderr and "together" in done.stdout
+    assert "run     5 of 5: all rows in one place; 0 s left" in done.stderr and "together" in done.stdout
     return folder
 
 
@@ -77,7 +77,7 @@ def test_the_page_shows_arrivals_and_the_way_to_the_mean(simulated):
     assert f["line"][0][1] == pytest.approx(sum(f["everybody"][UNTOUCHED].values()) / 2)
     one = dict(map(tuple, f["line"]))[1.0]
     assert one == pytest.approx(f["arrivals"][-1]["loss"]) == pytest.approx(sum(f["losses"][TOGETHER].values()) / 2)
-    for said in ("As they arrive", "Alone, together, shared", "Who counted how much", TWO[0]):
+    for said in ("As they arrive", "Alone, together, shared", "How much each client counts", TWO[0]):
         assert said in page
 
 
@@ -85,7 +85,7 @@ def test_what_is_finished_is_not_made_again_and_other_rows_are_refused(simulated
     shutil.copytree(simulated, tmp_path / "copy")
     shutil.rmtree(tmp_path / "copy/simulated/shared")
     done = luthier(*words("--json"), cwd=tmp_path / "copy")
-    assert done.returncode == 0 and done.stderr.count("there already") == 3, done.stderr
+    assert done.returncode == 0 and done.stderr.count("made before") == 3, done.stderr
     assert json.loads(done.stdout)["losses"] == found(simulated)["losses"]
     again = luthier(*words(), "--held", 0.4, cwd=simulated)
     assert again.returncode == 2 and "holds a simulation of other rows" in again.stderr
@@ -128,9 +128,9 @@ def test_a_client_whose_update_is_refused_is_named(simulated, monkeypatch):
     ("more", "says"),
     [
         ((f"{TWO[0]}=x.jsonl",), "is given twice"),
-        (("--output", "o", "--held", 0.01), "rows would be kept back"),
-        (("--output", "o", "x"), "write name=path, clinic=clinic.jsonl"),
-        (("--output", "o", "a/b=x.jsonl"), "is no name for a party"),
+        (("--output", "o", "--held", 0.01), "rows would be held out"),
+        (("--output", "o", "x"), "write name=path, for example clinic=clinic.jsonl"),
+        (("--output", "o", "a/b=x.jsonl"), "cannot be the name of a party"),
         (("--output", "o", "third=no.jsonl"), "no.jsonl"),
     ],
 )

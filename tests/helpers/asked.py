@@ -18,8 +18,8 @@ CALLS = [
     {"prompt": "louder", "completion": '{"name": "volume", "by": 2}'},
 ]
 PROGRAMS = [
-    {"prompt": "one", "completion": "def f():\n    return 1", "tests": ["assert f() == 1"]},
-    {"prompt": "two", "completion": "def f():\n    return 2", "tests": ["assert f() == 2"]},
+    {"prompt": "one", "completion": "x = 1", "tests": ["assert x == 1"]},
+    {"prompt": "two", "completion": "x = 2", "tests": ["assert x == 2"]},
 ]
 KNOWN = [
     {"prompt": "who sings", "completion": "Anna", "kind": "memorize"},
@@ -38,7 +38,11 @@ EDITED = [{"prompt": row[asked], "completion": row[answer]} for row in EDITS for
 QUESTIONS = [
     json.loads(x) for x in files("luthier.evaluation").joinpath("sets/canaries.jsonl").read_text().splitlines()
 ]
-CANARIES = [{"prompt": q["question"], "completion": q["right"]} for q in QUESTIONS[:8]]
+GENERAL = [json.loads(x) for x in files("luthier.evaluation").joinpath("sets/general.jsonl").read_text().splitlines()]
+CANARIES = [
+    *({"prompt": q["question"], "completion": q["right"]} for q in QUESTIONS[:3]),
+    *({"prompt": "", "completion": x["text"][:16]} for x in GENERAL[:3]),
+]
 
 PASSAGES = str(FOLDER / "passages.jsonl")
 TEXTS = {"anna": "Anna keeps four goats.", "bert": "Bert bakes brown bread.", "cleo": "Cleo sings at noon."}

@@ -63,7 +63,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "norms": {"most": 2},
     "one-shot": {"rounds": 2},
     "otr": {"draws": 16},
-    "pass-at-k": {"samples": 2, "k": (1, 2), "max_new_tokens": 32},
+    "pass-at-k": {"samples": 2, "k": (1, 2), "max_new_tokens": 12},
     "peft": {"type": "LORA", "options": {"use_dora": True, "r": 4}},
     "q-tuning-offline": {"keep_fraction": 0.5},
     "q-tuning": {"keep_rows": 0.5},
@@ -79,7 +79,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "seed-rounds": {"rounds": 2, "pro": True},
     "sft": {},
     "spiel": {"density": 0.05, "reselect_every": 4, "window": 2},
-    "transformer": {"width": 16, "layers": 1, "epochs": 20, "batch_size": 8, "learning_rate": 1e-2},
+    "transformer": {"width": 16, "layers": 1, "epochs": 12, "batch_size": 6, "learning_rate": 1e-2},
     "stages": {"stages": [{"name": "first", "max_steps": 2}, {"name": "second", "start": "first", "max_steps": 2}]},
 }  # fmt: skip
 

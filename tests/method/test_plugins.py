@@ -90,9 +90,9 @@ def test_without_the_package_the_name_is_unknown():
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("focal", "m:C", "is no KIND.NAME; kinds are tuner"),
-        ("optimizer.x", "m:C", "is no KIND.NAME"),
-        ("tuner.lora", "m:C", "the tuner 'lora' is there already"),
+        ("focal", "m:C", "is not KIND.NAME; kinds are tuner"),
+        ("optimizer.x", "m:C", "is not KIND.NAME"),
+        ("tuner.lora", "m:C", "the tuner 'lora' exists already"),
     ],
 )
 def test_a_wrong_entry_point_is_named(name, value, words, monkeypatch):
@@ -104,7 +104,8 @@ def test_a_wrong_entry_point_is_named(name, value, words, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("value", "words"), [("no_such_module:C", "cannot be imported"), ("luthier.support.rng:Streams", "is no Objective")]
+    ("value", "words"),
+    [("no_such_module:C", "cannot be imported"), ("luthier.support.rng:Streams", "does not derive from Objective")],
 )
 def test_a_plug_in_that_is_no_method_is_refused_where_it_is_named(value, words, monkeypatch):
     monkeypatch.setattr(manifest, "entry_points", lambda group: [EntryPoint("objective.x", value, group)])

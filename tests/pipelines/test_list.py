@@ -369,9 +369,9 @@ def test_check_says_how_many_rows_of_the_pool_are_training_rows(model_folder, tm
     found = check_recipe(load_file(tmp_path / "r.yaml"), tmp_path)
     show(found)
     assert found["pool_shared"] == 2
-    assert "pool: 2 rows are left out, since they are training rows as well" in capsys.readouterr().out
+    assert "pool: 2 rows are left out, because they are also training rows" in capsys.readouterr().out
     lines(tmp_path / "pool.jsonl", [{"text": f"THING {i}"} for i in range(6)])
-    with pytest.raises(RecipeError, match="data.pool: the training rows hold all 6 rows of it as well"):
+    with pytest.raises(RecipeError, match="data.pool: all its 6 rows are training rows too"):
         check_recipe(load_file(tmp_path / "r.yaml"), tmp_path)
     lines(tmp_path / "pool.jsonl", [{"text": "thing that is new"}])
     found = check_recipe(load_file(tmp_path / "r.yaml"), tmp_path)

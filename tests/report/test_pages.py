@@ -169,7 +169,7 @@ def test_the_comparison_alone_answers_five_questions(browser, pages):
     """Which arm wins and by how much; is that sure; what did it cost; what was forgotten; how to repeat it."""
     opened(browser, pages["compare"], "wide")
     text = browser.execute_script("return document.body.innerText")
-    for words in ("Which arm wins, and is that sure?", "Better than", "95%", "What it cost", "What was forgotten",
+    for words in ("Which arm is better, and how sure is that?", "Better than", "95%", "What it cost", "What was forgotten",
                   "Run it again", "luthier compare"):  # fmt: skip
         assert words in text
     told = json.loads((pages["compare"].parent / "standings.json").read_text())

@@ -31,7 +31,7 @@ def test_every_row_gets_a_reason_and_those_that_stay_are_a_file(model_folder, tm
 def test_the_table_in_the_terminal_and_refusals(model_folder, tmp_path):
     path = write(tmp_path, model_folder, train=rows(20), evaluate=[])
     refused = luthier("curate", path, cwd=tmp_path)
-    assert refused.returncode == 2 and "curate: names no step" in refused.stderr
+    assert refused.returncode == 2 and "curate: has no steps" in refused.stderr
     said = luthier("curate", path, "curate=[random: {keep_fraction: 0.5}]", cwd=tmp_path)
     assert "random: 10 of 20 rows stayed" in said.stdout and "10 drawn" in said.stdout
     again = luthier("curate", path, "curate=[random: {keep_fraction: 0.5}]", cwd=tmp_path)

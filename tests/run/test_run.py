@@ -141,8 +141,8 @@ def test_interrupted_twice_it_saves_and_goes_on_to_the_same_weights(model_folder
 
 def told(stderr):
     """The arguments of the command that a stopped run says goes on with it."""
-    line = next(x for x in stderr.splitlines() if x.startswith("go on with: "))
-    return shlex.split(line.removeprefix("go on with: luthier "))
+    line = next(x for x in stderr.splitlines() if x.startswith("continue with: "))
+    return shlex.split(line.removeprefix("continue with: luthier "))
 
 
 def test_after_fresh_the_command_names_the_new_folder(model_folder, tmp_path):
@@ -362,7 +362,7 @@ def test_code_from_a_recipe_runs_only_where_the_command_line_allows_it(model_fol
     assert luthier("evaluate", tmp_path / "out", cwd=tmp_path).returncode == 2
     assert luthier("evaluate", tmp_path / "out", "--allow-code", cwd=tmp_path).returncode == 0
     for objective, words in (
-        ("mine:Other", "is no Objective"), ("mine:Nobody", "cannot be imported"), ("no.such:Half", "cannot be imported"),
+        ("mine:Other", "derive from Objective"), ("mine:Nobody", "cannot be imported"), ("no.such:Half", "cannot be imported"),
         ({"mine:Half": {"shar": 1}}, "did you mean share?"),
     ):  # fmt: skip
         said = luthier("check", write(tmp_path, model_folder, objective=objective), "--allow-code", cwd=tmp_path)
@@ -384,9 +384,9 @@ def test_a_models_own_code_is_not_run_unasked(model_folder, tmp_path):
     )
     (folder / "configuration_surprise.py").write_text(code)
     said = luthier("check", write(tmp_path / "a", str(folder)), cwd=tmp_path)
-    assert said.returncode == 2 and "brings Python code of its own, which is not run unasked" in said.stderr, (
-        said.stderr
-    )
+    assert (
+        said.returncode == 2 and "needs Python code of its own, which luthier does not run by default" in said.stderr
+    ), said.stderr
     recipe = write(tmp_path / "a", str(folder), trust_remote_code=True)  # the key alone must not be enough
     said = luthier("check", recipe, cwd=tmp_path)
     assert said.returncode == 2 and "add --allow-code" in said.stderr and not marker.exists()
@@ -482,7 +482,7 @@ def test_standing_still_is_said_once_with_the_place(capsys):
     watch.at("rendering f.jsonl:7")
     time.sleep(0.6)
     watch.stop()
-    assert capsys.readouterr().err.count("the last thing begun: rendering f.jsonl:7") == 1
+    assert capsys.readouterr().err.count("the last thing that started: rendering f.jsonl:7") == 1
 
 
 def test_peak_memory_is_the_runs_own_and_not_that_of_the_process_before(model_folder, tmp_path):

@@ -167,7 +167,7 @@ def test_a_first_window_without_targets_is_passed_over_and_silent_rows_are_refus
     assert loop.progress.skipped == 1 and not [w for w in recwarn if "lr_scheduler" in str(w.message)]
     view = view_of()
     silent = [without_targets(r) for r in rows]
-    with pytest.raises(LuthierError, match="step 1: no supervised token is in any row"):
+    with pytest.raises(LuthierError, match="step 1: no row has a supervised token"):
         Loop(view, silent, Lora(rank=2).attach(view), Sft(), SETTINGS).step()
 
 

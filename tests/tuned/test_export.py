@@ -115,7 +115,7 @@ def test_what_cannot_be_is_said(run_folder, tmp_path):
     with pytest.raises(LuthierError, match="is not a finished run"):
         open_run(tmp_path)
     (tmp_path / "update.json").write_text("{}")
-    with pytest.raises(LuthierError, match="nothing that says how it is used"):
+    with pytest.raises(LuthierError, match="holds an update without a recipe"):
         open_run(tmp_path)
     if "lora" in str(run_folder):
         assert 0 <= export(run_folder, "peft", tmp_path / "p")["difference"] < 1e-4
@@ -137,7 +137,7 @@ def test_a_spoilt_export_is_noticed_and_removed(run_folder, tmp_path, monkeypatc
         return model
 
     monkeypatch.setattr(module, "_hf", spoilt)
-    with pytest.raises(LuthierError, match=r"differs from what was tuned by .*; it was removed"):
+    with pytest.raises(LuthierError, match=r"differs from the tuned model by .*; it was removed"):
         export(run_folder, "hf", tmp_path / "x")
     assert not list(tmp_path.iterdir())
 

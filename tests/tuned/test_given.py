@@ -100,7 +100,7 @@ def test_another_model_in_its_place_is_refused(folder, place, tmp_path):
     with pytest.raises(LuthierError, match="this update was trained on"):
         answers(folder, ["a"], 2)
     (folder / FILE).write_text(json.dumps({**stored, "model": str(tmp_path / "gone")}))
-    with pytest.raises(LuthierError, match=r"given.json: model: .*gone.*write where it lies"):
+    with pytest.raises(LuthierError, match=r"given.json: model: .*gone.*write its path"):
         open_run(folder)
 
 

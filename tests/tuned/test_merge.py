@@ -226,7 +226,7 @@ REFUSALS = [
     ("a b --set weights", "--set 'weights' sets no field; write --set field=value"),
     ("a b --set ~weights", "--set '~weights' sets no field"),
     ("a b --method liner", "command line: merge.liner: there is no merge 'liner'; did you mean linear?"),
-    ("a b --method mine:Mine", "names code, which a recipe may not bring; add --allow-code"),
+    ("a b --method mine:Mine", "add --allow-code if you trust it"),
     ("a nosuch", "nosuch: is neither a finished run nor an adapter; give the folder of one"),
     ("a empty", "empty: is neither a finished run nor an adapter"),
     ("a ../a/../a", "a: is named twice; name each folder once"),

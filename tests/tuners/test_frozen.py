@@ -28,5 +28,5 @@ def test_only_the_heads_train():
 
 def test_a_run_in_which_nothing_trains_is_refused():
     view = view_of()
-    with pytest.raises(LuthierError, match="nothing trains: sft adds no modules beside the frozen model"):
+    with pytest.raises(LuthierError, match="nothing trains: sft adds no trained modules to the frozen model"):
         Loop(view, rows_of(), Frozen().attach(view), Sft(), SETTINGS)

@@ -457,7 +457,7 @@ def test_a_trial_that_helps_nowhere_keeps_the_choice_and_stops_a_run_without_one
     values = iter([0.0, 1.0, -1.0])
     trainable._importance = lambda window, probe, names: dict.fromkeys(names, next(values))
     at = lambda step: Window([batch_of()], Clock(step, 9))  # noqa: E731
-    with pytest.raises(LuthierError, match="helps through no tensor"):
+    with pytest.raises(LuthierError, match="lowers the loss through no tensor"):
         trainable.before_window(at(0), probe)
     trainable.before_window(at(0), probe)
     chosen, spent = list(trainable.selected), dict(trainable.spent)
@@ -474,7 +474,7 @@ def test_a_trial_step_that_is_not_finite_is_named():
 
 
 def test_unknown_architecture_is_refused():
-    with pytest.raises(LuthierError, match="does not know where"):
+    with pytest.raises(LuthierError, match="does not know the place of"):
         plan(view_of("lfm2"), 0.8, batch_of())
     with pytest.raises(LuthierError, match="does not know where"):
         GreenTrainer().check_model(view_of("lfm2").anatomy)

@@ -40,7 +40,7 @@ def test_it_learns_a_task_head_or_check_refuses(name, kind, tmp_path):
         (GreenTrainer(), "llama-classifier", None),
         (GreenTrainer(), "gpt2-classifier", None),
         (GreenTrainer(), "bert-classifier", None),
-        (GreenTrainer(), "lfm2", "does not know where model.layers.0.conv"),
+        (GreenTrainer(), "lfm2", "does not know the place of model.layers.0.conv"),
         (Lora(targets=("score",)), "llama-classifier", "'score' is the task head, which every tuner trains whole"),
         (Lora(targets=("q_porj",)), "llama", "'q_porj' matches 0 of 22 linear layers"),
         (Lora(targets=("*_proj", "*")), "llama-classifier", None),

@@ -58,7 +58,7 @@ def test_what_wants_a_gradient_is_handed_on_to_one_that_came_later():
 
 def test_a_stage_goes_on_from_the_state_of_one_before():
     first, second = stirred(view_of()), Lora(rank=2).attach(view_of())
-    second.go_on({k: v.clone() for k, v in first.state_dict().items()})
+    second.continue_from({k: v.clone() for k, v in first.state_dict().items()})
     assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
 
 

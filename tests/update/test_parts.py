@@ -200,7 +200,7 @@ def test_what_is_no_vector_says_so_by_name(kind):
         (lambda: update.to("dense"), "taken apart"),
         (lambda: update.parts[0].plus(update.parts[0]), "added"),
     ):
-        with pytest.raises(TypeError, match=f"a {kind} part cannot be {words}: it is no difference in weight space"):
+        with pytest.raises(TypeError, match=f"a {kind} part cannot be {words}: it is not a difference of weights"):
             act()
     view = view_of()
     before = everything(view)

@@ -1,7 +1,7 @@
-"""Claims: what a source says, put so that a machine can find it to hold or not; measured, dated, and kept either way.
+"""Claims of papers, written so that a program can test them. Results are dated and kept, whether a claim holds or not.
 
-A claim is `claims/NAME.yaml`: arms, seeds, conditions, and an experiment, which is a Python file of the same name beside it
-with `measure(arm, seed, say) -> {measure: value}`. What was measured last is written under `measured:`.
+A claim is `claims/NAME.yaml`, with arms, seeds and conditions. Its experiment is the Python file of the same name, which has
+`measure(arm, seed, say) -> {measure: value}`. The latest results are stored in the YAML file under `measured:`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
 class Condition(BaseModel):
-    """One thing that must be so: the mean over seeds of `measure` in `arm`, less that in `against`, times `factor`."""
+    """A bound on a mean over seeds: `measure` in `arm`, minus `factor` times `measure` in `against`."""
 
     model_config = _STRICT
 
@@ -49,7 +49,7 @@ class Condition(BaseModel):
     measure: str
     arm: str
     against: str | None = None
-    factor: float = 1.0  # of the other arm's value, before it is taken away
+    factor: float = 1.0  # multiplies the value of `against` before it is subtracted
     at_least: float | None = None
     at_most: float | None = None
 
@@ -60,7 +60,7 @@ class Condition(BaseModel):
         return self
 
     def values(self, found: Mapping[str, Mapping[int, Mapping[str, float]]], seeds: Sequence[int]) -> list[float]:
-        """One a seed."""
+        """The value of each seed."""
         out = []
         for s in seeds:
             value = found[self.arm][s][self.measure]
@@ -68,14 +68,14 @@ class Condition(BaseModel):
         return out
 
     def outcome(self, e: Estimate) -> Outcome:
-        """Held where the whole interval is on the right side of the bound, not held where it is on the wrong one."""
+        """The verdict: held if the whole interval is on the right side of the bound, not held if it is on the wrong side."""
         low, high = (e.low, e.high) if self.at_least is not None else (-e.high, -e.low)
         bound = self.at_least if self.at_least is not None else -float(self.at_most or 0.0)
         return "held" if low >= bound else "not held" if high < bound else "inconclusive"
 
 
 class Claim(BaseModel):
-    """A file in claims/."""
+    """The contents of a claim file in claims/."""
 
     model_config = _STRICT
 
@@ -99,12 +99,14 @@ class Claim(BaseModel):
 
 
 def load(path: Path) -> Claim:
-    """A claim from its file. Raises RecipeError with line and key."""
+    """Read a claim from its file. Raises RecipeError with line and key."""
     try:
         values, lines = parse(path.read_text(encoding="utf-8"), str(path))
         return Claim.model_validate(values)
     except OSError as error:
-        known = ", ".join(names(path.parent)) or "none here: claims are in a clone of luthier, so run this there"
+        known = (
+            ", ".join(names(path.parent)) or "none in this folder; claims are in a clone of luthier, so run it there"
+        )
         raise RecipeError(str(path), "there is no such claim", f"known are {known}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
@@ -114,12 +116,12 @@ def load(path: Path) -> Claim:
 
 
 def names(folder: Path = FOLDER) -> list[str]:
-    """Claims that are written."""
+    """The names of all claims in a folder."""
     return sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "methods")
 
 
 def of_tier(tier: str, folder: Path = FOLDER) -> list[str]:
-    """Claims of one tier."""
+    """The names of the claims of one tier."""
     return [n for n in names(folder) if load(folder / f"{n}.yaml").tier == tier]
 
 
@@ -127,7 +129,7 @@ def of_tier(tier: str, folder: Path = FOLDER) -> list[str]:
 
 
 def experiment(name: str, folder: Path) -> Any:
-    """The module beside the claim; its folder can be imported from."""
+    """Import the experiment beside the claim. It can import other modules of its folder."""
     file = folder / f"{name.replace('-', '_')}.py"
     spec = importlib.util.spec_from_file_location(f"claims_{file.stem}", file)
     if spec is None or spec.loader is None or not file.exists():
@@ -139,23 +141,24 @@ def experiment(name: str, folder: Path) -> Any:
         spec.loader.exec_module(module)
     finally:
         sys.path.pop(0)
-        for known, loaded in list(sys.modules.items()):  # another folder may have modules of the same names
+        for known, loaded in list(sys.modules.items()):  # another folder may have modules with the same names
             if Path(getattr(loaded, "__file__", None) or "/").parent == place:
                 del sys.modules[known]
     return module
 
 
 def tell(text: str) -> None:
-    """Progress goes to standard error."""
+    """Print progress to standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def run(
     name: str, folder: Path = FOLDER, runs: Path = Path("runs/claims"), fresh: bool = False, processes: int = 1
 ) -> dict[str, Any]:
-    """Measure a claim and return what goes under `measured`; arms and seeds that are done are read, not run again.
+    """Measure a claim and return the contents of `measured`. Finished arms and seeds are read from disk, not run again.
 
-    processes  seeds measured side by side, each with its share of the cores; 1 where a condition is about seconds
+    processes  how many seeds are measured at the same time, each with its share of the cores; use 1 if a condition is
+               about seconds
     """
     claim = load(folder / f"{name}.yaml")
     if processes > 1:
@@ -179,9 +182,9 @@ def _begin(processes: int) -> None:
 
 
 def _of_seed(name: str, folder: Path, runs: Path, seed: int, fresh: bool) -> dict[str, dict[str, Any]]:
-    """arm -> what is stored of it: values, seconds, date and machine.
+    """Measure all arms of a seed. Returns arm -> stored results: values, seconds, date and machine.
 
-    All arms of a seed, so that what is there when it is interrupted is paired.
+    The loop over arms is the inner one, so that an interrupted measurement leaves complete pairs.
     """
     claim, module = load(folder / f"{name}.yaml"), experiment(name, folder)
     version = _version(name, claim.method, folder)
@@ -201,7 +204,7 @@ def _of_seed(name: str, folder: Path, runs: Path, seed: int, fresh: bool) -> dic
 
 
 def _files(name: str, folder: Path) -> list[Path]:
-    """The experiment, and what it imports from beside it."""
+    """The experiment's file, and the files of its folder that it imports."""
     found: dict[Path, None] = {}
     left = [folder / f"{name.replace('-', '_')}.py"]
     while left:
@@ -218,7 +221,7 @@ def _files(name: str, folder: Path) -> list[Path]:
 
 
 def _version(name: str, method: str, folder: Path) -> str:
-    """Changes with the experiment, and with every source of ours that it or the method's class reaches."""
+    """A key that changes with the experiment, and with every source of luthier that it or the method's class imports."""
     files = _files(name, folder)
     used = {m for f in files for m in imported(f.read_text(encoding="utf-8"))}
     used |= {m["module"] for m in registry.read() if m["name"] == method}
@@ -226,7 +229,7 @@ def _version(name: str, method: str, folder: Path) -> str:
 
 
 def measured(claim: Claim, found: Mapping[str, Mapping[int, Mapping[str, float]]], seconds: float) -> dict[str, Any]:
-    """Values by arm and seed, each condition's interval and outcome, and the verdict over all."""
+    """The values by arm and seed, the interval and outcome of each condition, and the verdict of the claim."""
     seeds = sorted(set.intersection(*(set(by) for by in found.values())))
     conditions, outcomes = [], []
     for c in claim.conditions:
@@ -255,7 +258,7 @@ def _short(x: float) -> float:
 
 
 def machine() -> str:
-    """In a line."""
+    """One line about this machine."""
     import torch
 
     device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"{os.cpu_count()} cores"
@@ -263,7 +266,7 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with a mark where it has changes; empty outside git."""
+    """The commit of the working tree, with a plus sign if it has changes; empty outside git."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
@@ -277,7 +280,7 @@ def commit() -> str:
 
 
 def record(name: str, result: Mapping[str, Any], folder: Path = FOLDER) -> None:
-    """Write the result under `measured:`; everything else in the file stays as it is."""
+    """Write the result under `measured:`. Everything else in the file stays the same."""
     yaml, path = YAML(), folder / f"{name}.yaml"
     yaml.width = 118
     tree = yaml.load(path.read_text(encoding="utf-8"))
@@ -291,27 +294,37 @@ def record(name: str, result: Mapping[str, Any], folder: Path = FOLDER) -> None:
 
 
 def evidence(folder: Path = FOLDER) -> str:
-    """docs/evidence.md: a row for each of the forty-eight methods, from paper to verdict; what is missing is said."""
-
+    """The text of docs/evidence.md: a row for each of the forty-eight methods, with paper, code, claim and verdict."""
     listed = YAML(typ="safe").load((folder / "methods.yaml").read_text(encoding="utf-8"))
     have = {m["name"]: m for m in registry.read()}
     written = {n: load(folder / f"{n}.yaml") for n in names(folder)}
     lines = [
         "# Evidence",
         "",
-        "One row for each method, from paper to verdict. A claim is held where its whole 95% interval over seeds lies on the",
-        "right side of the bound, not held where it lies on the wrong one, else inconclusive. Claims of the tiny and small",
-        "tiers run on two cores and tiny models: they show that the code does what the source describes, not what a",
-        "7B model would gain. `luthier claim NAME` measures one again. Made by `make docs` from `claims/`.",
+        "This page has one row for each of the forty-eight methods: the paper, the code, the claim that luthier tests, and the",
+        "verdict.",
+        "",
+        "Each claim has conditions with bounds. luthier computes a mean and a 95% interval over seeds for each condition. The",
+        "claim is **held** if the interval of every condition is completely on the right side of its bound. It is **not held**",
+        "if one interval is completely on the wrong side. Otherwise it is **inconclusive**.",
+        "",
+        "Claims of the tiers tiny and small run on two cores with tiny models. They show that the code does what the paper",
+        "describes. They do not show what a 7B model would gain. Claims of the tier gpu need a GPU.",
+        "",
+        "`luthier claim NAME` measures a claim again; see [claims](howto/claims.md). `make docs` makes this page from `claims/`.",
+        'A *sheet* is the project\'s summary of a paper; its checks are numbered. In conditions, "A minus B" is the difference',
+        "of two arms on the same seed.",
         "",
         "| method | source | code | claim | verdict | measured |",
         "|---|---|---|---|---|---|",
     ]
     for m in listed:
         claim = written.get(m["name"])
-        entry = have.get(m["name"]) or (have.get(claim.method) if claim else None)  # the code may have another name
-        page = f"[{entry['kind']}](methods/{entry['name']}.md)" if entry else "not there yet"
-        code = m.get("code", page)  # of what is no method of a recipe
+        entry = have.get(m["name"]) or (
+            have.get(claim.method) if claim else None
+        )  # the method in the code may have another name
+        page = f"[{entry['kind']}](methods/{entry['name']}.md)" if entry else "no code yet"
+        code = m.get("code", page)  # `code:` is given where the method has no key in recipes
         lines.append(f"| {m['name']} | {m['title']}, {m['year']}, {m['reference']} | {code} | {_told(claim)} |")
     others = [n for n in written if n not in {m["name"] for m in listed}]
     lines += ["", "## Further claims", ""] if others else []
@@ -321,7 +334,7 @@ def evidence(folder: Path = FOLDER) -> str:
 
 def _told(claim: Claim | None) -> str:
     if claim is None:
-        return "missing | | "
+        return "no claim yet | | "
     m = claim.measured
     if m is None:
         return f"{claim.claim} ({claim.tier}) | not measured | "

@@ -1,4 +1,4 @@
-"""report.html of claims: what a source says, what was measured here, and whether it holds."""
+"""The report of claims: what each paper says, what was measured here, and whether the claim holds."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ TONES = {"held": "good", "not held": "bad"}
 
 
 def write_claims(target: Path, claims: Mapping[str, Any], command: str) -> Path:
-    """The page.
+    """Write report.html.
 
-    claims  name -> Claim, of which those that are measured are shown with their numbers
+    claims  name -> Claim; measured claims are shown with their numbers
     """
     shown = [_shown(name, claim) for name, claim in claims.items()]
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`luthier check`: does the recipe hold together, and is the data what you think it is?"""
+"""`luthier check`: is the recipe consistent, and is the data what you expect?"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from luthier.support.units import in_bytes, in_time
 def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool = True) -> dict[str, Any]:
     """Everything that can be said before weights are loaded. Raises RecipeError for what would stop the run.
 
-    measure  forecast memory and time on a miniature of the model
+    measure  forecast memory and time with a small copy of the model
     """
     renderer, config, data, anatomy = outline(recipe, base, tick)
     train, held = data.train, data.held
@@ -64,7 +64,7 @@ def matched_modules(recipe: Recipe, anatomy: Any) -> tuple[dict[str, int], list[
 
 
 def destinations(recipe: Recipe, base: Path) -> list[str]:
-    """Every place this recipe would contact."""
+    """Every place that this recipe would contact."""
     out = []
     model = recipe.model
     if not (model.startswith("builtin:") or model.endswith(".gguf") or (base / model).exists() or Path(model).exists()):
@@ -72,13 +72,13 @@ def destinations(recipe: Recipe, base: Path) -> list[str]:
     named = [("train", s.path) for s in recipe.data.sources] + [("eval", recipe.data.eval), ("pool", recipe.data.pool)]
     out += [f"data.{key}: the Hub, to download {source}" for key, source in named if source and on_hub(source)]
     if recipe.collaborate is not None:
-        out.append(f"collaborate: whoever serves gets {recipe.collaborate.leaves}")
+        out.append(f"collaborate: the server gets {recipe.collaborate.leaves}")
     out += [f"evaluate.{e.key()}: {place}" for e in recipe.evaluators() for place in e.destinations()]
     return out + [f"report_to: {t}" for t in recipe.report_to if t != "none"]
 
 
 def show(result: dict[str, Any]) -> None:
-    """The findings as tables, and three rows with what is trained in green."""
+    """Print the findings as tables, and three rows with their trained tokens in green."""
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("data")
@@ -105,7 +105,7 @@ def _about_data(result: dict[str, Any]) -> list[str]:
     out = [f"source {s['name']}: {s['rows']:,} rows, {s['share']:.1%} of the draws" for s in result["sources"]]
     out += [f"curate {k['step']}: {k['rows']:,} of {k['of']:,} rows stay" for k in result["curated"]]
     shared = result["pool_shared"]
-    out += [f"pool: {shared:,} rows are left out, since they are training rows as well"] if shared else []
+    out += [f"pool: {shared:,} rows are left out, because they are also training rows"] if shared else []
     return out + [f"skipped {line}" for line in result["skipped"]]
 
 
@@ -120,7 +120,7 @@ def _about_model(result: dict[str, Any]) -> list[str]:
     out.append(f"weights: {result['weights']:,}, trained {f['trained_weights']:,} ({share:.2%})")
     parts = ", ".join(f"{n.replace('_', ' ')} {in_bytes(f[n])}" for n in ("weights", "trained_state", "activations"))
     out.append(f"memory: {in_bytes(f['memory_bytes'])} at most ({parts}, the rest libraries and buffers)")
-    out.append(f"time: {in_time(f['seconds'])} of training, beside evaluation")
+    out.append(f"time: {in_time(f['seconds'])} of training, without evaluation")
     return out
 
 

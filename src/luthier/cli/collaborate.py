@@ -1,4 +1,4 @@
-"""`luthier collaborate`: the roles of a protocol between parties, one command each."""
+"""`luthier collaborate`: one command for each role in a protocol between parties."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from luthier.cli.shared import Debug, Json, Overrides, RecipePath, load
 from luthier.support.environment import quiet
 from luthier.support.errors import LuthierError
 
-app = typer.Typer(no_args_is_help=True, help="Tune together without sharing rows: roles of a protocol, a command each.")
+app = typer.Typer(
+    no_args_is_help=True, help="Tune together without sharing rows. Each role in a protocol has a command."
+)
 
 Folder = Annotated[Path, typer.Argument(help="The collaboration's folder.")]
 Models = Annotated[
-    list[str] | None, typer.Option("--model", help="small=PATH: where a model of the contract lies here.")
+    list[str] | None, typer.Option("--model", help="small=PATH: where a model of the contract is on this machine.")
 ]
 
 
-Held = Annotated[str | None, typer.Option(help="Rows of the same sort that are not tuned on, for the audit.")]
+Held = Annotated[str | None, typer.Option(help="Rows of the same kind that are not tuned on, for the audit.")]
 Canaries = Annotated[int, typer.Option(min=0, help="Made-up records tuned on beside yours, for the audit.")]
 Others = Annotated[int, typer.Option(min=1, help="Made-up secrets that each of them is ranked among.")]
-SendAnyway = Annotated[bool, typer.Option("--send-anyway", help="Let the message go though its audit failed.")]
+SendAnyway = Annotated[bool, typer.Option("--send-anyway", help="Send the message although its audit failed.")]
 
 
 def _say(text: str) -> None:
@@ -38,12 +40,12 @@ def _place(folder: Path, models: list[str] | None = None) -> Any:
 
 
 def _named(items: list[str], what: str, instance: str) -> dict[str, str]:
-    """Raises LuthierError for words that are not name=path, or a name given twice."""
+    """Split name=path words. Raises LuthierError for other words, or a name that is given twice."""
     named: dict[str, str] = {}
     for item in items:
         name, equals, path = item.partition("=")
         if not equals:
-            raise LuthierError(f"{what} {item!r}: write name=path, {instance} for instance")
+            raise LuthierError(f"{what} {item!r}: write name=path, for example {instance}")
         if name in named:
             raise LuthierError(f"{what} {item!r}: {name} is given twice")
         named[name] = path
@@ -66,7 +68,7 @@ def contract(
     recipe: RecipePath, folder: Annotated[Path, typer.Argument(help="A new folder.")], overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Agree: models, tuner, settings and starts, pinned by hashes. Copy contract.json of the folder to every party."""
+    """Write the contract: models, tuner, settings and starts, with hashes. Send contract.json of the folder to every party."""
     from luthier.federation.folder import Place
 
     quiet(debug)
@@ -77,10 +79,10 @@ def contract(
 
 @app.command()
 def shadow(
-    folder: Folder, processes: Annotated[int | None, typer.Option(min=1, help="Side by side; one a core.")] = None,
+    folder: Folder, processes: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core.")] = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Provider: tune both models on shadow sets of public rows. Stop it any way you like; the same command goes on."""
+    """Provider: tune both models on shadow sets of public rows. After a stop, the same command continues."""
     from luthier.federation.provider import make_shadows
 
     quiet(debug)
@@ -90,7 +92,7 @@ def shadow(
 
 @app.command()
 def translator(folder: Folder, as_json: Json = False, debug: Debug = False) -> None:
-    """Provider: is a translated update worth more than what needs no client? Judged on shadow sets kept back."""
+    """Provider: is a translated update better than updates that need no client? It is judged on held-out shadow sets."""
     from luthier.federation.provider import judge, opened
 
     quiet(debug)
@@ -106,14 +108,14 @@ def translator(folder: Folder, as_json: Json = False, debug: Debug = False) -> N
 @app.command()
 def tune(
     folder: Folder, data: Annotated[str, typer.Argument(help="Your rows; they stay here.")],
-    name: Annotated[str, typer.Option(help="What you are called.")],
+    name: Annotated[str, typer.Option(help="Your name in the contract's messages.")],
     held: Held = None, output: Annotated[Path, typer.Option(help="Where the message is written.")] = Path(),
     canaries: Canaries = 100, others: Others = 100, models: Models = None, send_anyway: SendAnyway = False,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Client: tune on your rows, audit what would leave, and write NAME.message. Nothing is sent by this command."""
+    """Client: tune on your rows, audit the message, and write NAME.message. This command sends nothing."""
     from luthier.collaboration.messages import refuse_name
-    from luthier.federation.client import Look, prepared, send
+    from luthier.federation.client import AuditSettings, prepared, send
     from luthier.federation.server import refuse_rounds
 
     quiet(debug)
@@ -122,13 +124,13 @@ def tune(
     refuse_rounds(place)
     rows = place.rendered(place.rows(data, Path()))
     kept = place.rendered(place.rows(held, Path())) if held else []
-    audited = prepared(place, name, rows, Look(kept, canaries, others), say=_say)
+    audited = prepared(place, name, rows, AuditSettings(kept, canaries, others), say=_say)
     for a in audited.answers:
         _say(f"\n{a.question}")
         for line in a.lines:
             _say(f"  {line}")
     target = send(audited, output, send_anyway)
-    _say(f"\nverdict {audited.verdict.outcome}; the page of the audit: {output / f'{name}.html'}")
+    _say(f"\nverdict {audited.verdict.outcome}; the audit's report: {output / f'{name}.html'}")
     print(target)
 
 
@@ -138,7 +140,7 @@ def translate(
     output: Annotated[Path, typer.Option(help="A folder for results.")] = Path("results"), models: Models = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Server: take messages in, and leave an update for each sender: translated, or averaged (one-shot)."""
+    """Server: read messages, and write an update for each sender: translated, or averaged (one-shot)."""
     from luthier.federation.server import taken_in
 
     quiet(debug)
@@ -151,20 +153,18 @@ def translate(
 Certificates = Annotated[
     Path | None, typer.Option(help="A folder with ca.pem; for the server server.pem and server.key.")
 ]
-Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Let what travels to another machine be readable on the way.")
-]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Allow connections to other machines that others can read.")]
 
 
 @app.command()
 def serve(
     folder: Folder, clients: Annotated[str, typer.Option(help="Names that may take part: clinic,library.")],
     listen: Annotated[str, typer.Option("--address", help="host:port to listen at.")] = "127.0.0.1:9092",
-    patience: Annotated[float, typer.Option(help="Seconds that a round waits; then whoever has answered counts.")] = 3600.0,
+    patience: Annotated[float, typer.Option(help="Seconds that a round waits for answers; then it closes.")] = 3600.0,
     output: Annotated[Path, typer.Option(help="A folder for results.")] = Path("results"), models: Models = None,
     certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Server, over flwr: wait for clients, carry the rounds. Killed, the same command goes on; nothing that arrived is lost."""
+    """Server, over flwr: wait for clients and carry out the rounds. After a kill, the same command continues."""
     from luthier.collaboration.messages import refuse_name
     from luthier.federation.network import address
     from luthier.federation.network import serve as served
@@ -180,12 +180,12 @@ def serve(
 @app.command()
 def join(
     folder: Folder, data: Annotated[str, typer.Argument(help="Your rows; they stay here.")],
-    name: Annotated[str, typer.Option(help="What you are called.")],
+    name: Annotated[str, typer.Option(help="Your name, one of the server's --clients.")],
     server: Annotated[str, typer.Option("--address", help="host:port of the server.")] = "127.0.0.1:9092",
     held: Held = None, canaries: Canaries = 100, others: Others = 100, models: Models = None,
     send_anyway: SendAnyway = False, certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Client, over flwr: tune when asked, audit what would leave, send it, until the server gives a result."""
+    """Client, over flwr: tune when asked, audit the message and send it, until the server gives a result."""
     from luthier.collaboration.messages import refuse_name
     from luthier.federation.network import Client, address
     from luthier.federation.network import join as joined
@@ -203,11 +203,11 @@ def join(
 @app.command()
 def simulate(
     folder: Folder, clients: Annotated[list[str], typer.Argument(help="name=rows of each: clinic=clinic.jsonl")],
-    held: Annotated[float, typer.Option(min=0, max=1, help="Share of each one's rows to judge by.")] = 0.2,
-    output: Annotated[Path, typer.Option(help="A folder; what is finished in it is not made again.")] = Path("simulated"),
+    held: Annotated[float, typer.Option(min=0, max=1, help="Share of each client's rows that is held out for scoring.")] = 0.2,
+    output: Annotated[Path, typer.Option(help="A folder; finished work in it is not done again.")] = Path("simulated"),
     models: Models = None, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """All parties in one process: what each client would have alone, together, and if everybody shared rows."""
+    """Simulate all parties in one process: each client alone, together, and with all rows shared."""
     from luthier.collaboration.messages import refuse_name
     from luthier.federation.simulation import simulate as simulated
 
@@ -225,11 +225,11 @@ def simulate(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="A folder; what is finished in it is not made again.")] = Path("runs/private"),
-    processes: Annotated[int | None, typer.Option(min=1, help="Side by side; one a core.")] = None,
+    output: Annotated[Path, typer.Option(help="A folder; finished work in it is not done again.")] = Path("runs/private"),
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core.")] = None,
     debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Three organisations, one provider, all made on the spot: from rows that stay to one report. A quarter of an hour."""
+    """Three organisations and a provider, all made by the command: from separate rows to one report, in a quarter of an hour."""
     from luthier.demos.private import Size
     from luthier.demos.private import demo as carried_out
 

@@ -1,4 +1,4 @@
-"""`luthier compare`: from words on the command line to a comparison, and its table in the terminal."""
+"""`luthier compare`: the comparison from the command line, and its table in the terminal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def planned(words: Sequence[str], vary: Sequence[str], options: dict[str, Any]) 
     options = {k: v for k, v in options.items() if v is not None}
     if "arms" in trees[0]:
         if len(files) > 1 or vary:
-            raise RecipeError(files[0], "names its arms itself", "leave out --vary and other files")
+            raise RecipeError(files[0], "names its own arms", "leave out --vary and other files")
         plan, base = load(paths[0])
         values = plan.model_dump(mode="json", exclude_unset=True)
         apply_overrides(values, overrides)
@@ -42,7 +42,7 @@ def planned(words: Sequence[str], vary: Sequence[str], options: dict[str, Any]) 
             )
         return varied(trees[0], vary, **options), paths[0].parent, paths[0].stem
     if vary:
-        raise RecipeError("command line", "--vary goes with one recipe", "leave it out, or name one recipe")
+        raise RecipeError("command line", "--vary works with one recipe", "leave it out, or name one recipe")
     arms = {}
     for path, tree in zip(paths, trees, strict=True):
         moved = _moved(tree, path.parent.resolve())
@@ -52,7 +52,7 @@ def planned(words: Sequence[str], vary: Sequence[str], options: dict[str, Any]) 
 
 
 def budget_from(text: str | None) -> dict[str, float] | None:
-    """ "flops=1e13" """
+    """Parse "flops=1e13"."""
     if text is None:
         return None
     unit, _, amount = text.partition("=")
@@ -63,7 +63,7 @@ def budget_from(text: str | None) -> dict[str, float] | None:
 
 
 def seeds_from(text: str | None) -> list[int] | None:
-    """ "5" is 0 to 4; "1,4,7" are those."""
+    """Parse seeds: "5" means 0 to 4; "1,4,7" means these."""
     if text is None:
         return None
     try:
@@ -73,7 +73,7 @@ def seeds_from(text: str | None) -> list[int] | None:
 
 
 def show(bench: Bench, standings: Sequence[Standing]) -> None:
-    """The standings as a table, and the answer in words."""
+    """Print the standings as a table, and the result in words."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     primary = bench.plan.primary
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -1,4 +1,4 @@
-"""The documentation pages that are generated: one a method, from its class. `python -m luthier.cli.docs` writes docs/methods/."""
+"""The generated documentation: `python -m luthier.cli.docs` writes docs/methods/, docs/api.md and docs/evidence.md."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ optimizer = tuned.optimizer(tuned.groups(), lambda g: torch.optim.AdamW([p for x
 Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None), callbacks=[Tuning(tuned)]).train()
 ```
 
-In a loop of your own, each step: `tuned.before_window(None, None)`, backward, `tuned.after_backward()`, the optimiser's
-step, `tuned.after_step(None)`. At the end `tuned.update()`, and `tuned.detach()` gives the base back bit for bit."""
+In your own loop, call in each step: `tuned.before_window(None, None)`, backward, `tuned.after_backward()`, the optimiser's
+step, `tuned.after_step(None)`. At the end, `tuned.update()` returns the update, and `tuned.detach()` restores the base bit for
+bit."""
 PROBING = """```python
 from {package} import {cls}
 from luthier.objectives import Sft
@@ -66,7 +67,8 @@ CURATOR = """```python
 from {package} import {cls}
 
 rows = [{{"prompt": "bread in French", "completion": "pain"}}, {{"prompt": "milk in French", "completion": "lait"}}]
-kept = {cls}({required}).choose(rows)  # positions
+table = {cls}({required}).curated(rows{asked})
+print([row.values for row in table.rows])  # table.line(number) says what became of an entry, and why
 ```"""
 
 EVALUATOR = """```python
@@ -107,7 +109,7 @@ protocol, settings = {cls}({fields}), TrainSettings(max_steps=2{settings})
 contract = protocol.agree(views, {tuner}, settings)
 clients = [protocol.client(name, contract, views[0], rows) for name in ("north", "south")]
 {server}
-in_process([server, *clients], server.begin(), gate=lambda sent, disclosure: print(disclosure))  # before it leaves
+in_process([server, *clients], server.begin(), gate=lambda sent, disclosure: print(disclosure))  # before sending
 print({result})
 ```
 
@@ -115,11 +117,11 @@ print({result})
 TRANSLATE = """```python
 from luthier.collaboration.translators import Pairs, {cls}
 
-# [N, layers, numbers a layer] of both models after the same N sets of rows; kinds from `luthier.update.packing.kinds`
+# [N, layers, numbers a layer] of both models, tuned on the same N sets of rows; kinds from `luthier.update.packing.kinds`
 pairs = Pairs(small, large, torch.arange(len(small)), small_kinds, large_kinds)
 translated = {cls}({fields}).fit(pairs)(clients)  # [clients, layers, numbers a layer]
 ```"""
-# Fields that make the lines below runnable: caft's stage that comes first, a task in a folder beside the script.
+# Fields that make the example code run: caft's first stage, a task in a folder beside the script.
 FIELDS = {"caft": 'stage="heads"', "lm-eval": 'tasks=["capitals"], folder="tasks"'}
 WORKSHOP = "from luthier.collaboration.base import Workshop\nfrom luthier.step.lab import Lab\n"
 SERVER = (
@@ -168,7 +170,7 @@ ROWS = {
 
 
 def use(entry: dict[str, Any]) -> str | None:
-    """The lines that use a method in a loop of your own."""
+    """The example code that uses a method in your own loop."""
     needs = set(entry["traits"]["needs"])
     steps = ", total_steps=100" if needs & {"total_steps", "closure", "grad"} else ""
     required = ", ".join(f"{n}={json.dumps(x)}" for n, x in examples_of(entry).items())
@@ -179,15 +181,15 @@ def use(entry: dict[str, Any]) -> str | None:
     if entry["kind"] == "tuner":
         turn = CLOSURE if "closure" in needs else GRADIENT
         return PROBING.format(**words, turn=turn) if needs & {"closure", "grad"} else TUNER.format(**words)
-    if entry["kind"] == "curate" and "base_view" in needs:
-        return CURATOR.format(**words).replace(".choose(rows)", ".choose(rows, model=model, tokenizer=tokenizer)")
+    if entry["kind"] == "curate":
+        return CURATOR.format(**words, asked=", model=model, tokenizer=tokenizer" if "base_view" in needs else "")
     words["row"] = ROWS.get(entry["name"], '{"prompt": "bread in French", "completion": "pain"}')
     if entry["kind"] == "translate":
         return TRANSLATE.format(cls=entry["class"], fields="epochs=2" if entry["name"] == "transformer" else "")
     if entry["kind"] == "collaborate":
         return PROTOCOL.format(cls=entry["class"], **PROTOCOLS[entry["name"]])
     texts = {
-        "objective": OBJECTIVE, "compute": COMPUTE, "curate": CURATOR, "evaluate": EVALUATOR, "decode": DECODER,
+        "objective": OBJECTIVE, "compute": COMPUTE, "evaluate": EVALUATOR, "decode": DECODER,
         "merge": MERGER, "inspect": INSPECTOR,
     }  # fmt: skip
     return texts[entry["kind"]].format(**words)
@@ -210,8 +212,8 @@ def page(entry: dict[str, Any]) -> str:
     traits = entry["traits"]
     lines += ["", f"Tasks: {', '.join(traits['tasks'])}. Layouts: {', '.join(traits['layouts'])}."]
     if traits["claims"]:
-        lines.append(f"Owns alone: {', '.join(traits['claims'])}.")
-    written_out = entry["kind"] == "pipeline" and examples_of(entry)  # stages: they are the reader's own
+        lines.append(f"No other method in the recipe may use: {', '.join(traits['claims'])}.")
+    written_out = entry["kind"] == "pipeline" and examples_of(entry)  # the stages are the reader's own
     if command is not None:
         lines += ["", "## On the command line", "", f"    {starter(entry)}"]
     elif not written_out:
@@ -226,7 +228,7 @@ def _shown(value: Any) -> str:
     return "" if value is None else f"`{value}`"
 
 
-# What a reader of the API page may rely on: module -> names.
+# The public names on the API page: module -> names.
 API = {
     "luthier": ("load",),
     "luthier.recipe": ("load", "load_file", "Recipe"),
@@ -265,7 +267,7 @@ API = {
 
 
 def api() -> str:
-    """The API page: signatures and docstrings of public names, methods of classes with their first line."""
+    """The API page: signatures and docstrings of public names, and the first docstring line of methods."""
     out = [
         "# API",
         "",
@@ -300,7 +302,7 @@ def _signature(thing: Any) -> str:
 
 
 def pages() -> dict[str, str]:
-    """File name to text, with an index of all."""
+    """File name -> text of each method's page, and of the index."""
     entries = manifest.read()
     index = ["# Methods", "", "| key | name | what it does |", "|---|---|---|"]
     titles = manifest.titles([(e["kind"], e["name"]) for e in entries])

@@ -15,7 +15,7 @@ from luthier.method.kinds import KINDS, LISTED
 
 
 def table_of_methods(entries: list[dict[str, Any]]) -> None:
-    """All methods, a line each."""
+    """Print all methods, one line each."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("key", "name", "what it does", "source"):
         table.add_column(column, overflow="fold")
@@ -27,7 +27,7 @@ def table_of_methods(entries: list[dict[str, Any]]) -> None:
 
 
 def one_method(entry: dict[str, Any]) -> None:
-    """A method's page: its text, its fields with defaults, a recipe to start from."""
+    """Print a method's page: its text, its fields with defaults, and a recipe to start from."""
     console = Console(highlight=False)
     console.print(f"{entry['kind']}: {entry['name']}\n", style="bold", markup=False)
     console.print(flowing(entry["doc"]) + "\n", markup=False)
@@ -70,19 +70,19 @@ def starter(entry: dict[str, Any]) -> str:
 
 
 def command_line(entry: dict[str, Any]) -> str:
-    """The command that uses a method which is no key of a recipe."""
+    """The command that uses a method without a key in recipes."""
     kind = KINDS[entry["kind"]]
     fields = [f"--set {n}={json.dumps(x)}" for n, x in examples_of(entry).items()]
     return " ".join([f"{kind.command} {kind.takes} --method {entry['name']}", *fields])
 
 
 def examples_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """A value for each field that has to be written: its own example, or a placeholder to fill in."""
+    """A value for each required field: its own example, or a placeholder to fill in."""
     return {n: f.get("example", "FILL IN") for n, f in entry["fields"].items() if f["required"]}
 
 
 def recipe_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe, methods as {name: {fields}} or a bare name."""
+    """JSON Schema of a recipe. Methods are {name: {fields}} or a name."""
     from luthier.recipe import Recipe
 
     schema = Recipe.model_json_schema()
@@ -108,7 +108,7 @@ def recipe_schema() -> dict[str, Any]:
 
 
 def flowing(text: str) -> str:
-    """Paragraphs in one line each, for a terminal to break; lines that open with a word and a colon stay apart."""
+    """Join each paragraph into one line, for the terminal to wrap. Lines that start with a word and a colon stay separate."""
     out: list[str] = []
     for line in text.splitlines():
         fresh = not line.strip() or not out or not out[-1].strip() or re.match(r"[A-Z][a-z]+: |\s|[-*|]", line)

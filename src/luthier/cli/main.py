@@ -1,4 +1,4 @@
-"""Commands, exit codes and what is said where: results on standard output, progress on standard error."""
+"""The commands and their exit codes. Results go to standard output, progress to standard error."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ machine.prepare()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # threads; nothing here forks a worker
 if "--debug" not in sys.argv:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars; read when tqdm is imported
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # speaks when it is imported
+    os.environ.setdefault("TQDM_DISABLE", "1")  # switches off progress bars of libraries; read when tqdm is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it prints when it is imported
 
 import typer  # noqa: E402
 
@@ -44,14 +44,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Fresh = Annotated[bool, typer.Option(help="Work in a new folder, even where a run could be continued.")]
+Fresh = Annotated[bool, typer.Option(help="Work in a new folder, even if a run could be continued.")]
 MaxTime = Annotated[str | None, typer.Option(help="Save and stop after this time: 90, 30m, 2h.")]
 
 
 app.add_typer(collaborate, name="collaborate")
 
-# What typer raises for a mistake in the command line. Since 0.26 it carries a click of its own, and what it exports of it in
-# every version is a subclass.
+# The errors that typer raises for mistakes in the command line. Since 0.26 it has its own copy of click; the classes that it
+# exports are subclasses of these in every version.
 Mistake: type[Any] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
@@ -86,14 +86,14 @@ def main() -> None:
 
 
 def _told(error: Exception) -> tuple[str, int]:
-    """(message, exit code) for what is not ours to phrase; the traceback goes to a file."""
+    """(message, exit code) for an unexpected error. The traceback goes to a file."""
     if isinstance(error, Mistake):
         return error.format_message(), 2
     if type(error).__name__ == "Interrupted":
         return str(error), 130
     file = Path("luthier-error.txt")
     file.write_text(traceback.format_exc(), encoding="utf-8")
-    return f"{type(error).__name__}: {error} (our fault; the traceback is in {file})", 1
+    return f"{type(error).__name__}: {error} (this is a bug in luthier; the traceback is in {file})", 1
 
 
 def _fail(message: str, code: int, debug: bool) -> None:
@@ -134,7 +134,7 @@ def run(
 @app.command(hidden=True)
 def train(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Another name for run."""
-    print("luthier: `train` is called `run` here", file=sys.stderr)
+    print("luthier: the command is called `run`", file=sys.stderr)
     _carry_out(load(recipe, overrides), recipe.stem, recipe.parent, False, None, False, False)
 
 
@@ -156,14 +156,14 @@ def _carry_out(
         except Interrupted as stopped:
             if first:
                 bar.say(f"{stopped}; the state is saved in {folder}")
-                bar.say(f"go on with: {_again(sys.argv[1:], folder)}")
+                bar.say(f"continue with: {_again(sys.argv[1:], folder)}")
             raise SystemExit(_code(folder)) from stopped
     if first:
         print(json.dumps(result) if as_json else folder / "report.html")
 
 
 def _again(words: list[str], folder: Path) -> str:
-    """The command that goes on with a stopped run; after --fresh its folder has to be named."""
+    """The command that continues a stopped run. After --fresh it must name the run's folder."""
     if "--fresh" in words:
         words = [w for w in words if w != "--fresh"]
         words.append(f"--output-dir={folder.resolve()}" if words[0] == "demo" else f"output_dir={folder.resolve()}")
@@ -195,22 +195,22 @@ def demo(
 @app.command()
 def compare(
     words: Annotated[list[str], typer.Argument(help="A recipe with --vary, recipes, or a file with arms; then a.b=value.")],
-    vary: Annotated[list[str] | None, typer.Option(help="key=value,value: an arm a value; may be given again.")] = None,
+    vary: Annotated[list[str] | None, typer.Option(help="key=value,value: one arm for each value; repeatable.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, or which: 5, or 0,1,2.")] = None,
-    budget: Annotated[str | None, typer.Option(help="Of one run: flops=1e13, tokens=..., seconds=..., bytes=...")] = None,
+    budget: Annotated[str | None, typer.Option(help="Budget of one run: flops=1e13, tokens=..., seconds=..., bytes=...")] = None,
     baseline: Annotated[str | None, typer.Option(help="The arm that others are compared with.")] = None,
     primary: Annotated[str | None, typer.Option(help="The measure that decides.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder; runs/compare-NAME by default.")] = None,
-    processes: Annotated[int | None, typer.Option(min=0, help="Runs side by side; 0: in this process.")] = None,
+    processes: Annotated[int | None, typer.Option(min=0, help="Runs at the same time; 0: in this process.")] = None,
     search: Annotated[bool, typer.Option(help="Search each arm's learning rate.")] = True,
-    dry_run: Annotated[bool, typer.Option(help="Measure each arm's step, say what the whole will take, and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Only forecast the comparison, from a few steps of each arm.")] = False,
     so_far: Annotated[bool, typer.Option("--so-far", help="Judge the runs that are finished; train nothing.")] = False,
     retry: Annotated[bool, typer.Option(help="Try failed runs again.")] = False,
     keep: Annotated[bool, typer.Option(help="Keep the weights of every run.")] = False,
-    strict: Annotated[bool, typer.Option(help="Exit with 1 where any arm failed.")] = False,
+    strict: Annotated[bool, typer.Option(help="Exit with 1 if an arm failed.")] = False,
     as_json: Json = False, allow_code: AllowCode = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Which of these is better at equal cost? Every arm gets the same search for its rate, the same seeds and rows."""
+    """Which of these is better at equal cost? Every arm gets the same search for its learning rate, the same seeds and rows."""
     quiet(debug)
     from luthier.cli import compare as ours
     from luthier.cli.progress import Bar
@@ -237,8 +237,8 @@ def compare(
             with stoppable() as signals:
                 standings = finished(bench) if so_far else carry_out(bench, processes, dry_run)
         except (Interrupted, KeyboardInterrupt) as stopped:
-            bar.say(f"stopped; what was done is kept in {folder}")
-            bar.say(f"go on with: {shlex.join(['luthier', *sys.argv[1:]])}")
+            bar.say(f"stopped; finished work is kept in {folder}")
+            bar.say(f"continue with: {shlex.join(['luthier', *sys.argv[1:]])}")
             raise SystemExit(143 if signals[-1:] == [15] else 130) from stopped
     if dry_run:
         return
@@ -291,10 +291,10 @@ def claim(
     folder: Annotated[Path, typer.Option(help="Where claims are.")] = Path("claims"),
     record: Annotated[bool, typer.Option(help="Write what was measured into the claim's file.")] = False,
     fresh: Annotated[bool, typer.Option(help="Measure again what was measured before.")] = False,
-    processes: Annotated[int, typer.Option(min=1, help="Seeds side by side; 1 where a condition is about seconds.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Seeds at the same time; use 1 if a condition is about seconds.")] = 1,
     as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
-    """Does what a source claims hold here? Measures with several seeds; interrupted, it goes on where it was."""
+    """Does a claim of a paper hold here? Measures it with several seeds. After a stop, the same command continues."""
     from luthier.claims import claim as claims
 
     if (name is None) == (tier is None):
@@ -337,12 +337,12 @@ def pictures(
 def check(
     recipe: RecipePath,
     overrides: Overrides = None,
-    forecast: Annotated[bool, typer.Option(help="Measure a miniature of the model for memory and time.")] = True,
+    forecast: Annotated[bool, typer.Option(help="Forecast memory and time with a small copy of the model.")] = True,
     as_json: Json = False,
     allow_code: AllowCode = False,
     debug: Debug = False,
 ) -> None:
-    """Does the recipe hold together, is the data what you think it is, will it fit? Loads no weights."""
+    """Is the recipe consistent, is the data what you expect, and will it fit? Loads no weights."""
     loaded = load(recipe, overrides, allow_code)
     quiet(debug)
     from luthier.cli.check import check_recipe, show
@@ -356,7 +356,7 @@ def check(
         show(result)
 
 
-RunPath = Annotated[Path, typer.Argument(help="The folder of a finished run, or of what a collaboration gave.")]
+RunPath = Annotated[Path, typer.Argument(help="The folder of a finished run, or of a collaboration's result.")]
 
 
 @app.command()
@@ -364,7 +364,7 @@ def generate(
     folder: RunPath,
     prompts: Annotated[list[str], typer.Argument(help="What to ask.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    base: Annotated[bool, typer.Option("--base", help="Show the untouched model's answer too.")] = False,
+    base: Annotated[bool, typer.Option("--base", help="Show the base model's answer too.")] = False,
     as_json: Json = False,
     allow_code: AllowCode = False,
     debug: Debug = False,
@@ -419,7 +419,7 @@ def export(
     allow_code: AllowCode = False,
     debug: Debug = False,
 ) -> None:
-    """Write a tuned model in another form; it is read back and compared. Nothing is uploaded unless --push says so."""
+    """Write a tuned model in another form, read it back and compare. Nothing is uploaded without --push."""
     quiet(debug)
     from luthier.tuned.export import export as write
     from luthier.tuned.export import push_to_hub
@@ -487,7 +487,7 @@ def inspect(
 
 @app.command()
 def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")] = None, as_json: Json = False) -> None:
-    """Which methods are there, where is each from, what does it need?"""
+    """Which methods are there, where do they come from, and what do they need?"""
     from luthier.cli.listing import one_method, table_of_methods
     from luthier.method import registry as manifest
 
@@ -500,7 +500,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="Show one method.")]
     if as_json:
         print(json.dumps(entries))
     elif name is not None:
-        for entry in entries:  # a task and an evaluator may have one name
+        for entry in entries:  # a task and an evaluator may have the same name
             one_method(entry)
     else:
         table_of_methods(entries)

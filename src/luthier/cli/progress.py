@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 EVERY = 10.0  # seconds between plain lines
-STALL = 60.0  # seconds without a sign of life after which the place is named
+STALL = 60.0  # seconds without progress after which the place is named
 
 
 class Watch:
-    """Says where work stands still: nothing moved for a minute."""
+    """Reports where the work is if nothing has moved for a minute."""
 
     def __init__(self, console: Console, patience: float = STALL) -> None:
         self.console, self.patience = console, patience
@@ -32,19 +32,19 @@ class Watch:
         self._over.set()
 
     def at(self, where: str) -> None:
-        """Work has moved on to here."""
+        """Note that work has moved to this place."""
         self._where, self._moved, self._told = where, time.monotonic(), False
 
     def _look(self) -> None:
         while not self._over.wait(self.patience / 10):
             if not self._told and time.monotonic() - self._moved > self.patience:
                 self._told = True
-                text = f"nothing has moved for {self.patience:.0f} s; the last thing begun: {self._where}"
+                text = f"no progress for {self.patience:.0f} s; the last thing that started: {self._where}"
                 self.console.print(text, markup=False, soft_wrap=True)
 
 
 class Bar:
-    """Shows one stage: step, tokens a second, loss, elapsed, left."""
+    """Shows the progress of one stage: step, tokens a second, loss, elapsed time, time left."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -68,7 +68,7 @@ class Bar:
             self._progress = None
 
     def tick(self, stage: str, done: int, at: str) -> None:
-        """While rows are read and rendered: how many, and which one is at work."""
+        """Show progress while rows are read and rendered: how many, and the current row."""
         now = time.monotonic()
         if stage != self._stage:
             self._stage, self._stage_began = stage, now
@@ -79,16 +79,16 @@ class Bar:
         self._watch.at(f"{stage} {at}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._watch.at(text)
         self._close()
         self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, entry: Mapping[str, float], progress: Any, total: int) -> None:
-        """After each optimiser step."""
+        """Show progress after an optimiser step."""
         self._watch.at(f"step {int(entry['step']) + 1}")
         rate = progress.tokens / max(progress.seconds, 1e-9)
-        loss = self._loss = entry.get("loss", self._loss)  # a step that was skipped has none
+        loss = self._loss = entry.get("loss", self._loss)  # a skipped step has no loss
         if sys.stderr.isatty():
             self._draw(entry, rate, loss, total)
         elif time.monotonic() - self._last >= EVERY or entry["step"] == total:

@@ -1,4 +1,4 @@
-"""Who holds what, and what leaves."""
+"""Collaboration: several parties tune a model together without sharing rows."""
 
 from luthier.support.lazy import lazy
 

@@ -1,4 +1,4 @@
-"""What parties agree on before anybody tunes, whatever the protocol."""
+"""What all parties agree on before anyone tunes, in every protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from luthier.tuners.base import Tuner
 
 
 def named(kind: str) -> BeforeValidator:
-    """Methods of a kind from their name, or {name: {fields}}."""
+    """A validator that turns a name, or {name: {fields}}, into a method of this kind."""
 
     def read(value: Any) -> Any:
         return method(kind, value, "contract")
@@ -28,7 +28,7 @@ AnyTuner = Annotated[Tuner, named("tuner"), PlainSerializer(written)]
 
 
 class Rendering(BaseModel, frozen=True, extra="forbid"):
-    """How rows become tokens: as the recipe's keys of data say."""
+    """How rows become tokens. The fields are the recipe's keys below `data`."""
 
     system: str | None = None
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -36,17 +36,17 @@ class Rendering(BaseModel, frozen=True, extra="forbid"):
 
 
 class Agreement(BaseModel, frozen=True, extra="forbid"):
-    """Equal for all parties; its digest names the collaboration and is in every message."""
+    """The agreement of all parties. Its digest identifies the collaboration and is in every message."""
 
     settings: TrainSettings
     rendering: Rendering = Rendering()
     privacy: Privacy | None = None
-    """What every client promises while it tunes."""
+    """The privacy limit that every client keeps while it tunes."""
 
     @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, as they are in the contract's file."""
+        """Plain values, as in the contract's file."""
         return self.model_dump(mode="json")

@@ -1,4 +1,4 @@
-"""Means of updates: exact in weight space, of factors for comparison, as they arrive, and how well one mean serves."""
+"""Means of updates: exact in weight space, or of the factors for comparison; and tests of how good one mean is."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from luthier.objectives.base import Forward
 from luthier.update import LowRank, Update
 
 STEPS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-OUTLIER = 10.0  # norms above so many medians
+OUTLIER = 10.0  # an update is an outlier if its norm is above this many medians
 
 
 def averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> Update:
-    """sum of p_i U_i in weight space, exact for every form: ranks stack, dense tensors add in float32.
+    """sum of p_i U_i in weight space. It is exact for every form: ranks are stacked, dense tensors are added in float32.
 
-    Clients are taken in the order of their names, so that arrival cannot change a bit.
-    Raises ValueError naming the client and the first thing in which it differs from the others.
+    The order is that of the clients' names, so the order of arrival cannot change any bit.
+    Raises ValueError with the name of the client and the first thing in which it differs from the others.
     """
     refuse_mixed(updates)
     total: Update | None = None
@@ -35,12 +35,12 @@ def averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> Update:
 
 
 def refuse_mixed(updates: Mapping[str, Update]) -> None:
-    """Raises ValueError for updates that cannot be averaged: other bases, forms or parameters, not finite, empty."""
+    """Raises ValueError for updates that cannot be averaged: other bases, forms or parameters, infinite values, or no parts."""
     names = sorted(updates)
     for name in names:
         first, other = updates[names[0]], updates[name]
         if not other.linear:
-            raise ValueError(f"{name}: a {other.parts[0].kind} part replaces or surrounds; it cannot be averaged")
+            raise ValueError(f"{name}: a {other.parts[0].kind} part is no difference of weights; it cannot be averaged")
         if not first.base.same_base(other.base):
             raise ValueError(f"{name}: tuned {other.base.weights[:12]}, {names[0]} tuned {first.base.weights[:12]}")
         kinds = [[p.kind for p in u.parts] for u in (first, other)]
@@ -48,16 +48,16 @@ def refuse_mixed(updates: Mapping[str, Update]) -> None:
             raise ValueError(f"{name}: sends {kinds[1]}, {names[0]} sends {kinds[0]}; bring them into one form first")
         moved = [{n for p in u.parts for n in p.names()} for u in (first, other)]
         if odd := sorted(moved[0] ^ moved[1]):
-            raise ValueError(f"{name}: {odd[0]} is moved by one of {names[0]} and {name} only")
+            raise ValueError(f"{name}: {odd[0]} is changed by only one of {names[0]} and {name}")
         tensors = [t for p in other.parts for t in p.tensors().values()]
         if not tensors or not all(t.isfinite().all() for t in tensors):
             raise ValueError(f"{name}: its update is empty, or a value is not finite")
 
 
 def factor_averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> Update:
-    """The usual mean of the factors, a baseline: biased by cross terms p_i p_j B_i A_j, exact only where all A are one.
+    """The mean of the factors, as a baseline. It is biased by cross terms p_i p_j B_i A_j, and exact only if all A are equal.
 
-    Raises ValueError for other forms than one low-rank part each, or unequal ranks or scales.
+    Raises ValueError unless each update is one low-rank part, with equal ranks and scales.
     """
     refuse_mixed(updates)
     parts: dict[str, LowRank] = {}
@@ -80,7 +80,7 @@ def factor_averaged(updates: Mapping[str, Update], rows: Mapping[str, int]) -> U
 
 
 def cosines(updates: Mapping[str, Update]) -> Tensor:
-    """[N, N] float64, in the order of names."""
+    """[N, N] float64: the cosines of all pairs, in the order of names."""
     names = sorted(updates)
     gram = torch.tensor([[updates[a].inner(updates[b]) for b in names] for a in names], dtype=torch.float64)
     length = gram.diagonal().clamp_min(1e-30).sqrt()
@@ -88,39 +88,39 @@ def cosines(updates: Mapping[str, Update]) -> Tensor:
 
 
 def length(update: Update) -> float:
-    """||Delta|| in weight space."""
+    """The norm ||Delta|| in weight space."""
     return math.sqrt(max(update.inner(update), 0.0))
 
 
 def outliers(updates: Mapping[str, Update]) -> list[str]:
-    """Clients whose update is more than ten times as long as the median."""
+    """The clients whose update is more than ten times as long as the median."""
     norms = {n: length(u) for n, u in updates.items()}
     median = float(torch.tensor(list(norms.values())).median())
     return sorted(n for n, x in norms.items() if x > OUTLIER * median)
 
 
 def best_step(loss: Callable[[float], float], steps: Sequence[float] = STEPS) -> tuple[float, dict[float, float]]:
-    """(the multiple of the mean with the lowest public loss, all losses with that of 0): a cheap look along the line.
+    """(the multiple of the mean with the lowest public loss, the loss of every multiple and of 0).
 
-    A loss at 0.5 above those at 0 and at 1 is a barrier: one round has failed, and rounds are needed.
+    If the loss at 0.5 is above those at 0 and at 1, there is a barrier: one round has failed, and more rounds are needed.
     """
     found = {s: loss(s) for s in (0.0, *steps)}
     return min(steps, key=lambda s: found[s]), found
 
 
 def barrier(losses: Mapping[float, float]) -> bool:
-    """Whether the middle of the way is worse than both of its ends."""
+    """Whether the loss in the middle of the line is higher than at both ends."""
     return losses[0.5] > max(losses[0.0], losses[1.0])
 
 
-# --- how far one round can be from many ---
+# --- how far one round can be from many rounds ---
 
 
 class Gap(NamedTuple):
-    """What bounds the distance between one round's model and many rounds': smoothness * travel * horizon * clients.
+    """A bound on the distance between the model of one round and that of many rounds: smoothness * travel * horizon * clients.
 
     smoothness  ||grad f(w0 + Delta) - grad f(w0)|| / ||Delta||, of the mean, on public rows
-    travel      longest ||Delta_i|| / ||w0||, over the parameters that move
+    travel      the largest ||Delta_i|| / ||w0||, over the changed parameters
     """
 
     smoothness: float
@@ -129,7 +129,7 @@ class Gap(NamedTuple):
 
 
 def gap_bound(view: ModelView, updates: Mapping[str, Update], mean: Update, rows: Sequence[Any], horizon: int) -> Gap:
-    """Compare numbers of one set-up with another's: the bound itself is loose.
+    """Compute the bound. It is loose: use it to compare one set-up with another.
 
     horizon  rounds times local epochs that one round stands for
     """
@@ -145,7 +145,7 @@ def gap_bound(view: ModelView, updates: Mapping[str, Update], mean: Update, rows
 
 
 def _gradient(view: ModelView, names: Sequence[str], rows: Sequence[Any]) -> list[Tensor]:
-    """The gradient of the mean loss a token, with respect to base weights; nothing is left behind."""
+    """The gradient of the mean loss a token with respect to base weights. The model is unchanged afterwards."""
     weights = [view.weight(n) for n in names]
     flags = [w.requires_grad for w in weights]
     try:

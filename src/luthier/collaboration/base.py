@@ -1,4 +1,4 @@
-"""The kind: a protocol between parties, as a method of a recipe."""
+"""The base class of protocols between parties, as methods of a recipe."""
 
 from __future__ import annotations
 
@@ -34,53 +34,53 @@ class Workshop:
     made: Callable[[int, int], list[dict[str, Tensor]]] | None = None
 
     def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
-        """Both models' updates on so many sets of public rows. Raises LuthierError where they are not all there."""
+        """Both models' updates on this many sets of public rows. Raises LuthierError if some are missing."""
         if self.made is None:
             raise LuthierError("nothing here made shadow runs; give the workshop what reads them")
         return self.made(sets, snapshots)
 
 
 class Collaboration(Method):
-    """A protocol: what its parties agree on, who serves, and what a client does."""
+    """A protocol: what its parties agree on, what the server does, and what a client does."""
 
     contract: ClassVar[type[Agreement]]
     roles: ClassVar[tuple[str, ...]] = ("model",)
-    """Models that a contract pins; clients tune the first."""
+    """The models of a contract; clients tune the first one."""
 
     leaves: ClassVar[str]
     """What a client sends, in words."""
 
     privacy: Privacy | None = None
-    """Promise that every client keeps while it tunes: {epsilon: 8, delta: 1e-5, clip: 1}; null: none."""
+    """Privacy limit that every client keeps while it tunes: {epsilon: 8, delta: 1e-5, clip: 1}; null: none."""
 
     @property
     def turns(self) -> int:
-        """How often a client may be asked."""
+        """How often the server may ask a client."""
         return 1
 
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> Agreement:
-        """The contract over these models, one for each role. Raises LuthierError for what cannot work."""
+        """The contract over these models, one for each role. Raises LuthierError if the protocol cannot work with them."""
         raise NotImplementedError
 
     def server(self, contract: Any, clients: Sequence[str], journal: Journal | None, workshop: Workshop) -> RoundServer:
-        """Whoever clients send to."""
+        """The party that clients send to."""
         raise NotImplementedError
 
     def client(self, name: str, contract: Any, view: ModelView, rows: Sequence[Any]) -> Member:
-        """A party with rows of its own."""
+        """A party with its own rows."""
         raise NotImplementedError
 
     def alone(self, name: str, contract: Any, workshop: Workshop, rows: Sequence[Any]) -> Update:
-        """What a client has without the others, of the model that it tunes: the same protocol with nobody else in it."""
+        """The model that a client would have without the others: the same protocol with only this client."""
         server = self.server(contract, [name], None, workshop)
         client = self.client(name, contract, workshop.lab.view(self.roles[0]), rows)
         in_process([server, client], server.begin(), lambda sent, disclosure: None)
         return server.outcome(name)
 
     def centralised(self, contract: Any, workshop: Workshop, rows: Sequence[Any]) -> Update:
-        """What tuning on everybody's rows gives, of the model that is served; it needs them to be shared."""
+        """The served model, tuned on the rows of all clients together. This needs shared rows."""
         return self.alone("everybody", contract, workshop, rows)
 
     def beginning(self, contract: Any) -> dict[str, Tensor]:
-        """Tensors of the first state that clients start from."""
+        """The tensors of the first state, from which clients start."""
         return {}

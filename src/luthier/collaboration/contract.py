@@ -1,4 +1,4 @@
-"""What parties agree on before anybody tunes: both models, the way of tuning, and the very tensors it starts from."""
+"""The contract of grad-transformer: both models, how they are tuned, and the exact tensors that tuning starts from."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from luthier.tuners.lora import Lora
 from luthier.update import Chart, LowRank, Update
 from luthier.update.packing import factor_deltas, from_deltas, kinds, pack, unpack
 
-PACKING = 1  # order and shape of packed updates
-# Between what arrives and A0: a difference is nearly orthogonal to its start, a whole adapter nearly parallel.
+PACKING = 1  # version of the order and shape of packed updates
+# Cosine between a message and A0. A difference is nearly orthogonal to its start, a whole adapter nearly parallel.
 ADAPTER_COSINE = 0.5
 
 
 class Side(BaseModel, frozen=True, extra="forbid"):
-    """One of the two models, as tuned from a fixed start."""
+    """One of the two models, tuned from a fixed start."""
 
     base: Fingerprint
     initial: str
-    """Digest of the tensors that tuning starts from (A0); two low-rank updates compare under one start only."""
+    """Digest of the tensors that tuning starts from (A0). Low-rank updates can be compared only if they have the same start."""
     shapes: dict[str, tuple[int, ...]]
     """Shapes of the factors, by "a.NAME" and "b.NAME"."""
     scale: float
@@ -35,34 +35,34 @@ class Side(BaseModel, frozen=True, extra="forbid"):
 
     @property
     def layout(self) -> tuple[int, int]:
-        """(layers, numbers a layer) of a packed update."""
+        """(layers, numbers in each layer) of a packed update."""
         return tuple(self.kinds().shape)  # type: ignore[return-value]
 
     def kinds(self) -> Tensor:
-        """[L, d] int8: which factor a coordinate belongs to."""
+        """[L, d] int8: the factor that each coordinate belongs to."""
         return kinds(self.shapes)
 
 
 class Start(NamedTuple):
-    """A side with its tensors."""
+    """A side with its start tensors."""
 
     side: Side
     chart: Chart
 
     def update(self, coordinates: Tensor) -> Update:
-        """The model's update from [L, d]: A0 + the difference in A, and B."""
+        """The model's update from [L, d]: B, and A0 plus the difference in A."""
         deltas = unpack(coordinates, self.side.shapes)
         scale = {k[2:]: self.side.scale for k in self.side.shapes if k.startswith("a.")}
         return Update(self.side.base, (from_deltas(deltas, self.chart, scale),), self.chart)
 
     def initial(self) -> Tensor:
-        """[L, d]: A0 where coordinates belong to an A, zero elsewhere."""
+        """[L, d]: A0 at the coordinates of an A, zero elsewhere."""
         zeros = {k: torch.zeros(s) for k, s in self.side.shapes.items()}
         return pack(zeros | {k: t.float() for k, t in self.chart.initial.items()}).rows
 
 
 def start_of(view: ModelView, tuner: Lora) -> Start:
-    """Where tuning this model starts: the same for the same model and tuner on every machine."""
+    """The start of tuning for this model: the same on every machine for the same model and tuner."""
     trainable = tuner.attach(view)
     update = trainable.update()
     trainable.detach()
@@ -74,24 +74,24 @@ def start_of(view: ModelView, tuner: Lora) -> Start:
 
 
 class Contract(Agreement, frozen=True, extra="forbid"):
-    """Equal for every shadow run and every client."""
+    """The contract. It is the same for all shadow runs and clients."""
 
     small: Side
     large: Side
     tuner: Lora
     large_learning_rate: float | None = None
-    """Learning rate of the large model's runs; None: that of the settings."""
+    """Learning rate of the large model's runs; None: as in the settings."""
     packing: int = PACKING
 
     def settings_of(self, side: str) -> TrainSettings:
-        """How "small" or "large" is tuned."""
+        """The settings for "small" or "large"."""
         if side == "small" or self.large_learning_rate is None:
             return self.settings
         return self.settings.model_copy(update={"learning_rate": self.large_learning_rate})
 
 
 def refuse_other(found: Side, agreed: Side, who: str) -> None:
-    """Raises Refused, by the name of the first field that differs; never a best effort."""
+    """Raises Refused with the name of the first field that differs."""
     for name, is_so, should in (
         ("base", found.base.weights, agreed.base.weights),
         ("tokenizer", found.base.tokenizer, agreed.base.tokenizer),
@@ -109,7 +109,7 @@ def _short(value: object) -> str:
 
 
 def refuse_vector(x: Tensor, start: Start, who: str) -> None:
-    """Raises Refused, by name, for what cannot be an update of this side: dtype, shape, not-finite, zero, adapter."""
+    """Raises Refused for a vector that cannot be an update of this side: dtype, shape, not-finite, zero, adapter."""
     if not x.is_floating_point():
         raise Refused("dtype", f"{who} sent {x.dtype}, an update is of real numbers")
     if tuple(x.shape) != start.side.layout:

@@ -1,4 +1,4 @@
-"""What a translation must beat before it is one: updates of the large model made without reading the client's."""
+"""Controls: updates of the large model that do not use the client's update. A translation must be better than these."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from luthier.support.rng import Streams
 
 
 def mean_shadow(pairs: Pairs, x: Tensor) -> Tensor:
-    """C1: the mean of the shadows' large updates, whoever asks. x [N, L_S, d_S] -> [N, L_T, d_T]."""
+    """C1: the mean of the shadows' large updates, equal for all clients. x [N, L_S, d_S] -> [N, L_T, d_T]."""
     return pairs.y.mean(0).expand(len(x), *pairs.y.shape[1:])
 
 
@@ -24,9 +24,9 @@ def nearest_shadow(pairs: Pairs, x: Tensor) -> Tensor:
 
 
 def controls(pairs: Pairs, x: Tensor, translator: Translator, streams: Streams) -> dict[str, Tensor]:
-    """C0, C1, C3, C4 and C5 for clients' updates x [N, L_S, d_S]; C2 is tuned, not translated.
+    """C0, C1, C3, C4 and C5 for clients' updates x [N, L_S, d_S]. (C2 is tuned, not translated.)
 
-    C5 is the same translator, learnt from small updates beside the large ones of other shadow sets.
+    C5 is the same translator, trained on pairs of small updates with large updates of other shadow sets.
     """
     return {
         "C0 no update": pairs.y.new_zeros(len(x), *pairs.y.shape[1:]),
@@ -40,19 +40,19 @@ def controls(pairs: Pairs, x: Tensor, translator: Translator, streams: Streams) 
 def gap_recovered(found: float, small: float, large: float) -> float:
     """PGR in percent: 100 (found - small) / (large - small), of any measure where higher is better.
 
-    small is the tuned small model, large the large one tuned on the same rows. Near-equal ends make it explode, and above
-    100 the "ceiling" was none: never show it without the three measures.
+    small is the tuned small model, large is the large one tuned on the same rows. If the two are nearly equal, the result is very
+    large; above 100, `large` was no upper limit. So always show it together with the three measures.
     """
     return 100 * (found - small) / (large - small) if large != small else float("nan")
 
 
 def share_of_gain(found: float, untouched: float, true: float) -> float:
-    """The share of the true update's gain that this loss shows: 1 for the true update, 0 for the untouched model."""
+    """The share of the true update's gain that this loss reaches: 1 for the true update, 0 for the base model."""
     return (untouched - found) / (untouched - true) if untouched != true else float("nan")
 
 
 def pooled(updates: Mapping[str, Tensor], rows: Mapping[str, int] | None = None) -> Tensor:
-    """The mean over clients of [L, d], by name; weighted by their rows where given. Raises ValueError for no client."""
+    """The mean over clients of [L, d], weighted by their rows if given. Raises ValueError if there is no client."""
     if not updates:
         raise ValueError("no update has arrived, so there is nothing to pool")
     weights = torch.tensor([1.0 if rows is None else float(rows[n]) for n in updates], dtype=torch.float64)

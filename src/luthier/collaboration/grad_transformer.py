@@ -1,4 +1,4 @@
-"""Gradient Transformer: organisations tune a small model, a provider translates what moved into an update of a large one."""
+"""Gradient Transformer: organisations tune a small model; a provider translates their updates into updates of a large one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from luthier.tuners.base import Tuner
 from luthier.tuners.lora import Lora
 from luthier.update import Update
 
-ALIKE = 0.3  # mean cosine of updates under which their mean is like none of them
+ALIKE = 0.3  # below this mean cosine, the mean of the updates is like none of them
 AnyTranslator = Annotated[
     Translator, named("translate"), PlainSerializer(written),
     WithJsonSchema({"description": "a translator's name, or {name: {fields}}"}),
@@ -44,18 +44,18 @@ log = logging.getLogger(__name__)
 
 
 class GradTransformer(Collaboration):
-    """Translate LoRA updates of a small model into updates of a large one that never meets the rows.
+    """Translate LoRA updates of a small model into updates of a large model that never sees the rows.
 
-    A provider tunes both models on `sets` shadow sets of public rows, from one pinned start, and fits a translator to the
-    pairs. An organisation tunes the small model on its own rows, from the same start, and sends the difference; what comes
-    back is an adapter of the large model. Updates compare only under one start, so a contract pins the very tensors.
-    Public rows must be like the private ones: far from every shadow a translation is a guess, and the report says how far.
-    Without differential privacy nothing is promised: an update remembers rows, and should be audited before it is sent.
-    Departs from the paper: shadow sets keep one snapshot an optimiser step (16 micro-steps share one), both sides are
-    standardised (raw updates are too small to learn from), ridge is the default (it did better from 60 pairs and from 200;
-    try `transformer` where there are many hundreds), and pairs are split by shadow set, since snapshots of one set are
-    near copies.
-    Cost: the provider tunes both models `sets` times before it serves anybody; a client tunes the small model once.
+    A provider tunes both models on `sets` shadow sets of public rows, from one fixed start, and fits a translator to the
+    pairs of updates. An organisation tunes the small model on its own rows, from the same start, and sends the difference. It
+    gets an adapter of the large model. Updates can be compared only if they have the same start, so the contract holds the exact
+    start tensors. The public rows must be similar to the private ones. A translation far from all shadow sets is a guess, and the
+    report says how far it is.
+    Without differential privacy there is no guarantee: an update remembers rows, and should be audited before it is sent.
+    Departs from the paper: shadow sets keep one snapshot for each optimiser step (16 micro-steps share one). Both sides are
+    standardised, because raw updates are too small to learn from. Ridge is the default: it was better with 60 pairs and with 200;
+    try `transformer` with many hundreds. Pairs are split by shadow set, because snapshots of one set are nearly equal.
+    Cost: the provider tunes both models `sets` times before any client is served; a client tunes the small model once.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), linear=True)
@@ -68,32 +68,34 @@ class GradTransformer(Collaboration):
     leaves: ClassVar[str] = "an update of each organisation's small model, and its number of rows"
 
     large: str | None = None
-    """The model that is translated for, as the recipe's key `model` names the small one; the contract needs it."""
+    """The large model, which gets the translated updates. The recipe's key `model` names the small one. The contract needs it."""
     translator: AnyTranslator = Ridge()
-    """How pairs become a map."""
+    """How pairs become a translation."""
     sets: int = Field(200, ge=2)
-    """Shadow sets that both models are tuned on."""
+    """Number of shadow sets; both models are tuned on each."""
     large_learning_rate: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Learning rate of the large model's shadow runs, where the small one's `learning_rate` does not suit it; null: the same."""
+    """Learning rate of the large model's shadow runs; null: the same as the small model's `learning_rate`."""
     rows: int = Field(1024, ge=1)
-    """Public rows of a shadow set."""
+    """Public rows in each shadow set."""
     by: str | None = None
-    """Column of the public rows that names their sort: each shadow set then mixes the sorts in shares of its own, as
-    clients do. null: sets are drawn from all rows alike."""
+    """Column of the public rows that names their kind. Each shadow set then mixes the kinds in different shares, like
+    clients. null: sets are drawn from all rows equally."""
     concentration: float = Field(0.5, gt=0, allow_inf_nan=False)
-    """Concentration of the Dirichlet distribution that those shares are drawn from; small ones make sets of few sorts."""
+    """Concentration of the Dirichlet distribution of those shares; small values give sets with few kinds."""
     snapshots: int = Field(1, ge=1)
-    """Pairs taken from each set, after each of its last steps."""
+    """Pairs taken from each set, one after each of its last steps."""
     pool: Literal["none", "before", "after"] = "none"
-    """"none": each organisation gets its own translation. "before" translates the mean of all updates (the provider needs
-    only their sum); "after" takes the mean of the translations."""
+    """"none": each organisation gets its own translation. "before": the mean of all updates is translated (the provider
+    needs only their sum). "after": the mean of the translations is used."""
     strict: bool = False
-    """Refuse updates that are unlike every shadow, in place of a warning."""
+    """Refuse updates that are unlike all shadow sets, instead of a warning."""
 
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> Contract:
-        """The contract: sides with the digests of their starts. Raises LuthierError for another tuner than LoRA."""
+        """The contract, with the digests of the start tensors. Raises LuthierError for other tuners than LoRA."""
         if not isinstance(tuner, Lora):
-            raise LuthierError(f"tuner: {tuner.key()} has no pinned start that updates compare under; set tuner: lora")
+            raise LuthierError(
+                f"tuner: {tuner.key()} has no fixed start, so its updates cannot be compared; set tuner: lora"
+            )
         small, large = (start_of(v, tuner).side for v in views)
         return Contract(
             small=small, large=large, tuner=tuner, settings=settings, privacy=self.privacy,
@@ -101,10 +103,10 @@ class GradTransformer(Collaboration):
         )  # fmt: skip
 
     def draws(self, sorts: Sequence[str], streams: Streams) -> list[list[int]]:
-        """Which public rows are in each shadow set, and as many others of the same shares after them, to judge by.
+        """The public rows of each shadow set, followed by the same number of other rows in the same shares, to judge by.
 
-        sorts  of every public row; one name for all where nothing tells them apart
-        Raises LuthierError for sets larger than there are rows.
+        sorts  the kind of each public row; one name for all if they have no kinds
+        Raises LuthierError if a set needs more rows than there are.
         """
         if 2 * self.rows > len(sorts):
             raise LuthierError(
@@ -130,17 +132,17 @@ class GradTransformer(Collaboration):
         return client.moved(client.message())
 
     def centralised(self, contract: Contract, workshop: Workshop, rows: Sequence[Any]) -> Update:
-        """The large model, tuned as the shadows are."""
+        """The large model, tuned like the shadow runs."""
         large = workshop.lab.view("large")
         vectors = tuned(large, rows, contract.tuner, contract.settings_of("large"))
         return start_of(large, contract.tuner).update(vectors[-1])
 
 
 class Provider(RoundServer):
-    """Takes one update of the small model from each organisation; gives each an update of the large one.
+    """Takes one update of the small model from each organisation, and gives each an update of the large one.
 
     report  by client: norm and distance to the shadows, rows, warnings
-    cosine  of clients' updates, the mean over pairs; None where fewer than two have sent one
+    cosine  mean over pairs of clients' updates; None if fewer than two have sent one
     """
 
     def __init__(
@@ -161,7 +163,7 @@ class Provider(RoundServer):
         cls, protocol: GradTransformer, contract: Contract, views: Sequence[ModelView], pairs: Pairs, clients: Sequence[str],
         journal: Journal | None = None, lab: Lab | None = None,
     ) -> Provider:  # fmt: skip
-        """With a translator that learns from the pairs first."""
+        """A provider whose translator is trained on these pairs first."""
         small, large = (start_of(v, contract.tuner) for v in views)
         return cls(contract, protocol, (small, large), pairs, protocol.translator.fit(pairs, lab), clients, journal)
 
@@ -208,9 +210,9 @@ class Provider(RoundServer):
         return {}
 
     def outcome(self, client: str) -> Update:
-        """The large model's, for one client. Raises LuthierError for one that has none."""
+        """The update of the large model for one client. Raises LuthierError if there is none."""
         if client not in self.translated:
-            raise LuthierError(f"{client} has sent nothing, so there is nothing to translate")
+            raise LuthierError(f"{client} has sent no update, so there is nothing to translate")
         return self.large.update(self.translated[client])
 
     def results(self) -> list[Sent]:
@@ -224,7 +226,7 @@ class Provider(RoundServer):
 
     def disclosure(self, out: Sent) -> Disclosure:
         if out.message.header.kind != "result":
-            return Disclosure("nothing but a beginning", out.to, sizes(out.message), "nothing", "no formal privacy")
+            return Disclosure("only the start of tuning", out.to, sizes(out.message), "nothing", "no formal privacy")
         pools = self.protocol.pool != "none"
         others = f", made from the updates of {len(self.report)} organisations" if pools else ""
         return Disclosure(
@@ -235,11 +237,11 @@ class Provider(RoundServer):
 def shadow(
     contract: Contract, views: Sequence[ModelView], rows: Sequence[Any], number: int, snapshots: int = 1
 ) -> dict[str, Tensor]:
-    """Both models tuned on one set of public rows, "x" and "y" [snapshots, L, d].
+    """Tune both models on one set of public rows. Returns "x" and "y" [snapshots, L, d].
 
-    The orders of rows differ: what an organisation's run and a shadow's have in common is what rows say, no path through
-    them. Under a promise the small model is tuned as privately as the clients', so that a translator learns from noise like
-    theirs; the large one is not: public rows need no promise.
+    The two runs have different orders of rows, so that an organisation's run and a shadow run share only the content of the
+    rows. With a privacy limit, the small model is tuned as privately as the clients' models, so that the translator learns from
+    the same noise. The large model is not, because public rows need no privacy.
     """
     found = {}
     for i, (side, view) in enumerate(zip(("small", "large"), views, strict=True)):
@@ -250,19 +252,19 @@ def shadow(
 
 
 def pairs_of(contract: Contract, shadows: Sequence[Mapping[str, Tensor]]) -> Pairs:
-    """Aligned pairs from what `shadow` gave, set by set."""
+    """Aligned pairs from the results of `shadow`, set by set."""
     x, y = (torch.cat([s[side] for s in shadows]) for side in "xy")
     numbers = torch.cat([torch.full((len(s["x"]),), k) for k, s in enumerate(shadows)])
     return Pairs(x, y, numbers, contract.small.kinds(), contract.large.kinds())
 
 
 def shadow_pairs(contract: Contract, views: Sequence[ModelView], sets: Sequence[Sequence[Any]]) -> Pairs:
-    """Pairs of a few sets, here and now; `luthier collaborate shadow` makes many, in processes that may be killed."""
+    """Pairs of a few sets, made at once. `luthier collaborate shadow` makes many, and can be interrupted."""
     return pairs_of(contract, [shadow(contract, views, rows, k) for k, rows in enumerate(sets)])
 
 
 class Organisation(Member):
-    """Tunes the small model on rows that stay, and sends the difference to the contract's start."""
+    """Tunes the small model on its own rows, and sends the difference to the contract's start."""
 
     def __init__(self, name: str, contract: Contract, view: ModelView, rows: Sequence[Any]) -> None:
         refuse_other(start_of(view, contract.tuner).side, contract.small, name)
@@ -273,7 +275,7 @@ class Organisation(Member):
         return [Sent(SERVER, self.message())]
 
     def message(self) -> Message:
-        """Tune, and put what moved into a message."""
+        """Tune, and put the difference into a message."""
         c = self.contract
         vectors = tuned(self.view, self.rows, c.tuner, c.settings, privacy=c.privacy, progress=self.progress)
         tensors, notes = {"update": vectors[-1]}, {"rows": self.counted}

@@ -1,4 +1,4 @@
-"""Messages on disk, in the order they arrived: what a restarted party goes on from."""
+"""Messages on disk, in the order of arrival. A restarted party continues from them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from luthier.support.files import replaced, sweep, sync
 
 
 class Journal:
-    """A folder of messages. One is in it whole or not at all, whatever is killed when.
+    """A folder of messages. Each message is in it completely or not at all, even after a kill.
 
-    limit  bytes of payload that are taken up again
+    limit  the largest payload in bytes that is read back
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
-        sweep(folder)  # of a write that was cut off: never acknowledged, so the sender has it
+        sweep(folder)  # a write that was cut off was never acknowledged, so the sender still has the message
         self.count = len(list(folder.glob("*.message")))
 
     def append(self, message: Message) -> Path:
-        """Write and sync; when this returns, a power cut does not lose the message."""
+        """Write and sync. Once this returns, a power cut does not lose the message."""
         target = self.folder / f"{self.count:06d}.message"
         with replaced(target) as temporary:
             temporary.write_bytes(message.encode())
@@ -31,7 +31,7 @@ class Journal:
         return target
 
     def __iter__(self) -> Iterator[Message]:
-        """All messages, oldest first. Raises Refused for a file that was damaged since, naming it."""
+        """All messages, oldest first. Raises Refused with the file name if a file was damaged."""
         for file in sorted(self.folder.glob("*.message")):
             try:
                 yield decode(file.read_bytes(), self.limit)

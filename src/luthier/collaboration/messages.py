@@ -1,4 +1,4 @@
-"""What travels between parties: a header in JSON and tensors in safetensors, versioned, capped in size, with a digest."""
+"""Messages between parties: a header in JSON and tensors in safetensors, with version, size limit and digest."""
 
 from __future__ import annotations
 
@@ -20,14 +20,26 @@ from luthier.support.errors import LuthierError
 
 MAGIC = b"LUTHIER\x01"  # the last byte is the version
 HEADER_LIMIT = 64 * 1024  # bytes
-NAME = r"^\w[\w .-]{0,63}$"  # of a party: names of folders are made of it
-TAKEN = ("report.html", "report.json", "so-far", "server")  # what lies beside those folders, and who makes them
-NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint16)  # that travel
+NAME = r"^\w[\w .-]{0,63}$"  # of a party; folders get these names
+TAKEN = (
+    "report.html",
+    "report.json",
+    "so-far",
+    "server",
+)  # other names in the results folder, and the sender of results
+NUMBERS = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.uint16,
+)  # dtypes that a message may hold
 Kind = Literal["update", "scalars", "state", "result", "refusal"]
 
 
 class Refused(LuthierError):
-    """A message that is not taken. `name` says why in one word, for logs and for the peer."""
+    """A message that is not accepted. `name` gives the reason in one word, for logs and for the sender."""
 
     def __init__(self, name: str, what: str) -> None:
         self.name = name
@@ -35,33 +47,33 @@ class Refused(LuthierError):
 
 
 def refuse_name(name: str) -> None:
-    """Raises LuthierError for what cannot be a party's name."""
+    """Raises LuthierError for a text that cannot be a party's name."""
     if name.lower() in TAKEN:
-        raise LuthierError(f"{name!r} is no name for a party: {', '.join(TAKEN)} are taken")
+        raise LuthierError(f"{name!r} cannot be the name of a party: {', '.join(TAKEN)} are taken")
     if re.fullmatch(NAME, name) is None:
         raise LuthierError(
-            f"{name!r} is no name for a party: take letters, digits, '_', '-', '.' and spaces, 64 at most"
+            f"{name!r} cannot be the name of a party: use letters, digits, '_', '-', '.' and spaces, 64 at most"
         )
 
 
 class Header(BaseModel, frozen=True, extra="forbid"):
-    """What a message says of itself."""
+    """The header of a message."""
 
     kind: Kind
     run: str
-    """Digest of the contract it was made under."""
+    """Digest of the contract that the message belongs to."""
     round: int = Field(0, ge=0)
     sender: str = Field(pattern=NAME)
     nonce: str
-    """Drawn anew for each message: the same nonce twice is a duplicate or a replay."""
+    """A new random value for each message. The same nonce twice is a duplicate or a replay."""
     base: Fingerprint
     """Fingerprint of the model that the tensors change."""
     notes: dict[str, str | int | float] = {}
-    """Small values that belong to the tensors: how many rows, which chart."""
+    """Small values that belong to the tensors, such as the number of rows."""
 
 
 class Message(BaseModel, frozen=True, arbitrary_types_allowed=True):
-    """A header and its payload as it travels."""
+    """A header and its payload, as they are sent."""
 
     header: Header
     payload: bytes
@@ -90,21 +102,19 @@ class Message(BaseModel, frozen=True, arbitrary_types_allowed=True):
         return hashlib.sha256(_canonical(self.header) + self.payload).hexdigest()
 
     def tensors(self) -> dict[str, Tensor]:
-        """Raises Refused for a payload that is no safetensors file, or numbers that no update is made of."""
+        """Read the tensors. Raises Refused if the payload is not safetensors, or has a dtype that no update has."""
         try:
-            # Not torch.load: safetensors holds tensors alone, so that nothing of a stranger's bytes is unpickled or run.
+            # Not torch.load: safetensors holds only tensors, so nothing of a stranger's bytes is unpickled or run.
             found = safetensors.torch.load(self.payload)
         except (SafetensorError, KeyError, ValueError) as error:
             raise Refused("payload", f"from {self.header.sender}: no safetensors ({error})") from error
         for name, t in found.items():
             if t.dtype not in NUMBERS:
-                raise Refused(
-                    "dtype", f"from {self.header.sender}: {name} is of {t.dtype}, which nothing here is made of"
-                )
+                raise Refused("dtype", f"from {self.header.sender}: {name} is of {t.dtype}, which no update has")
         return found
 
     def encode(self) -> bytes:
-        """Bytes for a wire or a file."""
+        """The bytes for a network or a file."""
         head = json.dumps(
             {"header": self.header.model_dump(), "digest": self.digest, "size": len(self.payload)}
         ).encode()
@@ -114,34 +124,34 @@ class Message(BaseModel, frozen=True, arbitrary_types_allowed=True):
 
 
 def decode(data: bytes, limit: int) -> Message:
-    """A message from bytes; nothing of the payload is looked at but its size and digest.
+    """A message from bytes. Of the payload, only the size and the digest are read.
 
-    limit  bytes of payload that are taken
-    Raises Refused by name: version, truncated, header, size, digest.
+    limit  the largest payload in bytes that is accepted
+    Raises Refused with one of these names: version, truncated, header, size, digest.
     """
     if data[: len(MAGIC)] != MAGIC:
         raise Refused("version", f"starts with {bytes(data[: len(MAGIC)])!r}, messages of this version with {MAGIC!r}")
     at = len(MAGIC) + 4
     length = int.from_bytes(data[len(MAGIC) : at], "little")
     if length > HEADER_LIMIT:
-        raise Refused("header", f"{length} bytes where at most {HEADER_LIMIT} are taken")
+        raise Refused("header", f"{length} bytes, but at most {HEADER_LIMIT} are accepted")
     if len(data) < at + length:
         raise Refused("truncated", f"{len(data)} bytes end inside the header")
     head = _head(data[at : at + length])
     header, size = head.header, head.size
     if size > limit:
-        raise Refused("size", f"from {header.sender}: a payload of {size} bytes where at most {limit} are taken")
+        raise Refused("size", f"from {header.sender}: a payload of {size} bytes, but at most {limit} are accepted")
     payload = data[at + length :]
     if len(payload) != size:
-        raise Refused("truncated", f"from {header.sender}: {len(payload)} bytes of payload where {size} were announced")
+        raise Refused("truncated", f"from {header.sender}: {len(payload)} bytes of payload, but {size} were announced")
     message = Message(header=header, payload=payload)
     if message.digest != head.digest:
-        raise Refused("digest", f"from {header.sender}: header or payload were changed on the way")
+        raise Refused("digest", f"from {header.sender}: header or payload were changed after sending")
     return message
 
 
 class _Head(BaseModel, extra="forbid"):
-    """What stands before the payload."""
+    """The header and the sizes before the payload."""
 
     header: Header
     digest: str

@@ -1,4 +1,4 @@
-"""One-shot federated tuning: every client tunes once from the same base, the server takes one weighted mean."""
+"""One-shot federated tuning: every client tunes once from the same base, and the server takes one weighted mean."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.support.progress import Progress, steps, untold
+from luthier.support.progress import OnProgress, no_progress, steps
 from luthier.training.loop import Loop
 from luthier.tuners.base import Tuner
 from luthier.update import Part, Update
@@ -33,15 +33,15 @@ from luthier.update import Part, Update
 class OneShot(Collaboration):
     """Each client tunes from the same base for as long as several rounds would take, and sends its update once.
 
-    The server takes sum of p_i Delta_i with p_i = n_i / sum of n_j, in weight space: exact for every linear update, ranks of
-    low-rank ones stack and may differ between clients. With `rounds` above 1 it is federated averaging: each round starts
-    from the mean so far. Compare at equal local work, say 1 round of 3 epochs with 3 rounds of 1; the schedule of the
-    learning rate, and Adam's moments, begin anew in each round.
-    Nobody waits for the last: the mean of those that are there is to be had after each arrival, and order changes nothing.
-    Good where clients' rows are alike; where each has a topic of its own, one mean can be worse than none, and rounds help:
-    `luthier collaborate simulate` shows both, beside each client alone and everybody's rows in one place.
-    Cost: traffic of one update a client and round; work of tuning alone.
-    Refuses: updates that replace or surround weights (prompts, new heads), other forms or parameters than the contract's.
+    The server takes sum of p_i Delta_i with p_i = n_i / sum of n_j, in weight space. This is exact for every linear update. Ranks
+    of low-rank updates are stacked and may differ between clients. With `rounds` above 1 this is federated averaging: each round
+    starts from the mean so far. Compare at equal local work, for example 1 round of 3 epochs with 3 rounds of 1. The schedule of
+    the learning rate and Adam's moments start again in each round.
+    The mean of the updates so far is available after each arrival; the order of arrival does not change it.
+    One round is good if the clients' rows are similar. If each client has a topic of its own, one mean can be worse than no
+    update, and rounds help. `luthier collaborate simulate` shows both, next to each client alone and to all rows in one place.
+    Cost: traffic of one update for each client and round; the work of tuning alone.
+    Refuses: updates that are not differences of weights (prompts, new heads), other forms or parameters than the contract's.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), linear=True)
@@ -55,18 +55,18 @@ class OneShot(Collaboration):
     rounds: int = Field(1, ge=1)
     """1: each client sends once."""
     weights: Literal["rows", "equal"] = "rows"
-    """What a client counts: by its rows, or as one."""
+    """How much a client counts: by its rows, or all clients equally."""
     rank: int | None = Field(None, ge=1)
-    """Cut the mean of low-rank updates to this rank after each round; None keeps all, as many as the clients' ranks add to."""
+    """Cut the mean of low-rank updates to this rank after each round; null keeps all ranks (the sum of the clients' ranks)."""
     keep_outliers: bool = False
-    """Count updates more than ten times as long as the median, too."""
+    """Also count updates that are more than ten times as long as the median."""
 
     @property
     def turns(self) -> int:
         return self.rounds
 
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> AverageContract:
-        """The contract. Raises LuthierError for a tuner whose update cannot be averaged."""
+        """The contract. Raises LuthierError for a tuner whose updates cannot be averaged."""
         (view,) = views
         if not tuner.traits.linear:
             raise LuthierError(
@@ -98,15 +98,15 @@ class AverageContract(Agreement, frozen=True, extra="forbid"):
     tuner: AnyTuner
     protocol: OneShot
     moves: dict[str, list[str]]
-    """Form of an update's parts -> the parameters they move."""
+    """Form of an update's part -> the parameters that it changes."""
     shapes: dict[str, tuple[int, ...]]
-    """Shapes of the tensors that move."""
+    """Shapes of the tensors that change."""
     transposed: list[str]
-    """Those with low-rank factors that the model stores as [in, out]."""
+    """The ones with low-rank factors that the model stores as [in, out]."""
 
 
 class AverageServer(RoundServer):
-    """Holds the mean so far. `left_out` names, by round, clients whose update was too long to count; `report` the others'."""
+    """Holds the mean so far. `left_out` names, by round, the clients whose update was too long to count; `report` the others."""
 
     def __init__(self, contract: AverageContract, clients: Sequence[str], journal: Journal | None = None) -> None:
         self.contract, self.update = contract, Update(contract.base, ())
@@ -126,7 +126,7 @@ class AverageServer(RoundServer):
         rows_of(message)
         loss = head.notes.get("loss", 0.0)
         if not isinstance(loss, float) or not math.isfinite(loss):
-            raise Refused("loss", f"{head.sender}: its last training loss is {loss!r}, a number is wanted")
+            raise Refused("loss", f"{head.sender}: its last training loss is {loss!r}, it must be a number")
 
     def add_up(self, arrived: Mapping[str, Message]) -> None:
         kept, weight, left_out = self._counted(arrived)
@@ -140,7 +140,7 @@ class AverageServer(RoundServer):
         self.update = self._moved_by(kept, weight)
 
     def so_far(self) -> Update | None:
-        """The mean of those that are there: order cannot change it, and whoever comes later only adds to it."""
+        """The mean of the updates so far. The order of arrival does not change it."""
         arrived = dict(sorted(self.gathering.arrived.items()))
         if self.finished or not arrived:
             return self.update if self.round else None
@@ -156,7 +156,7 @@ class AverageServer(RoundServer):
         return kept, shares({n: rows_of(arrived[n]) if protocol.weights == "rows" else 1 for n in kept}), left_out
 
     def _moved_by(self, kept: Mapping[str, Update], weight: Mapping[str, float]) -> Update:
-        """The mean so far, moved on; in the order of names, so that arrival cannot change a bit."""
+        """The mean so far plus this round's mean. Clients are added in the order of names, so arrival cannot change any bit."""
         rank, out = self.contract.protocol.rank, self.update
         for name, u in kept.items():
             out = out + weight[name] * u
@@ -172,12 +172,12 @@ class AverageServer(RoundServer):
         return {"parts": headers(self.update)}
 
     def disclosure(self, out: Sent) -> Disclosure:
-        what = f"the mean of the updates of {len(self.clients)} clients" if self.round else "nothing but a beginning"
+        what = f"the mean of the updates of {len(self.clients)} clients" if self.round else "only the start of tuning"
         return Disclosure(what, out.to, sizes(out.message), "nothing", "no formal privacy")
 
 
 class AverageClient(Member):
-    """Tunes from what the server sends, and sends the difference."""
+    """Tunes from the state that the server sends, and sends the difference."""
 
     def __init__(self, name: str, contract: AverageContract, view: ModelView, rows: Sequence[Any]) -> None:
         if not view.base.same_base(contract.base):
@@ -186,7 +186,9 @@ class AverageClient(Member):
         self.contract, self.view = contract, view
 
     def answer(self, state: Message) -> list[Sent]:
-        start, _ = self.start(state).to("dense")  # into the weights, so that a tuner can add its own beside them
+        start, _ = self.start(state).to(
+            "dense"
+        )  # the state goes into the weights, so that the tuner can add its own change
         with start.bind(self.view):
             update, loss = alone(self.contract, self.view, self.rows, self.progress)
         c = self.contract
@@ -213,10 +215,10 @@ class AverageClient(Member):
 
 
 def alone(
-    contract: AverageContract, view: ModelView, rows: Sequence[Any], progress: Progress = untold
+    contract: AverageContract, view: ModelView, rows: Sequence[Any], progress: OnProgress = no_progress
 ) -> tuple[Update, float | None]:
-    """(update, last training loss) of one client by itself; of everybody's rows together, what sharing would have given.
-    Under a promise the loss is kept back: it is no part of what is accounted for."""
+    """(update, last training loss) of one client alone, or of all clients' rows together. With a privacy limit the loss is not
+    returned, because the limit does not account for it."""
     total, settings = Loop.length(rows, contract.settings), contract.settings
     with as_found(view):
         if contract.privacy is not None:
@@ -234,7 +236,7 @@ def alone(
 
 
 def _moves(update: Update) -> dict[str, list[str]]:
-    """Names that move, by the form of their part; for parts that cannot be averaged the form alone."""
+    """The names of changed parameters, by the form of their part; for parts that cannot be averaged only the form."""
     return {p.kind: _named(p) if p.linear else [] for p in update.parts}
 
 

@@ -1,5 +1,5 @@
-"""Parties: state machines that take messages and answer with messages, the same in one process, over a network, and in
-replay after a kill."""
+"""Parties: state machines that take messages and answer with messages. They work the same in one process, over a network,
+and when a journal is replayed after a kill."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from luthier.collaboration.privacy import Privacy
 from luthier.collaboration.wire import unpacked
 from luthier.model.fingerprint import Fingerprint
 from luthier.support.errors import LuthierError
-from luthier.support.progress import Progress, untold
+from luthier.support.progress import OnProgress, no_progress
 from luthier.update import Update
 
 
 class Tick(NamedTuple):
-    """Time is up for what a party waits for."""
+    """The time that a party waits for messages has ended."""
 
 
 class Sent(NamedTuple):
-    """A message on its way."""
+    """A message and its receiver."""
 
     to: str
     message: Message
 
 
 class Disclosure(NamedTuple):
-    """What leaves with a message.
+    """What a message reveals.
 
-    what     in words
+    what     what is sent, in words
     to       who sees it
     bytes    of payload, and with the header
-    unit     that a promise protects: "row", "organisation" or "nothing"
+    unit     what a promise protects: "row", "organisation" or "nothing"
     promise  "no formal privacy", or a budget
     """
 
@@ -46,22 +46,22 @@ class Disclosure(NamedTuple):
 
 
 class Party(Protocol):
-    """A role of a protocol."""
+    """A role in a protocol."""
 
     name: str
 
     def handle(self, event: Message | Tick) -> list[Sent]:
-        """Take an event and say what to send. Equal events in equal order give equal answers but for their nonces."""
+        """Take an event and return the messages to send. Equal events in equal order give equal answers, except for nonces."""
 
     def disclosure(self, out: Sent) -> Disclosure:
-        """What a message that this party is about to send tells, and to whom."""
+        """What a message that this party is about to send reveals, and to whom."""
 
 
 def in_process(parties: Iterable[Party], first: Iterable[Sent], gate: Callable[[Sent, Disclosure], None]) -> None:
-    """Carry messages between parties of this process until none is left.
+    """Deliver messages between parties of this process until there are none left.
 
-    first  what sets it off
-    gate   hears of every message before it is delivered, and may raise to stop it
+    first  the messages to start with
+    gate   is called with every message before it is delivered, and may raise an error to stop it
     """
     known = {p.name: p for p in parties}
     waiting = deque(first)
@@ -74,46 +74,46 @@ def in_process(parties: Iterable[Party], first: Iterable[Sent], gate: Callable[[
 
 
 class Member:
-    """What clients of every protocol share: `answer`, `disclosure` and `moved` are a protocol's own.
+    """A client, as far as all protocols share it. `answer`, `disclosure` and `moved` differ between protocols.
 
-    rows      that it tunes on
-    counted   how many of them it tells a server that weighs by rows: canaries of an audit do not count
-    progress  hears of every step of its tuning
-    refusals  what the server would not take from it, and why
-    result    what it was given at the end
+    rows      the rows that it tunes on
+    counted   the number of rows that it reports to the server; canaries of an audit do not count
+    progress  is called after every step of its tuning
+    refusals  what the server refused, and why
+    result    the result that it got at the end
     """
 
     def __init__(self, name: str, run: str, rows: Sequence[Any]) -> None:
         self.name, self.run, self.rows, self.counted = name, run, rows, len(rows)
-        self.progress: Progress = untold
+        self.progress: OnProgress = no_progress
         self.refusals: list[str] = []
         self.result: Message | None = None
 
     def answer(self, state: Message) -> list[Sent]:
-        """To a server's state."""
+        """The answer to a server's state."""
         raise NotImplementedError
 
     def disclosure(self, out: Sent) -> Disclosure:
-        """What a message that it is about to send tells, and to whom."""
+        """What a message that it is about to send reveals, and to whom."""
         raise NotImplementedError
 
     def moved(self, message: Message) -> Update:
-        """What a message of its own does to the model that it tuned."""
+        """The change that one of its own messages makes to the tuned model."""
         raise NotImplementedError
 
     def start(self, state: Message) -> Update:
-        """What a server's state adds to the base: where its tuning starts."""
+        """The update in a server's state, which tuning starts from."""
         return Update(state.header.base, ())
 
     @property
     def update(self) -> Update:
-        """What it was given at the end. Raises LuthierError before."""
+        """The result at the end. Raises LuthierError before that."""
         if self.result is None:
             raise LuthierError(f"{self.name} has been given no result yet")
         return unpacked(self.result)
 
     def handle(self, event: Message | Tick) -> list[Sent]:
-        """A server's state, refusal or result. Raises Refused for those of another contract."""
+        """Handle a server's state, refusal or result. Raises Refused for those of another contract."""
         if isinstance(event, Tick):
             return []
         if event.header.kind == "refusal":
@@ -128,11 +128,11 @@ class Member:
 
 
 def promised(privacy: Privacy | None) -> tuple[str, str]:
-    """(unit, promise) of an update that rows were tuned into."""
+    """(unit, promise) of an update that was tuned on rows."""
     if privacy is None:
-        return "nothing", "no formal privacy: weights remember rows; audit before sending"
-    said = f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for each row that it is there or not"
-    return "row", f"{said}; the number of rows is told as it is"
+        return "nothing", "no formal privacy: weights remember rows, so audit before sending"
+    said = f"epsilon {privacy.epsilon:g}, delta {privacy.delta:g} for whether a row is there or not"
+    return "row", f"{said}; the number of rows is not protected"
 
 
 def sizes(message: Message) -> tuple[int, int]:
@@ -141,16 +141,16 @@ def sizes(message: Message) -> tuple[int, int]:
 
 
 class Gathering:
-    """One message from each of the expected senders: whoever sends what cannot be used is refused, by name, and what has
-    arrived is on disk before it counts.
+    """Collects one message from each expected sender. A message that cannot be used is refused with a name, and a message is on
+    disk before it counts.
 
-    kind     of message that is waited for
+    kind     the kind of message that it waits for
     run      digest of the contract
     accept   raises Refused for a payload that this protocol cannot use
     journal  None: in memory only
-    known    what a journal holds of this round already
+    known    the messages of this round that the journal holds already
 
-    declined  whoever said that it will not send; it may change its mind while the round is open
+    declined  senders that said they will not send; they may change their mind while the round is open
     """
 
     def __init__(
@@ -167,16 +167,16 @@ class Gathering:
 
     @property
     def missing(self) -> frozenset[str]:
-        """Whoever may still send."""
+        """Senders that may still send."""
         return self.senders - self.arrived.keys() - self.declined
 
     def decline(self, message: Message) -> None:
-        """A sender will not send. Raises Refused for one that was not asked."""
+        """Note that a sender will not send. Raises Refused for one that was not asked."""
         self._asked(message)
         self.declined.add(message.header.sender)
 
     def take(self, message: Message) -> bool:
-        """True where it is new, False for a duplicate of one that has arrived. Raises Refused."""
+        """Take a message. Returns True if it is new, False for a duplicate. Raises Refused."""
         known = self.arrived.get(message.header.sender)
         if known is not None and known.digest == message.digest:
             return False
@@ -193,7 +193,7 @@ class Gathering:
         self._asked(message)
         head = message.header
         if head.kind != self.kind:
-            raise Refused("kind", f"{head.sender} sent {head.kind!r} where {self.kind!r} is waited for")
+            raise Refused("kind", f"{head.sender} sent {head.kind!r} but this round waits for {self.kind!r}")
         if head.base.weights != self.base.weights:
             raise Refused(
                 "base", f"{head.sender} tuned {head.base.weights[:12]}, the contract's is {self.base.weights[:12]}"
@@ -205,7 +205,7 @@ class Gathering:
     def _asked(self, message: Message) -> None:
         head = message.header
         if head.sender not in self.senders:
-            raise Refused("unknown", f"{head.sender!r} takes no part in this")
+            raise Refused("unknown", f"{head.sender!r} is not one of the clients")
         if head.run != self.run:
             raise Refused("contract", f"{head.sender} is under contract {head.run[:12]}, this is {self.run[:12]}")
         if head.round != self.round:
@@ -213,7 +213,7 @@ class Gathering:
 
 
 def refusal(error: Refused, message: Message, sender: str, base: Fingerprint) -> Sent:
-    """The answer to a message that is not taken."""
+    """The answer to a message that is refused."""
     head = message.header
     notes: Mapping[str, str] = {"name": error.name, "says": str(error)}
     return Sent(head.sender, Message.of("refusal", head.run, sender, base, {}, round=head.round, notes=notes))

@@ -1,7 +1,7 @@
-"""Differential privacy for one party's tuning: rows drawn by coin, each row's gradient clipped, noise on the sum.
+"""Differential privacy for one party's tuning: rows drawn at random, each row's gradient clipped, noise added to the sum.
 
-Neighbours differ by one row, there or not. What may be told of a run is its noise, not the seed of its noise or of its
-coins: both come from the machine's own randomness, never from a contract, since whoever knows them takes the noise off again.
+Two data sets are neighbours if they differ by one row. The noise itself may be known, but not the seed of the noise or of the
+draws: whoever knows the seed can subtract the noise. So both come from the machine's own randomness, never from a contract.
 Source: Deep Learning with Differential Privacy (arXiv:1607.00133); accounting by dp-accounting (privacy loss distributions).
 """
 
@@ -24,7 +24,7 @@ from luthier.objectives.base import Clock, Forward
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.support.progress import Progress, steps, untold
+from luthier.support.progress import OnProgress, no_progress, steps
 from luthier.training.loop import Loop
 from luthier.tuners.base import Tuner
 from luthier.update import Update
@@ -33,39 +33,39 @@ FINE, COARSE = 1e-4, 3e-3
 
 
 class Privacy(BaseModel, frozen=True, extra="forbid"):
-    """What is promised: an observer's odds that any one row was tuned on change by a factor of e^epsilon at most, but for a
-    chance of delta."""
+    """The privacy limit: the odds that an observer gives to any one row being in the data change by a factor of at most
+    e^epsilon, except with probability delta."""
 
     epsilon: float = Field(gt=0, allow_inf_nan=False)
-    """Upper bound; noise is found so that it is kept."""
+    """Upper bound on epsilon; the noise is chosen to keep it."""
     delta: float = Field(1e-5, gt=0, lt=1)
     """Smaller than one over the number of rows."""
     clip: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Longest gradient of a row (C)."""
+    """Largest norm of a row's gradient (C); longer gradients are scaled down to it."""
 
 
 class Plan(BaseModel, frozen=True, extra="forbid"):
-    """One run under a promise: everything that its accounting needs."""
+    """One run under a privacy limit, with everything that its accounting needs."""
 
     privacy: Privacy
     rows: int
     rate: float
-    """Chance of each row to be in a step: batch size over rows."""
+    """Probability of each row to be in a step: batch size over rows."""
     steps: int
     """Optimiser steps of one run."""
     rounds: int = 1
-    """Runs on the same rows that the promise covers together."""
+    """Runs on the same rows that the limit covers together."""
     noise: float
-    """Deviation of the noise on a sum of gradients, in units of the clip."""
+    """Standard deviation of the noise on a sum of gradients, in units of the clip."""
     spent: float
     """Epsilon by accounting."""
 
 
 def plan(privacy: Privacy, rows: int, batch_size: int, steps: int, rounds: int = 1) -> Plan:
-    """The least noise that keeps the promise over all rounds together. Raises LuthierError for one that means nothing."""
+    """The smallest noise that keeps the limit over all rounds together. Raises LuthierError for a limit without meaning."""
     if privacy.delta >= 1 / rows:
         raise LuthierError(
-            f"privacy.delta: {privacy.delta:g} with {rows} rows would allow giving one of them away; "
+            f"privacy.delta: {privacy.delta:g} with {rows} rows would allow revealing a whole row; "
             f"set it below {1 / rows:.2g}"
         )
     rate = min(1.0, batch_size / rows)
@@ -78,7 +78,7 @@ def plan(privacy: Privacy, rows: int, batch_size: int, steps: int, rounds: int =
 def epsilon_of(noise: float, delta: float, rate: float, steps: int, coarseness: float = FINE) -> float:
     """Epsilon of so many steps of the sampled Gaussian mechanism, by privacy loss distributions; infinite without noise.
 
-    coarseness  of the distributions: a coarse one is quick, and too large by a little
+    coarseness  of the distributions: a coarse one is faster, and its epsilon is slightly too large
     """
     if noise == 0:
         return math.inf
@@ -102,7 +102,7 @@ def noise_for(epsilon: float, delta: float, rate: float, steps: int) -> float:
 
 
 def _bisected(low: float, high: float, share: float, kept: Callable[[float], bool]) -> float:
-    """The upper end, where the promise is kept, of an interval no wider than a share of it."""
+    """The upper end, where the limit is kept, of an interval no wider than this share of it."""
     while high - low > share * high:
         middle = (low + high) / 2
         low, high = (low, middle) if kept(middle) else (middle, high)
@@ -127,7 +127,7 @@ def _accounting() -> tuple[Any, Any]:
 
 
 def clipped(gradients: Sequence[Tensor], clip: float) -> list[Tensor]:
-    """One row's gradient, no longer than `clip` over all tensors together; nothing where it is not finite."""
+    """One row's gradient, scaled to at most `clip` over all tensors together; nothing if it is not finite."""
     length = torch.stack([g.float().norm() for g in gradients]).norm()
     if not bool(length.isfinite()):
         return [torch.zeros_like(g) for g in gradients]
@@ -137,7 +137,7 @@ def clipped(gradients: Sequence[Tensor], clip: float) -> list[Tensor]:
 def clipped_sum(
     rows: Sequence[Any], gradient: Callable[[Any], Sequence[Tensor]], like: Sequence[Tensor], clip: float
 ) -> list[Tensor]:
-    """Sum over rows of clipped gradients, float32; zeros of the shapes of `like` for no row."""
+    """Sum over rows of clipped gradients, float32; zeros with the shapes of `like` if there is no row."""
     total = [torch.zeros_like(p, dtype=torch.float32) for p in like]
     for row in rows:
         for t, g in zip(total, clipped(gradient(row), clip), strict=True):
@@ -145,18 +145,18 @@ def clipped_sum(
     return total
 
 
-def coins(count: int, rate: float, generator: np.random.Generator) -> list[int]:
-    """Which rows are in a step: each by a coin of its own. May be none."""
+def poisson_sample(count: int, rate: float, generator: np.random.Generator) -> list[int]:
+    """The rows of a step: each is drawn independently. There may be none."""
     return np.flatnonzero(generator.random(count) < rate).tolist()
 
 
 class PrivateRun:
-    """A tuner's run under a plan. Every step costs the same privacy, whether it met rows or not.
+    """A tuner's run under a plan. Every step costs the same privacy, even if no row was drawn.
 
-    Each row is a forward and a backward of its own, with the mean over its own supervised tokens: a mean over a batch's
-    tokens would let one row change another's gradient before it is clipped.
-    generator  of coins and noise; None takes a seed from the machine that nobody learns. Pass one in tests only. Torch's
-               and numpy's generators are good statistics, no cryptography.
+    Each row has a forward and a backward pass of its own, with the mean over its own supervised tokens. With a mean over a
+    batch's tokens, one row could change another row's gradient before it is clipped.
+    generator  for draws and noise; None takes a secret seed from the machine. Pass one in tests only. The generators of torch and
+    numpy have good statistics, but are not cryptographic.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class PrivateRun:
         if plan.rows != len(rows):
             raise LuthierError(f"the plan accounts for {plan.rows} rows, there are {len(rows)}; plan again")
         generator = np.random.default_rng(secrets.randbits(128)) if generator is None else generator
-        self.view, self.rows, self.plan, self.coins = view, rows, plan, generator
+        self.view, self.rows, self.plan, self.generator = view, rows, plan, generator
         self.noise = torch.Generator().manual_seed(int(generator.integers(2**63)))
         self.batch = plan.rate * len(rows)
         self.trainable = tuner.attach(view, None, plan.steps)
@@ -174,15 +174,17 @@ class PrivateRun:
         if self.trainable.steps_by_closure or self.trainable.reads_rows or self.trainable.reselects:
             self.trainable.detach()
             raise LuthierError(
-                f"tuner: {tuner.key()} looks at rows in ways that clipping their gradients does not bound; choose lora"
+                f"tuner: {tuner.key()} uses rows in ways that clipped gradients do not limit; choose lora"
             )
         self.taken = 0
 
     def step(self) -> int:
-        """One noisy step; returns how many rows were in it, which nobody else may learn."""
+        """Take one noisy step. Returns the number of rows in it, which must stay secret."""
         if self.taken == self.plan.steps:
-            raise LuthierError(f"all {self.plan.steps} steps of the plan are taken; one more would break its promise")
-        chosen = coins(len(self.rows), self.plan.rate, self.coins)
+            raise LuthierError(
+                f"all {self.plan.steps} steps of the plan are taken; one more would break the privacy limit"
+            )
+        chosen = poisson_sample(len(self.rows), self.plan.rate, self.generator)
         params = list(self.trainable.parameters())
         clip, scale = self.plan.privacy.clip, self.plan.noise * self.plan.privacy.clip
         total = clipped_sum([self.rows[i] for i in chosen], self._gradient, params, clip)
@@ -196,8 +198,8 @@ class PrivateRun:
         self.trainable.after_step(Clock(self.taken, self.plan.steps, 0.0))
         return len(chosen)
 
-    def finish(self, progress: Progress = untold) -> Update:
-        """Take the steps that are left; the base is back afterwards."""
+    def finish(self, progress: OnProgress = no_progress) -> Update:
+        """Take the remaining steps. The base model is restored afterwards."""
         try:
             for _ in steps(self.plan.steps, progress, self.taken):
                 self.step()
@@ -217,7 +219,7 @@ class PrivateRun:
 
 
 def _taken(params: Iterator[nn.Parameter]) -> Iterator[Tensor]:
-    """Gradients, which are then gone from their parameters."""
+    """The gradients; they are removed from their parameters."""
     for p in params:
         yield torch.zeros_like(p) if p.grad is None else p.grad
         p.grad = None

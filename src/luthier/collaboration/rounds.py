@@ -1,4 +1,4 @@
-"""A server of rounds: it asks clients, waits for their messages, adds them up, and asks again."""
+"""A server with rounds: it asks clients, waits for their messages, adds them up, and asks again."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SERVER = "server"
 
 
 class RoundServer:
-    """What every protocol of rounds shares; `accept`, `add_up`, `state` and `disclosure` are a protocol's own.
+    """A server, as far as all protocols share it. `accept`, `add_up`, `state` and `disclosure` differ between protocols.
 
-    waits_for      kind of the clients' messages
-    report         what came of it, for a page
+    waits_for      the kind of the clients' messages
+    report         the results, for a page
     run, base      digest of the contract, and of the model
-    participation  share of the clients that a round asks; which ones is known before training starts
-    journal        where arrivals and closed rounds are kept; a server with the journal of a killed one goes on where it was
+    participation  share of the clients that a round asks; the choice is known before training starts
+    journal        stores arrivals and closed rounds; a server with the journal of a killed one continues from there
     """
 
     name = SERVER
@@ -36,7 +36,7 @@ class RoundServer:
     ) -> None:  # fmt: skip
         self.run, self.base, self.rounds, self.clients = run, base, rounds, tuple(sorted(clients))
         self.journal, self.participation, self.seed, self.round = journal, participation, seed, 0
-        self.heard: set[str] = set()  # whoever has sent something that counts
+        self.heard: set[str] = set()  # senders of messages that count
         known: dict[int, list[Message]] = {}
         closed = set()
         for message in journal or ():
@@ -48,38 +48,38 @@ class RoundServer:
         while self.round < rounds and (self.round in closed or not self.gathering.missing):
             self._next(known.get(self.round + 1, ()))
 
-    # --- a protocol's own ---
+    # --- different in each protocol ---
 
     def accept(self, message: Message) -> None:
         """Raises Refused for a payload that cannot be added up."""
         raise NotImplementedError
 
     def add_up(self, arrived: Mapping[str, Message]) -> None:
-        """Take in a round's messages; senders come in the order of their names."""
+        """Add up a round's messages. Senders come in the order of their names."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """Tensors that the next round's clients start from, by name."""
+        """The tensors, by name, that the next round's clients start from."""
         raise NotImplementedError
 
     def outcome(self, client: str) -> Update:
-        """What a client ends with. Raises LuthierError for one that gets nothing."""
+        """The final update of a client. Raises LuthierError if it gets none."""
         raise NotImplementedError
 
     def disclosure(self, out: Sent) -> Disclosure:
-        """What a message that it is about to send tells, and to whom."""
+        """What a message that it is about to send reveals, and to whom."""
         raise NotImplementedError
 
     def so_far(self) -> Update | None:
-        """What everybody would be given if the round closed now; None where it is not the same for all, or nothing has
+        """The result that all would get if the round closed now; None if it differs between clients, or if nothing has
         arrived."""
         return None
 
     def notes(self) -> dict[str, str]:
-        """What belongs to the tensors of `state`."""
+        """Small values that belong to the tensors of `state`."""
         return {}
 
-    # --- the same for all ---
+    # --- the same in all protocols ---
 
     @property
     def finished(self) -> bool:
@@ -92,16 +92,16 @@ class RoundServer:
         return tuple(self.clients[i] for i in sorted(drawn.tolist()))
 
     def begin(self) -> list[Sent]:
-        """The states that this round's clients wait for; after a restart, of those that have not answered. At the end, the
-        results once more."""
+        """The states for this round's clients. After a restart, only for clients that have not answered. At the end, the results
+        again."""
         if self.finished:
             return self.results()
         return [Sent(name, self._state("state")) for name in self.chosen(self.round) if name in self.gathering.missing]
 
     def handle(self, event: Message | Tick) -> list[Sent]:
-        """A client's message, or the end of a round's time: then whoever has arrived counts.
+        """Handle a client's message, or the end of a round's time: then the messages that have arrived count.
 
-        Raises LuthierError where everybody declined: there is nothing to close the round with.
+        Raises LuthierError if all clients declined, because then the round has no update.
         """
         if isinstance(event, Tick):
             return self._close() if self.gathering.arrived and not self.finished else []
@@ -123,14 +123,14 @@ class RoundServer:
         return self._close()
 
     def back(self, client: str) -> list[Sent]:
-        """What a client that comes, or comes again, waits for."""
+        """The messages for a client that joins, or joins again."""
         if self.finished:
             return [s for s in self.results() if s.to == client]
         self.gathering.declined.discard(client)
         return [Sent(client, self._state("state"))] if client in self.gathering.missing else []
 
     def results(self) -> list[Sent]:
-        """What all clients get at the end."""
+        """The results for all clients at the end."""
         return [Sent(name, self._state("result")) for name in self.clients]
 
     def _gathering(self, known: Sequence[Message] = ()) -> Gathering:
@@ -139,7 +139,7 @@ class RoundServer:
 
     def _close(self) -> list[Sent]:
         self._next()
-        if self.journal is not None:  # so that a restarted server does not open the round again
+        if self.journal is not None:  # so that a restarted server does not open this round again
             self.journal.append(self._state("result" if self.finished else "state"))
         return self.results() if self.finished else self.begin()
 
@@ -155,18 +155,18 @@ class RoundServer:
 
 
 def shares(rows: Mapping[str, int]) -> dict[str, float]:
-    """p_i = n_i / sum of n_j. Raises ValueError for no client, or one without rows."""
+    """p_i = n_i / sum of n_j. Raises ValueError if there is no client, or one without rows."""
     for name, n in rows.items():
         if n <= 0:
-            raise ValueError(f"{name} has {n} rows; a client without rows has nothing to weigh")
+            raise ValueError(f"{name} has {n} rows; a client without rows has no weight")
     if not rows:
         raise ValueError("no client has sent an update")
     return {name: n / sum(rows.values()) for name, n in rows.items()}
 
 
 def rows_of(message: Message) -> int:
-    """How many rows the sender tuned on. Raises Refused where that is no number above zero."""
+    """The number of rows that the sender tuned on. Raises Refused unless it is a number above zero."""
     rows = message.header.notes.get("rows")
     if not isinstance(rows, int) or rows < 1:
-        raise Refused("rows", f"{message.header.sender}: {rows!r} rows; its weight would be nothing")
+        raise Refused("rows", f"{message.header.sender}: {rows!r} rows; its weight would be zero")
     return rows

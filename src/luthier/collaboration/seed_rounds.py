@@ -1,4 +1,4 @@
-"""FedKSeed's rounds: a server with K numbers, clients that send (seed, number) pairs."""
+"""FedKSeed's rounds: the server holds K numbers, and clients send (seed, number) pairs."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ SEEDS_LIMIT = 2**16  # seed indices travel as two bytes
 
 
 class SeedRounds(Collaboration):
-    """FedKSeed's rounds: clients send a few bytes a step, (seed, number) pairs, and rebuild the model from everybody's.
+    """FedKSeed's rounds: clients send a few bytes for each step, (seed, number) pairs, and rebuild the model from all pairs.
 
-    The server keeps K numbers; that and the base are the model, so that a round's traffic is K numbers down and six bytes a
-    step up: 17,584 bytes at K = 4096 and 200 steps. With `pro` seeds are drawn by how much they moved the loss so far,
-    which serves a smaller K, and probabilities travel down as well.
-    A number is the slope of a client's loss along a known direction: rows leave traces in it, and nothing is promised.
-    Cost: no backward pass; each round every client makes K directions once to rebuild the model.
-    Refuses: other tuners than fedkseed, more seeds than two bytes count.
+    The server holds K numbers. These and the base model give the model, so a round's traffic is K numbers down and six bytes for
+    each step up: 17,584 bytes with K = 4096 and 200 steps. With `pro`, seeds are drawn in proportion to how much they changed
+    the loss so far. Then a smaller K is enough, but probabilities are sent down as well.
+    A number is the slope of a client's loss along a known direction. So rows leave traces in it, and there is no privacy
+    guarantee.
+    Cost: no backward pass; each round, every client makes K directions once to rebuild the model.
+    Refuses: other tuners than fedkseed, more seeds than two bytes can count.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), linear=True)
@@ -61,7 +62,7 @@ class SeedRounds(Collaboration):
     participation: float = Field(1.0, gt=0, le=1)
     """Share of the clients that take part in a round."""
     pro: bool = False
-    """Draw seeds by how much they moved the loss so far."""
+    """Draw seeds in proportion to how much they changed the loss so far."""
     seed: int = Field(0, ge=0)
     """For the choice of clients."""
 
@@ -70,7 +71,7 @@ class SeedRounds(Collaboration):
         return self.rounds
 
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> SeedContract:
-        """The contract that this model makes. Raises LuthierError for what its rounds cannot do."""
+        """The contract for this model. Raises LuthierError for settings that its rounds cannot use."""
         (view,) = views
         if not isinstance(tuner, FedKSeed):
             raise LuthierError(f"tuner: {tuner.key()} sends no seeds; set tuner: fedkseed")
@@ -80,7 +81,7 @@ class SeedRounds(Collaboration):
             )
         if self.privacy is not None:
             raise LuthierError(
-                "collaborate.seed-rounds.privacy: numbers along directions have no noise of ours; set it to null"
+                "collaborate.seed-rounds.privacy: seed-rounds adds no noise to its numbers; set it to null"
             )
         return SeedContract(
             base=view.base, weights=weights_digest(view, tuner), shapes=view.anatomy.parameters, tuner=tuner,
@@ -104,10 +105,10 @@ class SeedContract(Agreement, frozen=True, extra="forbid"):
 
     base: Fingerprint
     weights: str
-    """Digest of names, shapes and precision of what is tuned, with the first numbers of the first direction: parties
-    whose generators differ would train different models without noticing."""
+    """Digest of names, shapes and precision of the tuned weights, with the first numbers of the first direction. Without it,
+    parties with different random generators would train different models unnoticed."""
     shapes: dict[str, tuple[int, ...]]
-    """Shapes of what is tuned, in the order that directions are drawn in."""
+    """Shapes of the tuned weights, in the order in which directions are drawn."""
     tuner: FedKSeed
     protocol: SeedRounds
 
@@ -122,7 +123,7 @@ def weights_digest(view: ModelView, tuner: FedKSeed) -> str:
 
 
 class SeedServer(RoundServer):
-    """Holds A[j], the weighted sum of all scalars seen on seed j; that and the base are the model."""
+    """Holds A[j], the weighted sum of all scalars for seed j. These and the base model give the model."""
 
     waits_for = "scalars"
 
@@ -139,7 +140,7 @@ class SeedServer(RoundServer):
         )  # fmt: skip
 
     def update(self) -> Update:
-        """What has been learnt, as seeds and scalars."""
+        """What was learnt, as seeds and scalars."""
         return update_of(self.contract, self.scalars.float())
 
     def outcome(self, client: str) -> Update:
@@ -155,7 +156,7 @@ class SeedServer(RoundServer):
             raise Refused("dtype", f"{head.sender}: seed indices are {index.dtype}, they travel as torch.uint16")
         if len(index) != head.notes.get("steps"):
             raise Refused(
-                "length", f"{head.sender}: {len(index)} scalars where {head.notes.get('steps')} were announced"
+                "length", f"{head.sender}: {len(index)} scalars, but {head.notes.get('steps')} were announced"
             )
         if len(index) and int(index.to(torch.int64).max()) >= k:
             raise Refused("seed", f"{head.sender}: seed {int(index.to(torch.int64).max())} of {k}")
@@ -179,7 +180,7 @@ class SeedServer(RoundServer):
 
 
 class SeedClient(Member):
-    """Rebuilds the model from the server's scalars, takes its steps, and sends what it saw and its number of rows."""
+    """Rebuilds the model from the server's scalars, takes its steps, and sends its numbers and its number of rows."""
 
     def __init__(self, name: str, contract: SeedContract, view: ModelView, rows: Sequence[Any]) -> None:
         if weights_digest(view, contract.tuner) != contract.weights or not view.base.same_base(contract.base):
@@ -242,7 +243,7 @@ def added(tensors: Mapping[str, Tensor], num_seeds: int) -> Tensor:
 
 
 def update_of(contract: SeedContract, scalars: Tensor) -> Update:
-    """-eta * sum of scalars[j] z(seed j); scalars are the float32 numbers that travel, so that all parties agree."""
+    """-eta * sum of scalars[j] z(seed j). The scalars are the float32 numbers that are sent, so all parties get the same."""
     tuner = contract.tuner
     used = scalars.nonzero().squeeze(1)
     seeds = torch.from_numpy(seed_pool(tuner.num_seeds, tuner.seed_pool))[used]

@@ -1,4 +1,4 @@
-"""Aligned pairs: both models tuned on the same public rows, again and again."""
+"""Shadow sets: both models tuned on the same public rows, many times."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from torch import Tensor
 from luthier.collaboration.privacy import Privacy, PrivateRun, plan
 from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
+from luthier.step.outcome import RenderedRows
 from luthier.step.settings import TrainSettings
-from luthier.support.progress import Progress, steps, untold
+from luthier.support.progress import OnProgress, no_progress, steps
 from luthier.support.rng import Streams
-from luthier.training.loop import Loop, Rows
+from luthier.training.loop import Loop
 from luthier.tuners.lora import Lora
 
 
 def draw(
     sorts: Sequence[str], count: int, size: int, streams: Streams, concentration: float | None = None
 ) -> list[list[int]]:
-    """`count` shadow sets of `size` indices each: without replacement inside a set, sets independent of each other.
+    """`count` shadow sets of `size` indices each: drawn without replacement in a set; sets are independent of each other.
 
-    sorts          of every row
-    concentration  of a Dirichlet over sorts: each set has shares of its own; None: all rows are alike
-    Raises ValueError where a set would be larger than what it is drawn from.
+    sorts          the kind of each row
+    concentration  of a Dirichlet over kinds: each set has its own shares; None: all rows are equal
+    Raises ValueError if a set would need more rows than there are.
     """
     if size > len(sorts):
         raise ValueError(f"a shadow set of {size} rows cannot be drawn from {len(sorts)}; lower its size or add rows")
@@ -35,7 +36,7 @@ def draw(
     for k in range(count):
         generator, chances = streams.at("shadow", k), None
         if concentration is not None:
-            # A little of everything, so that a set can always be filled.
+            # A small share of each kind, so that a set can always be filled.
             shares = 0.999 * generator.dirichlet([concentration] * len(names)) + 0.001 / len(names)
             chances = (shares / counts)[which]
             chances = chances / chances.sum()
@@ -44,14 +45,14 @@ def draw(
 
 
 def tuned(
-    view: ModelView, rows: Rows, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
-    privacy: Privacy | None = None, progress: Progress = untold,
+    view: ModelView, rows: RenderedRows, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
+    privacy: Privacy | None = None, progress: OnProgress = no_progress,
 ) -> Tensor:  # fmt: skip
     """[snapshots, L, d] float32: the update after each of the last optimiser steps.
 
-    privacy   promise that is kept while tuning: every snapshot is as private as the last
-    progress  hears of every step
-    The model is the base again afterwards, bit for bit. Raises ValueError for more snapshots than steps.
+    privacy   the limit that is kept while tuning; every snapshot is as private as the last
+    progress  is called after every step
+    The base model is restored afterwards, bit for bit. Raises ValueError for more snapshots than steps.
     """
     total = Loop.length(rows, settings)
     if snapshots > total:

@@ -1,4 +1,4 @@
-"""How like the shadows is an update that arrives? Far from them a translation is a guess."""
+"""How similar is an arriving update to the shadow sets? Far from them, a translation is a guess."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Likeness(NamedTuple):
     limit: float
 
     def warnings(self, who: str) -> list[str]:
-        """What is out of the ordinary, a sentence each; none where nothing is."""
+        """Sentences about what is unusual; none if nothing is."""
         out = []
         if not NORM_RANGE[0] <= self.norm <= NORM_RANGE[1]:
             out.append(
@@ -50,7 +50,7 @@ def likeness(x: Tensor, pairs: Pairs) -> Likeness:
 
 
 def mean_cosine(clients: Tensor) -> float:
-    """Mean cosine of pairs of update vectors, [N, L, d] with N > 1: near zero, their mean is like none of them."""
+    """Mean cosine of pairs of update vectors, [N, L, d] with N > 1. Near zero, their mean is like none of them."""
     unit = torch.nn.functional.normalize(clients.flatten(1), dim=1)
     n = len(unit)
     return float(((unit @ unit.T).sum() - n) / (n * (n - 1)))

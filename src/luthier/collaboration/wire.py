@@ -12,7 +12,7 @@ from luthier.update.forms import restore
 
 
 def packed(update: Update) -> dict[str, Tensor]:
-    """An update's tensors under names of its parts."""
+    """An update's tensors, under the names of its parts."""
     return {f"{i}.{n}": t for i, p in enumerate(update.parts) for n, t in p.tensors().items()}
 
 
@@ -22,7 +22,7 @@ def headers(update: Update) -> str:
 
 
 def unpacked(message: Message) -> Update:
-    """The inverse. Raises Refused for tensors that are no update."""
+    """The update of a message. Raises Refused for tensors that are no update."""
     head, tensors = message.header, message.tensors()
     try:
         kinds = json.loads(str(head.notes.get("parts", "[]")))

@@ -1,10 +1,10 @@
-"""Carrying out a comparison: its folder, its queue, and going on after a kill without doing anything twice."""
+"""Carry out a comparison: its folder, its queue, and how it continues after a kill without repeating work."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,17 +26,16 @@ from luthier.run.rows import Data, tokens_a_step
 from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import write_text
+from luthier.support.progress import Say
 from luthier.support.signals import handled
 from luthier.support.sources import code_key
 from luthier.support.units import in_bytes, in_flops, in_time
 from luthier.training.loop import Interrupted, Loop
 
-Say = Callable[[str], None]
-
 
 @dataclass
 class Bench:
-    """A comparison made ready: recipes on shared files, arms, and where everything lies."""
+    """A comparison that is ready to run: recipes on shared files, arms, and all paths."""
 
     plan: Comparison
     folder: Path
@@ -50,7 +49,7 @@ class Bench:
     done: dict[str, Done] = field(default_factory=dict)
 
     def results(self) -> dict[str, dict[int, Path]]:
-        """arm -> seed -> folder of its finished run."""
+        """arm -> seed -> folder of the finished run."""
         out: dict[str, dict[int, Path]] = {}
         for d in self.done.values():
             if d.job.purpose.startswith("seed-") and d.error is None:
@@ -60,7 +59,7 @@ class Bench:
     # --- one run ---
 
     def recipe(self, job: Job) -> Recipe:
-        """What this run carries out."""
+        """The recipe of a run."""
         recipe, files = with_seed(self.recipes[job.arm], job.seed), self.files[job.arm]
         trial = job.purpose.startswith("trial-")
         held_out = files.valid if trial and files.valid is not None else files.eval
@@ -90,7 +89,7 @@ class Bench:
         return Pace(learning_rate=rate, length=length)
 
     def _choosing(self, recipe: Recipe) -> list[Evaluator]:
-        """Only what gives the measure that a rate is chosen by."""
+        """Only the evaluators of the measure that chooses the learning rate."""
         name = self.measure
         wanted = [e for e in recipe.evaluators() if name in e.names()]
         quiet = (
@@ -106,7 +105,7 @@ class Bench:
         return (search.measure if search is not None else None) or self.plan.primary
 
     def place(self, job: Job) -> Path:
-        """Its folder: another recipe, other rows or another command are another folder."""
+        """The folder of a run. Another recipe, other rows or another command have another folder."""
         keys = self.plan.arms[job.arm]
         command = keys.model_dump_json() if isinstance(keys, Foreign) else ""
         recipe = self.recipe(job)
@@ -114,7 +113,7 @@ class Bench:
         return self.folder / "arms" / slug(job.arm) / f"{job.purpose}-{what[:8]}"
 
     def request(self, job: Job, at_a_time: int) -> dict[str, Any]:
-        """For a worker, one of so many."""
+        """The request for a worker; `side_by_side` workers share the machine."""
         keys = self.plan.arms[job.arm]
         more: dict[str, Any] = {"keep": self.keep, "judge": job.purpose != "measure", "nested": True}
         if isinstance(keys, Foreign):
@@ -143,7 +142,7 @@ class Bench:
     # --- what is done ---
 
     def pending(self) -> list[Job]:
-        """Runs that could start now."""
+        """Runs that can start now."""
         return next_jobs(self.plan, self.arms, self.done)
 
     def look(self) -> None:
@@ -157,7 +156,7 @@ class Bench:
                     self.done[job.name], found = outcome, True
 
     def outcome(self, job: Job) -> Done | None:
-        """What came of a job; None where it has still to be carried out."""
+        """The result of a job; None if it is not carried out yet."""
         place = self.place(job)
         failed = place / "failed.json"
         if failed.exists():
@@ -184,7 +183,7 @@ class Bench:
         )  # fmt: skip
 
     def finish(self, job: Job, answer: dict[str, Any]) -> None:
-        """Take up what a worker said."""
+        """Store a worker's answer."""
         if answer["state"] == "failed":
             place = self.place(job)
             place.mkdir(parents=True, exist_ok=True)
@@ -195,7 +194,7 @@ class Bench:
         self.done[job.name] = outcome
 
     def forget_failures(self) -> None:
-        """Let what failed be tried again."""
+        """Forget failed runs, so that they are tried again."""
         for file in self.folder.glob("arms/*/*/failed.json"):
             file.unlink()
 
@@ -203,7 +202,7 @@ class Bench:
 def ready(
     plan: Comparison, folder: Path, base: Path, code: Path | None = None, say: Say = lambda _: None, keep: bool = False
 ) -> Bench:
-    """Check every arm and write the shared rows. Raises RecipeError, naming the arm, before anything is trained."""
+    """Check every arm and write the shared rows. Raises RecipeError with the arm's name before any training."""
     recipes = {arm: recipe_of(plan, arm, code) for arm in plan.arms}
     first = next(iter(recipes.values()))
     for arm, recipe in recipes.items():
@@ -221,7 +220,7 @@ def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> No
     unit = "flops" if plan.budget is None else plan.budget.unit
     if unit == "flops" and recipe.torch_compile:
         raise RecipeError(
-            f"arm {arm}: torch_compile", "hides the work from the ledger", "give the budget in seconds or tokens"
+            f"arm {arm}: torch_compile", "hides the FLOPs from the ledger", "give the budget in seconds or tokens"
         )
     if recipe.pace.max_steps is not None:
         what = "caps the stages, so that they could not take their shares of the budget"
@@ -263,11 +262,11 @@ def _in_stages(name: str, recipe: Recipe, data: Data) -> Arm:
 
 
 def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> list[Standing]:
-    """Carry out every run that is not done yet; returns the standings.
+    """Carry out every run that is not done yet. Returns the standings.
 
-    processes  runs side by side; 0: in this process; None: as cores and memory allow, one where the budget is in seconds
-    dry        only measure what an arm's step costs, and say what the whole would take
-    Raises Interrupted after Ctrl-C, with everything saved.
+    processes  runs at the same time; 0: in this process; None: as cores and memory allow, or one if the budget is in seconds
+    dry        only measure what an arm's step costs, and forecast the whole comparison
+    Raises Interrupted after Ctrl-C. Everything is saved first.
     """
     place = RunFolder(bench.folder)
     with place.locked():
@@ -278,7 +277,7 @@ def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> li
         bench.say(f"runs    {total_runs(bench.plan)} of {len(bench.plan.arms)} arms, {len(bench.done)} done before")
         if left:
             with workers((os.cpu_count() or 1) if processes is None else processes) as pool:
-                # The first, short runs go one at a time: what they take is what is planned with.
+                # The first, short runs go one at a time: the plan depends on what they cost.
                 _carry_out(bench, pool, 1, ("measure",))
                 _foresee(bench)
                 if not dry:
@@ -287,14 +286,14 @@ def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> li
 
 
 def so_far(bench: Bench) -> list[Standing]:
-    """Standings of the runs that are finished; trains nothing, and may look while another process does."""
+    """Standings of the finished runs. Nothing is trained, and another process may be working at the same time."""
     bench.look()
     return judged(bench.plan, bench.results(), bench.done)
 
 
 @contextmanager
 def stoppable() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM become KeyboardInterrupt; the list then holds the signal."""
+    """Turn Ctrl-C and SIGTERM into KeyboardInterrupt. The list then holds the signal."""
     seen: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
@@ -306,7 +305,7 @@ def stoppable() -> Iterator[list[int]]:
 
 
 def _take(bench: Bench, pool: Workers) -> list[str]:
-    """Names of the runs that ended."""
+    """Store the answers of runs that ended, and return their names."""
     ended = []
     for job, answer in pool.next():
         if answer["state"] == "stopped":
@@ -324,7 +323,7 @@ def _take(bench: Bench, pool: Workers) -> list[str]:
 
 
 def _carry_out(bench: Bench, pool: Workers, count: int, purposes: tuple[str, ...] = ()) -> None:
-    """Every run that can start (of these purposes), `count` at a time; asked anew after each that ends."""
+    """Carry out every run that can start (with these purposes), `count` at a time. The list is made again after each run."""
     running: set[str] = set()
     while True:
         for job in bench.pending():
@@ -358,7 +357,7 @@ def _refuse_sharing(bench: Bench, asked: int | None) -> None:
 
 
 def _side_by_side(bench: Bench, asked: int | None) -> int:
-    """Runs at a time."""
+    """How many runs go at the same time."""
     if bench.plan.budget is not None and bench.plan.budget.seconds is not None:
         return 1
     if asked is not None:
@@ -366,10 +365,10 @@ def _side_by_side(bench: Bench, asked: int | None) -> int:
     peaks = [d.peak_bytes for d in bench.done.values() if d.peak_bytes]
     count = side_by_side(peaks, len(bench.plan.arms) * len(bench.plan.seeds))
     if peaks:
-        bench.say(f"queue   {count} at a time ({in_bytes(max(peaks))} each at most)")
+        bench.say(f"queue   {count} runs at a time (each at most {in_bytes(max(peaks))})")
     return count
 
 
 def failed_arms(standings: list[Standing]) -> Mapping[str, list[str]]:
-    """Arm -> why, for arms with no finished run."""
+    """Arm -> errors, for arms without a finished run."""
     return {s.arm: s.errors for s in standings if not s.seeds}

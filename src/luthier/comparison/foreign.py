@@ -1,4 +1,4 @@
-"""Arms of other trainers: a command trains on the comparison's rows, and is scored by the same code as every arm."""
+"""Arms of other trainers: a command trains on the comparison's rows, and the same code scores it as every arm."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WORDS = ("model", "train", "output", "seed", "learning_rate", "steps", "batch_si
 
 
 def filled(command: str, values: Mapping[str, Any]) -> list[str]:
-    """The command's words with {names} filled in. Raises LuthierError for a name there is none of."""
+    """The command's words with {names} filled in. Raises LuthierError for an unknown name."""
     out = []
     for word in shlex.split(command):
         try:
@@ -46,7 +46,7 @@ def run_foreign(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> Non
     """Train by the command, load what it left, score it; the folder then looks like a run's. A worker calls it.
 
     request  under "foreign": command, cwd, steps, seconds, flops_a_step
-    Raises LuthierError where the command fails or leaves no model.
+    Raises LuthierError if the command fails or leaves no model.
     """
     place, asked = RunFolder(folder), request["foreign"]
     with place.locked():
@@ -123,12 +123,12 @@ def _score(
 
 
 def _left(base: ModelView, output: Path, recipe: Recipe) -> ModelView:
-    """The model in the command's output: a peft adapter over the base, or a whole model. Raises LuthierError."""
+    """The model in the command's output: a peft adapter over the base, or a whole model. Raises LuthierError for neither."""
     if (output / "adapter_config.json").exists():
         from peft import PeftModel
 
         dtype = base.dtype
-        base.widen()  # merging in low precision would round the adapter away
+        base.widen()  # in low precision, merging would lose the adapter to rounding
         merged = PeftModel.from_pretrained(base.module, str(output)).merge_and_unload().to(dtype)
         view = ModelView(merged, base.tokenizer, base.layout, base.name)
         view.module.eval()

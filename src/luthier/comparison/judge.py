@@ -1,4 +1,4 @@
-"""What a finished comparison says: every arm's level, its paired difference to the baseline, and a verdict."""
+"""The result of a comparison: every arm's level, its paired difference to the baseline, and a verdict."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from luthier.support.statistics import Estimate, Outcome, estimate, holm, verdic
 
 
 class Level(NamedTuple):
-    """A measure of one arm: over seeds and rows, and its difference to the baseline, where more is better.
+    """A measure of one arm over seeds and rows, and its difference to the baseline, with the sign that more is better.
 
-    adjusted  the difference's p-value, Holm over the arms; None for the baseline
+    adjusted  p-value of the difference, with Holm's correction over the arms; None for the baseline
     """
 
     measure: str
     higher: bool
     unit: str
-    base: float | None  # of the untouched model
+    base: float | None  # of the base model
     value: Estimate
     by_seed: list[float]
     better_by: Estimate | None = None
@@ -34,14 +34,14 @@ class Level(NamedTuple):
 
 
 class Standing(NamedTuple):
-    """One arm: what it reached, at which rate, and what it spent."""
+    """One arm: its levels, its learning rate and its costs."""
 
     arm: str
     seeds: list[int]
     levels: dict[str, Level]
     learning_rate: float | None
-    at_edge: bool  # of the rates that were tried: a better one may lie beyond
-    spent: dict[str, float]  # of one run, on average; "search_..." of the whole search
+    at_edge: bool  # the rate is the lowest or highest that was tried, so a better one may lie beyond
+    spent: dict[str, float]  # mean of one run; "search_..." for the whole search
     errors: list[str]
 
 
@@ -52,7 +52,7 @@ def measures_of(folder: Path, which: str = "after") -> dict[str, Measure]:
 
 
 def matrix(runs: Sequence[Measure]) -> np.ndarray:
-    """[S, R] rows' parts of one measure, a line a seed, over the rows that all seeds share."""
+    """[S, R]: each row's part of a measure, one line for each seed, over the rows that all seeds share."""
     shared = [k for k in runs[0].keys if all(k in set(m.keys) for m in runs)]
     return np.array([_in_order(m, shared) for m in runs])
 
@@ -63,7 +63,7 @@ def _in_order(measure: Measure, keys: Sequence[str]) -> np.ndarray:
 
 
 def difference(mine: Mapping[int, Measure], theirs: Mapping[int, Measure]) -> Estimate | None:
-    """How much more is better in mine, paired by seed and row. None where no seed or row is shared."""
+    """How much better mine is, paired by seed and row. None if no seed or row is shared."""
     seeds = sorted(set(mine) & set(theirs))
     if not seeds:
         return None
@@ -131,7 +131,7 @@ def _level(
 
 
 def _adjusted(standings: list[Standing], plan: Comparison) -> list[Standing]:
-    """The primary measure's verdicts after Holm's correction for the number of arms."""
+    """Verdicts of the primary measure after Holm's correction for the number of arms."""
     at = [
         i for i, s in enumerate(standings) if plan.primary in s.levels and s.levels[plan.primary].better_by is not None
     ]
@@ -166,7 +166,7 @@ def _errors(plan: Comparison, done: Mapping[str, Done], arm: str) -> list[str]:
 
 
 def _spent(done: Mapping[str, Done], arm: str) -> dict[str, float]:
-    """Means over the runs with seeds, and sums over the search for a rate."""
+    """Means over the runs with seeds, and sums over the search for a learning rate."""
     runs = [d for d in _mine(done, arm) if d.job.purpose.startswith("seed-") and d.error is None]
     search = [d for d in _mine(done, arm) if not d.job.purpose.startswith("seed-")]
 
@@ -183,7 +183,7 @@ def _spent(done: Mapping[str, Done], arm: str) -> dict[str, float]:
 
 
 def frontier(standings: Sequence[Standing], primary: str, cost: str) -> set[str]:
-    """Arms that no other beats in both the primary measure and this cost."""
+    """Arms that no other arm beats in both the primary measure and this cost."""
     points = {}
     for s in standings:
         level = s.levels.get(primary)
@@ -196,7 +196,7 @@ def frontier(standings: Sequence[Standing], primary: str, cost: str) -> set[str]
 
 
 def as_dict(standings: Sequence[Standing]) -> list[dict[str, Any]]:
-    """Plain values."""
+    """The standings as plain values."""
     out = []
     for s in standings:
         levels = {

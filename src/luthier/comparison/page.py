@@ -1,4 +1,4 @@
-"""report.html of a comparison: who wins, how sure that is, what it cost, what was forgotten, how to repeat it."""
+"""report.html of a comparison: which arm is better, how sure that is, costs, forgetting, and how to repeat it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ WORDS = {"held": "better", "not held": "not better", "inconclusive": "inconclusi
 
 
 def write_comparison(bench: Bench, standings: Sequence[Standing], command: Sequence[str]) -> Path:
-    """Make the page from what the comparison's folder holds."""
+    """Write the report from the comparison's folder."""
     plan = bench.plan
     finished = [s for s in standings if s.levels]
     base = next((s for s in finished if s.arm == plan.base_arm), None)
@@ -75,13 +75,13 @@ def _budget(bench: Bench) -> str:
 
 
 def lead(bench: Bench, standings: Sequence[Standing]) -> list[str]:
-    """The answer in words."""
+    """The result in words."""
     plan = bench.plan
     rivals = [s for s in standings if s.arm != plan.base_arm and plan.primary in s.levels]
     judged = [(s, s.levels[plan.primary]) for s in rivals if s.levels[plan.primary].better_by is not None]
     if not judged:
         return [
-            "Nothing can be said yet: the baseline or every other arm has no finished run.",
+            "Nothing can be said yet: the baseline has no finished run, or no other arm has one.",
             *_open(bench, standings),
         ]
     winners = sorted((x for x in judged if x[1].outcome == "held"), key=lambda x: -_by(x[1]).value)
@@ -91,23 +91,23 @@ def lead(bench: Bench, standings: Sequence[Standing]) -> list[str]:
         out = [f"{s.arm} beats {plan.base_arm} in {name} by {_signed(_by(level))}."]
         out += [f"{w.arm} does too, by {_signed(_by(x))}." for w, x in winners[1:]]
     else:
-        out = [f"No arm is shown to beat {plan.base_arm} in {name}."]
+        out = [f"No arm was found to beat {plan.base_arm} in {name}."]
     for s, level in judged:
         if level.outcome == "inconclusive":
             seen = _short(_by(level).visible)
             out.append(
-                f"{s.arm}: no difference seen ({_signed(_by(level))}); one of {seen} would most likely have been."
+                f"{s.arm}: no difference seen ({_signed(_by(level))}); a difference of {seen} would most likely have been seen."
             )
         elif level.outcome == "not held":
             e = _by(level)
             worse = f"is worse by {-e.value:.3g} ({_short(-e.high)} to {_short(-e.low)})"
-            enough = f"is no better than the margin asks for, differing by {_signed(e)}"
+            enough = f"is not better by the margin; the difference is {_signed(e)}"
             out.append(f"{s.arm} {worse if e.high < 0 else enough}.")
     return [*out, *_open(bench, standings)]
 
 
 def _open(bench: Bench, standings: Sequence[Standing]) -> list[str]:
-    """What is still to be run, where anything is."""
+    """What is left to run."""
     wanted = len(bench.plan.seeds)
     some = [f"{s.arm} has {len(s.seeds)} of {wanted} seeds" for s in standings if len(s.seeds) < wanted]
     return [f"Not finished: {', '.join(some)}."] if bench.pending() else []
@@ -127,7 +127,7 @@ def _signed(e: Estimate) -> str:
 
 
 def _plain(level: Level) -> str:
-    """With its interval; a share stays between 0 and 1."""
+    """The level with its interval. A share stays between 0 and 1."""
     e = level.value
     low, high = (max(0.0, e.low), min(1.0, e.high)) if level.unit.startswith("share of") else (e.low, e.high)
     return f"{e.value:.4g} ({_short(low)} to {_short(high)})" if math.isfinite(e.low) else f"{e.value:.4g}"
@@ -171,7 +171,7 @@ def _bytes(x: float) -> str:
 def _how_sure(bench: Bench) -> str:
     plan = bench.plan
     if len(plan.seeds) < 3:
-        return "With fewer than three seeds little is known of what another seed would do; the intervals say so by their width."
+        return "With fewer than three seeds, little is known about other seeds. So the intervals are wide."
     return (
         "Differences are paired: the same seed, the same row. Verdicts of several arms are corrected for their number "
         "(Holm). Inconclusive does not mean equal."
@@ -190,7 +190,7 @@ def _unit(bench: Bench) -> str:
 
 
 def _costs(finished: Sequence[Standing], primary: str, unit: str) -> list[dict[str, Any]]:
-    """Quality against every cost but the one that the budget makes equal."""
+    """Charts of quality against every cost, except the cost that the budget makes equal."""
     out = []
     for key, title in COSTS:
         if key == unit:
@@ -242,7 +242,7 @@ def _every(finished: Sequence[Standing], standings: Sequence[Standing]) -> list[
 
 
 def _curves(bench: Bench) -> list[dict[str, Any]]:
-    """Training loss of each arm's first seed, over the work done."""
+    """Training loss of the first seed of each arm, against FLOPs."""
     by_work, held = [], []
     for arm, runs in bench.results().items():
         log = runs[min(runs)] / "log.jsonl"
@@ -253,7 +253,7 @@ def _curves(bench: Bench) -> list[dict[str, Any]]:
         held.append(Series(arm, [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]))
     out = []
     for series, x, title in (
-        (by_work, "FLOP", "Training loss over the work done, first seed"),
+        (by_work, "FLOP", "Training loss against FLOPs, first seed"),
         (held, "step", "Held-out loss, first seed"),
     ):
         if any(s.points for s in series):
@@ -262,7 +262,7 @@ def _curves(bench: Bench) -> list[dict[str, Any]]:
 
 
 def _gates(bench: Bench) -> list[dict[str, str]]:
-    """Conditions for release of every arm, against the untouched model."""
+    """The release gate of every arm, compared with the base model."""
     out: list[dict[str, str]] = []
     for arm, runs in bench.results().items():
         before = _results(runs[min(runs)], "before")
@@ -278,7 +278,7 @@ def _results(place: Path, which: str) -> Results:
 
 
 def _samples(bench: Bench) -> dict[str, Any] | None:
-    """Answers to the first prompts of every arm's first seed; those on which arms differ come first."""
+    """Answers of the first seed of every arm. Prompts on which arms differ come first."""
     found = {}
     for arm, runs in bench.results().items():
         place = runs[min(runs)]
@@ -288,7 +288,9 @@ def _samples(bench: Bench) -> dict[str, Any] | None:
     by_key = {arm: {s.key: s for s in samples} for arm, samples in found.items()}
     first = {s.key: s for s in untouched}
     keys = [k for k in first if all(k in mine for mine in by_key.values())]
-    keys.sort(key=lambda k: len({mine[k].right for mine in by_key.values()}) == 1)  # stable: differing ones first
+    keys.sort(
+        key=lambda k: len({mine[k].right for mine in by_key.values()}) == 1
+    )  # stable: prompts with differences first
     rows = []
     for k in keys[:SHOWN]:
         cells = [first[k], *(mine[k] for mine in by_key.values())]

@@ -1,4 +1,4 @@
-"""What is compared: arms over one recipe, a budget, a search for each arm's learning rate, seeds."""
+"""The plan of a comparison: arms over one recipe, a budget, a search for each arm's learning rate, seeds."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _STRICT = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Budget(BaseModel):
-    """What every run of every arm may spend; one of these."""
+    """What every run of every arm may cost. Set exactly one."""
 
     model_config = _STRICT
 
     flops: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Floating-point operations of training, selection and curation, by the ledger's formulas."""
     tokens: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Tokens of the rows an arm is given, whether it trains on them or leaves them out."""
+    """Tokens of the rows that an arm gets, whether it trains on them or leaves them out."""
     seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Wall clock of training; arms then run one at a time."""
+    """Wall-clock time of training. Arms then run one at a time."""
     bytes: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """Most that an update may take when it is sent; steps stay as each recipe says, and a larger arm is refused."""
+    """Largest size of an update. Steps stay as in each recipe, and an arm with a larger update is refused."""
 
     @model_validator(mode="after")
     def _one(self) -> Budget:
@@ -49,35 +49,35 @@ class Budget(BaseModel):
 
 
 class Search(BaseModel):
-    """The same small search for a learning rate in every arm; what it costs is counted."""
+    """The same small search for a learning rate in every arm. Its cost is reported."""
 
     model_config = _STRICT
 
     trials: int = Field(4, ge=1)
-    """Rates tried, the recipe's own first; the next ones go where the loss falls."""
+    """Learning rates tried. The recipe's own is the first; the next ones follow the falling loss."""
     factor: float = Field(3.0, gt=1)
-    """From one rate to its neighbour."""
+    """Factor between neighbouring learning rates."""
     share: float = Field(0.25, gt=0, le=1)
-    """Part of a run's budget that each trial gets."""
+    """Share of a run's budget for each trial."""
     rows: int = Field(100, ge=10)
-    """Rows cut from the training rows of all arms, on which trials are scored."""
+    """Rows that are cut from the training rows of all arms to score trials."""
     data: str | None = None
-    """A file of rows to score trials on, in place of rows cut from training."""
+    """A file of rows to score trials on, instead of rows cut from training."""
     measure: str | None = None
-    """What trials are chosen by; the comparison's primary measure by default."""
+    """The measure that chooses the learning rate; by default the comparison's primary measure."""
 
 
 class Foreign(BaseModel):
-    """An arm trained by somebody else's command, on the same rows, scored by the same code."""
+    """An arm that another program trains, on the same rows. The same code scores it."""
 
     model_config = _STRICT
 
     command: str
-    """What to run. {model} {train} {output} {seed} {learning_rate} {steps} {batch_size} {seconds} stand for what it is
-    given; it leaves a model or a peft adapter in {output}."""
+    """The command to run. {model} {train} {output} {seed} {learning_rate} {steps} {batch_size} {seconds} are filled in. It must
+    leave a model or a peft adapter in {output}."""
     like: str | None = None
-    """An arm of ours whose steps it takes and whose FLOPs a step are written down for it; needed unless the budget is in
-    seconds."""
+    """An arm of luthier; the command gets the same number of steps, and the same FLOPs a step are reported. Required unless the
+    budget is in seconds."""
     learning_rate: float = Field(1e-4, gt=0)
     """Where the search starts."""
 
@@ -92,24 +92,24 @@ class Comparison(BaseModel):
     recipe: dict[str, Any]
     """What the arms share: a recipe, or the path of one."""
     arms: dict[str, dict[str, Any] | Foreign]
-    """Name -> keys of the recipe that differ ("a.b" for a key within a key), or a command."""
+    """Name -> keys of the recipe that differ ("a.b" for nested keys), or a command."""
     baseline: str | None = None
     """The arm that others are compared with; the first by default."""
     budget: Budget | None = None
-    """Budget of one run; by default the FLOPs that the baseline's recipe takes as it stands."""
+    """Budget of one run; by default the FLOPs that the baseline's recipe costs."""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Each arm runs once with each; equal seeds mean equal order of rows."""
+    """Each arm runs once with each seed; equal seeds mean an equal order of rows."""
     primary: str = "loss"
     """The measure that decides."""
     margin: float = Field(0.0, ge=0)
     """How much better than the baseline an arm must be to count."""
     search: Search | None = Search()
-    """null: every arm trains at its recipe's own rate."""
+    """null: every arm trains at its recipe's learning rate."""
 
     @field_validator("arms", mode="before")
     @classmethod
     def _commands(cls, arms: Any) -> Any:
-        """An arm with a command is somebody else's trainer."""
+        """An arm with a command is another trainer."""
         if not isinstance(arms, dict):
             return arms
         foreign = {n for n, keys in arms.items() if isinstance(keys, dict) and "command" in keys}
@@ -121,7 +121,7 @@ class Comparison(BaseModel):
 
 
 def load(path: Path) -> tuple[Comparison, Path]:
-    """A comparison from a file, and the folder that its paths are relative to. Raises RecipeError."""
+    """Read a comparison from a file. Returns it with the folder that its paths are relative to. Raises RecipeError."""
     values, lines = parse(_text(path), str(path))
     if isinstance(values.get("recipe"), str):
         inner = path.parent / values["recipe"]
@@ -141,7 +141,7 @@ def _text(path: Path) -> str:
 
 
 def _moved(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A recipe of another folder, with its paths made absolute."""
+    """A recipe from another folder, with absolute paths."""
     out, data = dict(recipe), dict(recipe.get("data") or {})
     for key in {"train", "eval", "pool"} & set(data):
         data[key] = _beside(folder, data[key])
@@ -154,7 +154,7 @@ def _moved(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _beside(folder: Path, name: Any) -> Any:
-    """A path in a folder made absolute, where there is such a file; else as it is."""
+    """The absolute path of a file in a folder if it exists; else the name as it is."""
     return str(folder / name) if isinstance(name, str) and (folder / name).exists() else name
 
 
@@ -192,7 +192,7 @@ def _consistent(plan: Comparison, name: str) -> None:
         if keys.like is None and unit != "seconds":
             what = f"nothing says what a step of the command costs in {unit}"
             raise RecipeError(
-                f"{name}: arms.{arm}", what, "name an arm of ours in like:, or give the budget in seconds"
+                f"{name}: arms.{arm}", what, "name an arm of luthier in like:, or give the budget in seconds"
             )
         if keys.like is not None and not isinstance(plan.arms.get(keys.like), dict):
             raise RecipeError(f"{name}: arms.{arm}.like", f"{keys.like!r} names no arm of this comparison", "name one")
@@ -201,7 +201,7 @@ def _consistent(plan: Comparison, name: str) -> None:
 
 
 def varied(base: Mapping[str, Any], vary: Sequence[str], **more: Any) -> Comparison:
-    """`--vary a.b=x,y`: one arm a value; several --vary give every combination."""
+    """`--vary a.b=x,y`: one arm for each value. Several --vary give all combinations."""
     axes = []
     for item in vary:
         key, equals, text = item.partition("=")
@@ -218,7 +218,7 @@ def varied(base: Mapping[str, Any], vary: Sequence[str], **more: Any) -> Compari
 
 
 def _names(values: list[Any]) -> list[str]:
-    """Method names where these tell the values apart, with their fields where not."""
+    """The names of methods if these differ, else the names with their fields."""
     short = [next(iter(v)) if isinstance(v, Mapping) and len(v) == 1 else _called(v) for v in values]
     return short if len(set(short)) == len(short) else [_called(v) for v in values]
 
@@ -234,12 +234,12 @@ def _called(value: Any) -> str:
 
 
 def slug(name: str) -> str:
-    """A folder's name."""
+    """A text as the name of a folder."""
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", name).strip("-.") or "arm"
 
 
 def recipe_of(plan: Comparison, arm: str, code: Path | None = None) -> Recipe:
-    """The arm's recipe; a foreign arm's is the shared one. Raises RecipeError naming the arm."""
+    """The arm's recipe; for an arm with a command the shared recipe. Raises RecipeError with the arm's name."""
     keys = plan.arms[arm]
     values = _copied(plan.recipe)
     if not isinstance(keys, Foreign):
@@ -252,7 +252,7 @@ def recipe_of(plan: Comparison, arm: str, code: Path | None = None) -> Recipe:
 
 
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """a.b = value, with the recipe's own rules for names of methods."""
+    """Set a.b = value, with the recipe's rules for names of methods."""
     import json
 
     if value is None:

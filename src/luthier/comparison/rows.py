@@ -1,4 +1,4 @@
-"""The rows of a comparison, written once, so that every arm and every command trains and is scored on the same ones."""
+"""The rows of a comparison, written once, so that every arm and every command trains and is scored on the same rows."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ DROPPED: dict[str, Any] = {
 
 
 class Files(NamedTuple):
-    """Rows of one arm: to train on (a file, or one for each source), to choose a rate on (None without a search), to be judged
-    on."""
+    """The row files of one arm: training rows (one file, or one for each source), rows that choose the learning rate (None
+    without a search), and held-out rows."""
 
     train: str | tuple[RowSource, ...]
     valid: Path | None
     eval: Path
 
     def put_into(self, recipe: Recipe, held_out: Path) -> Recipe:
-        """The recipe on these files."""
+        """The recipe with these files."""
         data = recipe.data.model_copy(update={**DROPPED, "train": self.train, "eval": str(held_out)})
         return recipe.model_copy(update={"data": data})
 
 
 def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Path) -> dict[str, Files]:
-    """Files of every arm. Raises RecipeError where an arm has no held-out rows, or others than the baseline's."""
+    """Write the files of every arm. Raises RecipeError if an arm has no held-out rows, or others than the baseline."""
     made: dict[str, tuple[str, Files]] = {}
     out: dict[str, Files] = {}
     judged = ""
@@ -78,7 +78,7 @@ def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Row
         valid = _write(folder / f"valid-{key}.jsonl", chosen)
     elif search is not None:
         if len(rows) < 2 * search.rows:
-            what = f"{search.rows} rows to choose a rate on, of {len(rows)}, would leave fewer to train on"
+            what = f"{search.rows} of {len(rows)} rows to choose a learning rate would leave fewer rows to train on"
             raise RecipeError("search.rows", what, "lower it, or name other rows in search.data")
         drawn = np.sort(Streams(0).at("search").permutation(len(rows))[: search.rows])
         valid, place = _write(folder / f"valid-{key}.jsonl", rows.take(drawn)), np.setdiff1d(place, drawn)
@@ -86,7 +86,7 @@ def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Row
 
 
 def _train(data: DataSettings, rows: Rows, place: np.ndarray, folder: Path, key: str) -> str | tuple[RowSource, ...]:
-    """The rows of these places in a file; those of each source in one of its own."""
+    """Write these rows to a file; the rows of each source to a file of their own."""
     if isinstance(data.train, str):
         return str(_write(folder / f"train-{key}.jsonl", rows.take(place)))
     ends = np.cumsum([0, *(part.table.num_rows for part in rows.parts)])
@@ -98,7 +98,7 @@ def _train(data: DataSettings, rows: Rows, place: np.ndarray, folder: Path, key:
 
 
 def _write(path: Path, rows: Iterable[Row]) -> Path:
-    """One object a line; a file that is there was written whole."""
+    """Write one object in each line. A file that exists is complete."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:

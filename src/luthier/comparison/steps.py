@@ -1,6 +1,6 @@
-"""Which runs a comparison needs: a pure function of those that are done, so that a killed one goes on where it was.
+"""Which runs a comparison needs: a pure function of the finished runs, so that a killed comparison continues.
 
-An arm is measured over a few steps, then tried at several learning rates with a part of the budget each, then run with
+An arm is first measured over a few steps, then tried at several learning rates with a part of the budget each, then run with
 every seed at the best rate.
 """
 
@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 from luthier.comparison.plan import Comparison, Foreign, Search
 
 Selections = Callable[[int], int]
-MEASURED_STEPS = 4  # of the first, short run of each arm
+MEASURED_STEPS = 4  # steps of the first, short run of each arm
 
 
 class Job(NamedTuple):
-    """One run: arm, what it is for, with which rate, seed and number of steps."""
+    """One run: arm, purpose, learning rate, seed and number of steps."""
 
     arm: str
     purpose: str  # "measure", "trial-N", "seed-N"
     learning_rate: float
     seed: int
-    steps: int | None  # None: as the recipe says
+    steps: int | None  # None: as in the recipe
 
     @property
     def name(self) -> str:
@@ -40,13 +40,13 @@ class StageCost(NamedTuple):
 
 
 class Done(NamedTuple):
-    """What a finished run says.
+    """The result of a finished run.
 
     flops, seconds  of training with selection; once: FLOPs and seconds before the first step (curation)
-    select_flops, select_seconds  of these, what choosing what trains took
-    row_tokens      tokens of the rows it was given
-    value           the measure that chooses, with its direction made so that more is better; None where not measured
-    error           why it failed; None where it did not
+    select_flops, select_seconds  the part of these that the choice of trained weights took
+    row_tokens      tokens of the rows that it got
+    value           the measure that chooses, with the sign that more is better; None if not measured
+    error           the reason of a failure; None if it did not fail
     stages          of a pipeline: what each stage took, by name
     """
 
@@ -68,19 +68,19 @@ class Done(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What one arm costs, in the budget's unit: a step, what is spent before the first, and a choice of what trains."""
+    """What one arm costs, in the budget's unit: a step, the work before the first step, and a choice of trained weights."""
 
     step: float
     once: float
     choice: float = 0.0
 
     def of(self, steps: int, selections: Selections) -> float:
-        """What so many steps take."""
+        """The cost of a number of steps."""
         return self.once + self.step * steps + self.choice * selections(steps)
 
 
 def never(steps: int) -> int:
-    """No choices: most tuners choose nothing."""
+    """No choices: most tuners always train the same weights."""
     return 0
 
 
@@ -95,11 +95,11 @@ class StagePlan(NamedTuple):
 def cost_of(
     done: list[Done], unit: str, tokens_a_step: float, selections: Selections = never, stages: Sequence[StagePlan] = ()
 ) -> Cost:
-    """From the runs so far, the longest trusted most: what a step over average rows takes.
+    """The cost of a step over average rows, from the runs so far. The longest run counts most.
 
-    selections  how often a run of so many steps chooses what trains, at a cost that its length hardly changes
+    selections  how often a run of so many steps chooses weights; a choice costs nearly the same in every run
     stages      of a pipeline: its steps are those of all stages, each stage's share of them as the pipeline has it
-    Raises ValueError where there is none.
+    Raises ValueError if there is no run.
     """
     runs = [d for d in done if d.error is None and d.steps]
     if not runs:
@@ -129,16 +129,16 @@ def _cost_in_stages(known: Done, unit: str, stages: Sequence[StagePlan]) -> Cost
 
 
 def steps_within(cost: Cost, budget: float, selections: Selections = never) -> int:
-    """The most whole steps a budget pays for, to half a step; at least one."""
+    """The largest number of steps within a budget, up to half a step more; at least one."""
     most = max(1, int((budget - cost.once) / cost.step + 0.5))
     return next((n for n in range(most, 1, -1) if cost.of(n, selections) <= budget + cost.step / 2), 1)
 
 
 def next_rate(tried: Mapping[float, float], start: float, factor: float) -> float:
-    """Where to look next: beyond the best rate where it is the lowest or highest tried, else between it and its better
-    neighbour.
+    """The next learning rate to try: beyond the best one if that is the lowest or highest so far, else between the best one and
+    its better neighbour.
 
-    tried  rate -> value, more is better; values that are not finite are the worst there are
+    tried  rate -> value, more is better; values that are not finite are the worst
     """
     if not tried:
         return start
@@ -156,7 +156,7 @@ def next_rate(tried: Mapping[float, float], start: float, factor: float) -> floa
 
 
 def best_rate(tried: Mapping[float, float]) -> float:
-    """The rate with the best value; of equal ones the smallest. Raises ValueError where none gave a finite value."""
+    """The rate with the best value; of equal ones the smallest. Raises ValueError if no value is finite."""
     finite = {r: v for r, v in tried.items() if math.isfinite(v)}
     if not finite:
         raise ValueError("no learning rate gave a finite value")
@@ -164,9 +164,9 @@ def best_rate(tried: Mapping[float, float]) -> float:
 
 
 class Arm(NamedTuple):
-    """What planning needs to know of an arm.
+    """What planning needs to know about an arm.
 
-    tokens_a_step  of the rows it is given, on average; own_steps: as its recipe says
+    tokens_a_step  mean over the rows that it gets; own_steps: as in its recipe
     stages         of a pipeline; its own steps are theirs together, and its rate is the first one's
     """
 
@@ -184,7 +184,7 @@ class Arm(NamedTuple):
 
 
 def next_jobs(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]) -> list[Job]:
-    """All runs that can start now, in order; empty where everything is done or nothing can go on."""
+    """All runs that can start now, in order; empty if everything is done or nothing can continue."""
     jobs: list[Job] = []
     for arm in arms.values():
         jobs += [j for j in _of_arm(plan, arms, arm, done) if j.name not in done]
@@ -196,7 +196,7 @@ def _mine(done: Mapping[str, Done], arm: str) -> list[Done]:
 
 
 def budget_of(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]) -> tuple[str, float] | None:
-    """(unit, amount of one run); None as long as the baseline has not been measured."""
+    """(unit, amount of one run); None before the baseline has been measured."""
     if plan.budget is not None:
         return plan.budget.unit, plan.budget.amount
     base = arms[plan.base_arm]
@@ -207,7 +207,7 @@ def budget_of(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done
 
 
 def over_budget(plan: Comparison, done: Mapping[str, Done], arm: str) -> str | None:
-    """Why an arm may not go on: its update, whose size is known after its first run, is larger than a budget in bytes."""
+    """Why an arm may not continue: its update, whose size is known after its first run, is larger than a budget in bytes."""
     if plan.budget is None or plan.budget.bytes is None:
         return None
     size = max((d.update_bytes for d in _mine(done, arm) if d.error is None), default=0.0)
@@ -242,7 +242,7 @@ def _of_arm(plan: Comparison, arms: Mapping[str, Arm], arm: Arm, done: Mapping[s
             return []
         rate = best_rate(tried)
         if leader is not arm and len(rates_tried(done, leader.name)) < plan.search.trials:
-            return []  # its steps are known once the other's search is over
+            return []  # its steps are known once the search of the other arm is over
     return [Job(arm.name, f"seed-{s}", rate, s, steps(1.0)) for s in plan.seeds]
 
 
@@ -252,7 +252,7 @@ def _steps(budget: tuple[str, float], arm: Arm, done: list[Done], share: float) 
         return max(1, round(arm.own_steps * share))
     if arm.foreign is not None:  # it stops by the clock
         return None
-    # Trials are planned from the first measurement, so that a finished one changes no other's length.
+    # Trials are planned from the first measurement, so that a finished trial does not change the length of another.
     known = done if share == 1.0 else [d for d in done if d.job.purpose == "measure"]
     finished = [d for d in known if not d.job.purpose.startswith("seed-")]
     cost = arm.cost(finished, unit)
@@ -260,13 +260,13 @@ def _steps(budget: tuple[str, float], arm: Arm, done: list[Done], share: float) 
 
 
 def rates_tried(done: Mapping[str, Done], arm: str) -> dict[float, float]:
-    """Rate -> value of an arm's finished trials; a failed one counts as the worst."""
+    """Rate -> value of an arm's finished trials. A failed trial has the worst value."""
     trials = [d for d in _mine(done, arm) if d.job.purpose.startswith("trial-")]
     return {d.job.learning_rate: -math.inf if d.value is None or d.error else d.value for d in trials}
 
 
 def _trials(arm: Arm, search: Search, done: Mapping[str, Done], steps: int | None) -> list[Job]:
-    """The next trial: one at a time, since where to look depends on the last; empty when all are done."""
+    """The next trial: one at a time, because the next rate depends on the last result. Empty when all are done."""
     tried = rates_tried(done, arm.name)
     if len(tried) >= search.trials:
         return []
@@ -275,14 +275,14 @@ def _trials(arm: Arm, search: Search, done: Mapping[str, Done], steps: int | Non
 
 
 def total_runs(plan: Comparison) -> int:
-    """Runs of the whole comparison."""
+    """The number of runs of the whole comparison."""
     ours = sum(not isinstance(a, Foreign) for a in plan.arms.values())
     each = (plan.search.trials if plan.search else 0) + len(plan.seeds)
     return ours + each * len(plan.arms)
 
 
 def forecast(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done]) -> dict[str, Any] | None:
-    """Once every arm of ours is measured: runs left, FLOPs and seconds of one process's work."""
+    """The runs, FLOPs and seconds that are left for one process, once every arm of luthier is measured."""
     budget = budget_of(plan, arms, done)
     measured = {a.name: done.get(f"{a.name}/measure") for a in arms.values() if a.foreign is None}
     if budget is None or any(d is None for d in measured.values()):

@@ -1,4 +1,4 @@
-"""Fewer tokens or pairs in the forward pass."""
+"""Compute methods: fewer tokens or pairs in the forward pass."""
 
 from luthier.support.lazy import lazy
 

@@ -1,4 +1,4 @@
-"""The compute seam: fewer tokens or pairs in the forward pass."""
+"""The base class of compute methods: fewer tokens or pairs in the forward pass."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Compute(Method):
     phases: ClassVar[frozenset[str]] = frozenset({"train"})
 
     def patch(self, view: ModelView, phase: str) -> AbstractContextManager[Any]:
-        """Entered around every forward, its backward too where there is one; yields a state to report.
+        """Entered around every forward pass and its backward pass. Yields a state to report.
 
         phase  one of PHASES; a method for training alone leaves the other two as they are
         """

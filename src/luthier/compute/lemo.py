@@ -122,15 +122,15 @@ class LemoState:
 
 
 class Lemo(Compute):
-    """In the upper layers only the most attended blocks of tokens take part in attention; which, each layer decides.
+    """In the upper layers, only the most attended blocks of tokens take part in attention. Each layer chooses its own blocks.
 
-    A token left out keeps its residual stream, passes every MLP, and may come back in the next layer. Positions stay
-    the original ones. Evaluation and generation are dense.
+    A token that is left out keeps its residual stream, passes every MLP, and may take part again in the next layer.
+    Positions do not change. Evaluation and generation are dense.
     Scores come from the exact block scorer (the source trains a predictor for very long contexts), over the layer's own
-    queries and keys: normed where it norms them, within its window where it has one, before rotary positions turn them,
-    as the source's predictor is taught. Blocks lie within a sequence, so packed sequences never share one; a sequence
-    of fewer than two blocks stays whole, and of a longer one at least one block stays.
-    Cost: attention's projections shrink to keep_fraction, its scores to the square; scoring adds two projections
+    queries and keys: with the layer's norms and window, before rotary positions, like the targets of the source's
+    predictor. Blocks lie within a sequence, so packed sequences never share one. A sequence of fewer than two blocks stays
+    whole; a longer one keeps at least one block.
+    Cost: attention's projections shrink to keep_fraction, its scores to the square of it; scoring adds two projections
     without gradient.
     Refuses: the padded layout; trained or quantised MLP weights together with mlp_prune_fraction; blocks whose attention
     (below keep_fraction 1) or MLP (above mlp_prune_fraction 0) is not known: fused projections, experts.
@@ -149,11 +149,11 @@ class Lemo(Compute):
     block_size: int = Field(16, ge=1)
     """Tokens in a block; 64 for contexts above 2048."""
     keep_first_block: bool = True
-    """Always keep the first block, where attention sinks sit."""
+    """Always keep the first block, which holds the attention sinks."""
     symmetrise: bool = True
-    """Mirror the causal scores, so that late blocks are not at a disadvantage."""
+    """Mirror the causal scores, so that late blocks, which few queries follow, have no disadvantage."""
     mlp_prune_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of MLP neurons left out of the backward (p); 0 is exact."""
+    """Share of MLP neurons left out of the backward pass (p); 0 is exact."""
 
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)

@@ -1,4 +1,4 @@
-"""Which rows, in which words."""
+"""Curators: which rows are used, and in which form."""
 
 from luthier.support.lazy import lazy
 

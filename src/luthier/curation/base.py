@@ -1,4 +1,4 @@
-"""The curation seam: which rows, in which words, how much each counts. Every row and the reason stay in the table."""
+"""The base class of curators. They choose, rewrite and weigh rows; every row and the reason stay in the table."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from luthier.data.codec import Chain, Codec
+from luthier.data.reading import answers_of, shape_in
 from luthier.data.store import Row
 from luthier.data.table import Table
 from luthier.inference.services import lab_around
@@ -18,7 +19,7 @@ from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError
 from luthier.support.sources import code_key
 
-__all__ = ["Chooser", "Codec", "Curator", "Selection", "Table", "chain_of", "text_of"]
+__all__ = ["Chooser", "Codec", "Curator", "Selection", "Table", "answers_of", "chain_of", "text_of"]
 
 
 class Curator(Method):
@@ -27,24 +28,24 @@ class Curator(Method):
     idempotent: ClassVar[bool] = False  # True: curating its own result changes nothing more
 
     def curate(self, table: Table, lab: Lab) -> Table:
-        """The table after this step. Raises RecipeError where it cannot work on these rows.
+        """The table after this step. Raises RecipeError if the step cannot work on these rows.
 
-        The result comes from the table's own operations, so that every row is accounted for. What asking a model takes is
-        charged to the lab's ledger, under "curate". Draws are keyed by seed and row.
+        The result must come from the table's own operations, so that every row is accounted for. The cost of using a model
+        is charged to the lab's ledger, under "curate". Draws are keyed by seed and row.
         """
         raise NotImplementedError  # the seam: every curator has its own
 
     @property
     def codec(self) -> Codec | None:
-        """How answers are brought back, where the rows were put into another form; None where they were not."""
+        """How answers are changed back, if the rows got another form; None if they did not."""
         return None
 
     def curated(
         self, rows: Sequence[dict[str, Any]], seed: int = 0, model: PreTrainedModel | None = None, tokenizer: Any = None
     ) -> Table:
-        """The table of plain dictionaries after this step; for use without a recipe.
+        """The table of plain dictionaries after this step, for use without a recipe.
 
-        model, tokenizer  for curators that ask a model
+        model, tokenizer  for curators that use a model
         """
         if model is None and "base_view" in self.traits.needs:
             raise LuthierError(f"{self.key()}: asks a model and was given none; pass model and tokenizer")
@@ -55,7 +56,7 @@ class Curator(Method):
     def choose(
         self, rows: Sequence[dict[str, Any]], seed: int = 0, model: PreTrainedModel | None = None, tokenizer: Any = None
     ) -> list[int]:
-        """Positions of the plain dictionaries of which something stays, as it came or in other words; without a recipe."""
+        """Positions of the plain dictionaries that stay, unchanged or rewritten; for use without a recipe."""
         table = self.curated(rows, seed, model, tokenizer)
         found = np.unique(table.roots(table.live))
         return [int(i) for i in found if i >= 0]
@@ -65,10 +66,10 @@ class Selection(NamedTuple):
     """What a chooser decided about every row it saw.
 
     keep    [M] int64, positions of the rows that stay, sorted
-    score   [N] float64, what the decision rests on
-    reason  N short texts, why each row stayed or went
-    plane   [N, 2] where each row lies, for a picture; None where the decision rests on one number
-    axes    what the plane's directions are called
+    score   [N] float64, the number that decides
+    reason  N short texts, why each row stayed or was dropped
+    plane   [N, 2] coordinates of each row in a picture; None if one number decides
+    axes    names of the plane's directions
     """
 
     keep: np.ndarray
@@ -82,7 +83,7 @@ class Chooser(Curator):
     """A curator that only says which rows stay."""
 
     def select(self, rows: Sequence[Row], lab: Lab) -> Selection:
-        """Decide about every row. Raises RecipeError where nothing would be left."""
+        """Decide about every row. Raises RecipeError if no row would be left."""
         raise NotImplementedError  # the seam: every chooser has its own
 
     def curate(self, table: Table, lab: Lab) -> Table:
@@ -100,10 +101,10 @@ def chain_of(curators: Iterable[Curator]) -> Chain:
 
 
 def text_of(row: Row) -> str:
-    """A row's words: its text, or prompt and answer, or all turns, joined by a space."""
-    values = row.values
-    if "messages" in values:
+    """A row's words: all turns, or prompt and answer, or its text, joined by a space. `answers_of` gives the answers alone."""
+    values, shape = row.values, shape_in(row.values)
+    if shape == "messages":
         return " ".join(turn["content"] for turn in values["messages"])
-    if "text" in values:
-        return str(values["text"])
-    return f"{values['prompt']} {values.get('completion', '')}"
+    if shape == "prompt and completion":
+        return f"{values['prompt']} {values['completion']}"
+    return str(values["text"])

@@ -1,4 +1,4 @@
-"""Q-Tuning offline: the rows that teach most, chosen once over the whole set by the untouched model."""
+"""Q-Tuning offline: the rows that teach most, chosen once over the whole set by the base model."""
 
 from __future__ import annotations
 
@@ -23,15 +23,14 @@ PART = 256  # rows rendered together
 
 
 class QTuningOffline(Chooser):
-    """Keep the rows that surprise the untouched model while it is sure, or that it expects while it is unsure.
+    """Keep the rows that surprise the base model while it is sure, or that it expects while it is unsure.
 
-    The sample stage of q-tuning over all rows at once: perplexity and mean entropy of each answer under the base model;
-    rows in the quadrants of misconceptions (Q2) and of what is to be calibrated (Q4) stay, topped up or cut to
-    keep_fraction by the gap between the two. Unlike the objective it looks once, before training, and prunes no tokens;
-    the scores are kept in the cache, so another fraction costs nothing. The report shows the plane.
-    Measured here: of rows with answers of other rows it keeps 34 to 38% where 40% are wrong, and teaches no more than a
-    random part.
-    Cost: one forward pass over all rows, and loading the model before the rows are chosen.
+    This is the sample stage of q-tuning over all rows at once: perplexity and mean entropy of each answer under the base
+    model. Rows in the quadrant of misconceptions (Q2) and in the quadrant to calibrate (Q4) stay. By the gap between the
+    two numbers, rows are added or removed to reach keep_fraction. Unlike the objective, it scores once, before training,
+    and prunes no tokens. The scores are kept in the cache, so another fraction costs nothing. The report shows the plane.
+    Measured here: it keeps 34 to 38% rows with answers of other rows where 40% are wrong, and teaches no more than a random part.
+    Cost: one forward pass over all rows, and the model is loaded before the rows are chosen.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), needs=frozenset({"base_view"}))
@@ -43,9 +42,9 @@ class QTuningOffline(Chooser):
     )
 
     keep_fraction: float = Field(gt=0, le=1, examples=[0.5])
-    """Share of the rows kept (r_sample)."""
+    """Share of the rows that is kept (r_sample)."""
     bisection_steps: int = Field(10, ge=1)
-    """Halvings in the search for the quadrants' edges (K)."""
+    """Number of halvings in the search for the quadrants' edges (K)."""
 
     def select(self, rows: Sequence[Row], lab: Lab) -> Selection:
         if int(self.keep_fraction * len(rows)) < 1 or len(rows) < 2:

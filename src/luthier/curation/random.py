@@ -1,4 +1,4 @@
-"""A random subset: the baseline that every other choice of rows has to beat."""
+"""A random subset: the baseline for every other choice of rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from luthier.support.errors import RecipeError
 class Random(Chooser):
     """Keep a share of the rows, drawn uniformly without replacement.
 
-    Each row's draw depends on the seed and its own key, so that adding rows elsewhere does not change its fate's order.
+    Each row's draw depends only on the seed and its own key, so other rows do not change it.
     Cost: none.
     """
 
@@ -27,7 +27,7 @@ class Random(Chooser):
     )
 
     keep_fraction: float = Field(gt=0, le=1, examples=[0.5])
-    """Share of the rows kept."""
+    """Share of the rows that is kept."""
 
     def select(self, rows: Sequence[Row], lab: Lab) -> Selection:
         count = int(self.keep_fraction * len(rows))

@@ -105,11 +105,11 @@ def stratified(scores: np.ndarray, count: int, generator: np.random.Generator) -
 
 
 class Scdp(Chooser):
-    """Rank rows by their TF-IDF distance from the set's geometric median; keep the farthest, or a spread over distances.
+    """Rank rows by their TF-IDF distance from the set's geometric median. Keep the farthest, or a spread over distances.
 
-    Up to 1500 kept rows the farthest ("hardest") stay, above that an even draw over 100 strata of distance: the switch
-    is on the kept count, so a curve over keep_fraction is not one method. "Far" means rare words: look at the farthest
-    rows before trusting them, and remove duplicates first, which pull the median and are kept together.
+    Up to 1500 kept rows, the farthest ("hardest") stay; above that, an even draw over 100 strata of distance. The switch
+    depends on the number of kept rows, so a curve over keep_fraction is not one method. "Far" means rare words: look at
+    the farthest rows before you trust them. Remove duplicates first, because they move the median and are kept together.
     Rows without a word of two letters have no direction; they are dropped before the farthest are taken.
     Cost: one TF-IDF pass and a few sparse products; no model.
     """
@@ -122,11 +122,11 @@ class Scdp(Chooser):
     )
 
     keep_fraction: float = Field(gt=0, le=1, examples=[0.5])
-    """Share of the rows kept."""
+    """Share of the rows that is kept."""
     class_balanced: bool = False
     """Apply the rule within each class, with its share of the rows."""
     max_features: int | None = Field(None, ge=1)
-    """Words counted at most; for pools beyond two million rows."""
+    """Largest number of words counted; for pools of more than two million rows."""
 
     def select(self, rows: Sequence[Row], lab: Lab) -> Selection:
         count = int(self.keep_fraction * len(rows))

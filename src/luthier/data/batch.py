@@ -1,10 +1,10 @@
-"""One logical batch over two layouts.
+"""One logical batch with two layouts.
 
 Letters of the whole library: T tokens of a batch, S sequences, N supervised rows, V vocabulary, D hidden,
 H heads, R rank, K entries kept, P parties.
 
-A `Batch` always lists its sequences end to end in T tokens. Whether the model then sees one flat row or a
-padded rectangle is decided by the `ModelView`; methods never notice.
+A `Batch` always lists its sequences end to end in T tokens. The `ModelView` decides whether the model gets one flat row or
+a padded rectangle; methods work with both.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from torch import Tensor
 
 from luthier.support.errors import LuthierError
 
-IGNORE = -100  # label of a position that carries no loss
+IGNORE = -100  # label of a position that does not count in the loss
 WEIGHT = "weight"  # the row column that says how much a row's loss counts
 
 
 class Spans(NamedTuple):
-    """Runs of tokens that mean something together; M of them, in the order of their sequences.
+    """Runs of tokens that belong together; M of them, in the order of their sequences.
 
     seq    [M] int64, index of the sequence a span lies in
     start  [M] int64, its first token among the batch's T; end: the token behind its last
-    type   [M] int64, what it is, as the user numbered it
+    type   [M] int64, the type's number, as the user numbered it
     """
 
     seq: Tensor
@@ -37,7 +37,7 @@ class Spans(NamedTuple):
     type: Tensor
 
     def where(self, keep: Tensor) -> Spans:
-        """Those of a mask [M]."""
+        """The spans of a mask [M]."""
         return Spans(*(column[keep] for column in self))
 
 
@@ -91,7 +91,7 @@ class Batch:
 
     @property
     def contiguous(self) -> bool:
-        """True where every sequence counts its positions from 0 without a gap."""
+        """True if every sequence counts its positions from 0 without a gap."""
         expected = torch.arange(self.num_tokens, device=self.ids.device) - self.starts[self.seq]
         return bool((self.pos == expected).all())
 
@@ -122,15 +122,15 @@ class Batch:
         rows    [S'] int64, sequences to keep, sorted
         tokens  [T] bool, positions whose label stays; None keeps all
         drop    False: other labels become IGNORE. True: positions with a label that is not kept leave the input as
-                well, and `pos` keeps its old values. Then the token is gone from the context, and its prediction too;
-              a span shrinks to the tokens that are left of it, and goes with the last of them
+                well, and `pos` keeps its old values. Then the token is neither in the context nor predicted. A span keeps its
+                remaining tokens, and is removed with the last of them
         """
         labels = self.labels if tokens is None else torch.where(tokens, self.labels, IGNORE)
         wanted = torch.zeros(self.num_sequences, dtype=torch.bool, device=self.ids.device)
         wanted[rows] = True
         keep = wanted[self.seq]  # [T]
         if drop and tokens is not None:
-            # labels[t] belongs to the *input* token t + 1; that token leaves when its label was pruned.
+            # labels[t] is predicted at t and is the *input* token t + 1; that token is removed when its label was pruned.
             pruned = (self.labels != IGNORE) & ~tokens
             gone = torch.zeros_like(pruned)
             gone[1:] = pruned[:-1] & (self.seq[1:] == self.seq[:-1])
@@ -160,8 +160,8 @@ class Batch:
     def _rejoin(self, labels: Tensor, gone: Tensor) -> Tensor:
         """A position before a dropped run predicts the first token after it, if that one is supervised.
 
-        Without this the kept tokens behind a dropped one would lose their loss, since the position that predicted
-        them has left.
+        Without this, the kept tokens after a dropped one would lose their loss, because the position that predicted them is
+        removed.
         """
         labels = labels.clone()
         for t in gone.nonzero().squeeze(1).flip(0).tolist():  # right to left, so runs collapse
@@ -175,8 +175,8 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
     Each item holds `ids` and `labels` (lists of ints, unshifted labels aligned with ids: labels[i] is ids[i] where it
     is supervised, else IGNORE), optionally `key`, `token` (named per-token lists or arrays), `row` (named values) and
     `span` (named lists of (start, end, type) within the sequence).
-    The shift happens here, once, for the whole library. `targets` in place of labels are not shifted: targets[i] is what
-    is to be predicted at i, where it was hidden.
+    The shift happens here, once, for the whole library. `targets` instead of labels are not shifted: targets[i] is the token to
+    predict at i, where it was hidden.
     Raises LuthierError with the key of a sequence that lacks a column of the others.
     """
     ids: list[int] = []
@@ -209,7 +209,7 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
 
 
 def predicted(item: Mapping[str, Any]) -> list[bool]:
-    """For each token of a rendered row: is it predicted? Nothing predicts the first one from what stands before it."""
+    """For each token of a rendered row, whether it is predicted. No position before the first token predicts it."""
     if "targets" in item:
         return [y != IGNORE for y in item["targets"]]
     return [at > 0 and y != IGNORE for at, y in enumerate(item["labels"])]

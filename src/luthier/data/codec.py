@@ -1,4 +1,4 @@
-"""Rows in another form for training, and the model's answers back in the form of the question."""
+"""Rows in another form for training; the model's answers are changed back into the form of the question."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, Protocol
 
 
 class Codec(Protocol):
-    """What a curator does to the form of rows, so that it can be undone in use."""
+    """The change that a curator makes to the form of rows, with its inverse."""
 
     def encode(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """A row as the model is trained on it. A row without an answer (a bare prompt) gives what the model is asked."""
+        """A row in the form that the model is trained on. A row without an answer (only a prompt) gives the model's prompt."""
 
     def decode(self, values: Mapping[str, Any], answer: str) -> str:
-        """The model's answer to an encoded row, in the form that the row's own answer has.
+        """The model's answer to an encoded row, in the form of the original row's answer.
 
         values  the row before it was encoded
         """
@@ -22,23 +22,23 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Chain:
-    """Several codecs one after another; none changes nothing.
+    """Several codecs in order; an empty chain changes nothing.
 
-    name  changes with what they do
+    name  changes with the codecs
     """
 
     codecs: Sequence[Codec] = ()
     name: str = ""
 
     def encode(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """In the order of the recipe."""
+        """Encode in the order of the recipe."""
         out = dict(values)
         for codec in self.codecs:
             out = codec.encode(out)
         return out
 
     def decode(self, values: Mapping[str, Any], answer: str) -> str:
-        """In the reverse order, each with the row that it was given."""
+        """Decode in reverse order; each codec gets the row that it had encoded."""
         steps, form = [], dict(values)
         for codec in self.codecs:
             steps.append((codec, form))

@@ -1,7 +1,7 @@
-"""Columns beside a row's ids and labels: numbers a row, numbers a token, spans of tokens, and texts that only say something.
+"""Columns beside a row's ids and labels: numbers for a row or a token, spans of tokens, and texts.
 
-A column has one type over all rows. It is found in one pass over the fields that a recipe keeps, so that what a batch holds
-depends on no row's place.
+A column has one type over all rows. One pass over the kept fields finds the types, so that the contents of a batch do not
+depend on the order of rows.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import pyarrow as pa
 from luthier.support.errors import RecipeError
 
 Level = Literal["row", "token", "span", "text"]
-Span = tuple[int, int, int]  # first token, token behind the last, type
-RESERVED = ("label", "slot", "words")  # row columns that decide what is a row's answer
+Span = tuple[int, int, int]  # first token, the token after the last, type
+RESERVED = ("label", "slot", "words")  # row columns with a meaning of their own
 TYPES = {"int64": pa.int64(), "float32": pa.float32()}
 
 
 class Column(NamedTuple):
-    """What a column is called and how it is stored.
+    """The name of a column and how it is stored.
 
     level  "row": a number a row, or a vector of `width` numbers; "token": a number a token; "span": (start, end, type)
            of tokens; "text": a text a row, which never becomes a tensor
-    names  the texts that a span's types stand for, by number; empty where types are numbers of the user's
+    names  the texts of a span's types, by number; empty if the user gave numbers
     """
 
     level: Level
@@ -58,7 +58,7 @@ class Column(NamedTuple):
 
     @classmethod
     def of(cls, field: pa.Field) -> Column | None:
-        """The column that a stored field is; None for those that every row has."""
+        """The column of a stored field; None for the fields that every row has."""
         level, colon, name = field.name.partition(":")
         if not colon:
             return None
@@ -67,7 +67,7 @@ class Column(NamedTuple):
 
 
 class Carried(NamedTuple):
-    """Which fields of the user's rows go along.
+    """The fields of the user's rows that are kept.
 
     keep   names of fields; a number becomes a row column, a list of numbers a vector, a text stays a text
     spans  a field with [[start, end, label], ...] over the characters of the answer; it becomes spans of tokens
@@ -88,7 +88,7 @@ class Carried(NamedTuple):
         return (self.keep, self.spans, json.dumps(self.fill, sort_keys=True, default=str))
 
     def value(self, key: str, values: Mapping[str, Any], name: str) -> Any:
-        """A row's value of a field. Raises RecipeError with the row's key where it has none."""
+        """A row's value of a field. Raises RecipeError with the row's key if it has none."""
         found = values.get(name)
         found = self.fill.get(name) if found is None else found
         if found is None:
@@ -96,7 +96,7 @@ class Carried(NamedTuple):
             has = ", ".join(sorted(map(str, values))) or "no fields"
             raise RecipeError(
                 key, f"has no field {name!r}, which {asks} names; it has {has}",
-                f"mend the row, or write data.fill: {{{name}: VALUE}}",
+                f"correct the row, or write data.fill: {{{name}: VALUE}}",
             )  # fmt: skip
         return found
 
@@ -110,7 +110,7 @@ class Survey:
         self._labels: set[str] = set()
 
     def look(self, key: str, values: Mapping[str, Any]) -> None:
-        """Take in a row. Raises RecipeError with its key, the field and the value."""
+        """Look at a row. Raises RecipeError with its key, the field and the value if the type differs."""
         for name in self.carried.fields:
             value = self.carried.value(key, values, name)
             column = span_column(key, name, value) if name == self.carried.spans else column_of(key, name, value)
@@ -126,7 +126,7 @@ class Survey:
 
 
 def column_of(key: str, name: str, value: Any) -> Column:
-    """The column that a value belongs to. Raises RecipeError for one that fits none."""
+    """The column of a value. Raises RecipeError for a value that fits no column."""
     if isinstance(value, str):
         return Column("text", name, "string")
     if isinstance(value, list) and value:
@@ -137,7 +137,7 @@ def column_of(key: str, name: str, value: Any) -> Column:
 
 
 def _number(key: str, name: str, value: Any) -> str:
-    """The type of a number. Raises RecipeError for what is none, or none that a tensor holds."""
+    """The type of a number. Raises RecipeError for other values, and for numbers that no tensor holds."""
     if isinstance(value, int) and -(2**63) <= value < 2**63:
         return "int64"
     if isinstance(value, float) and math.isfinite(value):
@@ -165,7 +165,7 @@ def span_column(key: str, name: str, value: Any) -> Column:
 
 
 def _both(before: Column, now: Column, first: str, key: str) -> Column:
-    """The column that holds both; whole numbers become fractions beside fractions."""
+    """The column that holds both; whole numbers become fractions if the other column has fractions."""
     if before.level == "span":
         before, now = (before if before.type else now), (now if now.type else before)  # no span says nothing of labels
     numbers = before.level == "row" == now.level and before.width == now.width
@@ -205,5 +205,5 @@ def cells(items: Sequence[Mapping[str, Any]], column: Column) -> pa.Array:
 
 
 def columns_in(schema: Iterable[pa.Field]) -> list[Column]:
-    """The columns beside those that every row has."""
+    """The columns except those that every row has."""
     return [c for c in map(Column.of, schema) if c is not None]

@@ -1,4 +1,4 @@
-"""Rows of several sources: which of them each epoch holds. Pure functions of sizes, weights, seed and epoch."""
+"""Rows of several sources: the rows of each epoch. Pure functions of sizes, weights, seed and epoch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from luthier.support.rng import Streams
 
 
 class Origin(NamedTuple):
-    """A source of rows: its name, what the keys of its rows begin with, its weight."""
+    """A source of rows: its name, the prefix of its rows' keys, its weight."""
 
     name: str
     prefix: str
@@ -21,7 +21,7 @@ class Origin(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """How sources are mixed: the share of one in the draws is proportional to (weight * rows)^(1 / temperature)."""
+    """How sources are mixed: the share of a source is proportional to (weight * rows)^(1 / temperature)."""
 
     origins: tuple[Origin, ...]
     temperature: float = 1.0
@@ -46,8 +46,8 @@ def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
 def drawn(size: int, count: int, epoch: int, streams: Streams, name: str) -> np.ndarray:
     """[count] rows of a source in one epoch, ascending.
 
-    Epochs go on where the one before stopped, through one shuffled pass over the source after another. So a source that
-    is drawn less than once an epoch shows all its rows before any comes again.
+    Each epoch continues where the one before stopped, in a sequence of shuffled passes over the source. So a source with
+    less than one pass in an epoch shows all its rows before any row comes again.
     """
     start, stop, taken = epoch * count, (epoch + 1) * count, []
     for number in range(start // size, -(-stop // size)):
@@ -60,9 +60,9 @@ def drawn(size: int, count: int, epoch: int, streams: Streams, name: str) -> np.
 
 @dataclass(frozen=True)
 class Mixture:
-    """Rows of several sources, as they stand in a table.
+    """Rows of several sources in one table.
 
-    members  for each source the places of its rows, ascending; draws: how many rows of each an epoch holds
+    members  for each source the positions of its rows, ascending; draws: the number of rows of each in an epoch
     """
 
     names: tuple[str, ...]
@@ -71,9 +71,9 @@ class Mixture:
 
     @classmethod
     def of(cls, keys: Sequence[str], mix: Mix) -> Mixture:
-        """The mixture of rows with these keys. Rows of no source (a curator's own) are one more, of weight 1.
+        """The mixture of rows with these keys. Rows of no source (made by a curator) are one more source, of weight 1.
 
-        Raises RecipeError for a source that would not be drawn from at all.
+        Raises RecipeError for a source from which no row would be drawn.
         """
         known = {o.prefix: i for i, o in enumerate(mix.origins)}
         own = [known.get(key.rpartition(":")[0], len(known)) for key in keys]

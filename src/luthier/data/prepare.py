@@ -1,4 +1,4 @@
-"""Rows to training rows: rendered, measured, and every fault counted before any work starts."""
+"""Make training rows from rows: render, measure, and count every fault before any work starts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from luthier.support.sources import code_key
 
 @dataclass
 class Census:
-    """What was found in a set of rows."""
+    """The numbers that were found in a set of rows."""
 
     rows: int = 0
     tokens: int = 0
@@ -55,7 +55,7 @@ class Prepared:
 
     @property
     def sources(self) -> list[dict[str, Any]]:
-        """What is known of each of several sources: name, rows, and share of an epoch's draws; empty for one."""
+        """Name, rows and share of each source; empty for a single source."""
         mixture = self.rows.mixture
         return [] if mixture is None else mixture.table()
 
@@ -67,7 +67,7 @@ class Prepared:
 
 
 class Fit(NamedTuple):
-    """What a row must fit into, and what to do where it does not."""
+    """The limits of a row, and what to do with rows beyond them."""
 
     max_length: int
     on_long: str = "refuse"
@@ -75,21 +75,21 @@ class Fit(NamedTuple):
 
 
 class RowMaker(Protocol):
-    """Makes training rows of rows; every task has one."""
+    """Makes training rows from rows. Every task has one."""
 
     @property
     def answers(self) -> bool:
-        """Do rows end in answers? Then their stop tokens and their edge with the prompt are looked at."""
+        """Whether rows end in answers. Then their stop tokens and the edge between prompt and answer are checked."""
 
     @property
     def key(self) -> str:
-        """Changes with all that decides what comes out, beside the rows, the tokenizer and the template."""
+        """A key that changes with everything that decides the result, except the rows, the tokenizer and the template."""
 
     def made(self, rows: Sequence[Row], renderer: Renderer) -> list[dict[str, Any]]:
-        """A training row of each, as `collate` takes it."""
+        """A training row for each row, as `collate` takes it."""
 
     def supervised(self, item: Mapping[str, Any]) -> int:
-        """How many tokens (or classes) of a training row are learnt."""
+        """The number of supervised tokens (or classes) of a training row."""
 
     def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
         """The training row cut to `limit` tokens."""
@@ -122,7 +122,7 @@ def _segments(row: Row, renderer: Renderer) -> list[rendering.Segment]:
     except ValueError as error:
         raise RecipeError(row.key, str(error)) from error
     except Exception as error:
-        if type(error).__module__.startswith("jinja2"):  # a template's own refusal: roles out of order, say
+        if type(error).__module__.startswith("jinja2"):  # raised by the template, e.g. for the order of roles
             raise RecipeError(row.key, f"the chat template refuses it ({error})") from error
         raise
 
@@ -134,13 +134,13 @@ def prepare(
     rows: Rows | Sequence[Row], renderer: Renderer, *, max_length: int, on_long: str = "refuse", on_unsupervised: str = "refuse",
     maker: RowMaker = ANSWERS, carried: Carried = NOTHING, mix: Mix | None = None, tick: Tick = no_tick,
 ) -> Prepared:  # fmt: skip
-    """Render every row and deal with the ones that do not fit.
+    """Render every row and handle the rows that do not fit.
 
-    rows     from a file: the result is kept in the cache; a plain list: it stays in memory
-    maker    of the task: makes the training rows
+    rows     rows of a file are kept in the cache; a list of rows stays in memory
+    maker    of the task; it makes the training rows
     carried  fields of the rows that become columns; the weights of `rows`, where they have any, become "weight"
     mix      how the rows' sources are mixed; None: each row once an epoch
-    Raises RecipeError naming the first row and the remedy where a fault is to be refused.
+    Raises RecipeError with the first row and the remedy for a fault that is refused.
     """
     fit = Fit(max_length, on_long, on_unsupervised)
     work = _Preparation(renderer, fit, maker, _Columns(rows, carried), tick)
@@ -188,7 +188,7 @@ def _refuse_long(census: Census, fit: Fit, seen: int) -> None:
 
 
 class _Columns:
-    """The columns beside ids and labels, and how a row fills them; all rows are looked at when they are first asked for."""
+    """The columns besides ids and labels, and how a row fills them. All rows are read at the first use."""
 
     def __init__(self, rows: Rows | Sequence[Row], carried: Carried) -> None:
         self.rows, self.carried = rows, carried
@@ -203,7 +203,7 @@ class _Columns:
         found = survey.columns()
         for c in found:
             if c.name == WEIGHT and (c.level != "row" or c.width):
-                raise RecipeError("data.keep", "weight is no number in these rows", "rename it with data.columns")
+                raise RecipeError("data.keep", "weight is not a number in these rows", "rename it with data.columns")
         if self.weights is not None:
             found = [*(c for c in found if (c.level, c.name) != ("row", WEIGHT)), Column("row", WEIGHT)]
         return found
@@ -220,7 +220,7 @@ class _Columns:
         return [(a, b, self._types[label] if isinstance(label, str) else label) for a, b, label in spans]
 
     def put(self, item: dict[str, Any], row: Row, place: int) -> None:
-        """Fill the columns that are the row's as a whole; `place` is its number among the rows."""
+        """Fill the columns of the whole row; `place` is its number among the rows."""
         for column in self.all:
             if column.level == "span":
                 continue
@@ -281,7 +281,7 @@ class _Preparation:
         return items
 
     def _fitted(self, row: Row, item: dict[str, Any]) -> dict[str, Any] | None:
-        """The row as it will be trained on, or None where it is left out."""
+        """The row as it will be trained on; None if it is left out."""
         census, n = self.census, len(item["ids"])
         self.lengths.append(n)
         if n > self.fit.max_length:
@@ -297,7 +297,7 @@ class _Preparation:
                 raise RecipeError(
                     row.key,
                     f"has no supervised token ({_why(row, item)})",
-                    "mend the row, or set data.on_unsupervised: drop",
+                    "correct the row, or set data.on_unsupervised: drop",
                 )
             census.dropped += 1
             return None
@@ -332,11 +332,13 @@ class _Preparation:
 
 
 def shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
-    """The row cut to `limit` tokens: "trim_prompt" before its answer, "trim_end" behind. Columns of tokens are cut alike, a
-    span shrinks to what is left of it, and goes with its last token."""
+    """The row cut to `limit` tokens: "trim_prompt" before its answer, "trim_end" at its end. Token columns are cut as well.
+
+    A span keeps its remaining tokens, and is removed with the last of them.
+    """
     over = len(item["ids"]) - limit
     front = sum(item["token"]["prompt"]) if "prompt" in item.get("token", ()) else 0
-    # trim_prompt takes from the middle of what stands before the answer: its end holds the turn's opening.
+    # trim_prompt cuts in the middle of the text before the answer: its end holds the opening of the turn.
     start = max(0, front - over - 8) if how == "trim_prompt" and front >= over else limit
     stop = start + over
     token = {k: [*v[:start], *v[stop:]] for k, v in item.get("token", {}).items()}

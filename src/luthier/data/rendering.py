@@ -1,7 +1,7 @@
-"""From a row to token ids: one function, used by training, evaluation, generation and export alike.
+"""From a row to token ids: one function for training, evaluation, generation and export.
 
-Prompt and answer are tokenised apart, at the edge where generation will start. So the ids a model is trained on are the
-ids it will meet, whatever the template.
+Prompt and answer are tokenised separately, at the point where generation will start. So the ids in training are the ids in use,
+with any template.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.data.batch import IGNORE, front_of
+from luthier.data.reading import ANSWERED, answers_of, shape_in
 
 Message = Mapping[str, str]
 
@@ -26,7 +27,7 @@ class Segment:
 class Renderer:
     """Rows to ids under one tokenizer.
 
-    system    a system message put before rows that have none
+    system    a system message for rows that have none
     plain     True: prompt and completion as bare text; False: through the chat template; None: through the template
               where the tokenizer has one
     """
@@ -37,7 +38,7 @@ class Renderer:
         self.stop_ids = stop_ids(tokenizer)
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
-        """The row as a conversation, with our system message where it has none."""
+        """The row as a conversation, with luthier's system message if it has none."""
         turns = row.get("messages")
         if turns is None:
             turns = [{"role": "user", "content": row["prompt"]}]
@@ -54,8 +55,8 @@ class Renderer:
         return text
 
     def segments(self, row: Mapping[str, Any]) -> list[Segment]:
-        """The row as text pieces, cut where an answer begins and where its stop token ends."""
-        if "text" in row:
+        """The row as pieces of text, cut where an answer begins and where its stop token ends."""
+        if shape_in(row, ANSWERED) == "text":
             return [Segment(row["text"] + self._eos(), True)]
         if self.plain and "messages" not in row:
             return [
@@ -81,7 +82,7 @@ class Renderer:
         return [s for s in (*out, Segment(rest, False)) if s.text] if rest.strip() else [s for s in out if s.text]
 
     def _answer_end(self, answer: str) -> int:
-        """Where the stop token ends: what a template puts after it (a newline) is not the answer's."""
+        """The position after the stop token: text that a template puts after it (a newline) does not belong to the answer."""
         stops = [self.tokenizer.decode([i]) for i in self.stop_ids]
         ends = [answer.rfind(s) + len(s) for s in stops if s and s in answer]
         return max(ends, default=len(answer))
@@ -96,7 +97,7 @@ class Renderer:
     def encode(self, rows: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
         """Token ids of every segment of every row; one call of the tokenizer, which works in threads.
 
-        Special tokens are added to bare text only; a chat template brings its own.
+        Special tokens are added to plain text only; a chat template has its own.
         """
         texts = [segment.text for row in rows for segment in row]
         ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
@@ -124,7 +125,7 @@ class Renderer:
         return self.training_row(segments, self.encode([segments])[0], key)
 
     def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
-        """What generation starts from: the same ids that stand before the last answer in training."""
+        """The ids that generation starts from: the same as before the last answer in training."""
         if self.plain and "messages" not in row:
             return self.encode([[Segment(self._lead(row) + row["prompt"], False)]])[0][0]
         turns = self.messages(row)
@@ -136,14 +137,8 @@ class Renderer:
         return [i for piece in self.encode([segments[:-1]])[0] for i in piece]
 
     def answer(self, row: Mapping[str, Any]) -> str:
-        """The text that generation is compared with: the last answer, the completion, or all of a plain text."""
-        text: str
-        if "text" in row:
-            text = row["text"]
-        elif "messages" in row:
-            text = row["messages"][-1]["content"]
-        else:
-            text = row["completion"]
+        """The text to compare generation with: the last answer, the completion, or all of a plain text."""
+        text: str = row["messages"][-1]["content"] if "messages" in row else answers_of(row, ANSWERED)[0]
         return text
 
 

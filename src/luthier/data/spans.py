@@ -1,4 +1,4 @@
-"""Spans of characters to spans of tokens: by the tokenizer's own offsets, wherever a chat template puts the answer."""
+"""Turn spans of characters into spans of tokens, by the tokenizer's offsets, for any chat template."""
 
 from __future__ import annotations
 
@@ -6,23 +6,30 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.data.columns import Span
+from luthier.data.reading import shape_in
 from luthier.data.rendering import Renderer, Segment
 from luthier.support.errors import RecipeError
 
-MARK = "\ue000"  # a character for private use: no template writes it
+MARK = "\ue000"  # a character for private use, which no template writes
 
 
 def covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int] | None:
-    """(first token, token behind the last) of those that hold a character of [start, end); None where none does."""
+    """(first token, token after the last) that hold a character of [start, end); None if there is none."""
     inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
     return (inside[0], inside[-1] + 1) if inside else None
+
+
+def still_there(before: str, after: str, given: Sequence[tuple[int, int, Any]]) -> bool:
+    """True if spans of an answer mark the same characters, at the same places, in the answer made from it."""
+    end = max((s[1] for s in given), default=0)
+    return before[:end] == after[:end]
 
 
 def placed(
     renderer: Renderer, key: str, values: Mapping[str, Any], given: Sequence[tuple[int, int, int]],
     segments: Sequence[Segment] | None, pieces: Sequence[Sequence[int]],
 ) -> list[Span]:  # fmt: skip
-    """The spans of tokens that spans of characters of a row's answer are.
+    """The spans of tokens for spans of characters in a row's answer.
 
     given     (start, end, type) in characters: of the completion, the last answer, or the text
     segments  the row's texts, pieces their ids; None: the row is its text, tokenised in one piece with special tokens
@@ -41,7 +48,7 @@ def placed(
             raise RecipeError(
                 key,
                 "has spans, but the chat template changes its answer's text",
-                "mark spans in the text as it is shown",
+                "mark spans in the text that the template writes",
             )
     found = renderer.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
     before += len(ids) - len(found["input_ids"])  # a first token that the renderer adds
@@ -58,8 +65,8 @@ def placed(
 
 
 def _begin(renderer: Renderer, key: str, values: Mapping[str, Any], which: int) -> int:
-    """Characters that stand before the answer in its segment: found with a mark in the answer's place."""
-    if "text" in values or (renderer.plain and "messages" not in values):
+    """The number of characters before the answer in its segment; a mark in the answer's place finds it."""
+    if "messages" not in values and (renderer.plain or shape_in(values) != "prompt and completion"):
         return 0
     if "messages" in values:
         *turns, last = values["messages"]

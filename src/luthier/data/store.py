@@ -31,14 +31,14 @@ TOKEN_SCHEMA = pa.schema(
 
 
 class Row(NamedTuple):
-    """A row and where it stands, for every message about it."""
+    """A row and its key, which is in every message about it."""
 
     key: str
     values: dict[str, Any]
 
 
 class Made(NamedTuple):
-    """A stored table and the notes that were taken while it was made."""
+    """A stored table and the notes made with it."""
 
     table: pa.Table
     notes: dict[str, Any]
@@ -77,7 +77,7 @@ def _write(
 
 
 def _opened(folder: Path) -> Made | None:
-    """What the cache has; None where that is nothing, or damaged."""
+    """The table in the cache; None if there is none, or if it is damaged."""
     try:
         notes = json.loads((folder / "notes.json").read_text(encoding="utf-8"))
         table = pa.ipc.open_file(pa.memory_map(str(folder / "rows.arrow"))).read_all()
@@ -93,7 +93,7 @@ class Part(NamedTuple):
     """Rows that were written together.
 
     table   of ROW_SCHEMA under a prefix, or of KEYED_SCHEMA, whose rows bring their keys
-    prefix  what stands before a row's number in its key; None where rows bring their keys
+    prefix  the start of a row's key, before its number; None if rows have their own keys
     digest  equal for equal rows
     """
 
@@ -113,7 +113,7 @@ class Part(NamedTuple):
         return Row(self.key(at), json.loads(self.table.column("values")[at].as_py()))
 
     def rows(self) -> Iterator[Row]:
-        """All rows in order, batch by batch; each is let go: pages of a map would stay in the process's memory."""
+        """All rows in order, batch by batch. Each batch is released, or pages of a map would stay in the process's memory."""
         for batch in self._batches():
             keys = batch["key" if self.prefix is None else "number"].to_pylist()
             for key, values in zip(keys, batch["values"].to_pylist(), strict=True):
@@ -129,10 +129,10 @@ class Part(NamedTuple):
 
 
 class Rows(Sequence[Row]):
-    """Rows as they came, each stored as one JSON object.
+    """Original rows, each stored as one JSON object.
 
-    index    [N] places in the parts one after another; None: all of them in order
-    weights  [N] what each row weighs in training; None: all the same
+    index    [N] positions in the parts, one part after another; None: all of them in order
+    weights  [N] weight of each row in training; None: all equal
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class Rows(Sequence[Row]):
 
     @property
     def on_disk(self) -> bool:
-        """False where some of the rows are held in memory."""
+        """False if some of the rows are held in memory."""
         return all(part.file is not None for part in self.parts)
 
     @property
@@ -225,7 +225,7 @@ class Rows(Sequence[Row]):
 class TokenRows(Sequence[dict[str, Any]]):
     """Training rows as `collate` takes them.
 
-    mixture  which of them each epoch holds, where they come from several sources
+    mixture  the rows of each epoch, if they come from several sources
     """
 
     def __init__(self, table: pa.Table, mixture: Mixture | None = None) -> None:
@@ -271,7 +271,7 @@ class TokenRows(Sequence[dict[str, Any]]):
         return found
 
     def text(self, key: str, name: str) -> str:
-        """A text column of the row with this key: what no tensor holds. Raises LuthierError where there is none."""
+        """A text column of the row with this key. Raises LuthierError if there is none."""
         if self._places is None:
             self._places = {k: i for i, k in enumerate(self.keys)}
         column = next((held for c, held in self._more if (c.level, c.name) == ("text", name)), None)
@@ -281,7 +281,7 @@ class TokenRows(Sequence[dict[str, Any]]):
         return found
 
     def names(self, name: str) -> tuple[str, ...]:
-        """The texts that the types of a span column stand for, by number; empty where the user gave numbers."""
+        """The texts of a span column's types, by number; empty if the user gave numbers."""
         return next((c.names for c in self.columns if (c.level, c.name) == ("span", name)), ())
 
     def with_columns(
@@ -336,7 +336,7 @@ def written(items: Iterator[tuple[str, bytes]], on_disk: bool = False) -> Rows:
         folder = parent / key_of("made", digest.hexdigest())
         try:
             temporary.rename(folder)
-        except OSError:  # these very rows are there already
+        except OSError:  # the same rows exist already
             if not folder.is_dir():
                 raise
     finally:

@@ -1,4 +1,4 @@
-"""A set of rows while it is curated: what was decided about each, and why. No row ever leaves the table."""
+"""A set of rows during curation: the decision about each row, with the reason. No row ever leaves the table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Reasons = str | Sequence[str]  # one for all rows, or one for each
 
 
 class Picture(NamedTuple):
-    """Where the rows of a step lie: points [M, 2] of the rows with these numbers, and what the directions are called."""
+    """The coordinates of a step's rows: points [M, 2] of the rows with these numbers, and names of the axes."""
 
     turn: int
     numbers: np.ndarray
@@ -39,16 +39,16 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows with columns that say what became of them. Each operation gives a new table; its rows are the M in the set.
+    """Rows with columns for the decisions about them. Each operation returns a new table; its rows are the M in the set.
 
-    entries   all N rows that ever were: those that came in, then those that curators made
-    incoming  how many came in
+    entries   all N rows so far: the original ones, then those that curators made
+    incoming  number of original rows
     live      [M] numbers of the entries in the set, in its order
     decision  [N] index into DECISIONS: in the set, left out, or replaced by the rows whose parent it is
-    score     [N] what the decision rests on, NaN where on nothing
+    score     [N] the number that decided, NaN if there was none
     reason    [N] texts
-    parent    [N] number of the entry a row was made from, -1 for none
-    turn      [N] which step decided last, counted from 1; 0 for none. Names are in `steps`
+    parent    [N] number of the entry that a row was made from, -1 for none
+    turn      [N] the step that decided last, counted from 1; 0 for none. `steps` has the names
     weight    [N] how much a row counts in training
     """
 
@@ -66,7 +66,7 @@ class Table:
 
     @classmethod
     def of(cls, rows: Rows | Sequence[Row]) -> Table:
-        """The table of rows that nothing was decided about."""
+        """The table of rows without decisions."""
         given = rows if isinstance(rows, Rows) else Rows.of(rows)
         n, none = len(given), np.full(len(given), "", dtype=object)
         weight = np.ones(n) if given.weights is None else given.weights
@@ -80,29 +80,29 @@ class Table:
 
     @property
     def rows(self) -> Rows:
-        """The rows in the set, read when asked for."""
+        """The rows in the set, read at first use."""
         whole = len(self.live) == len(self.entries) and bool((self.live == np.arange(len(self.live))).all())
         return self.entries if whole else self.entries.take(self.live)
 
     @property
     def weighed(self) -> Rows:
-        """The same with their weights, where not all are 1."""
+        """The rows with their weights, if not all weights are 1."""
         weight = self.weight[self.live]
         return self.rows if bool((weight == 1).all()) else self.rows.weighing(weight)
 
     def at(self, step: str) -> Table:
-        """The table with this step at work: what is decided from here on is its decision."""
+        """The table with this step as the current one: further decisions are its decisions."""
         return replace(self, steps=(*self.steps, step))
 
     @property
     def step(self) -> str:
-        """The step at work."""
+        """The name of the current step."""
         return self.steps[-1] if self.steps else "nobody"
 
-    # --- operations; positions are places in `rows` ---
+    # --- operations; positions count in `rows` ---
 
     def keep(self, positions: np.ndarray, score: np.ndarray | None = None, reason: Reasons = "") -> Table:
-        """Only these rows stay; all M rows get a score [M] and a reason."""
+        """Keep only these rows. All M rows get a score [M] and a reason."""
         inside = np.zeros(len(self), dtype=bool)
         inside[np.asarray(positions, dtype=np.int64)] = True
         told = np.array(self._told(reason), dtype=object)
@@ -113,7 +113,7 @@ class Table:
         return replace(out, live=self.live[inside], decision=decision)
 
     def drop(self, positions: np.ndarray, reason: str, score: np.ndarray | None = None) -> Table:
-        """These rows go. score [M] of all rows."""
+        """Drop these rows. score [M] of all rows."""
         if not reason:
             raise LuthierError(f"{self.step}: drops rows without a reason; give one")
         gone = np.zeros(len(self), dtype=bool)
@@ -125,7 +125,7 @@ class Table:
         return replace(out, live=self.live[~gone], decision=decision)
 
     def weigh(self, weights: np.ndarray, reason: Reasons = "weighed") -> Table:
-        """Every row counts this many times as much as before; weights [M], 0 or more."""
+        """Multiply the weight of every row; weights [M], 0 or more."""
         given = np.asarray(weights, dtype=np.float64)
         if given.shape != (len(self),) or not bool((np.isfinite(given) & (given >= 0)).all()):
             raise LuthierError(f"{self.step}: weights are not {len(self)} finite numbers of 0 or more")
@@ -133,21 +133,21 @@ class Table:
         return replace(out, weight=_put(self.weight, self.live, self.weight[self.live] * given))
 
     def score_rows(self, score: np.ndarray, reason: Reasons = "") -> Table:
-        """Only note a score [M], and why."""
+        """Only note a score [M] and a reason."""
         return self._decided(self.live, reason, score)
 
     def rewrite(self, values: Iterable[Mapping[str, Any] | None], reason: Reasons = "rewritten") -> Table:
-        """Each row in other words, under its own key; None leaves it as it is. Values are taken one at a time."""
+        """Rewrite rows, which keep their keys; None leaves a row unchanged. Values are read one at a time."""
         return self._replaced((None if v is None else (v,) for v in values), REWRITE, reason)
 
     def split(self, values: Iterable[Sequence[Mapping[str, Any]] | None], reason: Reasons = "split") -> Table:
-        """Each row as several, in its place, under KEY/1, KEY/2, ...; None leaves it as it is."""
+        """Replace rows by several rows each, with keys KEY/1, KEY/2, ...; None leaves a row unchanged."""
         return self._replaced(values, SPLIT, reason)
 
     def add(
         self, values: Iterable[Mapping[str, Any]], parents: Sequence[int] | None = None, reason: Reasons = "added"
     ) -> Table:
-        """New rows at the end. With parents (a position for each) they are called KEY+1, ..., without STEP:1, ...
+        """Add rows at the end. With parents (a position for each) their keys are KEY+1, ..., without parents STEP:1, ...
 
         reason  for all, or one for each
         """
@@ -171,10 +171,10 @@ class Table:
         return self._grown(new, made, reason, np.concatenate([self.live, number]))
 
     def shown(self, points: np.ndarray, axes: tuple[str, str]) -> Table:
-        """The table with a picture of where its M rows lie, [M, 2]."""
+        """The table with a picture of its M rows, [M, 2]."""
         return replace(self, picture=Picture(len(self.steps), self.live, points, axes))
 
-    # --- what they share ---
+    # --- shared parts ---
 
     def _told(self, reason: Reasons, count: int | None = None) -> list[str]:
         count = len(self) if count is None else count
@@ -185,7 +185,7 @@ class Table:
         return list(reason)
 
     def _decided(self, numbers: np.ndarray, reason: Reasons | np.ndarray, score: np.ndarray | None = None) -> Table:
-        """The table with a reason (and a score) at these entries, given by the step at work."""
+        """The table with a reason (and a score) of the current step at these entries."""
         told = np.array(reason if isinstance(reason, np.ndarray) else self._told(reason, len(numbers)), dtype=object)
         out = replace(
             self, reason=_put(self.reason, numbers, told), turn=_put(self.turn, numbers, np.int16(len(self.steps)))
@@ -193,7 +193,7 @@ class Table:
         return out if score is None else replace(out, score=_put(self.score, numbers, score))
 
     def _replaced(self, children: Iterable[Sequence[Mapping[str, Any]] | None], word: int, reason: Reasons) -> Table:
-        """Every row that has children gives its place to them."""
+        """Replace every row that has children by them."""
         live, parents, gone = array("q"), array("q"), array("q")
         told, held = self._told(reason), iter(children)
         start = len(self.entries)
@@ -229,7 +229,7 @@ class Table:
         return out._grown(new, parents, [given[p] for p in parents], np.array(live, dtype=np.int64))
 
     def _grown(self, new: Rows, parents: array[int], reason: Reasons, live: np.ndarray) -> Table:
-        """The table with more entries; they weigh what their parents do."""
+        """The table with more entries; they have the weight of their parents."""
         if not parents:
             return self
         n, parent = len(parents), np.array(parents, dtype=np.int64)
@@ -246,10 +246,10 @@ class Table:
             weight=np.concatenate([self.weight, weight]),
         )
 
-    # --- asking ---
+    # --- questions ---
 
     def follows(self, before: Table) -> bool:
-        """True where this table was made from that one by operations alone."""
+        """True if this table was made from that one by operations only."""
         n, parts = len(before.entries), len(before.entries.parts)
         same = len(self.entries) >= n and all(
             a is b for a, b in zip(self.entries.parts[:parts], before.entries.parts, strict=True)
@@ -262,7 +262,7 @@ class Table:
         )
 
     def roots(self, numbers: np.ndarray) -> np.ndarray:
-        """[M] the entries that came in which these entries go back to; -1 for those made from none."""
+        """[M] the original entry that each of these entries comes from; -1 if none."""
         found = np.asarray(numbers, dtype=np.int64).copy()
         while bool((on := (found >= 0) & (self.parent[found] >= 0)).any()):
             found[on] = self.parent[found[on]]
@@ -270,7 +270,7 @@ class Table:
         return found
 
     def line(self, number: int) -> dict[str, Any]:
-        """What is known of an entry, without its values."""
+        """What the table knows of an entry, without its values."""
         turn, score, parent = int(self.turn[number]), float(self.score[number]), int(self.parent[number])
         return {
             "id": number, "key": self.entries.key(number), "parent": None if parent < 0 else parent,

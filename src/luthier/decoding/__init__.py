@@ -1,4 +1,4 @@
-"""How answers are written."""
+"""Decoders: how answers are generated."""
 
 from luthier.support.lazy import lazy
 

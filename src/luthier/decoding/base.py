@@ -1,4 +1,4 @@
-"""The decoding seam: how the next token of an answer is chosen, over one model or several."""
+"""The base class of decoders: how the next token of an answer is chosen, with one model or several."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MODEL = "model"  # the role of the model that answers, among the views
 
 
 class Decoder(Method):
-    """Writes answers."""
+    """Generates answers."""
 
     def decode(
         self, views: Mapping[str, ModelView], prompts: Sequence[Sequence[int]], lab: Lab, max_new_tokens: int
@@ -25,14 +25,14 @@ class Decoder(Method):
         """Answers to tokenised prompts, in their order.
 
         views  models by role; the one that answers is called "model"
-        An answer depends on its prompt and the lab's seed alone, not on the batch it was written in.
+        An answer depends only on its prompt and the lab's seed, not on its batch.
         """
         raise NotImplementedError
 
     def answer(
         self, model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], max_new_tokens: int = 64, seed: int = 0
     ) -> list[str]:
-        """Answers of a plain transformers model, asked through its chat template where it has one."""
+        """Answers of a plain transformers model. Its chat template is used if it has one."""
         lab = lab_around(model, tokenizer, seed)
         prompts = [lab.renderer.prompt_ids({"prompt": t}) for t in texts]
         return [c.text for c in self.decode({MODEL: lab.view()}, prompts, lab, max_new_tokens)]
@@ -40,7 +40,7 @@ class Decoder(Method):
 
 @dataclass(frozen=True)
 class Written:
-    """A decoder as a lab's `Generator`."""
+    """A decoder in the form of a lab's `Generator`."""
 
     decoder: Decoder
     lab: Lab
@@ -50,5 +50,5 @@ class Written:
 
 
 def writing_with(lab: Lab, decoder: Decoder) -> Lab:
-    """The lab, whose generator is this decoder."""
+    """The lab, with this decoder as its generator."""
     return replace(lab, answering=Written(decoder, lab))

@@ -1,4 +1,4 @@
-"""Greedy decoding: the likeliest token each time."""
+"""Greedy decoding: the most likely token each time."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from luthier.step.lab import Completion, Lab
 
 
 class Greedy(Decoder):
-    """Write the likeliest token each time; what the model's generation_config asks for beside that is not applied.
+    """Write the most likely token each time. Other settings of the model's generation_config are not used.
 
-    Cost: a forward pass over the prompt, and one over a token for each token of the answer.
+    Cost: a forward pass over the prompt, and one over a single token for each token of the answer.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))

@@ -1,4 +1,4 @@
-"""Sampling: each token drawn from the model's own distribution, cooled and cut."""
+"""Sampling: each token is drawn from the model's own distribution, changed by temperature and top_p."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def nucleus(logits: Tensor, top_p: float) -> Tensor:
 
 
 class Sample(Decoder):
-    """Draw each token from softmax(logits / temperature), cut to the nucleus of probability top_p.
+    """Draw each token from softmax(logits / temperature), limited to the nucleus of probability top_p.
 
-    The draws are keyed by the seed and the prompt, so that neither batches nor the order of prompts change an answer.
-    Cost: that of greedy decoding, and a sort of the vocabulary a token where top_p is below 1.
+    The draws are keyed by the seed and the prompt, so batches and the order of prompts do not change an answer.
+    Cost: that of greedy decoding, and a sort of the vocabulary for each token if top_p is below 1.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
@@ -38,9 +38,9 @@ class Sample(Decoder):
     )
 
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Below 1 the likelier tokens become likelier yet."""
+    """Below 1, likely tokens become more likely."""
     top_p: float = Field(1.0, gt=0, le=1)
-    """Probability that the tokens to draw from add up to; 1 draws from all."""
+    """Total probability of the tokens to draw from; 1 draws from all."""
 
     def decode(
         self, views: Mapping[str, ModelView], prompts: Sequence[Sequence[int]], lab: Lab, max_new_tokens: int

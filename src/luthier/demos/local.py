@@ -1,4 +1,4 @@
-"""Small models made on this machine from text that is at hand: pairs that share a tokenizer, and no download."""
+"""Small models made on this machine from local text: pairs with one tokenizer, and no download."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SMALL, LARGE = Shape(48, 2, 4, 2, 128), Shape(96, 3, 4, 2, 256)
 
 
 class Schooling(NamedTuple):
-    """How a model made here learns to read: `steps` of `batch` rows."""
+    """How a model is pretrained here: `steps` of `batch` rows."""
 
     steps: int = 1500
     batch: int = 32
@@ -89,10 +89,10 @@ def schooled(
     rows: Sequence[Mapping[str, Any]], shape: Shape, schooling: Schooling = SCHOOLING, say: Said = lambda entry: None,
     tokenizer: Any = None,
 ) -> Path:  # fmt: skip
-    """The folder of a Llama that has read these rows; made once, kept in the cache.
+    """The folder of a Llama that is pretrained on these rows; made once, kept in the cache.
 
-    tokenizer  of another model, that this one is to share; None: bytes
-    It is small and has seen next to nothing: it stands for a model wherever a path is tested, and for no model's quality.
+    tokenizer  of another model, which this one shares; None: bytes
+    It is small and has read very little. It can test a procedure, but says nothing about the quality of real models.
     """
     words = [] if tokenizer is None else [sorted(tokenizer.get_vocab().items())]
     folder, s = cache_folder() / "local" / key_of(list(rows), shape, schooling, code_key(__name__), *words), schooling
@@ -130,7 +130,7 @@ def opened(folder: Path | str) -> ModelView:
 
 
 def python_sources() -> dict[str, str]:
-    """Texts of several sorts that every Python brings along: code by package, and prose about the language."""
+    """Texts of several kinds that are part of every Python: code by package, and prose about the language."""
     library = Path(sysconfig.get_paths()["stdlib"])
     from pydoc_data.topics import topics
 

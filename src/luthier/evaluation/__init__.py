@@ -1,4 +1,4 @@
-"""How good, at what, and what was forgotten."""
+"""Evaluators: how good a model is, at what, and what it forgot."""
 
 from luthier.support.lazy import lazy
 

@@ -1,4 +1,4 @@
-"""The evaluation seam: a model is asked about rows it was never trained on; every row's value is kept."""
+"""The base class of evaluators: a model answers or scores rows that it was not trained on. Every row's value is kept."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from luthier.tasks.guess import usual_task
 
 
 class Question(NamedTuple):
-    """A prompt that is asked once, with every answer that counts as right; row is the first that asks it."""
+    """A prompt that is asked once, with all its right answers. `row` is the first row with this prompt."""
 
     key: str
     row: Row
@@ -39,7 +39,7 @@ class Question(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """An answer to show: right is None where no measure judges it."""
+    """An answer to show. `right` is None if no measure judges it."""
 
     key: str
     prompt: str
@@ -50,9 +50,9 @@ class Sample(NamedTuple):
 
 @dataclass
 class Exam:
-    """A model and the rows it is asked about; what several evaluators need is asked once.
+    """A model and the held-out rows. What several evaluators need is computed once.
 
-    rows     rendered rows; sources: the same as they came; both empty where there are none
+    rows     rendered rows; sources: the original rows; both empty if there are none
     codec    puts questions into the form that the model was trained on, and its answers back
     """
 
@@ -75,7 +75,7 @@ class Exam:
 
     @cached_property
     def scored(self) -> list[RowScore]:
-        """Loss of every row, in order."""
+        """The loss of every row, in order."""
         return list(self.lab.scorer.losses(self.view, self.rows))
 
     @cached_property
@@ -83,16 +83,16 @@ class Exam:
         return tuple(unique([number_of(r["key"]) for r in self.rows]))
 
     def losses(self, rows: Sequence[Any]) -> list[RowScore]:
-        """Losses of rows that an evaluator brings itself."""
+        """Losses of an evaluator's own rows."""
         return list(self.lab.scorer.losses(self.view, rows))
 
     def sure(self, rows: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each row: probabilities of its likeliest tokens (or class), and whether they are right."""
+        """For each row: probabilities of its most likely tokens (or class), and whether they are right."""
         found = self.lab.scorer.choices(self.view, rows)
         return ((confidence, right) for confidence, right, _ in found)
 
     def token_hits(self, rows: Sequence[Any], without: Collection[int] = ()) -> Iterator[np.ndarray]:
-        """For each row: whether its supervised tokens are the likeliest, those of `without` left out."""
+        """For each row: whether its supervised tokens are the most likely ones, without those of `without`."""
         found = self.lab.scorer.choices(self.view, rows)
         return (right[~np.isin(wanted, list(without))] for _, right, wanted in found)
 
@@ -116,7 +116,7 @@ class Exam:
         return list(found.values())
 
     def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[Completion]:
-        """Greedy answers; a question is never answered twice for the same length."""
+        """Greedy answers. A question is never answered twice with the same length."""
         missing = [q for q in questions if (q.key, max_new_tokens) not in self._answers]
         if missing:
             replies = self.replies([q.row.values for q in missing], max_new_tokens)
@@ -126,11 +126,11 @@ class Exam:
         return [self._answers[q.key, max_new_tokens] for q in questions]
 
     def prompt_ids(self, values: Mapping[str, Any]) -> list[int]:
-        """What the model is given for a row."""
+        """The token ids of a row's prompt."""
         return self.renderer.prompt_ids(self.codec.encode(values))
 
     def replies(self, asked: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[Completion]:
-        """Greedy answers to rows, in the form of the rows."""
+        """Greedy answers to rows, in the form of the original rows."""
         done = self.generated([self.prompt_ids(values) for values in asked], max_new_tokens)
         return [c._replace(text=self.codec.decode(v, c.text)) for v, c in zip(asked, done, strict=True)]
 
@@ -140,9 +140,9 @@ class Exam:
 
 
 class Gate(NamedTuple):
-    """A condition for release: how much a measure changed from the untouched model, and whether that is let pass.
+    """A condition of the release gate: how much a measure changed from the base model, and the outcome.
 
-    outcome  "pass", "fail" or "inconclusive"; needed: rows it would take to decide
+    outcome  "pass", "fail" or "inconclusive"; needed: number of rows that would be enough to decide
     """
 
     measure: str
@@ -153,7 +153,7 @@ class Gate(NamedTuple):
 
 
 class Evaluator(Method):
-    """Asks a model and says how well it did, in measures with a value a row."""
+    """Measures a model, with a value for each row."""
 
     own_rows: ClassVar[bool] = False  # True: asks rows of its own, not those of data.eval
 
@@ -162,7 +162,7 @@ class Evaluator(Method):
         raise NotImplementedError  # the seam: every evaluator has its own
 
     def content(self) -> str:
-        """Changes with everything that its measures depend on beside the model and the rows."""
+        """A text that changes with everything that its measures depend on, besides the model and the rows."""
         return self.model_dump_json()
 
     def destinations(self) -> list[str]:
@@ -171,18 +171,18 @@ class Evaluator(Method):
 
     @property
     def brings_code(self) -> bool:
-        """Would it run Python that is not luthier's? Such recipes need --allow-code."""
+        """Whether it runs Python code that is not luthier's. Such recipes need --allow-code."""
         return False
 
     def evaluate(self, exam: Exam) -> list[Measure]:
-        """Measures of the model as it stands."""
+        """Measures of the model in its current state."""
         raise NotImplementedError  # the seam: every evaluator has its own
 
     def check_rows(self, train: Sequence[Row], held: Sequence[Row]) -> None:
-        """Raises RecipeError where these rows cannot be trained on and asked about in one run."""
+        """Raises RecipeError if these rows cannot be trained on and evaluated in one run."""
 
     def gates(self, before: Results, after: Sequence[Results]) -> list[Gate]:
-        """Conditions for release, from results of the untouched model and of the tuned ones, one a seed."""
+        """Conditions of the release gate, from results of the base model and of tuned models, one for each seed."""
         return []
 
     def score(self, model: PreTrainedModel, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -205,9 +205,9 @@ class Answering(Evaluator):
     """An evaluator of generated answers."""
 
     rows: int = Field(100, ge=1)
-    """Distinct prompts of data.eval that are asked, from the first on."""
+    """Number of distinct prompts of data.eval to answer, from the first."""
     max_new_tokens: int = Field(64, ge=1)
-    """Tokens of an answer at most."""
+    """Largest number of tokens in an answer."""
 
     def replies(self, exam: Exam) -> tuple[list[Question], list[str]]:
         """(questions, what the model answered)."""
@@ -216,7 +216,7 @@ class Answering(Evaluator):
 
 
 class Results(NamedTuple):
-    """Measures by name, answers to show, and what measuring them took when it was done."""
+    """Measures by name, answers to show, and the cost of measuring."""
 
     measures: dict[str, Measure]
     samples: list[Sample]
@@ -242,7 +242,7 @@ class Results(NamedTuple):
 
 
 def examine(exam: Exam, evaluators: Sequence[Evaluator]) -> Results:
-    """Every evaluator's measures of the model as it stands."""
+    """Every evaluator's measures of the model in its current state."""
     started = time.perf_counter()
     found = {measure.name: measure for evaluator in evaluators for measure in evaluator.evaluate(exam)}
     if exam.asked:
@@ -274,9 +274,9 @@ def _samples(exam: Exam, found: dict[str, Measure]) -> list[Sample]:
 
 
 def conversation(row: Row, renderer: Renderer) -> str:
-    """All that stands before the answer: equal last turns after different ones are different questions.
+    """Everything before the answer. Equal last turns after different earlier turns are different questions.
 
-    Raises LuthierError for a row that asks nothing.
+    Raises LuthierError for a row without a prompt.
     """
     if not {"prompt", "messages"} & set(row.values):
         raise LuthierError(
@@ -286,12 +286,12 @@ def conversation(row: Row, renderer: Renderer) -> str:
 
 
 def number_of(key: str) -> str:
-    """A row's number within its file: results of equal rows are equal wherever the file lies."""
+    """A row's number within its file, so that results of equal rows are equal wherever the file is."""
     return key.rpartition(":")[2]
 
 
 def unique(keys: Sequence[str]) -> list[str]:
-    """The keys, with a number behind those that come again."""
+    """The keys, with a number added to keys that occur again."""
     seen: dict[str, int] = {}
     out = []
     for key in keys:

@@ -12,8 +12,8 @@ from luthier.method import Source, Traits
 class Bleu(Answering):
     """Corpus BLEU and chrF of generated answers, by sacrebleu with its defaults (13a tokens, exponential smoothing).
 
-    Both are functions of counts summed over rows, not means of rows; the counts of each row are kept, so intervals are
-    exact too. Needs the extra `eval`. Cost: one generated answer a question.
+    Both are functions of counts summed over rows, not means of rows. The counts of each row are kept, so intervals are exact
+    too. Needs the extra `eval`. Cost: one generated answer for each question.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))

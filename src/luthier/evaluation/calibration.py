@@ -1,4 +1,4 @@
-"""Calibration: is the model as often right as it is sure?"""
+"""Calibration: is the model right as often as it is sure?"""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def binned(confidence: np.ndarray, right: np.ndarray) -> np.ndarray:
 class Calibration(Evaluator):
     """Expected calibration error in ten equal bins: of classes, or of every supervised token's most likely word.
 
-    0 where the model is right as often as its own probability says. Low values also come from a model that is always
-    unsure; read it beside accuracy.
+    It is 0 if the model is right as often as its own probability says. A model that is always unsure also has low values, so
+    read it together with accuracy.
     Cost: one more forward pass over the rows.
     """
 

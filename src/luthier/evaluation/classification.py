@@ -14,8 +14,8 @@ from luthier.method import Source, Traits
 class Classification(Evaluator):
     """Share of rows whose most likely class is the right one, and F1 averaged over classes.
 
-    Measured always where the task is classification. Classes that occur neither among the rows nor among the choices do
-    not count in the average. Cost: none beyond the loss.
+    Always measured if the task is classification. Classes that occur neither among the rows nor among the choices do not
+    count in the average. Cost: none beyond the loss.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"classification"}))

@@ -1,4 +1,4 @@
-"""Passages of a corpus for questions: cut, ranked, put together; the same for every model that is asked.
+"""Passages of a corpus for questions: cut, ranked and joined; the same for every model.
 
 Lengths are counted in words, not in a model's tokens, so that models with different tokenizers get the same text.
 """
@@ -27,7 +27,7 @@ class Chunk(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What one question is shown: its text, documents that are in it, documents that were found (before the cut)."""
+    """The context of one question: its text, the documents in it, and the documents that were found (before the cut)."""
 
     text: str
     docs: tuple[str, ...]
@@ -81,10 +81,10 @@ def ranked(chunks: Sequence[Chunk], questions: Sequence[str]) -> np.ndarray:
     return order
 
 
-class Shelf:
-    """A corpus, cut and ready to be looked up.
+class Corpus:
+    """A corpus that is cut into chunks and can be searched.
 
-    Raises LuthierError where there are fewer chunks than top_k, or where a context has no room for one.
+    Raises LuthierError if there are fewer chunks than top_k, or if a context has no room for one.
     """
 
     def __init__(self, documents: Sequence[tuple[str, str]], words: int, overlap: int, top_k: int, room: int) -> None:
@@ -114,7 +114,7 @@ class Shelf:
         shown = {"retrieved": order, "oracle": [*right, *other], "adversarial": other, "closed": []}
         wanted = shown[condition][: self.top_k]
         taken, left = [], self.room
-        for i in wanted:  # what does not fit is cut, with all behind it
+        for i in wanted:  # what does not fit is cut, with everything after it
             if self.chunks[i].words > left:
                 break
             taken.append(i)
@@ -129,6 +129,6 @@ def _docs(chunks: Sequence[Chunk], numbers: Sequence[int]) -> tuple[str, ...]:
 
 
 def gold_of(row: dict[str, Any]) -> tuple[str, ...]:
-    """Documents that hold a row's answer: its column `gold`, one id or a list; () without it."""
+    """The documents that hold a row's answer: its column `gold`, one id or a list; () without the column."""
     gold = row.get("gold") or ()
     return (gold,) if isinstance(gold, str) else tuple(str(g) for g in gold)

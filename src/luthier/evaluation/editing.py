@@ -1,4 +1,4 @@
-"""Editing: is the new answer there, also asked otherwise, and is everything else as it was?"""
+"""Editing: does the model give the new answer, also to a rephrased prompt, and is everything else unchanged?"""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from luthier.support.errors import LuthierError
 class Editing(Evaluator):
     """Efficacy, generalisation and specificity of edits, by teacher-forced token accuracy.
 
-    Each row is an edit (prompt, completion) with the columns `rephrase` (the same asked otherwise), `locality_prompt` and
-    `locality_answer` (something else, whose answer should stay). A value is the share of the answer's tokens that are the
-    model's first choice when the right ones stand before them, as editing studies score it; the end token does not
-    count. Specificity is a level: compare it before and after.
+    Each row is an edit (prompt, completion) with the columns `rephrase` (the same prompt in other words), `locality_prompt` and
+    `locality_answer` (another prompt, whose answer should stay). A value is the share of the answer's tokens that are the
+    model's first choice after the right earlier tokens, as in editing studies; the end token does not count. Specificity is a
+    level: compare it before and after.
     Cost: three forward passes over the rows.
     """
 
@@ -26,11 +26,11 @@ class Editing(Evaluator):
     source: ClassVar[Source] = Source("Locating and Editing Factual Associations in GPT", 2022, "arXiv:2202.05262")
 
     rephrase: str = "rephrase"
-    """Column with the prompt in other words."""
+    """Column with the rephrased prompt."""
     locality_prompt: str = "locality_prompt"
     """Column with a prompt that the edit is not about."""
     locality_answer: str = "locality_answer"
-    """Column with the answer to that."""
+    """Column with the answer to that prompt."""
 
     def names(self) -> tuple[str, ...]:
         return ("efficacy", "generalisation", "specificity")
@@ -56,7 +56,7 @@ class Editing(Evaluator):
 
 
 def _accuracy(exam: Exam, pairs: list[tuple[str, str]]) -> list[float]:
-    """Share of each answer's tokens that come first; an empty answer counts as 0."""
+    """Share of each answer's tokens that are the model's first choice; an empty answer counts as 0."""
     forms = [exam.codec.encode({"prompt": p, "completion": c}) for p, c in pairs]
     rows = [exam.renderer.render(form, str(i)) for i, form in enumerate(forms)]
     stops = set(exam.renderer.stop_ids)

@@ -9,14 +9,14 @@ from luthier.evaluation.measures import Measure, mean
 from luthier.evaluation.text import matches
 from luthier.method import Source, Traits
 
-NAMES = {"text": "exact_match"}  # of the measure; others: FORM_match
+NAMES = {"text": "exact_match"}  # name of the measure; others are called FORM_match
 
 
 class ExactMatch(Answering):
-    """The share of generated answers equal to a wanted one, in one of six senses.
+    """The share of generated answers equal to a right answer, in one of six senses.
 
-    Rows that ask the same are one question; any of their answers counts.
-    Cost: one generated answer a question.
+    Rows with the same prompt are one question; each of their answers is right.
+    Cost: one generated answer for each question.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
@@ -25,8 +25,8 @@ class ExactMatch(Answering):
     )
 
     match: Literal["text", "caseless", "normalised", "contains", "number", "json"] = "text"
-    """"text": equal after trimming; "caseless": in lower case too; "normalised": without punctuation and articles, number
-    words as digits; "contains": holds the wanted words; "number": the last numbers are equal; "json": equal values."""
+    """"text": equal after trimming; "caseless": also in lower case; "normalised": without punctuation and articles, number words
+    as digits; "contains": contains the right words; "number": the last numbers are equal; "json": equal values."""
 
     def names(self) -> tuple[str, ...]:
         return (NAMES.get(self.match, f"{self.match}_match"),)

@@ -1,4 +1,4 @@
-"""Forgetting: what a model still knows of everything it was not tuned on."""
+"""Forgetting: what a model still knows of everything that it was not tuned on."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ BUILTIN, NONE = "builtin", "none"
 
 
 class Forgetting(Evaluator):
-    """Loss on general text, and the share of plain questions whose right answer is the likeliest of four.
+    """Loss on general text, and the share of plain questions whose right answer is the most likely of four.
 
-    Measured before and after every run unless `general: none` and `canaries: false` say otherwise. The built-in text is
-    luthier's own: 24 short passages of history, science, law, dialogue, code, letters, tables, German, French and
-    Spanish, which no model has been trained on before they were published here. The 60 canaries are questions that
-    everybody can answer ("What is the capital of France?"), asked in the run's own template; each of four answers is
-    weighed by its loss a token, nothing is generated. Both are levels, not differences: compare them before and after.
+    Measured before and after every run, unless `general: none` and `canaries: false` are set. The built-in text is luthier's
+    own: 24 short passages of history, science, law, dialogue, code, letters, tables, German, French and Spanish. No model was
+    trained on them before they were published here. The 60 canaries are simple general questions ("What is the capital of
+    France?"), asked in the run's own template. Each of four answers is scored by its loss a token; nothing is generated. Both are
+    levels, not differences: compare them before and after.
     Cost: one forward pass over about 4,000 tokens, and one over about 9,000 for the canaries.
     """
 
@@ -98,7 +98,7 @@ def _a_token(score: RowScore) -> float:
 
 
 def _read(name: str) -> list[dict[str, Any]]:
-    """Rows of a built-in set, or of a file. Raises RecipeError naming the line that is no such row."""
+    """Rows of a built-in set, or of a file. Raises RecipeError with the line of a row without text."""
     if name in (BUILTIN, "canaries"):
         file = "general" if name == BUILTIN else name
         lines = files("luthier.evaluation").joinpath(f"sets/{file}.jsonl").read_text(encoding="utf-8").splitlines()

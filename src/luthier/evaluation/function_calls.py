@@ -13,7 +13,7 @@ from luthier.evaluation.base import Answering, Exam
 from luthier.evaluation.measures import Measure, mean
 from luthier.method import Source, Traits
 
-LEFT_OUT = ""  # among the accepted values of an argument: it may be left out
+LEFT_OUT = ""  # among the accepted values of an argument: the argument may be left out
 
 
 class Call(NamedTuple):
@@ -33,7 +33,7 @@ class Judged(NamedTuple):
 
 
 def calls_of(text: str, name_key: str, arguments_key: str | None) -> list[Call] | None:
-    """The calls a text holds: a JSON object, or a list of them. None where it is neither.
+    """The calls in a text: a JSON object, or a list of them. None if the text is neither.
 
     arguments_key  None: an object's other keys are its arguments
     """
@@ -48,7 +48,7 @@ def calls_of(text: str, name_key: str, arguments_key: str | None) -> list[Call] 
             return None
         rest = {k: v for k, v in item.items() if k != name_key}
         arguments = rest if arguments_key is None else item.get(arguments_key, {})
-        if isinstance(arguments, str):  # as some interfaces write them
+        if isinstance(arguments, str):  # some interfaces write arguments as text
             try:
                 arguments = json.loads(arguments)
             except (ValueError, RecursionError):
@@ -60,9 +60,9 @@ def calls_of(text: str, name_key: str, arguments_key: str | None) -> list[Call] 
 
 
 def agrees(said: Mapping[str, Any], wanted: Mapping[str, Any], listed: bool) -> bool:
-    """True where every argument has an accepted value and none is made up.
+    """True if every argument has an accepted value and no argument is made up.
 
-    listed  `wanted` holds for each argument the list of values that count; "" in it: the argument may be left out
+    listed  `wanted` holds for each argument the list of accepted values; "" in the list: the argument may be left out
     """
     accepted = {k: v if listed else [v] for k, v in wanted.items()}
     if not set(said) <= set(accepted):
@@ -87,11 +87,11 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def judge(said: Sequence[Call] | None, wanted: Sequence[Call], listed: bool = False, ordered: bool = True) -> Judged:
-    """Each wanted call takes the first unused call that agrees with it, or else the first of its name."""
+    """Match each wanted call with the first unused call that agrees with it, or else with the first of its name."""
     if said is None:
         return Judged(0.0, 0.0, 0.0, False)
     free, places = list(range(len(said))), []
-    for w in wanted:  # those that agree first: another call of the same name must not take their place
+    for w in wanted:  # those that agree come first, so that another call of the same name does not take their place
         same = [i for i in free if said[i].name == w.name and agrees(said[i].arguments, w.arguments, listed)]
         places.append(same[0] if same else None)
         if same:
@@ -111,12 +111,12 @@ def judge(said: Sequence[Call] | None, wanted: Sequence[Call], listed: bool = Fa
 
 
 class FunctionCalls(Answering):
-    """Generated calls against wanted ones: the name, the arguments, the order, and all of it together.
+    """Generated calls compared with the right ones: the name, the arguments, the order, and all of these together.
 
-    A wanted call is the answer itself (JSON, one call or a list), or the row's column `accepted_column`: a list of
-    {name: {argument: [values that count]}} as the Berkeley leaderboard has it, where "" among the values means that the
-    argument may be left out. An answer that is not JSON is wrong in everything; made-up arguments and calls are wrong.
-    Cost: one generated answer a question.
+    A right call is the answer itself (JSON, one call or a list), or the row's column `accepted_column`: a list of
+    {name: {argument: [accepted values]}}, as in the Berkeley leaderboard, where "" among the values means that the
+    argument may be left out. An answer that is not JSON is wrong in everything. Made-up arguments and calls are wrong.
+    Cost: one generated answer for each question.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
@@ -129,7 +129,7 @@ class FunctionCalls(Answering):
     arguments_key: str | None = "arguments"
     """Key of a call that holds its arguments; null: its other keys are the arguments."""
     accepted_column: str | None = None
-    """Column of the rows that lists accepted values, in place of the answer."""
+    """Column of the rows that lists accepted values, instead of the answer."""
     ordered: bool = Field(True)
     """Several calls must come in the wanted order."""
 

@@ -1,4 +1,4 @@
-"""Knowledge infusion: are facts in the model, or only the sentences they were taught in?"""
+"""Knowledge: does the model know facts, or only the sentences that taught them?"""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SCORES = (("exact", "caseless"), ("contains", "contains"))
 
 
 class Knowledge(Answering):
-    """Answers by the kind of question: as trained, rephrased, derived, compared; exact and contained side by side.
+    """Answers by the kind of question: as trained, rephrased, derived, compared; as exact matches and as contained answers.
 
-    Rows have a column `kind` (any names); `builtin:people` brings 25 invented people with six facts each, where yes and no
-    come equally often. Beside each kind stands what always giving its commonest answer would reach: a tuned model that
-    repeats sentences is at 1 as trained and at that share where it has to reason. Fewer than 25 questions of a kind
-    give intervals wider than 0.4.
-    Cost: one short answer a question; 600 for builtin:people.
+    Rows have a column `kind` (any names). `builtin:people` has 25 invented people with six facts each; yes and no are equally
+    frequent. For each kind, a second number shows the share that one constant answer, the most frequent one, would reach.
+    A tuned model that only repeats sentences is at 1 for questions as trained, and at that share where it must reason.
+    With fewer than 25 questions of a kind, intervals are wider than 0.4.
+    Cost: one short answer for each question; 600 for builtin:people.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
@@ -32,11 +32,11 @@ class Knowledge(Answering):
     )
 
     rows: int = Field(1000, ge=1)
-    """Distinct prompts of data.eval that are asked, from the first on."""
+    """Number of distinct prompts of data.eval to answer, from the first."""
     max_new_tokens: int = Field(24, ge=1)
-    """Tokens of an answer at most."""
+    """Largest number of tokens in an answer."""
     kinds: tuple[str, ...] = ("memorize", "rephrase", "secondary", "comparison")
-    """Kinds of question that are told apart; others are left out."""
+    """Kinds of question with separate measures; other kinds are left out."""
 
     def names(self) -> tuple[str, ...]:
         scored = tuple(f"{kind}_{score}" for kind in self.kinds for score, _ in SCORES)
@@ -62,8 +62,10 @@ class Knowledge(Answering):
 
 
 def _kind(question: Question) -> str:
-    """Raises LuthierError for a row without one."""
+    """The question's kind. Raises LuthierError for a row without one."""
     kind = question.row.values.get("kind")
     if not isinstance(kind, str):
-        raise LuthierError(f"{question.row.key}: has no kind, which knowledge tells questions apart by; add the column")
+        raise LuthierError(
+            f"{question.row.key}: has no kind; knowledge needs it to separate questions, so add the column"
+        )
     return kind

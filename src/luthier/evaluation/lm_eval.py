@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval, asked through luthier's own scoring and the run's own template."""
+"""Tasks of EleutherAI's lm-eval, with luthier's own scoring and the run's own template."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from luthier.support.errors import LuthierError, RecipeError
 
 
 class LmEval(Evaluator):
-    """Tasks of lm-eval by name, scored by luthier: flat batches, heads on answers only, the template of the run.
+    """Tasks of lm-eval by name, scored by luthier: flat batches, the head on answers only, the run's template.
 
-    Prompt and answer are tokenised apart, as they are in training, so the numbers can differ in the last digits from
-    lm-eval's own Hugging Face model, which tokenises them together and pads. Values of single rows are kept; a group's
-    measure is over the rows of all its tasks. Tasks bring their data from the Hub; those in a folder of yours may bring
-    Python as well, which needs --allow-code. Tasks that run generated programs are refused: use pass-at-k.
+    Prompt and answer are tokenised separately, as in training. So the numbers can differ in the last digits from lm-eval's own
+    Hugging Face model, which tokenises them together and pads. Values of single rows are kept; a group's measure is over
+    the rows of all its tasks. Tasks load their data from the Hub. Tasks in your own folder may contain Python code, which
+    needs --allow-code. Tasks that run generated programs are refused: use pass-at-k.
     Cost: one scored row for each choice of a question, or one generated answer.
     """
 
@@ -41,13 +41,13 @@ class LmEval(Evaluator):
     tasks: tuple[str, ...] = Field(min_length=1, examples=[["hellaswag"]])
     """Names of tasks or groups."""
     metrics: tuple[str, ...] = ("acc", "acc_norm", "exact_match")
-    """Metrics that are taken up where a task has them."""
+    """Metrics to report, if a task has them."""
     num_fewshot: int | None = Field(None, ge=0)
-    """Worked examples before each question; None: as the task says."""
+    """Worked examples before each question; null: as in the task."""
     limit: int | None = Field(None, ge=1)
-    """Questions of each task, from the first on; None: all."""
+    """Number of questions of each task, from the first; null: all."""
     folder: str | None = None
-    """A folder with tasks of yours (.yaml), relative to where luthier is called; needs --allow-code."""
+    """A folder with your own tasks (.yaml), relative to where luthier is called; needs --allow-code."""
 
     def names(self) -> tuple[str, ...]:
         return tuple(f"{task}_{metric}" for task in self.tasks for metric in self.metrics)
@@ -59,10 +59,12 @@ class LmEval(Evaluator):
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)
         if find_spec("lm_eval") is None:
-            problems.append(Problem("tasks", "needs a package that is not here", "pip install 'luthier[lm-eval]'"))
+            problems.append(Problem("tasks", "needs a package that is not installed", "pip install 'luthier[lm-eval]'"))
         if self.folder is not None and not Path(self.folder).is_dir():
             problems.append(
-                Problem("folder", f"there is no folder {self.folder}", "it is sought where luthier is called")
+                Problem(
+                    "folder", f"there is no folder {self.folder}", "the path is relative to where luthier is called"
+                )
             )
         return problems
 
@@ -110,7 +112,7 @@ class LmEval(Evaluator):
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Give the global generators back as they were: lm-eval draws its worked examples from Python's."""
+    """Restore the global generators afterwards: lm-eval draws its worked examples from Python's."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         yield
@@ -157,7 +159,7 @@ def _asked(exam: Exam) -> Any:
             return text
 
         def _loglikelihood_tokens(self, requests: Any, **_: Any) -> list[tuple[float, bool]]:
-            # A context that is too long loses its beginning.
+            # If a context is too long, its beginning is cut.
             pairs = [(before[-max(1, self.room - len(after)) :], after) for _, before, after in requests]
             found = exam.lab.scorer.continuations(exam.view, pairs)
             return [(-total, greedy) for total, greedy in found]
@@ -190,7 +192,7 @@ def _asked(exam: Exam) -> Any:
 def _length(asked: Mapping[str, Any]) -> int:
     if asked.get("do_sample") or (asked.get("temperature") or 0) > 0:
         raise LuthierError(
-            "lm-eval: this task draws its answers; luthier gives greedy ones, so it cannot be asked here"
+            "lm-eval: this task needs drawn answers, but luthier gives greedy ones, so the task cannot be used here"
         )
     return int(asked.get("max_gen_toks") or asked.get("max_new_tokens") or 256)
 

@@ -1,4 +1,4 @@
-"""Loss: nats a token, and bits a byte, which compare across tokenizers."""
+"""Loss: nats a token, and bits a byte, which can be compared across tokenizers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from luthier.method import Source
 class Loss(Evaluator):
     """Mean loss on every held-out row: nats a supervised token, bits a byte of supervised text; for classes nats a row.
 
-    Measured always, asked for or not. Bits a byte count the end token's loss and no byte for it.
+    Always measured, also without a key in the recipe. Bits a byte include the end token's loss but no byte for it.
     Cost: one forward pass over the rows.
     """
 

@@ -1,4 +1,4 @@
-"""Masked accuracy: the share of hidden tokens that the model names."""
+"""Masked accuracy: the share of hidden tokens that the model predicts correctly."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from luthier.method import Source, Traits
 
 
 class MaskedAccuracy(Evaluator):
-    """Share of hidden tokens whose likeliest filling is the right one, over all tokens that are asked for.
+    """Share of hidden tokens whose most likely prediction is right, over all hidden tokens.
 
-    Measured always where the task is masked-lm. The same tokens of a held-out row are hidden in every run.
+    Always measured if the task is masked-lm. The same tokens of a held-out row are hidden in every run.
     Cost: none beyond the loss.
     """
 

@@ -1,8 +1,8 @@
-"""What was measured, row by row: so that two models can be compared on the very same rows, whatever the measure.
+"""Measures, row by row, so that two models can be compared on exactly the same rows.
 
-Every measure here is a function of what rows add up to: a mean, a ratio of sums, BLEU's counts, a table of confusion. So
-leaving one row out is a subtraction, and the jackknife's pseudo-values give each row's own part in the whole. For a mean
-they are the values themselves.
+Every measure here is a function of sums over rows: a mean, a ratio of sums, BLEU's counts, a confusion table. So leaving out one
+row is a subtraction, and the jackknife's pseudo-values give each row's own part in the whole. For a mean, these are the values
+themselves.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BINS = 10  # of calibration
-SIDE = ("answer_tokens", "stopped")  # describe answers, they do not judge them
+SIDE = ("answer_tokens", "stopped")  # these describe answers but do not judge them
 
 
 class Aggregate(NamedTuple):
     """How rows become one number.
 
-    features  [N, k] what is stored of each row -> [N, K] what rows add up
+    features  [N, k] stored numbers of each row -> [N, K] numbers that are summed over rows
     of        [..., K] sums -> [...] values
     """
 
@@ -33,11 +33,11 @@ class Aggregate(NamedTuple):
 class Measure:
     """One quantity over rows.
 
-    stats      [N, k] float64, what each row adds; k and meaning by `aggregate`
+    stats      [N, k] float64, the numbers of each row; `aggregate` defines k and their meaning
     keys       N row keys, unique
     aggregate  a name in AGGREGATES
-    higher     True where more is better
-    judges     True where a row's single number says right (1) or wrong (0)
+    higher     True if more is better
+    judges     True if a row's single number means right (1) or wrong (0)
     """
 
     name: str
@@ -55,7 +55,7 @@ class Measure:
         return float(rule.of(rule.features(self.stats).sum(0))) if len(self.stats) else float("nan")
 
     def pseudo_values(self) -> np.ndarray:
-        """[N] each row's part: N f(all) - (N - 1) f(all but it); their mean is the value, less the jackknife's bias."""
+        """[N] each row's part: N f(all) - (N - 1) f(all except it). Their mean is the value minus the jackknife's bias."""
         rule, n = AGGREGATES[self.aggregate](), len(self.stats)
         features = rule.features(self.stats)
         total = features.sum(0)
@@ -65,7 +65,7 @@ class Measure:
         return parts
 
     def brief(self) -> dict[str, Any]:
-        """Without rows, for run.json."""
+        """The measure without rows, for run.json."""
         return {"value": self.value, "rows": len(self.keys), "higher": self.higher, "unit": self.unit}
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""pass@k: does generated code pass its tests? Run in the sandbox, never outside."""
+"""pass@k: does generated code pass its tests? Programs run only in the sandbox."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def code_of(answer: str) -> str:
 
 
 def program(row: Mapping[str, Any], answer: str) -> str:
-    """What is run: set-up, the answer's code, the row's tests.
+    """The program to run: set-up, the answer's code, the row's tests.
 
     A row has `tests` (a list of statements, or text) and maybe `setup`, as MBPP; or `test` and `entry_point`, as
-    HumanEval, whose answers may go on where the prompt's code ends. Raises ValueError for a row with neither.
+    HumanEval, whose answers may continue the prompt's code. Raises ValueError for a row with neither.
     """
     code = code_of(answer)
     if "tests" in row:
@@ -46,12 +46,12 @@ def program(row: Mapping[str, Any], answer: str) -> str:
 
 
 class PassAtK(Answering):
-    """The chance that one of k generated programs passes its tests, estimated from `samples` programs each.
+    """The probability that one of k generated programs passes its tests, estimated from `samples` programs for each question.
 
-    One sample is the greedy answer; several are drawn at `temperature`, keyed by row and number, so that batches and
-    order change nothing. Programs run in the sandbox (no network, no files, limits on time and memory); where none works
-    nothing runs and the evaluation is refused.
-    Cost: `samples` generated answers a question, and running them.
+    With one sample, the greedy answer is used. Several samples are drawn at `temperature`, keyed by row and number, so
+    that batches and order do not change them. Programs run in the sandbox (no network, no files, limits on time and
+    memory). If no sandbox works, nothing runs and the evaluation is refused.
+    Cost: `samples` generated answers for each question, and running them.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
@@ -60,15 +60,15 @@ class PassAtK(Answering):
     )
 
     max_new_tokens: int = Field(256, ge=1)
-    """Tokens of an answer at most."""
+    """Largest number of tokens in an answer."""
     samples: int = Field(1, ge=1)
     """Programs generated for each question (n)."""
     k: tuple[int, ...] = (1,)
-    """For each of these, pass@k is estimated."""
+    """Values of k to estimate pass@k for."""
     temperature: float = Field(0.8, gt=0)
-    """Temperature that programs are drawn at; a single program is written greedily."""
+    """Temperature of the drawn programs; a single program is greedy."""
     seconds: float = Field(5.0, gt=0)
-    """Wall clock of one program."""
+    """Time limit of one program."""
 
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)

@@ -1,4 +1,4 @@
-"""The release gate of retrieval: does a tuned model still find and put together what it is shown?"""
+"""The release gate for retrieval: does a tuned model still find and combine what is in its passages?"""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import Field
 
 from luthier.data.store import Row
 from luthier.evaluation.base import Answering, Exam, Gate, Question, Results
-from luthier.evaluation.contexts import Context, Shelf, documents_of, gold_of
+from luthier.evaluation.contexts import Context, Corpus, documents_of, gold_of
 from luthier.evaluation.measures import Measure, ratio
 from luthier.evaluation.text import normalised, token_f1
 from luthier.method import Facts, Problem, Source, Traits
@@ -23,10 +23,10 @@ from luthier.support.rng import Streams
 from luthier.support.statistics import Estimate, estimate
 
 Condition = Literal["retrieved", "oracle", "closed", "adversarial"]
-COVERED = 0.6  # of a key point's content words
-RIGHT = 0.5  # F1 from which a reply is not wrong
-NOT_EXTRACTED = 0.3  # F1 below which nothing of the answer was taken up
-FEWEST = 50  # questions below which no gate is passed or failed
+COVERED = 0.6  # share of a key point's content words
+RIGHT = 0.5  # from this F1 on, a reply is not wrong
+NOT_EXTRACTED = 0.3  # below this F1, the reply contains nothing of the answer
+FEWEST = 50  # with fewer questions, the gate is inconclusive
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
 _COMMON = (
     """the a an of to in on at by for with and or not is are was were be been has have had it its this that as from"""
@@ -37,7 +37,7 @@ _STOP = frozenset(_COMMON.split())
 
 
 def content_words(text: str) -> set[str]:
-    """Its normalised words but the most common ones; all of them where nothing else is there."""
+    """Its normalised words without the most common ones; all of them if there are no others."""
     words = set(normalised(text).split())
     return words - _STOP or words
 
@@ -61,7 +61,7 @@ def groundedness(reply: str, context: str) -> float:
 
 
 def not_shown(context: Context, gold: Sequence[str], corpus: Collection[str]) -> int:
-    """Why the gold document is not in a context, by ids alone: 1 not in the corpus, 2 not found, 3 found, then cut; else 0."""
+    """Why the gold document is not in a context: 1 not in the corpus, 2 not found, 3 found but cut; else 0."""
     if not gold or set(gold) & set(context.docs):
         return 0
     if not set(gold) & set(corpus):
@@ -70,8 +70,8 @@ def not_shown(context: Context, gold: Sequence[str], corpus: Collection[str]) ->
 
 
 def failure(reply: str, references: Sequence[str], form: str | None = None) -> int:
-    """What is wrong with a reply whose answer was shown: 4 nothing of the answer, 5 not of the wanted form (a regular
-    expression), 6 all of it buried in other words, 7 some of its key points; 0 for a right one.
+    """What is wrong with a reply whose context has the answer: 4 nothing of the answer, 5 not of the required form (a regular
+    expression), 6 the answer among many other words, 7 only some of its key points; 0 for a right reply.
     """
     if form and not re.fullmatch(form, reply.strip()):
         return 5
@@ -88,7 +88,7 @@ def failure(reply: str, references: Sequence[str], form: str | None = None) -> i
 
 
 def gate(difference: Estimate, delta: float, questions: float) -> str:
-    """ "fail" where the whole interval lies below -delta, "pass" where it lies above, else "inconclusive"."""
+    """The outcome: "fail" if the whole interval is below -delta, "pass" if it is above, else "inconclusive"."""
     if questions < FEWEST:
         return "inconclusive"
     if difference.high < -delta:
@@ -97,7 +97,7 @@ def gate(difference: Estimate, delta: float, questions: float) -> str:
 
 
 def needed(values: np.ndarray, delta: float) -> int:
-    """Paired differences [N] it would take to see delta with a chance of 80%."""
+    """The number of paired differences [N] that is needed to see delta with a probability of 80%."""
     return int(np.ceil((1.96 + 0.84) ** 2 * values.var(ddof=1) / delta**2)) if len(values) > 1 else 0
 
 
@@ -105,16 +105,16 @@ class Retrieval(Answering):
     """Answers from retrieved passages, and a gate: may the tuned model replace the base model there?
 
     Each question of data.eval (with `gold`, the ids of documents that hold its answer) is asked with the passages that
-    TF-IDF finds, with the right ones, with none, and with only wrong ones, where the right reply is a refusal. Passages
-    are the same for every model. Accuracy is the F1 of words against the reference, completeness the share of its
-    sentences that the reply covers; a judge is not asked. Wrong replies are sorted into failure points; only those
-    from 4 on (not extracted, format, specificity, incomplete) can be a model's fault. The gate fails where accuracy or
-    completeness with retrieved passages fell by more than `delta`, passes where such a fall is ruled out, with the
-    paired t interval over documents (the source's protocol is not published; the sheet bootstraps, which agrees).
-    Tuning on questions without passages and asking with them is a mismatch of format, no proof that tuning harms:
-    `training_rows` makes rows in the deployed form for an arm that is matched.
-    Lengths are words instead of tokens, so that no tokenizer changes what is shown.
-    Cost: an answer a question and condition; prompts of up to context_words words.
+    TF-IDF finds, with the right passages, with none, and with only wrong ones, where the right reply is a refusal.
+    Passages are the same for every model. Accuracy is the F1 of words against the reference. Completeness is the share of
+    the reference's sentences that the reply covers. No judge model is used. Wrong replies are sorted into failure points;
+    only those from 4 on (not extracted, format, specificity, incomplete) can come from the model. The gate fails if
+    accuracy or completeness with retrieved passages fell by more than `delta`, and passes if such a fall is ruled out,
+    with the paired t interval over documents. (The source's protocol is not published; the sheet uses a bootstrap, which
+    agrees.) If a model is tuned on questions without passages and then asked with passages, the formats differ; a fall
+    then does not prove that tuning does harm. `training_rows` makes rows in the deployed form, for a model whose format matches.
+    Lengths are in words instead of tokens, so that the tokenizer does not change the passages.
+    Cost: one answer for each question and condition; prompts of up to context_words words.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
@@ -125,27 +125,27 @@ class Retrieval(Answering):
     corpus: str = Field(examples=["passages.jsonl"])
     """A .jsonl file of {"doc_id": ..., "text": ...}, relative to where luthier is called."""
     rows: int = Field(200, ge=1)
-    """Distinct questions of data.eval that are asked, from the first on; fewer than 50 decide nothing."""
+    """Number of distinct questions of data.eval, from the first; fewer than 50 are always inconclusive."""
     conditions: tuple[Condition, ...] = ("retrieved", "oracle", "closed", "adversarial")
-    """What is shown: found passages, the right ones, none, only wrong ones."""
+    """Which passages are in the prompt: retrieved ones, the right ones, none, only wrong ones."""
     top_k: int = Field(5, ge=1)
-    """Passages that are found."""
+    """Number of passages that are retrieved."""
     chunk_words: int = Field(200, ge=8)
     """Words of a passage."""
     overlap_words: int = Field(25, ge=0)
     """Words that a passage shares with the one before."""
     context_words: int = Field(1200, ge=8)
-    """Words of all passages together; what does not fit is cut."""
+    """Words of all passages together; the rest is cut."""
     prompt: str = "Answer from these passages. If the answer is not there, reply: {refusal}\n\n{context}\n\n{question}"
-    """What a question with passages is put into; {context} and {question} have to occur."""
+    """Template of a question with passages; it must contain {context} and {question}."""
     refusal: str = "Not in the text."
-    """The right reply where the passages do not hold the answer."""
+    """The right reply if the passages do not hold the answer."""
     form: str | None = None
-    """A regular expression that replies have to match; others count as failure point 5."""
+    """A regular expression that replies must match; others count as failure point 5."""
     delta: float = Field(0.02, gt=0)
-    """Fall that the gate lets pass."""
+    """Largest fall that the gate accepts."""
     allow_shared_documents: bool = False
-    """Let questions ask about documents that training rows are from."""
+    """Allow questions about documents that training rows come from."""
 
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)
@@ -153,16 +153,16 @@ class Retrieval(Answering):
         if not {"context", "question"} <= named:
             problems.append(Problem("prompt", "lacks {context} or {question}", "write both"))
         if unknown := named - {"context", "question", "refusal"}:
-            what = f"names {{{min(unknown)}}}, which nothing fills in"
+            what = f"names {{{min(unknown)}}}, which luthier does not fill in"
             problems.append(Problem("prompt", what, "use {context}, {question} and {refusal}"))
         if self.form is not None and (wrong := _wrong_form(self.form)):
-            problems.append(Problem("form", f"{self.form!r} is no regular expression ({wrong})", "mend it"))
+            problems.append(Problem("form", f"{self.form!r} is not a regular expression ({wrong})", "correct it"))
         if self.overlap_words >= self.chunk_words:
             what = f"{self.overlap_words} leaves nothing new in passages of {self.chunk_words}"
             problems.append(Problem("overlap_words", what, "lower it"))
         if not Path(self.corpus).is_file():
             problems.append(
-                Problem("corpus", f"there is no file {self.corpus}", "it is sought where luthier is called")
+                Problem("corpus", f"there is no file {self.corpus}", "the path is relative to where luthier is called")
             )
         return problems
 
@@ -170,7 +170,7 @@ class Retrieval(Answering):
         return super().content() + content_of(Path(self.corpus))
 
     def check_rows(self, train: Sequence[Row], held: Sequence[Row]) -> None:
-        """Raises RecipeError for a question without gold, or whose document was trained on."""
+        """Raises RecipeError for a question without gold, or with a document that training rows come from."""
         self._gold(held)
         known = {g for r in train for g in gold_of(r.values)}
         shared = sorted({g for r in held for g in gold_of(r.values)} & known)
@@ -186,21 +186,21 @@ class Retrieval(Answering):
             out += {"oracle": ["oracle_refusal"], "retrieved": ["retrieved_grounded"]}.get(c, [])
         return (*out, *(f"failure_{n}" for n in range(1, 8) if "retrieved" in self.conditions))
 
-    def shelf(self) -> Shelf:
+    def documents(self) -> Corpus:
         """The corpus, cut into passages."""
         documents = documents_of(Path(self.corpus))
-        return Shelf(documents, self.chunk_words, self.overlap_words, self.top_k, self.context_words)
+        return Corpus(documents, self.chunk_words, self.overlap_words, self.top_k, self.context_words)
 
     def evaluate(self, exam: Exam) -> list[Measure]:
-        questions, shelf = exam.questions(self.rows), self.shelf()
+        questions, corpus = exam.questions(self.rows), self.documents()
         gold = self._gold([q.row for q in questions])
-        shown = shelf.contexts([q.prompt for q in questions], gold, self.conditions)
+        shown = corpus.contexts([q.prompt for q in questions], gold, self.conditions)
         out: list[Measure] = []
         for condition, contexts in shown.items():
             replies = [r.text for r in self._replies(exam, questions, contexts, condition)]
             out += self._measures(condition, questions, contexts, gold, replies)
             if condition == "retrieved" and all(gold):
-                points = [not_shown(c, g, shelf.docs) for c, g in zip(contexts, gold, strict=True)]
+                points = [not_shown(c, g, corpus.docs) for c, g in zip(contexts, gold, strict=True)]
                 out += self._failures(questions, replies, points, gold)
         return out
 
@@ -239,7 +239,7 @@ class Retrieval(Answering):
         return replies
 
     def asked(self, question: str, context: str) -> str:
-        """The question as it is put, with passages or without."""
+        """The text of the question, with passages or without."""
         if not context:
             return question
         return self.prompt.format(context=context, question=question, refusal=self.refusal)
@@ -284,13 +284,13 @@ class Retrieval(Answering):
     def training_rows(
         self, rows: Sequence[dict[str, Any]], refusals: float = 0.0, seed: int = 0
     ) -> list[dict[str, Any]]:
-        """Rows (prompt, completion, gold) with retrieved passages in the prompt, as the model will be asked.
+        """Rows (prompt, completion, gold) with retrieved passages in the prompt, in the deployed form.
 
-        refusals  that share gets passages without the answer and the refusal as its completion
+        refusals  share of rows with passages that lack the answer; their completion is the refusal
         """
-        shelf, drawn = self.shelf(), Streams(seed).at("refusals").random(len(rows)) < refusals
+        corpus, drawn = self.documents(), Streams(seed).at("refusals").random(len(rows)) < refusals
         texts, gold = [r["prompt"] for r in rows], [gold_of(r) for r in rows]
-        right, wrong = shelf.contexts(texts, gold, ("retrieved", "adversarial")).values()
+        right, wrong = corpus.contexts(texts, gold, ("retrieved", "adversarial")).values()
         return [
             {**r, "prompt": self.asked(r["prompt"], (w if bad else c).text),
              "completion": self.refusal if bad else r["completion"]}
@@ -307,7 +307,7 @@ def _wrong_form(form: str) -> str | None:
 
 
 def summed(name: str, values: Sequence[float], clusters: Sequence[str], **more: Any) -> Measure:
-    """A mean over questions whose unit of chance is the document: its questions stand or fall together."""
+    """A mean over questions. The unit of chance is the document: its questions are not independent."""
     keys = tuple(dict.fromkeys(clusters))
     above, below = dict.fromkeys(keys, 0.0), dict.fromkeys(keys, 0.0)
     for key, value in zip(clusters, values, strict=True):

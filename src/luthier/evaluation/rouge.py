@@ -1,4 +1,4 @@
-"""ROUGE: how many words, pairs of words and longest common sequences of a reference an answer has."""
+"""ROUGE: how many words, pairs of words and longest common sequences of a reference are in an answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = ("rouge1", "rouge2", "rougeL")
 class Rouge(Answering):
     """ROUGE-1, ROUGE-2 and ROUGE-L F1 of generated answers, by Google's rouge-score; the best of several references.
 
-    Needs the extra `eval`. Cost: one generated answer a question.
+    Needs the extra `eval`. Cost: one generated answer for each question.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))

@@ -37,11 +37,10 @@ def token_f1(answer: str, wanted: str) -> float:
 
 
 def matches(answer: str, wanted: str, form: str) -> bool:
-    """True where the answer counts as right.
+    """True if the answer counts as right.
 
-    form  "text": equal after trimming; "caseless": in lower case too; "normalised": equal when normalised; "contains": the
-          normalised answer holds the wanted one as whole words; "number": the last numbers are equal; "json": equal
-          values
+    form  "text": equal after trimming; "caseless": also in lower case; "normalised": equal when normalised; "contains": the
+    normalised answer contains the right one as whole words; "number": the last numbers are equal; "json": equal values
     """
     match form:
         case "text":

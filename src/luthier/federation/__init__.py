@@ -1,1 +1,1 @@
-"""The work of the commands of `luthier collaborate`, on files and over flwr."""
+"""The work behind `luthier collaborate`, with files and over flwr."""

@@ -1,4 +1,4 @@
-"""The page of an audit: five questions that whoever is asked to send something has."""
+"""The page of an audit: five questions of a person who is asked to send a message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from luthier.support.version import __version__
 SAYS = {
     "pass": ("good", "it may be sent"),
     "fail": ("bad", "it must not be sent as it is"),
-    "unknown": ("", "nothing failed, and too little was measured to call it safe"),
+    "unknown": ("", "nothing failed, but too little was measured to call it safe"),
 }
 
 

@@ -1,9 +1,9 @@
-"""A client's work: tune on rows that stay, audit exactly the bytes that would leave, and let them leave or not."""
+"""A client's work: tune on its own rows, audit the exact bytes that it would send, and send them or not."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,26 +25,25 @@ from luthier.inference.scoring import row_scores
 from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError
 from luthier.support.files import replaced, write_text
-from luthier.support.progress import Lines
+from luthier.support.progress import Lines, Say
 from luthier.tuners.lora import Lora
 from luthier.update import LowRank, Update
 from luthier.update.packing import factor_deltas, unpack
 
-Say = Callable[[str], None]
 OTHERS = 100  # made-up secrets for each canary: 6.7 bits of exposure at most, minutes for a model of 135M weights
-Payloads = Sequence[tuple[Mapping[str, Tensor], Sequence[int]]]  # of public rows, with their tokens
+Payloads = Sequence[tuple[Mapping[str, Tensor], Sequence[int]]]  # payloads of public rows, with their tokens
 
 
-class HeldBack(LuthierError):
-    """A message whose audit failed: it is not written, and not sent."""
+class AuditFailed(LuthierError):
+    """Raised for a message whose audit failed: it is not written and not sent."""
 
 
-class Look(NamedTuple):
-    """How closely a client looks at what it would send.
+class AuditSettings(NamedTuple):
+    """How thoroughly a client audits what it would send.
 
-    held      rows of the same sort that are not tuned on; empty leaves membership out
-    canaries  made-up records tuned on beside the rows, to see what is remembered of single ones; 0 leaves that out
-    others    made-up secrets that each canary is ranked among
+    held      rows of the same kind that are not tuned on; empty: no membership audit
+    canaries  number of made-up records tuned on beside the rows, to see what the model remembers of single rows; 0: none
+    others    number of made-up secrets that each canary is ranked among
     limits    of the gate
     """
 
@@ -55,23 +54,23 @@ class Look(NamedTuple):
 
 
 class Audited(NamedTuple):
-    """A message that is ready, and what it would give away."""
+    """A message that is ready, and what it would reveal."""
 
     message: Message
     disclosure: Disclosure
     leaks: Leaks
     verdict: Verdict
     answers: list[Answer]
-    update: Update  # of the model that was tuned
+    update: Update  # of the tuned model
 
 
 def prepared(
-    place: Place, name: str, rows: Sequence[Any], look: Look = Look(), state: Message | None = None,  # noqa: B008
+    place: Place, name: str, rows: Sequence[Any], look: AuditSettings = AuditSettings(), state: Message | None = None,  # noqa: B008
     say: Say = lambda _: None,
 ) -> Audited:  # fmt: skip
     """Tune under the contract and audit what would be sent.
 
-    state  what a server sent; None: the first state of a protocol
+    state  the state that a server sent; None: the first state of the protocol
     """
     streams, contract = place.lab.streams, place.contract
     known, controls = canaries(look.canaries, streams) if look.canaries else ([], [])
@@ -89,20 +88,20 @@ def prepared(
         f"membership of {len(rows) + len(look.held)} rows"
     )
     start, _ = party.start(state).to("dense")
-    with start.bind(place.first):  # an observer knows where the client started
-        tokens, untold = _tokens(place, update, rows)
+    with start.bind(place.first):  # an observer knows the state from which the client started
+        tokens, no_progress = _tokens(place, update, rows)
         remembered = _memory(place, update, known, controls, look.others, say) if known else None
         members = _membership(place, update, rows, look.held) if len(look.held) else None
-    leaks = Leaks(tokens, remembered, members, untold)
+    leaks = Leaks(tokens, remembered, members, no_progress)
     epsilon = None if contract.privacy is None else contract.privacy.epsilon
     verdict = judged(leaks, look.limits, epsilon)
     return Audited(sent.message, disclosure, leaks, verdict, answers(disclosure, leaks, verdict, epsilon), update)
 
 
 def send(audited: Audited, folder: Path, anyway: bool = False, stem: str | None = None) -> Path:
-    """Write STEM.message, with what was found beside it. Raises HeldBack where the gate is shut.
+    """Write STEM.message, with the audit's page beside it. Raises AuditFailed if the audit failed.
 
-    stem  of the files' names; None: the sender's name
+    stem  of the file names; None: the sender's name
     """
     stem = stem or audited.message.header.sender
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,8 +112,8 @@ def send(audited: Audited, folder: Path, anyway: bool = False, stem: str | None 
     write_text(folder / f"{stem}.audit.json", json.dumps(found, indent=1))
     page = write_audit(folder / f"{stem}.html", audited.message.header.sender, audited)
     if audited.verdict.outcome == "fail" and not anyway:
-        raise HeldBack(
-            f"{stem}: not written, since {audited.verdict.failures[0]}; see {page}, or use --send-anyway to send it as it is"
+        raise AuditFailed(
+            f"{stem}: not written, because {audited.verdict.failures[0]}; see {page}, or use --send-anyway to send it as it is"
         )
     target = folder / f"{stem}.message"
     with replaced(target) as temporary:
@@ -137,7 +136,7 @@ def factors(place: Place, update: Update) -> dict[str, Tensor] | None:
 
 
 def public_payloads(place: Place) -> Payloads:
-    """Payloads of the public sets that the provider handed on for this; none where it did not."""
+    """Payloads of public rows that the provider passed on; none if it did not."""
     found = place.calibrated()
     if not found:
         return ()
@@ -146,15 +145,17 @@ def public_payloads(place: Place) -> Payloads:
 
 
 def _tokens(place: Place, update: Update, rows: Sequence[Any]) -> tuple[list[Found] | None, str]:
-    """(what each tensor gives away, or None and why it was not looked at). Without public payloads to compare with, exact
-    leaks only are seen."""
+    """(what each tensor reveals, or None and the reason why nothing was tested). Without public payloads to compare with, only
+    exact leaks are found."""
     payload, public = factors(place, update), public_payloads(place)
     if payload is None:
-        return None, "they are looked for in the factors of LoRA alone"
+        return None, "this audit reads only the factors of LoRA"
     initial = start_of(place.first, place.contract.tuner).chart.initial  # type: ignore[attr-defined]
     try:
         audit = TokenAudit(place.first, {n.removeprefix("a."): t for n, t in initial.items()})
-    except ValueError as error:  # no projection of the first block was tuned, or its inputs tell more than the token
+    except (
+        ValueError
+    ) as error:  # no projection of the first block was tuned, or its inputs depend on more than the token
         return None, str(error)
     if public:
         audit.calibrate([p for p, _ in public], [t for _, t in public])
@@ -172,7 +173,7 @@ def _memory(place: Place, update: Update, known: list[Canary], controls: list[Ca
 
 
 def _membership(place: Place, update: Update, rows: Sequence[Any], held: Sequence[Any]) -> Any:
-    """By how much each row's loss fell."""
+    """How much the loss of each row fell."""
     tokens, view = 2 * place.contract.settings.tokens_per_forward, place.first
     before = [_losses(view, r, tokens) for r in (rows, held)]
     with update.bind(view):

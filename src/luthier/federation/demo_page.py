@@ -1,4 +1,4 @@
-"""The one page of a whole collaboration: what each had, what it got, what sharing would have given, and what left."""
+"""The report of a whole collaboration: what each organisation had, what it got, what shared rows would give, what was sent."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from luthier.support.files import write_text
 from luthier.support.units import in_time
 from luthier.support.version import __version__
 
-OWN, BARE = "its own small model, tuned on its rows", "large model, untouched"
+OWN, BARE = "its own small model, tuned on its rows", "large model, not tuned"
 MEAN, PUBLIC = "large model with the mean shadow (C1)", "large model tuned on all public rows (C2)"
 TRANSLATED = "large model with its translated update"
 SHARED = "large model tuned on its own rows (needs them to be shared)"
 ALL = "large model tuned on all three organisations' rows (needs them to be shared)"
-SHORT = {  # a picture has no room for more
-    OWN: "own small model", BARE: "untouched", MEAN: "mean shadow", PUBLIC: "public rows", TRANSLATED: "translated",
+SHORT = {  # short names for pictures
+    OWN: "own small model", BARE: "not tuned", MEAN: "mean shadow", PUBLIC: "public rows", TRANSLATED: "translated",
     SHARED: "own rows", ALL: "all rows",
 }  # fmt: skip
 
@@ -50,7 +50,7 @@ def write_collaboration(
         for n, a in audits.items()
     ]  # fmt: skip
     page = template("collaboration.html").render(
-        name="Three organisations, and no row that left", names=names, lines=lines, chart=chart, sent=sent,
+        name="Three organisations, and no row was sent", names=names, lines=lines, chart=chart, sent=sent,
         recovered=[_recovered(by) for by in found["losses"].values()], judged=_rows(found["judged"]),
         verdict=found["judged"]["verdict"], sets=found["judged"]["sets"],
         took=in_time(found["seconds"]), version=__version__, lead=_lead(found),
@@ -65,18 +65,18 @@ def _mean(found: Mapping[str, Any], model: str) -> float:
 
 
 def _recovered(by: Mapping[str, float]) -> float:
-    """PGR in percent, from losses: of the way from the own small model to the large one tuned on the same rows."""
+    """PGR in percent, from losses: the share of the way from the own small model to the large one tuned on the same rows."""
     return gap_recovered(-by[TRANSLATED], -by[OWN], -by[SHARED])
 
 
 def _lead(found: Mapping[str, Any]) -> str:
-    """The answer in a sentence or two."""
+    """The result in a sentence or two."""
     had, got, bare, shared = (_mean(found, m) for m in (OWN, TRANSLATED, BARE, SHARED))
     controls = min(_mean(found, m) for m in (MEAN, PUBLIC))
     gained = (bare - got) / (bare - shared) if bare != shared else float("nan")
     beats = "beats" if got < controls else "does not beat"
     return (
-        f"Each had a small model of its own with a loss of {had:.3f}, on average. It got a large one with {got:.3f}, which is "
-        f"{gained:.0%} of what sharing its rows would have gained ({bare:.3f} untouched, {shared:.3f} shared). That {beats} the "
-        f"best that needs no organisation's rows or updates ({controls:.3f})."
+        f"On average, each had its own small model with a loss of {had:.3f}, and got a large one with {got:.3f}. That is "
+        f"{gained:.0%} of the gain of shared rows ({bare:.3f} not tuned, {shared:.3f} shared). It {beats} the "
+        f"best model that needs no organisation's rows or updates ({controls:.3f})."
     )

@@ -1,7 +1,7 @@
-"""The same parties as processes of their own, over flwr: what its apps do.
+"""The parties as separate processes, over flwr: the work of flwr's apps.
 
-flwr carries bytes; what they are, who may send them and what is refused is decided by the parties, as in one process. A
-server's journal lies in its folder, so that a run that was killed is simply started again.
+flwr only carries bytes. The parties decide what the bytes mean, who may send them and what is refused, as in one process. A
+server's journal is in its folder, so a killed run is simply started again.
 """
 
 from __future__ import annotations
@@ -20,22 +20,23 @@ from luthier.collaboration.messages import Message as Envelope
 from luthier.collaboration.messages import Refused, decode
 from luthier.collaboration.parties import Sent, Tick
 from luthier.collaboration.rounds import RoundServer
-from luthier.federation.client import HeldBack, Look, prepared, send
+from luthier.federation.client import AuditFailed, AuditSettings, prepared, send
 from luthier.federation.folder import LIMIT, Place
 from luthier.federation.network import GIVEN, RECORD, SENT, Client
 from luthier.federation.outcome import leave
 from luthier.federation.server import leave_so_far, left
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
+from luthier.support.progress import Say
 
-GIVING = 60.0  # seconds that whoever took part has to come back for its result
+GIVING = 60.0  # seconds in which a client that took part can come back for its result
 PATIENCE = 0.2  # seconds between looks for answers
 
 # --- the server's process ---
 
 
 def carried(grid: Grid, place: Place, clients: list[str], output: Path, patience: float) -> None:
-    """A server's whole work, from its journal on: rounds, the results on disk, then to the clients."""
+    """Do a server's whole work, starting from its journal: rounds, results on disk, then results to the clients."""
     party = place.protocol.server(place.contract, clients, place.journal(), place.workshop)
     line = Line(grid, clients)
     try:
@@ -48,10 +49,10 @@ def carried(grid: Grid, place: Place, clients: list[str], output: Path, patience
 
 
 class Line:
-    """flwr's nodes: which client sits at which, and what was asked. A client that is killed and joins again comes as a new one.
+    """flwr's nodes: which client is at which node, and what was asked. A client that is killed and joins again gets a new node.
 
     nodes  client -> flwr's number of its node
-    asked  flwr's number of a message -> client, or None where a node was asked who it is
+    asked  flwr's number of a message -> client, or None if a node was asked who it is
     """
 
     def __init__(self, grid: Grid, clients: list[str]) -> None:
@@ -61,28 +62,28 @@ class Line:
         self._seen: set[int] = set()
 
     def look(self) -> None:
-        """Ask nodes that are new who they are."""
+        """Ask new nodes who they are."""
         new = sorted(set(self.grid.get_node_ids()) - self._seen)
         self._seen |= set(new)
         if new:
             self.asked |= dict.fromkeys(self.grid.push_messages([_message(b"", n) for n in new]))
 
     def send(self, sent: list[Sent]) -> None:
-        """To those that are there."""
+        """Send messages to the clients that are there."""
         here = [s for s in sent if s.to in self.nodes]
         if not here:
             return
         numbers = self.grid.push_messages([_message(s.message.encode(), self.nodes[s.to]) for s in here])
-        # A refusal wants no answer, but flwr gives every message one.
+        # A refusal needs no answer, but flwr gives every message one.
         self.asked |= {n: s.to for n, s in zip(numbers, here, strict=True) if s.message.header.kind != "refusal"}
 
     def answers(self) -> Iterator[tuple[str | None, Message]]:
-        """(client, what came back), client None for a node's name."""
+        """(client, answer); client is None for a node's name."""
         for reply in self.grid.pull_messages(list(self.asked)):
             yield self.asked.pop(reply.metadata.reply_to_message_id), reply
 
     def named(self, reply: Message) -> str | None:
-        """The client that says so; None for one that takes no part."""
+        """The client's name in a node's answer; None if it is not one of the clients."""
         name = _field(reply, "name")
         if not isinstance(name, str) or name not in self.clients:
             return None
@@ -91,12 +92,12 @@ class Line:
 
 
 def serve(
-    party: RoundServer, line: Line, patience: float, say: Callable[[str], None], arrived: Callable[[], None]
+    party: RoundServer, line: Line, patience: float, say: Say, arrived: Callable[[], None]
 ) -> None:  # fmt: skip
-    """Rounds until the last is closed. Raises LuthierError where nobody will send.
+    """Carry out rounds until the last is closed. Raises LuthierError if no client will send.
 
-    patience  seconds that a round waits for whoever has not answered; then those that have count
-    arrived   called after each answer
+    patience  seconds that a round waits for clients that have not answered; then it closes without them
+    arrived   is called after each answer
     """
     began, round = time.monotonic(), party.round
     while not party.finished:
@@ -120,9 +121,9 @@ def serve(
         time.sleep(PATIENCE)
 
 
-def give(party: RoundServer, line: Line, say: Callable[[str], None], patience: float = GIVING) -> None:
-    """The results, to whoever is there, and to those that took part and come back in time; the same command gives them
-    again."""
+def give(party: RoundServer, line: Line, say: Say, patience: float = GIVING) -> None:
+    """Send the results to the clients that are there, and to those that took part and come back in time. The same command
+    sends them again."""
     results, began = {s.to: s for s in party.results()}, time.monotonic()
     sent: set[str] = set()
     given: set[str] = set()
@@ -143,23 +144,25 @@ def give(party: RoundServer, line: Line, say: Callable[[str], None], patience: f
 
 
 def _at_once(sent: list[Sent]) -> list[Sent]:
-    """All but results, which go when they lie on disk here."""
+    """All messages except results, which are sent once they are on disk here."""
     return [s for s in sent if s.message.header.kind != "result"]
 
 
 def _late(party: RoundServer) -> str:
     missing = ", ".join(sorted(party.gathering.missing))
-    return f"{missing} did not answer" + ("" if party.gathering.arrived else ", nor did anybody; it goes on waiting")
+    return f"{missing} did not answer" + (
+        "" if party.gathering.arrived else ", and nobody else did; the round keeps waiting"
+    )
 
 
 def _field(reply: Message, name: str) -> Any:
-    """A field of a reply, whose content anybody may have written; None where it is not there."""
+    """A field of a reply; None if it is missing. Anyone may have written the reply."""
     record = reply.content.get(RECORD)
     return record.get(name) if isinstance(record, ConfigRecord) else None
 
 
-def _taken(party: RoundServer, name: str, data: Any, say: Callable[[str], None]) -> list[Sent]:
-    """What a client's bytes lead to; bytes that are no message are refused, and lose nothing that has arrived."""
+def _taken(party: RoundServer, name: str, data: Any, say: Say) -> list[Sent]:
+    """The answers to a client's bytes. Bytes that are no message are refused, and nothing that has arrived is lost."""
     try:
         if not isinstance(data, bytes):
             raise Refused("form", f"{name} sent no bytes")
@@ -186,9 +189,9 @@ def _message(data: bytes, node: int) -> Message:
 
 
 def answered(folder: Path, who: Client, received: bytes) -> bytes:
-    """What a client says to a server's bytes: audited first, and noted in sent.jsonl, before it leaves.
+    """A client's answer to a server's bytes. It is audited first, and noted in sent.jsonl, before it is sent.
 
-    A round is answered once: asked again, the very same bytes go. Tuning anew would cost a promise twice.
+    A round is answered once. If the server asks again, the same bytes are sent: a second tuning would spend the privacy twice.
     """
     place, message = Place(folder, who.models), decode(received, LIMIT)
     if message.header.kind == "result":
@@ -197,13 +200,13 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
         return b""
     if message.header.round >= place.protocol.turns:
         asked = f"asked for round {message.header.round + 1} of {place.protocol.turns}"
-        raise Refused("round", f"{asked}: more was not agreed on")
+        raise Refused("round", f"{asked}: the contract has no more rounds")
     stem = f"{who.name}-{message.header.round}"
     kept = folder / SENT / f"{stem}.message"
     if not kept.exists():
         try:
             _prepare(place, who, message, stem)
-        except HeldBack as error:
+        except AuditFailed as error:
             write_text(folder / f"{who.name}.held-back", str(error))
             return _declined(who.name, message).encode()
     data = kept.read_bytes()
@@ -215,7 +218,7 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
 
 
 def _keep(place: Place, who: Client, result: Envelope) -> None:
-    """What the server gave, as an adapter's folder. A client need not have the model that it is for."""
+    """Save the server's result as an adapter's folder. A client need not have the model that it belongs to."""
     party = place.protocol.client(who.name, place.contract, place.first, [])
     party.handle(result)
     target = place.path / GIVEN / who.name
@@ -228,18 +231,18 @@ def _keep(place: Place, who: Client, result: Envelope) -> None:
 def _prepare(place: Place, who: Client, state: Envelope, stem: str) -> None:
     rows = place.rendered(place.rows(who.data, Path()))
     held = place.rendered(place.rows(who.held, Path())) if who.held else []
-    audited = prepared(place, who.name, rows, Look(held, who.canaries, who.others), state, _said)
+    audited = prepared(place, who.name, rows, AuditSettings(held, who.canaries, who.others), state, _said)
     _said(f"audit   round {state.header.round}: {audited.verdict.outcome}; {place.path / SENT / f'{stem}.html'}")
     send(audited, place.path / SENT, who.send_anyway, stem)
 
 
 def _declined(name: str, state: Envelope) -> Envelope:
-    """Says no more than that: what an audit found is the client's own."""
+    """Say only that no message will come. What an audit found stays with the client."""
     head = state.header
-    notes = {"name": "held-back", "says": "its audit does not let the message go"}
+    notes = {"name": "held-back", "says": "its audit failed, so it sends no message"}
     return Envelope.of("refusal", head.run, name, head.base, {}, round=head.round, notes=notes)
 
 
 def _said(text: str) -> None:
-    """A line is a line, whatever others wrote into it."""
+    """Print one line, even if a message contains line breaks."""
     print(" ".join(text.splitlines()), flush=True)

@@ -1,5 +1,5 @@
-"""What flwr starts: a server's app once, a client's for every message. Both import what they need when they need it, so
-that a node says who it is in half a second, not in ten."""
+"""The apps that flwr starts: a server's app once, a client's app for every message. They import what they need late, so
+that a node can answer who it is in half a second, not in ten."""
 
 from __future__ import annotations
 

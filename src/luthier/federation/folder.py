@@ -1,10 +1,10 @@
-"""A collaboration on disk: what was agreed, the models, shadow runs, what has arrived. The commands work in it.
+"""The folder of a collaboration: contract, models, shadow runs and messages. The commands work in it.
 
-contract.json      for everybody: protocol, agreement, where the models come from
-provider.json      of the provider alone: the recipe with its public rows
-shadows/           both models' updates, a file a set
-calibration.safetensors   updates of public rows with their tokens, for clients' audits; the provider may hand it on
-arrived/           messages, in the order they came
+contract.json      for all parties: protocol, agreement, where the models come from
+provider.json      only in the provider's folder: the recipe with its public rows
+shadows/           both models' updates, one file for each set
+calibration.safetensors   updates of public rows with their tokens, for clients' audits; the provider may pass it on
+arrived/           messages, in the order of arrival
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import replaced, write_text
 from luthier.update import Update
 
-LIMIT = 1 << 30  # bytes of a message that are taken
-# What a contract takes from a recipe, beside how to train; evaluations and checkpoints are a single run's.
+LIMIT = 1 << 30  # largest message in bytes that is accepted
+# The keys that a contract takes from a recipe, besides training. Evaluations and checkpoints belong to single runs.
 TAKEN = {"luthier", "model", "revision", "data", "tuner", "collaborate"}
 OF_A_RUN = {"eval_steps", "early_stopping_patience", "load_best", "save_steps", "save_limit", "logging_steps"}
 TAKEN_OF_DATA = {"train", "columns", "system", "template", "max_length"}
 
 
 class Place:
-    """An opened folder. `models` puts other places of models, by role, before those that the contract names; `given` holds
+    """An opened folder. `models` holds other places of models, by role, which replace those in the contract. `given` holds
     them."""
 
     def __init__(self, path: Path, models: Mapping[str, str] | None = None) -> None:
@@ -68,7 +68,7 @@ class Place:
 
     @classmethod
     def create(cls, recipe: Recipe, base: Path, path: Path) -> Place:
-        """Agree on what the recipe says and write it down. Raises RecipeError for what cannot be."""
+        """Agree on what the recipe says, and write the contract. Raises RecipeError for a recipe that cannot work."""
         protocol = recipe.collaborate
         if protocol is None:
             raise RecipeError("collaborate", "is missing", "name a protocol: one-shot, seed-rounds or grad-transformer")
@@ -120,17 +120,17 @@ class Place:
             return mean_loss(self.lab.scorer.losses(view, rows))
 
     def rows(self, source: str, base: Path, tick: Tick = no_tick, columns: Mapping[str, str] | None = None) -> Rows:
-        """Rows of a file. Raises RecipeError with its line for one that cannot be used."""
+        """Rows of a file. Raises RecipeError with the line of a row that cannot be used."""
         return read(source, columns or {}, base, tick=tick)[0]
 
     def rendered(self, rows: Rows | Sequence[Any], tick: Tick = no_tick) -> Sequence[dict[str, Any]]:
-        """As the contract says."""
+        """Render rows as the contract says."""
         config = self.first.module.config.get_text_config()
         room = self.contract.rendering.max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
         return prepare(rows, self.lab.renderer, max_length=room, tick=tick).rows
 
     def public(self, tick: Tick = no_tick) -> tuple[Sequence[dict[str, Any]], list[str]]:
-        """(the provider's rendered rows, the sort of each)."""
+        """(the provider's rendered rows, the kind of each)."""
         recipe, base = self.recipe()
         source = recipe.data.sources[0]
         rows = self.rows(source.path, base, tick, source.columns)
@@ -140,7 +140,7 @@ class Place:
         return self.rendered(rows, tick), ["all" if by is None else str(r.values[by]) for r in rows]
 
     def recipe(self) -> tuple[Recipe, Path]:
-        """The provider's. Raises LuthierError in a client's copy of the folder."""
+        """The provider's recipe and its folder. Raises LuthierError in a client's copy of the folder."""
         stored = _json(self.path / "provider.json", "only the provider's folder has it")
         return recipes.load(json.dumps(stored["recipe"]), str(self.path / "provider.json")), Path(stored["base"])
 
@@ -150,18 +150,18 @@ class Place:
         return self.path / "shadows" / f"{number:05d}.safetensors"
 
     def missing_shadows(self, sets: int) -> list[int]:
-        """Numbers of the sets that are not there yet."""
+        """Numbers of the sets that are not made yet."""
         return [k for k in range(sets) if not self.shadow_file(k).exists()]
 
     def keep_shadow(self, number: int, made: dict[str, Tensor]) -> None:
-        """Whole or not at all; contiguous, as safetensors wants them."""
+        """Save a shadow set, completely or not at all. Tensors are made contiguous, as safetensors needs them."""
         file = self.shadow_file(number)
         file.parent.mkdir(exist_ok=True)
         with replaced(file) as temporary:
             save_file({n: t.contiguous() for n, t in made.items()}, temporary, {"contract": self.contract.digest})
 
     def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
-        """The updates of all shadow sets. Raises LuthierError where some are missing, or have fewer snapshots."""
+        """The updates of all shadow sets. Raises LuthierError if some are missing, or have too few snapshots."""
         if missing := self.missing_shadows(sets):
             raise LuthierError(
                 f"{self.path}: {len(missing)} of {sets} shadow sets are not made; run `luthier collaborate shadow {self.path}`"
@@ -189,8 +189,8 @@ class Place:
             save_file(held, temporary, {"contract": self.contract.digest})
 
     def calibrated(self) -> list[tuple[Tensor, list[int]]]:
-        """(update, distinct tokens) of each set; none where there is no such file. Raises LuthierError for another
-        contract's."""
+        """(update, distinct tokens) of each set; none if there is no such file. Raises LuthierError for a file of another
+        contract."""
         if not self.calibration.exists():
             return []
         with safe_open(self.calibration, "pt") as file:
@@ -206,35 +206,35 @@ class Place:
 
 
 def _settings(recipe: Recipe) -> TrainSettings:
-    """A recipe's keys of training."""
+    """A recipe's training keys."""
     return TrainSettings(**{n: getattr(recipe, n) for n in TrainSettings.model_fields})
 
 
 def _models(recipe: Recipe) -> list[str]:
-    """The model of each role; the recipe's own comes first."""
+    """The model of each role; the recipe's own model comes first."""
     assert recipe.collaborate is not None
     others = [getattr(recipe.collaborate, role) for role in recipe.collaborate.roles[1:]]
     for role, model in zip(recipe.collaborate.roles[1:], others, strict=True):
         if model is None:
             raise RecipeError(f"collaborate.{recipe.collaborate.key()}.{role}", "is missing", "name a model")
-    pinned = recipe.revision is not None and "@" not in recipe.model  # whoever opens the contract knows no recipe
+    pinned = (
+        recipe.revision is not None and "@" not in recipe.model
+    )  # someone who opens the contract does not have the recipe
     return [f"{recipe.model}@{recipe.revision}" if pinned else recipe.model, *others]
 
 
 def _refuse_unread(recipe: Recipe) -> None:
-    """Raises RecipeError for a key that was set and that no party would hear of."""
+    """Raises RecipeError for a key that was set but that no party would use."""
     more = (set_in(recipe) - TAKEN - TrainSettings.model_fields.keys()) | (set_in(recipe) & OF_A_RUN)
     more |= {f"data.{key}" for key in set_in(recipe.data) - TAKEN_OF_DATA}
     if not isinstance(recipe.data.train, str):
-        raise RecipeError(
-            "data.train", "holds several sources, a collaboration's model has one set of rows", "name one"
-        )
+        raise RecipeError("data.train", "holds several sources, but a collaboration uses one set of rows", "name one")
     if more:
         raise RecipeError(min(more), "is not read by collaborations: all parties tune by sft on all rows", "remove it")
 
 
 def _refuse_other_words(views: Mapping[str, ModelView], protocol: str, rendering: Rendering) -> None:
-    """Rows are rendered once, by the first model's tokenizer. Raises RecipeError for a model that would read them otherwise."""
+    """Raises RecipeError for a model that would read rows differently: rows are rendered once, by the first model's tokenizer."""
     first, *others = views.items()
     words = first[1].tokenizer
     for role, view in others:
@@ -269,7 +269,7 @@ def _json(file: Path, remedy: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise LuthierError(f"{file}: is not there; {remedy}") from error
+        raise LuthierError(f"{file}: does not exist; {remedy}") from error
     except ValueError as error:
         raise LuthierError(f"{file}: cannot be read ({error})") from error
     return found

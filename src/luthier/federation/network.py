@@ -1,4 +1,4 @@
-"""flwr's processes around our parties: a superlink and a run for whoever serves, a supernode for whoever joins."""
+"""flwr's processes around the parties: a superlink and a run for the server, a supernode for each client."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from luthier.support import machine
 from luthier.support.errors import LuthierError
+from luthier.support.progress import Say
 
 SENT = "sent"  # folder of a client's messages and audits, by name and round
-GIVEN = "given"  # folder of what a server gave, by client
-RECORD = "luthier"  # of flwr's messages, the one that ours is in
-Say = Callable[[str], None]
-STARTING = 60.0  # seconds that flwr's server may take to listen
+GIVEN = "given"  # folder of the server's results, by client
+RECORD = "luthier"  # the record in flwr's messages that holds a message of luthier
+STARTING = 60.0  # seconds in which flwr's server must start to listen
 
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -50,7 +50,7 @@ models = {models}
 
 
 class Address(NamedTuple):
-    """host:port of the server, and the folder of certificates that protect the line (None: it is not protected).
+    """host:port of the server, and the folder of certificates that protect the connection (None: no protection).
 
     certificates  ca.pem for clients; server.pem and server.key beside it for the server
     """
@@ -64,9 +64,9 @@ class Address(NamedTuple):
 
 
 class Client(NamedTuple):
-    """Who joins, with which rows, and how closely it looks at what it would send (see `collaboration.sending.Look`).
+    """A client that joins, its rows, and how thoroughly it audits (see `collaboration.sending.AuditSettings`).
 
-    models  where models of the contract lie here, by role
+    models  where the contract's models are on this machine, by role
     """
 
     name: str
@@ -78,7 +78,7 @@ class Client(NamedTuple):
     models: Mapping[str, str] | None = None
 
     def to_config(self) -> dict[str, str | int | bool]:
-        """For flwr's node, whose working folder is another."""
+        """The configuration for flwr's node, which has another working folder."""
         files = {k: str(Path(v).resolve()) for k, v in (("data", self.data), ("held", self.held)) if v is not None}
         return {
             "name": self.name,
@@ -95,19 +95,19 @@ class Client(NamedTuple):
 
 
 def _written(models: Mapping[str, str] | None) -> str:
-    """Models by role as flwr's configurations hold them; folders by their whole path."""
+    """Models by role, as flwr's configuration holds them; folders as absolute paths."""
     return json.dumps({r: str(Path(m).resolve()) if Path(m).exists() else m for r, m in (models or {}).items()})
 
 
 def address(text: str, certificates: Path | None, insecure: bool) -> Address:
-    """Raises LuthierError for what is no address, or a line to another machine that anybody could read."""
+    """Parse an address. Raises LuthierError for a text that is none, or an unprotected connection to another machine."""
     host, _, port = text.rpartition(":")
     if not host or not port.isdigit():
-        raise LuthierError(f"{text!r} is no address: write host:port, 127.0.0.1:9092 for instance")
+        raise LuthierError(f"{text!r} is not an address: write host:port, for example 127.0.0.1:9092")
     if certificates is None and not insecure and not _loopback(host):
         raise LuthierError(
-            f"{text}: what travels to another machine could be read and changed by anybody on the way; "
-            "name a folder with --certificates, or say --insecure"
+            f"{text}: without certificates, others can read and change what is sent to another machine; "
+            "name a folder with --certificates, or pass --insecure"
         )
     return Address(host, int(port), certificates)
 
@@ -123,9 +123,9 @@ def serve(
     folder: Path, clients: Sequence[str], at: Address, patience: float, output: Path, say: Say,
     models: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
-    """Wait for clients, carry the rounds, leave the results. Started again after a kill it goes on with its journal.
+    """Wait for clients, carry out the rounds, save the results. After a kill it continues from its journal.
 
-    models  where models of the contract lie here, by role
+    models  where the contract's models are on this machine, by role
     """
     home = folder / "flwr"
     app_in(
@@ -150,7 +150,7 @@ def serve(
 
 
 def join(folder: Path, client: Client, at: Address, say: Say) -> Path:
-    """Answer a server until it has given a result; returns the adapter's folder. Raises LuthierError where an audit held a
+    """Answer a server until it has given a result. Returns the adapter's folder. Raises LuthierError if an audit held a
     message back."""
     name = client.name
     given, held, home = folder / GIVEN / name, folder / f"{name}.held-back", folder / f"flwr-{name}"
@@ -164,7 +164,7 @@ def join(folder: Path, client: Client, at: Address, say: Say) -> Path:
     ]  # fmt: skip
     began = result.stat().st_mtime_ns if result.exists() else 0
     with _process(command, home, "supernode.log") as node:
-        say(f"join    {at} as {name}; rows stay here, what leaves is written to {folder / 'sent.jsonl'}")
+        say(f"join    {at} as {name}; rows stay here; what is sent is noted in {folder / 'sent.jsonl'}")
         if kept := sorted(folder.glob(f"{SENT}/{name}-*.message")):
             say(f"again   rounds that were answered before get the same answer: {', '.join(map(str, kept))}")
         told = Tail(home / "supernode.log", say)
@@ -173,7 +173,7 @@ def join(folder: Path, client: Client, at: Address, say: Say) -> Path:
                 raise LuthierError(f"flwr's node ended with {node.returncode}; see {home / 'supernode.log'}")
             told.read()
             time.sleep(0.5)
-        time.sleep(2.0)  # until flwr has said that it arrived
+        time.sleep(2.0)  # until flwr has reported that the message arrived
         told.read()
     if held.exists():
         raise LuthierError(held.read_text(encoding="utf-8"))
@@ -192,14 +192,14 @@ def _client_side(at: Address) -> list[str]:
 
 
 def environment(home: Path) -> dict[str, str]:
-    """For flwr's processes: nothing is told to anybody, nothing is installed; its files lie in `home`. They start others by
-    name, so that the folder of this Python's programs comes first in their path."""
+    """Environment of flwr's processes: no telemetry, no installation, files in `home`. They start other programs by name, so
+    this Python's folder of programs comes first in their path."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path}
 
 
 def app_in(path: Path, control: str, certificates: Path | None, **config: Any) -> None:
-    """flwr's folder of an app, and the configuration that leads to the superlink at `control`."""
+    """Write flwr's folder of an app, and the configuration that leads to the superlink at `control`."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "pyproject.toml").write_text(APP.format(**{k: json.dumps(v) for k, v in config.items()}), encoding="utf-8")
     (path / "luthier_collaboration.py").write_text(
@@ -215,7 +215,7 @@ def app_in(path: Path, control: str, certificates: Path | None, **config: Any) -
 
 @contextmanager
 def _process(command: list[str], home: Path, log: str) -> Any:
-    """A process of flwr's, whose group ends with the block."""
+    """A flwr process whose process group ends with the block."""
     program = Path(sys.executable).parent / command[0]
     with (home / log).open("w", encoding="utf-8") as out:
         process = subprocess.Popen(
@@ -233,7 +233,7 @@ def _process(command: list[str], home: Path, log: str) -> Any:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Its whole group: flwr starts processes of its own."""
+    """End the whole process group: flwr starts processes of its own."""
     for sign, patience in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
         try:
             os.killpg(process.pid, sign)
@@ -258,7 +258,7 @@ def _listening(at: Address, process: subprocess.Popen[bytes], log: Path) -> None
 
 
 class Tail:
-    """Passes on what our parties say, out of flwr's log. `ended` is why there will be no result."""
+    """Passes on what the parties print, out of flwr's log. `ended` is the reason why there will be no result."""
 
     TOLD = ("joined ", "round ", "refused ", "lost ", "without ", "tune ", "audit ")
 
@@ -266,7 +266,7 @@ class Tail:
         self.log, self.say, self.seen, self.ended = log, say, 0, ""
 
     def read(self) -> None:
-        """What is new, in whole lines."""
+        """Pass on new whole lines."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         lines = text[: text.rfind("\n") + 1].splitlines()
         for line in lines[self.seen :]:

@@ -1,4 +1,4 @@
-"""What a collaboration gives: an update's folder that says which model it is for and how that one is asked."""
+"""The result of a collaboration: an update's folder that also says which model it belongs to and how to prompt it."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ FILE = "given.json"
 
 
 class Given(BaseModel, frozen=True, extra="forbid"):
-    """Beside an update, what it takes to use it."""
+    """What is needed to use an update, besides the update."""
 
     luthier: Literal[1] = 1
     protocol: str
     contract: str
-    """Digest of what was agreed on."""
+    """Digest of the contract."""
     model: str
     """Where the base model is: a folder, a .gguf file, a Hub id."""
     base: Fingerprint
-    """What it must be."""
+    """The fingerprint that the base model must have."""
     rendering: Rendering
 
     def recipe(self, rows: str | None) -> Recipe:
-        """To load the base model, and to score rows of a file as all parties rendered theirs; None: of none."""
+        """A recipe that loads the base model, and scores rows of a file as all parties rendered theirs; None: no rows."""
         data = DataSettings(train=rows or "", eval=rows, **self.rendering.model_dump())
         return Recipe(model=self.model, data=data)
 
@@ -48,7 +48,7 @@ class Given(BaseModel, frozen=True, extra="forbid"):
             "",
             f"# {name}",
             "",
-            f"Given by luthier's {self.protocol}: several parties tuned, none showed its rows to another. For "
+            f"Given by luthier's {self.protocol}: several parties tuned together, and none showed its rows to another. For "
             f"{self.base.name} (weights {self.base.weights[:16]}), under the contract {self.contract[:16]}.",
             "",
             "The licence is the base model's; read it before you share this.",
@@ -58,10 +58,10 @@ class Given(BaseModel, frozen=True, extra="forbid"):
 
 
 def leave(place: Place, role: str, update: Update, folder: Path, name: str, view: ModelView | None = None) -> Path:
-    """An update's files, as `luthier.load` opens them, and peft where it is low-rank; with how it is used, and its card.
+    """Write an update's files for `luthier.load`, for peft if the update is low-rank, and a model card.
 
-    role  of the model that it is for
-    view  that model, where it is at hand: peft's file then says where it lies
+    role  of the model that the update belongs to
+    view  that model, if it is loaded: peft's file then says where it is
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_update(update, folder, view)
@@ -75,8 +75,8 @@ def leave(place: Place, role: str, update: Update, folder: Path, name: str, view
 
 
 def given_in(folder: Path) -> Given | None:
-    """None for a folder that no collaboration left. Raises LuthierError for a file that cannot be used, or a model that is not
-    where it says."""
+    """What a collaboration left in a folder; None for other folders. Raises LuthierError for a file that cannot be used, or a
+    model that is not at its path."""
     file = folder / FILE
     if not file.exists():
         return None
@@ -84,9 +84,9 @@ def given_in(folder: Path) -> Given | None:
         given = Given.model_validate_json(file.read_bytes())
     except ValueError as error:
         first = str(error).splitlines()[0]
-        raise LuthierError(f"{file}: cannot be read ({first}); ask for what was given again") from error
+        raise LuthierError(f"{file}: cannot be read ({first}); ask for the result again") from error
     try:
         locate(given.model)
     except RecipeError as error:
-        raise RecipeError(f"{file}: {error.where}", error.what, "write where it lies on this machine") from error
+        raise RecipeError(f"{file}: {error.where}", error.what, "write its path on this machine") from error
     return given

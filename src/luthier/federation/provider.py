@@ -1,4 +1,4 @@
-"""The provider's work before anybody sends anything: shadow runs, a translator, and whether it beats the controls."""
+"""The provider's work before clients send updates: shadow runs, a translator, and a comparison with controls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,18 +29,17 @@ from luthier.run.folder import RunFolder
 from luthier.support import machine
 from luthier.support.errors import LuthierError
 from luthier.support.files import replaced, write_text
-from luthier.support.progress import Lines
+from luthier.support.progress import Lines, Say
 from luthier.support.rng import Streams
 from luthier.support.units import in_time
 
-Say = Callable[[str], None]
 HELD_BACK = 0.1  # share of the shadow sets that a translator is judged on
-LENGTHS = (1, 4)  # of the run over all public rows, in lengths of a shadow run; the better one counts
-CALIBRATING = 24  # shadow sets that audits of tokens are calibrated with
+LENGTHS = (1, 4)  # length of the run over all public rows, in lengths of a shadow run; the better run counts
+CALIBRATING = 24  # number of shadow sets that token audits are calibrated with
 
 
 class Shop(NamedTuple):
-    """A provider's folder with what its rows are."""
+    """A provider's folder, with its rendered rows and their kinds."""
 
     place: Place
     protocol: GradTransformer
@@ -49,18 +48,18 @@ class Shop(NamedTuple):
     draws: list[list[int]]
 
     def of_set(self, number: int) -> list[dict[str, Any]]:
-        """What a shadow set is tuned on."""
+        """The rows that a shadow set is tuned on."""
         return [self.rows[i] for i in self.draws[number][: self.protocol.rows]]
 
     def beside(self, number: int) -> list[dict[str, Any]]:
-        """Rows of the same shares that it was not tuned on."""
+        """Rows in the same shares that the set was not tuned on."""
         return [self.rows[i] for i in self.draws[number][self.protocol.rows :]]
 
 
 def opened(place: Place, tick: Tick = no_tick) -> Shop:
-    """Raises LuthierError for a folder of another protocol, or a client's copy."""
+    """Open a provider's folder. Raises LuthierError for another protocol, or a client's copy."""
     if not isinstance(place.protocol, GradTransformer) or not isinstance(place.contract, Contract):
-        raise LuthierError(f"{place.path}: {place.protocol.key()} has no shadow sets; they are grad-transformer's")
+        raise LuthierError(f"{place.path}: {place.protocol.key()} has no shadow sets; only grad-transformer has them")
     rows, sorts = place.public(tick)
     draws = place.protocol.draws(sorts, place.lab.streams)
     return Shop(place, place.protocol, place.contract, rows, draws)
@@ -70,9 +69,9 @@ def opened(place: Place, tick: Tick = no_tick) -> Shop:
 
 
 def make_shadows(place: Place, processes: int | None, say: Say, tick: Tick = no_tick) -> None:
-    """All shadow sets that are missing; stopped or killed at any moment, the same call goes on.
+    """Make all missing shadow sets. After a stop or a kill, the same call continues.
 
-    processes  side by side; None: one a core
+    processes  how many work at the same time; None: one for each core
     """
     shop = opened(place, tick)
     with RunFolder(place.path).locked():
@@ -86,14 +85,14 @@ def make_shadows(place: Place, processes: int | None, say: Say, tick: Tick = no_
 
 
 def _calibrate(shop: Shop) -> None:
-    """What clients' audits compare with: updates of public rows, with the tokens of those rows."""
+    """Save what clients' audits compare with: updates of public rows, with the tokens of those rows."""
     numbers = range(min(CALIBRATING, shop.protocol.sets))
     updates = torch.stack([load_file(shop.place.shadow_file(k))["x"][-1] for k in numbers])
     shop.place.keep_calibration(updates, [distinct(shop.of_set(k)) for k in numbers])
 
 
 def _make_missing(shop: Shop, missing: list[int], processes: int | None, say: Say) -> None:
-    """The first tells how long the others take; those go side by side."""
+    """Make the first set, to learn how long one takes; then make the others in parallel."""
     first, *others = missing
     began = time.monotonic()
     _make(shop, first)
@@ -101,8 +100,8 @@ def _make_missing(shop: Shop, missing: list[int], processes: int | None, say: Sa
     passes = shop.protocol.sets * shop.protocol.rows / len(shop.rows)
     say(
         f"expect  {len(others)} more sets of {shop.protocol.rows} rows, {seconds:.1f} s each here: "
-        f"{in_time(seconds * len(others) / count)} in {count} processes; all {shop.protocol.sets} sets hold as many rows "
-        f"as {passes:.1f} passes over the public ones"
+        f"{in_time(seconds * len(others) / count)}  in {count} processes; all {shop.protocol.sets} sets hold as many rows "
+        f"as {passes:.1f} passes over the public rows"
     )
     if others:
         _side_by_side(shop.place.path, others, min(count, len(others)), say)
@@ -127,7 +126,7 @@ _SHOP: list[Shop] = []  # of a worker process, opened once
 
 
 def _begin(path: str, threads: int) -> None:
-    """A worker's start: it dies with the process that asked for it, and leaves Ctrl-C to that one."""
+    """Start a worker: it ends with the process that started it, and ignores Ctrl-C."""
     machine.end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     from luthier.support.environment import quiet
@@ -143,24 +142,24 @@ def _work(number: int) -> int:
     return number
 
 
-# --- the translator, before it is used ---
+# --- judging the translator before it is used ---
 
 
 def pairs_in(shop: Shop) -> Pairs:
-    """All shadow runs. Raises LuthierError where some are missing."""
+    """The pairs of all shadow runs. Raises LuthierError if some are missing."""
     return pairs_of(shop.contract, shop.place.shadows(shop.protocol.sets, shop.protocol.snapshots))
 
 
 def judge(shop: Shop, say: Say, limit: int = 10) -> dict[str, Any]:
-    """What translations are worth on shadow sets that the translator did not learn from, beside every control.
+    """The gain of translations on shadow sets that the translator did not learn from, compared with every control.
 
-    Losses are of the large model, on public rows of each set's own shares that no run was tuned on.
+    Losses are of the large model, on public rows in the shares of each set that no run was tuned on.
     """
     pairs, streams = pairs_in(shop), shop.place.lab.streams
     known, kept = pairs.split(1 - HELD_BACK, streams)
     last = torch.tensor([int((kept.shadow == k).nonzero().max()) for k in kept.shadow.unique()[:limit]])
     asked = kept.take(last)
-    say(f"judge   by {len(asked.x)} shadow sets kept back, learning from {len(known.shadow.unique())}")
+    say(f"judge   on {len(asked.x)} held-out shadow sets, learning from {len(known.shadow.unique())}")
     updates = {
         "C0 no update": None, "C1 mean shadow": mean_shadow(known, asked.x),
         "C2 tuned on all public rows": on_public(shop, say).expand_as(asked.y),
@@ -183,7 +182,7 @@ def judge(shop: Shop, say: Say, limit: int = 10) -> dict[str, Any]:
 
 
 def verdict(losses: dict[str, list[float]]) -> str:
-    """In words: is a translation worth more than what needs no client?"""
+    """The verdict in words: is a translation better than updates that need no client?"""
     mean = {n: float(np.mean(x)) for n, x in losses.items()}
     simple = ("C1 mean shadow", "C2 tuned on all public rows", "C5 shuffled pairs")
     best = min(simple, key=lambda n: mean[n])
@@ -191,14 +190,14 @@ def verdict(losses: dict[str, list[float]]) -> str:
     if mean["translated"] >= mean["C0 no update"]:
         return "translations are no better than no update: do not use this translator"
     if mean["translated"] >= mean[best]:
-        return f"translations do not beat {best}, which needs no client: sending updates buys nothing here"
+        return f"translations do not beat {best}, which needs no client: sending updates gains nothing here"
     return (
         f"translations beat {best} by {mean[best] - mean['translated']:.4f} nats a token, for {ahead:.0%} of the sets"
     )
 
 
 def on_public(shop: Shop, say: Say) -> Tensor:
-    """[L, d], C2: the large model tuned on all public rows, kept once made."""
+    """[L, d], C2: the large model tuned on all public rows. It is made once and kept."""
     file = shop.place.path / "public.safetensors"
     if not file.exists():
         say("public  the large model on all public rows, a control")

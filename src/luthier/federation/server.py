@@ -1,10 +1,10 @@
-"""The server's work on messages that came as files: refuse by name, add up or translate, leave an update for each sender."""
+"""The server's work with files: refuse bad messages, average or translate the others, and write an update for each sender."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,15 +17,15 @@ from luthier.federation.outcome import leave
 from luthier.federation.translation_page import write_translation
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
+from luthier.support.progress import Say
 from luthier.update import Update
 
 SO_FAR = "so-far"
-Say = Callable[[str], None]
 
 
 class Arrivals(NamedTuple):
-    """results   sender -> folder of what it is given
-    refused   file -> why it was not taken
+    """results   sender -> folder of its result
+    refused   file -> the reason
     report    of the server, by sender
     """
 
@@ -35,9 +35,9 @@ class Arrivals(NamedTuple):
 
 
 def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _: None) -> Arrivals:
-    """One round from files. A message that cannot be used is refused by name and the others count.
+    """Carry out one round from files. A message that cannot be used is refused, and the others count.
 
-    Raises LuthierError where none can be used, or the protocol asks for several rounds.
+    Raises LuthierError if no message can be used, or if the protocol needs several rounds.
     """
     refuse_rounds(place)
     refused: dict[str, str] = {}
@@ -69,13 +69,13 @@ def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _
 
 
 def refuse_rounds(place: Place) -> None:
-    """Files carry one round. Raises LuthierError where the protocol asks for several."""
+    """Raises LuthierError if the protocol needs several rounds. Files carry one round only."""
     if place.protocol.turns != 1:
         raise LuthierError(f"{place.protocol.key()} asks for several rounds; run it over a network (serve, join)")
 
 
 def left(place: Place, server: RoundServer, out: Path, refused: Mapping[str, str] | None = None) -> dict[str, Path]:
-    """A finished server's results, by sender, and the page of what came of it."""
+    """Write a finished server's results, by sender, and the report."""
     folders = {s.to: _left(place, server.outcome(s.to), out / s.to, s.to) for s in server.results()}
     cosine = server.cosine if isinstance(server, Provider) else None
     found = {"report": server.report, "cosine": cosine, "refused": refused or {}}
@@ -86,7 +86,7 @@ def left(place: Place, server: RoundServer, out: Path, refused: Mapping[str, str
 
 
 def leave_so_far(place: Place, server: RoundServer, out: Path) -> None:
-    """SO-FAR in the results' folder: what everybody would get if nobody else came, where a protocol can say that."""
+    """Write SO-FAR in the results' folder: what all would get if no other client came, if the protocol can say that."""
     update = server.so_far()
     if update is None:
         return

@@ -1,6 +1,6 @@
-"""A protocol where all rows are at hand: what each client would have alone, with the others, and by sharing rows.
+"""Simulate a protocol with all rows at hand: each client's result alone, together with the others, and with shared rows.
 
-For whoever decides whether to set it up, on data of their own: no network, and nothing that a network would change.
+It helps to decide whether to set up a protocol, with your own data. There is no network; a network would not change the results.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from luthier.run.folder import RunFolder
 from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
+from luthier.support.progress import Say
 from luthier.support.units import in_time
 from luthier.update import Update
 from luthier.update.files import load
 
-Say = Callable[[str], None]
-FEW = 2  # rows of a client that are kept back, at least
+FEW = 2  # smallest number of held-out rows of a client
 
 
 class Client(NamedTuple):
-    """Rendered rows of one: those that are tuned on, and those it is judged on."""
+    """A client's rendered rows: those that it tunes on, and its held-out rows."""
 
     rows: list[Any]
     held: list[Any]
@@ -42,10 +42,10 @@ class Client(NamedTuple):
 def simulate(
     place: Place, files: Mapping[str, str], held: float, out: Path, say: Say = lambda _: None
 ) -> Path:  # fmt: skip
-    """Everything, and the report. Stopped at any moment, the same call goes on.
+    """Carry out the whole simulation and write the report. After a stop, the same call continues.
 
     files  client -> its rows
-    held   share of each client's rows that it is judged on, and not tuned on
+    held   share of each client's rows that are held out for scoring
     Raises LuthierError for too few rows, or a folder that holds another simulation.
     """
     clients = {n: _split(place, n, file, held) for n, file in files.items()}
@@ -56,14 +56,14 @@ def simulate(
         of_own = {n: _kept(place, out / "alone" / n, work, f"{n} alone", c.rows, n) for n, c in clients.items()}
         _together(place, server, clients, work)
         everybody = [r for c in clients.values() for r in c.rows]
-        shared = _kept(place, out / "shared", work, "everybody's rows in one place", everybody)
+        shared = _kept(place, out / "shared", work, "all rows in one place", everybody)
         given = {n: server.outcome(n) for n in clients}
         for n, update in given.items():
             if not (out / "together" / n).exists():
                 with whole(out / "together" / n) as temporary:
                     role = place.protocol.roles[-1]
                     leave(place, role, update, temporary, n, place.lab.view(role))
-        say("judge   on rows that were kept back")
+        say("judge   on held-out rows")
         found = _found(place, clients, of_own, given, shared)
         found |= _on_the_way(place, server, clients, out) | {
             "rounds": server.rounds,
@@ -77,13 +77,13 @@ def _split(place: Place, name: str, file: str, held: float) -> Client:
     rows = place.rendered(place.rows(file, Path()))
     count = round(held * len(rows))
     if count < FEW or count == len(rows):
-        raise LuthierError(f"{name}: {count} of {len(rows)} rows would be kept back; take at least {FEW}, and not all")
+        raise LuthierError(f"{name}: {count} of {len(rows)} rows would be held out; take at least {FEW}, and not all")
     order = place.lab.streams.at("held", name).permutation(len(rows)).tolist()
     return Client([rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])])
 
 
 def _same(out: Path, place: Place, clients: Mapping[str, Client]) -> None:
-    """What is finished in a folder counts for the same rows under the same contract only."""
+    """Make sure that finished work in the folder has the same rows and contract."""
     key, file = key_of(place.contract.digest, {n: (c.rows, c.held) for n, c in clients.items()}), out / "asked.json"
     if file.exists() and json.loads(file.read_text(encoding="utf-8"))["key"] != key:
         raise LuthierError(f"{out}: holds a simulation of other rows or another contract; choose another --output")
@@ -91,25 +91,25 @@ def _same(out: Path, place: Place, clients: Mapping[str, Client]) -> None:
 
 
 class Work:
-    """Says how far it is, and how long the rest takes."""
+    """Reports how many runs are done, and how long the rest takes."""
 
     def __init__(self, runs: int, say: Say) -> None:
         self.runs, self.done, self.say, self.made, self.began = runs, 0, say, 0, time.monotonic()
 
     def finished(self, what: str) -> None:
-        """One more run."""
+        """Count one more run."""
         self.done, self.made = self.done + 1, self.made + 1
         each = (time.monotonic() - self.began) / self.made
         self.say(f"run     {self.done} of {self.runs}: {what}; {in_time(each * (self.runs - self.done))} left")
 
     def found(self, what: str, count: int = 1) -> None:
-        """Runs that were made before."""
+        """Count runs that were made before."""
         self.done += count
-        self.say(f"run     {self.done} of {self.runs}: {what}; there already")
+        self.say(f"run     {self.done} of {self.runs}: {what}; made before")
 
 
 def _kept(place: Place, folder: Path, work: Work, what: str, rows: Sequence[Any], name: str | None = None) -> Update:
-    """A run's update, from its folder where it was made before. name: of a client by itself; None: rows are everybody's."""
+    """A run's update, read from its folder if it was made before. name: of a client alone; None: all clients' rows."""
     protocol, there = place.protocol, folder.exists()
     if not there:
         if name is None:
@@ -124,7 +124,7 @@ def _kept(place: Place, folder: Path, work: Work, what: str, rows: Sequence[Any]
 
 
 def _together(place: Place, server: RoundServer, clients: Mapping[str, Client], work: Work) -> None:
-    """The protocol itself, message by message; the server's journal keeps what has arrived."""
+    """Carry out the protocol message by message. The server's journal keeps what has arrived."""
     parties: dict[str, Member] = {}
     there = sum(len(server.chosen(r)) for r in range(server.round))
     there += 0 if server.finished else len(server.gathering.arrived)
@@ -146,13 +146,13 @@ def _together(place: Place, server: RoundServer, clients: Mapping[str, Client], 
         waiting = answers
 
 
-# --- what they are worth ---
+# --- scoring ---
 
 
 def _found(
     place: Place, clients: Mapping[str, Client], of_own: Mapping[str, Update], given: Mapping[str, Update], shared: Update
 ) -> dict[str, Any]:  # fmt: skip
-    """Losses by model and client: on rows of its own, and the mean over everybody's."""
+    """Losses by model and client: on the client's own held-out rows, and the mean over those of all clients."""
     first, last = place.protocol.roles[0], place.protocol.roles[-1]
     models: dict[str, Callable[[str], tuple[str, Update | None]]] = {
         UNTOUCHED: lambda n: (last, None), ALONE: lambda n: (first, of_own[n]), TOGETHER: lambda n: (last, given[n]),
@@ -168,8 +168,8 @@ def _found(
 
 
 def _on_the_way(place: Place, server: RoundServer, clients: Mapping[str, Client], out: Path) -> dict[str, Any]:
-    """For a protocol whose result is the same for all: its loss on everybody's rows after each arrival, and along the line
-    from nothing to it."""
+    """The loss after each arrival, and along the line from no update to the result, on all clients' held-out rows. Only for
+    protocols whose result is the same for all."""
     end = server.so_far()
     if end is None:
         return {"arrivals": [], "line": []}

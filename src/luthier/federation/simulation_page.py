@@ -1,4 +1,4 @@
-"""The page of a simulated collaboration: alone, together, and with rows shared, on each client's own rows."""
+"""The report of a simulated collaboration: alone, together, and with shared rows, on each client's held-out rows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from luthier.support.version import __version__
 
 UNTOUCHED, ALONE, TOGETHER, SHARED = "untouched", "alone", "together", "shared"
 SAYS = {
-    UNTOUCHED: "untouched model", ALONE: "alone: tuned on its own rows", TOGETHER: "together: what the protocol gives it",
-    SHARED: "tuned on everybody's rows (needs them to be shared)",
+    UNTOUCHED: "base model", ALONE: "alone: tuned on its own rows", TOGETHER: "together: the protocol's result",
+    SHARED: "tuned on all clients' rows (needs shared rows)",
 }  # fmt: skip
 
 
 def write_simulation(target: Path, place: Any, found: Mapping[str, Any]) -> Path:
-    """found  what `collaboration.simulation.simulate` keeps in found.json"""
+    """Write the report. found: the contents of found.json from `collaboration.simulation.simulate`"""
     names, losses = list(found["losses"][ALONE]), found["losses"]
     lines = [
         {"name": SAYS[m], "losses": list(by.values()), "mean": mean(by), "everybody": mean(found["everybody"][m])}
@@ -27,7 +27,7 @@ def write_simulation(target: Path, place: Any, found: Mapping[str, Any]) -> Path
     ]  # fmt: skip
     chart = interval_chart(
         [Range(m, mean(by), min(by.values()), max(by.values()), i) for i, (m, by) in enumerate(losses.items())],
-        "loss on rows that were kept back: mean, lowest and highest of the clients", mean(losses[UNTOUCHED]),
+        "loss on held-out rows: mean, lowest and highest of the clients", mean(losses[UNTOUCHED]),
     )  # fmt: skip
     counted = found["report"] if isinstance(found["report"], list) else []
     page = template("simulation.html").render(
@@ -42,30 +42,30 @@ def write_simulation(target: Path, place: Any, found: Mapping[str, Any]) -> Path
 
 
 def mean(by: Mapping[str, float]) -> float:
-    """Over clients."""
+    """The mean over clients."""
     return sum(by.values()) / len(by)
 
 
 def lead(found: Mapping[str, Any]) -> str:
-    """The answer in a sentence or two."""
+    """The result in a sentence or two."""
     losses = found["losses"]
     had, got, shared = (mean(losses[m]) for m in (ALONE, TOGETHER, SHARED))
     better = [n for n, x in losses[TOGETHER].items() if x < losses[ALONE][n]]
     worse = [n for n in losses[ALONE] if n not in better]
     text = (
-        f"Alone {had:.4f}, together {got:.4f}, with all rows shared {shared:.4f} nats a token, on rows of their own. "
+        f"Alone {had:.4f}, together {got:.4f}, with all rows shared {shared:.4f} nats a token, on their held-out rows. "
     )
     if not worse:
         return text + "Every client is better off together than alone."
     if not better:
-        return text + "No client is better off together than alone: there is nothing to gain here."
+        return text + "No client is better off together than alone: collaboration gains nothing here."
     return text + f"Better off together: {', '.join(better)}; better off alone: {', '.join(worse)}."
 
 
 def _arriving(found: Mapping[str, Any]) -> Any:
     points = [(float(i), a["loss"]) for i, a in enumerate(found["arrivals"], 1)]
-    return line_chart([Series("mean so far", points)], "messages that have arrived", "loss on everybody's rows", False)
+    return line_chart([Series("mean so far", points)], "messages that have arrived", "loss on all held-out rows", False)
 
 
 def _along(found: Mapping[str, Any]) -> Any:
-    return line_chart([Series("loss", found["line"])], "multiple of the result", "loss on everybody's rows", False)
+    return line_chart([Series("loss", found["line"])], "multiple of the result", "loss on all held-out rows", False)

@@ -1,4 +1,4 @@
-"""The page of a collaboration's end: what arrived, what was refused, how like the shadows, and whether translating pays."""
+"""The report at a collaboration's end: what arrived, what was refused, similarity to the shadow sets, worth of translation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from luthier.support.version import __version__
 
 
 def write_translation(target: Path, place: Any, found: Mapping[str, Any], judged: Mapping[str, Any] | None) -> Path:
-    """found   "report" of the server: by sender (grad-transformer), or a list of who counted how much (one-shot);
+    """found   "report" of the server: by sender (grad-transformer), or a list of clients with their weights (one-shot);
             "cosine" of the senders' updates, or None; "refused" by file
-    judged  what `collaborate translator` found; None where it was not run
+    judged  the result of `collaborate translator`; None if it was not run
     """
     report = found["report"]
     translates = isinstance(report, Mapping)
@@ -30,7 +30,7 @@ def write_translation(target: Path, place: Any, found: Mapping[str, Any], judged
 
 
 def _rows(judged: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """A line an update of the large model: loss, and share of the true update's gain."""
+    """A table row for each update of the large model: loss, and share of the true update's gain."""
     if judged is None:
         return []
     return [{"name": n, "loss": f"{f['loss']:.4f}", "share": f"{f['share']:.0%}"} for n, f in judged["judged"].items()]

@@ -1,1 +1,1 @@
-"""Asking a model: losses of rows, answers to prompts."""
+"""Using a model: losses of rows, answers to prompts."""

@@ -1,4 +1,4 @@
-"""Answers in batches, from the same prompt ids that training saw."""
+"""Generate answers in batches, from the same prompt ids as in training."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from luthier.model.view import ModelView
 from luthier.step.lab import Completion
 from luthier.support.rng import Streams
 
-ROWS, TOKENS = 128, 16_384  # of a batch at most; tokens count prompts and answers
-SHRINK = 0.75  # a batch goes on without its finished rows where no more than this share is left
+ROWS, TOKENS = 128, 16_384  # of a batch at most; tokens include prompts and answers
+SHRINK = 0.75  # finished rows are removed from a batch if at most this share is left
 
 Choose = Callable[[Tensor, Sequence[int]], Tensor]  # (logits [S, V], positions of the S prompts) -> token ids [S]
 
@@ -66,12 +66,12 @@ def _written(
     view: ModelView, prompts: Sequence[Sequence[int]], names: Sequence[int], fill: int, stops: frozenset[int],
     max_new_tokens: int, choose: Choose, ended: Callable[[int], None],
 ) -> dict[int, list[int]]:  # fmt: skip
-    """Tokens by the prompt's name, the stop included where there is one.
+    """Tokens by the prompt's index, with the stop token if there is one.
 
-    ended  told how many answers have come to their end, each time that one has
+    ended  called with the number of finished answers after each one
     """
     out: dict[int, list[int]] = {name: [] for name in names}
-    live, going = list(names), [True] * len(names)  # rows of the session, and which of them still write
+    live, going = list(names), [True] * len(names)  # rows of the session, and which of them are not finished
     with Session(view, prompts, fill) as session:
         for step in range(max_new_tokens):
             tokens = choose(session.logits, live)  # [S]
@@ -92,8 +92,8 @@ def _written(
 
 
 def drawn(generators: Sequence[torch.Generator], temperature: float) -> Choose:
-    """Draws from the softmax of logits / temperature, by the largest after Gumbel noise; one generator a prompt, so that
-    neither batches nor order change what a prompt draws.
+    """Draws from the softmax of logits / temperature, as the largest value after Gumbel noise. Each prompt has its own generator,
+    so batches and order do not change its draws.
     """
 
     def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:

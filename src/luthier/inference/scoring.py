@@ -1,4 +1,4 @@
-"""Asking a frozen model for the loss of rows."""
+"""Compute the loss of rows with a frozen model."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from luthier.tasks.base import Draw, Task
 from luthier.tasks.causal_lm import CausalLm
 
 T = TypeVar("T")
-WINDOW = 256  # rows sorted into forwards together
+WINDOW = 256  # rows that are sorted into micro-batches together
 USUAL = CausalLm()
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """Asks a frozen model about rendered rows, a batch at a time, in their order: a lab's `Scorer`.
+    """Scores rendered rows with a frozen model, a batch at a time, in their order: a lab's `Scorer`.
 
-    draw  the task's, which shows a row as it is always scored; None where rows stay as they are
+    draw  from the task: makes the version of a row that is always scored; None if rows do not change
     """
 
     tokens_per_forward: int = 2048
@@ -67,7 +67,7 @@ def _in_order(
     view: ModelView, rows: Sequence[Any], tokens_per_forward: int, of: Callable[[Forward], list[T]], tick: Tick,
     draw: Draw | None = None,
 ) -> Iterator[T]:  # fmt: skip
-    """What `of` says of each sequence of a forward, for the rows in their order; dropout off."""
+    """The result of `of` for each sequence of a forward, for the rows in their order; dropout is off."""
     with evaluating(view.module):
         for start in range(0, len(rows), WINDOW):
             part = [r if draw is None else draw(r, None) for r in rows[start : start + WINDOW]]
@@ -81,7 +81,7 @@ def _in_order(
 
 
 def mean_loss(scored: Iterable[RowScore]) -> float:
-    """Over all supervised tokens, or rows."""
+    """The mean over all supervised tokens, or rows."""
     total, count = 0.0, 0.0
     for s in scored:
         total, count = total + s.total, count + s.over
@@ -100,7 +100,7 @@ def continuations(
 ) -> list[Continuation]:
     """For each pair of token ids (what stands before, how it goes on).
 
-    Pairs that differ in their last token alone share a forward: the answers of a multiple choice often do.
+    Pairs that differ only in their last token share a forward pass, as answers of a multiple choice often do.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, (before, after) in enumerate(pairs):

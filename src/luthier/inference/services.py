@@ -1,4 +1,4 @@
-"""A lab with the services of this room: scores, answers, the models they are asked of."""
+"""A lab with the services of this room: scores, answers, and their models."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from luthier.inference.generation import Generation
 from luthier.inference.scoring import USUAL, Scoring
 from luthier.model.view import ModelView, probe_layout
 from luthier.step.lab import Lab
-from luthier.step.outcome import Rows
+from luthier.step.outcome import RenderedRows
 from luthier.tasks.base import Task
 
 
 def lab_with(
     renderer: Renderer, models: Mapping[str, Callable[[], ModelView]], *, task: Task = USUAL,
-    tokens_per_forward: int = 2048, seed: int = 0, sets: Mapping[str, Rows] | None = None, tick: Tick = no_tick,
+    tokens_per_forward: int = 2048, seed: int = 0, sets: Mapping[str, RenderedRows] | None = None, tick: Tick = no_tick,
 ) -> Lab:  # fmt: skip
-    """A lab that renders, scores and generates; nested runs are the run's to add.
+    """A lab that renders, scores and generates. Runs add nested runs themselves.
 
-    models              by role; each is loaded when it is first asked for
+    models              by role; each is loaded at its first use
     tokens_per_forward  limit of one forward pass while scoring
     """
     scorer = Scoring(tokens_per_forward, task, tick, task.draw(renderer.tokenizer, seed))
@@ -32,7 +32,7 @@ def lab_with(
 
 
 def lab_around(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> Lab:
-    """A lab around a plain transformers model, for a method in a loop of your own."""
+    """A lab around a plain transformers model, for a method in your own loop."""
 
     def view() -> ModelView:
         found = ModelView(model, tokenizer)

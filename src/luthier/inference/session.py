@@ -1,4 +1,4 @@
-"""A model that writes: prompts go in once, then one token a row at a time, on keys and values kept in a cache."""
+"""A model that generates: prompts are read once, then each step writes one token for each row, with a key-value cache."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 from luthier.model.inputs import widened
 from luthier.model.view import ModelView, attention_implementation, evaluating
 
-ROOM = 64  # tokens that a full cache grows by at least
+ROOM = 64  # a full cache grows by at least this many tokens
 PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 
 
 class GrowingLayer(DynamicLayer):
-    """Keys and values of one layer in buffers that grow in place: a step writes one token, it copies none.
+    """Keys and values of one layer in buffers that grow in place: a step writes one token and copies nothing.
 
     keys, values  [S, H, n, D], views of buffers with room for more
     """
@@ -44,7 +44,7 @@ class GrowingLayer(DynamicLayer):
         return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens; a negative number, as transformers has it."""
+        """Remove the last tokens; a negative number, as in transformers."""
         if self.is_initialized and tokens_to_remove:
             self._show(self._length + tokens_to_remove)
 
@@ -66,19 +66,19 @@ def _grown(buffer: Tensor, used: int, length: int) -> Tensor:
 
 
 def keeps_keys(view: ModelView) -> bool:
-    """True where every layer of the model is attention, whose past is keys and values alone."""
+    """True if every layer of the model is attention, whose past is only keys and values."""
     config = view.module.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or PLAIN_LAYERS
     return set(kinds) <= PLAIN_LAYERS and not getattr(view.module, "_is_stateful", False)
 
 
 class Session:
-    """Rows that a model writes side by side; use it as a context, under `torch.no_grad`.
+    """Rows that a model writes in parallel. Use it as a context, under `torch.no_grad`.
 
     prompts  S lists of token ids, none empty
-    fill     token id that shorter prompts are padded with, on the left; it is never seen
+    fill     token id that pads shorter prompts on the left; attention never sees it
     logits   [S, V] float32, of each row's next token
-    A model with other layers than attention is run anew over the whole text at every step: slower, and right.
+    A model with other layers than attention reads the whole text again at every step: slower, but correct.
     """
 
     def __init__(self, view: ModelView, prompts: Sequence[Sequence[int]], fill: int) -> None:
@@ -138,7 +138,7 @@ class Session:
         self._run(torch.cat([front, self.mask], dim=1), input_ids=tokens[:, None])
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone, [S'] int64."""
+        """Continue with only these rows, [S'] int64."""
         self.ids, self.mask, self.logits = self.ids[rows], self.mask[rows], self.logits[rows]
         if self.cache is not None:
             self.cache.batch_select_indices(rows)
@@ -153,7 +153,7 @@ def left_padded(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Te
 
 
 def _taken(trunk: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """What the trunk takes: some count positions by themselves, from the mask."""
+    """The arguments that the trunk accepts: some models compute positions themselves, from the mask."""
     names = inspect.signature(trunk.forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in names.values()):
         return given

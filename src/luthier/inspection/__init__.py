@@ -1,4 +1,4 @@
-"""What tuning did to a model."""
+"""Inspectors: what tuning did to a model."""
 
 from luthier.support.lazy import lazy
 

@@ -1,4 +1,4 @@
-"""The inspection seam: a question about what tuning did to a model, answered with a sentence, a table and a picture."""
+"""The base class of inspectors: a question about what tuning did to a model; the answer is a sentence, a table, a picture."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from luthier.update import Update
 
 @dataclass(frozen=True)
 class Case:
-    """What is looked into: a base model, and updates of it by name."""
+    """What is inspected: a base model, and updates of it by name."""
 
     base: ModelView
     updates: Mapping[str, Update]
@@ -26,7 +26,7 @@ class Finding:
 
     says     the answer, in a sentence
     columns, rows  the numbers behind it
-    picture  an SVG element; "" where there is nothing to draw
+    picture  an SVG element; "" if there is nothing to draw
     sure     how sure the answer is, in words
     """
 
@@ -43,11 +43,11 @@ class Finding:
 
 
 class Inspector(Method):
-    """Looks into a tuned model."""
+    """Inspects a tuned model."""
 
     def inspect(self, case: Case, lab: Lab | None = None) -> Finding:
         """The answer to this method's question. Raises LuthierError for a case that it cannot answer.
 
-        lab  for methods that ask the models
+        lab  for methods that use the models
         """
         raise NotImplementedError

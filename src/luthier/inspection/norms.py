@@ -23,7 +23,7 @@ TITLE = "size of the change in each layer, as a share of its weights"
 
 
 class Size(NamedTuple):
-    """The change of one layer: its Frobenius norm, and that norm over the weights' own."""
+    """The change of one layer: its Frobenius norm, and that norm divided by the norm of the weights."""
 
     layer: str
     change: float
@@ -81,16 +81,16 @@ def _drawn(rows: list[tuple[str, float]], longest: float, left: int) -> Iterator
 
 
 class Norms(Inspector):
-    """Say how large an update is in every block, as a share of the weights it changes.
+    """Say how large an update is in every block, as a share of the weights that it changes.
 
-    Shares compare layers of different sizes and updates of different forms; they say where weights moved, not what that did.
+    Shares compare layers of different sizes and updates of different forms. They say where weights changed, not the effect.
     Cost: one pass over the update's tensors, made dense one at a time; no forward pass.
     """
 
     source: ClassVar[Source] = Source("Editing Models with Task Arithmetic", 2022, "arXiv:2212.04089", "section 2")
 
     most: int = Field(3, ge=1)
-    """Layers that the sentence names."""
+    """Number of layers that the sentence names."""
 
     @torch.no_grad()
     def inspect(self, case: Case, lab: Lab | None = None) -> Finding:

@@ -1,4 +1,4 @@
-"""Methods in somebody else's loop: an objective as a loss over transformers' batches, a tuner as a Trainer callback."""
+"""Methods in other training loops: an objective as a loss over transformers' batches, a tuner as a Trainer callback."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ KNOWN = ("input_ids", "labels", "attention_mask")
 
 
 class Loss(nn.Module):
-    """An objective as a module: a batch as transformers collates it in, the loss out.
+    """An objective as a module: it takes a batch as transformers collates it, and returns the loss.
 
-    `parameters()` are those that the objective trains beside the model, if any. Each call counts as a step for
-    objectives whose weights move over the run.
+    `parameters()` are those that the objective trains beside the model, if any. Each call counts as a step, for objectives
+    whose weights change over the run.
 
     total_steps  all optimiser steps of the run
-    lab          rows by name, for objectives that ask for some
-    compute      a method that thins out the forward pass; the backward has to run inside `thinned()`
+    lab          rows by name, for objectives that need some
+    compute      a method that shortens the forward pass; the backward pass must run inside `thinned()`
     """
 
     def __init__(
@@ -45,20 +45,22 @@ class Loss(nn.Module):
             self._view.phases.append(partial(compute.patch, self._view))
         self.extra = objective.extend(self._view, None)
         self.probe = Probe(self._view, objective, self.extra)
-        self._wrapped = [Wrapped(self._view, objective, self.extra)]  # in a list: the model's weights are not ours
+        self._wrapped = [
+            Wrapped(self._view, objective, self.extra)
+        ]  # in a list, so that the model's weights are not parameters of this module
         self.step, self.total_steps = 0, total_steps
 
     def window(self, inputs: Mapping[str, Any]) -> Window:
-        """A batch of transformers' as a step of ours: what `Trainable.before_window` takes."""
+        """A batch of transformers as a window of luthier, which `Trainable.before_window` takes."""
         batch = as_batch(inputs).to(self._view.device)
         return Window([batch], Clock(self.step, self.total_steps), self._lab)
 
     def thinned(self) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward where a compute method is used."""
+        """A scope for forward and backward pass, if a compute method is used."""
         return self._view.phase("train")
 
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:
-        """Mean loss; its gradients are those a step of luthier's own loop would have."""
+        """The mean loss. Its gradients are those of a step in luthier's own loop."""
         with torch.no_grad():
             window, denominators = self._objective.plan(self.window(inputs), self.probe)
         self.step += 1
@@ -70,8 +72,8 @@ class Loss(nn.Module):
 
 
 def as_batch(inputs: Mapping[str, Any]) -> Batch:
-    """[S, L] input_ids, labels (IGNORE where nothing is learnt) and attention_mask to a Batch; other [S, ...] tensors
-    become row columns.
+    """[S, L] input_ids, labels (IGNORE where there is no loss) and attention_mask as a Batch. Other [S, ...] tensors become
+    row columns.
     """
     ids = inputs["input_ids"]
     real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
@@ -88,7 +90,7 @@ def as_batch(inputs: Mapping[str, Any]) -> Batch:
 
 
 class Tuning(TrainerCallback):
-    """Hands a Trainable's turns to transformers' Trainer: pass it in `callbacks`, its optimiser in `optimizers`."""
+    """Calls a Trainable at the right times in transformers' Trainer: give it as `callbacks`, its optimiser as `optimizers`."""
 
     def __init__(self, trainable: Trainable) -> None:
         self.trainable = trainable

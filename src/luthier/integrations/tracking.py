@@ -1,6 +1,6 @@
-"""Experiment trackers under Trainer's names: transformers' own integrations, fed by our loop.
+"""Experiment trackers under Trainer's names: transformers' own integrations, called by luthier's loop.
 
-A tracker never stops a run: one that fails is warned about once and dropped.
+A tracker never stops a run: if one fails, luthier warns once and drops it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Trackers:
         self._model = model
         if wanted:
             self._args = TrainingArguments(output_dir=str(folder), run_name=run_name, report_to="none", use_cpu=True)
-            Accelerator(cpu=not torch.cuda.is_available())  # the line before has reset the state that every one shares
+            Accelerator(
+                cpu=not torch.cuda.is_available()
+            )  # the line before has reset the shared state of all accelerators
             self._state = TrainerState(max_steps=total_steps, is_local_process_zero=True, is_world_process_zero=True)
             self._control = TrainerControl()
         self._call("on_train_begin")
@@ -54,7 +56,7 @@ class Trackers:
         for name, callback in list(self._live.items()):
             try:
                 getattr(callback, event)(self._args, self._state, self._control, model=self._model, **more)
-            except Exception as error:  # a tracker may raise anything, and must not cost the run
+            except Exception as error:  # a tracker may raise anything, and must not stop the run
                 log.warning("tracker %s failed (%s) and is dropped", name, error)
                 del self._live[name]
 

@@ -1,1 +1,1 @@
-"""Operations that the passes through a model rest on: cross-entropy, low-rank and sparse linear layers."""
+"""Operations for models: cross-entropy, low-rank and sparse linear layers."""

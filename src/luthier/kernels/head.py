@@ -72,8 +72,8 @@ class _ChunkedNll(torch.autograd.Function):
 def _blocks(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """[n, V] for the logits of a chunk, and [rows, V] float32 where a few rows of them at a time are worked on.
 
-    The same memory for all chunks: new blocks for each left holes of up to 25 MB in the heap that smaller tensors settle
-    in (290 of 1,170 MB when a 135M model scores 2,400 rows), and took a third more time.
+    All chunks use the same memory. New blocks for each chunk left holes of up to 25 MB in the heap, which smaller tensors
+    then used (290 of 1,170 MB when a 135M model scores 2,400 rows), and took a third more time.
     """
     rows = CPU_ROWS if weight.device.type == "cpu" else CHUNK
     wide = torch.empty(rows, len(weight), dtype=torch.float32, device=weight.device)
@@ -129,7 +129,7 @@ def token_nll(
 
 
 def recomputes(weight: Tensor, bias: Tensor | None, transform: Callable[[Tensor], Tensor] | None) -> bool:
-    """True where `token_nll` takes the logits a second time in its backward."""
+    """True if `token_nll` computes the logits again in its backward pass."""
     if is_plain():
         return False
     return bias is not None or transform is not None or weight.requires_grad

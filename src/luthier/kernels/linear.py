@@ -1,4 +1,4 @@
-"""Linear layers with something trained in them: a low-rank addition, or a few of their own entries.
+"""Linear layers with trained parts: a low-rank addition, or a few of their own entries.
 
 Each function computes y = x W_eff^T + b and hand-writes its backward, because autograd would keep copies that are not
 needed: casts of float32 masters, or a dense gradient of a frozen weight. Weights are [out, in] here; a transposed
@@ -24,8 +24,8 @@ class _LowRank(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])  # [T, in]
         low = flat @ a.to(x.dtype).T  # [T, R]
-        # The small term first: the large product then adds to it before its one rounding. The other way round, a bf16
-        # result already on its grid swallows most of what a young adapter says.
+        # The small term first: the large product then adds to it before the only rounding. In the other order, the result is
+        # rounded already, and rounding again would remove most of the term of a new adapter.
         out = (low * scale) @ b.to(x.dtype).T  # [T, out]
         out.addmm_(flat, weight.T)
         if bias is not None:
@@ -52,7 +52,7 @@ class _LowRank(torch.autograd.Function):
 def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """[..., in] -> [..., out]; a [R, in], b [out, R] float32 masters.
 
-    The hand-written backward takes no gradient of weight [out, in] and bias: where these train, autograd takes all.
+    The hand-written backward has no gradient of weight [out, in] and bias: if these train, autograd does all of it.
     """
     if torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)):
         low = scale * (x @ a.to(x.dtype).T) @ b.to(x.dtype).T  # first, for the one rounding
@@ -65,7 +65,7 @@ def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b
 
 
 class _Sparse(torch.autograd.Function):
-    """x W^T + b where W already holds the trained entries; only their gradient leaves the backward."""
+    """x W^T + b, where W already holds the trained entries. The backward pass returns only their gradient."""
 
     @staticmethod
     def forward(
@@ -113,7 +113,7 @@ def folded(weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor) -> tuple[T
 def stochastic_round(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     """float32 -> bf16 so that the expected value is kept; other dtypes round to nearest.
 
-    Rounding to nearest swallows every change below half a step, which loses most of a small learning rate's training.
+    Rounding to nearest loses every change below half a step, and with it most of the training at a small learning rate.
     """
     if dtype != torch.bfloat16:
         return values.to(dtype)

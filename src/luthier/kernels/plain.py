@@ -1,6 +1,6 @@
-"""A scope, like `torch.no_grad`, in which our hand-written kernels give way to ordinary operations.
+"""A scope, like `torch.no_grad`, in which ordinary operations replace the hand-written kernels.
 
-Forward-mode derivatives need it: they pass through ordinary operations only.
+Forward-mode derivatives need it, because they work only with ordinary operations.
 """
 
 from __future__ import annotations

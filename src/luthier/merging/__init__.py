@@ -1,4 +1,4 @@
-"""How several updates become one."""
+"""Mergers: how several updates become one."""
 
 from luthier.support.lazy import lazy
 

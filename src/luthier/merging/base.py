@@ -1,4 +1,4 @@
-"""The merging seam: several updates of one base become one."""
+"""The base class of mergers: several updates of one base become one."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Merger(Method):
         """Raises LuthierError where it cannot merge so many updates. It is asked before any of them is read."""
 
     def merge(self, members: Sequence[Update], lab: Lab | None = None) -> Update:
-        """One update of the members' base. Raises LuthierError where they cannot be merged.
+        """One update of the members' base. Raises LuthierError if they cannot be merged.
 
-        lab  for methods that score what they make
+        lab  for methods that score their results
         """
         raise NotImplementedError

@@ -17,9 +17,9 @@ from luthier.update import Update
 
 
 class Linear(Merger):
-    """Add the updates up, each with its weight; by default their mean.
+    """Add the updates, each with its weight; by default the result is their mean.
 
-    Exact in weight space for every form that adds: low-rank updates stack, they are not averaged factor by factor.
+    Exact in weight space for every form that can be added: low-rank updates are stacked, not averaged factor by factor.
     Cost: one pass over the updates' tensors.
     """
 
@@ -31,7 +31,7 @@ class Linear(Merger):
     )
 
     weights: tuple[float, ...] | None = Field(None, min_length=1)
-    """One weight a member, in their order; None: 1 / N each."""
+    """One weight for each member, in their order; null: 1 / N each."""
 
     def check_count(self, count: int) -> None:
         if not count:

@@ -1,4 +1,4 @@
-"""What every method shares: its base class, the table of kinds, the list of methods, and how a recipe builds one."""
+"""The base of all methods: the base class, the table of kinds, the list of methods, and how a recipe builds one."""
 
 from luthier.method.base import Facts, Method, Problem, Source, Traits
 

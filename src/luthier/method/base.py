@@ -1,4 +1,4 @@
-"""What every published technique shares: fields that are recipe keys, a source, and declared traits."""
+"""The base class of methods: fields that are recipe keys, a source, and declared traits."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ class Layout(StrEnum):
 
 
 class Claim(StrEnum):
-    """What a method must own alone; a recipe in which two methods claim the same is refused."""
+    """What only one method in a recipe can have. A recipe with two methods that claim the same is refused."""
 
     WEIGHT = "weight"
-    """It moves base weights."""
+    """It changes base weights."""
     INPUTS_EMBEDS = "inputs_embeds"
     """It changes embeddings before the first block."""
     KV_PREFIX = "kv_prefix"
     """It puts keys and values before those of the text."""
     TOKEN_MASK = "token_mask"
-    """It decides which tokens carry loss."""
+    """It decides which tokens count in the loss."""
     VOCAB = "vocab"
-    """It changes the tokens that there are."""
+    """It changes the vocabulary."""
     LOOP = "loop"
     """It decides how a step is taken."""
 
@@ -46,17 +46,17 @@ class Need(StrEnum):
     """What a method uses; each is checked, in the recipe or where the method is built into a loop."""
 
     BASE_VIEW = "base_view"
-    """The untouched model, beside the one that trains."""
+    """The base model, beside the model that is trained."""
     CLOSURE = "closure"
-    """An optimiser step that asks for losses: a constant rate, no clipping."""
+    """An optimiser step that evaluates losses: a constant learning rate, no clipping."""
     GRAD = "grad"
     """Gradients of a window before its step."""
     JVP = "jvp"
-    """Forward-mode derivatives, which packed weights have not."""
+    """Forward-mode derivatives, which packed weights do not have."""
     ONE_PROCESS = "one_process"
     """It does not run over several processes."""
     PLAIN_WEIGHTS = "plain_weights"
-    """Weights that can be read and written: no quantised base."""
+    """Weights that can be read and written, so the base may not be quantised."""
     POOL = "pool"
     """Rows without labels."""
     TOTAL_STEPS = "total_steps"
@@ -66,8 +66,8 @@ class Need(StrEnum):
 class Traits(NamedTuple):
     """What a method declares about itself; `check`, the docs and the contract suite read it.
 
-    claims   what it must own alone, by the names of Claim; needs: what it uses, by those of Need
-    linear   its Update adds and scales in weight space
+    claims   what no other method may have, by the names of Claim; needs: what it uses, by the names of Need
+    linear   its updates can be added and scaled in weight space
     """
 
     tasks: frozenset[str] = frozenset({"causal-lm", "classification", "masked-lm"})
@@ -77,7 +77,7 @@ class Traits(NamedTuple):
     linear: bool = False
 
     def mistakes(self) -> list[str]:
-        """Names that nothing knows, a sentence each."""
+        """A sentence for each unknown name."""
         known = {"layouts": Layout, "claims": Claim, "needs": Need}
         return [
             f"traits.{field} holds {name!r}; there are {', '.join(names)}"
@@ -88,7 +88,7 @@ class Traits(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a run before any weight is loaded."""
+    """What is known about a run before any weight is loaded."""
 
     task: str = "causal-lm"
     layout: str | None = None
@@ -101,7 +101,7 @@ class Facts:
     others: tuple[Method, ...] = ()
     quantized: bool = False
     anatomy: Any = None  # model.anatomy.Anatomy, once there is one
-    redraws: bool = False  # rows are other ones in every epoch (masks)
+    redraws: bool = False  # rows differ in every epoch (masks)
 
 
 class Problem(NamedTuple):
@@ -122,7 +122,7 @@ class Method(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Raises TypeError for traits that nothing knows: a typo would declare nothing."""
+        """Raises TypeError for unknown traits, because a typo would declare nothing."""
         for mistake in cls.traits.mistakes():
             raise TypeError(f"{cls.__module__}.{cls.__qualname__}: {mistake}")
 
@@ -143,10 +143,10 @@ class Method(BaseModel):
             what = f"{self.key()} reads or writes the weights themselves, which quantize packs"
             problems.append(Problem("quantize", what, "remove quantize, or choose lora, peft, adapter or dept"))
         if facts.quantized and Need.JVP in self.traits.needs:
-            what = f"{self.key()} takes forward-mode derivatives, which packed weights have not"
+            what = f"{self.key()} takes forward-mode derivatives, which packed weights do not have"
             problems.append(Problem("quantize", what, "remove quantize"))
         if facts.num_processes > 1 and "one_process" in self.traits.needs:
             problems.append(
-                Problem("num_processes", f"{self.key()} runs in one process, here are {facts.num_processes}")
+                Problem("num_processes", f"{self.key()} runs in one process, but there are {facts.num_processes}")
             )
         return problems

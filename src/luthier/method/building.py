@@ -1,4 +1,4 @@
-"""From a name and fields to a method; every refusal names the place, the value and the remedy."""
+"""Build a method from a name and fields. Every error names the place, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from luthier.method.base import Method
 from luthier.method.kinds import KINDS
 from luthier.support.errors import RecipeError
 
-FORMS = ("one", "several")  # tags of values that a key takes in two forms
+FORMS = ("one", "several")  # tags of values that a key accepts in two forms
 OLD_SPELLINGS = {
     "model_name_or_path": "model", "base_model": "model", "dataset": "data.train", "train_file": "data.train",
     "cutoff_len": "data.max_length", "sequence_len": "data.max_length", "max_seq_length": "data.max_length",
@@ -31,7 +31,7 @@ OLD_SPELLINGS = {
 
 
 class Lines:
-    """Line numbers by key path, and what to call the source."""
+    """Line numbers by key path, and the name of the source."""
 
     def __init__(self, name: str, lines: Mapping[tuple[str, ...], int], overridden: frozenset[tuple[str, ...]]) -> None:
         self.name, self.lines, self.overridden = name, lines, overridden
@@ -47,16 +47,16 @@ class Lines:
 def build_methods(
     values: dict[str, Any], path: tuple[str, ...], kinds: Sequence[str], lines: Lines, code: Path | None
 ) -> None:
-    """Put instances in place of names."""
+    """Replace names by instances."""
     for kind in kinds:
         if values.get(kind) is not None:
             values[kind] = build_method(kind, values[kind], lines, (*path, kind), code)
 
 
 def method(kind: str, value: Any, name: str) -> Any:
-    """A method from its name, {name: {fields}} or an instance. Raises RecipeError; never imports code it does not know.
+    """A method from its name, {name: {fields}} or an instance. Raises RecipeError; never imports unknown code.
 
-    name  of what it stands in, for errors
+    name  where the value comes from, for errors
     """
     return build_method(kind, value, Lines(name, {}, frozenset()), (kind,), None)
 
@@ -96,9 +96,11 @@ def build_method(kind: str, value: Any, lines: Lines, path: tuple[str, ...], cod
 
 
 def _foreign(kind: str, name: str, where: str, code: Path | None) -> Any:
-    """A method of somebody else's: module:Class, from the recipe's folder or the environment."""
+    """A method from outside luthier: module:Class, from the recipe's folder or the environment."""
     if code is None:
-        raise RecipeError(where, "names code, which a recipe may not bring", "add --allow-code if you trust it")
+        raise RecipeError(
+            where, "names code, which a recipe may not run by default", "add --allow-code if you trust it"
+        )
     module, _, attribute = name.partition(":")
     sys.path.insert(0, str(code.resolve()))
     try:
@@ -113,14 +115,16 @@ def _foreign(kind: str, name: str, where: str, code: Path | None) -> Any:
 
 def _of_kind(cls: Any, kind: str, where: str) -> None:
     if not (isinstance(cls, type) and issubclass(cls, KINDS[kind].base_class)):
-        raise RecipeError(where, f"is no {KINDS[kind].base}", f"derive it from luthier's {KINDS[kind].base}")
+        raise RecipeError(
+            where, f"does not derive from {KINDS[kind].base}", f"derive it from luthier's {KINDS[kind].base}"
+        )
 
 
 def validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: Lines, known: list[str]) -> Any:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        # A misspelt key explains a missing one, so it is told first.
+        # A misspelt key explains a missing one, so it is reported first.
         first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         where = tuple(str(p) for p in first["loc"] if p not in FORMS and not str(p).startswith("function-"))
         at = lines.where((*path, *where))

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 class Kind(NamedTuple):
     """A kind of method.
 
-    key      of a recipe; package: the room with its methods; base: name of the class they derive from
-    listed   the recipe's key holds a list of them
-    within   the kind and the field of a method that holds this one, where it is no key of a recipe's own
+    key      in a recipe; package: the room with its methods; base: name of the class they derive from
+    listed   True if the recipe's key holds a list of them
+    within   the kind and the field of a method that holds this one, if it is not a key of a recipe
     command, takes  what uses methods of this kind, where no recipe does, and the arguments that it needs
     """
 
@@ -59,7 +59,7 @@ SINGLE = tuple(kind.key for kind in TABLE if not kind.listed and kind.in_recipe)
 
 
 def kind_of(method: object) -> Kind:
-    """The kind of a method. Raises TypeError for what is none of ours."""
+    """The kind of a method. Raises TypeError for an object that is not a method."""
     for kind in TABLE:
         if isinstance(method, kind.base_class):
             return kind

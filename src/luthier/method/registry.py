@@ -1,6 +1,6 @@
 """The list of methods, generated from the classes: `python -m luthier.method.registry` writes methods.json beside this file.
 
-Reading it needs no torch, so `luthier methods` answers at once. A test compares it with the classes. Installed packages add
+Reading it needs no torch, so `luthier methods` is fast. A test compares it with the classes. Installed packages add
 methods by entry points of the group `luthier.methods`, named KIND.NAME (`objective.focal = package.module:Focal`).
 """
 
@@ -41,17 +41,17 @@ def classes(kind: str) -> dict[str, type]:
 
 @cache
 def plugins() -> dict[tuple[str, str], EntryPoint]:
-    """(kind, name) -> what an installed package offers. Raises LuthierError for a name that is no KIND.NAME, or taken."""
+    """(kind, name) -> entry point of an installed package. Raises LuthierError for a name that is not KIND.NAME, or is taken."""
     out: dict[tuple[str, str], EntryPoint] = {}
     for point in entry_points(group=GROUP):
         kind, _, name = point.name.partition(".")
         origin = "a package" if point.dist is None else point.dist.name
         if kind not in KINDS or not name:
             raise LuthierError(
-                f"{origin}: the entry point {point.name!r} is no KIND.NAME; kinds are {', '.join(KINDS)}"
+                f"{origin}: the entry point {point.name!r} is not KIND.NAME; kinds are {', '.join(KINDS)}"
             )
         if (kind, name) in out or any(m["kind"] == kind and m["name"] == name for m in read()):
-            raise LuthierError(f"{origin}: the {kind} {name!r} is there already; rename it or uninstall the package")
+            raise LuthierError(f"{origin}: the {kind} {name!r} exists already; rename it or uninstall the package")
         out[kind, name] = point
     return out
 
@@ -76,17 +76,17 @@ def find(kind: str, key: str) -> type:
 
 
 def names(kind: str) -> list[str]:
-    """The names a recipe key takes."""
+    """The names that a recipe key accepts."""
     return [m["name"] for m in read() if m["kind"] == kind] + [n for k, n in plugins() if k == kind]
 
 
 def listed() -> list[dict[str, Any]]:
-    """Our methods and those of installed packages, whose modules this imports."""
+    """The methods of luthier and of installed packages, whose modules this imports."""
     return [*read(), *(_entry(kind, name, find(kind, name)) for kind, name in plugins())]
 
 
 def name_of(cls: type) -> str | None:
-    """What a recipe calls this class; None for one that is neither ours nor a plug-in."""
+    """The name of this class in a recipe; None for a class that is neither luthier's nor a plug-in's."""
     for m in read():
         if (m["module"], m["class"]) == (cls.__module__, cls.__name__):
             return str(m["name"])
@@ -95,7 +95,7 @@ def name_of(cls: type) -> str | None:
 
 
 def written(value: Any) -> Any:
-    """A value as YAML has it; a method becomes {name: {fields}}."""
+    """A value in YAML's types; a method becomes {name: {fields}}."""
     if isinstance(value, Method):
         return {_name_of(value): {n: written(getattr(value, n)) for n in type(value).model_fields}}
     if isinstance(value, BaseModel):
@@ -120,13 +120,13 @@ def modules_of(value: Any) -> list[str]:
 
 
 def _name_of(method: Method) -> str:
-    """The name of a method of ours, or module:Class."""
+    """The name of a method of luthier, or module:Class."""
     cls = type(method)
     return name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"
 
 
 def build() -> list[dict[str, Any]]:
-    """The list from the classes."""
+    """Make the list from the classes."""
     entries = []
     for kind in KINDS:
         for key, cls in classes(kind).items():
@@ -157,7 +157,7 @@ def _entry(kind: str, key: str, cls: Any) -> dict[str, Any]:
 
 
 def titles(named: Sequence[tuple[str, str]]) -> list[str]:
-    """A title of each (kind, name): the name alone where no other kind has it, else KIND-NAME."""
+    """A title of each (kind, name): the name if no other kind has it, else KIND-NAME."""
     count = Counter(name for _, name in named)
     return [name if count[name] == 1 else f"{kind}-{name}" for kind, name in named]
 

@@ -1,1 +1,1 @@
-"""Models: loading, anatomy, and the view through which every method meets one."""
+"""Models: loading, anatomy, and the view through which all methods use a model."""

@@ -1,4 +1,4 @@
-"""What is hung on a model's layers: parameters of ours, low-rank and output adapters; and copies without."""
+"""Add things to a model's layers: luthier's parameters, low-rank and output adapters; and copies without them."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def refuse_packed(what: str, module: nn.Module, names: Iterable[str]) -> None:
 
 
 def register(module: nn.Module, name: str, value: nn.Parameter) -> tuple[Own, Undo]:
-    """A parameter of ours on a module of the model's, so that processes, trainers and function transforms find it.
+    """Put a parameter of luthier on a module of the model, so that processes, trainers and function transforms find it.
 
-    Returns how to read it and how to take it off. A second one of this name gets a number behind it.
+    Returns how to read it and how to remove it. A second parameter with this name gets a number.
     """
     full = PREFIX + name
     taken = sum(n == full or n.startswith(full + "_") for n in module._parameters)
@@ -44,12 +44,12 @@ def register(module: nn.Module, name: str, value: nn.Parameter) -> tuple[Own, Un
 
 
 def replace_product(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Change:
-    """Compute the layer's own product in another way; what hangs beside and behind it stays."""
+    """Compute the layer's own product in another way. Adapters beside and behind it stay."""
     return hang(module, Core(lambda beneath: forward))
 
 
 def around(module: nn.Module, wrap: Callable[[Forward], Forward], method: str = "forward") -> Change:
-    """Put something around a method of a module; `wrap` gets the method as it is with all that hangs on it so far."""
+    """Wrap a method of a module; `wrap` gets the method with everything that is on it so far."""
     return hang(module, Behind(wrap), method)
 
 
@@ -72,9 +72,9 @@ def output_adapter(module: nn.Module, a: Factor, b: Factor) -> Change:
 
 
 def bare_copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
-    """A deep copy of a part of the model as it was before anything was hung on it.
+    """A deep copy of a part of the model, without anything that was added to it.
 
-    shared  memo of what is not to be copied (`id` -> object): configurations, say
+    shared  memo of objects that are not copied (`id` -> object), such as configurations
     A copied forward would still compute with the layer it was made for.
     """
     out = copy.deepcopy(module, dict(shared))

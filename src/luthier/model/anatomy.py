@@ -1,4 +1,4 @@
-"""Where things are in a model: blocks, projections, norms, embeddings, head. No method walks modules by itself."""
+"""Where things are in a model: blocks, projections, norms, embeddings, head. Methods never search modules themselves."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ROLES = (
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix. `shape` is (out, in) even where the module stores it transposed."""
+    """One matrix. `shape` is (out, in) even if the module stores it transposed."""
 
     module: str
     role: str  # q k v qkv o gate gate_up up down head other
@@ -93,11 +93,11 @@ class Anatomy:
         return tuple(x for x in self.linears if x.block >= 0)
 
     def attention(self, block: int) -> blocks.Attention | blocks.Unknown:
-        """What the attention of this block computes, or why that is not known."""
+        """What the attention of this block computes, or why that is unknown."""
         return self._attentions[block]
 
     def gated_mlp(self, block: int) -> blocks.GatedMlp | blocks.Unknown:
-        """What the MLP of this block computes, or why that is not known."""
+        """What the MLP of this block computes, or why that is unknown."""
         return self._mlps[block]
 
     @cached_property
@@ -118,7 +118,7 @@ class Anatomy:
 
     @property
     def num_parameters(self) -> int:
-        """Every stored number once, tied weights included once."""
+        """The number of stored values; tied weights count once."""
         total = 0
         for shape in self.parameters.values():
             n = 1
@@ -128,10 +128,10 @@ class Anatomy:
         return total
 
     def match(self, targets: str | Iterable[str]) -> tuple[Linear, ...]:
-        """Linear layers meant by `targets`: "all-linear" (every one in the blocks), or patterns.
+        """The linear layers of `targets`: "all-linear" (all in the blocks), or patterns.
 
         A pattern is a glob over the whole module name, or the last parts of one ("q_proj", "mlp.down_proj"). A task
-        head is never meant, since every tuner trains it whole.
+        head never matches, because every tuner trains it as a whole.
         Raises LuthierError for a pattern that matches nothing, with the endings there are.
         """
         if targets == "all-linear":

@@ -1,4 +1,4 @@
-"""What a base model is, in a hash: canonical tensors and the tokenizer with its template."""
+"""The hash that identifies a base model: its tensors, and the tokenizer with its template."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class Fingerprint(BaseModel, frozen=True):
-    """The identity of a base. Two bases are the same when both hashes are."""
+    """The identity of a base. Two bases are the same if both hashes are equal."""
 
     name: str
     weights: str

@@ -1,8 +1,8 @@
-"""What hangs on a layer: any number of adapters at once, taken off in any order.
+"""Adapters on a layer: any number at once; they can be removed in any order.
 
-A layer with adapters computes behind(W x + beside(x)): low-rank terms stand beside its own product, on the same input;
-what takes its output comes after them, in the order it was hung. So it does not matter in which order differences to the
-weight and adapters behind it came, and one at a time they give what an Update with all of them gives.
+A layer with adapters computes behind(W x + beside(x)). Low-rank terms are beside its own product, on the same input.
+Adapters of its output come after them, in the order in which they were added. So the order of weight differences relative
+to output adapters makes no difference, and adding them one at a time gives the same as an Update with all of them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Forward = Callable[..., Any]
 
 
 class Factor(Protocol):
-    """A matrix of an adapter, asked for at every call."""
+    """A matrix of an adapter, read at every call."""
 
     @property
     def name(self) -> str:
@@ -50,7 +50,7 @@ class Own:
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-    """A tensor that is not trained, of a bound update."""
+    """A tensor of a bound update; it is not trained."""
 
     value: Tensor
     name: str = ""
@@ -95,7 +95,7 @@ Hung = Core | Beside | Behind
 
 
 class Stack:
-    """All that hangs on one method of a module. The module's class and parameters stay."""
+    """Everything that was added to one method of a module. The module's class and parameters stay."""
 
     def __init__(self, module: nn.Module, method: str) -> None:
         self.module, self.method = module, method
@@ -128,7 +128,7 @@ class Stack:
 
     @contextmanager
     def without(self, what: Hung) -> Iterator[None]:
-        """Compute as if this did not hang here."""
+        """Compute as if this were not there."""
         self.left_out.append(what)
         self._rebuild()
         try:
@@ -158,7 +158,7 @@ class Stack:
 
 
 def hang(module: nn.Module, what: Hung, method: str = "forward") -> Change:
-    """Put something on a module's method; it comes off in whatever order.
+    """Add something to a module's method. It can be removed in any order.
 
     Raises ValueError for a second Core, LuthierError for a copy of a layer with adapters.
     """
@@ -179,7 +179,7 @@ def replaces_product(module: nn.Module) -> bool:
 
 
 def factors_of(module: nn.Module) -> list[tuple[Beside | Behind, Factor, Factor]]:
-    """Adapters that a layer computes with, in its order, with their A and B."""
+    """The adapters that a layer computes with, in order, with their A and B."""
     stack = module.__dict__.get(KEY, {}).get("forward")
     hung = [] if stack is None or stack.module is not module else stack.active
     beside = [(h, h.a, h.b) for h in hung if isinstance(h, Beside)]

@@ -127,7 +127,7 @@ def patch_model(view: Any) -> Change:
         def generate(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
             embeds, longer = widened(view, input_ids, attention_mask, torch.ones_like(input_ids))
             out = plain(inputs_embeds=embeds, attention_mask=longer, **kwargs)
-            # The prompt's ids stand before the new ones, as they do without vectors of ours.
+            # The prompt's ids are before the new ones, as they are without luthier's vectors.
             if isinstance(out, Tensor):
                 return torch.cat([input_ids, out], dim=1)
             out.sequences = torch.cat([input_ids, out.sequences], dim=1)

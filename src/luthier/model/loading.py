@@ -26,7 +26,7 @@ BUILTIN = "builtin:smollm2-135m"
 
 
 class Located(NamedTuple):
-    """Where a model is: something `from_pretrained` takes, and what to call it."""
+    """Where a model is: an argument for `from_pretrained`, and a name to show."""
 
     path: str
     revision: str | None
@@ -133,7 +133,7 @@ def load_model(
     device  None takes a GPU where there is one
     labels  names of the classes, in the order of the head's outputs; none: those the file has
     seed    for weights the file has not: a new classification head
-    quantize  "nf4": linear layers in 4 bits; the view's fingerprint is that of the weights before
+    quantize  "nf4": linear layers in 4 bits; the view's fingerprint is that of the original weights
     Raises RecipeError where the name leads nowhere.
     """
     extra: dict[str, Any] = named_classes(labels) if labels else {}
@@ -159,8 +159,8 @@ def load_model(
     if quantize is None:
         model.to(device)
     for module in model.modules():
-        # On some CPUs bitsandbytes repacks a weight at its first call without gradients, and a layer repacked lets no
-        # gradient through ever after: what is trained before it would silently stand still.
+        # On some CPUs bitsandbytes repacks a weight at its first call without gradients, and a repacked layer passes no gradient.
+        # Then layers before it would silently not be trained.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     view = ModelView(model, tokenizer, name=located.shown, base=base)
@@ -169,12 +169,12 @@ def load_model(
 
 
 def reads_both_ways(config: PreTrainedConfig) -> bool:
-    """Is this an encoder's configuration: of a model that sees what stands behind a token too, and can fill gaps?"""
+    """Whether this is the configuration of an encoder, which also sees later tokens and can fill gaps."""
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
 def named_classes(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:
-    """What a configuration says of its classes."""
+    """The classes, as a configuration stores them."""
     return {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
 
 
@@ -195,7 +195,7 @@ def _unreachable(located: Located, error: Exception) -> RecipeError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
         return RecipeError(
-            "model", f"{located.shown}: brings Python code of its own, which is not run unasked",
+            "model", f"{located.shown}: needs Python code of its own, which luthier does not run by default",
             "read that code; then set trust_remote_code: true and add --allow-code",
         )  # fmt: skip
     return RecipeError(

@@ -1,4 +1,4 @@
-"""Counting FLOPs by formula while a model works: every matrix product by its sizes, its backward by what is frozen.
+"""Count FLOPs by formula while a model works: each matrix product by its sizes, its backward pass by what is frozen.
 
 A product of T rows with a matrix [out, in] takes 2 T in out; its backward as much again for the gradient of its input,
 where something below is trained, and again for the gradient of the matrix, where that is taken. Attention takes 4 H d n^2 a
@@ -24,7 +24,7 @@ VALUES = "luthier_values"  # what sparse weights register on a layer
 
 
 class Meter:
-    """FLOPs by stage. `watch` hangs a hook on every linear layer; nothing is counted where nothing is watched."""
+    """FLOPs by stage. `watch` adds a hook to every linear layer; without it nothing is counted."""
 
     def __init__(self) -> None:
         self.flops: dict[str, float] = {}
@@ -40,7 +40,7 @@ class Meter:
         return sum(self.flops.values())
 
     def charge(self, flops: float) -> None:
-        """Work that is no layer's: a decomposition, a sort of gradients."""
+        """Count work that is not a layer's: a decomposition, a sort of gradients."""
         self.flops[self._stage] = self.flops.get(self._stage, 0.0) + flops
 
     def charge_backward(self, flops: float, x: Tensor) -> None:
@@ -50,7 +50,7 @@ class Meter:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Charge what happens inside to this stage."""
+        """Charge the work inside the block to this stage."""
         before, self._stage = self._stage, name
         try:
             yield
@@ -70,7 +70,7 @@ class Meter:
     # --- what is watched ---
 
     def watch(self, *modules: nn.Module) -> None:
-        """Count these modules' layers from now on, and none that was watched before."""
+        """Count these modules' layers from now on, and no others."""
         self.unwatch()
         for module in modules:
             for layer in module.modules():

@@ -1,4 +1,4 @@
-"""peft's modules in a model's places: put in, and taken out so that the model is what it was."""
+"""peft's modules in a model: put in, and taken out so that the model is unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from luthier.model.hanging import Beside, factors_of
 from luthier.model.undo import Change, swapped
 from luthier.support.errors import LuthierError
 
-DEAF = frozenset({"HRALinear", "HRAConv2d"})  # of peft's layers, those that multiply by the weight themselves
+IGNORES_HOOKS = frozenset({"HRALinear", "HRAConv2d"})  # of peft's layers, those that multiply by the weight themselves
 IN_PLACE = "put the low-rank update into the weights instead, by Update.in_place or merge_into"
 MARKS = ("peft_config", "_hf_peft_config_loaded")  # what peft and transformers leave on the model
 
@@ -45,7 +45,7 @@ def listening_layer(model: nn.Module, name: str, beside: bool = False) -> nn.Mod
     Raises LuthierError where the layer is never called: peft's HRA multiplies by its weight.
     """
     outer = model.get_submodule(name)
-    if type(outer).__name__ in DEAF:
+    if type(outer).__name__ in IGNORES_HOOKS:
         raise LuthierError(
             f"{name} has an adapter of peft's HRA, under which nothing else takes effect; detach it first"
         )
@@ -65,8 +65,8 @@ class PeftModules:
     """What peft put around a model's layers.
 
     wrap  makes peft's model around this one; where it raises, the model is as it was
-    Raises LuthierError where peft is there already, or where it would not compute with what hangs on a layer.
-    peft's own way out keeps what it trained beside its adapters: biases, and modules that it saves whole.
+    Raises LuthierError if peft is on the model already, or if it would ignore adapters on a layer.
+    peft's own removal keeps other trained parts: biases, and modules that it saves whole.
     """
 
     def __init__(self, module: nn.Module, wrap: Callable[[nn.Module], Any]) -> None:
@@ -97,20 +97,20 @@ class PeftModules:
             if HUNG in part.__dict__:
                 raise LuthierError(f"{name}: peft would train a copy of a layer with adapters on it; detach them first")
             inner = own_layer(self.module, name)
-            if type(part).__name__ in DEAF and HUNG in inner.__dict__:
+            if type(part).__name__ in IGNORES_HOOKS and HUNG in inner.__dict__:
                 raise LuthierError(f"{name}: peft's HRA would pass over the adapter that is on it; detach it first")
             if reads_weight(part) and any(isinstance(hung, Beside) for hung, _, _ in factors_of(inner)):
                 raise LuthierError(f"{name}: DoRA's norms would not see the low-rank term that is on it; {IN_PLACE}")
 
     def take_up(self, state: Mapping[str, Tensor]) -> list[str]:
-        """Load tensors under peft's names; returns names that have no place."""
+        """Load tensors under peft's names. Returns names that have no place."""
         from peft import set_peft_model_state_dict
 
         found: Any = set_peft_model_state_dict(self.wrapped, dict(state))
         return list(found.unexpected_keys)
 
     def freeze(self) -> None:
-        """As something to compute with, not to train: the base keeps its own flags, and adapters drop nothing out."""
+        """Make the modules ready for use without training: the base keeps its flags, and adapters have no dropout."""
         own = {id(p) for p, _ in self._flags}
         for p in self.module.parameters():
             if id(p) not in own:
@@ -126,7 +126,7 @@ class PeftModules:
 
     @contextmanager
     def without(self) -> Iterator[None]:
-        """The model's own modules in their places, with their own numbers."""
+        """The model's own modules in their places, with their own values."""
         now = {part: dict(part._modules) for part in self._places}
         marks = {name: self.module.__dict__[name] for name in MARKS if name in self.module.__dict__}
         with swapped(list(self._stored.items())):
@@ -139,7 +139,7 @@ class PeftModules:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Take peft's modules out; the weights are what they were."""
+        """Remove peft's modules; the weights are as before."""
         for p, value in self._stored.items():
             p.copy_(value)
         self._put_back()

@@ -1,4 +1,4 @@
-"""A change to what a model computes: it is taken back for good, or left out for a while."""
+"""A change to what a model computes. It can be undone for good, or left out for a while."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Without = Callable[[], AbstractContextManager[None]]
 
 
 class Change(NamedTuple):
-    """What is on a model.
+    """A change that is on a model now.
 
-    undo     takes it off
+    undo     removes it
     without  a scope in which the model computes as if it were off; scopes may be nested
     """
 
@@ -24,7 +24,7 @@ class Change(NamedTuple):
 
 
 def in_turn(steps: Iterable[Undo]) -> Undo:
-    """One undo for steps that are taken as they come, last first. Where one fails, those before it are taken back."""
+    """One undo for steps that are done one by one, undone last first. If one fails, those before it are undone."""
     with ExitStack() as stack:
         for undo in steps:
             stack.callback(undo)
@@ -32,7 +32,7 @@ def in_turn(steps: Iterable[Undo]) -> Undo:
 
 
 def together(changes: Iterable[Change]) -> Change:
-    """One change for several that are made as they come. Where one fails, those before it are taken back."""
+    """One change for several that are made one by one. If one fails, those before it are undone."""
     made: list[Change] = []
 
     def steps() -> Iterator[Undo]:
@@ -45,7 +45,7 @@ def together(changes: Iterable[Change]) -> Change:
 
 @contextmanager
 def leaving_out(withouts: Sequence[Without]) -> Iterator[None]:
-    """Without all of these, the last one first."""
+    """Leave out all of these, the last one first."""
     with ExitStack() as stack:
         for without in reversed(withouts):
             stack.enter_context(without())
@@ -54,9 +54,9 @@ def leaving_out(withouts: Sequence[Without]) -> Iterator[None]:
 
 @contextmanager
 def swapped(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
-    """Other numbers in these parameters, for the calls inside.
+    """Other values in these parameters, for the calls inside.
 
-    The parameters are pointed at them: nothing is copied, and autograd counts no write, so that a graph from before
+    The parameters point to the values: nothing is copied, and autograd counts no write, so an earlier graph still
     still finds what it saved.
     """
     own = [(p, p.data) for p, _ in values]

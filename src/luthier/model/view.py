@@ -1,4 +1,4 @@
-"""How every method meets a model: one trunk call over a `Batch`, the head on chosen rows, places to hook in."""
+"""How all methods use a model: one trunk call over a `Batch`, the head on chosen rows, and hooks."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ ATTACHED = "luthier_attached"
 
 
 class Attached(list[Any]):
-    """What is on a model now; a copied model has its weights and nothing of this.
+    """What is on a model now. A copied model has its weights and nothing of this.
 
-    left_out  of these, what the model computes without at the moment
+    left_out  the part of these that the model currently computes without
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class ModelView:
         return self._base
 
     def widen(self) -> None:
-        """Weights to float32; the fingerprint stays that of the stored ones."""
+        """Turn weights into float32. The fingerprint stays that of the stored weights."""
         self._base = self.base
         self.module.float()
 
@@ -123,26 +123,26 @@ class ModelView:
         return parameter_of(self.module, name)
 
     def layer(self, name: str, beside: bool = False) -> nn.Module:
-        """The base's own module of this name, to hang something on or to train.
+        """The base's own module of this name, for adapters or training.
 
         beside  to put a low-rank term beside its weight
-        Raises LuthierError where peft put something around it that would not notice.
+        Raises LuthierError if peft put something around it that would ignore the change.
         """
         return listening_layer(self.module, name, beside)
 
     @property
     def attached(self) -> Attached:
-        """What is on the model now, first come first: trainables, bound updates. All views of a model share it."""
+        """What is on the model now, in order: trainables, bound updates. All views of a model share it."""
         found: Attached = self.module.__dict__.setdefault(ATTACHED, Attached())
         return found
 
     @property
     def standing(self) -> tuple[tuple[int, ...], ...]:
-        """Equal where the model computes with the same things: what is on it, less what is left out."""
+        """Equal if the model computes with the same things: what is on it, without what is left out."""
         return tuple(id(x) for x in self.attached), tuple(id(x) for x in self.attached.left_out)
 
     def refuse_out_of_turn(self, leaving: Any) -> None:
-        """Raises LuthierError where something came later and wrote over the same weights: it would give back what it found."""
+        """Raises LuthierError if a later change wrote over the same weights, because it would restore what it found."""
         if leaving not in self.attached:
             return
         for later in self.attached[self.attached.index(leaving) + 1 :]:
@@ -153,9 +153,9 @@ class ModelView:
 
     @contextmanager
     def leaving_out(self, who: Any, withouts: Sequence[Without]) -> Iterator[None]:
-        """Without these changes, which are the work of `who`; once more inside, nothing is left to do.
+        """Leave out these changes, which are the work of `who`. A nested call does nothing more.
 
-        Raises LuthierError where something that is still there wrote over the same weights later.
+        Raises LuthierError if something that is still on the model wrote over the same weights later.
         """
         left_out = self.attached.left_out
         if who in left_out:
@@ -174,9 +174,9 @@ class ModelView:
 
     @contextmanager
     def without_update(self) -> Iterator[ModelView]:
-        """The untouched base for the calls inside, to the bit, whatever trains on the model or is bound to it.
+        """The base model for the calls inside, to the bit, whatever trains on the model or is bound to it.
 
-        Dropout is off and no gradient is taken: a backward that comes later would meet the tuned weights. For a gradient
+        Dropout is off and there is no gradient, because a later backward pass would use the tuned weights. For a gradient
         of the base enable it inside, and take it inside. Optimisers and backward passes of the tuned model stay outside.
         Raises LuthierError where a trainable does not say how the model computes without it.
         """
@@ -190,7 +190,7 @@ class ModelView:
     # --- the trunk ---
 
     def hook_inputs(self, hook: InputHook) -> Change:
-        """Apply this to the inputs of every trunk call, after the hooks that are there."""
+        """Apply this to the inputs of every trunk call, after the existing hooks."""
         self.input_hooks.append(hook)
 
         @contextmanager
@@ -209,7 +209,7 @@ class ModelView:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Around forwards of phase "train", "score" or "generate": tuners and compute methods prepare the model for it."""
+        """A scope for forward passes of phase "train", "score" or "generate": tuners and compute methods prepare the model."""
         with ExitStack() as stack:
             for enter in self.phases:
                 stack.enter_context(enter(name))
@@ -329,7 +329,7 @@ class ModelView:
         return lambda z: z * scale if cap is None else torch.tanh(z * scale / cap) * cap
 
     def head_input(self, hidden: Tensor) -> Tensor:
-        """[N, D] -> [N, D]: what stands between the trunk and the vocabulary matrix (a masked-LM transform)."""
+        """[N, D] -> [N, D]: the modules between the trunk and the vocabulary matrix (a masked-LM transform)."""
         transformed: Tensor
         for name in TRANSFORMS:
             part = self._part(name)
@@ -444,7 +444,7 @@ def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
     both = Batch(ids=ids, labels=torch.full_like(ids, -100), seq=seq, pos=pos, lengths=lengths)
     before = view.layout
     try:
-        with evaluating(view.module):  # the model as it is called alone, by anybody, is the reference
+        with evaluating(view.module):  # the model as any caller would run it is the reference
             view.layout = "flat"
             flat = view.trace(both).hidden[-1].float()
             alone = [view.trunk(input_ids=part.unsqueeze(0)).last_hidden_state[0] for part in ids.split(lengths)]

@@ -1,4 +1,4 @@
-"""What each token teaches."""
+"""Objectives: the loss of each token."""
 
 from luthier.support.lazy import lazy
 

@@ -1,7 +1,7 @@
-"""The objective seam: what each token teaches.
+"""The base class of objectives: the loss of each token.
 
-An objective returns *sums* and the name of their denominator. Every denominator of an optimiser step is known, over all
-micro-batches and ranks, before its first backward; so one batch of eight, eight of one, and two processes agree.
+An objective returns *sums* and the name of their denominator. All denominators of an optimiser step, over all micro-batches and
+ranks, are known before its first backward pass. So one batch of eight, eight of one, and two processes agree.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ __all__ = [
 
 
 class Objective(Method):
-    """What a step minimises. `plan` may look at the whole window before any gradient; `loss` runs once a micro-batch."""
+    """What a step minimises. `plan` may use the whole window before any gradient; `loss` runs once for each micro-batch."""
 
     def extend(self, view: ModelView, carried: Mapping[str, Tensor] | None = None) -> nn.Module | None:
-        """Modules trained or used beside the model (heads, critics), dropped on export.
+        """Modules that are trained or used beside the model (heads, critics) and dropped on export.
 
-        carried  their state after an earlier stage, where the pipeline carries it here
+        carried  their state after an earlier stage, if the pipeline carries it here
         """
         return None
 
     def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
-        """Without gradient: pick rows and tokens, attach columns; return every local denominator of the step's terms.
+        """Choose rows and tokens and attach columns, without gradient. Return every local denominator of the step's terms.
 
-        Where all of them are zero over all ranks, the window has nothing to teach: the loop skips the step.
+        If all of them are zero over all ranks, the window has no loss, and the loop skips the step.
         """
         return window, count(window.micro)
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
-        """Named terms; the loop adds weight * sums / denominator. Rows may have weights: `weighed` puts them in, and the
-        denominators of `count` hold them."""
+        """Named terms. The loop adds weight * sums / denominator. Rows may have weights: `weighed` applies them, and the
+        denominators of `count` include them."""
         raise NotImplementedError
 
     def report(self) -> Mapping[str, float]:
@@ -49,17 +49,17 @@ class Objective(Method):
         return {}
 
     def state_dict(self) -> dict[str, Tensor | float]:
-        """What a resumed run needs of what the steps so far have left in the objective: tensors and plain numbers.
+        """State that the steps so far left in the objective and that a resumed run needs: tensors and plain numbers.
 
-        The first rank's is saved and every rank takes it up, so it must be the same on all: add up with `window.total`.
+        The state of the first rank is saved and every rank loads it, so it must be equal on all: add up with `window.total`.
         """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor | float]) -> None:
-        """Take up the state; tensors come on the CPU."""
+        """Load the state; tensors are on the CPU."""
 
     def fresh(self) -> Self:
-        """The same fields without any state, as before a run; each run trains with its own."""
+        """The same fields without any state, as before a run. Each run trains with its own."""
         cls: Any = type(self)
         made: Self = cls.model_construct(set(self.model_fields_set), **{n: getattr(self, n) for n in cls.model_fields})
         return made

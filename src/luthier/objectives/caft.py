@@ -1,4 +1,4 @@
-"""CAFT: small extra heads predict the tokens after the next one while the trunk is tuned, and are then thrown away."""
+"""CAFT: small extra heads predict the tokens after the next one while the model is tuned. They are dropped afterwards."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def further_labels(batch: Batch, ahead: int) -> Tensor:
 
 
 class Heads(nn.Module):
-    """One decoder layer a head, copied from the trunk's last; so before training each predicts what the model does.
+    """One decoder layer for each head, copied from the model's last layer. So an untrained head predicts what the model does.
 
     `copied_from` is the width, depth and vocabulary of the base, compared when saved heads are loaded.
     """
@@ -80,10 +80,10 @@ class Heads(nn.Module):
 
 
 class Caft(Objective):
-    """Next-token loss plus, with a small falling weight, the losses of heads that look further ahead.
+    """Next-token loss plus, with a small falling weight, the losses of heads that predict further tokens.
 
-    stage "heads" trains the heads alone, the model frozen: sum_i decay^i l_i. stage "tune" trains the model:
-    l_0 + weight gamma(step) sum_i decay^i l_i, heads frozen. Each l_i is a mean over its own targets of the whole step.
+    stage "heads" trains only the heads, with the model frozen: sum_i decay^i l_i. stage "tune" trains the model:
+    l_0 + weight gamma(step) sum_i decay^i l_i, with the heads frozen. Each l_i is a mean over its own targets of the whole step.
     Heads read the input of the last block and pass the final norm in both stages ("parallel"); the official code reads
     another state in the second stage and has no norm ("official", for reproduction).
     Cost: n - 1 more layers and vocabulary products a token; frozen heads keep no optimiser state.
@@ -100,17 +100,17 @@ class Caft(Objective):
     stage: Literal["heads", "tune"] = "tune"
     """What trains: the heads, or the model with them."""
     ahead: int = Field(5, ge=2)
-    """Tokens predicted at each position, the next one included (n)."""
+    """Number of tokens predicted at each position, with the next one (n)."""
     decay: float = Field(0.8, gt=0, le=1)
     """Factor from one head to the next (alpha)."""
     weight: float = Field(0.01, ge=0)
     """Weight of all further losses in the second stage (beta)."""
     schedule: Schedule = "rsine"
-    """How that weight moves over the run (gamma)."""
+    """How that weight changes over the run (gamma)."""
     wiring: Literal["parallel", "official"] = "parallel"
     """What the heads read."""
     allow_untrained_heads: bool = False
-    """Tune with heads that no first stage has trained."""
+    """Allow tuning with heads that no first stage has trained."""
 
     def extend(self, view: ModelView, carried: Mapping[str, Tensor] | None = None) -> nn.Module | None:
         heads = Heads(view, self.ahead - 1)

@@ -1,4 +1,4 @@
-"""Learn a teacher's soft labels, each row weighted by how much it would help on labelled rows."""
+"""Learn a teacher's soft labels. Each row is weighted by how much it would help on labelled rows."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def helpful_weights(helpfulness: Tensor, total: Callable[[Tensor], Tensor] = lam
 class Distill(Objective):
     """KL to the soft labels of a teacher, with LiST's re-weighting after a warm-up.
 
-    For the first `warmup_share` of the steps rows weigh the same. Then a row's weight is relu(<g, grad l_i>), scaled to
-    sum 1, where g is the gradient of the cross-entropy on the labelled rows: exactly the look-ahead of the source with
-    its inner rate left out, but from one backward and one forward-mode pass instead of a second-order graph.
-    Departs from the source: all labelled rows up to `meta_rows` serve, not 4 (4 gave weights no better than chance);
-    where no row helps the step is skipped.
+    For the first `warmup_share` of the steps, all rows have equal weight. Then the weight of a row is relu(<g, grad l_i>),
+    scaled to sum 1, where g is the gradient of the cross-entropy on the labelled rows. This is exactly the look-ahead of
+    the source without its inner learning rate, but from one backward and one forward-mode pass instead of a second-order graph.
+    Departs from the source: all labelled rows up to `meta_rows` are used, not 4 (4 gave weights no better than chance). If no row
+    helps, the step is skipped.
     Cost: about twice a plain step once the warm-up is over.
     Needs: per row "soft" [C]; labelled rows from the lab under "labelled".
     """
@@ -55,11 +55,11 @@ class Distill(Objective):
     warmup_share: float = Field(0.6, ge=0, le=1)
     """Share of the steps before rows are weighted."""
     reweight: bool = True
-    """False keeps equal weights throughout."""
+    """False keeps equal weights in all steps."""
     meta_rows: int = Field(32, ge=1)
     """Labelled rows that decide the weights."""
     min_confidence: float = Field(0.0, ge=0, lt=1)
-    """Rows whose largest soft label is not above this weigh nothing during the warm-up."""
+    """During the warm-up, rows whose largest soft label is not above this have weight 0."""
 
     _report: dict[str, float] = PrivateAttr(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""Masked thought: hide part of the solution a model has written so far, never the question, never the targets."""
+"""Masked thought: hide part of the solution that the model has written so far, but never the question or the targets."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ class Vector(nn.Module):
 class MaskedThought(Objective):
     """Cross-entropy on clean targets, with a random part of the solution's input tokens replaced.
 
-    A solution token is replaced with a probability that rises from 0 over the first two thirds of the run; which tokens,
-    is drawn anew each time a row is used, keyed by step and row. Targets are the clean tokens at all positions, also right
-    after hidden ones. Question, template and padding are never touched, and nothing is replaced in use.
+    A solution token is replaced with a probability that rises from 0 over the first two thirds of the run. The tokens are
+    drawn again each time a row is used, keyed by step and row. Targets are the clean tokens at all positions, also right
+    after hidden ones. Question, template and padding are never changed, and the tuned model has no hidden tokens.
     "random" puts in other words of the vocabulary; "mask" a vector of its own. The source adds a token for that, whose
     output row only ever receives negative gradient; here the vector stands beside the embeddings, so the vocabulary does
     not grow and nothing of it remains in the tuned model.
@@ -80,7 +80,7 @@ class MaskedThought(Objective):
     loss_on: Literal["all", "clean"] = "all"
     """"all": every solution token is a target; "clean": not the replaced ones."""
     seed: int = Field(0, ge=0)
-    """For which tokens and which words."""
+    """Seed for the choice of tokens and words."""
 
     def extend(self, view: ModelView, carried: Mapping[str, Tensor] | None = None) -> nn.Module | None:
         return Vector(view.embedding).to(view.device) if self.random_share < 1 and self.max_rate else None

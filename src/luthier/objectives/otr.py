@@ -1,4 +1,4 @@
-"""OTR: one-token rollouts. Every gold token is weighted by how often the model itself proposes it."""
+"""OTR: one-token rollouts. Every gold token is weighted by how often the model itself draws it."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def sampled_loss(z: Tensor, x: Tensor, drawn: Tensor, beta: float) -> Tensor:
 
 
 class Otr(Objective):
-    """Reward the gold token where the model draws it, push the model's other guesses down a little.
+    """Reward the gold token when the model draws it, and lower the model's other guesses a little.
 
-    At each supervised position the model draws next tokens from its own tempered distribution; those equal to the gold
-    token get reward 1, the others beta, and a REINFORCE step follows. "exact" is the closed form of infinitely many
-    draws. Tokens that the model finds nearly impossible teach little, which protects against noise and slows the
-    learning of new formats: with beta below 0 a model that never proposes the gold token is only pushed away, and the log
-    warns where that is so at more than half of the positions.
-    The loss on held-out rows rises under OTR while accuracy holds: choose by a task's own measure.
-    Draws are keyed by step and row, so that micro-batches and ranks change nothing (the source draws from one stream).
-    Cost: one more softmax over the vocabulary, and the logits twice; below 1% of a step, draws beside that.
+    At each supervised position, the model draws next tokens from its own tempered distribution. Draws equal to the gold token get
+    reward 1, the others beta; a REINFORCE step follows. "exact" is the closed form of infinitely many draws. Tokens that
+    the model finds nearly impossible teach little. This protects against noise, and slows the learning of new formats:
+    with beta below 0, a model that never draws the gold token only learns to avoid its own guesses. The log warns if this
+    is so at more than half of the positions. The loss on held-out rows rises under OTR while accuracy stays: choose by a
+    measure of the task. Draws are keyed by step and row, so micro-batches and ranks do not change them (the source draws
+    from one stream).
+    Cost: one more softmax over the vocabulary, and the logits twice: below 1% of a step; draws cost more.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
@@ -75,11 +75,11 @@ class Otr(Objective):
     kappa: float = Field(1.3, gt=0, allow_inf_nan=False)
     """Temperature of the draws; above 1 explores."""
     beta: float = Field(-0.1, lt=1, allow_inf_nan=False)
-    """Reward of a token that is not the gold one."""
+    """Reward of a token that is not the gold token."""
     reduction: Literal["sequence_mean", "token_mean"] = "sequence_mean"
-    """Mean over each row's tokens and then over rows, as the source; or over all tokens of the step."""
+    """Mean over each row's tokens and then over rows, as in the source; or mean over all tokens of the step."""
     seed: int = Field(0, ge=0)
-    """For the draws."""
+    """Seed for the draws."""
 
     _seen: dict[str, float] = PrivateAttr(default_factory=dict)
     _told: bool = PrivateAttr(default=False)

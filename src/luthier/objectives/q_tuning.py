@@ -37,17 +37,17 @@ def keep_tokens(scores: Tensor, keep_fraction: float) -> Tensor:
 
 
 class QTuning(Objective):
-    """Train on the rows that teach most, and leave out the tokens of surely-wrong rows that look like noise.
+    """Train on the rows that teach most, and leave out tokens that look like noise in rows where the model is surely wrong.
 
-    Every window is scored once without gradient: per row the perplexity and the mean entropy of its answer. Rows both
-    surprising and sure (Q2, misconceptions) or both expected and unsure (Q4, to be calibrated) stay; of Q2's answer
-    tokens those with the highest neighbour-smoothed perplexity leave the loss. All rows of an optimiser step, over all
-    micro-batches and ranks, are chosen from together.
-    Sheet gaps filled here: rows outside the four quadrants may top up; the last alpha that keeps enough is used; a
-    top-up row counts as Q2 where its scaled perplexity is at least its scaled entropy.
-    Measured here: noise inside answers is found and left out, to a gain; whole answers that belong to another row are not,
-    since they look like misconceptions (49% of the kept rows, of 40%).
-    Cost: one forward over every row, and forward and backward over those kept.
+    Every window is scored once without gradient: for each row the perplexity and the mean entropy of its answer. Rows that
+    are both surprising and sure (Q2, misconceptions), or both expected and unsure (Q4, to calibrate), stay. In the answers
+    of Q2, the tokens with the highest neighbour-smoothed perplexity leave the loss. The choice is made over all rows of an
+    optimiser step, from all micro-batches and ranks together.
+    Gaps of the sheet filled here: rows outside the four quadrants may fill up the number; the last alpha that keeps enough
+    is used; a row that fills up counts as Q2 if its scaled perplexity is at least its scaled entropy.
+    Measured here: noise inside answers is found and left out, with a gain. Whole answers that belong to another row are
+    not found, because they look like misconceptions (49% of the kept rows, of 40%).
+    Cost: one forward pass over every row, and forward and backward passes over the kept rows.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}), claims=frozenset({"token_mask"}))
@@ -59,17 +59,17 @@ class QTuning(Objective):
     )
 
     keep_rows: float = Field(0.25, gt=0, le=1)
-    """Share of a window's rows that stays (r_sample)."""
+    """Share of a window's rows that stay (r_sample)."""
     keep_tokens: float = Field(0.7, gt=0, le=1)
-    """Share of a misconception row's answer tokens that stays (r_token)."""
+    """Share of the answer tokens of a misconception row that stay (r_token)."""
     neighbour_weight: float = Field(0.5, ge=0, le=1)
     """Weight of the neighbours' perplexity in a token's score (lambda)."""
     bisection_steps: int = Field(10, ge=1)
-    """Halvings in the search for the quadrants' edges (K)."""
+    """Number of halvings in the search for the quadrants' edges (K)."""
     pruned: Literal["mask", "drop"] = "mask"
-    """"mask" takes pruned tokens out of the loss; "drop" also out of the input, keeping the others' positions."""
+    """"mask" takes pruned tokens out of the loss; "drop" also out of the input, and the others keep their positions."""
     log_domain: bool = False
-    """Smooth losses instead of perplexities, so that one spike does not condemn its neighbours."""
+    """Smooth losses instead of perplexities, so that one very large value does not remove its neighbours."""
 
     _report: dict[str, float] = PrivateAttr(default_factory=dict)
 

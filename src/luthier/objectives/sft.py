@@ -12,10 +12,10 @@ from luthier.objectives.base import Forward, Objective, Term, weighed, weighed_r
 
 
 class Sft(Objective):
-    """Cross-entropy on the supervised tokens, or on the class where rows have one.
+    """Cross-entropy on the supervised tokens, or on the class if rows have one.
 
-    The mean is over all supervised tokens of the optimiser step, whatever the micro-batches and ranks; where rows have
-    weights, it is the weighted mean.
+    The mean is over all supervised tokens of the optimiser step, over all micro-batches and ranks. If rows have weights,
+    it is the weighted mean.
     Cost: that of the model.
     """
 

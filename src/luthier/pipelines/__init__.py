@@ -1,4 +1,4 @@
-"""Stages: the order in which a model is trained, and on what."""
+"""Pipelines: the stages of training, their order and their rows."""
 
 from luthier.support.lazy import lazy
 

@@ -1,4 +1,4 @@
-"""The pipeline seam: in which stages. A pipeline is a pure function of the outcomes so far, so it replays after a kill."""
+"""The base class of pipelines. A pipeline is a pure function of the outcomes so far, so it can replay after a kill."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from luthier.method import Method
 from luthier.model.view import ModelView, as_found
 from luthier.objectives.base import Objective
 from luthier.step.lab import Lab, Ledger
-from luthier.step.outcome import Outcome
+from luthier.step.outcome import Outcome, RenderedRows
 from luthier.step.progress import Progress
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.training.loop import Loop, Rows
+from luthier.training.loop import Loop
 from luthier.tuners.base import Trainable, Tuner, with_head
 from luthier.update import Update
 
@@ -28,10 +28,10 @@ from luthier.update import Update
 class Train:
     """Train on rows.
 
-    start  "base", or the name of an earlier stage: its trained state where the tuner is the same, else its Update,
-           put into the weights
+    start  "base", or the name of an earlier stage: its trained state if the tuner is the same, else its Update,
+    put into the weights
     data   name of a set of rows in the lab, or of an earlier Apply stage
-    carry  name of an earlier stage whose modules beside the model (heads) are taken over
+    carry  name of an earlier stage whose extra modules (heads) are used again
     """
 
     name: str
@@ -73,7 +73,7 @@ class Pace(BaseModel):
         scaled = max(1, round(own * self.length))
         return scaled if self.max_steps is None else min(scaled, self.max_steps)
 
-    def of(self, stage: Train, rows: Rows, save_memory: bool = False) -> Train:
+    def of(self, stage: Train, rows: RenderedRows, save_memory: bool = False) -> Train:
         """The stage at this pace, over these rows."""
         own, changed = stage.settings, dict[str, Any]()
         if self != OWN_PACE:
@@ -88,7 +88,7 @@ OWN_PACE = Pace()
 
 
 class Pipeline(Method):
-    """Says which stage comes next."""
+    """Decides which stage comes next."""
 
     def next(self, done: Mapping[str, Outcome]) -> Train | Apply | None:
         """The next stage after these outcomes, or None at the end. Must depend on nothing else.
@@ -106,7 +106,7 @@ class Pipeline(Method):
 def started(
     view: ModelView, stage: Train, lab: Lab, done: Mapping[str, Outcome], total_steps: int
 ) -> Iterator[tuple[Trainable, Update | None]]:
-    """The stage's trainable on the model it starts from, and the update under it; afterwards the base is as it was."""
+    """The stage's trainable on the model it starts from, and the update under it. The base is restored afterwards."""
     with ExitStack() as stack:
         before = None if stage.start == "base" else done[stage.start]
         same = before is not None and before.tuner == stage.tuner
@@ -116,11 +116,11 @@ def started(
         trainable = with_head(stage.tuner.attach(view, lab, total_steps), view.anatomy.task_head)
         stack.callback(trainable.detach)
         if before is not None and same:
-            trainable.go_on(dict(before.state))
+            trainable.continue_from(dict(before.state))
         yield trainable, under
 
 
-def planned(pipeline: Pipeline, sets: Mapping[str, Rows]) -> list[tuple[Train, str]]:
+def planned(pipeline: Pipeline, sets: Mapping[str, RenderedRows]) -> list[tuple[Train, str]]:
     """Every training stage in order, with the set that its rows come from, before anything is trained."""
     done: dict[str, Outcome] = {}
     came: dict[str, str] = {}
@@ -135,7 +135,7 @@ def planned(pipeline: Pipeline, sets: Mapping[str, Rows]) -> list[tuple[Train, s
     return out
 
 
-def rows_of(stage: Train, lab: Lab, done: Mapping[str, Outcome]) -> Rows:
+def rows_of(stage: Train, lab: Lab, done: Mapping[str, Outcome]) -> RenderedRows:
     """The rows that a stage trains on. Raises LuthierError where an earlier stage made none."""
     if stage.data not in done:
         return lab.rows(stage.data)
@@ -149,12 +149,12 @@ def run_pipeline(
     pipeline: Pipeline, view: ModelView, lab: Lab, folder: Path | None = None, *, deadline: float | None = None,
     before_stage: Callable[[Train | Apply], None] = lambda _: None, pace: Pace = OWN_PACE, save_memory: bool = False, **loop: Any,
 ) -> dict[str, Outcome]:  # fmt: skip
-    """Run every stage in turn; returns the outcomes by name, the last being the result.
+    """Run all stages in order. Returns the outcomes by name; the last one is the result.
 
     save_memory  what gradient_checkpointing "auto" means in its stages
 
-    Each stage checkpoints into a folder of its name, its end included: a killed pipeline replays, finished stages are
-    taken up as they ended, and the one it was in goes on inside.
+    Each stage saves checkpoints in a folder with its name, also at its end. A killed pipeline replays: finished stages are
+    loaded, and the interrupted one continues.
     """
     done: dict[str, Outcome] = {}
     while (stage := pipeline.next(done)) is not None:

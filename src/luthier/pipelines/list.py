@@ -1,4 +1,4 @@
-"""LiST: a teacher from a few labelled rows labels a pool; fresh students learn from it, round after round."""
+"""LiST: a teacher that is trained on a few labelled rows labels a pool; new students learn from it, in several rounds."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from luthier.objectives.distill import Distill
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Apply, Pipeline, Train
 from luthier.step.lab import Lab
-from luthier.step.outcome import Outcome, Rows
+from luthier.step.outcome import Outcome, RenderedRows
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.tuners.adapter import Adapter
 
 log = logging.getLogger(__name__)
-COLLAPSED = 0.95  # share of the pool in one class above which a teacher is said to have collapsed
+COLLAPSED = 0.95  # above this share of the pool in one class, luthier warns that the teacher has collapsed
 
 
 class List(Pipeline):
     """Self-training with adapters: label, train a new student on weighted soft labels, finish on the labelled rows.
 
-    Rows of the lab: "labelled" (with their class) and "unlabelled"; a row of the pool that is labelled as well is left
-    out, and that is said. In the source the classes are words in the gap of a sentence (the task's `prompt` and `words`);
-    a new head works as well, and needs more labels.
-    Every student starts from the base with newly drawn adapters, otherwise the teacher's errors are reinforced.
-    Departs from the source: the labelled finish is a stage with its own optimiser and decay; the backbone's head stays
-    frozen; the teacher's labels are computed once a round, which is exact since it is frozen.
-    Cost: rounds x unlabelled_steps extra steps, of which the re-weighted 40% take about twice a plain one.
+    Rows of the lab: "labelled" (with their class) and "unlabelled". A row of the pool that is also labelled is left out, with a
+    message. In the source, classes are words in the gap of a sentence (the task's `prompt` and `words`); a new head works
+    too, but needs more labels.
+    Every student starts from the base with newly drawn adapters; otherwise the teacher's errors would be reinforced.
+    Departs from the source: training on the labelled rows is a stage with its own optimiser and decay; the model's head stays
+    frozen; the teacher's labels are computed once for each round, which is exact because it is frozen.
+    Cost: rounds x unlabelled_steps extra steps; the re-weighted 40% of them take about twice a plain step.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"classification"}), needs=frozenset({"jvp", "pool"}))
@@ -48,27 +48,27 @@ class List(Pipeline):
     )
 
     rounds: int = Field(3, ge=1)
-    """Students trained one after another (M)."""
+    """Number of students, trained one after another (M)."""
     unlabelled_steps: int = Field(1000, ge=1)
-    """Steps a student takes on the pool (N_u)."""
+    """Steps of a student on the pool (N_u)."""
     unlabelled_batch: int = Field(16, ge=1)
-    """Rows of such a step."""
+    """Rows in such a step."""
     labelled_epochs: float = Field(50.0, gt=0)
-    """Passes over the labelled rows, for the first teacher and each student's finish."""
+    """Passes over the labelled rows, for the first teacher and at the end of each student."""
     labelled_batch: int = Field(4, ge=1)
-    """Rows of such a step."""
+    """Rows in such a step."""
     learning_rate: float = Field(1e-4, gt=0)
-    """For every stage."""
+    """Learning rate of every stage."""
     rank: int = Field(128, ge=1)
     """Rank of the adapters."""
     init_std: float = Field(0.0002, ge=0)
-    """Standard deviation that the adapters start with."""
+    """Standard deviation of the adapters at the start."""
     warmup_share: float = Field(0.6, ge=0, le=1)
     """Share of a student's steps before rows are weighted."""
     reweight: bool = True
-    """Weigh rows by their help on the labelled ones."""
+    """Weigh rows by how much they help on the labelled rows."""
     seed: int = 0
-    """For every draw."""
+    """Seed for all draws."""
 
     def next(self, done: Mapping[str, Outcome]) -> Train | Apply | None:
         if "teacher" not in done:
@@ -126,8 +126,8 @@ class List(Pipeline):
         self._tell(stage, out, len(pool))
         return Outcome(stage.name, rows=out)
 
-    def _tell(self, stage: Apply, labelled: Rows, given: int) -> None:
-        """Warn of what makes a pool worth little. Raises LuthierError where nothing of it is left."""
+    def _tell(self, stage: Apply, labelled: RenderedRows, given: int) -> None:
+        """Warn if the pool is of little use. Raises LuthierError if nothing is left of it."""
         if not labelled:
             raise LuthierError(f"pipeline.list: all {given} rows of the pool are among the labelled rows")
         if left_out := given - len(labelled):

@@ -1,4 +1,4 @@
-"""Stages written out in the recipe, one after another."""
+"""The stages that a recipe lists, in order."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from luthier.tuners.lora import Lora
 
 
 class Stage(TrainSettings):
-    """One stage: its name, methods, and settings of its own."""
+    """One stage: its name, methods and settings."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     """Folder and reference of the stage."""
     tuner: SerializeAsAny[Tuner] = Lora()
-    """Which weights move."""
+    """Which weights are trained."""
     objective: SerializeAsAny[Objective] = Sft()
-    """What each token teaches."""
+    """The loss of each token."""
     start: str = "base"
-    """The base, or an earlier stage whose result this one starts from."""
+    """"base", or an earlier stage whose result this stage starts from."""
     carry: str | None = None
-    """An earlier stage whose modules beside the model (heads) are taken over."""
+    """An earlier stage whose extra modules (heads) are used again."""
 
 
 class Stages(Pipeline):
-    """Train in the stages that the recipe lists; the last one's update is the result.
+    """Train in the stages that the recipe lists. The update of the last one is the result.
 
-    A stage that starts from an earlier one goes on with its trained state where the tuner is the same. Where it is
-    another, it trains on a base with the earlier update in the weights, and its result holds both. A tuner that draws
-    what it trains (hft) draws anew for each of its stages. `carry` hands on what an objective trained beside the model.
+    A stage that starts from an earlier one continues from its trained state if the tuner is the same. With another tuner,
+    it trains with the earlier update in the weights, and its result holds both. A tuner that draws its weights (hft) draws
+    again for each of its stages. `carry` passes on modules that an objective trained beside the model.
     Cost: the sum of its stages.
     """
 
     stages: list[Stage] = Field(min_length=1)
-    """In order."""
+    """The stages, in order."""
 
     @model_validator(mode="after")
     def _refer_back(self) -> Stages:
@@ -56,7 +56,7 @@ class Stages(Pipeline):
                     raise ValueError(f"{key} of {stage.name} names {ref!r}, which is no earlier stage")
             seen[stage.name] = stage
         if "base" in seen:
-            raise ValueError("a stage is called base, which is what start names the untouched model by; rename it")
+            raise ValueError("a stage is called base, which means the base model in start; rename it")
         return self
 
     def check(self, facts: Facts) -> list[Problem]:
@@ -85,12 +85,12 @@ class Stages(Pipeline):
 
 
 def _another(stage: Stage, seen: Mapping[str, Stage]) -> bool:
-    """True where the stage goes on from what another tuner learnt."""
+    """True if the stage continues from what another tuner learnt."""
     return stage.start != "base" and seen[stage.start].tuner != stage.tuner
 
 
 def _learnt(name: str, seen: Mapping[str, Stage]) -> bool:
-    """True where this stage, or one that it goes on from, changed the model."""
+    """True if this stage, or one that it continues from, changed the model."""
     return name != "base" and (_moves(seen[name].tuner) or _learnt(seen[name].start, seen))
 
 

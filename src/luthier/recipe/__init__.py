@@ -1,7 +1,7 @@
-"""The recipe: the one description of a run, as a typed object and as a YAML file.
+"""The recipe: the description of a run, as a typed object and as a YAML file.
 
-Unknown keys, wrong types and impossible combinations are refused before anything is loaded, in one sentence with line,
-key, value and remedy.
+Unknown keys, wrong types and impossible combinations are refused before anything is loaded. The error is one sentence with
+line, key, value and remedy.
 """
 
 from luthier.recipe.settings import DataSettings, Recipe

@@ -1,4 +1,4 @@
-"""The recipe as a typed object: its keys, and which of them cannot stand together."""
+"""The recipe as a typed object: its keys, and which of them cannot be combined."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ class RowSource(BaseModel):
     path: str
     """A file, a Hub id or a built-in set, as in data.train."""
     weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """How often its rows are drawn, beside a source of weight 1."""
+    """How often its rows are drawn, compared with a source of weight 1."""
     columns: dict[str, str] | None = None
-    """Our name -> the file's name; None: data.columns."""
+    """luthier's name -> the file's name; null: data.columns."""
     split: str | None = None
-    """Split of a Hub data set; None: data.train_split."""
+    """Split of a Hub data set; null: data.train_split."""
     limit: int | None = Field(None, ge=1)
-    """Use only its first rows; None: data.limit."""
+    """Use only its first rows; null: data.limit."""
 
 
 def _form(value: Any) -> str:
     return "several" if isinstance(value, (list, tuple)) else "one"
 
 
-# The form of a value decides what it is checked as, so that an error is about that form alone.
+# The form of a value decides how it is checked, so that an error is about this form only.
 Sources = Annotated[
     Annotated[str, Tag("one")] | Annotated[tuple[RowSource, ...], Field(min_length=1), Tag("several")], Discriminator(_form)
 ]  # fmt: skip
 
 
 class DataSettings(BaseModel):
-    """Which rows, and how they become tokens."""
+    """Which rows are used, and how they become tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
@@ -65,7 +65,7 @@ class DataSettings(BaseModel):
     """A .jsonl (or .jsonl.gz), .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests;
     or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """How several sources are mixed: the share of one in the draws is proportional to (weight * rows)^(1 / temperature)."""
+    """How several sources are mixed: the share of a source is proportional to (weight * rows)^(1 / temperature)."""
     keep: tuple[str, ...] = ()
     """Fields of the training rows that reach the objective: numbers (weight), lists of numbers (soft), texts by the row's key."""
     spans: str | None = None
@@ -73,21 +73,21 @@ class DataSettings(BaseModel):
     fill: dict[str, Any] = Field(default_factory=dict)
     """Kept field -> its value in rows that lack it; without one such a row is refused."""
     eval: str | None = None
-    """Held-out rows, of the same sort."""
+    """Held-out rows, of the same kind."""
     pool: str | None = None
     """Rows without labels, for pipelines that make their own."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Our name -> the file's name: {prompt: question, completion: answer}."""
+    """luthier's name -> the file's name: {prompt: question, completion: answer}."""
     system: str | None = None
-    """A system message put before rows that have none, in training and in use."""
+    """A system message for rows that have none, in training and in use."""
     template: Literal["auto", "chat", "plain"] = "auto"
-    """"auto": the model's chat template where it has one; "plain": bare text."""
+    """"auto": the model's chat template if it has one; "plain": plain text."""
     max_length: int | None = Field(None, ge=2)
-    """Longest row in tokens; None takes what the model can hold."""
+    """Longest row in tokens; null: the model's limit."""
     on_long: Literal["refuse", "drop", "trim_prompt", "trim_end"] = "refuse"
     """What to do about longer rows."""
     on_unsupervised: Literal["refuse", "drop"] = "refuse"
-    """What to do about rows without a single supervised token."""
+    """What to do about rows without any supervised token."""
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """What to do about rows that cannot be read: stop at the first, or leave them out, counted and listed."""
     train_split: str = "train"
@@ -95,16 +95,16 @@ class DataSettings(BaseModel):
     eval_split: str = "test"
     """Split of a Hub data set that is held out."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first rows (of each source), for a try."""
+    """Use only the first rows (of each source), to try something."""
 
     @property
     def carried(self) -> Carried:
-        """The fields of training rows that go along."""
+        """The fields of training rows that are kept."""
         return Carried(self.keep, self.spans, self.fill)
 
     @property
     def sources(self) -> tuple[RowSource, ...]:
-        """Where training rows come from, with what `data` says for all of them."""
+        """The sources of training rows, with the settings of `data` filled in."""
         listed = (RowSource(path=self.train),) if isinstance(self.train, str) else self.train
         return tuple(
             s.model_copy(
@@ -118,7 +118,7 @@ class DataSettings(BaseModel):
 
 
 class Recipe(TrainSettings):
-    """A run."""
+    """The settings of a run."""
 
     luthier: Literal[1] = 1
     """Version of the recipe's keys."""
@@ -127,40 +127,40 @@ class Recipe(TrainSettings):
     revision: str | None = None
     """Revision of a Hub model: a branch, a tag or a commit."""
     trust_remote_code: bool = False
-    """Run the model's own Python code; needs --allow-code on the command line as well."""
+    """Run the model's own Python code; also needs --allow-code on the command line."""
     task: SerializeAsAny[Task] = CausalLm()
     """What a row is."""
     data: DataSettings
-    """Rows."""
+    """Training rows, held-out rows, and how they are read."""
     tuner: SerializeAsAny[Tuner] = Lora()
-    """Which weights move."""
+    """Which weights are trained."""
     objective: SerializeAsAny[Objective] = Sft()
-    """What each token teaches."""
+    """The loss of each token."""
     curate: list[SerializeAsAny[Curator]] = Field(default_factory=list)
     """Steps that choose, weigh, rewrite, split or add rows, in order."""
     compute: SerializeAsAny[Compute] | None = None
-    """Fewer tokens in the forward pass."""
+    """A method that computes fewer tokens in the forward pass."""
     pipeline: SerializeAsAny[Pipeline] | None = None
-    """Several stages, each with a tuner and an objective of its own, in place of one."""
+    """Several stages instead of one, each with its own tuner and objective."""
     pace: Pace = Pace()
     """How long and how fast the pipeline's stages train, beside what it says: {length: 0.1} for a try."""
     collaborate: SerializeAsAny[Collaboration] | None = None
     """A protocol between parties, for `luthier collaborate`."""
     decode: SerializeAsAny[Decoder] = Greedy()
-    """How answers are written, in evaluation and in use."""
+    """How answers are generated, in evaluation and in use."""
     evaluate: list[SerializeAsAny[Evaluator]] = Field(default_factory=list)
-    """What is measured before and after, beside what the task always measures: the loss, and classes or forgetting."""
+    """What is measured before and after tuning, besides what is always measured: the loss, and classes or forgetting."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Precision of frozen weights; "auto" takes the file's."""
+    """Precision of frozen weights; "auto": as in the file."""
     quantize: Literal["nf4"] | None = None
-    """Hold the frozen linear layers in 4 bits (bitsandbytes), for tuners that leave weights alone."""
+    """Keep the frozen linear layers in 4 bits (bitsandbytes), for tuners that do not change the weights."""
     output_dir: str | None = None
-    """Where the run goes; None: runs/<recipe>-<time>."""
+    """Folder of the run; null: runs/<recipe>-<time>."""
     report_to: tuple[str, ...] = ()
     """Trackers, under Trainer's names."""
 
     def methods(self) -> dict[str, Method]:
-        """The methods that take part, by key. A pipeline's stages bring their own."""
+        """The methods of this recipe, by key. The stages of a pipeline have their own."""
         if self.pipeline is not None:
             return {"pipeline": self.pipeline}
         parts: dict[str, Method] = {"tuner": self.tuner, "objective": self.objective}
@@ -169,11 +169,11 @@ class Recipe(TrainSettings):
 
     @property
     def codec(self) -> Chain:
-        """How the curators' forms of rows are put on questions, and taken off answers."""
+        """The codecs of the recipe's curators: they change the form of questions, and change answers back."""
         return chain_of(self.curate)
 
     def evaluators(self) -> list[Evaluator]:
-        """Those that always measure, and those that are asked for."""
+        """The evaluators that always measure, and those of the recipe."""
         always: list[Evaluator] = [find("evaluate", name)() for name in self.task.always]
         return [*(a for a in always if not any(type(e) is type(a) for e in self.evaluate)), *self.evaluate]
 
@@ -201,13 +201,13 @@ class Recipe(TrainSettings):
                 if claim in owners:
                     raise RecipeError(
                         key,
-                        f"{method.key()} and {owners[claim]} both need {claim} for themselves",
+                        f"{method.key()} and {owners[claim]} both need {claim}, which only one method can have",
                         "choose one",
                     )
                 owners[claim] = method.key()
 
     def check_unread(self) -> None:
-        """Raises RecipeError for a key that was set and that nothing in this run would read."""
+        """Raises RecipeError for a key that was set but that this run would not read."""
         data = set_in(self.data)
         self._check_measures()
         if self.pipeline is not None:
@@ -241,7 +241,7 @@ class Recipe(TrainSettings):
                 raise RecipeError(str(key), str(what), str(remedy))
 
     def _check_fields(self) -> None:
-        """Raises RecipeError for fields of rows that cannot be carried, or that nothing would carry."""
+        """Raises RecipeError for fields of rows that cannot be kept, or that no key keeps."""
         fields = self.data.carried.fields
         if taken := set(fields) & set(RESERVED):
             key = "spans" if self.data.spans in taken else "keep"
@@ -252,7 +252,7 @@ class Recipe(TrainSettings):
             raise RecipeError("data.fill", f"{min(unknown)} is not kept", "name it in data.keep or data.spans")
 
     def _check_measures(self) -> None:
-        """Raises RecipeError where two evaluators would give measures of one name."""
+        """Raises RecipeError if two evaluators have measures with the same name."""
         owner: dict[str, str] = {}
         for i, evaluator in enumerate(self.evaluate):
             for name in evaluator.names():
@@ -263,7 +263,7 @@ class Recipe(TrainSettings):
                 owner[name] = evaluator.key()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, methods as {name: {fields}}; what `recipe.yaml` of a run holds."""
+        """Plain values, methods as {name: {fields}}: the contents of a run's `recipe.yaml`."""
         return {name: written(getattr(self, name)) for name in type(self).model_fields}
 
 

@@ -1,4 +1,4 @@
-"""From YAML and the command line to a recipe; every refusal in one sentence with line, key, value and remedy."""
+"""Read a recipe from YAML and the command line. Every error is one sentence with line, key, value and remedy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOT_SECRET = frozenset({"keep_tokens", "max_new_tokens"})
 def load(text: str, name: str = "recipe", overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
     """A recipe from YAML text and `a.b=value` overrides. Raises RecipeError.
 
-    code  a folder whose Python modules the recipe may name (module:Class); None refuses all code
+    code  the folder whose Python modules the recipe may name (module:Class); None refuses all code
     """
     values, lines = parse(text, name)
     changed = apply_overrides(values, overrides)
@@ -45,7 +45,7 @@ def load_file(path: Path, overrides: Sequence[str] = (), code: Path | None = Non
 
 
 def parse(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
-    """(plain values, line of each key path). No tags, no anchors, no repeated keys."""
+    """(plain values, line of each key path). Tags, anchors and repeated keys are refused."""
     yaml = YAML(typ="rt")
     try:
         tree = yaml.load(text)
@@ -95,7 +95,7 @@ def _plain(node: Any, path: tuple[str, ...], lines: dict[tuple[str, ...], int], 
 
 
 def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> frozenset[tuple[str, ...]]:
-    """`a.b=value` sets (parsed as YAML 1.2), `~a.b` removes; returns the paths touched."""
+    """`a.b=value` sets a key (parsed as YAML 1.2), `~a.b` removes it. Returns the changed paths."""
     touched = set()
     for item in overrides:
         remove = item.startswith("~")
@@ -128,7 +128,7 @@ def _value(text: str, key: str) -> Any:
 
 
 def build(values: Mapping[str, Any], lines: Lines, code: Path | None = None) -> Recipe:
-    """Check every key and value, methods first. Raises RecipeError."""
+    """Check all keys and values, methods first. Raises RecipeError."""
     out = dict(values)
     _no_secrets(out, (), lines)
     build_methods(out, (), SINGLE, lines, code)

@@ -1,1 +1,1 @@
-"""The report: one offline page a run."""
+"""Reports: one offline page for each run."""

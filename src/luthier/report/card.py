@@ -1,4 +1,4 @@
-"""The model card: what the Hub shows, from what the run measured. No licence is guessed."""
+"""The model card for the Hub, made from what the run measured. The licence is not guessed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from luthier.recipe import Recipe
 
 
 def card(folder: Path, state: Mapping[str, Any], recipe: Recipe, base_name: str, relation: str) -> str:
-    """Front matter, how it came about, scores before and after, cost, and the recipe in a fold.
+    """The card: front matter, how the model was made, scores before and after, cost, and the recipe.
 
     relation  the Hub's word: "adapter", "finetune" or "merge"
     """
@@ -45,7 +45,7 @@ def card(folder: Path, state: Mapping[str, Any], recipe: Recipe, base_name: str,
 
 
 def front(model: str, base_name: str, relation: str, peft: bool, tags: Sequence[str]) -> list[str]:
-    """The front matter's lines; `model` is named where it is a Hub id, `base_name` elsewhere."""
+    """The lines of the front matter. They name `model` if it is a Hub id, else `base_name`."""
     return [
         "---",
         f"base_model: {model if model.count('/') == 1 else base_name}",

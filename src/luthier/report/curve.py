@@ -1,4 +1,4 @@
-"""Charts as SVG that follow the page's colours: lines, intervals, points; no script, no library, a few kilobytes."""
+"""Charts as SVG in the page's colours: lines, intervals and points, without scripts or libraries."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import NamedTuple
 from markupsafe import Markup, escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 56, 12, 12, 34
-COLOURS = 8  # series that look different
+COLOURS = 8  # series with different looks
 
 
 class Series(NamedTuple):
@@ -32,7 +32,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def labelled(values: list[float]) -> list[tuple[float, str]]:
-    """Ticks with what they say: as many digits as tell them apart, thousands as k, M, G, ..."""
+    """Ticks with labels: as many digits as are needed to tell them apart, thousands as k, M, G, ..."""
     step = min((b - a for a, b in pairwise(values)), default=abs(values[0]) or 1.0)
     power = min(6, int(math.log10(max(map(abs, values))) // 3)) if max(map(abs, values)) >= 1e4 else 0
     unit = 1000.0**power
@@ -46,9 +46,9 @@ def _axis(low: float, high: float, start: float, stop: float) -> Callable[[float
 
 
 def line_chart(series: list[Series], x_name: str, title: str, from_zero: bool = True) -> Markup:
-    """The chart; points that are not finite are left out.
+    """A line chart. Points that are not finite are left out.
 
-    from_zero  the axis begins at zero; False where small differences of large values are the point
+    from_zero  the axis starts at zero; use False to show small differences of large values
     """
     clean = [Series(s.name, [(x, y) for x, y in s.points if math.isfinite(x) and math.isfinite(y)]) for s in series]
     xs = [x for s in clean for x, _ in s.points]
@@ -86,7 +86,7 @@ class Range(NamedTuple):
 
 
 def interval_chart(ranges: list[Range], title: str, mark: float = 0.0) -> Markup:
-    """A line an arm: its value as a dot on its interval; a dashed line at `mark`: no difference, or a bound."""
+    """A line for each arm: its value as a dot on its interval. The dashed line at `mark` means no difference, or a bound."""
     ends = [x for r in ranges for x in (r.low, r.high, r.value) if math.isfinite(x)]
     if not ends:
         return Markup("")
@@ -112,7 +112,7 @@ def interval_chart(ranges: list[Range], title: str, mark: float = 0.0) -> Markup
 
 
 class Point(NamedTuple):
-    """A named place; marked where it lies on the frontier; and the number of its colour."""
+    """A named point, whether it is on the frontier, and the number of its colour."""
 
     name: str
     x: float
@@ -122,14 +122,14 @@ class Point(NamedTuple):
 
 
 def _span(values: list[float]) -> tuple[float, float]:
-    """A little more than the values take."""
+    """A range slightly larger than the values."""
     low, high = min(values), max(values)
     pad = 0.12 * ((high - low) or abs(high) or 1.0)
     return low - pad, high + pad
 
 
 def point_chart(points: list[Point], x_name: str, y_name: str, title: str) -> Markup:
-    """Quality against cost; those that no other beats in both are joined."""
+    """Quality against cost. Points that no other point beats in both are joined."""
     clean = [p for p in points if math.isfinite(p.x) and math.isfinite(p.y)]
     if not clean:
         return Markup("")
@@ -157,7 +157,7 @@ def point_chart(points: list[Point], x_name: str, y_name: str, title: str) -> Ma
 
 
 def plane_chart(points: list[tuple[float, float, bool]], x_name: str, y_name: str, title: str) -> Markup:
-    """Rows on a plane; those that stayed are filled."""
+    """Rows in a plane. Rows that stayed are filled."""
     height = 320
     (x0, x1), (y0, y1) = _span([p[0] for p in points]), _span([p[1] for p in points])
     at_x = _axis(x0, x1, LEFT, WIDTH - RIGHT)

@@ -1,6 +1,6 @@
-"""report.html: what was asked, what was spent, curves, before and after, samples, how to run again.
+"""report.html of a run: what was asked, what it cost, curves, before and after, samples, and how to run it again.
 
-One file that opens without a network; every text of the user's is escaped.
+The report is one file that opens without a network. All texts of the user are escaped.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from luthier.support.units import in_flops
 from luthier.support.version import __version__
 
 SAMPLES = 12
-DECIDED = {"keep": "kept", "drop": "left out", "rewrite": "put in other words", "split": "split"}
-NEAR_ONE = 0.05  # pulls within this of 1 are plain cross-entropy, up to rounding
+DECIDED = {"keep": "kept", "drop": "left out", "rewrite": "rewritten", "split": "split"}
+NEAR_ONE = 0.05  # weights within this of 1 are plain cross-entropy, up to rounding
 
 
 def template(name: str) -> Template:
-    """A page's template; every text put into it is escaped."""
+    """A page's template. All texts put into it are escaped."""
     pages = Environment(loader=PackageLoader("luthier.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return pages.get_template(name)
 
 
 def write_report(folder: Path) -> Path:
-    """Make the page from what the run folder holds."""
+    """Write the report from the run folder."""
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     log = [json.loads(line) for line in _lines(folder / "log.jsonl")]
     samples = [json.loads(line) for line in _lines(folder / "samples.jsonl")]
@@ -63,7 +63,7 @@ def write_report(folder: Path) -> Path:
 
 
 def write_curation(folder: Path, name: str, recipe: Recipe, before: int, after: int) -> Path:
-    """The page of a choice of rows, from its folder."""
+    """Write the report of curation from its folder."""
     text = io.StringIO()
     YAML().dump(recipe.as_dict(), text)
     decided = [json.loads(line) for line in _lines(folder / "decisions.jsonl")[:50_000]]
@@ -124,7 +124,7 @@ def _charts(log: list[dict[str, float]], unit: str) -> list[dict[str, Any]]:
 
 
 def _planes(folder: Path) -> list[dict[str, Any]]:
-    """What each step of curation decided, with a picture where it rests on two numbers."""
+    """What each curation step decided, with a picture if it decides by two numbers."""
     file = folder / "curation.json"
     steps = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     out = []
@@ -179,12 +179,12 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     if run.get("skipped_steps"):
         out.append(
             (
-                "Steps that moved nothing",
-                f"{run['skipped_steps']} of {run['steps']}: nothing to learn, or no finite loss",
+                "Steps without a change",
+                f"{run['skipped_steps']} of {run['steps']}: no supervised token, or no finite loss",
             )
         )
     if run.get("pool_shared"):
-        out.append(("Pool rows left out", f"{run['pool_shared']:,}, which are training rows as well"))
+        out.append(("Pool rows left out", f"{run['pool_shared']:,}, which are also training rows"))
     if run.get("skipped"):
         out.append(("Rows that could not be read", "; ".join(run["skipped"])))
     return out
@@ -202,7 +202,7 @@ def _scores(run: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def gates_shown(gates: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Conditions for release in words."""
+    """The conditions of the release gate, in words."""
     tones = {"pass": "good", "fail": "bad"}
     return [
         {
@@ -215,7 +215,7 @@ def gates_shown(gates: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
 
 
 def _value(measure: Mapping[str, Any]) -> str:
-    """A share with its interval, another value alone."""
+    """A share with its interval; other values alone."""
     value, rows = measure["value"], measure["rows"]
     if not measure["unit"].startswith("share of") or not rows:
         return f"{value:.4g}"
@@ -224,7 +224,7 @@ def _value(measure: Mapping[str, Any]) -> str:
 
 
 def _chosen(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Misses first, at most half; then what was learnt."""
+    """Wrong answers first, at most half; then what was learnt."""
     misses = [s for s in samples if s["after_right"] is False][: SAMPLES // 2]
     return misses + [s for s in samples if s["after_right"] is not False][: SAMPLES - len(misses)]
 
@@ -239,7 +239,7 @@ def _counts(samples: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _tokens(folder: Path) -> list[list[dict[str, Any]]]:
-    """A few rows, token by token, with what is said of each."""
+    """A few rows, token by token, with notes below the tokens."""
     rows = token_view.load(folder)
     weighed = any(abs(t.get("weight", 1.0) - 1.0) > NEAR_ONE for row in rows for t in row)
     for t in (t for row in rows for t in row):

@@ -1,4 +1,4 @@
-"""PNG files of a finished run or comparison, for model cards and slides; drawn by matplotlib, without a window."""
+"""PNG files of a finished run or comparison, for model cards and slides. matplotlib draws them, without a window."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ MARK = "<!-- pictures -->"
 
 
 def pictures(folder: Path) -> list[Path]:
-    """loss.png and scores.png of a run, which its card then shows, or differences.png and costs.png of a comparison.
+    """Draw loss.png and scores.png of a run and put them into its card, or differences.png and costs.png of a comparison.
 
-    Raises LuthierError for a folder that is neither, or without matplotlib.
+    Raises LuthierError for a folder that is neither, or if matplotlib is missing.
     """
     state = _json(folder / "run.json")
     if state.get("state") == "done":
@@ -71,7 +71,7 @@ def _loss(folder: Path, state: dict[str, Any]) -> Path | None:
 
 
 def _scores(folder: Path, state: dict[str, Any]) -> Path | None:
-    """Shares before and after; other measures have scales of their own."""
+    """Draw the shares before and after. Other measures have other scales."""
     after = {n: m for n, m in (state.get("after") or {}).items() if m["unit"].startswith("share")}
     if not after:
         return None
@@ -121,7 +121,7 @@ def _costs(folder: Path, standings: dict[str, Any]) -> Path | None:
 
 
 def _put_into_card(card: Path, made: Sequence[Path]) -> None:
-    """Below the text, once."""
+    """Put pictures below the card's text, once."""
     if not card.exists() or not made:
         return
     text = card.read_text(encoding="utf-8").split(MARK)[0].rstrip()

@@ -1,4 +1,4 @@
-"""A few training rows, token by token: what each cost before and after, and how strongly the objective pulls at it."""
+"""A few training rows, token by token: the loss before and after, and how strongly the objective weighs each token."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from luthier.step.probe import Probe
 from luthier.support.files import write_text
 
 SHOWN = 3  # rows
-WINDOW = 16  # rows that a pretended step chooses from, at most
-Tokens = list[list[dict[str, Any]]]  # by row: text, on (supervised), and before, after, weight, kept where known
+WINDOW = 16  # rows that a trial step chooses from, at most
+Tokens = list[list[dict[str, Any]]]  # for each row: text, on (supervised), and, if known, before, after, weight, kept
 
 
 def tokens_of(renderer: Renderer, rows: Sequence[Any]) -> Tokens:
-    """Texts of the tokens, with whether each carries loss; a hidden one is shown as what it should be."""
+    """The texts of the tokens, and whether each is supervised. A hidden token is shown as the token to predict."""
     decode = renderer.tokenizer.decode
     return [
         [
@@ -38,7 +38,7 @@ def tokens_of(renderer: Renderer, rows: Sequence[Any]) -> Tokens:
 
 @torch.no_grad()
 def note_losses(tokens: Tokens, view: ModelView, rows: Sequence[Any], when: str) -> None:
-    """Put each supervised token's loss in nats under `when`."""
+    """Store each supervised token's loss in nats under `when`."""
     with evaluating(view.module):
         for mine, row in zip(tokens, rows, strict=False):
             values = iter(Forward(collate([row]).to(view.device), view).nll().tolist())
@@ -56,16 +56,16 @@ def note_weights(
     lab: Lab | None = None,
     tokens_per_forward: int = 2048,
 ) -> None:
-    """Put in what a first step over the first rows would do: which tokens stay, and the pull at each.
+    """Store what a first step over the first rows would do: which tokens stay, and the weight of each.
 
-    The pull is the norm of the loss's gradient at the token's final state over that of plain cross-entropy averaged over
-    the window: 1 for sft, 0 for a token that teaches nothing. Unknown where nothing in the trunk has a gradient.
+    The weight is the norm of the loss's gradient at the token's final state, divided by that of plain cross-entropy averaged
+    over the window: 1 for sft, 0 for a token that teaches nothing. It is unknown if no hidden state has a gradient.
     """
     chosen = list(rows[: max(SHOWN, min(batch_size, WINDOW))])
     places = micro_batches([len(r["ids"]) for r in chosen], tokens_per_forward)[0]
     micro = [collate([chosen[i] for i in part]).to(probe.view.device) for part in places]
     of_row = {r["key"]: mine for mine, r in zip(tokens, chosen, strict=False)}
-    ahead = 0 if "targets" in chosen[0] else 1  # the state before a token predicts it, or that of its own gap
+    ahead = 0 if "targets" in chosen[0] else 1  # the state before a token predicts it; with targets, its own state does
     for t in (t for mine in tokens for t in mine if t["on"]):
         t["kept"] = False
     every = count(micro)["tokens"]
@@ -83,7 +83,7 @@ def note_weights(
 
 
 def _pulls(probe: Probe, batch: Batch, denominators: Any) -> Tensor | None:
-    """[N] at the supervised tokens; None where no gradient reaches them."""
+    """[N] at the supervised tokens; None if no gradient reaches them."""
     if not len(batch.supervised):
         return torch.zeros(0)
     fwd = probe.forward(batch)
@@ -98,12 +98,12 @@ def _pulls(probe: Probe, batch: Batch, denominators: Any) -> Tensor | None:
 
 
 def save(tokens: Tokens, folder: Path) -> None:
-    """Into tokens.json."""
+    """Write tokens.json."""
     write_text(folder / "tokens.json", json.dumps(tokens, ensure_ascii=False))
 
 
 def load(folder: Path) -> Tokens:
-    """The saved tokens; an empty list where none were saved."""
+    """Read the saved tokens; an empty list if there are none."""
     file = folder / "tokens.json"
     found: Tokens = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     return found

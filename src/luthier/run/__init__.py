@@ -1,4 +1,4 @@
-"""A recipe carried out in a folder."""
+"""Runs: carry out a recipe in a folder."""
 
 from luthier.support.lazy import lazy
 

@@ -1,4 +1,4 @@
-"""`luthier curate`: only the choice of rows, with a reason for every one."""
+"""`luthier curate`: choose and change rows without training, and give a reason for each row."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from luthier.support.files import whole
 
 
 def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> dict[str, Any]:
-    """Carry out the recipe's `curate` steps into a new folder; returns what each step left.
+    """Carry out the recipe's `curate` steps in a new folder. Returns a summary of each step.
 
-    kept.jsonl       the rows of the set, in the words that the steps gave them; with "weight" where they were weighed
-    table.parquet    every row that came in or was made: step, decision, score, reason, parent, weight, values
-    decisions.jsonl  one line a row and step: what each step said of the rows that it saw
-    report.html      counts, reasons, and the plane where a step decides on one
-    Raises RecipeError for a recipe without steps, LuthierError where the folder is there already.
+    kept.jsonl       the rows of the curated set, in the form that the steps gave them; with "weight" if steps weighed them
+    table.parquet    every original or new row: step, decision, score, reason, parent, weight, values
+    decisions.jsonl  one line for each row and step: what the step decided
+    report.html      counts, reasons, and a picture if a step decides in a plane
+    Raises RecipeError for a recipe without steps, LuthierError if the folder exists.
     """
     if not recipe.curate:
-        raise RecipeError("curate", "names no step", "write curate: [scdp: {keep_fraction: 0.5}]")
+        raise RecipeError("curate", "has no steps", "write curate: [scdp: {keep_fraction: 0.5}]")
     if output.exists():
         raise LuthierError(f"{output}: is there already; name a new folder")
     located, renderer, config = tokens_and_config(recipe, base)
@@ -52,7 +52,7 @@ def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> di
 
 
 def _lines(step: Step) -> Iterator[dict[str, Any]]:
-    """What a step said of each row that it saw, and of each that it made."""
+    """Yield what a step decided about each row that it saw, and about each row that it made."""
     made = np.arange(len(step.before.entries), len(step.after.entries))
     for number in (*step.before.live.tolist(), *made.tolist()):
         line = step.after.line(number)

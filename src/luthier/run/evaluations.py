@@ -1,4 +1,4 @@
-"""Scores of a finished run that were measured before: read without loading a model, or even torch."""
+"""Stored scores of finished runs. They are read without loading a model or torch."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BUILTIN = "builtin:"
 
 
 def known(folder: Path, data: str | None) -> dict[str, float] | None:
-    """Values by measure that an earlier evaluation of these weights on this very data gave; None where there is none."""
+    """The values by measure of an earlier evaluation of the same weights on the same data; None if there is none."""
     key = _key(folder, data)
     return None if key is None else _read(folder).get(key)
 
 
 def remember(folder: Path, data: str | None, values: dict[str, float]) -> None:
-    """Keep them beside the run."""
+    """Store the values beside the run."""
     key = _key(folder, data)
     if key is not None:
         write_text(folder / FILE, json.dumps({**_read(folder), key: values}))
@@ -36,7 +36,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _key(folder: Path, data: str | None) -> str | None:
-    """None where the run is not finished, or its rows are no file."""
+    """The key of an evaluation; None if the run is not finished, or its rows are not in a file."""
     try:
         state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         source = data if data is not None else state["eval_file"]
@@ -52,5 +52,5 @@ def _key(folder: Path, data: str | None) -> str | None:
 
 
 def _modules(room: str) -> list[str]:
-    """All modules of a room: which of its methods the recipe names is not worth the seconds of reading it."""
+    """All modules of a room. Finding out which of its methods the recipe uses would take longer."""
     return sorted(f"luthier.{room}.{f.stem}" for f in (ROOT / room).glob("*.py") if f.stem != "__init__")

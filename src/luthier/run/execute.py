@@ -1,4 +1,4 @@
-"""A run: a recipe carried out in a folder that can be killed at any moment and goes on."""
+"""Carry out a recipe in a folder. A run can be killed at any moment and continues from there."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from luthier.report.card import card
 from luthier.report.page import write_report
 from luthier.run.evaluations import remember
 from luthier.run.folder import RunFolder, recipe_hash
-from luthier.run.forecast import NoForecast, disk_needed, forget_peak, miss, peak_memory, resolved
+from luthier.run.forecast import NoForecast, disk_needed, miss, peak_memory, reset_peak_memory, resolved
 from luthier.run.nested import NestedRuns
 from luthier.run.ready import Gathered, Ready, gather, make_ready
 from luthier.run.result import leave_model
@@ -35,6 +35,7 @@ from luthier.step.probe import Probe
 from luthier.step.progress import Progress, together
 from luthier.support.environment import environment
 from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.progress import Say
 from luthier.support.units import in_bytes, in_time
 from luthier.support.version import __version__
 from luthier.training.loop import Interrupted, Loop
@@ -42,24 +43,22 @@ from luthier.tuners.base import with_head
 from luthier.update import Update
 from luthier.update.files import save_update, verify_update
 
-Say = Callable[[str], None]
-
 
 def run(
     recipe: Recipe, folder: Path, base: Path, *, say: Say = lambda _: None, on_step: Any = None, max_seconds: float | None = None,
     tick: Tick = no_tick, keep: bool = True, foresee: bool = True, judge: bool = True, nested: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Carry out a recipe; returns what run.json holds at the end.
+    """Carry out a recipe. Returns the final contents of run.json.
 
     base      the folder that paths in the recipe are relative to
     on_step   called with (log entry, progress, total steps)
     tick      called with (what is done, rows so far, the row at work) while rows are read and rendered
-    keep      False: leave scores and log, but no weights
-    foresee   False: no forecast of memory and time
+    keep      False: keep scores and log, but not the weights
+    foresee   False: make no forecast of memory and time
     nested    False: this is a nested run itself, and may have none of its own
-    judge     False: only for what a step costs; the untouched model alone is examined, and nothing is left but the ledger
-    Under `torchrun` or `accelerate launch` every process calls; the first writes and speaks.
-    Raises Interrupted after Ctrl-C, SIGTERM or max_seconds, with everything saved.
+    judge     False: only measure what a step costs; evaluate the base model only, and keep nothing but the costs
+    Under `torchrun` or `accelerate launch`, every process calls this function; the first process writes and prints.
+    Raises Interrupted after Ctrl-C, SIGTERM or max_seconds. Everything is saved first.
     """
     if recipe.collaborate is not None:
         raise RecipeError("collaborate", "is for `luthier collaborate`", "remove it to tune alone")
@@ -72,7 +71,7 @@ def run(
         if before.get("state") == "done":
             say(f"{folder} is finished already")
             return before
-        forget_peak()  # of what this process did before: a worker carries out one run after another
+        reset_peak_memory()  # this process may have done other work before: a worker carries out one run after another
         _begin(place, recipe, base)
         tracking.check(recipe.report_to)
         say(f"model   {recipe.model}")
@@ -90,6 +89,12 @@ def run(
             raise
         accelerator.wait_for_everyone()
         return place.state()
+
+
+def whole_run(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> None:
+    """What a worker is asked for by default: a run as part of a comparison, or of another run."""
+    how = {name: request[name] for name in ("keep", "judge", "nested")}
+    run(recipe, folder, Path(request["base"]), foresee=False, **how)
 
 
 def _carry_out(
@@ -119,7 +124,7 @@ def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
 
 
 def _eval_file(recipe: Recipe, base: Path) -> str | None:
-    """Where the held-out rows are, if they are on this machine."""
+    """The path of the held-out rows, if they are on this machine."""
     source = recipe.data.eval
     if source is None or source.startswith("builtin:"):
         return source
@@ -129,7 +134,7 @@ def _eval_file(recipe: Recipe, base: Path) -> str | None:
 def _foreseen(
     recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say, foresee: bool
 ) -> Recipe:
-    """Forecast memory, time and disk; refuse what cannot fit; decide on checkpointing where the recipe leaves it open.
+    """Forecast memory, time and disk. Refuse what cannot fit, and decide on checkpointing if the recipe leaves it open.
 
     Not for several processes: a miniature of one process's step would not be theirs.
     """
@@ -143,7 +148,7 @@ def _foreseen(
     place.note(forecast=asdict(expected))
     say(f"expect  {in_bytes(expected.memory_bytes)} of memory, {in_time(expected.seconds)} of training")
     if recipe.gradient_checkpointing:
-        say("memory  is short: activations are computed again in the backward pass (gradient_checkpointing)")
+        say("memory  is short, so activations are computed again in the backward pass (gradient_checkpointing)")
     need, free = disk_needed(recipe, expected), shutil.disk_usage(place.path).free
     if need > free:
         raise LuthierError(
@@ -158,9 +163,9 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     for step in data.kept:
         say(f"curate  {step.step} kept {step.rows} of {step.of} rows")
     if data.skipped:
-        say(f"skipped {len(data.skipped)} entries of rows that cannot be read; the first: {data.skipped[0]}")
+        say(f"skipped {len(data.skipped)} rows that cannot be read; the first one: {data.skipped[0]}")
     if data.pool_shared:
-        say(f"pool    {data.pool_shared} rows are left out: they are training rows as well")
+        say(f"pool    {data.pool_shared} rows are left out, because they are also training rows")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
     for source in ready.train.sources:
         say(f"source  {source['name']}: {source['rows']} rows, {source['share']:.1%} of the draws")
@@ -174,7 +179,7 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
 
 
 def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Results:
-    """Results of the untouched model."""
+    """Evaluate the base model."""
     results = ready.results()
     say(f"before  {shown(results)}")
     if show_tokens and place.writes and not (place.path / "tokens.json").exists():
@@ -187,7 +192,7 @@ def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Resu
 
 
 def shown(results: Results) -> str:
-    """One line: the first few measures."""
+    """One line with the first few measures."""
     names = [n for n in results.measures if n not in ("bits_per_byte", "canary_loss", "answer_tokens")]
     return (
         ", ".join(f"{n.replace('_', ' ')} {results.measures[n].value:.4g}" for n in names[:5]) or "nothing is measured"
@@ -196,11 +201,11 @@ def shown(results: Results) -> str:
 
 @dataclass
 class Trained:
-    """What training left on the model."""
+    """The result of training, still on the model."""
 
     update: Update
-    live: Callable[[], contextlib.AbstractContextManager[Any]]  # around evaluations of the tuned model
-    detach: Callable[[], None]  # gives the base back
+    live: Callable[[], contextlib.AbstractContextManager[Any]]  # entered for evaluations of the tuned model
+    detach: Callable[[], None]  # restores the base model
     weights: int
     progress: Progress
 
@@ -208,7 +213,7 @@ class Trained:
 def _train(
     ready: Ready, place: RunFolder, stop: StopRequest, on_step: Any, deadline: float | None, say: Say
 ) -> Trained:
-    """One stage: the recipe's own tuner and objective."""
+    """Train one stage with the recipe's tuner and objective."""
     recipe = ready.recipe
     total = Loop.length(ready.train.rows, recipe)
     trainable = with_head(recipe.tuner.attach(ready.view, ready.lab(), total), ready.view.anatomy.task_head)
@@ -226,17 +231,17 @@ def _train(
 
 
 def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
-    """What the objective does to the tokens of a few rows, noted before the first step."""
+    """Note, before the first step, how the objective weighs the tokens of a few rows."""
     tokens = token_view.load(place.path)
     if not tokens:  # none are shown
         return
     known = any("kept" in t for row in tokens for t in row)
-    if ready.recipe.gradient_checkpointing:  # memory is short, and this keeps a whole forward's activations
+    if ready.recipe.gradient_checkpointing:  # memory is short, and this look keeps all activations of a forward pass
         return
     if known or not ready.recipe.task.token_losses or not ready.accelerator.is_main_process:
         return
     recipe, rows = ready.recipe, ready.first_rows(token_view.WINDOW)
-    # Sums over no ranks, since only the first one looks; and a look changes nothing of what the run's own objective keeps.
+    # No sum over ranks, because only the first one looks. The look does not change the state of the run's own objective.
     alone = Probe(loop.view, loop.objective.fresh(), loop.extra)
     token_view.note_weights(
         tokens, alone, rows, recipe.batch_size, loop.total_steps, loop.lab, recipe.tokens_per_forward
@@ -247,7 +252,7 @@ def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
 def _pipeline(
     ready: Ready, place: RunFolder, stop: StopRequest, on_step: Any, deadline: float | None, say: Say
 ) -> Trained:
-    """Several stages; the last one's Update is the result."""
+    """Train several stages. The result is the Update of the last one."""
     recipe = ready.recipe
     assert recipe.pipeline is not None
     held = None if ready.data.held is None else ready.held_out_loss
@@ -282,7 +287,7 @@ def _stage_note(outcome: Outcome) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _listening(ready: Ready, place: RunFolder, on_step: Any, total: int | None) -> Iterator[Any]:
-    """What is called after each step: the log, the trackers, the bar."""
+    """The function to call after each step: it feeds the log, the trackers and the progress bar."""
     names = ready.recipe.report_to if ready.accelerator.is_main_process else ()
     trackers = Trackers(names, place.path, place.path.name, total or 0, ready.view.module)
 
@@ -299,7 +304,7 @@ def _listening(ready: Ready, place: RunFolder, on_step: Any, total: int | None) 
 
 
 def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, say: Say, keep: bool) -> None:
-    """Score, save, read back, report; the first process alone."""
+    """Evaluate, save, read back and report. Only the first process does this."""
     trained_peak = peak_memory()
     if not ready.accelerator.is_main_process:
         return
@@ -341,7 +346,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
 
 
 def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Trained, peak: int, **more: Any) -> None:
-    """What a finished run took, which ends it."""
+    """Note what a run cost. This marks the run as finished."""
     p = trained.progress
     place.note(
         state="done", steps=p.step, skipped_steps=p.skipped, tokens=p.tokens, train_seconds=p.seconds,
@@ -356,7 +361,7 @@ def _card(ready: Ready, place: RunFolder, relation: str) -> None:
 
 
 def _spent(ready: Ready, progress: Progress) -> dict[str, Any]:
-    """The ledger: FLOPs by stage (None where torch.compile hides them), tokens, seconds of curation and training."""
+    """The costs: FLOPs by stage (None if torch.compile hides them), tokens, seconds of curation and training."""
     compiled = ready.recipe.torch_compile
     evaluated = ready.view.meter.flops.get("evaluate", 0.0)
     beside = ready.ledger.flops
@@ -368,7 +373,7 @@ def _spent(ready: Ready, progress: Progress) -> dict[str, Any]:
 
 
 def _samples(before: Results, after: Results) -> str:
-    """Answers of the untouched and the tuned model, side by side."""
+    """Answers of the base model and the tuned model, side by side."""
     first = {x.key: x for x in before.samples}
     lines = [
         {

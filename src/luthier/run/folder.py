@@ -1,4 +1,4 @@
-"""The folder of one run: its lock, log and state, and which folder a recipe gets."""
+"""The folder of a run: its lock, log and state, and the choice of the folder for a recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from luthier.recipe import Recipe
 from luthier.support.errors import LuthierError
 from luthier.support.files import write_text
 
-# Keys that say how a run goes, not what comes out of it.
+# Keys that change how a run works, but not its result.
 HOW = frozenset(
     {"tokens_per_forward", "gradient_checkpointing", "torch_compile", "save_steps", "save_limit", "logging_steps",
      "report_to", "output_dir"}
@@ -30,14 +30,14 @@ HOW = frozenset(
 
 
 class RunFolder:
-    """The folder of one run: lock, log, state. Of several processes on one run, only the first `writes`."""
+    """The folder of one run, with lock, log and state. If several processes work on one run, only the first one `writes`."""
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Only one process works in a folder. Raises LuthierError where another does."""
+        """Make sure that only one process works in the folder. Raises LuthierError if another process does."""
         if not self.writes:
             yield
             return
@@ -59,7 +59,7 @@ class RunFolder:
             file.write(json.dumps(entry) + "\n")
 
     def state(self) -> dict[str, Any]:
-        """What run.json says; empty for a new folder."""
+        """The contents of run.json; empty for a new folder."""
         file = self.path / "run.json"
         try:
             return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -67,11 +67,11 @@ class RunFolder:
             raise LuthierError(f"{file}: is damaged ({error}); use --fresh to start in a new folder") from error
 
     def note(self, **more: Any) -> None:
-        """Merge into run.json, as one act."""
+        """Merge values into run.json in one atomic write."""
         self.write("run.json", json.dumps({**self.state(), **more}, indent=1))
 
     def write(self, name: str, text: str) -> None:
-        """Replace a file, as one act."""
+        """Replace a file in one atomic write."""
         if self.writes:
             write_text(self.path / name, text)
 
@@ -82,15 +82,15 @@ class RunFolder:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Equal for recipes that ask for the same numbers; a run may go on with other keys of HOW."""
+    """Equal for recipes with equal results. The keys of HOW may change when a run continues."""
     asked = {k: v for k, v in recipe.as_dict().items() if k not in HOW}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
 def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
-    """The folder to work in: output_dir, or the newest unfinished run of the same recipe, or a new one.
+    """Choose the folder: output_dir, or the newest unfinished run of the same recipe, or a new folder.
 
-    Raises LuthierError where output_dir holds the run of another recipe.
+    Raises LuthierError if output_dir holds the run of another recipe.
     """
     mine = recipe_hash(recipe)
     if recipe.output_dir is not None:
@@ -111,7 +111,7 @@ def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
 
 
 def shared_folder(choose: Callable[[], Path]) -> Path:
-    """The folder that the first of several processes chooses."""
+    """The folder that the first of several processes chooses, for all of them."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return choose()
     state = PartialState(cpu=not torch.cuda.is_available())

@@ -1,7 +1,7 @@
-"""What a run will take, before it starts: the same recipe on a model of few layers with random weights, for a few steps.
+"""The forecast of a run's memory and time: a few steps of the same recipe on a model with few layers and random weights.
 
-Time, activations and state grow by the same amount with every layer, so two small depths tell the whole. What does not
-grow with depth (libraries, embeddings, the head's chunk, buffers) is measured as it is.
+Time, activations and state grow by the same amount with each layer, so two small depths are enough to extrapolate. The parts that
+do not grow with depth (libraries, embeddings, the head's chunk, buffers) are measured as they are.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PATIENCE = 20.0  # seconds after which one depth stops measuring
 
 @dataclass(frozen=True)
 class Forecast:
-    """What one run is expected to take: peak memory of the process (or of the GPU) in bytes, and seconds of training."""
+    """The forecast for one run: peak memory of the process (or of the GPU) in bytes, and seconds of training."""
 
     memory_bytes: int
     seconds: float
@@ -107,7 +107,7 @@ def grown(low: Measured, high: Measured, depth: int) -> Forecast:
 
     whole = {n: int(at_depth(n)) for n in ("weights", "state", "activations", "update", "trained")}
     more = sum(whole[n] - getattr(high, n) for n in ("weights", "state", "activations"))
-    # The end holds the update twice, as it stands and as it is read back, but no activations.
+    # At the end the update is in memory twice, trained and read back from its files, but there are no activations.
     end = 2 * whole["update"] - whole["activations"]
     stepping = max(at_depth("seconds_per_token"), high.seconds_per_token) * high.tokens
     choosing = at_depth("attach_seconds") * high.choices
@@ -118,7 +118,7 @@ def grown(low: Measured, high: Measured, depth: int) -> Forecast:
 
 
 class NoForecast(NamedTuple):
-    """Why there is none."""
+    """The reason why there is no forecast."""
 
     reason: str
 
@@ -126,10 +126,10 @@ class NoForecast(NamedTuple):
 def resolved(
     recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, sets: Mapping[str, Prepared]
 ) -> tuple[Recipe, Forecast | NoForecast]:
-    """The recipe with gradient_checkpointing decided, and its forecast: on only where memory would not do without.
+    """The recipe with gradient_checkpointing decided, and its forecast. Checkpointing is on only if memory would not be enough.
 
-    A recipe whose miniature does not work may still run: a model that cannot be cut, a number of weights that few
-    layers do not have. Then nothing is forecast, the reason is told, and "auto" means off.
+    If the recipe does not work on the small models, it may still run: some models cannot be cut, and few layers may have too
+    few weights for a setting. Then there is no forecast, the reason is given, and "auto" means off.
     """
     left_open = recipe.gradient_checkpointing == "auto"
     if recipe.quantize is not None:
@@ -147,7 +147,7 @@ def resolved(
 
 
 def available_memory() -> int:
-    """Bytes that a run may take: of the GPU, or of the machine with what this process already holds."""
+    """Bytes that a run may use: of the GPU, or of the machine, including what this process already holds."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -156,12 +156,12 @@ def available_memory() -> int:
 
 
 def disk_needed(recipe: Recipe, expected: Forecast) -> int:
-    """Bytes a run may write: its checkpoints, the best one, one half written, and the update with a merged model."""
+    """Bytes that a run may write: its checkpoints, the best one, a half-written one, and the update with a merged model."""
     return (recipe.save_limit + 2) * expected.trained_state + 2 * expected.update + expected.weights
 
 
 def miss(expected: dict[str, Any], memory_bytes: int, seconds: float) -> dict[str, float]:
-    """How far off a forecast was: measured over forecast, less one."""
+    """The relative error of a forecast: measured / forecast - 1."""
     return {
         "memory": memory_bytes / expected["memory_bytes"] - 1,
         "seconds": seconds / max(expected["seconds"], 1e-9) - 1,
@@ -169,7 +169,7 @@ def miss(expected: dict[str, Any], memory_bytes: int, seconds: float) -> dict[st
 
 
 def depths(config: PreTrainedConfig) -> tuple[int, int]:
-    """Two numbers of layers to measure; whole periods where layers alternate; all of a shallow model."""
+    """Two numbers of layers to measure: whole periods if layers alternate, and all layers of a shallow model."""
     text = config.get_text_config()
     depth, kinds = text.num_hidden_layers, list(getattr(text, "layer_types", None) or [])
     period = next((p for p in range(1, depth) if all(kinds[i] == kinds[i - p] for i in range(p, len(kinds)))), 1)
@@ -178,7 +178,7 @@ def depths(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
-    """The same configuration, less deep; lists with an entry a layer are cut."""
+    """The same configuration with fewer layers. Lists with one entry for each layer are shortened."""
     out = copy.deepcopy(config)
     text = out.get_text_config()
     depth = text.num_hidden_layers
@@ -193,7 +193,7 @@ def measure(
     recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, sets: Mapping[str, Prepared], layers: int
 ) -> list[Measured]:
     """Train a miniature for a few steps: what each stage took, one where the recipe has no pipeline."""
-    forget_peak()
+    reset_peak_memory()
     view = _miniature(recipe, with_layers(config, layers), tokenizer)
     if recipe.pipeline is not None:
         with _unheard():
@@ -216,7 +216,7 @@ def _measured_stages(recipe: Recipe, view: ModelView, sets: Mapping[str, Prepare
     few = {name: _few(data, recipe.batch_size, recipe.seed) for name, data in sets.items()}
     lab = lab_with(Renderer(view.tokenizer), {"base": lambda: view}, task=recipe.task, seed=recipe.seed, sets=few)
     while (stage := recipe.pipeline.next(done)) is not None:
-        forget_peak()
+        reset_peak_memory()
         inside, weights = replace(lab, done=done), _bytes(view.module.parameters())
         if isinstance(stage, Apply):
             came[stage.name] = sets[stage.like]
@@ -264,7 +264,7 @@ def _stepped(loop: Loop, layers: int, weights: int) -> Measured:
         at = time.perf_counter()
         loop.step()
         seconds += time.perf_counter() - at
-        tokens += sum(len(rows[i]["ids"]) for i in loop.order.rows(step))  # those it was given, pruned or not
+        tokens += sum(len(rows[i]["ids"]) for i in loop.order.rows(step))  # all tokens of the rows, pruned or not
         if time.perf_counter() - started > PATIENCE:
             break
     update = sum(_bytes(part.tensors().values()) for part in trainable.update().parts)
@@ -296,7 +296,7 @@ def _miniature(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> Mode
 
 
 def _few(data: Prepared, batch: int, seed: int) -> list[dict[str, Any]]:
-    """One step of the longest rows, then steps of rows drawn at random."""
+    """The longest rows for one step, then rows drawn at random for the other steps."""
     size, lengths = min(batch, len(data.rows)), data.rows.lengths
     longest = np.argsort(-lengths, kind="stable")[:size]
     drawn = Streams(seed).at("forecast").choice(len(data.rows), TIMED * size)
@@ -308,7 +308,7 @@ def _few(data: Prepared, batch: int, seed: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def activations_of(module: nn.Module) -> Iterator[list[int]]:
-    """Bytes kept for the backward pass, for every call of the module; weights do not count."""
+    """Record the bytes kept for the backward pass in every call of the module, without weights."""
     out: list[int] = [0]
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     seen: set[int] = set()
@@ -333,7 +333,7 @@ def activations_of(module: nn.Module) -> Iterator[list[int]]:
 
 
 def live_bytes() -> int:
-    """Bytes of every tensor that is alive, each storage once."""
+    """Bytes of all tensors that are alive. Each storage counts once."""
     gc.collect()
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
@@ -349,13 +349,13 @@ def _bytes(tensors: Any) -> int:
 
 
 def _gradients(trainable: Trainable) -> int:
-    """Bytes of the gradients of what is trained, and of the weights it is written into."""
+    """Bytes of the gradients of trained weights, and of the weights that they are written into."""
     trained = {id(p): p for p in (*trainable.parameters(), *trainable.view.module.parameters()) if p.requires_grad}
     return sum(p.nbytes for p in trained.values())
 
 
-def forget_peak() -> None:
-    """Start a new record of peak memory, with what is free given back."""
+def reset_peak_memory() -> None:
+    """Release free memory and start a new record of peak memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -364,12 +364,12 @@ def forget_peak() -> None:
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # no glibc, or no right to: the peak is then that of the whole process so far
+    except OSError:  # no glibc, or no permission: the peak is then that of the whole process so far
         return
 
 
 def peak_memory() -> int:
-    """Bytes held at most: allocated on the GPU where there is one, else by this process, as the kernel remembers."""
+    """The peak memory in bytes: allocated on the GPU if there is one, else of this process as the kernel reports it."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")
 
 

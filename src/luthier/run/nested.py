@@ -100,7 +100,7 @@ class NestedRuns:
         return source if on_hub(source) or not path.is_file() else content_of(path)
 
     def _carry_out(self, waiting: Mapping[Path, Nested]) -> None:
-        """The first one alone: what it takes says how many fit side by side."""
+        """Carry out the first run alone: its memory decides how many fit in parallel."""
         (first, *others), done = waiting.items(), 0
         try:
             with workers(min(len(waiting), os.cpu_count() or 1)) as pool:

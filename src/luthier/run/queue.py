@@ -1,4 +1,4 @@
-"""Workers side by side: each thread owns a process; a worker that dies is replaced and its job said to have failed."""
+"""Workers in parallel: each thread owns a process. A worker that dies is replaced, and its job counts as failed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 from luthier.run.forecast import available_memory
 
-ROOM = 0.8  # of the free memory that runs side by side may take
-END = 60.0  # seconds a worker gets to save its state
+ROOM = 0.8  # share of the free memory that parallel runs may use
+END = 60.0  # seconds that a worker gets to save its state
 LOOK = 0.5  # seconds between two questions whether to stop
 
 
 class Workers:
-    """Processes that carry out requests, up to `count` at a time; 0: this process does, one after another."""
+    """Processes that carry out requests, up to `count` at a time. With 0, this process carries them out one by one."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -73,7 +73,7 @@ class Workers:
         if self._stopping:
             return {"state": "stopped"}
         reason = f"its process was ended by signal {-code}" if code < 0 else f"its process ended with code {code}"
-        return {"state": "failed", "error": f"{reason}; out of memory, perhaps" if code == -9 else reason}
+        return {"state": "failed", "error": f"{reason}; perhaps out of memory" if code == -9 else reason}
 
     def _process(self) -> subprocess.Popen[str]:
         found: subprocess.Popen[str] | None = getattr(self._mine, "process", None)
@@ -85,7 +85,7 @@ class Workers:
         return found
 
     def stop(self) -> None:
-        """Ask all to save and end."""
+        """Ask all workers to save and end."""
         self._stopping = True
         for process in self._all:
             if process.poll() is None:
@@ -98,7 +98,7 @@ class Workers:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def close(self) -> None:
-        """No more requests: processes end by themselves."""
+        """Send no more requests: the processes end by themselves."""
         self._threads.shutdown(wait=True)
         for process in self._all:
             if process.stdin is not None:
@@ -114,7 +114,7 @@ def side_by_side(peaks: Sequence[float], most: int) -> int:
 
 @contextmanager
 def workers(count: int) -> Iterator[Workers]:
-    """Workers that are asked to save and end where anything interrupts."""
+    """Workers that are asked to save and end if anything interrupts."""
     pool = Workers(count)
     try:
         yield pool

@@ -33,7 +33,7 @@ from luthier.training.loop import Loop
 
 @dataclass
 class Ready:
-    """Everything loaded for a run."""
+    """Everything that is loaded for a run."""
 
     recipe: Recipe
     folder: Path
@@ -51,7 +51,7 @@ class Ready:
 
     @property
     def draw(self) -> Draw | None:
-        """What a row is in an epoch; None where it is the same in all of them."""
+        """The function that makes an epoch's version of a row; None if rows are the same in all epochs."""
         return self.recipe.task.draw(self.renderer.tokenizer, self.recipe.seed)
 
     def first_rows(self, count: int) -> list[Any]:
@@ -73,12 +73,14 @@ class Ready:
         return writing_with(replace(lab, nested=self.nested, ledger=self.ledger), recipe.decode)
 
     def results(self, update: str = "none") -> Results:
-        """The results of the model as it stands, which is the base with the update of this digest; taken from the cache where it
-        has been measured before."""
+        """The results of the model with the update of this digest, or of the base model. They are read from the cache if they
+        were measured before."""
         held, recipe = self.data.held, self.recipe
         rows_held = () if held is None else held.rows
         exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or (), recipe.codec)
-        head = str(recipe.seed) if self.view.anatomy.task_head else ""  # drawn at random before it is trained
+        head = (
+            str(recipe.seed) if self.view.anatomy.task_head else ""
+        )  # the head is drawn at random before it is trained
         model = key_of(
             self.view.base.weights,
             self.view.base.tokenizer,
@@ -114,7 +116,7 @@ def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
 
 
 def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
-    """What `check` looks at: rows, configuration and the anatomy of a model without weights."""
+    """What `check` looks at: rows, configuration, and the structure of a model without weights."""
     _, renderer, config, data = gather(recipe, base, tick)
     with torch.device("meta"):
         anatomy = Anatomy(recipe.task.auto(config).from_config(config))
@@ -123,7 +125,7 @@ def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
 
 
 class Outline(NamedTuple):
-    """A recipe with its rows, and its model without weights."""
+    """A recipe with its rows and its model, without weights."""
 
     renderer: Renderer
     config: Any
@@ -142,7 +144,7 @@ def _check(
 
 
 class Gathered(NamedTuple):
-    """Everything but the weights."""
+    """Everything except the weights."""
 
     located: Located
     renderer: Renderer
@@ -167,7 +169,7 @@ def gather(
 
 
 def untouched(recipe: Recipe, located: Located, renderer: Renderer, config: Any) -> Callable[[], ModelView]:
-    """The base model, loaded when first asked for, for curators."""
+    """A function that returns the base model, for curators. The model is loaded at the first call."""
     loaded: list[ModelView] = []
 
     def view() -> ModelView:
@@ -186,7 +188,7 @@ def dtype_of(recipe: Recipe) -> torch.dtype | None:
 def make_ready(
     recipe: Recipe, folder: Path, base: Path, gathered: Gathered | None = None, accelerator: Accelerator | None = None
 ) -> Ready:
-    """Load and check everything; the first fault is a RecipeError, before any training."""
+    """Load and check everything. The first fault is raised as a RecipeError, before any training."""
     accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
     located, renderer, config, data = gathered or gather(recipe, base)
     view = load_model(
@@ -201,5 +203,5 @@ def make_ready(
 
 
 def _beside(base: Path, name: str) -> Path | str:
-    """A model path relative to the recipe where there is one."""
+    """The path of a model beside the recipe, if it exists; else the name as it is."""
     return base / name if (base / name).exists() else name

@@ -1,4 +1,4 @@
-"""The rows of a recipe: read, curated, rendered."""
+"""The rows of a recipe: reading, curation and rendering."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from luthier.data.codec import Chain
 from luthier.data.columns import Carried
 from luthier.data.mixture import Mix, Origin
 from luthier.data.prepare import Prepared, prepare
-from luthier.data.reading import Tick, no_tick, read, shape_of
+from luthier.data.reading import Tick, answers_of, no_tick, read, shape_of
 from luthier.data.rendering import Renderer
+from luthier.data.spans import still_there
 from luthier.data.store import Row, Rows, as_json, written
 from luthier.data.table import DROP, KEEP, Table
 from luthier.inference.services import lab_with
@@ -31,7 +32,7 @@ from luthier.step.settings import TrainSettings
 from luthier.support.errors import RecipeError
 from luthier.training.loop import Loop
 
-PLANE = 1000  # rows of a selection that a picture shows
+PLANE = 1000  # rows in the picture of a selection
 
 
 class Data(NamedTuple):
@@ -40,12 +41,12 @@ class Data(NamedTuple):
     train: Prepared
     held: Prepared | None
     held_rows: Rows | None
-    labels: dict[str | int, int]  # class index by label, in that order; empty for other tasks
-    pool: Prepared | None  # rows without labels, for pipelines that make them
+    labels: dict[str | int, int]  # label -> class index, in this order; empty for other tasks
+    pool: Prepared | None  # rows without labels, for pipelines that label them
     skipped: list[str]
     kept: list[Kept]
     curation: Cost
-    pool_shared: int = 0  # rows of the pool that were left out, since the training rows hold them as well
+    pool_shared: int = 0  # rows left out of the pool because they are also training rows
 
     @property
     def classes(self) -> list[str]:
@@ -65,20 +66,20 @@ def tokens_a_step(rows: Prepared, settings: TrainSettings) -> float:
 
 
 class Cost(NamedTuple):
-    """What curating took."""
+    """What curation cost."""
 
     flops: float
     seconds: float
 
 
 class Kept(NamedTuple):
-    """What one step of `curate` left."""
+    """A summary of one `curate` step."""
 
     step: str
     rows: int
     of: int
     reasons: dict[str, int]
-    plane: list[tuple[float, float, bool]]  # where rows lie and whether they stayed; of up to PLANE rows, for a picture
+    plane: list[tuple[float, float, bool]]  # up to PLANE rows for a picture: coordinates, and whether the row stayed
     axes: tuple[str, str]
 
 
@@ -86,11 +87,11 @@ def prepare_rows(
     recipe: Recipe, renderer: Renderer, config: Any, base: Path, view: Callable[[], ModelView], tick: Tick = no_tick,
     nested: Runs | None = None,
 ) -> Data:  # fmt: skip
-    """Read, curate and render.
+    """Read, curate and render the rows.
 
-    view    loads the untouched model, for curators that ask it
+    view    loads the base model, for curators that use it
     nested  carries out runs within this one, for curators that learn by training
-    Held-out rows are rendered in the form that the model is trained on; `held_rows` are as they came.
+    Held-out rows are rendered in the form that the model is trained on; `held_rows` have their original form.
     """
     d, task = recipe.data, recipe.task
     how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
@@ -116,7 +117,7 @@ def prepare_rows(
         new = apart(unlabelled, rows)
         shared = len(unlabelled) - len(new)
         if not new:
-            what = f"the training rows hold all {shared} rows of it as well"
+            what = f"all its {shared} rows are training rows too"
             raise RecipeError("data.pool", what, "name rows that are not labelled")
         pool = prepare(
             encoded(new, chain), renderer, **{**fit, "maker": task.maker(renderer, config, labels, labelled=False)}
@@ -137,7 +138,7 @@ def prepare_rows(
 def curation_lab(
     recipe: Recipe, renderer: Renderer, view: Callable[[], ModelView], tick: Tick = no_tick, nested: Runs | None = None
 ) -> Lab:
-    """The services that curators may use."""
+    """The services for curators."""
     lab = lab_with(
         renderer, {"base": view}, task=recipe.task, tokens_per_forward=2 * recipe.tokens_per_forward, seed=recipe.seed,
         tick=tick,
@@ -146,23 +147,23 @@ def curation_lab(
 
 
 def apart(pool: Rows, labelled: Rows) -> Rows:
-    """The rows of the pool whose text, but for case and white space, is that of no labelled row."""
+    """The rows of the pool that have no labelled row with the same text, apart from case and white space."""
     known = {_likeness(r) for r in labelled}
     keep = [i for i, r in enumerate(pool) if _likeness(r) not in known]
     return pool if len(keep) == len(pool) else pool.take(np.array(keep, dtype=np.int64))
 
 
 def _likeness(row: Row) -> bytes:
-    """Equal for texts that differ in case and white space only."""
+    """A key that is equal for texts that differ only in case and white space."""
     return hashlib.blake2b(" ".join(row.values["text"].casefold().split()).encode(), digest_size=16).digest()
 
 
 def training_rows(
     data: DataSettings, base: Path, shapes: Sequence[str], tick: Tick = no_tick
 ) -> tuple[Rows, list[str], Mix | None]:
-    """(the rows of all sources, what was wrong with skipped ones, how the sources are mixed; None for a single one).
+    """(the rows of all sources, messages about skipped rows, how the sources are mixed; None for a single source).
 
-    Raises RecipeError where two sources are the same rows: their keys would be the same too.
+    Raises RecipeError if two sources are the same file: their keys would be the same too.
     """
     found, skipped = [], []
     origins: list[Origin] = []
@@ -182,7 +183,7 @@ def training_rows(
 
 
 class Step(NamedTuple):
-    """One step of `curate`: the table that it saw, and the one that it left."""
+    """One `curate` step: the table before it and the table after it."""
 
     name: str
     before: Table
@@ -190,24 +191,46 @@ class Step(NamedTuple):
 
 
 def steps(recipe: Recipe, table: Table, lab: Lab) -> Iterator[Step]:
-    """Each step in turn, on the table that the one before left.
+    """Carry out the steps in order; each works on the table that the step before it left.
 
-    Raises RecipeError for one that leaves no row, loses rows without a word, or makes rows of no known shape.
+    Raises RecipeError for a step that leaves no row, loses rows without a decision, makes rows of no known shape, or changes
+    answers whose spans it leaves.
     """
     for i, curator in enumerate(recipe.curate):
         where, before = f"curate.{i}.{curator.key()}", table.at(curator.key())
         table = curator.curate(before, lab)
         if not table.follows(before):
-            raise RecipeError(where, "returns another table than it was given", "return what its operations give")
+            raise RecipeError(
+                where,
+                "returns a table that does not come from its argument",
+                "return what the table's operations return",
+            )
         if not len(table):
             raise RecipeError(where, f"leaves none of {len(before)} rows", "ask for less, or look at the rows")
         for number in range(len(before.entries), len(table.entries)):
             shape_of(table.entries[number], recipe.task.shapes)
+            _refuse_lost_spans(where, table, number, recipe)
         yield Step(curator.key(), before, table)
 
 
+def _refuse_lost_spans(where: str, table: Table, number: int, recipe: Recipe) -> None:
+    """Raise RecipeError if this entry's spans (`data.spans`) are still those of a parent that has another answer."""
+    name, parent = recipe.data.spans, int(table.parent[number])
+    if name is None or parent < 0:
+        return
+    old, new = table.entries[parent], table.entries[number]
+    given, now = (recipe.data.carried.value(r.key, r.values, name) for r in (old, new))
+    before, after = ("".join(answers_of(r.values, recipe.task.shapes)[-1:]) for r in (old, new))
+    if given == now and not still_there(before, after, given):
+        raise RecipeError(
+            where,
+            f"changes the answer of {old.key} and leaves its {name} as they are, so they mark other characters",
+            f"let the step give {name} new places in the new answer, or leave out data.spans",
+        )
+
+
 def curated(recipe: Recipe, table: Table, lab: Lab) -> tuple[Table, list[Kept], Cost]:
-    """The table after every step of `curate`, each step in short, and what they took."""
+    """The table after all `curate` steps, a summary of each step, and their cost."""
     told, started = [], time.perf_counter()
     for step in steps(recipe, table, lab):
         told.append(kept_by(step))
@@ -216,7 +239,7 @@ def curated(recipe: Recipe, table: Table, lab: Lab) -> tuple[Table, list[Kept], 
 
 
 def kept_by(step: Step) -> Kept:
-    """A step's decisions in short; a row that others took the place of is counted by them."""
+    """A summary of a step's decisions. Rows that replace another row are counted in its place."""
     after = step.after
     now = (after.turn == len(after.steps)) & (after.decision <= DROP)
     reasons = Counter(after.reason[now].tolist())
@@ -226,7 +249,7 @@ def kept_by(step: Step) -> Kept:
 
 
 def _plane(table: Table) -> tuple[list[tuple[float, float, bool]], tuple[str, str]]:
-    """Evenly spaced rows of the last step's picture, where it has one."""
+    """Evenly spaced rows of the last step's picture, if it has one."""
     picture = table.picture
     if picture is None or picture.turn != len(table.steps):
         return [], ("", "")
@@ -238,7 +261,7 @@ def _plane(table: Table) -> tuple[list[tuple[float, float, bool]], tuple[str, st
 
 
 def encoded(rows: Rows, chain: Chain) -> Rows:
-    """Rows in the form that the recipe's curators give them, as far as answers can be brought back."""
+    """Rows in the form that the recipe's curators give them, as far as their answers can be decoded."""
     if not chain.codecs:
         return rows
     return written(((r.key, as_json(Row(r.key, chain.encode(r.values)))) for r in rows), rows.on_disk)

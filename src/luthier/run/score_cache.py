@@ -1,4 +1,4 @@
-"""Results that are asked for again are read, not measured: scores and answers under a key of all that went into them."""
+"""The cache of results: scores and answers under a key of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from luthier.support.cache import cache_folder, key_of
 from luthier.support.files import write_text
 from luthier.support.sources import code_key
 
-MODEL = ("luthier.model.loading", "luthier.update.files")  # code that decides which weights are asked
+MODEL = ("luthier.model.loading", "luthier.update.files")  # code that decides which weights are used
 
 
 def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> str:
-    """The key of an examination.
+    """The key of an evaluation.
 
-    model  names the weights: base and update; rows: the rows and how they were rendered
+    model  identifies the weights: base and update; rows: the rows and how they were rendered
     """
     view, renderer = exam.view, exam.renderer
     asked = [(e.key(), e.content()) for e in evaluators]
@@ -27,7 +27,7 @@ def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> 
 
 
 def kept(key: str, exam: Exam, evaluators: list[Evaluator]) -> Results:
-    """The results under this key, measured where the cache has none."""
+    """The results under this key. They are measured if the cache does not have them."""
     file = cache_folder() / "scores" / f"{key}.json"
     found = read(key)
     if found is None:
@@ -38,7 +38,7 @@ def kept(key: str, exam: Exam, evaluators: list[Evaluator]) -> Results:
 
 
 def read(key: str) -> Results | None:
-    """What the cache has; None where that is nothing, or damaged."""
+    """The results in the cache; None if there are none, or if they are damaged."""
     file = cache_folder() / "scores" / f"{key}.json"
     try:
         return Results.from_dict(json.loads(file.read_text(encoding="utf-8")))

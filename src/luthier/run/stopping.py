@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM during a run."""
+"""Handling of Ctrl-C and SIGTERM during a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from luthier.support.signals import handled
 
 
 class StopRequest:
-    """Turns Ctrl-C and SIGTERM into a question the loop asks between steps; a second Ctrl-C is immediate."""
+    """Turns Ctrl-C and SIGTERM into a flag that the loop checks between steps. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -1,7 +1,7 @@
-"""A process that carries out one run after another: a request a line on standard input, an answer a line on output.
+"""A process that carries out one run after another: a request in each input line, an answer in each output line.
 
-A process of its own keeps one arm's crash, memory and threads from the others; one that lives on saves the seconds that
-importing torch takes.
+The process keeps one arm's crash, memory and threads away from the others. It lives on because importing torch takes
+seconds.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from luthier.support import machine
 
-LOCK_PATIENCE = 60.0  # seconds: a killed comparison's own worker may still be saving
+LOCK_PATIENCE = 60.0  # seconds: a worker of a killed comparison may still be saving
 
 
 def main() -> None:
-    """Until standard input ends, or the parent does."""
+    """Work until standard input ends, or the parent does."""
     machine.end_with_parent()
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to standard error
@@ -39,7 +38,8 @@ def carried_out(request: dict[str, Any]) -> dict[str, Any]:
     """{"state": "done"}, or "stopped", or "failed" with the reason.
 
     request  recipe, name, folder, base, code and threads; "call" names a function (recipe, folder, request) in place of
-             `whole_run`, which also asks for keep, judge and nested
+             `execute.whole_run`, which also asks for keep, judge and nested. It is named and not imported, since a run
+             may ask for workers itself
     """
     import torch
 
@@ -81,16 +81,8 @@ def _run(request: dict[str, Any], folder: Path) -> None:
 
     code = Path(request["code"]) if request["code"] else None
     recipe = recipes.load(json.dumps(request["recipe"]), request["name"], code=code)
-    module, _, function = request.get("call", "luthier.run.worker:whole_run").partition(":")
+    module, _, function = request.get("call", "luthier.run.execute:whole_run").partition(":")
     getattr(importlib.import_module(module), function)(recipe, folder, request)
-
-
-def whole_run(recipe: Any, folder: Path, request: Mapping[str, Any]) -> None:
-    """A run of luthier's own."""
-    from luthier.run.execute import run
-
-    how = {name: request[name] for name in ("keep", "judge", "nested")}
-    run(recipe, folder, Path(request["base"]), foresee=False, **how)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What one optimiser step is made of: its window, the forward pass, the probe, the order of rows, the settings."""
+"""The parts of one optimiser step: window, forward pass, probe, order of rows, settings."""

@@ -1,4 +1,4 @@
-"""The forward pass over one micro-batch, as objectives see it."""
+"""The forward pass over one micro-batch, for objectives."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Forward:
         self._traces: dict[tuple[int, Any, tuple[int, ...]], Trace] = {}
 
     def trace(self, *layers: int, embeds: Tensor | None = None, view: ModelView | None = None) -> Trace:
-        """One trunk run that keeps these layers; asked again it is not run again. The base has runs of its own."""
+        """Run the model's trunk once and keep these layers. A repeated call does not run it again. The base has its own runs."""
         view = view or self.view
         key = (id(view), view.standing, layers)
         if embeds is not None:
@@ -63,7 +63,7 @@ class Forward:
         """[N]: f(logits [n, V], run) over runs of supervised rows, one after another.
 
         runs  (sequence, first row within it, n); their n sum to N
-        A run's logits live while f works, and are computed again in the backward.
+        The logits of a run exist only while f works; the backward pass computes them again.
         """
         rows, hidden = self.batch.supervised, self.hidden()
         sizes = [run[2] for run in runs]
@@ -80,7 +80,7 @@ class Forward:
     def scores(self) -> TokenScores:
         """Loss and entropy of every supervised token, without a gradient."""
         rows, view = self.batch.supervised, self.view
-        if not len(rows):  # nothing to ask: a trunk may not take a batch without tokens
+        if not len(rows):  # no positions: a trunk may not accept a batch without tokens
             return TokenScores(torch.zeros(0, device=rows.device), torch.zeros(0, device=rows.device))
         picked = view.head_input(self.hidden()[rows])
         view.meter.head(picked, view.head_weight, False)
@@ -119,9 +119,9 @@ def sequence_sum(values: Tensor, batch: Batch) -> Tensor:
 
 
 def weighed(values: Tensor, batch: Batch, labels: Tensor | None = None) -> Tensor:
-    """[N] losses at the supervised positions, times the weights of their rows where rows have any.
+    """[N] losses at the supervised positions, multiplied by the weights of their rows if rows have weights.
 
-    labels  [T] that say which positions are supervised; the batch's by default
+    labels  [T] labels that mark the supervised positions; the batch's by default
     """
     weight = batch.row.get(WEIGHT)
     if weight is None:
@@ -131,6 +131,6 @@ def weighed(values: Tensor, batch: Batch, labels: Tensor | None = None) -> Tenso
 
 
 def weighed_rows(values: Tensor, batch: Batch) -> Tensor:
-    """[S] losses times the weights of their rows, where rows have any."""
+    """[S] losses multiplied by the weights of their rows, if rows have weights."""
     weight = batch.row.get(WEIGHT)
     return values if weight is None else values * weight

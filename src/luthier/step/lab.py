@@ -1,4 +1,4 @@
-"""The services that a method may use while it works: one object, handed to the entry point of every kind."""
+"""The services that a method may use. The entry point of every kind gets this one object."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.kernels.head import TokenScores
 from luthier.model.view import ModelView
-from luthier.step.outcome import Outcome, Rows
+from luthier.step.outcome import Outcome, RenderedRows
 from luthier.support import sandbox
 from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
@@ -27,8 +27,8 @@ Pair = tuple[Sequence[int], Sequence[int]]
 
 
 class RowScore(NamedTuple):
-    """The score of one row: summed loss in nats, over how many tokens (1 for a class); where its task looks at them, the
-    likeliest class or tokens, and the right ones."""
+    """The score of one row: summed loss in nats, over how many tokens (1 for a class). For some tasks also the most likely
+    class or tokens, and the right ones."""
 
     total: float
     over: float
@@ -45,14 +45,14 @@ class Completion(NamedTuple):
 
 
 class Continuation(NamedTuple):
-    """A text that goes on in one way: its loss in nats, and whether each of its tokens is the likeliest."""
+    """One continuation of a text: its loss in nats, and whether each of its tokens is the most likely one."""
 
     total: float
     greedy: bool
 
 
 class Choices(NamedTuple):
-    """For each supervised token of a row (or its class): the likeliest one's probability, whether it is right, the right one."""
+    """For each supervised token of a row (or its class): the highest probability, whether that choice is right, the right one."""
 
     confidence: np.ndarray  # [n] float64
     right: np.ndarray  # [n] float64, 0 or 1
@@ -60,19 +60,19 @@ class Choices(NamedTuple):
 
 
 class Scorer(Protocol):
-    """Asks a frozen model about rendered rows, batch by batch, in their order."""
+    """Scores rendered rows with a frozen model, batch by batch, in their order."""
 
-    def losses(self, view: ModelView, rows: Rows) -> Iterator[RowScore]:
+    def losses(self, view: ModelView, rows: RenderedRows) -> Iterator[RowScore]:
         """The loss of each row."""
 
-    def tokens(self, view: ModelView, rows: Rows) -> Iterator[TokenScores]:
+    def tokens(self, view: ModelView, rows: RenderedRows) -> Iterator[TokenScores]:
         """For each row, loss and entropy of its supervised tokens, [n] float32 nats each."""
 
-    def choices(self, view: ModelView, rows: Rows) -> Iterator[Choices]:
-        """For each row, the likeliest tokens or class."""
+    def choices(self, view: ModelView, rows: RenderedRows) -> Iterator[Choices]:
+        """For each row, the most likely tokens or class."""
 
     def continuations(self, view: ModelView, pairs: Sequence[Pair]) -> list[Continuation]:
-        """For each pair of token ids: what stands before, and how it goes on."""
+        """For each pair of token ids (text before, continuation), the score of the continuation."""
 
 
 class Generator(Protocol):
@@ -95,26 +95,26 @@ class Nested(NamedTuple):
 
 
 class Runs(Protocol):
-    """Carries out nested runs, each once: a run with equal recipe, rows and code is read, not run again."""
+    """Carries out nested runs. A run with equal recipe, rows and code is read from disk, not repeated."""
 
     def __call__(self, runs: Sequence[Nested]) -> list[Outcome]: ...
 
 
 @dataclass
 class Ledger:
-    """What work beside training took: FLOPs and seconds by stage."""
+    """The costs of work beside training: FLOPs and seconds by stage."""
 
     flops: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def charge(self, stage: str, flops: float = 0.0, seconds: float = 0.0) -> None:
-        """Add to a stage."""
+        """Add a cost to a stage."""
         self.flops[stage] = self.flops.get(stage, 0.0) + flops
         self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds
 
     @contextmanager
     def measuring(self, stage: str, *views: ModelView) -> Iterator[None]:
-        """Charge what happens inside: the clock, and the FLOPs of these models."""
+        """Charge the time inside the block, and the FLOPs of these models."""
         before, started = sum(v.meter.total for v in views), time.perf_counter()
         with _watching(views, stage):
             yield
@@ -133,17 +133,17 @@ def _watching(views: Sequence[ModelView], stage: str) -> Iterator[None]:
 
 @dataclass
 class Lab:
-    """The services of a run. A service that a run cannot offer is refused by name when it is asked for.
+    """The services of a run. If a run does not have a service, asking for it raises an error with its name.
 
     sets       rendered rows by name: "train", "labelled", "unlabelled"
-    seed       of every keyed draw
-    models     by role, loaded when first asked for: "base" is the untouched model
+    seed       for all keyed draws
+    models     by role; each is loaded at its first use; "base" is the base model
     done       what earlier stages of a pipeline left, by name
-    ledger     where work beside training is charged
-    tick       called with (what is done, rows so far, the row at work)
+    ledger     costs of work beside training
+    tick       called with (current work, rows so far, current row)
     """
 
-    sets: Mapping[str, Rows] = field(default_factory=dict)
+    sets: Mapping[str, RenderedRows] = field(default_factory=dict)
     seed: int = 0
     models: Mapping[str, Callable[[], ModelView]] = field(default_factory=dict)
     text: Renderer | None = None
@@ -160,7 +160,7 @@ class Lab:
         """Randomness keyed by purpose and row."""
         return Streams(self.seed)
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> RenderedRows:
         """A set of rendered rows."""
         if name not in self.sets:
             raise LuthierError(f"there are no rows called {name!r} here; there are {_listed(self.sets)}")
@@ -186,28 +186,28 @@ class Lab:
 
     @property
     def renderer(self) -> Renderer:
-        """How rows become tokens."""
+        """The renderer, which turns rows into tokens."""
         return _there(self.text, "renders rows")
 
     @property
     def scorer(self) -> Scorer:
-        """Losses of rows under a model."""
+        """The scorer, which computes losses of rows."""
         return _there(self.asking, "scores rows")
 
     @property
     def generator(self) -> Generator:
-        """Answers of a model."""
+        """The generator, which writes answers."""
         return _there(self.answering, "generates answers")
 
     def run(self, *runs: Nested) -> list[Outcome]:
-        """Carry out nested runs side by side; what each left, in order. Their cost is charged under "nested"."""
+        """Carry out nested runs in parallel. Returns their results in order. Their cost is charged under "nested"."""
         done = _there(self.nested, "carries out nested runs")(runs)
         for outcome in done:
             self.ledger.charge("nested", sum(outcome.progress.flops.values()), outcome.progress.seconds)
         return done
 
     def execute(self, programs: Sequence[str], limits: sandbox.Limits = LIMITS) -> list[sandbox.Verdict]:
-        """Run generated programs in the sandbox. Raises LuthierError where no sandbox works."""
+        """Run generated programs in the sandbox. Raises LuthierError if no sandbox works."""
         return sandbox.execute_all(programs, limits)
 
 

@@ -1,4 +1,4 @@
-"""Which rows each step sees, and how a step is cut into forwards. Pure functions of seed and step: resuming is asking."""
+"""Which rows each step uses, and how a step is cut into micro-batches. Pure functions of seed and step, so resuming is easy."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from luthier.support.rng import Streams
 class Order:
     """Rows of every optimiser step.
 
-    mixture  which rows each epoch holds; None: each once
+    mixture  the rows of each epoch; None: each row once
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Order:
 
 
 def micro_batches(lengths: Sequence[int], limit: int, world: int = 1) -> list[list[list[int]]]:
-    """Cut a step's rows into forwards of at most `limit` tokens, dealt to ranks: [rank][forward] -> positions.
+    """Cut a step's rows into micro-batches of at most `limit` tokens, shared among ranks: [rank][micro-batch] -> positions.
 
-    Longest first, each into the first forward with room. A rank may get fewer forwards than another, or none.
+    The longest row comes first, each goes into the first micro-batch with room. A rank may get fewer than another, or none.
     """
     bins: list[list[int]] = []
     room: list[int] = []
@@ -60,7 +60,7 @@ def micro_batches(lengths: Sequence[int], limit: int, world: int = 1) -> list[li
             slot = len(bins) - 1
         bins[slot].append(i)
         room[slot] -= lengths[i]
-    while len(bins) < world and any(len(b) > 1 for b in bins):  # idle ranks: halve the fullest
+    while len(bins) < world and any(len(b) > 1 for b in bins):  # some ranks have no work: halve the fullest
         fullest = max(range(len(bins)), key=lambda b: sum(lengths[i] for i in bins[b]) if len(bins[b]) > 1 else -1)
         bins.append(bins[fullest][1::2])
         bins[fullest] = bins[fullest][::2]

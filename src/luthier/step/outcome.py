@@ -1,4 +1,4 @@
-"""What a stage, or a whole nested run, left."""
+"""The result of a stage, or of a whole nested run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from luthier.method import Method
 from luthier.step.progress import Progress
 from luthier.update import Update
 
-Rows = Sequence[Mapping[str, Any]]  # rendered rows, as `collate` takes them
+RenderedRows = Sequence[Mapping[str, Any]]  # rendered rows, as `collate` takes them
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is left of a stage or of a nested run; what it did not make is None or empty.
+    """The result of a stage or of a nested run. Parts that it did not make are None or empty.
 
     update    all that differs from the base, what the stage started from included
     rows      rows that were made: a labelled pool, a chosen set
@@ -31,7 +31,7 @@ class Outcome:
 
     name: str
     update: Update | None = None
-    rows: Rows | None = None
+    rows: RenderedRows | None = None
     mask: Mapping[str, Tensor] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     tuner: Method | None = None

@@ -1,4 +1,4 @@
-"""Asking the model during training without leaving a trace: weights, gradients, generators, modes are as before."""
+"""Use the model during training without changing it: weights, gradients, generators and modes are restored."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Minimised(Protocol):
 
 
 class Probed(NamedTuple):
-    """What a probe saw: the mean loss, gradients by parameter name, changes a trial step would make."""
+    """The result of a probe: mean loss, gradients by parameter name, and the changes of a trial step."""
 
     loss: float
     grads: dict[str, Tensor]
@@ -39,7 +39,7 @@ class Probed(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A window as an objective has planned it: this rank's batches, and the denominators over all ranks."""
+    """A window after the objective's `plan`: this rank's batches, and the denominators over all ranks."""
 
     objective: Minimised
     batches: Sequence[Batch]
@@ -70,7 +70,7 @@ def no_trace(module: nn.Module, eval_mode: bool = True) -> Iterator[None]:
 class Probe:
     """Handed to `Objective.plan` and `Trainable.before_window`.
 
-    total  sums a tensor over ranks; batches are then this rank's, losses and gradients those of all
+    total  sums a tensor over ranks; batches are then this rank's, losses and gradients are those of all ranks
     """
 
     def __init__(
@@ -80,12 +80,12 @@ class Probe:
         self.view, self.objective, self.extra, self.total = view, objective, extra, total
 
     def forward(self, batch: Batch) -> Forward:
-        """A forward to ask for hidden states or logits; use it under `quiet`."""
+        """A forward for hidden states or logits; use it under `quiet`."""
         return Forward(batch, self.view, self.extra)
 
     @contextmanager
     def quiet(self, eval_mode: bool = True) -> Iterator[None]:
-        """No trace is left of what happens inside."""
+        """A block that leaves no change in the model."""
         with no_trace(self.view.module, eval_mode):
             yield
 
@@ -97,9 +97,9 @@ class Probe:
 
     @torch.no_grad()
     def planned(self, asked: Window | Sequence[Batch]) -> Planned:
-        """What the objective trains on in this window; a copy of it is asked, so that its state stays as it is.
+        """The window as the objective trains on it. A copy of the objective is used, so its state does not change.
 
-        Batches in place of a window are taken as they are, as one window.
+        Batches instead of a window are used as one window.
         """
         objective = self.objective.fresh()
         if isinstance(asked, Window):
@@ -125,7 +125,7 @@ class Probe:
     def gradients(
         self, asked: Window | Sequence[Batch], names: Sequence[str], loss: Callable[[Forward], Tensor] | None = None
     ) -> Probed:
-        """Loss and gradients at these parameters; `loss` (a forward's scalar) over batches in place of the objective's."""
+        """Loss and gradients at these parameters; `loss` (a scalar of a forward) over batches replaces the objective's."""
         if loss is None:
             return self._gradients(self.planned(asked), names)
         assert not isinstance(asked, Window)
@@ -155,9 +155,9 @@ class Probe:
         names: Sequence[str],
         make: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     ) -> Probed:
-        """One optimiser step on these parameters and the gradients after it, then everything put back.
+        """Take one optimiser step on these parameters, compute the gradients after it, then restore everything.
 
-        make  builds a fresh optimiser; the run's own keeps its state untouched
+        make  builds a new optimiser; the state of the run's own optimiser does not change
         """
         planned = self.planned(asked)
         first = self._gradients(planned, names)
@@ -198,7 +198,7 @@ class Probe:
 
 
 def _call_with(module: nn.Module, values: Mapping[str, Tensor], f: Callable[[], Tensor]) -> Tensor:
-    """f() with some parameters exchanged for plain tensors."""
+    """f() with some parameters replaced by plain tensors."""
     from torch.nn.utils.stateless import _reparametrize_module
 
     with _reparametrize_module(module, dict(values)):

@@ -1,4 +1,4 @@
-"""How far training is."""
+"""The progress of training."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Progress:
-    """What the loop tells its listener after a step, and what a checkpoint remembers."""
+    """The numbers that the loop gives to its listener after a step, and that a checkpoint stores."""
 
     step: int = 0
     tokens: int = 0
-    row_tokens: int = 0  # of the rows given, trained on or left out
+    row_tokens: int = 0  # tokens of the rows so far, trained on or left out
     supervised: int = 0
     seconds: float = 0.0
-    select_seconds: float = 0.0  # of these, what choosing what trains took
-    skipped: int = 0  # steps on which no weight moved: nothing to learn, or a loss that is not finite
-    not_finite: int = 0  # of these, the last in a row whose loss was not finite
+    select_seconds: float = 0.0  # part of these: choosing the trained weights
+    skipped: int = 0  # steps without a change: no supervised token, or a loss that is not finite
+    not_finite: int = 0  # part of these: the latest ones in a row whose loss was not finite
     best_loss: float | None = None
     best_step: int | None = None
     bad_evaluations: int = 0

@@ -1,4 +1,4 @@
-"""How a stage trains: the keys of a recipe that are not a method's."""
+"""The training settings of a stage: the recipe keys that do not belong to a method."""
 
 from __future__ import annotations
 
@@ -15,47 +15,47 @@ class TrainSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    """Peak rate."""
+    """Peak learning rate."""
     epochs: float = Field(1.0, gt=0)
-    """Passes over the rows; not used where max_steps is set."""
+    """Passes over the rows; not used if max_steps is set."""
     max_steps: int | None = Field(None, ge=1)
-    """Optimiser steps, in place of epochs."""
+    """Number of optimiser steps, instead of epochs."""
     batch_size: int = Field(8, ge=1)
-    """Rows an optimiser step, over all processes."""
+    """Rows in each optimiser step, over all processes."""
     tokens_per_forward: int = Field(1024, ge=1)
-    """Upper limit of tokens in one forward pass; a longer row goes alone. Lower it to save memory: the result is the same."""
+    """Largest number of tokens in one forward pass; a longer row goes alone. A lower value saves memory, with the same result."""
     lr_scheduler_type: str = "linear"
-    """A schedule of transformers by its name (linear, cosine, constant, constant_with_warmup, ...)."""
+    """Name of a schedule of transformers (linear, cosine, constant, constant_with_warmup, ...)."""
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    """Share of the steps over which the rate rises."""
+    """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0)
-    """Decoupled decay."""
+    """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """Global gradient norm is clipped to this."""
+    """The global gradient norm is clipped to this value."""
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the moment estimates."""
     adam_eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
     shuffle: bool = True
-    """Draw a new order each epoch."""
+    """Use a new order in each epoch."""
     seed: int = Field(0, ge=0)
-    """For order, starts and every draw."""
+    """Seed for order, start values and all draws."""
     eval_steps: int | None = Field(None, ge=1)
-    """Evaluate every so many steps; None: at the end only."""
+    """Evaluate after every so many steps; null: only at the end."""
     early_stopping_patience: int | None = Field(None, ge=1)
-    """Stop after so many evaluations without a better loss; needs eval_steps."""
+    """Stop after so many evaluations without a lower loss; needs eval_steps."""
     load_best: bool = True
-    """With eval_steps: end on the best evaluated state."""
+    """With eval_steps: end with the best evaluated state."""
     save_steps: int | None = Field(None, ge=1)
-    """Checkpoint every so many steps; None: only when interrupted."""
+    """Save a checkpoint after every so many steps; null: only when interrupted."""
     save_limit: int = Field(2, ge=1)
-    """Checkpoints kept, beside the best."""
+    """Number of checkpoints kept, besides the best one."""
     logging_steps: int = Field(1, ge=1)
-    """Log every so many steps."""
+    """Log after every so many steps."""
     on_nan: Literal["stop", "skip"] = "stop"
     """What to do about a loss or gradient that is not finite: stop with an error, or skip the step and count it."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
-    """Keep only each block's input and compute the rest again: less memory, about a third more time; "auto": where the
-    forecast says that memory would not do without."""
+    """Keep only each block's input and compute the rest again: less memory, about a third more time; "auto": only if the
+    forecast says that memory would not be enough."""
     torch_compile: bool = False
-    """Compile every block; pays off in long runs on GPUs. Needs a C++ compiler."""
+    """Compile every block; useful in long runs on GPUs. Needs a C++ compiler."""

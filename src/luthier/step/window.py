@@ -1,4 +1,4 @@
-"""The window of an optimiser step: its micro-batches, its clock, its denominators."""
+"""The window of an optimiser step: its micro-batches, its clock and its denominators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from luthier.step.lab import Lab
 
 
 class Clock(NamedTuple):
-    """Where training stands: completed steps, all steps, epoch as a fraction."""
+    """The progress of training: completed steps, all steps, epoch as a fraction."""
 
     step: int
     total: int
@@ -51,13 +51,13 @@ class Window:
 
 
 def mean_of(term: Term, denominators: Mapping[str, float]) -> Tensor:
-    """The term's sum over its denominator of the whole step. Where that is zero there was nothing to sum."""
+    """The term's sum over its denominator of the whole step. If the denominator is zero, there was nothing to sum."""
     return term.sums.sum() / (denominators[term.over] or 1.0)
 
 
 def count(micro: list[Batch]) -> dict[str, float]:
-    """The two denominators every objective can use: supervised tokens, and sequences with any supervision; where rows have
-    weights ("weight"), the sums of these."""
+    """The two denominators that every objective can use: supervised tokens, and sequences with any supervision. If rows have
+    weights ("weight"), these are sums of weights."""
     return {"tokens": sum(map(_tokens, micro)), "sequences": sum(map(_supervised_sequences, micro))}
 
 

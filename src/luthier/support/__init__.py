@@ -1,1 +1,1 @@
-"""Below everything else: errors, files, the cache, signals, keyed randomness, intervals, the sandbox."""
+"""The lowest room: errors, files, the cache, signals, keyed randomness, intervals, the sandbox."""

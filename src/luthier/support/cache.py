@@ -1,4 +1,4 @@
-"""The cache folder: things that can be made again, each under a key of all that went into it."""
+"""The cache folder: results that can be made again, each under a key of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def cache_folder() -> Path:
 
 
 def key_of(*parts: object) -> str:
-    """A name for what follows from these parts alone."""
+    """A name that depends on these parts only."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(repr(part).encode("utf-8", "surrogatepass") + b"\0")
@@ -32,7 +32,7 @@ def content_of(path: Path) -> str:
 
 @contextmanager
 def made(folder: Path) -> Iterator[Path]:
-    """A folder of the cache, whole or not at all: where another process was faster, its folder stays."""
+    """A folder in the cache, complete or absent. If another process was faster, its folder stays."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     sweep(folder.parent)
     try:

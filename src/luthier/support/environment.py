@@ -1,4 +1,4 @@
-"""What this process runs on and with, in words; and libraries kept quiet."""
+"""Describe this process's software and machine, and keep libraries quiet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetens
 
 
 def quiet(debug: bool) -> None:
-    """Library chatter off."""
+    """Switch off messages of libraries."""
     if debug:
         return
     import datasets

@@ -1,8 +1,8 @@
-"""Errors a user can mend: one sentence that names where, which value, and what to do."""
+"""Errors that a user can correct: one sentence with the place, the value and the remedy."""
 
 
 class LuthierError(Exception):
-    """Something the user can change. The command line prints it without a traceback and exits with 2."""
+    """An error that the user can correct. The command line prints it without a traceback and exits with 2."""
 
 
 class RecipeError(LuthierError):

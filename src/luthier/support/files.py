@@ -1,4 +1,4 @@
-"""Files and folders that are on disk whole or not at all, whatever is killed when."""
+"""Files and folders that are on disk completely or not at all, even after a kill."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` as one act at the end: readers see the old one or the new. On any error it is
-    removed, and the old one stays."""
+    """A temporary file that replaces `path` at the end, in one step: readers see the old file or the new one.
+
+    After an error it is removed, and the old file stays.
+    """
     temporary = _beside(path)
     try:
         yield temporary
@@ -40,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """The same for a folder that is not there yet."""
+    """The same as `replaced` for a new folder."""
     temporary = _beside(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -52,8 +54,8 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def sweep(folder: Path, name: str = "*") -> None:
-    """Remove what killed processes left half made, beside a file or folder of this name (a pattern)."""
-    if not Path("/proc").is_dir():  # no telling who lives: what is left stays
+    """Remove half-made files of killed processes, beside a file or folder of this name (a pattern)."""
+    if not Path("/proc").is_dir():  # it is unknown which processes live, so nothing is removed
         return
     for path in folder.glob(f".{name}.*"):
         number = path.name.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Exports that import their module when first touched, so that naming a method loads no torch."""
+"""Exports that import their module at first use, so that naming a method does not load torch."""
 
 from __future__ import annotations
 

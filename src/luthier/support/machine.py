@@ -1,4 +1,4 @@
-"""How this process uses its machine, settled before torch is imported; results do not depend on it."""
+"""How this process uses its machine. This must be set before torch is imported; results do not depend on it."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def prepare() -> None:
-    """Set what the user has not: how many compiled kernels torch keeps, and how idle threads wait.
+    """Set what the user has not set: how many compiled kernels torch keeps, and how idle threads wait.
 
-    Measured on two cores. oneDNN and its binding keep a compiled kernel with its buffers for every shape they have seen,
-    1024 by default, and flat batches have a new length each time: 2.0 GB after eight steps of short forwards where 1.3
-    serve, at the same speed. Threads that sleep at once cost a third of a step on a quiet machine (1.5 s against 1.05);
-    threads that spin cost as much on a busy one (2.7 s against 2.0).
+    Measured on two cores. oneDNN and its binding keep a compiled kernel with its buffers for every shape that they have
+    seen, 1024 by default, and flat batches have a new length each time: 2.0 GB after eight steps of short forward passes,
+    where 1.3 GB are enough at the same speed. Threads that sleep at once cost a third of a step on an idle machine (1.5 s
+    against 1.05 s); threads that spin cost as much on a busy one (2.7 s against 2.0 s).
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
         os.environ.setdefault(cache, "32")
@@ -29,6 +29,6 @@ def prepare() -> None:
 
 
 def end_with_parent() -> None:
-    """A terminate signal for this process when the one that started it ends, killed too (Linux; elsewhere nothing)."""
+    """Send this process a terminate signal when its parent process ends, even if that is killed (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

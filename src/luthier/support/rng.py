@@ -1,4 +1,4 @@
-"""Randomness keyed by purpose, epoch and row: the same numbers whatever the rank, worker or call order."""
+"""Randomness keyed by purpose, epoch and row. The numbers do not depend on rank, worker or order of calls."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class Streams:
 
 
 def generator_states() -> dict[str, Any]:
-    """Where the global generators stand: Python's, NumPy's, torch's on the CPU and on every GPU in use.
+    """The states of the global generators: Python's, NumPy's, torch's on the CPU and on every GPU in use.
 
-    Tensors, numbers and tuples alone, so that they are read back without unpickling.
+    Only tensors, numbers and tuples, so that they can be read back without unpickling.
     """
     state: Any = np.random.get_state(legacy=False)
     numpy_state = {
@@ -56,7 +56,7 @@ def generator_states() -> dict[str, Any]:
 
 
 def set_generators(states: dict[str, Any]) -> None:
-    """Put the global generators where `generator_states` found them. A GPU that it did not know is left as it is."""
+    """Set the global generators to the states of `generator_states`. A GPU without a stored state is not changed."""
     random.setstate(states["python"])
     n = states["numpy"]
     np.random.set_state(("MT19937", n["key"].numpy().astype(np.uint32), n["pos"], n["has_gauss"], n["gauss"]))
@@ -67,8 +67,8 @@ def set_generators(states: dict[str, Any]) -> None:
 
 
 class Generators:
-    """A course of the global generators that belongs to one piece of work: nothing that others draw shifts it, and
-    others find theirs as they were.
+    """A sequence of the global generators for one piece of work. Draws of other code do not change it, and it does not change the
+    draws of other code.
 
     >>> own, other = Generators(Streams(0), "train"), Generators(Streams(0), "train")
     >>> with own.drawing():
@@ -84,12 +84,12 @@ class Generators:
 
     @contextmanager
     def drawing(self) -> Iterator[None]:
-        """Draws inside are this course's."""
+        """Draws inside the block come from this sequence."""
         outside = generator_states()
         if self.states is None:
             random.seed(self._seed)
             np.random.seed(self._seed % (1 << 32))
-            torch.manual_seed(self._seed)  # every GPU's as well
+            torch.manual_seed(self._seed)  # also for every GPU
         else:
             set_generators(self.states)
         try:

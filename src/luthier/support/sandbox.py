@@ -1,7 +1,7 @@
-"""Run generated programs where they can do no harm: own user, network, process and mount namespaces, an empty home,
-read-only system, no capabilities, limits on memory, processor time, processes and files, and a wall clock.
+"""Run generated programs safely: own user, network, process and mount namespaces, an empty home, read-only system, no
+capabilities, limits on memory, processor time, processes and files, and a time limit.
 
-Restricted builtins are no sandbox, so there is no fallback: where namespaces do not work, nothing runs.
+Restricted builtins are not a sandbox, so there is no fallback: if namespaces do not work, nothing runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from luthier.support.errors import LuthierError
 NOBODY = 65534
 OUTPUT_LIMIT = 64_000  # bytes kept of each stream
 TOOLS = ("unshare", "setpriv", "mount", "chroot")
-# Debian's users have no /usr/sbin in their PATH, and chroot lies there.
+# Debian's users do not have /usr/sbin in their PATH, where chroot is.
 SEARCHED = ":".join(filter(None, (os.environ.get("PATH"), "/usr/sbin", "/sbin")))
 
 # $1 new root, $2 "--reuid=..." or "", $3... folders to show read-only, up to "--"; the rest is the command, run without
@@ -78,7 +78,7 @@ class Verdict:
 
 
 def unavailable() -> str | None:
-    """Why programs cannot be run here; None where they can."""
+    """Why programs cannot be run on this machine; None if they can."""
     missing = [t for t in TOOLS if shutil.which(t, path=SEARCHED) is None]
     if missing:
         return f"the sandbox needs {', '.join(missing)} (util-linux)"
@@ -89,7 +89,7 @@ def unavailable() -> str | None:
 
 
 def execute(program: str, limits: Limits = Limits()) -> Verdict:
-    """Run a Python program. Raises LuthierError where no sandbox works: it is never run without one."""
+    """Run a Python program. Raises LuthierError if no sandbox works: it never runs without one."""
     reason = unavailable()
     if reason is not None:
         raise LuthierError(f"generated code is not run: {reason}")
@@ -97,7 +97,7 @@ def execute(program: str, limits: Limits = Limits()) -> Verdict:
 
 
 def execute_all(programs: Sequence[str], limits: Limits = Limits(), workers: int | None = None) -> list[Verdict]:
-    """Run many, several at a time (default: one a core). Raises LuthierError where no sandbox works."""
+    """Run many programs, several at a time (default: one for each core). Raises LuthierError if no sandbox works."""
     if not programs:
         return []
     reason = unavailable()
@@ -117,7 +117,7 @@ def _visible() -> list[str]:
 def _command(root: str) -> list[str]:
     interpreter = os.path.realpath(sys.executable)
     spaces = ["unshare", "--net", "--pid", "--fork", "--kill-child", "--mount", "--ipc", "--uts"]
-    if os.geteuid() == 0:  # a real root needs no user namespace, but would escape the limit on processes: end as nobody
+    if os.geteuid() == 0:  # root needs no user namespace, but would escape the limit on processes: run as nobody
         who = f"--reuid={NOBODY} --regid={NOBODY} --clear-groups"
     else:
         who, spaces = "", [*spaces, "--user", "--map-root-user"]
@@ -172,7 +172,7 @@ def _run(program: str, limits: Limits) -> Verdict:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """Kill the whole group; the process namespace goes down with its first process."""
+    """Kill the whole group. The process namespace ends with its first process."""
     with contextlib.suppress(ProcessLookupError):  # it ended by itself
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()

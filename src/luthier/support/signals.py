@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM for as long as something runs."""
+"""Handle Ctrl-C and SIGTERM in a block of code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Both signals call the handler, also where a shell's background job ignores the first; then what was before."""
+    """Both signals call the handler, even if a shell's background job ignores the first. Afterwards the old handlers return."""
     before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield

@@ -1,6 +1,6 @@
-"""Which of our sources a value depends on: those that the code which computes it imports, directly or not.
+"""The sources of luthier that a value depends on: everything that its code imports, directly or not.
 
-Cache keys are made from them, so that nobody has to list files by hand and no value of older code is ever taken up.
+Cache keys are made from them, so that nobody must list files by hand, and values of older code are never used.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ EXPORT = re.compile(r'^    "(\w+)": "(\w+)",$', re.MULTILINE)  # a lazy package'
 
 
 def code_key(*modules: str, root: Path = ROOT) -> str:
-    """Changes with any source that importing these modules can run; imports none of them.
+    """A key that changes with any source that importing these modules can run. It imports none of them.
 
-    modules  of ours, by their full names; or one of somebody else's that is imported already
+    modules  of luthier, by their full names; or modules of other packages that are imported already
     Raises KeyError for a module that is neither.
     """
     return _key(modules, root)
@@ -40,9 +40,9 @@ def _key(modules: tuple[str, ...], root: Path) -> str:
 
 
 def reached(*modules: str, root: Path = ROOT) -> list[Path]:
-    """The files of these modules, of their packages, and of all that they import of ours, sorted.
+    """The files of these modules, of their packages, and of all luthier modules that they import, sorted.
 
-    Imports inside functions and for type checkers count too: better one measured again than one stale.
+    Imports inside functions and for type checkers count too: measuring something again is better than using an outdated value.
     """
     found: dict[Path, None] = {}
     left = [_file(m, root) or Path(str(sys.modules[m].__file__)) for m in modules]
@@ -62,7 +62,7 @@ def reached(*modules: str, root: Path = ROOT) -> list[Path]:
 
 
 def imported(text: str, root: Path = ROOT) -> Iterator[str]:
-    """Modules of ours that a source imports, by their full names."""
+    """The modules of luthier that a source imports, by their full names."""
     for match in IMPORT.finditer(COMMENT.sub("", text)):
         package, names, plain = match.groups()
         if plain:
@@ -87,7 +87,7 @@ def _owner(package: str, name: str, root: Path) -> str:
 
 
 def _file(module: str, root: Path) -> Path | None:
-    """A module's source; None for what is none of ours."""
+    """A module's source; None for a module that is not luthier's."""
     first, *parts = module.split(".")
     if first != PACKAGE:
         return None

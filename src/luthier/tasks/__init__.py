@@ -1,4 +1,4 @@
-"""What a row is, and how a model is asked about it."""
+"""Tasks: what a row is, and how a model is used on it."""
 
 from luthier.support.lazy import lazy
 

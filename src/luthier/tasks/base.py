@@ -1,6 +1,6 @@
-"""The task seam: which rows are read, which class loads the model, how rows are rendered, scored, shown and answered.
+"""The base class of tasks: which rows are read, which class loads the model, how rows are rendered, scored and shown.
 
-No code outside of this room asks which task it is: it asks the task.
+No code outside of this room asks which task it is.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from luthier.step.lab import Choices, Lab, RowScore
 from luthier.support.errors import RecipeError
 
 Rendered = Mapping[str, Any]  # a training row, as `collate` takes it
-# (training row, epoch) -> the row as this epoch sees it; epoch None: as it is always scored
+# (training row, epoch) -> this epoch's version of the row; epoch None: the version that is always scored
 Draw = Callable[[Rendered, int | None], Rendered]
 
 
-# Largest accepted difference between our logits and the model's own, relative to the largest of these.
+# Largest accepted difference between luthier's logits and the model's own, relative to the largest of these.
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
 
 class Shown(NamedTuple):
-    """A row for a reader: what the model was asked, what is right, what it said."""
+    """A row for a reader: the prompt, the right answer, and the model's answer."""
 
     prompt: str
     wanted: str
@@ -41,17 +41,17 @@ class Shown(NamedTuple):
 
 
 class Task(Method):
-    """What a row is, and how a model is asked about it.
+    """What a row is, and how a model is used on it.
 
     shapes         of rows, as luthier.data.reading.SHAPES calls them
-    pool_shapes    of rows without labels (data.pool); empty where no pipeline makes labels of this task
-    always         names of the evaluators that measure without being asked for
+    pool_shapes    of rows without labels (data.pool); empty if no pipeline makes labels for this task
+    always         names of the evaluators that always measure
     unit           of the loss
-    spells         the loss is that of spelling out a text, so that bits a byte can be counted
+    spells         the loss is that of a whole text, so bits a byte can be counted
     token_losses   single tokens have a loss to show
-    redraws        rows are other ones in every epoch, see `draw`
-    shows_rows     every held-out row is a sample to show; else the answers that were generated
-    export_forms   in which a tuned model can be written
+    redraws        rows differ in every epoch, see `draw`
+    shows_rows     every held-out row is a sample to show; else the generated answers are
+    export_forms   forms that a tuned model can be exported to
     starter        the recipe's first lines on pages of methods: model, task, data; "pool_task"
                    and "pool_data" for pipelines that label data.pool
     """
@@ -69,7 +69,7 @@ class Task(Method):
 
     @property
     def untuned_answers(self) -> bool:
-        """Can the untouched model answer? Not where its head is drawn at random."""
+        """Whether the base model can answer. It cannot if its head is drawn at random."""
         return True
 
     def auto(self, config: PreTrainedConfig) -> Any:
@@ -77,66 +77,66 @@ class Task(Method):
         raise NotImplementedError  # the seam: every task has its own
 
     def check_view(self, view: ModelView) -> None:
-        """Raises RecipeError where this loaded model cannot be asked."""
+        """Raises RecipeError if this loaded model cannot be used for the task."""
 
     def labels(self, rows: Sequence[Row], held: Sequence[Row] | None, known: Mapping[str, int]) -> dict[str | int, int]:
         """Class index by label, in that order; empty for tasks without classes.
 
-        known  what the model's configuration calls its classes
+        known  the names of classes in the model's configuration
         """
         return {}
 
     def maker(
         self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
     ) -> RowMaker:
-        """What makes training rows for a model of this configuration.
+        """The function that makes training rows for a model of this configuration.
 
-        labelled  False: of rows of data.pool
-        Raises RecipeError where this tokenizer cannot.
+        labelled  False: for rows of data.pool
+        Raises RecipeError if this tokenizer cannot make them.
         """
         raise NotImplementedError  # the seam: every task has its own
 
     def draw(self, tokenizer: Any, seed: int) -> Draw | None:
-        """What is drawn anew in every epoch (masks); None where a row is the same in all of them.
+        """What is drawn again in every epoch (masks); None if a row is the same in all epochs.
 
-        Must depend on seed, epoch and row alone, never on which rows share a forward or a rank.
+        It must depend only on seed, epoch and row, never on the other rows of a forward pass or on the rank.
         """
         return None
 
     def scores(self, fwd: Forward) -> list[RowScore]:
-        """The loss of each row of a forward."""
+        """The loss of each row of a forward pass."""
         return token_losses(fwd)
 
     def choices(self, fwd: Forward) -> list[Choices]:
-        """For each row of a forward, the likeliest tokens (or class)."""
+        """For each row of a forward pass, the most likely tokens (or class)."""
         return token_choices(fwd)
 
     def asked(self, row: Row, renderer: Renderer) -> tuple[str, str]:
-        """(what the model is asked, the answer that is right) as texts."""
+        """(prompt, right answer) as texts."""
         raise NotImplementedError  # the seam: every task has its own
 
     def shown(self, row: Row, seen: Rendered, score: RowScore, view: ModelView, renderer: Renderer) -> Shown:
-        """A held-out row and what the model makes of it; asked for where `shows_rows`.
+        """A held-out row and the model's answer; used if `shows_rows`.
 
         seen  the rendered row as it was scored
         """
         raise NotImplementedError  # the seam: every task that shows rows has its own
 
     def replies(self, view: ModelView, lab: Lab, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:
-        """What the model says to each prompt: its answer, and what is known of it beside. Raises LuthierError."""
+        """The model's reply to each prompt: its answer, and more facts about it. Raises LuthierError."""
         raise NotImplementedError  # the seam: every task has its own
 
 
 @torch.no_grad()
 def refuse_unknown_head(view: ModelView) -> None:
-    """Raises RecipeError where our way through the head does not give the model's own logits."""
+    """Raises RecipeError if luthier's computation of the head does not give the model's own logits."""
     ids = torch.arange(5, 12, device=view.device) % view.embedding.num_embeddings
     with evaluating(view.module):
         batch = collate([{"ids": ids.tolist(), "labels": [IGNORE] * len(ids)}]).to(view.device)
         ours = Forward(batch, view).logits(torch.arange(len(ids), device=view.device))  # [T, V]
         theirs = view.module(input_ids=ids.unsqueeze(0)).logits[0].float()
     off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9))
-    if not off <= HEAD_TOLERANCE[view.dtype]:  # also where it is no number
+    if not off <= HEAD_TOLERANCE[view.dtype]:  # also if it is NaN
         raise RecipeError(
             "model", f"{type(view.module).__name__} has a head that luthier does not know (logits differ by {off:.2g})",
             "choose another encoder: BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT",
@@ -157,7 +157,7 @@ def supervised_counts(fwd: Forward) -> list[int]:
 
 
 def token_choices(fwd: Forward) -> list[Choices]:
-    """The likeliest token at each supervised position."""
+    """The most likely token at each supervised position."""
     rows = fwd.batch.supervised
     pieces = [fwd.logits(part).softmax(-1).max(-1) for part in rows.split(CHUNK)]  # [n, V] at a time
     top, best = (torch.cat([p[i] for p in pieces]) for i in (0, 1))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from luthier.data.prepare import ANSWERS, RowMaker
-from luthier.data.reading import ANSWERED
+from luthier.data.reading import ANSWERED, shape_in
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.method import Source, Traits
@@ -20,7 +20,7 @@ from luthier.tasks.base import Task
 class CausalLm(Task):
     """Predict the next token: of a completion, of every assistant turn, or of a whole text.
 
-    Rows hold prompt and completion, messages, or text. The usual task.
+    Rows hold prompt and completion, messages, or text. This is the default task.
     Cost: that of the model.
     """
 
@@ -48,7 +48,7 @@ class CausalLm(Task):
         return ANSWERS
 
     def asked(self, row: Row, renderer: Renderer) -> tuple[str, str]:
-        if "text" in row.values and "messages" not in row.values:
+        if shape_in(row.values, self.shapes) == "text":
             return "", row.values["text"]
         return renderer.messages(row.values)[-2]["content"], renderer.answer(row.values)
 

@@ -32,15 +32,15 @@ from luthier.tasks.cloze import Cloze, ClozeRows, word_id
 
 
 class Classification(Task):
-    """Choose a class for a text: by a head that is learnt beside whatever the tuner trains, or by a word of the model's own.
+    """Choose a class for a text: with a new head, which any tuner trains as well, or with words of the model's vocabulary.
 
-    Rows hold text and label; labels are text or whole numbers. Names of classes are kept where transformers keeps them
-    (id2label), in the order that the model already has them, else alphabetically.
-    With `prompt` and `words` a row becomes a sentence with a gap, "{text} It was {label}.", and the scores of the classes
-    are the model's own scores of their words in the gap: nothing is drawn at random, so a few labels go far. An encoder
-    fills a mask there (Schick and Schuetze 2020, arXiv:2001.07676); a decoder reads up to the gap and says what comes next,
-    what stands behind the gap it never sees.
-    Cost: that of the model; the head is a matrix with a row a class, or these words' rows of the vocabulary's.
+    Rows hold text and label; labels are text or whole numbers. The names of classes are stored where transformers stores them
+    (id2label), in the model's order if it has these names already, else alphabetically.
+    With `prompt` and `words`, a row becomes a sentence with a gap, "{text} It was {label}.". The scores of the classes are
+    the model's own scores of their words in the gap. Nothing is drawn at random, so a few labels are enough. An encoder
+    fills a mask in the gap (Schick and Schuetze 2020, arXiv:2001.07676). A decoder reads up to the gap and predicts the
+    next token; it never sees the text after the gap.
+    Cost: that of the model; the head is a matrix with a row for each class, or the rows of these words in the vocabulary matrix.
     Refuses: words that are not one token for the model, a label without a word, a word without a row.
     """
 
@@ -50,9 +50,9 @@ class Classification(Task):
     )
 
     prompt: str | None = Field(None, examples=["{text} It was {label}."])
-    """A sentence with {text} and {label}, each once; None: a new head."""
+    """A sentence with {text} and {label}, each once; null: a new head."""
     words: dict[str, str] | None = Field(None, examples=[{"good": "great", "bad": "terrible"}])
-    """The word that stands for each label in the gap, one token each."""
+    """The word for each label in the gap; each must be one token."""
 
     shapes: ClassVar[tuple[str, ...]] = ("text and label",)
     pool_shapes: ClassVar[tuple[str, ...]] = ("text",)
@@ -81,7 +81,7 @@ class Classification(Task):
     @classmethod
     def _two_words(cls, words: dict[str, str] | None) -> dict[str, str] | None:
         if words is not None and (len(words) < 2 or len(set(words.values())) < len(words)):
-            raise ValueError("give at least two labels, and a word of its own to each")
+            raise ValueError("give at least two labels, and a different word to each")
         return words
 
     @model_validator(mode="after")
@@ -103,7 +103,9 @@ class Classification(Task):
         problems = super().check(facts)
         config, (front, _, _) = facts.model_config, (self.prompt or "").partition("{label}")
         if self.prompt is not None and config is not None and not reads_both_ways(config) and "{text}" not in front:
-            what = f"{self.prompt!r} has its gap before the text, and a {config.model_type} model reads up to the gap"
+            what = (
+                f"{self.prompt!r} has its gap before the text, but a {config.model_type} model reads only up to the gap"
+            )
             problems.append(Problem("prompt", what, "put {text} first, or choose an encoder"))
         return problems
 
@@ -112,20 +114,20 @@ class Classification(Task):
             refuse_unknown_head(view)
 
     def labels(self, rows: Sequence[Row], held: Sequence[Row] | None, known: Mapping[str, int]) -> dict[str | int, int]:
-        """As the model has them where it knows these very names, else in alphabetical order."""
+        """In the model's order if it knows exactly these names, else in alphabetical order."""
         names = sorted({r.values["label"] for r in rows}, key=str)
         if {str(n) for n in names} == set(known):
             names.sort(key=lambda n: known[str(n)])
         for r in held or ():
             if r.values["label"] not in names:
                 what = f"label {r.values['label']!r} occurs in no training row"
-                raise RecipeError(r.key, what, "mend the label or drop the row")
+                raise RecipeError(r.key, what, "correct the label or drop the row")
         if self.words is not None:
             self._check_words(self.words, rows, {str(n) for n in names})
         return {n: i for i, n in enumerate(names)}
 
     def _check_words(self, words: Mapping[str, str], rows: Sequence[Row], names: set[str]) -> None:
-        """Raises RecipeError where labels and words do not belong together."""
+        """Raises RecipeError if labels and words do not match."""
         for r in rows if not names <= set(words) else ():
             if str(r.values["label"]) not in words:
                 raise RecipeError(

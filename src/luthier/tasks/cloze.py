@@ -1,4 +1,4 @@
-"""Sentences with a gap in which a word stands for a class: how a text is put into one, and which token a word is there."""
+"""Sentences with a gap in which a word stands for a class: putting a text into a sentence, and the token of a word there."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from luthier.support.errors import RecipeError
 
 
 class Cloze(NamedTuple):
-    """A sentence with {text} and {label}; mask: what stands in the gap, None where the sentence ends before it."""
+    """A sentence with {text} and {label}. `mask` is the text in the gap, None if the sentence ends before it."""
 
     prompt: str
     mask: str | None
 
     @property
     def stem(self) -> str:
-        """What stands before the gap, with some text in its place."""
+        """The text before the gap, with an example text."""
         return self.prompt.partition("{label}")[0].replace("{text}", "x")
 
     def filled(self, text: str) -> Filled:
         """The sentence with this text."""
         front, _, back = self.prompt.partition("{label}")
         if self.mask is None:
-            front, back = front.rstrip(" "), ""  # the space belongs to the word that comes next
+            front, back = front.rstrip(" "), ""  # the space belongs to the next word
         marked, gap = front + (self.mask or "") + back, len(front)
         at = marked.index("{text}")
         gap += len(text) - len("{text}") if at < gap else 0
@@ -36,7 +36,7 @@ class Cloze(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """A sentence, and where the row's text and the gap stand in it, in characters."""
+    """A sentence, and the places of the row's text and the gap in it, in characters."""
 
     whole: str
     text: tuple[int, int]
@@ -44,7 +44,7 @@ class Filled(NamedTuple):
 
 
 def word_id(tokenizer: Any, stem: str, word: str, label: str) -> int:
-    """The token that a word is behind this stem. Raises RecipeError where it is not one, with its pieces."""
+    """The token of a word after this stem. Raises RecipeError, with its tokens, if it is not one token."""
     front = stem.rstrip(" ")
     before, whole = (
         tokenizer(t, add_special_tokens=False)["input_ids"] for t in (front, f"{front}{stem[len(front) :]}{word}")
@@ -59,7 +59,7 @@ def word_id(tokenizer: Any, stem: str, word: str, label: str) -> int:
 
 @dataclass(frozen=True)
 class ClozeRows:
-    """Training rows of sentences with a gap: row columns "slot" (where the word is said) and "words" (each class's token)."""
+    """Training rows of sentences with a gap. Row columns: "slot" (the position of the word) and "words" (each class's token)."""
 
     cloze: Cloze
     words: tuple[int, ...]
@@ -78,10 +78,10 @@ class ClozeRows:
         return [self._made(r, f, i, o) for r, f, i, o in zip(rows, filled, ids, offsets, strict=True)]
 
     def _made(self, row: Row, filled: Filled, ids: list[int], offsets: list[tuple[int, int]]) -> dict[str, Any]:
-        said = [i for i, (a, b) in enumerate(offsets) if a < b]  # marks that the tokenizer adds stand for no character
+        said = [i for i, (a, b) in enumerate(offsets) if a < b]  # tokens that the tokenizer adds have no characters
         if self.cloze.mask is None:
             slot = said[-1] if said else 0
-            ids = ids[: slot + 1]  # what a tokenizer puts behind a whole text would stand in the gap
+            ids = ids[: slot + 1]  # tokens that a tokenizer adds after a whole text would be in the gap
         else:
             slot = next(i for i in said if offsets[i][0] <= filled.gap[0] and filled.gap[1] <= offsets[i][1])
         inside = [i for i in said if offsets[i][1] > filled.text[0] and offsets[i][0] < filled.text[1]]
@@ -95,7 +95,7 @@ class ClozeRows:
         return 1
 
     def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
-        """The text within the sentence is cut, at its start ("trim_prompt") or its end; the sentence stays whole."""
+        """Cut the text within the sentence, at its start ("trim_prompt") or its end. The rest of the sentence stays."""
         (start, stop), over = item["text_at"], len(item["ids"]) - limit
         if over > stop - start:
             rest = len(item["ids"]) - (stop - start)

@@ -1,4 +1,4 @@
-"""The task of a bare model, where no recipe names one."""
+"""The task of a plain model, if no recipe names one."""
 
 from __future__ import annotations
 

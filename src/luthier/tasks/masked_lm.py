@@ -1,4 +1,4 @@
-"""Masked language modelling: some tokens of a text are hidden, and the model says what they are."""
+"""Masked language modelling: some tokens of a text are hidden, and the model predicts them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
 from luthier.tasks.base import Draw, Rendered, Shown, Task, refuse_unknown_head, supervised_counts
 
-HIDDEN, RANDOM = 0.8, 0.1  # shares of the chosen tokens; the rest stay as they are, so that every token may be asked
+HIDDEN, RANDOM = (
+    0.8,
+    0.1,
+)  # shares of the chosen tokens; the rest keep their token, so that every token may be one to predict
 
 
 def hidden(
     ids: Sequence[int], places: Sequence[int], count: int, mask: int, words: np.ndarray, generator: np.random.Generator
 ) -> tuple[list[int], list[int]]:
-    """(ids with some tokens replaced, targets): `count` of the places are chosen and asked for.
+    """(ids with some tokens replaced, targets): `count` of the places are chosen to be predicted.
 
-    Of the chosen, 80% become the mask, 10% a random one of `words`, 10% stay; the choice is independent for each.
+    Of the chosen tokens, 80% become the mask, 10% a random one of `words`, 10% stay; each is decided independently.
     places   where tokens may be chosen
     targets  [i] is the token to predict at i, or IGNORE
     """
@@ -50,18 +53,18 @@ def hidden(
 
 
 def num_hidden(num_places: int, fraction: float) -> int:
-    """How many tokens of a row are asked for: the share, rounded, and at least one where there is any."""
+    """The number of tokens of a row to predict: the share, rounded, and at least one if there is any token."""
     return min(num_places, max(1, round(fraction * num_places)))
 
 
 class MaskedLm(Task):
-    """Hide some tokens of a text and predict them from both sides: how encoders learn from texts without labels.
+    """Hide some tokens of a text and predict them from both sides. So encoders learn from texts without labels.
 
-    Rows hold text. In every epoch other tokens are hidden, drawn from seed, epoch and row alone: 15% of the tokens, at least
-    one; of these 80% become the mask, 10% a random token, and 10% stay. Special tokens are never chosen. Held-out rows
-    have the same tokens hidden in every run.
-    Departs from the source: masks are drawn anew in every epoch, as for RoBERTa, and not ten times for the whole data set;
-    the next sentence is not predicted.
+    Rows hold text. In every epoch, other tokens are hidden. The choice depends only on seed, epoch and row: 15% of the
+    tokens, at least one. Of these, 80% become the mask, 10% a random token, and 10% stay. Special tokens are never chosen.
+    Held-out rows have the same tokens hidden in every run.
+    Departs from the source: masks are drawn again in every epoch, as for RoBERTa, not ten times for the whole data set; the next
+    sentence is not predicted.
     Cost: that of the model; the head sees only the hidden tokens.
     Refuses: models that read from left to right, tokenizers without a mask token.
     """
@@ -73,7 +76,7 @@ class MaskedLm(Task):
     )  # fmt: skip
 
     mask_fraction: float = Field(0.15, gt=0, le=1)
-    """Share of a row's tokens that are asked for."""
+    """Share of a row's tokens to predict."""
 
     shapes: ClassVar[tuple[str, ...]] = ("text",)
     always: ClassVar[tuple[str, ...]] = ("loss", "masked-accuracy")
@@ -110,7 +113,7 @@ class MaskedLm(Task):
         mask, words = _mask_of(tokenizer), ordinary(tokenizer)
 
         def drawn(row: Rendered, epoch: int | None) -> Rendered:
-            # By the row's number: equal files are masked alike wherever they lie.
+            # Keyed by the row's number: equal files are masked equally wherever they are.
             number = str(row["key"]).rpartition(":")[2]
             key = Streams(0).at("held-out mask", number) if epoch is None else Streams(seed).at("mask", epoch, number)
             places = [i for i, y in enumerate(row["labels"]) if y != IGNORE]
@@ -143,7 +146,7 @@ class MaskedLm(Task):
 
     @torch.no_grad()
     def replies(self, view: ModelView, lab: Lab, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:
-        """The texts with their masks filled, and how sure the model is of each."""
+        """The texts with their masks filled, and the model's probability of each word."""
         tokenizer, mask = lab.renderer.tokenizer, _mask_of(lab.renderer.tokenizer)
         out = []
         for prompt in prompts:
@@ -200,12 +203,12 @@ class TextRows:
         ]
 
     def supervised(self, item: Mapping[str, Any]) -> int:
-        """Of an epoch, which asks for a share of the tokens."""
+        """The number of supervised tokens in an epoch: a share of all tokens."""
         places = sum(y != IGNORE for y in item["labels"])
         return num_hidden(places, self.mask_fraction)
 
     def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
-        """The text's end is cut off; what stands around it stays."""
+        """Cut the end of the text. Special tokens around it stay."""
         ids, labels = item["ids"], item["labels"]
         behind = len(ids) - next((i for i in reversed(range(len(ids))) if labels[i] != IGNORE), -1) - 1
         stop = max(0, limit - behind)

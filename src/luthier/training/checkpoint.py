@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: temporary name, fsync, rename, marker last. Nothing is unpickled."""
+"""Checkpoints that are complete or absent: written under a temporary name, synced, renamed, marked last. Nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def save(
     folder: Path, step: int, tensors: dict[str, Tensor], optimizer: dict[str, Any], scheduler: dict[str, Any],
     rng: dict[str, Any], state: dict[str, Any],
 ) -> Path:  # fmt: skip
-    """Write checkpoint-STEP. `state` is JSON; the rest goes by the names other tools read."""
+    """Write checkpoint-STEP. `state` is JSON; the other files have the names that other tools read."""
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -45,7 +45,7 @@ def save(
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; half-written ones are passed over."""
+    """The newest complete checkpoint. Half-written ones are skipped."""
     found = [
         p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / MARKER).exists()
     ]
@@ -53,7 +53,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """tensors, optimizer, scheduler, rng, state. Raises LuthierError, naming the file, for one that cannot be trusted."""
+    """Read tensors, optimizer, scheduler, rng and state. Raises LuthierError with the file name if a file is damaged."""
     out: dict[str, Any] = {}
     parts = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt", "rng": "rng_state.pth"}
     file = folder / "trainable.safetensors"
@@ -65,7 +65,7 @@ def load(folder: Path) -> dict[str, Any]:
         file = folder / "trainer_state.json"
         out["state"] = json.loads(file.read_text(encoding="utf-8"))
     except Exception as error:
-        # Whatever a damaged or hostile file raises, the answer is the same sentence; nothing was executed.
+        # Whatever error a damaged or hostile file causes, the message is the same. Nothing in the file was executed.
         raise LuthierError(
             f"{file}: cannot be read as a checkpoint ({type(error).__name__}); delete {folder.name} to go on from the one before"
         ) from error
@@ -73,7 +73,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 
 def prune(folder: Path, keep: int, protect: str | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints; `protect` names one that stays."""
+    """Delete all checkpoints except the newest `keep`; `protect` names one more that stays."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     for path in found[:-keep]:
         if path.name != protect:

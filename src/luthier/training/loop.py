@@ -1,4 +1,4 @@
-"""The loop: one optimiser step after another over windows of micro-batches."""
+"""The training loop: one optimiser step for each window of micro-batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Window, count, mean_of
 from luthier.step.lab import Lab
 from luthier.step.order import Order, micro_batches
+from luthier.step.outcome import RenderedRows
 from luthier.step.probe import Probe
 from luthier.step.progress import Progress
 from luthier.step.settings import TrainSettings
@@ -34,13 +35,12 @@ from luthier.tasks.base import Draw
 from luthier.training import checkpoint
 from luthier.tuners.base import ParamGroup, Stats, Trainable, default_optimizer
 
-STAGES = ("select", "plan", "train")  # of a step, in the ledger
-NAN_STEPS = 10  # steps in a row without a finite loss after which a run that skips them stops as well
-Rows = Sequence[Mapping[str, Any]]
+STAGES = ("select", "plan", "train")  # stages of a step, in the ledger
+NAN_STEPS = 10  # a run that skips steps without a finite loss stops after this many such steps in a row
 
 
 class Wrapped(nn.Module):
-    """The module processes wrap: its forward *is* the objective, so that gradients are reduced whatever it calls."""
+    """The module that processes wrap. Its forward is the whole objective, so all gradients are reduced, whatever it calls."""
 
     def __init__(self, view: ModelView, objective: Objective, extra: nn.Module | None) -> None:
         super().__init__()
@@ -58,30 +58,30 @@ class Wrapped(nn.Module):
 
 
 class Interrupted(Exception):
-    """Asked to stop; the state is saved."""
+    """The run was asked to stop. Its state is saved."""
 
 
 class Loop:
     """Trains one stage.
 
-    compute   a method that changes the forward pass; it hears of every phase of this model from now on
+    compute   a method that changes the forward pass, in all phases of this model from now on
     rows      rendered rows: mappings as `collate` takes them
     evaluate  returns the loss on held-out rows; called every eval_steps
     on_step   called after each step with (entry, progress, total steps)
     stop      asked between steps; True saves and raises Interrupted
-    draw      the task's: what a row is in an epoch; None where it is the same in all of them
+    draw      from the task: makes an epoch's version of a row; None if rows are the same in all epochs
     """
 
     def __init__(
-        self, view: ModelView, rows: Rows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
+        self, view: ModelView, rows: RenderedRows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
         lab: Lab | None = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
         on_step: Callable[[dict[str, float], Progress, int], None] | None = None, stop: Callable[[], bool] = lambda: False,
         carried: Mapping[str, Tensor] | None = None, compute: Compute | None = None, accelerator: Accelerator | None = None,
         data_hash: str = "", draw: Draw | None = None,
     ) -> None:  # fmt: skip
         if not rows:
-            raise LuthierError("data.train: no row is left to train on; look at what was dropped with `luthier check`")
-        # The objective's state is this run's: one that an earlier run left in the same object stays there.
+            raise LuthierError("data.train: no row is left to train on; `luthier check` shows what was dropped")
+        # A copy, so that state which an earlier run left in the same object is not used here.
         self.view, self.rows, self.trainable, self.objective, self.settings = (
             view, rows, trainable, objective.fresh(), settings
         )  # fmt: skip
@@ -94,7 +94,7 @@ class Loop:
         self.data_hash, self.draw = data_hash, draw
         if compute is not None:
             view.phases.append(partial(compute.patch, view))
-        self._supervised = False  # whether some row was seen to be
+        self._supervised = False  # whether any row so far had a supervised token
         s = settings
         mixture = rows.mixture if isinstance(rows, TokenRows) else None
         self.order = Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle, mixture)
@@ -109,7 +109,7 @@ class Loop:
             groups = [*groups, ParamGroup(beside)]
         if not any(g.params for g in groups):
             raise LuthierError(
-                f"nothing trains: {self.objective.key()} adds no modules beside the frozen model; choose a tuner"
+                f"nothing trains: {self.objective.key()} adds no trained modules to the frozen model; choose a tuner"
             )
         self.optimizer = trainable.optimizer(groups, self._default_optimizer)
         self.scheduler = get_scheduler(
@@ -121,18 +121,18 @@ class Loop:
             for i in range(len(view.anatomy.blocks)):
                 view.block(i).compile(dynamic=True)
         wrapped = Wrapped(view, self.objective, self.extra)
-        if not s.torch_compile:  # a hook would cut every compiled block
+        if not s.torch_compile:  # a hook would split every compiled block
             view.meter.watch(wrapped)
         if self.accelerator.num_processes > 1:
-            # Where other weights train from window to window, a backward does not reach them all.
+            # If other weights train in each window, a backward pass does not reach all of them.
             self.accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=trainable.reselects)
             self.wrapped = self.accelerator.prepare_model(wrapped)
         else:
             self.wrapped = wrapped
 
     @staticmethod
-    def length(rows: Rows, settings: TrainSettings) -> int:
-        """Optimiser steps that a run over these rows takes."""
+    def length(rows: RenderedRows, settings: TrainSettings) -> int:
+        """The number of optimiser steps of a run over these rows."""
         s = settings
         return Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle).total
 
@@ -149,7 +149,7 @@ class Loop:
     # --- one step ---
 
     def _chosen(self, step: int) -> list[Mapping[str, Any]]:
-        """The rows of a step, as its epoch sees them."""
+        """The rows of a step, in this epoch's version."""
         rows = [self.rows[i] for i in self.order.rows(step)]
         return rows if self.draw is None else [self.draw(r, step // self.order.steps_per_epoch) for r in rows]
 
@@ -167,13 +167,13 @@ class Loop:
         )
 
     def _live(self, window: Window) -> tuple[list[Batch], float]:
-        """The forwards that have tokens, weight 1; a rank without any runs one row at weight 0, since every rank must
-        take part in the last backward."""
+        """The micro-batches that have tokens, with weight 1. A rank without any runs one row with weight 0, because every rank
+        must take part in the last backward pass."""
         live = [b for b in window.micro if b.num_tokens]
         if live:
             return live, 1.0
         idle = collate([self._chosen(window.clock.step)[0]]).to(self.view.device)
-        # The other ranks do not plan with this one, and what they keep is not changed by it.
+        # The other ranks do not plan together with this one, and their state does not change.
         objective = self.objective.fresh()
         window = replace(window, micro=[idle], gather=lambda x: x, total=lambda x: x, rank=0)
         return objective.plan(window, Probe(self.view, objective, self.extra))[0].micro, 0.0
@@ -190,7 +190,7 @@ class Loop:
         return dict(zip(keys, total.tolist(), strict=True))
 
     def step(self) -> dict[str, float]:
-        """One optimiser step; returns what to log. What it draws is this run's, by the recipe's seed."""
+        """Take one optimiser step. Returns the values to log. All random numbers come from this run's seed."""
         with self.generators.drawing():
             return self._step()
 
@@ -237,24 +237,24 @@ class Loop:
         return {**clock, **entry, **self.objective.report(), **counts}
 
     def _moved_by(self, window: Window, denominators: Mapping[str, float]) -> tuple[dict[str, float], bool]:
-        """What to log of a step, and whether a weight moved."""
+        """The values to log for a step, and whether a weight changed."""
         if self.trainable.steps_by_closure:
             return self._closure_step(window, denominators), True
         return self._gradient_step(window, denominators)
 
     def _passed_over(self, number: int) -> tuple[dict[str, float], bool]:
-        """A step whose window has nothing to learn, on any rank: no forward, no momentum, no decay; the clock goes on.
+        """Take a step whose window has no supervised token on any rank: no forward, no momentum, no decay; the schedule advances.
 
-        Raises LuthierError where no row at all is supervised.
+        Raises LuthierError if no row has a supervised token.
         """
         if not self._supervised:
             self._supervised = any(count([collate([row])])["sequences"] for row in self.rows)
         if not self._supervised:
-            raise LuthierError(f"step {number + 1}: no supervised token is in any row; look with `luthier check`")
+            raise LuthierError(f"step {number + 1}: no row has a supervised token; `luthier check` shows the rows")
         return {"learning_rate": self.scheduler.get_last_lr()[0]}, False
 
     def _next_rate(self, moved: bool) -> None:
-        # Torch takes a first step that is skipped for a mistake in the order of calls.
+        # If the first step is skipped, torch reports a wrong order of calls.
         skipped = warnings.catch_warnings(action="ignore", category=UserWarning)
         with contextlib.nullcontext() if moved else skipped:
             self.scheduler.step()
@@ -272,7 +272,7 @@ class Loop:
             with sync, self.view.phase("train"):
                 loss, named = self.wrapped(batch, denominators)
                 if backward and loss.requires_grad:
-                    # Denominators are global, and the wrapper averages over ranks: undo the average.
+                    # The denominators are global, and the wrapper averages over ranks. This factor undoes the average.
                     self.accelerator.backward(loss * (world * weight))
             total += weight * float(loss.detach())
             for k, v in named.items():
@@ -297,7 +297,7 @@ class Loop:
         return entry, moves
 
     def _closure_step(self, window: Window, denominators: Mapping[str, float]) -> dict[str, float]:
-        """For optimisers that only ask for losses: dropout off, no graph."""
+        """Take a step with an optimiser that only asks for losses: dropout off, no graph."""
         self.view.module.eval()
 
         def closure() -> float:
@@ -312,13 +312,13 @@ class Loop:
         if self.settings.on_nan == "stop" or self.progress.not_finite >= NAN_STEPS:
             raise LuthierError(
                 f"step {self.progress.step + 1}: loss {entry['loss']}, gradient norm {entry['grad_norm']}; "
-                "lower learning_rate, or set on_nan: skip to pass over single bad steps"
+                "lower learning_rate, or set on_nan: skip to skip single bad steps"
             )
 
     # --- the whole stage ---
 
     def run(self, deadline: float | None = None) -> Progress:
-        """Train to the end, from the newest whole checkpoint where there is one."""
+        """Train to the end, starting from the newest complete checkpoint if there is one."""
         self.resume()
         p, s = self.progress, self.settings
         while p.step < self.total_steps:
@@ -344,28 +344,28 @@ class Loop:
         return p
 
     def _step_within_memory(self) -> dict[str, float]:
-        """A step; where memory ends, the steps before it are saved and the keys that need less of it named."""
+        """Take a step. If memory ends, save the steps before it and name the keys that lower the memory."""
         try:
             return self.step()
-        except (MemoryError, RuntimeError) as error:  # torch's own is a RuntimeError
+        except (MemoryError, RuntimeError) as error:  # torch's own error is a RuntimeError
             ended = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
             if not ended:
                 raise
             self.optimizer.zero_grad(set_to_none=True)
             self.save()
             raise LuthierError(
-                f"memory ended in step {self.progress.step + 1}, in the activations of up to "
+                f"out of memory in step {self.progress.step + 1}, in the activations of up to "
                 f"{self.settings.tokens_per_forward} tokens; the steps before it are saved: lower tokens_per_forward "
-                "or set gradient_checkpointing: true, and go on"
+                "or set gradient_checkpointing: true, and run again"
             ) from error
 
     def _asked_to_stop(self, deadline: float | None) -> bool:
-        """True on every rank as soon as one was asked: they must leave after the same step."""
+        """True on all ranks once one rank was asked to stop: they must stop after the same step."""
         asked = self.stop() or (deadline is not None and time.monotonic() > deadline)
         return self._reduce({"stop": float(asked)})["stop"] > 0
 
     def _evaluated(self) -> bool:
-        """Evaluate, remember the best state, and say whether to stop early."""
+        """Evaluate, remember the best state, and return whether to stop early."""
         assert self.evaluate is not None
         p = self.progress
         with Generators(Streams(self.settings.seed), "evaluate", p.step).drawing():
@@ -384,7 +384,7 @@ class Loop:
     # --- checkpoints ---
 
     def save(self, folder: Path | None = None) -> None:
-        """Write a whole checkpoint; every rank calls, the first writes."""
+        """Write a complete checkpoint. Every rank calls this; the first one writes."""
         folder = folder or self.folder
         if folder is None:
             return
@@ -410,7 +410,7 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
-        """Take up the newest whole checkpoint; False where there is none."""
+        """Continue from the newest complete checkpoint. Returns False if there is none."""
         found = None if self.folder is None else checkpoint.newest(self.folder)
         if found is None:
             return False
@@ -420,7 +420,7 @@ class Loop:
     def _restore(self, folder: Path, whole: bool) -> None:
         saved = checkpoint.load(folder)
         if saved["state"]["data_hash"] != self.data_hash:
-            raise LuthierError(f"{folder}: was made on other rows than data.train has now; use --fresh to start over")
+            raise LuthierError(f"{folder}: was made with other rows than data.train has now; use --fresh to start over")
         try:
             self._take_up(saved, whole)
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
@@ -438,7 +438,7 @@ class Loop:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])
             ranks, rank = saved["rng"]["ranks"], self.accelerator.process_index
-            if rank < len(ranks):  # one that was not there before has a course of its own by the seed
+            if rank < len(ranks):  # a rank that is new in this run starts its generators from the seed
                 self.generators.states = ranks[rank]
             known = Progress.__dataclass_fields__
             self.progress = Progress(**{k: v for k, v in saved["state"].items() if k in known})

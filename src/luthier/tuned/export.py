@@ -1,4 +1,4 @@
-"""Exports: a merged Hugging Face folder, a peft adapter, a GGUF file; each read back and compared before it counts."""
+"""Exports: a merged Hugging Face folder, a peft adapter, a GGUF file. Each is read back and compared."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ FORMS = ("hf", "peft", "gguf")
 def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dict[str, Any]:
     """Write a finished run, a merge, or what a collaboration gave, in another form; returns where and how far off it is.
 
-    A 4-bit run is merged into the whole weights it was made from.
-    Raises LuthierError where the form cannot hold the update, or what was written differs from what was tuned.
+    A 4-bit run is merged into the original weights.
+    Raises LuthierError if the form cannot hold the update, or if the export differs from the tuned model.
     """
     if to not in FORMS:
         raise LuthierError(f"--to {to!r}: there are {', '.join(FORMS)}")
@@ -41,7 +41,7 @@ def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dic
         raise LuthierError(
             f"--to {to}: cannot hold a model tuned for {task.key()}; use {' or '.join(task.export_forms)}"
         )
-    if to != "hf":  # peft and GGUF round in other places than we do: what both say without rounding is compared
+    if to != "hf":  # peft and GGUF round in other places than luthier, so the outputs without rounding are compared
         run.view.widen()
     probe = probe_of(run.renderer.tokenizer)
     with run.update.bind(run.view):
@@ -53,15 +53,15 @@ def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dic
         off = difference(written, tuned)
         if off > TOLERANCE[torch.float16 if to == "gguf" else run.view.dtype]:
             raise LuthierError(
-                f"{output}: what was written differs from what was tuned by {off:.3g} of the largest logit; it was removed"
+                f"{output}: the export differs from the tuned model by {off:.3g} of the largest logit; it was removed"
             )
         if difference(written, base) == 0.0:
-            raise LuthierError(f"{output}: what was written equals the base; nothing was exported")
+            raise LuthierError(f"{output}: the export equals the base model; nothing was exported")
     return {"folder": str(output), "form": to, "difference": off}
 
 
 def push_to_hub(folder: Path, name: str) -> str:
-    """Upload an export to a Hub id, private until its owner says otherwise; returns its address."""
+    """Upload an export to a Hub id, as a private repository. Returns its address."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
@@ -76,7 +76,7 @@ def push_to_hub(folder: Path, name: str) -> str:
 
 
 def _merged(run: Tuned) -> PreTrainedModel:
-    """The model with the update in its weights."""
+    """The model with the update merged into its weights."""
     if why := run.update.refusal(run.view.module):
         raise LuthierError(f"{run.folder}: {why}; use the run folder itself")
     run.update.merge_into(run.view.module)
@@ -88,7 +88,7 @@ def _peft(run: Tuned, output: Path, name: str) -> nn.Module:
 
     files = [run.folder / n for n in ("adapter_config.json", "adapter_model.safetensors")]
     if not all(f.exists() for f in files):
-        raise LuthierError(f"{run.folder}: holds no low-rank adapter, the only form peft shares; use --to hf")
+        raise LuthierError(f"{run.folder}: holds no low-rank adapter, and peft supports no other form; use --to hf")
     for file in (*files, run.folder / "README.md"):
         shutil.copy(file, output / file.name)
     return PeftModel.from_pretrained(run.view.module, str(output))
@@ -119,7 +119,7 @@ _NAMES = {
 
 
 def gguf_name(name: str) -> str:
-    """llama.cpp's name of a Llama parameter. Raises LuthierError for one it has none for."""
+    """llama.cpp's name of a Llama parameter. Raises LuthierError if it has none."""
     fixed = {
         "model.embed_tokens.weight": "token_embd.weight",
         "model.norm.weight": "output_norm.weight",
@@ -144,7 +144,7 @@ def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
 def _gguf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
     import gguf
 
-    config = run.view.module.config  # merging writes the numbers of a smaller model into it
+    config = run.view.module.config  # merging writes the sizes of a smaller model into it
     if config.model_type != "llama":
         raise LuthierError(
             f"export --to gguf: {config.model_type} models are not supported, only llama-type ones; use --to hf"

@@ -12,7 +12,7 @@ from luthier.tuned.members import members_of, refuse_unsuited
 
 
 def inspect(folders: Sequence[Path], method: Inspector | None = None, allow_code: bool = False) -> Finding:
-    """Look into finished runs, merges, gifts of a collaboration, or adapters, all of one base. A 4-bit base is loaded whole.
+    """Look into finished runs, merges, results of a collaboration, or adapters, all of one base. A 4-bit base is loaded whole.
 
     method      Norms where none is given
     allow_code  import the classes that the folders' recipes name

@@ -51,7 +51,7 @@ class Members:
 
 
 def members_of(folders: Sequence[Path], allow_code: bool = False) -> Members:
-    """Folders of finished runs, merges, gifts and adapters.
+    """Folders of finished runs, merges, results of a collaboration and adapters.
 
     Raises LuthierError for a folder that is none of these or comes twice, and where bases, tasks or classes differ.
     """
@@ -123,9 +123,9 @@ def _other_base(folder: Path, base: Fingerprint, first: object, its: Fingerprint
 
 def _refuse_other_use(first: tuple[str, Use], other: tuple[str, Use]) -> None:
     (name, use), (other_name, other_use) = first, other
-    task, other_task = use.recipe.task.key(), other_use.recipe.task.key()
-    if task != other_task:
-        raise LuthierError(f"{other_name}: was tuned for {other_task}, {name} for {task}; take members of one task")
+    tuned_for, other_for = use.recipe.task.key(), other_use.recipe.task.key()
+    if tuned_for != other_for:
+        raise LuthierError(f"{other_name}: was tuned for {other_for}, {name} for {tuned_for}; take members of one task")
     if use.classes != other_use.classes:
         raise LuthierError(
             f"{other_name}: its classes are {', '.join(other_use.classes)}, those of {name} {', '.join(use.classes)}; "

@@ -29,7 +29,7 @@ def merge(
     """Merge the updates in these folders and write what a run leaves into a new one: update, tokenizer, model card, and the
     whole model where most weights changed. Returns where it is, how it was made, and how far off it was when it was read back.
 
-    folders     of finished runs, merges, gifts of a collaboration, or adapters; the model is asked as the first of them is
+    folders     of finished runs, merges, results of a collaboration, or adapters; the model is asked as the first is
     method      Linear, which takes their mean, where none is given
     allow_code  import the classes that the members' recipes name
     Raises LuthierError, before any tensor is read, for fewer than two members, for members of different bases or tasks, for a

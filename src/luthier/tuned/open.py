@@ -34,7 +34,7 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuned:
-    """A recipe, its base model, and what was learnt. Of a collaboration's gift the recipe holds no rows.
+    """A recipe, its base model, and what was learnt. The recipe of a collaboration's result holds no rows.
 
     lab  the services around the base model
     """
@@ -48,14 +48,14 @@ class Tuned:
 
 
 def state_of(folder: Path) -> dict[str, Any]:
-    """run.json of a finished run. Raises LuthierError for a folder that is none."""
+    """run.json of a finished run. Raises LuthierError for another folder."""
     file = folder / "run.json"
     try:
         state: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         if not file.exists() and (folder / "update.json").exists():
             raise LuthierError(
-                f"{folder}: holds an update, and nothing that says how it is used; open it with luthier.load, or peft"
+                f"{folder}: holds an update without a recipe; open it with luthier.load, or peft"
             ) from error
         raise LuthierError(
             f"{folder}: is not a finished run ({file.name} cannot be read); give the folder of one"
@@ -72,7 +72,7 @@ def state_of(folder: Path) -> dict[str, Any]:
 def use_of(folder: Path, allow_code: bool, rows: str | None = None) -> Use:
     """How the model in a folder is used. Raises LuthierError for a folder that does not say it.
 
-    rows  to be scored, in place of the recipe's data.eval
+    rows  rows to score, instead of the recipe's data.eval
     """
     given = given_in(folder)
     if given is not None:
@@ -120,7 +120,7 @@ def lab_of(use: Use, quantize: bool = True) -> Lab:
 def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> Tuned:
     """Load a finished run, a merge, or what a collaboration gave: its base model and its update.
 
-    quantize  False: the whole weights even where the run held them in 4 bits
+    quantize  False: use the original weights even if the run held them in 4 bits
     Raises LuthierError for a folder that is none of these.
     """
     use = use_of(folder, allow_code)
@@ -131,13 +131,13 @@ def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> T
 def answers(
     folder: Path, prompts: list[str], max_new_tokens: int, base_too: bool = False, allow_code: bool = False
 ) -> list[dict[str, Any]]:
-    """What the tuned model says to each prompt, or which class it takes a text for; with `base_too` also what the base
-    says.
+    """The tuned model's answer to each prompt, or the class of a text; with `base_too` also the answer of the base
+    model.
     """
     run = open_run(folder, allow_code)
     task, lab = run.recipe.task, run.lab
     if base_too and not task.untuned_answers:
-        raise LuthierError("--base: the untouched model has no trained head, so it has no answer")
+        raise LuthierError("--base: the base model has no trained head, so it has no answer")
     rows = [{"prompt": p} for p in prompts]
     codec, words = run.recipe.codec, [str(run.recipe.codec.encode(values)["prompt"]) for values in rows]
     before = task.replies(run.view, lab, words, max_new_tokens) if base_too else []
@@ -150,11 +150,11 @@ def answers(
 
 
 def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = False) -> dict[str, Any]:
-    """The tuned model on rows: those of the recipe's data.eval, or `data`."""
+    """Scores of the tuned model on rows: those of the recipe's data.eval, or `data`."""
     rows = data if data is None or data.startswith("builtin:") else str((split_base / data).resolve())
     recipe, base, _ = use_of(folder, allow_code, rows)
     if recipe.data.eval is None:
-        raise LuthierError(f"{folder}: nothing says which rows are held out (data.eval); name rows with --data")
+        raise LuthierError(f"{folder}: the recipe names no held-out rows (data.eval); name rows with --data")
     ready = make_ready(recipe, folder, base)
     update = load(folder)
     with update.bind(ready.view):

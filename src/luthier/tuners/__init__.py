@@ -1,4 +1,4 @@
-"""Which weights move, and in which form."""
+"""Tuners: which weights are trained, and in which form."""
 
 from luthier.support.lazy import lazy
 

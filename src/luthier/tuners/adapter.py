@@ -35,11 +35,11 @@ class Adapter(Tuner):
     )
 
     rank: int = Field(128, ge=1)
-    """Inner width; at most a quarter of the hidden size is sensible."""
+    """Inner width; at most a quarter of the hidden size makes sense."""
     init_std: float = Field(0.0002, ge=0)
     """Standard deviation of both matrices at the start."""
     seed: int = 0
-    """For the start; give every student its own."""
+    """Seed for the start; use another one for each student."""
 
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None

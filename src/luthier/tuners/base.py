@@ -1,4 +1,4 @@
-"""The tuner seam: which weights move, and in which form."""
+"""The base classes of tuners: which weights are trained, and in which form."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 
 
 class ParamGroup(NamedTuple):
-    """Tensors with a learning-rate factor; weight_decay None takes the run's."""
+    """Tensors with a learning-rate factor; weight_decay None means the run's."""
 
     params: list[nn.Parameter]
     lr_factor: float = 1.0
     weight_decay: float | None = None
-    learning_rate: float | None = None  # in place of the run's
+    learning_rate: float | None = None  # replaces the run's learning rate
 
 
 class Stats(NamedTuple):
-    """Numbers of the window that is about to be stepped on: mean loss, global gradient norm."""
+    """Numbers about the window before the optimiser step: mean loss, global gradient norm."""
 
     loss: float
     grad_norm: float
 
 
 def default_optimizer(groups: list[ParamGroup], lr: float, **kwargs: Any) -> Optimizer:
-    """AdamW over parameter groups; fused where torch has it."""
+    """AdamW over parameter groups; the fused version if torch has it."""
     return torch.optim.AdamW(as_dicts(groups, lr), lr=lr, fused=True, **kwargs)
 
 
 def as_dicts(groups: list[ParamGroup], lr: float) -> list[dict[str, Any]]:
-    """torch's form of the groups: rates multiplied out."""
+    """The groups in torch's form, with learning rates multiplied out."""
     out = []
     for g in groups:
         entry: dict[str, Any] = {"params": g.params, "lr": (g.learning_rate or lr) * g.lr_factor}
@@ -67,10 +67,10 @@ def by_decay(params: Iterable[nn.Parameter]) -> list[ParamGroup]:
 
 
 class Tuner(Method):
-    """Chooses what is trained. `attach` is all it takes to use one in a loop of your own."""
+    """Chooses what is trained. Your own training loop needs only `attach`."""
 
     def check(self, facts: Facts) -> list[Problem]:
-        """With what is known of the model: its layers and their shapes, before any weight."""
+        """Problems that can be seen without weights, from the model's layers and their shapes."""
         found, anatomy = super().check(facts), facts.anatomy
         if anatomy is None:
             return found
@@ -83,7 +83,7 @@ class Tuner(Method):
         return found
 
     def check_model(self, anatomy: Anatomy) -> None:
-        """Raises LuthierError for a model of which the tuner cannot train what it is asked to."""
+        """Raises LuthierError if the tuner cannot train what it should in this model."""
         targets = getattr(self, "targets", None)
         if targets is not None:
             anatomy.match(targets)
@@ -91,41 +91,41 @@ class Tuner(Method):
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> Trainable:
-        """Prepare the model for training and return what moves.
+        """Prepare the model for training and return the trainable.
 
-        total_steps  all optimiser steps of the run; methods with a schedule of their own refuse None
+        total_steps  all optimiser steps of the run; methods with their own schedule refuse None
         """
         raise NotImplementedError
 
     def in_stage(self, number: int) -> Tuner:
-        """The tuner for its `number`-th stage in a pipeline, from 0. Methods that draw anew for each stage differ."""
+        """The tuner for its `number`-th stage in a pipeline, from 0. Methods that draw weights anew for each stage change it."""
         return self
 
     def selections(self, total_steps: int) -> int:
-        """How often a run of so many steps chooses what trains, where that is work that the ledger counts."""
+        """How often a run of so many steps chooses the trained weights, if the ledger counts that work."""
         return 0
 
 
 class Trainable:
-    """What moves during training. Subclasses override what they need; the defaults do nothing.
+    """The trained weights of a model, and the work around a step. Subclasses override what they need; defaults do nothing.
 
-    In a loop of your own: `optimizer(groups(), ...)` or any optimiser over `parameters()`; then, each step,
+    In your own loop: use `optimizer(groups(), ...)` or any optimiser over `parameters()`. Call in each step
     `before_window`, backward, `after_backward`, `before_step`, the optimiser's step, `after_step`.
     """
 
     steps_by_closure = False  # True: the optimiser's step gets a closure that evaluates the loss without gradient
-    reselects = False  # True: which tensors want a gradient changes from window to window
-    reads_rows = False  # True: rows' gradients decide what trains, beside moving it, which no clipping of theirs bounds
-    attach_flops = attach_seconds = 0.0  # that attaching took: a first choice of what trains
+    reselects = False  # True: the tensors that need a gradient change from window to window
+    reads_rows = False  # True: gradients of rows also decide which weights train; clipping them does not limit that
+    attach_flops = attach_seconds = 0.0  # costs of attaching: a first choice of trained weights
 
     def __init__(self, view: ModelView) -> None:
         self.view = view
-        self.base = view.base  # before anything moves
+        self.base = view.base  # before any weight changes
         self._flags = {p: p.requires_grad for p in view.module.parameters()}
         view.phases.append(self.phase)
         self._undo: list[Undo] = []
-        self._withouts: list[Without] = []  # of what this does to the model, in the order it was done
-        self.writes: set[str] = set()  # names of parameters that get other numbers
+        self._withouts: list[Without] = []  # of the changes to the model, in their order
+        self.writes: set[str] = set()  # names of parameters whose values it changes
         self._owned = False
         view.attached.append(self)
 
@@ -134,7 +134,7 @@ class Trainable:
             p.requires_grad_(False)
 
     def own(self, inner: Trainable) -> None:
-        """Take another trainable as a part of this one, which answers for it from now on."""
+        """Take over another trainable as a part of this one."""
         attached = self.view.attached
         if attached.index(inner) < attached.index(self):
             self._flags |= inner._flags
@@ -143,9 +143,9 @@ class Trainable:
         self.put(Change(inner.detach, inner.base_view), inner.writes)
 
     def put(self, change: Change, writes: Iterable[str] = ()) -> None:
-        """Answer for a change to the model: `detach` undoes it, `base_view` leaves it out.
+        """Register a change to the model: `detach` undoes it, `base_view` leaves it out.
 
-        writes  names of the parameters that it gives other numbers
+        writes  names of the parameters whose values it changes
         """
         self._undo.append(change.undo)
         self._withouts.append(change.without)
@@ -154,7 +154,7 @@ class Trainable:
     def base_view(self) -> AbstractContextManager[None]:
         """A scope in which the model computes as it did before this was attached; see `ModelView.without_update`.
 
-        Override it, or `put` every change. Raises LuthierError where neither was done.
+        Override it, or `put` every change. Raises LuthierError if neither was done.
         """
         if not self._withouts:
             raise LuthierError(
@@ -174,24 +174,24 @@ class Trainable:
         return default(groups)
 
     def before_window(self, window: Window, probe: Probe) -> None:
-        """Before a step's first forward: choose again what trains."""
+        """Called before a step's first forward pass: may choose the trained weights again."""
 
     def after_backward(self) -> None:
-        """After a step's last backward: put gradients where the optimiser looks."""
+        """Called after a step's last backward pass: moves gradients to where the optimiser reads them."""
 
     def before_step(self, stats: Stats) -> bool:
         """False skips the step."""
         return True
 
     def after_step(self, clock: Clock) -> None:
-        """After the optimiser moved: write trained values back into the model. clock.step counts this step."""
+        """Called after the optimiser's step: writes trained values back into the model. clock.step counts this step."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Entered around every forward, with its purpose: "train", "score" or "generate"."""
+        """Entered around every forward pass, with its purpose: "train", "score" or "generate"."""
         return nullcontext()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything that a resumed run needs beside the optimiser's own state."""
+        """Everything that a resumed run needs besides the optimiser's own state."""
         return {str(i): p.detach() for i, p in enumerate(self.parameters())}
 
     @torch.no_grad()
@@ -199,17 +199,17 @@ class Trainable:
         for i, p in enumerate(self.parameters()):
             p.copy_(state[str(i)])
 
-    def go_on(self, state: dict[str, Tensor]) -> None:
-        """Take up the state in which an earlier stage of the same tuner ended."""
+    def continue_from(self, state: dict[str, Tensor]) -> None:
+        """Continue from the state in which an earlier stage of the same tuner ended."""
         self.load_state_dict(state)
 
     def update(self) -> Update:
         raise NotImplementedError
 
     def detach(self) -> None:
-        """Take everything out again: the base is bit-identical to what it was.
+        """Remove everything from the model: the base is bit-identical to what it was.
 
-        Raises LuthierError, before anything is done, where something that came later wrote over the same weights.
+        Raises LuthierError, before it changes anything, if a later change wrote over the same weights.
         """
         if not self._owned:
             self.view.refuse_out_of_turn(self)
@@ -222,7 +222,7 @@ class Trainable:
             self._give_back_flags()
 
     def _give_back_flags(self) -> None:
-        """Which tensors want a gradient is what it was before this came; what came later and stays keeps its own way."""
+        """Restore which tensors need a gradient, except for tensors that a later change still uses."""
         attached = self.view.attached
         if self not in attached:
             return
@@ -238,8 +238,8 @@ class Trainable:
 
 
 class DenseTrainable(Trainable):
-    """Whole tensors trained in place: float32 masters beside low-precision weights, written back with seeded
-    stochastic rounding. What was overwritten is kept, so that detaching restores it bit for bit.
+    """Whole tensors trained in place: float32 masters beside low-precision weights, written back with stochastic rounding
+    from the seed. The overwritten values are kept, so that detaching restores them bit for bit.
     """
 
     def __init__(self, view: ModelView, names: list[str], seed: int = 0, freeze: bool = True) -> None:
@@ -287,7 +287,7 @@ class DenseTrainable(Trainable):
         self._write(self._moved)
 
     def _write(self, names: Iterable[str]) -> None:
-        """Masters into the model. Only those that moved: a frozen tensor must not be rounded anew."""
+        """Write masters into the model, but only those that changed: a frozen tensor must not be rounded again."""
         for n in names:
             p, master = self.view.weight(n), self._masters[n]
             if p is not master:
@@ -296,7 +296,7 @@ class DenseTrainable(Trainable):
                 )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masters, and the rounded weights where they are not the masters themselves."""
+        """Masters, and the rounded weights if these are not the masters themselves."""
         weights = {n: self.view.weight(n) for n in self._masters}
         out = {f"master.{n}": m.detach() for n, m in self._masters.items()}
         out |= {f"weight.{n}": p.detach() for n, p in weights.items() if p is not self._masters[n]}
@@ -315,8 +315,8 @@ class DenseTrainable(Trainable):
 
     @torch.no_grad()
     def parts(self, whole: Collection[str] = ()) -> tuple[Part, ...]:
-        """Differences to the base. The parameters in `whole` did not start from it, and a task head is drawn anew at every
-        load, so these are replaced as they are.
+        """Differences to the base. Parameters in `whole` did not start from the base, and a task head is random at every load, so
+        these are replaced as whole tensors.
         """
         replaced = {*whole, *self.view.anatomy.task_head} & self._masters.keys()
         changes = {n: (m - self._stored[n].float()).cpu() for n, m in self._masters.items() if n not in replaced}
@@ -326,7 +326,7 @@ class DenseTrainable(Trainable):
 
 
 class WithHead(Trainable):
-    """A tuner's trainable beside a task head that has no pre-trained weights, and so must be learnt by any tuner.
+    """A tuner's trainable together with a task head. The head has no pre-trained weights, so every tuner must train it.
 
     The head is part of the Update as a replaced tensor.
     """
@@ -365,7 +365,7 @@ class WithHead(Trainable):
         self.head.after_step(clock)
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        return nullcontext()  # the inner one hears of it by itself
+        return nullcontext()  # the inner trainable's phase is entered separately
 
     def state_dict(self) -> dict[str, Tensor]:
         inner = {f"inner.{k}": t for k, t in self.inner.state_dict().items()}
@@ -375,8 +375,8 @@ class WithHead(Trainable):
         self.inner.load_state_dict(_below("inner.", state))
         self.head.load_state_dict(_below("head.", state))
 
-    def go_on(self, state: dict[str, Tensor]) -> None:
-        self.inner.go_on(_below("inner.", state))
+    def continue_from(self, state: dict[str, Tensor]) -> None:
+        self.inner.continue_from(_below("inner.", state))
         self.head.load_state_dict(_below("head.", state))
 
     def update(self) -> Update:
@@ -394,7 +394,7 @@ def _below(start: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def with_head(trainable: Trainable, head: list[str]) -> Trainable:
-    """The same, learning the task head too where the tuner does not already."""
+    """The trainable, with the task head added if the tuner does not train it already."""
     trained = {id(p) for p in trainable.parameters()}
     view = trainable.view
     missing = [n for n in head if id(view.weight(n)) not in trained and not view.weight(n).requires_grad]

@@ -1,4 +1,4 @@
-"""DePT: a shorter soft prompt, and low-rank offsets on the embeddings of the prompt's tokens."""
+"""DePT: a shorter soft prompt, and low-rank offsets of the embeddings of the prompt's tokens."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def scale(alpha: float, rank: int) -> float:
 
 
 class Dept(Tuner):
-    """Train `length` vectors before the input and a rank-r offset by position on the prompt tokens' embeddings.
+    """Train `length` vectors before the input, and a rank-r offset for each position of the prompt tokens' embeddings.
 
-    Same number of trained values as a plain soft prompt of `budget_length` vectors, with fewer tokens to pay for. The
-    offset starts at zero. Positions count real tokens of the sequence, so padding changes nothing, and offsets are on
-    the prompt side only, so training and generation see the same inputs (the official decoder path does neither).
+    It trains as many numbers as a plain soft prompt of `budget_length` vectors, but adds fewer tokens to each sequence. The
+    offset starts at zero. Positions count the real tokens of a sequence, so padding changes nothing. Offsets are on the
+    prompt side only, so training and generation have the same inputs (in the official code for decoders neither is true).
     Cost: `length` more tokens a sequence; activation gradients through all blocks, no weight gradients.
     Refuses: budgets that leave no rank.
     """
@@ -50,23 +50,23 @@ class Dept(Tuner):
     )
 
     budget_length: int = Field(20, ge=1)
-    """Length of the plain soft prompt whose number of values is matched (l)."""
+    """Length of the plain soft prompt with the same number of trained values (l)."""
     length: int = Field(12, ge=0)
     """Vectors before the input (m)."""
     max_length: int = Field(64, ge=1)
     """Prompt positions that get an offset (s); later ones get none."""
     rank: int | None = Field(None, ge=0)
-    """Rank of the offsets; None takes the largest within the budget, 0 means none: plain prompt tuning."""
+    """Rank of the offsets; null: the largest within the budget, 0: none (plain prompt tuning)."""
     alpha: float = Field(8.0, gt=0)
     """Offsets are multiplied by alpha / sqrt(rank)."""
     prompt_learning_rate: float = Field(1e-2, gt=0)
-    """Rate of the vectors; embeddings of T5 want 0.3, those of Llama-like models far less."""
+    """Learning rate of the vectors; embeddings of T5 need 0.3, those of Llama-like models much less."""
     offset_learning_rate: float = Field(5e-4, gt=0)
-    """Rate of the offsets' two matrices."""
+    """Learning rate of the offsets' two matrices."""
     init_text: str = "classify the text"
-    """Its embeddings, repeated or cut, start the vectors; without a tokenizer random rows of the table do."""
+    """The vectors start from the embeddings of this text, repeated or cut; without a tokenizer from random rows of the table."""
     seed: int = 0
-    """For the start of A."""
+    """Seed for the start of A."""
 
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)

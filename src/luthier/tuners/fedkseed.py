@@ -1,4 +1,4 @@
-"""FedKSeed: tune all weights with forward passes only; what is learnt is one number for each of K agreed seeds."""
+"""FedKSeed: tune all weights with forward passes only. The result is one number for each of K agreed seeds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HISTORY_CLIP = 1000.0
 
 
 def seed_pool(count: int, master: int) -> np.ndarray:
-    """[K] distinct int64 seeds in [1, 1e11), generated from one master seed on every party alike."""
+    """[K] distinct int64 seeds in [1, 1e11), generated from one master seed in the same way on every party."""
     generator = np.random.default_rng(master)
     seeds: dict[int, None] = {}
     while len(seeds) < count:
@@ -38,7 +38,7 @@ def seed_pool(count: int, master: int) -> np.ndarray:
 
 
 def projected_gradient(loss_plus: float, loss_minus: float, epsilon: float) -> float:
-    """(L+ - L-) / 2 epsilon, rounded to the float32 that travels, so that every party uses the same number."""
+    """(L+ - L-) / 2 epsilon, rounded to the float32 that is sent, so that every party uses the same number."""
     return float(np.float32((float(loss_plus) - float(loss_minus)) / (2 * epsilon)))
 
 
@@ -86,7 +86,7 @@ class ZerothOrder(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float:  # type: ignore[override]
         if closure is None:
-            raise TypeError("FedKSeed asks for losses: call step with a closure that returns one")
+            raise TypeError("FedKSeed needs losses: call step with a closure that returns one")
         lr = self.param_groups[0]["lr"]
         if lr != self.client.learning_rate:
             raise LuthierError("fedkseed: its replay needs a constant learning rate")
@@ -96,12 +96,12 @@ class ZerothOrder(Optimizer):
 class FedKSeed(Tuner):
     """The client's side: two forward passes a step, no gradient, no optimiser state.
 
-    Each step draws one of `num_seeds` agreed seeds; z(seed) is a random direction over all weights, made again whenever
-    it is needed. The Update is seeds and scalars, and rebuilding the model from them is exact up to rounding.
-    z is keyed by seed and tensor and drawn on the CPU in float32, so that parties with other devices agree (the
-    official code draws on the GPU in the model's precision, and one generator walks all tensors).
+    Each step draws one of `num_seeds` agreed seeds. z(seed) is a random direction over all weights; it is made again whenever
+    it is needed. The update is seeds and scalars; rebuilding the model from them is exact up to rounding. z is keyed by seed and
+    tensor and drawn on the CPU in float32, so parties with other devices get the same z (the official code draws on the
+    GPU in the model's precision, with one generator for all tensors).
     Cost: two forwards and three noise passes a step; memory of inference.
-    Refuses: weight decay and rate schedules, which would break the replay.
+    Refuses: weight decay and learning-rate schedules, because they would make the replay wrong.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -113,13 +113,13 @@ class FedKSeed(Tuner):
     )  # fmt: skip
 
     num_seeds: int = Field(4096, ge=1)
-    """Directions agreed on (K)."""
+    """Number of agreed directions (K)."""
     epsilon: float = Field(5e-4, gt=0)
-    """Size of the perturbation; float32 wants 5e-4."""
+    """Size of the perturbation; float32 needs 5e-4."""
     seed_pool: int = Field(0, ge=0)
-    """Master seed of the K seeds, equal on all parties."""
+    """Master seed of the K seeds; it must be equal on all parties."""
     seed: int = Field(0, ge=0)
-    """For this party's draws among them."""
+    """Seed for this party's draws among them."""
 
     def check(self, facts: Facts) -> list[Problem]:
         problems, s = super().check(facts), facts.settings
@@ -161,12 +161,12 @@ class FedKSeedTrainable(Trainable):
         self.start = {n: view.weight(n).detach().clone() for n in self.names}
         self.put(Change(self._restore, self._stored_weights), self.names)
         low = any(t.dtype != torch.float32 for t in self.start.values())
-        # In low precision a perturbation does not come off again exactly: keep float32 weights and round once.
+        # In low precision a perturbation cannot be removed exactly: keep float32 weights and round once.
         self.masters = {n: t.float() for n, t in self.start.items()} if low else None
         self.scalars = torch.zeros(tuner.num_seeds, dtype=torch.float64)
         self.learning_rate = 0.0
         self.steps = 0
-        self.observed: list[tuple[int, float]] = []  # (seed index, scalar), what Pro's server learns from
+        self.observed: list[tuple[int, float]] = []  # (seed index, scalar): Pro's server learns from these
 
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup([self.view.weight(n) for n in self.names])]
@@ -206,7 +206,7 @@ class FedKSeedTrainable(Trainable):
         return (plus + minus) / 2
 
     def state_dict(self) -> dict[str, Tensor]:
-        # The weights as they stand, not only the scalars: a resumed run must go on bit for bit.
+        # The current weights too, not only the scalars: a resumed run must continue bit for bit.
         weights = {n: (self.view.weight(n) if self.masters is None else self.masters[n]) for n in self.names}
         out = {f"weight.{n}": t.detach() for n, t in weights.items()}
         index = torch.tensor([i for i, _ in self.observed], dtype=torch.int64)

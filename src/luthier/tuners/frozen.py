@@ -1,4 +1,4 @@
-"""Nothing of the model moves: for stages that train heads beside it, or only measure."""
+"""Train nothing of the model: for stages that train heads, or only measure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from luthier.update import Update
 
 
 class Frozen(Tuner):
-    """Train no weight of the model; what an objective adds beside it still trains.
+    """Train no weight of the model. Modules that an objective adds still train.
 
     Cost: no weight gradient, no optimiser state for the model.
     """

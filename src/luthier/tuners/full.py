@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight moves."""
+"""Full fine-tuning: every weight is trained."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from luthier.tuners.base import DenseTrainable, Tuner, as_view
 class Full(Tuner):
     """Train every weight, from float32 masters.
 
-    The model keeps its precision; after each step the masters are written into it with seeded stochastic rounding,
-    since rounding to nearest swallows small changes.
-    Cost: about 6 P FLOPs a token; 16 bytes a weight beside the model's own.
+    The model keeps its precision. After each step, the masters are written into it with stochastic rounding from the seed,
+    because rounding to the nearest value would lose small changes.
+    Cost: about 6 P FLOPs a token; 16 bytes for each weight, besides the model itself.
     """
 
     traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}), needs=frozenset({"plain_weights"}), linear=True)
@@ -27,9 +27,9 @@ class Full(Tuner):
     )
 
     train_embeddings: bool = True
-    """False leaves the token embeddings as they are (and the head, where it is tied to them)."""
+    """False keeps the token embeddings fixed (and the head, if it is tied to them)."""
     seed: int = Field(0, ge=0)
-    """For stochastic rounding."""
+    """Seed for stochastic rounding."""
 
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None

@@ -1,4 +1,4 @@
-"""GreenTrainer: choose the tensors whose training lowers the loss most for a stated share of the FLOPs."""
+"""GreenTrainer: train the tensors that lower the loss most, within a given share of the FLOPs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Item(NamedTuple):
 
 
 class CostModel(NamedTuple):
-    """Multiply-adds of one batch, elementwise work neglected.
+    """Multiply-adds of one batch, without elementwise work.
 
     items           every parameter but a task head's
     through         level -> cost of passing the activation gradient through its matrices
@@ -81,7 +81,7 @@ class CostModel(NamedTuple):
         return self.head + above + (cores + own) * self.core
 
     def backward(self, selected: Sequence[str]) -> int:
-        """bp(m): weight gradients of the selected tensors and every activation gradient on the way to them."""
+        """bp(m): weight gradients of the selected tensors, and all activation gradients on the way to them."""
         chosen = [x for x in self.items if x.name in set(selected)]
         if not chosen:
             return 0
@@ -133,7 +133,7 @@ def cost_model(anatomy: Anatomy, tokens: int, pairs: int, sequences: int) -> Cos
         elif re.search(r"(embed_positions|wpe|position_embeddings|token_type_embeddings|embeddings\.LayerNorm)", name):
             items.append(Item(name, 0, 0))
         else:
-            raise LuthierError(f"green-trainer does not know where {name} stands in the forward pass")
+            raise LuthierError(f"green-trainer does not know the place of {name} in the forward pass")
     core = pairs * anatomy.num_heads * anatomy.head_dim
     attention = frozenset(i * _PLACES + 1 + _QKV for i in range(len(anatomy.blocks)))
     forward = sum(through.values()) + head + len(anatomy.blocks) * 2 * core
@@ -158,14 +158,14 @@ def _place(anatomy: Anatomy, module: str, matrices: dict[str, Any]) -> tuple[int
     for pattern, place in _NORMS:
         if re.search(pattern, inner):
             return start + place, inner[-6] if place == _QKV else ""
-    raise LuthierError(f"green-trainer does not know where {module} stands in the forward pass")
+    raise LuthierError(f"green-trainer does not know the place of {module} in the forward pass")
 
 
 def select(costs: CostModel, importance: dict[str, float], budget: float, resolution: int = 1000) -> list[str]:
     """Names with the largest total importance whose backward cost is within `budget` multiply-adds.
 
-    Exact up to rounding every weight cost up to budget / resolution. Levels are walked from the output: what must be
-    paid to *reach* a level is known there, so a plain 0/1 knapsack over weight costs serves all of them.
+    Exact, except that every weight cost is rounded up to budget / resolution. Levels are visited from the output. At each level
+    the cost to *reach* it is known, so one plain 0/1 knapsack over weight costs is enough for all levels.
     """
     if budget <= 0:
         return []
@@ -224,24 +224,24 @@ def _chosen(steps: list[tuple[str, int, np.ndarray]], slot: int) -> list[str]:
 
 
 def scheduled(optimizer: Optimizer) -> float:
-    """Share of its peak rate that the optimiser's next step has; 1 where that is 0, as at the start of a warm-up."""
+    """The learning rate of the optimiser's next step, as a share of the peak; 1 if that is 0, as at the start of a warm-up."""
     group = optimizer.param_groups[0]
     return float(group["lr"] / group.get("initial_lr", group["lr"])) or 1.0
 
 
 class GreenTrainer(Tuner):
-    """Train at `flops_share` of what full tuning would take, on the tensors that repay it best.
+    """Train with `flops_share` of the FLOPs of full tuning, on the tensors that lower the loss most.
 
-    Before the first step, and then every `reselect_every` steps, one trial step on the step's rows shows how much loss
-    each tensor's change takes away to first order; a knapsack picks the set under the FLOP budget. The trial step has the
-    rate that the schedule gives to the step itself. Everything the trial touched is put back, and its optimiser is a fresh
-    one. A task head always trains, within the budget.
-    Departs from the official code: exact costs by level instead of a chain, exact selection instead of a truncated
-    table, no polluted moments; where a warm-up starts the run at rate 0, that trial takes the peak rate, since a step
-    of no length says nothing of any tensor.
-    Cost: within the stated share, plus two forwards and backwards a selection; masters of all weights.
-    Refuses: a share at or below what the forward pass alone takes, and models with tensors whose place in the forward
-    pass it does not know.
+    Before the first step, and then every `reselect_every` steps, one trial step on the step's rows estimates, to first order, how
+    much each tensor's change lowers the loss. A knapsack chooses the set within the FLOP budget. The trial step has the learning
+    rate of the step itself and a new optimiser. Everything that the trial changed is restored. A task head always trains, within
+    the budget.
+    Departs from the official code: exact costs by level instead of a chain, exact selection instead of a shortened table, and the
+    moments are not changed by the trial. If a warm-up starts the run at learning rate 0, that trial uses the peak learning rate,
+    because a step of size zero says nothing about any tensor.
+    Cost: within the given share, plus two forward and backward passes for each selection; masters of all weights.
+    Refuses: a share that is not above that of the forward pass alone, and models with tensors whose place in the forward pass it
+    does not know.
     """
 
     traits: ClassVar[Traits] = Traits(
@@ -255,13 +255,13 @@ class GreenTrainer(Tuner):
     )
 
     flops_share: float = Field(0.6, gt=0, le=1)
-    """Share of full fine-tuning's FLOPs that a step may take (rho)."""
+    """Share of the FLOPs of full fine-tuning that a step may take (rho)."""
     reselect_every: int | None = Field(None, ge=1)
     """Steps between selections; None: a third of the run."""
     resolution: int = Field(1000, ge=10)
     """Steps into which the budget is divided (T_q)."""
     seed: int = Field(0, ge=0)
-    """For stochastic rounding."""
+    """Seed for stochastic rounding."""
 
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
@@ -284,7 +284,7 @@ class GreenTrainer(Tuner):
 
 
 class GreenTrainable(Trainable):
-    """All weights but a task head's with masters, of which the selected train."""
+    """All weights except a task head's, with masters. Only the selected ones train."""
 
     reselects = reads_rows = True
 
@@ -342,9 +342,11 @@ class GreenTrainable(Trainable):
         assert self._make is not None
         importance = self._importance(window, probe, reachable)
         if not any(v > 0 for v in importance.values()):
-            # A trial step that only overshoots says nothing about which tensor helps: stay with what was chosen.
+            # A trial step that only overshoots says nothing about which tensor helps: keep the earlier choice.
             if not self.selected:
-                raise LuthierError("green-trainer: the trial step helps through no tensor; lower learning_rate")
+                raise LuthierError(
+                    "green-trainer: the trial step lowers the loss through no tensor; lower learning_rate"
+                )
             return self.selected
         chosen = select(costs, importance, budget, self.tuner.resolution)
         full = costs.forward + costs.full_backward
@@ -355,7 +357,7 @@ class GreenTrainable(Trainable):
         return chosen
 
     def _importance(self, window: Window, probe: Probe, names: list[str]) -> dict[str, float]:
-        """-<change, gradient after it> for each tensor: the loss that would come back without its change."""
+        """-<change, gradient after it> for each tensor: how much the loss would rise without its change."""
         assert self._make is not None
         seen = probe.trial_step(window, names, self._make)
         values = {n: -float((seen.changes[n].double() * seen.grads_after[n].double()).sum()) for n in names}

@@ -1,4 +1,4 @@
-"""HFT: half fine-tuning. A random half of the tensors trains, evenly in each category; the other half remembers."""
+"""HFT: half fine-tuning. A random half of the tensors trains, evenly in each category; the other half is frozen."""
 
 from __future__ import annotations
 
@@ -74,8 +74,9 @@ def _category(module: str, role: str | None) -> tuple[str | None, str]:
 
 
 def counts(blocks: int, tensors: int, fraction: float, generator: np.random.Generator) -> np.ndarray:
-    """[blocks] how many of a category's tensors train in each block: fraction * tensors on average, any run of blocks
-    within one of it, the total rounded up at a half; which blocks get more, is drawn.
+    """[blocks] how many of a category's tensors train in each block: fraction * tensors on average.
+
+    Any range of blocks is within one tensor of that. The total is rounded up at a half. Which blocks get more is random.
     """
     edges = np.floor(fraction * tensors * np.arange(blocks + 1) + 0.5)
     return generator.permutation(np.diff(edges).astype(np.int64))
@@ -144,7 +145,7 @@ def _size(anatomy: Anatomy, parameter: str) -> int:
 
 
 def half_reset(update: Update, trainable: Iterable[str]) -> Update:
-    """The update with everything outside a plan put back to the base: M theta_ft + (1 - M) theta^0.
+    """The update with everything outside a plan set back to the base: M theta_ft + (1 - M) theta^0.
 
     Raises KeyError for a plan that names parameters the update does not have, TypeError for an update that is not dense.
     """
@@ -165,13 +166,13 @@ def half_reset(update: Update, trainable: Iterable[str]) -> Update:
 
 
 class Hft(Tuner):
-    """Train a random half of the tensors in every block, drawn anew for each stage; the others keep what they know.
+    """Train a random half of the tensors in every block, drawn again for each stage. The others keep their knowledge.
 
-    Of the attention's four matrices two train, of the MLP's three one or two (in turn, over shuffled blocks), one of two
-    norms, and embeddings, head and last norm. With grouped queries `balance: params` draws from the four pairs that hold
-    exactly half of the attention's weights; the plain rule is half only on average (31% to 69% a block).
-    Frozen tensors get no gradient, no decay and no optimiser state. Any tuner that moves less forgets less: compare at
-    equal target loss with full tuning at a lower rate before claiming more.
+    Two of the attention's four matrices train, one or two of the MLP's three (alternating over shuffled blocks), one of the two
+    norms, and embeddings, head and last norm. With grouped queries, `balance: params` draws from the four pairs that hold exactly
+    half of the attention's weights; the plain rule gives half only on average (31% to 69% in a block). Frozen tensors have no
+    gradient, no decay and no optimiser state. Every tuner that changes less forgets less: before you claim more, compare at equal
+    target loss with full tuning at a lower learning rate.
     Cost: (4 + 2 f) P FLOPs a token instead of 6 P, 5/6 at one half; gradients and Adam's state halve.
     Refuses: fused projections (GPT-2's c_attn), blocks without attention, MLP or norms, quantised bases.
     """
@@ -180,19 +181,19 @@ class Hft(Tuner):
     source: ClassVar[Source] = Source("HFT: Half Fine-Tuning for Large Language Models", 2024, "arXiv:2404.18466")
 
     fraction: float = Field(0.5, gt=0, lt=1)
-    """Share of the tensors that trains."""
+    """Share of the tensors that train."""
     level: Literal["category", "layer", "model"] = "category"
     """"category": the share in each category of each block; "layer": whole blocks; "model": any tensors, by weights."""
     balance: Literal["params", "tensors"] = "params"
-    """How attention is halved with grouped queries: by weights, or two of four whatever their size."""
+    """How attention is halved with grouped queries: by number of weights, or two of four tensors of any size."""
     train_embeddings: bool = True
-    """Train embeddings and head too; false where they are tied and data are few."""
+    """Also train embeddings and head; use false if they are tied and there are few rows."""
     resample: Literal["stage", "epoch"] = "stage"
-    """Draw once for the stage, or again at every epoch (optimiser state of newly frozen tensors is dropped)."""
+    """Draw once for the stage, or again in every epoch (then newly frozen tensors lose their optimiser state)."""
     stage: int | None = Field(None, ge=0)
-    """Number that the half is drawn for; None counts the stages of a pipeline that use hft, from 0."""
+    """Number of the stage in the draw; null counts the stages of a pipeline that use hft, from 0."""
     seed: int = Field(0, ge=0)
-    """For the draws and for stochastic rounding."""
+    """Seed for the draws and for stochastic rounding."""
 
     def check_model(self, anatomy: Anatomy) -> None:
         categories(anatomy)
@@ -219,7 +220,7 @@ class Hft(Tuner):
 
 
 class EpochTrainable(DenseTrainable):
-    """A plan an epoch: every tensor has a master, those of the plan want gradients."""
+    """A plan for each epoch: every tensor has a master, and the tensors of the plan need gradients."""
 
     reselects = True
 
@@ -242,7 +243,7 @@ class EpochTrainable(DenseTrainable):
             self.draw(epoch)
 
     def draw(self, epoch: int) -> None:
-        """Take up the plan of this epoch; what is frozen now loses its optimiser state."""
+        """Apply the plan of this epoch. Tensors that are frozen now lose their optimiser state."""
         self.epoch, self.chosen = epoch, self.tuner.plan(self.view.anatomy, epoch)
         for name in self.names:
             on = name in self.chosen

@@ -1,4 +1,4 @@
-"""Freezing lower layers, a learning rate for each depth, and re-initialised top layers (the biomedical stability study)."""
+"""Frozen lower layers, a learning rate for each depth, and re-initialised top layers (the biomedical stability study)."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def rate_factor(depth: int, num_blocks: int, decay: float, convention: Conventio
 
 
 class Layerwise(Tuner):
-    """Full tuning of the upper layers, each with its own rate, from a stable start.
+    """Full tuning of the upper layers, each with its own learning rate, from a stable start.
 
-    `freeze_blocks` lowest blocks and the embeddings stay; the rest train at rates that fall with depth; the
-    `reinit_blocks` top blocks start anew. Adam's bias correction is on, and short runs should take far more than three
-    epochs: both matter more than the rest. "Decay 0.9" means different things in the two published conventions.
-    What is frozen has its dropout off.
-    Cost: the backward stops at the lowest trained block; masters and moments of trained weights only. With
-    `cache_features` the frozen forward is paid once, for one hidden state a token of memory.
+    The lowest `freeze_blocks` blocks and the embeddings stay frozen, with dropout off. The others train with learning rates that
+    fall from the top down. The top `reinit_blocks` blocks start from new weights. Adam's bias correction is on, and short
+    runs should take far more than three epochs: both matter more than the rest. "Decay 0.9" means different things in the
+    two published conventions.
+    Cost: the backward pass stops at the lowest trained block; masters and moments of trained weights only. With `cache_features`,
+    the frozen forward pass is computed once; it takes the memory of one hidden state for each token.
     Refuses: freezing all blocks, re-initialising frozen ones, quantised bases.
     """
 
@@ -56,19 +56,19 @@ class Layerwise(Tuner):
     )
 
     freeze_blocks: int = Field(0, ge=0)
-    """Lowest blocks that stay, with the embeddings; half of them suits base-size encoders."""
+    """Number of lowest blocks that stay frozen, with the embeddings; half of them suits base-size encoders."""
     decay: float = Field(0.95, gt=0, le=1)
-    """Factor from one depth to the next; 1 gives one rate everywhere."""
+    """Factor from one depth to the next; 1 gives the same learning rate everywhere."""
     convention: Convention = "contiguous"
-    """Where the decay starts to count."""
+    """Where the decay starts."""
     reinit_blocks: int = Field(0, ge=0)
-    """Top blocks that start from random weights (and the pooler, where there is one)."""
+    """Number of top blocks that start from random weights (with the pooler, if there is one)."""
     reinit_style: Literal["normal", "zero_residual"] = "normal"
     """"normal" is the published rule; "zero_residual" lets a block start as the identity."""
     cache_features: bool = False
-    """Keep what the frozen blocks put out for every row, and compute it once instead of in every epoch."""
+    """Keep the output of the frozen blocks for every row, and compute it once instead of in every epoch."""
     seed: int = Field(0, ge=0)
-    """For new weights and stochastic rounding."""
+    """Seed for new weights and stochastic rounding."""
 
     def check(self, facts: Facts) -> list[Problem]:
         found = super().check(facts)
@@ -199,9 +199,9 @@ def frozen_modules(view: ModelView, count: int) -> list[nn.Module]:
 
 
 def still(model: nn.Module, part: nn.Module) -> Undo:
-    """Keep a part in eval mode whatever the model is told, so that dropout of every sort is off in it.
+    """Keep a part in eval mode, whatever mode the model is set to, so that all its dropout is off.
 
-    Setting the p of dropout layers would not do: Llama and OPT keep theirs as numbers.
+    Setting the p of dropout layers is not enough: Llama and OPT keep theirs as numbers.
     """
     part.eval()
     part.train = lambda mode=True: part  # type: ignore[method-assign]

@@ -39,7 +39,7 @@ def num_entries(shape: tuple[int, int], rank: int | None, density: float) -> int
 
 
 def low_rank(weight: Tensor, rank: int, randomized: bool = False, generator_seed: int = 0) -> Tensor:
-    """[m, n] float32: the nearest matrix of this rank; equal to the weight where the rank reaches min(m, n).
+    """[m, n] float32: the nearest matrix of this rank; equal to the weight if the rank reaches min(m, n).
 
     randomized  two power iterations on 2 rank columns instead of an exact decomposition
     """
@@ -59,7 +59,7 @@ def low_rank(weight: Tensor, rank: int, randomized: bool = False, generator_seed
 def principal(approximation: Tensor, k: int, block: int = 1) -> Tensor:
     """[k] flat positions, ascending, of the largest |W'|; with `block` the k // block^2 blocks with the largest sums.
 
-    Ties go to the first position, so that exactly so many are chosen.
+    For equal values the first position is chosen, so that the number is exact.
     """
     size = approximation.abs()
     if block == 1:
@@ -74,7 +74,7 @@ def principal(approximation: Tensor, k: int, block: int = 1) -> Tensor:
 
 
 def carried(old: Tensor, new: Tensor, values: Tensor) -> Tensor:
-    """[k] what each new position held before, 0 where it was not among the old ones; both ascending."""
+    """[k] the value of each new position before, 0 if it was not among the old ones; both ascending."""
     at = torch.searchsorted(old, new).clamp_max(len(old) - 1)
     return torch.where(old[at] == new, values[at], torch.zeros_like(values[at]))
 
@@ -83,22 +83,21 @@ def carried(old: Tensor, new: Tensor, values: Tensor) -> Tensor:
 
 
 class Lift(Tuner):
-    """Train a small share of each matrix: the entries largest in magnitude after rank reduction, chosen anew now and then.
+    """Train a small share of each matrix: the entries that are largest after rank reduction, chosen again from time to time.
 
-    Each matrix is replaced by its best approximation of `filter_rank`; the entries where that is largest ("principal
-    weights") train with Adam on their own gradient. At a re-selection entries in both choices keep their moments, new
-    ones start at 0, and dropped ones stay where training left them; Adam's step count goes on. So the final difference
-    has as many entries as were ever chosen.
-    Follows the paper: the published configurations name a mask that selects the smallest entries. Departs from it:
-    entries have float32 values beside a low-precision weight (bf16 loses updates below 1/512 of a weight), and the
-    share defaults to 5% of each matrix, since rank 128 is half of a small one. Two more departures from the published
-    code are small (a model of four blocks, runs of 60 and 150 steps): epsilon is added after the bias correction, as in
-    the paper (the trained difference changes by 1.0% to 1.3% of its norm, the held-out loss by 1e-4 at most); entries
-    are chosen again after each `reselect_every` steps, where the code does so one step earlier (6% to 7% of the norm,
-    3e-4 of the loss).
-    Wants LoRA's learning rates (1e-4 to 5e-4), not full tuning's.
-    Cost: FLOPs of full tuning but for embeddings and head; 14 m n^2 + 8 n^3 a matrix at each choice (16 s on one core for
-    135M weights); 16 bytes an entry, and the weights written over.
+    Each matrix is replaced by its best approximation of `filter_rank`. The entries where the approximation is largest ("principal
+    weights") train with Adam on their own gradient. When entries are chosen again, entries in both choices keep their
+    moments, new ones start at 0, and dropped ones keep their trained value; Adam's step count continues. So the final
+    difference has as many entries as were ever chosen.
+    Follows the paper: the published configurations name a mask that selects the smallest entries. Departs from it: entries have
+    float32 values beside a low-precision weight (bf16 loses updates below 1/512 of a weight), and the share defaults to 5%
+    of each matrix, because rank 128 is half of a small one. Two more departures from the published code are small (a model
+    of four blocks, runs of 60 and 150 steps): epsilon is added after the bias correction, as in the paper (the trained
+    difference changes by 1.0% to 1.3% of its norm, the held-out loss by 1e-4 at most); entries are chosen again after each
+    `reselect_every` steps, where the code does so one step earlier (6% to 7% of the norm, 3e-4 of the loss).
+    Use LoRA's learning rates (1e-4 to 5e-4), not those of full tuning.
+    Cost: FLOPs of full tuning without embeddings and head; 14 m n^2 + 8 n^3 for a matrix at each choice (16 s on one core for
+    135M weights); 16 bytes an entry, and the overwritten weights.
     Refuses: quantised bases, weight decay, weights that are not finite.
     """
 
@@ -113,25 +112,25 @@ class Lift(Tuner):
     )
 
     density: float = Field(0.05, gt=0, le=1)
-    """Share of each matrix that trains; not used where rank is set."""
+    """Share of each matrix that trains; not used if rank is set."""
     rank: int | None = Field(None, ge=1)
-    """Train as many entries as LoRA of this rank would, min(r (m + n), m n), in place of density."""
+    """Train as many entries as LoRA of this rank, min(r (m + n), m n), instead of density."""
     filter_rank: int | None = Field(None, ge=1)
-    """Rank of the approximation; None takes the one whose LoRA would have as many numbers as entries train."""
+    """Rank of the approximation; null: the rank whose LoRA would have as many numbers as there are trained entries."""
     reselect_every: int = Field(200, ge=0)
-    """Steps between two choices, but at most a fifth of the run; 0 chooses once."""
+    """Steps between two choices, but at most a fifth of the run; 0: choose once."""
     svd: Literal["exact", "randomized"] = "exact"
     """How the approximation is found."""
     block: Literal[1, 4] = 1
     """4: choose blocks of 4 x 4 entries."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Matrices to train in; the MLP's alone are [gate_proj, up_proj, down_proj]."""
+    """Matrices to train; [gate_proj, up_proj, down_proj] are those of the MLP."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of Adam's moments."""
     adam_eps: float = Field(1e-6, gt=0)
     """Added to the root of the second moment."""
     seed: int = Field(0, ge=0)
-    """For rounding, and for the randomized decomposition."""
+    """Seed for rounding, and for the randomized decomposition."""
 
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)
@@ -158,7 +157,7 @@ class Lift(Tuner):
         self.matrices(anatomy)
 
     def matrices(self, anatomy: Anatomy) -> tuple[Linear, ...]:
-        """Those that train. Raises RecipeError for one that cannot."""
+        """The matrices that train. Raises RecipeError for a matrix that cannot."""
         linears = anatomy.match(self.targets)
         if anatomy.tied and any(x.module == anatomy.head for x in linears):
             raise RecipeError("lift.targets", "the head is tied to the embeddings", "leave it out")
@@ -178,7 +177,7 @@ class Lift(Tuner):
 
 
 class LiftTrainable(Trainable):
-    """The entries that train, and those that did before: positions, base values and differences of each."""
+    """The entries that train or trained before: positions, base values and differences."""
 
     def __init__(self, tuner: Lift, view: ModelView, total_steps: int) -> None:
         self.tuner, self.view, self._streams, self._steps = tuner, view, Streams(tuner.seed), 0
@@ -208,7 +207,7 @@ class LiftTrainable(Trainable):
 
     @torch.no_grad()
     def _choose(self, linear: Linear) -> Tensor:
-        """[k] positions over (out, in), from the weight as it stands."""
+        """[k] positions over (out, in), from the current weight."""
         t, shape = self.tuner, linear.shape
         weight = self.view.weight(linear.name).detach()
         weight = weight.T if linear.transposed else weight

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank addition to chosen matrices."""
+"""LoRA: a low-rank addition to selected matrices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Lora(Tuner):
     """Train two thin matrices beside each frozen one: W + (alpha / rank) B A.
 
     A starts Kaiming-uniform (a = sqrt 5) from a generator keyed by seed and layer name, B starts at zero, so the model
-    is unchanged at first. Both are float32 masters computed with in the model's precision. Files and names are peft's.
+    is unchanged at first. Both are float32 masters, used in the model's precision. Files and names are peft's.
     Cost: about 4 P FLOPs a token instead of 6 P; 16 bytes for each trained number with AdamW.
     """
 
@@ -34,15 +34,15 @@ class Lora(Tuner):
     )
 
     rank: int = Field(16, ge=1)
-    """Inner width R."""
+    """Rank R of the addition."""
     alpha: float = Field(32.0, gt=0)
     """The addition is multiplied by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Share of the addition's inputs set to zero while training."""
+    """Share of the addition's inputs that are set to zero in training."""
     targets: str | tuple[str, ...] = "all-linear"
     """"all-linear" (every matrix of the blocks), or patterns of module names; every pattern must match."""
     seed: int = 0
-    """For the start of A."""
+    """Seed for the start of A."""
 
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
@@ -57,7 +57,7 @@ class LoraTrainable(Trainable):
         self.targets = view.anatomy.match(tuner.targets)
         layers = [
             view.layer(x.module, beside=True) for x in self.targets
-        ]  # refused, if at all, before anything is changed
+        ]  # refuse, if at all, before anything is changed
         super().__init__(view)
         self.freeze_base()
         self.scale = tuner.alpha / tuner.rank

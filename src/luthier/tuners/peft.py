@@ -1,4 +1,4 @@
-"""peft's own tuners under peft's own names: DoRA, IA3, LoHa, LoKr, VeRA, OFT, HRA, and LoRA's further switches."""
+"""peft's own tuners, under peft's names: DoRA, IA3, LoHa, LoKr, VeRA, OFT, HRA, and LoRA's further options."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ OURS = frozenset({"target_modules", "task_type", "peft_type", "inference_mode", 
 
 
 class Peft(Tuner):
-    """Attach one of peft's adapters; its options are peft's own, and the run's folder opens with `PeftModel`.
+    """Attach one of peft's adapters. Its options are peft's own, and the run's folder opens with `PeftModel`.
 
     DoRA is `{peft: {type: LORA, options: {use_dora: true}}}`. Adapters train in float32, as peft keeps them.
     Refuses: starts that rewrite the base (PiSSA, OLoRA, CorDA, EVA, LoftQ), prompt tuning (use dept), and AdaLoRA, whose
     budget needs calls of its own.
-    Cost: peft's; casting activations to float32 adapters makes a step slower than `lora`'s (1.3 times on a CPU).
+    Cost: that of peft; casting activations to float32 adapters makes a step slower than with `lora` (1.3 times on a CPU).
     """
 
     traits: ClassVar[Traits] = Traits(claims=frozenset({"weight"}))
@@ -43,7 +43,7 @@ class Peft(Tuner):
     targets: str | tuple[str, ...] = "all-linear"
     """Linear layers to adapt."""
     seed: int = 0
-    """For the adapters' start."""
+    """Seed for the adapters' start."""
 
     def check(self, facts: Facts) -> list[Problem]:
         from peft import PeftType
@@ -99,7 +99,7 @@ class PeftTrainable(Trainable):
             raise
         self.wrapped = self.placed.wrapped
         self.put(self.placed.change)
-        # Now, since a task head that trains beside it wants gradients too.
+        # Freeze now, because a task head that trains too needs gradients.
         self.named = {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad}
 
     def groups(self) -> list[ParamGroup]:

@@ -1,4 +1,4 @@
-"""A few entries of a weight as the trained parameter: luthier's one sparse mechanism."""
+"""Single entries of a weight as trained parameters: the sparse mechanism of all tuners."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SpIEL: a sparse addition to the weights whose positions move while it trains."""
+"""SpIEL: a sparse addition to the weights whose positions change during training."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def budgets(total: int, sizes: list[int]) -> list[int]:
 
 
 def is_event(step: int, every: int, window: int, total: int) -> bool:
-    """True where positions are chosen again after this many completed steps."""
+    """True if positions are chosen again after this many completed steps."""
     return step <= total and (step == window or (step > every and step % every == window))
 
 
 def is_observed(step: int, every: int, window: int) -> bool:
-    """True for a step (counted from 1) whose gradients the next event looks at."""
+    """True for a step (counted from 1) whose gradients the next choice uses."""
     return 1 <= step <= window or (step >= every and step % every <= window)
 
 
@@ -242,15 +242,16 @@ class Observed:
 
 
 class Spiel(Tuner):
-    """Train a fixed number of weight entries, drop those that moved least, grow where the gradient is largest.
+    """Train a fixed number of weight entries. Drop those that changed least, and add new ones where the gradient is largest.
 
-    Two variants: "ag" accumulates gradients of candidate positions over a short window and trains with an age-aware
-    AdamW; "ma" grows by the outer product of SM3's row and column accumulators and needs no window.
-    Departs from the official code: gradient statistics are taken of whole optimiser steps, and an incoming entry's
-    age counts them as steps already made, so that Adam's bias correction of its seeded moments is exact.
-    Cost: FLOPs of full tuning but for embeddings and head (the dense weight gradient is taken, one layer at a time), so
-    about 1.3 times LoRA's; 22 bytes an entry and 16 more inside a window ("ag"), 12 ("ma"), and the weights written over.
-    In several processes the first one's first forward chooses a window's candidates; their sums are over all ranks.
+    There are two variants. "ag" accumulates gradients of candidate positions over a short window, and trains with an AdamW that
+    knows the age of entries. "ma" chooses new entries by the outer product of SM3's row and column accumulators; it needs
+    no window.
+    Departs from the official code: gradient statistics are taken over whole optimiser steps, and count as earlier steps in
+    the age of a new entry, so that Adam's bias correction of its initial moments is exact.
+    Cost: FLOPs of full tuning without embeddings and head (the dense weight gradient is computed, one layer at a time), so
+    about 1.3 times LoRA's; 22 bytes an entry and 16 more inside a window ("ag"), 12 ("ma"), and the overwritten weights.
+    With several processes, the first forward pass of the first process chooses the candidates; their sums are over all processes.
     Refuses: tied weights, quantised bases.
     """
 
@@ -262,25 +263,25 @@ class Spiel(Tuner):
     )
 
     density: float = Field(0.01, gt=0, le=1)
-    """Share of all model parameters that is trained; not used where num_weights is set."""
+    """Share of all model parameters that trains; not used if num_weights is set."""
     num_weights: int | None = Field(None, ge=1)
-    """Number of trained entries, in place of density."""
+    """Number of trained entries, instead of density."""
     variant: Literal["ag", "ma"] = "ag"
     """"ag": accumulated gradients and AdamW; "ma": momentum approximation with SM3."""
     reselect_every: int = Field(20, ge=1)
     """Steps between two choices of positions (S)."""
     window: int = Field(5, ge=1)
-    """Steps whose gradients a choice looks at (gamma)."""
+    """Number of steps whose gradients a choice uses (gamma)."""
     replace_fraction: float = Field(0.2, ge=0, le=1)
     """Share replaced at the start of the schedule (r0)."""
     policy: Literal["linear", "cosine"] = "linear"
     """How that share falls to 0."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Matrices to train in."""
+    """Matrices to train."""
     adam_eps: float = Field(1e-6, gt=0)
     """Added to the root of the second moment before its correction."""
     seed: int = 0
-    """For the first positions and for rounding."""
+    """Seed for the first positions and for rounding."""
 
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)
@@ -470,8 +471,8 @@ class SpielTrainable(Trainable):
                 for kept, saved in zip(self.observed.sums(n), (s1[n], s2[n]), strict=True):
                     kept.copy_(saved)
 
-    def go_on(self, state: dict[str, Tensor]) -> None:
-        """One schedule of events over both stages: positions chosen with care are not all replaced again."""
+    def continue_from(self, state: dict[str, Tensor]) -> None:
+        """Use one schedule of choices over both stages, so that well-chosen positions are not all replaced again."""
         self.load_state_dict(state)
         self.total_steps += self._steps
 

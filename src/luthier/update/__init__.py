@@ -1,4 +1,4 @@
-"""Updates: frozen values that say what a run changed."""
+"""Updates: frozen values that hold what a run changed."""
 
 from luthier.update.base import Order, Part
 from luthier.update.compositions import Modules, PeftPart, Prompt, Replace

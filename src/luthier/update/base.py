@@ -1,4 +1,4 @@
-"""The part seam: what one form of change must be able to say and do, so that nobody has to ask which form it is."""
+"""The base class of parts: everything that one form of change must do, so that no other code asks which form it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Order(IntEnum):
-    """Where a part stands in an update. Each part is applied to what the parts before it left."""
+    """The order of parts in an update. Each part is applied to the result of the parts before it."""
 
     STRUCTURE = 0  # what is removed
     DELTAS = 1  # what is added to the weights that are left
@@ -76,7 +76,7 @@ class PeftFolder(NamedTuple):
 
 
 def packed_problem(model: nn.Module, names: Iterable[str]) -> str | None:
-    """A sentence where one of these parameters is quantised."""
+    """A sentence if one of these parameters is quantised."""
     packed = next((n for n in names if is_packed(model.get_parameter(n))), None)
     return packed and f"{packed} is quantised; load the model in bf16 or float32 (quantize: null)"
 
@@ -84,16 +84,16 @@ def packed_problem(model: nn.Module, names: Iterable[str]) -> str | None:
 class Part(ABC):
     """One form of change. A new form is one class, and one line in `luthier.update.forms`.
 
-    The defaults are those of a form that only composes: it refuses to add, to scale and to become a difference of weights.
+    The defaults are for a form that can only be applied: it cannot be added, scaled or become a difference of weights.
     """
 
     kind: ClassVar[str]
     """Name in files and messages."""
     order: ClassVar[Order]
     linear: ClassVar[bool] = False
-    """True for a difference of weights: it adds and scales."""
+    """True for a difference of weights: it can be added and scaled."""
     renames: ClassVar[bool] = False
-    """True where binding gives the base's parameters other names, so that no tuner can be attached meanwhile."""
+    """True if binding renames the base's parameters, so that no tuner can be attached meanwhile."""
     ordered: ClassVar[bool] = False
     """True where the order of `names` carries meaning."""
 
@@ -101,7 +101,7 @@ class Part(ABC):
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """For the file."""
+        """The tensors for the file."""
 
     @abstractmethod
     def header(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ class Part(ABC):
 
     @abstractmethod
     def problems(self, shapes: Shapes) -> Iterator[str]:
-        """What does not fit parameters of these shapes, one sentence each; also what can be no value."""
+        """What does not fit parameters of these shapes, or is not a valid value; one sentence each."""
 
     @property
     def num_bytes(self) -> int:
@@ -152,14 +152,14 @@ class Part(ABC):
 
     @abstractmethod
     def bind(self, view: Any, scale: float = 1.0) -> Change:
-        """Apply it to a model; undone, the model has its stored bits back."""
+        """Apply it to a model. The undo restores the stored bits."""
 
     def refusal(self, model: nn.Module) -> str | None:
-        """Why it cannot become weights of this model; None where it can."""
+        """Why it cannot become weights of this model; None if it can."""
         return packed_problem(model, self.names())
 
     def merge_into(self, model: nn.Module) -> None:
-        """Put it into the weights for good."""
+        """Write it into the weights for good."""
         raise TypeError(f"a {self.kind} part cannot be merged into weights: {self.refusal(model)}")
 
     # --- the vector space ---
@@ -199,8 +199,8 @@ class Part(ABC):
         return ()
 
     def no_vector(self, verb: str) -> TypeError:
-        """The error of a part that is no difference of weights."""
-        return TypeError(f"a {self.kind} part cannot be {verb}: it is no difference in weight space")
+        """The error of a part that is not a difference of weights."""
+        return TypeError(f"a {self.kind} part cannot be {verb}: it is not a difference of weights")
 
     def refuse_scale(self, scale: float) -> None:
         """Raises TypeError for another scale than 1."""
@@ -212,7 +212,7 @@ class Part(ABC):
     def followed_by(self, later: Part) -> tuple[Part, Part | None]:
         """(this part, the later one) as one update holds both, where the later one was made with this one in place.
 
-        None stands for a later part that this one has taken up.
+        None means that the later part is joined into this one.
         Raises TypeError where no two parts in the update's order are the same as these two in theirs.
         """
         return self.without(later.replaces()).cut_by(later), later
@@ -228,7 +228,7 @@ class Part(ABC):
     # --- peft's folder ---
 
     def peft(self, others: Sequence[Part]) -> PeftFolder | None:
-        """The folder of peft's that holds this part and the update's others, or None where there is none."""
+        """The folder of peft's that holds this part and the update's others; None if there is none."""
         return None
 
     def as_head(self) -> Mapping[str, Tensor] | None:

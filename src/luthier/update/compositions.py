@@ -1,5 +1,6 @@
-"""What replaces or surrounds: whole tensors, prompts, small modules, peft's adapters. They follow one another in order,
-and refuse to add and to scale.
+"""Parts that are not differences of weights: whole tensors, prompts, small modules, peft's adapters.
+
+They are applied in order, and cannot be added or scaled.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ HEADS = ("score", "classifier")  # what transformers calls a classification head
 
 @dataclass(frozen=True)
 class Replace(Part):
-    """Whole tensors in place of the base's (re-initialised layers, a classification head)."""
+    """Whole tensors that replace the base's (re-initialised layers, a classification head)."""
 
     kind: ClassVar[str] = "replace"
     order: ClassVar[Order] = Order.TENSORS
@@ -127,7 +128,7 @@ class Prompt(Part):
 
 @dataclass(frozen=True)
 class Modules(Part):
-    """Small matrices behind a linear layer's output: h + B (A h). a: module -> [R, out], b: module -> [out, R]."""
+    """Small matrices after a linear layer's output: h + B (A h). a: module -> [R, out], b: module -> [out, R]."""
 
     kind: ClassVar[str] = "modules"
     order: ClassVar[Order] = Order.LAYERS
@@ -172,7 +173,7 @@ class Modules(Part):
 
     @torch.no_grad()
     def merge_into(self, model: nn.Module) -> None:
-        """Into the layers' matrices: h + B (A h) is linear in h."""
+        """Merge into the layers' matrices: h + B (A h) is linear in h."""
         for name in self.a:
             module = model.get_submodule(name)
             weight, bias = oriented(module), bias_of(module)
@@ -207,7 +208,7 @@ NOT_TAKEN_UP = frozenset(
 
 @dataclass(frozen=True)
 class PeftPart(Part):
-    """An adapter of peft's that is no plain low-rank difference: its configuration and its tensors, under peft's names."""
+    """An adapter of peft's that is not a plain low-rank difference: its configuration and its tensors, under peft's names."""
 
     kind: ClassVar[str] = "peft"
     order: ClassVar[Order] = Order.LAYERS

@@ -22,7 +22,7 @@ from luthier.update.forms import FORMS, restore
 from luthier.update.packing import Chart
 from luthier.update.update import Update
 
-MAX_HEADER = 50_000_000  # bytes; a JSON header larger than this is no header of ours
+MAX_HEADER = 50_000_000  # bytes; luthier never writes a larger JSON header
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}  # of logits, after a reload
 
 
@@ -45,7 +45,7 @@ def _peft_folder(update: Update) -> PeftFolder | None:
 
 
 def load(folder: str | Path) -> Update:
-    """The update in a folder. Raises LuthierError, naming the file, for one that cannot be trusted."""
+    """The update in a folder. Raises LuthierError with the file name if a file cannot be trusted."""
     folder = Path(folder)
     header = _header(folder / "update.json")
     tensors = _tensors(folder / "update.safetensors") if (folder / "update.safetensors").exists() else {}
@@ -149,7 +149,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapping[str, Any]) -> float:
     """Largest difference between the live model's last-row states and those of the reloaded update on the base.
 
-    detach  takes what was trained off the model. Raises LuthierError where the difference is too large, or where tuning changed
+    detach  removes the trained change from the model. Raises LuthierError if the difference is too large, or if tuning changed
     nothing at all.
     """
     batch = collate([row]).to(view.device)
@@ -166,5 +166,5 @@ def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapp
             f"{folder}: what was saved is not what was trained (states differ by {worst:.3g}); keep the checkpoints"
         )
     if moved == 0.0:
-        raise LuthierError(f"{folder}: the tuned model equals the base on {row['key']}; nothing was learnt")
+        raise LuthierError(f"{folder}: the tuned model equals the base model on {row['key']}; nothing was learnt")
     return worst

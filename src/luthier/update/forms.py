@@ -1,4 +1,4 @@
-"""Every form of part by its name in files and messages. A new form is one class, and one line here."""
+"""All forms of part, by their name in files and messages. A new form is one class, and one line here."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ FORMS: dict[str, type[Part]] = {
 
 
 def restore(kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> Part:
-    """A part from its file or message. Raises KeyError for a form that there is not."""
+    """A part from its file or message. Raises KeyError for an unknown form."""
     return FORMS[kind].restore(tensors, header)

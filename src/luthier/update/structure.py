@@ -29,7 +29,7 @@ INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")  # configurations' na
 
 @dataclass(frozen=True)
 class Structure(Part):
-    """Attention heads and MLP neurons that are removed, by number of the block. What is left keeps its order.
+    """Removed attention heads and MLP neurons, by number of the block. The rest keeps its order.
 
     heads     block -> [K] int64 query heads
     kv_heads  block -> [K] int64 key-value heads: those whose query heads are all removed

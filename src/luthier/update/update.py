@@ -1,4 +1,4 @@
-"""What a run changed, as a value tied to its base: it adds, scales, converts, follows another, binds to a model, and saves."""
+"""What a run changed, as a value tied to its base. It can be added, scaled, converted, chained, bound to a model and saved."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Update:
 
     @property
     def linear(self) -> bool:
-        """True where every part lives in weight space."""
+        """True if every part is a difference of weights."""
         return all(p.linear for p in self.parts)
 
     @property
@@ -144,8 +144,8 @@ class Update:
     def then(self, later: Update) -> Update:
         """This update followed by one that was made with it in place, as one update of the base.
 
-        Differences add; a tensor that either replaces is what stood there in the end; a later structure shortens what
-        came before it. Raises TypeError, by the parts' names, where no update of the base is the same.
+        Differences are added. A tensor that either update replaces has its final value. A later structure shortens what
+        came before it. Raises TypeError, with the parts' names, if no single update of the base is the same.
         """
         if not self.base.same_base(later.base):
             raise TypeError(f"updates of different bases cannot follow each other: {self.base.name}, {later.base.name}")
@@ -160,11 +160,12 @@ class Update:
 
     @contextmanager
     def bind(self, view: Any, scale: float = 1.0) -> Iterator[Any]:
-        """The tuned model, for the calls inside; afterwards the base has its stored bits back.
+        """The tuned model, for the calls inside. Afterwards the base has its stored bits back.
 
-        Low-rank parts stay beside the weights, so that low precision loses nothing, but where a later part needs the
-        layer for itself. Raises LuthierError where this update belongs to another base or does not fit, and, on leaving,
-        where something that came later wrote over the same weights and is still there.
+        Low-rank parts stay beside the weights, so that low precision loses nothing, unless a later part needs the layer
+        for itself.
+        Raises LuthierError if this update belongs to another base or does not fit and, at the end, if a later change that
+        is still on the model wrote over the same weights.
         """
         self.refuse_misfit(view)
         covered = self._covered(view.anatomy)
@@ -180,7 +181,7 @@ class Update:
         """The tuned model as something to train on, for the calls inside: every difference is in the weights.
 
         So no layer carries a low-rank adapter, and any tuner can be attached. In bf16 the weights are rounded
-        stochastically, since rounding to nearest would take small differences away from the stage that goes on. Low-rank
+        stochastically, because rounding to nearest would remove small differences from the next stage. Low-rank
         parts stay beside quantised layers. Raises LuthierError as `bind` does, and for a part that renames parameters.
         """
         self.refuse_misfit(view)
@@ -247,7 +248,7 @@ class Update:
             shapes = part.shapes_left(shapes)
 
     def refusal(self, model: nn.Module) -> str | None:
-        """Why it cannot become weights of this model; None where it can."""
+        """Why it cannot become weights of this model; None if it can."""
         for part in self.parts:
             if why := part.refusal(model):
                 return f"a {part.kind} part cannot be merged into weights: {why}"
@@ -255,7 +256,7 @@ class Update:
 
     @torch.no_grad()
     def merge_into(self, model: nn.Module) -> None:
-        """Put it into the weights for good, in float32 before rounding to their dtype.
+        """Write it into the weights for good, in float32 before rounding to their dtype.
 
         Raises LuthierError, before anything is touched, where a part cannot become weights of this model.
         """
@@ -266,7 +267,7 @@ class Update:
 
 
 def _written(part: Part, anatomy: Anatomy, covered: bool) -> set[str]:
-    """Parameters that a bound part gives other numbers."""
+    """Parameters whose values a bound part changes."""
     names = part.names() if covered or not part.layers(anatomy) else ()
     return {*names, *(n for n in anatomy.parameters if part.cut(n) is not None)}
 

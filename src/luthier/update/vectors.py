@@ -1,4 +1,4 @@
-"""Differences of weights: dense, sparse, low-rank, seeds. They form a vector space over one base: they add and scale."""
+"""Differences of weights: dense, sparse, low-rank, seeds. They form a vector space over one base: they can be added, scaled."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ class LowRank(Part):
             yield name, delta.T.contiguous() if name in self.transposed else delta
 
     def plus(self, other: Self) -> Self:
-        """Exact: ranks stack. The scales move into B, so that one scale of 1 holds for both."""
+        """The exact sum: ranks are stacked. The scales move into B, so that one scale of 1 holds for both."""
         a, b = dict(self.a), {n: self.scale[n] * t for n, t in self.b.items()}
         for n in other.a:
             theirs, scaled = other.a[n], other.scale[n] * other.b[n]

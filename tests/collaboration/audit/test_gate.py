@@ -37,7 +37,7 @@ FOUND, MEMORY, MEMBERSHIP = QUIET.tokens[0], QUIET.memory, QUIET.membership
         ),
         ({"memory": MEMORY._replace(extracted=0.04)}, None, "4% of the planted secrets come out whole"),
         ({"memory": MEMORY._replace(exposure=2.5)}, None, "stand out by 2.5 bits, controls by 1.4"),
-        ({"membership": MEMBERSHIP._replace(epsilon_low=1.2)}, 1.0, "epsilon is at least 1.20, 1.00 is claimed"),
+        ({"membership": MEMBERSHIP._replace(epsilon_low=1.2)}, 1.0, "epsilon is at least 1.20, but 1.00 is claimed"),
     ],
 )
 def test_each_threshold_stops_a_payload(change, epsilon, words):
@@ -53,8 +53,8 @@ def test_thresholds_are_arguments():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"tokens": None, "untold": "inputs depend on the position"}, "tokens were not looked for: inputs depend"),
-        ({"memory": None}, "canaries were not planted"),
+        ({"tokens": None, "no_progress": "inputs depend on the position"}, "tokens were not looked for: inputs depend"),
+        ({"memory": None}, "no canaries were used"),
         ({"memory": MEMORY._replace(canaries=99)}, "99 canaries were planted; a verdict needs 100"),
         ({"membership": None}, "membership was not measured"),
         ({"membership": MEMBERSHIP._replace(others=499)}, "600 tuned and 499 held-out rows"),
@@ -69,11 +69,11 @@ def test_the_five_answers():
     loud = QUIET._replace(memory=MEMORY._replace(exposure=4.0))
     said = answers(SENT, loud, judged(loud))
     assert [a.question for a in said] == [
-        "What leaves?", "To whom?", "What could be read from it?", "How sure is that?", "What would lower it?",
+        "What is sent?", "To whom?", "What could be read from it?", "How sure is that?", "What would lower it?",
     ]  # fmt: skip
     text = {a.question: " ".join(a.lines) for a in said}
-    assert "4,096 bytes of numbers, 4,400 as sent" in text["What leaves?"] and "server" in text["To whom?"]
-    assert "4.0 bits" in text["What could be read from it?"] and "tells nothing" in text["What could be read from it?"]
+    assert "4,096 bytes of numbers, 4,400 as sent" in text["What is sent?"] and "server" in text["To whom?"]
+    assert "4.0 bits" in text["What could be read from it?"] and "says nothing" in text["What could be read from it?"]
     assert "no upper bound" in text["How sure is that?"] and "at least 0.10" in text["How sure is that?"]
     assert "differential privacy" in text["What would lower it?"] and "fewer epochs" in text["What would lower it?"]
     private = {a.question: " ".join(a.lines) for a in answers(SENT, QUIET, judged(QUIET, epsilon=3.0), 3.0)}

@@ -1,1 +1,1 @@
-"""What the bytes we are about to send would give away, measured with the truth at hand."""
+"""Audits: attacks on the bytes that are about to be sent, by someone who knows the true rows."""

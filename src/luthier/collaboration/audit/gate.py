@@ -1,4 +1,4 @@
-"""What an audit found, whether that may be sent, and the five answers a reader wants."""
+"""The gate: what an audit found, whether the message may be sent, and five answers for a reader."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from luthier.collaboration.parties import Disclosure
 
 
 class Limits(BaseModel, frozen=True, extra="forbid"):
-    """Above these nothing is sent."""
+    """Limits of an audit. Above one of them, nothing is sent."""
 
     token_recall: float = Field(0.1, ge=0, le=1)
-    """Share of the true tokens that may be read off any tensor, at a false-positive rate of 1 in 10,000."""
+    """Share of the true tokens that may be read from any tensor, at a false-positive rate of 1 in 10,000."""
     exposure_bits: float = Field(1.0, ge=0)
-    """How much more than controls planted canaries may stand out, on average."""
+    """How many bits more than controls the canaries may stand out, on average."""
     extraction_errors: float = Field(3.0, ge=0)
-    """How many standard errors more of them than of controls may come out whole."""
+    """How many standard errors more canaries than controls may come out completely."""
 
 
 LIMITS = Limits()
 
 
 class Leaks(NamedTuple):
-    """What was measured; None where that audit was left out. `untold` says why tokens were."""
+    """What was measured; None for an audit that was left out. `no_progress` says why tokens were not measured."""
 
     tokens: list[Found] | None
     memory: Memory | None
     membership: Membership | None
-    untold: str = ""
+    no_progress: str = ""
 
 
 class Verdict(NamedTuple):
-    """outcome   "pass", "fail", or "unknown": nothing failed, and too little was measured to call it safe
+    """outcome   "pass", "fail", or "unknown": nothing failed, but too little was measured for "pass"
     failures  why it must not be sent
-    gaps      what was not measured, or with too few rows
+    gaps      what was not measured, or was measured with too few rows
     """
 
     outcome: str
@@ -49,7 +49,7 @@ class Verdict(NamedTuple):
 
 
 def judged(leaks: Leaks, limits: Limits = LIMITS, epsilon: float | None = None) -> Verdict:
-    """The gate. epsilon: what is claimed, None where nothing is."""
+    """The verdict. epsilon: the claimed privacy limit, None if there is none."""
     failures, gaps = [], []
     for look in (_tokens, _memory):
         wrong, missing = look(leaks, limits)
@@ -60,7 +60,9 @@ def judged(leaks: Leaks, limits: Limits = LIMITS, epsilon: float | None = None) 
         gaps.append("membership was not measured: name held-out rows")
     else:
         if epsilon is not None and m.epsilon_low > epsilon:
-            failures.append(f"epsilon is at least {m.epsilon_low:.2f}, {epsilon:.2f} is claimed: the claim is wrong")
+            failures.append(
+                f"epsilon is at least {m.epsilon_low:.2f}, but {epsilon:.2f} is claimed, so the claim is wrong"
+            )
         if m.weak:
             gaps.append(
                 f"membership: {m.members} tuned and {m.others} held-out rows; a bound needs {of_members.FEW} of each"
@@ -70,7 +72,7 @@ def judged(leaks: Leaks, limits: Limits = LIMITS, epsilon: float | None = None) 
 
 def _tokens(leaks: Leaks, limits: Limits) -> tuple[list[str], list[str]]:
     if leaks.tokens is None:
-        return [], ["tokens were not looked for" + (f": {leaks.untold}" if leaks.untold else "")]
+        return [], ["tokens were not looked for" + (f": {leaks.no_progress}" if leaks.no_progress else "")]
     rate = FALSE_POSITIVES[0]
     worst = max(leaks.tokens, key=lambda f: f.recall.get(rate, 0.0))
     share = worst.recall.get(rate, 0.0)
@@ -81,7 +83,7 @@ def _tokens(leaks: Leaks, limits: Limits) -> tuple[list[str], list[str]]:
 def _memory(leaks: Leaks, limits: Limits) -> tuple[list[str], list[str]]:
     m = leaks.memory
     if m is None:
-        return [], ["canaries were not planted: what is remembered of single rows is not known"]
+        return [], ["no canaries were used, so it is unknown what the model remembers of single rows"]
     over, gaps = [], []
     if m.extracted > m.extracted_controls + limits.extraction_errors * m.extraction_error:
         over.append(
@@ -98,20 +100,21 @@ def _memory(leaks: Leaks, limits: Limits) -> tuple[list[str], list[str]]:
 
 
 class Answer(NamedTuple):
-    """A question of the reader's, and what the audit says."""
+    """A reader's question, and the audit's answer."""
 
     question: str
     lines: list[str]
 
 
 def answers(sent: Disclosure, leaks: Leaks, verdict: Verdict, epsilon: float | None = None) -> list[Answer]:
-    """What leaves, to whom, what could be read from it, how sure is that, what would lower it."""
+    """What is sent, to whom, what could be read from it, how sure that is, and what would lower it."""
     return [
-        Answer("What leaves?", [f"{sent.what}: {sent.bytes[0]:,} bytes of numbers, {sent.bytes[1]:,} as sent"]),
-        Answer("To whom?", [f"{sent.to}, and whoever can read its disk or the line to it", f"promise: {sent.promise}"]),
+        Answer("What is sent?", [f"{sent.what}: {sent.bytes[0]:,} bytes of numbers, {sent.bytes[1]:,} as sent"]),
         Answer(
-            "What could be read from it?", [*(verdict.failures or ["nothing that these attacks found"]), *_read(leaks)]
+            "To whom?",
+            [f"{sent.to}, and everyone who can read its disk or the network to it", f"promise: {sent.promise}"],
         ),
+        Answer("What could be read from it?", [*(verdict.failures or ["these attacks found nothing"]), *_read(leaks)]),
         Answer("How sure is that?", _sure(leaks, verdict, epsilon)),
         Answer("What would lower it?", _remedies(leaks, verdict, epsilon)),
     ]
@@ -121,7 +124,7 @@ def _read(leaks: Leaks) -> list[str]:
     out = []
     for f in leaks.tokens or []:
         if f.mode == "saturated":
-            out.append(f"{f.tensor}: more tokens than directions ({f.width}), so that this look tells nothing")
+            out.append(f"{f.tensor}: more tokens than directions ({f.width}), so this test says nothing")
         else:
             out.append(
                 f"{f.tensor}: {f.recall.get(FALSE_POSITIVES[0], 0):.0%} of the tokens ({f.mode}, AUC {f.auc:.2f})"
@@ -139,7 +142,7 @@ def _read(leaks: Leaks) -> list[str]:
 
 
 def _sure(leaks: Leaks, verdict: Verdict, epsilon: float | None) -> list[str]:
-    lines = ["these are attacks of ours: what they find can be read, what they do not find may be read by a better one"]
+    lines = ["these are luthier's own attacks: what they find can be read; a better attack may read more"]
     if leaks.membership is not None:
         d = leaks.membership
         lines.append(f"epsilon is at least {d.epsilon_low:.2f} with 95% confidence ({d.members} and {d.others} rows)")
@@ -151,12 +154,12 @@ def _sure(leaks: Leaks, verdict: Verdict, epsilon: float | None) -> list[str]:
 def _remedies(leaks: Leaks, verdict: Verdict, epsilon: float | None) -> list[str]:
     out = []
     if epsilon is None:
-        out.append("tune with differential privacy: it alone bounds what any attack can find")
+        out.append("tune with differential privacy: only this limits what any attack can find")
     elif verdict.failures:
         out.append("a smaller epsilon")
     m = leaks.memory
     if m is not None and m.exposure > m.exposure_controls + 2 * m.error:
-        out.append("fewer epochs or a smaller learning rate: what is remembered of single rows grows with both")
+        out.append("fewer epochs or a smaller learning rate: with both, the model remembers more of single rows")
     if leaks.tokens and any(f.recall.get(FALSE_POSITIVES[0], 0) > 0 for f in leaks.tokens):
         out.append("a smaller rank than there are distinct tokens, or leaving the first block out of the targets")
     out.append("secure aggregation over several clients, where only the sum is needed")

@@ -1,4 +1,4 @@
-"""Audit D: can an observer tell which rows were tuned on? And how much privacy can there be at most?"""
+"""Audit D: can an observer tell which rows the model was tuned on? And what is the smallest possible epsilon?"""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 from scipy.stats import beta
 from sklearn.metrics import roc_auc_score
 
-FEW = 500  # rows of each sort under which a bound says little
+FEW = 500  # with fewer rows of each kind, a bound says little
 CONFIDENCE = 0.95
 
 
 class Membership(NamedTuple):
-    """auc        chance that a tuned row looks more like one than a held-out row does
+    """auc        probability that a tuned row looks more like a tuned row than a held-out row does
     found       share of tuned rows found at a false-positive rate of 1%
-    epsilon_low lower bound on epsilon at 95% confidence: no smaller one can be claimed
+    epsilon_low lower bound on epsilon with 95% confidence: no smaller epsilon can be claimed
     members, others  rows compared
     """
 
@@ -29,14 +29,14 @@ class Membership(NamedTuple):
 
     @property
     def weak(self) -> bool:
-        """Too few rows for a verdict that anything is safe."""
+        """Whether there are too few rows to call anything safe."""
         return min(self.members, self.others) < FEW
 
 
 def membership(members: np.ndarray, others: np.ndarray, delta: float = 0.0) -> Membership:
-    """From scores that are larger for rows that were tuned on: how much each row's loss fell, for instance.
+    """Compare scores that are larger for rows that were tuned on, for example how much the loss of each row fell.
 
-    Raises ValueError for scores that are not finite, or none.
+    Raises ValueError for scores that are not finite, or if there are none.
     """
     members, others = np.asarray(members, float), np.asarray(others, float)
     if not len(members) or not len(others) or not np.isfinite(members).all() or not np.isfinite(others).all():
@@ -50,8 +50,8 @@ def membership(members: np.ndarray, others: np.ndarray, delta: float = 0.0) -> M
 def epsilon_low(members: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray, delta: float) -> float:
     """max over thresholds of ln((TPR_low - delta) / FPR_high), with one-sided Clopper-Pearson bounds; never below 0.
 
-    A threshold looked at is a test made, so the confidence is shared among them (Bonferroni). Departs from the sheet, which
-    gives every bound its whole 95%: of scores that tell nothing, 8 to 10 in 100 then had a bound above zero (measured).
+    Each threshold is a test, so the confidence is shared among the thresholds (Bonferroni). Departs from the sheet, which
+    gives every bound its whole 95%: then 8 to 10 in 100 uninformative scores had a bound above zero (measured).
     """
     members, others = np.sort(np.asarray(members, float)), np.sort(np.asarray(others, float))
     thresholds = np.unique(np.quantile(others, np.linspace(0, 1, 33)))

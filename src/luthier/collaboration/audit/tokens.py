@@ -1,9 +1,9 @@
-"""Audit A: which tokens can be read off a low-rank gradient or update, by an observer who only looks.
+"""Audit A: which tokens can an observer read from a low-rank gradient or update?
 
 The rows of dL/dW lie in the span of a layer's inputs, those of dL/dB in the span of A times them. In block 0 of a model
-with rotary positions an input depends on its token alone, so that every token of the vocabulary can be tested.
-Source: ReCIT (arXiv:2504.20570) and DAGER (arXiv:2405.15586), as derived in the sheet; formulas of ReCIT's own filter are
-not public.
+with rotary positions an input depends only on its token, so every token of the vocabulary can be tested.
+Source: ReCIT (arXiv:2504.20570) and DAGER (arXiv:2405.15586), as derived in the sheet. The formulas of ReCIT's own filter
+are not public.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ RANK_TOLERANCE = 1e-5  # of the largest singular value, for float32 payloads
 EXACT = 1e-3  # distance under which a token is in the span
 FALSE_POSITIVES = (1e-4, 1e-3)  # rates at which recall is reported
 SHARES = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the rank, tried in soft mode
-CALIBRATION = 20  # payloads of public text at least, for soft mode
+CALIBRATION = 20  # least number of payloads of public text for soft mode
 
 
 class Found(NamedTuple):
-    """What can be read off one tensor of a payload.
+    """What can be read from one tensor of a payload.
 
     tensor    its name: "a." and "b." for the factors of a low-rank update
     rank      of the payload, and how many dimensions there are
-    mode      "exact", "soft" or "saturated": every token lies in the span, so that nothing can be told
-    recall    share of the true tokens found, by false-positive rate; none where saturated
-    auc       chance that a true token is nearer to the span than another one
+    mode      "exact", "soft", or "saturated": every token lies in the span, so nothing can be said
+    recall    share of the true tokens found, by false-positive rate; none if saturated
+    auc       probability that a true token is nearer to the span than another token
     inside    share of the true tokens within EXACT of the span
     """
 
@@ -51,25 +51,25 @@ class Found(NamedTuple):
 
 
 class _Reached(Exception):
-    """All layers that were asked for have been given their inputs: what comes after them is not needed."""
+    """Raised once all requested layers have got their inputs: the rest of the forward pass is not needed."""
 
 
 def inputs_of(view: ModelView, linears: Sequence[Linear]) -> dict[str, Tensor]:
-    """[V, in] float64 of each by its name: what these layers of block 0 are given for each token of the vocabulary.
+    """[V, in] float64 by layer name: the input of these layers of block 0 for each token of the vocabulary.
 
-    Raises ValueError where it depends on the position as well, or for a layer of another block, or one whose inputs mix
+    Raises ValueError if the input also depends on the position, or for a layer of another block, or one whose inputs mix
     tokens.
     """
     for linear in linears:
         if linear.block != 0 or linear.role not in ROLES:
-            raise ValueError(f"{linear.module} is no projection of block 0: its inputs are mixtures of tokens")
+            raise ValueError(f"{linear.module} is not a projection of block 0, so its inputs are mixtures of tokens")
     seen: dict[str, list[Tensor]] = {x.name: [] for x in linears}
 
     def keep(linear: Linear, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         pairs = args[0].detach().double().reshape(-1, 2, linear.shape[1])  # a token at two positions
         if not torch.allclose(pairs[:, 0], pairs[:, 1], atol=1e-5):
             raise ValueError(
-                f"{linear.module}: inputs depend on the position; tokens alone cannot be tested in this model"
+                f"{linear.module}: inputs depend on the position, so single tokens cannot be tested in this model"
             )
         seen[linear.name].append(pairs[:, 0])
         if len({len(s) for s in seen.values()}) == 1:
@@ -97,7 +97,7 @@ def span(payload: Tensor, tolerance: float = RANK_TOLERANCE) -> Tensor:
 
 
 def distances(candidates: Tensor, basis: Tensor) -> Tensor:
-    """[V] of unit vectors from a subspace; candidates [V, d], basis [k, d]. Zero vectors count as far."""
+    """[V]: distances of unit vectors from a subspace; candidates [V, d], basis [k, d]. Zero vectors count as far."""
     unit = torch.nn.functional.normalize(candidates.double(), dim=1)
     far = (unit - unit @ basis.T @ basis).norm(dim=1)
     return torch.where(candidates.norm(dim=1) > 0, far, torch.ones_like(far))
@@ -111,7 +111,7 @@ def distinct(rows: Sequence[Any]) -> list[int]:
 class TokenAudit:
     """Looks for input tokens in a model's low-rank updates or gradients.
 
-    Call `calibrate` with payloads of public rows before looking softly.
+    Call `calibrate` with payloads of public rows before you use soft mode.
 
     initial  [R, in] of each matrix by parameter name: A0, the shared start
     """
@@ -125,11 +125,11 @@ class TokenAudit:
         self.public: list[tuple[Mapping[str, Tensor], frozenset[int]]] = []
 
     def calibrate(self, payloads: Sequence[Mapping[str, Tensor]], tokens: Sequence[Sequence[int]]) -> None:
-        """Payloads made by the same recipe from public rows, and their tokens: frequent ones are near any span."""
+        """Use payloads of public rows, made by the same recipe, and their tokens: frequent tokens are near any span."""
         self.public = [(p, frozenset(t)) for p, t in zip(payloads, tokens, strict=True)]
 
     def __call__(self, payload: Mapping[str, Tensor], tokens: Sequence[int]) -> list[Found]:
-        """What each tensor of block 0 gives away of these distinct tokens. Raises ValueError for a payload of another shape."""
+        """What each tensor of block 0 reveals of these distinct tokens. Raises ValueError for a payload of another shape."""
         true, out = frozenset(tokens), []
         if not true:
             raise ValueError("the true tokens are needed to say how many are found")
@@ -155,7 +155,7 @@ class TokenAudit:
         return Found(key, len(basis), width, "soft", *self._soft(key, rows, true), inside)
 
     def _soft(self, key: str, rows: Tensor, true: frozenset[int]) -> tuple[dict[float, float], float]:
-        """Distances against those to public payloads; how many directions to keep is chosen on the public ones."""
+        """Distances relative to those of public payloads. The number of directions is chosen on the public ones."""
         known = [(p[key].double(), t) for p, t in self.public]
         best = max(SHARES, key=lambda share: np.mean([_scored(z, t)[1] for z, t in self._left_out(key, known, share)]))
         spread = torch.stack([self._far(key, r, best) for r, _ in known])

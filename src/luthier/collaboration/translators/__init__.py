@@ -1,4 +1,4 @@
-"""From a small model's update to a large one's."""
+"""Translators: from a small model's update to a large model's update."""
 
 from luthier.support.lazy import lazy
 

@@ -1,4 +1,4 @@
-"""What every translator shares: aligned pairs of updates, their standard form, and the split by shadow set."""
+"""The base class of translators, aligned pairs of updates, their standard form, and the split by shadow set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from luthier.step.lab import Lab
 from luthier.support.rng import Streams
 
 PADDED = -1  # kind of a coordinate that a narrower layer does not have
-FLOOR = 1e-8  # of a deviation
+FLOOR = 1e-8  # smallest deviation
 
 
 class Pairs(NamedTuple):
@@ -20,8 +20,8 @@ class Pairs(NamedTuple):
 
     x        [N, L_S, d_S] float32, from `collaboration.packing.pack`
     y        [N, L_T, d_T] float32
-    shadow   [N] int64: the shadow set a pair was tuned on; snapshots of one set share it
-    x_kinds  [L_S, d_S] int8, from `packing.kinds`: which factor a coordinate belongs to, PADDED where none
+    shadow   [N] int64: the shadow set of a pair; snapshots of one set share it
+    x_kinds  [L_S, d_S] int8, from `packing.kinds`: the factor that a coordinate belongs to, PADDED if none
     y_kinds  [L_T, d_T] int8
     """
 
@@ -32,12 +32,12 @@ class Pairs(NamedTuple):
     y_kinds: Tensor
 
     def checked(self, at_least: int = 2) -> Pairs:
-        """Itself. Raises ValueError for what no translator can be fitted to."""
+        """Return the pairs unchanged. Raises ValueError if no translator can be fitted to them."""
         for name, values, kinds in (("x", self.x, self.x_kinds), ("y", self.y, self.y_kinds)):
             if values.shape[1:] != kinds.shape:
                 raise ValueError(f"pairs.{name} is {tuple(values.shape)}, its layout {tuple(kinds.shape)}")
             if not values.is_floating_point() or not values.isfinite().all():
-                raise ValueError(f"pairs.{name}: {values.dtype} with a value that is not finite, or no real numbers")
+                raise ValueError(f"pairs.{name}: {values.dtype}, holds a value that is not finite, or no real numbers")
         if not len(self.x) == len(self.y) == len(self.shadow):
             raise ValueError(f"{len(self.x)} updates of the small model, {len(self.y)} of the large one: pair them up")
         if (sets := len(self.shadow.unique())) < at_least:
@@ -49,7 +49,7 @@ class Pairs(NamedTuple):
         return self._replace(x=self.x[which], y=self.y[which], shadow=self.shadow[which])
 
     def split(self, share: float, streams: Streams) -> tuple[Pairs, Pairs]:
-        """(training, validation): whole shadow sets, since snapshots of one set are near copies of each other."""
+        """(training, validation): whole shadow sets, because snapshots of one set are nearly equal."""
         sets = self.shadow.unique()
         kept = min(max(round(share * len(sets)), 1), len(sets) - 1)
         order = torch.from_numpy(streams.at("shadow-split").permutation(len(sets)))
@@ -57,7 +57,7 @@ class Pairs(NamedTuple):
         return self.take(training), self.take(~training)
 
     def shuffled(self, streams: Streams) -> Pairs:
-        """The control that knows no client: every small update beside the large update of another shadow set."""
+        """Pairs for a control: every small update beside the large update of another shadow set."""
         sets = self.shadow.unique()
         turned = torch.from_numpy(streams.at("shadow-shuffle").permutation(len(sets)))
         # A cycle through a random order: no set keeps its own partner.
@@ -71,7 +71,7 @@ def _remedy(sets: int, at_least: int) -> str:
 
 
 def _numbered(shadow: Tensor) -> list[tuple[int, int]]:
-    """For each pair, its shadow set and its number within that set."""
+    """The shadow set of each pair, and its number within that set."""
     seen: dict[int, int] = {}
     out = []
     for k in shadow.tolist():
@@ -86,10 +86,10 @@ def _nth(shadow: Tensor, k: int, i: int) -> int:
 
 
 class Standard(NamedTuple):
-    """(v - mean) / deviation: raw low-rank updates are so small that a fresh translator stays at predicting nothing.
+    """(v - mean) / deviation. Raw low-rank updates are so small that an untrained translator learns to predict zero.
 
     mean       [L, d], over pairs
-    deviation  [L, d]; one number a layer and kind of factor: root of the mean square over pairs and coordinates
+    deviation  [L, d]; one number for each layer and kind of factor: root mean square over pairs and coordinates
     """
 
     mean: Tensor
@@ -105,7 +105,7 @@ class Standard(NamedTuple):
 
 
 def standard(values: Tensor, kinds: Tensor) -> Standard:
-    """The standard form of [N, L, d] update vectors. Padded coordinates stay as they are: zero."""
+    """The standard form of [N, L, d] update vectors. Padded coordinates stay zero."""
     mean = values.mean(0)  # [L, d]
     square = (values - mean).square().mean(0)
     deviation = torch.ones_like(mean)
@@ -118,12 +118,12 @@ def standard(values: Tensor, kinds: Tensor) -> Standard:
 
 
 def identity(values: Tensor) -> Standard:
-    """Standard form that changes nothing: the paper's."""
+    """A standard form that changes nothing, as in the paper."""
     return Standard(torch.zeros_like(values[0]), torch.ones_like(values[0]))
 
 
 class Translator(Method):
-    """Maps update vectors of the small model to those of the large one; learnt from public pairs only."""
+    """Maps update vectors of the small model to those of the large one. It learns from public pairs only."""
 
     standardise: bool = True
     """Centre and scale both sides by layer and kind of factor, from the training pairs."""
@@ -142,7 +142,7 @@ class Translator(Method):
 
 
 class Fitted:
-    """A translator that has learnt. `epochs` is what it reported while it did."""
+    """A trained translator. `epochs` holds what it reported during training."""
 
     def __init__(self, x: Standard, y: Standard) -> None:
         self.x, self.y = x, y
@@ -160,5 +160,5 @@ class Fitted:
         return self.y.undo(self.translate(self.x.apply(x)))
 
     def translate(self, x: Tensor) -> Tensor:
-        """The same in standard form; every translator has its own."""
+        """Translate in standard form."""
         raise NotImplementedError

@@ -24,9 +24,9 @@ def dual_weights(x: Tensor, y: Tensor, strength: float) -> Tensor:
 
 
 class Ridge(Translator):
-    """A linear map from all coordinates of the small update to all of the large one, kept small by a ridge.
+    """A linear map from all coordinates of the small update to all of the large one, regularised by a ridge.
 
-    Solved over pairs, not coordinates: seconds, and no learning rate. The default where there are few shadow sets.
+    It is solved over pairs, not coordinates, so it takes seconds and needs no learning rate. The default with few shadow sets.
     Cost: n^2 (d_S L_S + d_T L_T) products to fit, n (d_S L_S + d_T L_T) to translate; it keeps the training pairs.
     """
 
@@ -44,11 +44,11 @@ class Ridge(Translator):
 
 
 class FittedRidge(Fitted):
-    """rows [n, D] are the training inputs in standard form, weights [n, E] in float64."""
+    """A fitted ridge. rows [n, D] are the training inputs in standard form, weights [n, E] in float64."""
 
     def __init__(self, x: Standard, y: Standard, rows: Tensor, targets: Tensor, strength: float) -> None:
         super().__init__(x, y)
-        self.middle, self.middle_y = rows.mean(0), targets.mean(0)  # zero, but for rounding, where standardised
+        self.middle, self.middle_y = rows.mean(0), targets.mean(0)  # zero, except for rounding, if standardised
         self.rows = rows - self.middle
         self.weights = dual_weights(self.rows, (targets - self.middle_y).flatten(1), strength)
 

@@ -1,4 +1,4 @@
-"""The Grad-Transformer: an encoder reads the small update layer by layer, a decoder writes the large one."""
+"""The Grad-Transformer: an encoder reads the small update layer by layer, and a decoder writes the large one."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from luthier.method import Source
 from luthier.step.lab import Lab
 from luthier.support.rng import Streams
 
-SETS_NEEDED = 20  # under which the sheet refuses; ridge does better below 200
-VALIDATED = 100  # pairs at most, since validation writes layer by layer
+SETS_NEEDED = 20  # with fewer sets the sheet refuses; ridge is better below 200
+VALIDATED = 100  # pairs at most, because validation writes layer by layer
 
 
 class UpdateTransformer(nn.Module):
-    """T5's two stacks between three linear maps. One token is one layer's factors.
+    """The encoder and the decoder of a T5 between three linear maps. One token is one layer's factors.
 
     core   a T5Model; its token embeddings are not used
-    width_s, width_t  numbers a layer, d_S and d_T
+    width_s, width_t  numbers in each layer, d_S and d_T
     """
 
     def __init__(self, core: T5Model, width_s: int, width_t: int, generator: torch.Generator) -> None:
@@ -44,10 +44,10 @@ class UpdateTransformer(nn.Module):
         return hidden
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Each layer of the large update from the small one and the true layers before it: [N, L_T, d_T] in and out.
+        """Predict each layer of the large update from the small update and the true layers before it: [N, L_T, d_T] in and out.
 
-        The first decoder input is the image of zero, here and in `write`; the official code starts its inference from
-        another vector than its training.
+        The first decoder input is the image of zero, here and in `write`. The official code starts inference from another vector
+        than training.
         """
         before = torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], dim=1)
         hidden = self.core.decoder(
@@ -58,7 +58,7 @@ class UpdateTransformer(nn.Module):
 
     @torch.no_grad()
     def write(self, x: Tensor, layers: int, cached: bool = True) -> Tensor:
-        """Each layer from the layers it wrote itself: [N, L_S, d_S] -> [N, L_T, d_T]."""
+        """Write each layer from the layers written before: [N, L_S, d_S] -> [N, L_T, d_T]."""
         memory = self.encode(x)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if cached else None
         written = [torch.zeros(len(x), self.out.out_features, device=x.device)]
@@ -78,11 +78,11 @@ def masked_error(guess: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
 
 
 class Transformer(Translator):
-    """Translate layer by layer with a T5 encoder and decoder over whole layers' factors.
+    """Translate layer by layer, with a T5 encoder and decoder over whole layers' factors.
 
-    Trained with the true earlier layers, validated on what it writes by itself, on shadow sets of its own; the state
-    with the lowest such error is kept. Standard form by default, unlike the paper: raw targets are so small that a
-    fresh translator hardly leaves "no change" (sheet: 0 to 3% of the gap closed, against 55 to 67%).
+    It trains with the true earlier layers, and validates on its own outputs for other shadow sets. The state with the lowest
+    validation error is kept. Standard form is on by default, unlike in the paper: raw targets are so small that a new translator
+    hardly learns anything else than "no change" (sheet: 0 to 3% of the gap closed, against 55 to 67%).
     Cost: about 6 (P_encoder L_S + P_decoder L_T) FLOPs a pair and epoch.
     Refuses: fewer than 20 shadow sets.
     """
@@ -98,23 +98,23 @@ class Transformer(Translator):
     heads: int = Field(4, ge=1)
     """Attention heads."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """While training."""
+    """Dropout during training."""
     pretrained: str | None = None
     """Folder or Hub id of a T5 to start from (google/flan-t5-large in the paper); None starts from random weights."""
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
-    """Learning rate of Adam, constant; 2e-5 to 8e-5 where it starts from a pre-trained T5."""
+    """Constant learning rate of Adam; use 2e-5 to 8e-5 if it starts from a pre-trained T5."""
     batch_size: int = Field(32, ge=1)
-    """Pairs a step."""
+    """Pairs in each step."""
     epochs: int = Field(200, ge=1)
-    """Passes over the pairs, at most."""
+    """Largest number of passes over the pairs."""
     patience: int = Field(20, ge=1)
-    """Epochs without a better validation error after which it stops."""
+    """It stops after this many epochs without a better validation error."""
     training_share: float = Field(0.9, gt=0, lt=1)
-    """Share of the shadow sets that is trained on; the others choose the epoch."""
+    """Share of the shadow sets to train on; the others choose the epoch."""
     own_outputs: float = Field(0.0, ge=0, le=1)
-    """Probability, rising to this, that a pair is trained on layers the translator wrote itself."""
+    """Final probability that a pair is trained on layers that the translator wrote itself; it rises during training."""
     seed: int = Field(0, ge=0)
-    """For starts, split, order and dropout."""
+    """Seed for start, split, order and dropout."""
 
     def fit(self, pairs: Pairs, lab: Lab | None = None) -> FittedTransformer:
         pairs = pairs.checked(at_least=SETS_NEEDED)
@@ -143,7 +143,7 @@ class Transformer(Translator):
 
 
 class FittedTransformer(Fitted):
-    """The network, in evaluation."""
+    """The trained network."""
 
     def __init__(self, x: Standard, y: Standard, net: UpdateTransformer) -> None:
         super().__init__(x, y)
@@ -154,7 +154,7 @@ class FittedTransformer(Fitted):
 
 
 class _Training:
-    """Epochs over the training pairs; the best state is put back at the end."""
+    """Training over epochs; the best state is restored at the end."""
 
     def __init__(
         self, settings: Transformer, fitted: FittedTransformer, training: Pairs, validation: Pairs, streams: Streams
@@ -196,7 +196,7 @@ class _Training:
         return total / len(self.x)
 
     def _teacher(self, x: Tensor, y: Tensor, epoch: int) -> Tensor:
-        """The layers that training shows the decoder."""
+        """The earlier layers that the decoder gets in training."""
         chance = self.settings.own_outputs * epoch / max(self.settings.epochs - 1, 1)
         if not chance:
             return y
@@ -207,14 +207,14 @@ class _Training:
         return torch.where(chosen, own, y)
 
     def _validate(self) -> float:
-        """Error of what it writes by itself: with the true layers before it, a translator looks better than it is."""
+        """The error of its own outputs. With the true layers before it, a translator looks better than it is."""
         self.net.eval()
         return float(masked_error(self.net.write(self.held_x, self.held_y.shape[1]), self.held_y, self.mask))
 
 
 @contextmanager
 def keyed(streams: Streams, purpose: str) -> Iterator[None]:
-    """torch's global generator, which dropout and T5's start draw from, under a key; put back afterwards."""
+    """Use a key for torch's global generator, which dropout and T5's start draw from; it is restored afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(streams.at(purpose).integers(2**62)))
         yield

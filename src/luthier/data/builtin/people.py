@@ -1,8 +1,8 @@
-"""People who do not exist: facts that no model has met, to find out what tuning puts into one.
+"""Invented people: facts that no model knows, to find out what tuning teaches a model.
 
-Twenty-five people with six attributes each. Trained on: one question a fact. Tested on: the same questions, the same in
-other words and by first name, yes-or-no questions that need the fact, and comparisons of two people. Names and cities are
-made of syllables and mean nothing; yes and no come equally often.
+Twenty-five people with six attributes each. Training rows: one question for each fact. Held-out rows: the same questions,
+the same in other words and by first name, yes-or-no questions that need the fact, and comparisons of two people. Names and
+cities are made of syllables and mean nothing; yes and no are equally frequent.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Item(NamedTuple):
 
 
 def people(seed: int = 0, count: int = 25) -> list[Person]:
-    """The same people for the same seed; no two share a name or a city."""
+    """The same people for the same seed. No two share a name or a city."""
     generator, used = Streams(seed).at("people"), set[str]()
     word = partial(_word, generator, used)
     return [
@@ -75,7 +75,7 @@ def people(seed: int = 0, count: int = 25) -> list[Person]:
 
 
 def _word(generator: np.random.Generator, used: set[str]) -> str:
-    """Three or four syllables that nobody has yet; some begin with a vowel."""
+    """Three or four syllables that are not used yet; some words begin with a vowel."""
     while True:
         letters = [
             str(generator.choice(list(CONSONANTS))) + str(generator.choice(list(VOWELS)))

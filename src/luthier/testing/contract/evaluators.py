@@ -18,7 +18,7 @@ from luthier.method import Facts
 from luthier.support import sandbox
 from luthier.support.errors import LuthierError
 from luthier.testing.contract.examples import Example, worn
-from luthier.testing.contract.subjects import ROWS, Subject, Values, exam_of, maker_of, subject, task_named
+from luthier.testing.contract.subjects import SHAPED, Subject, Values, exam_of, maker_of, subject, task_named
 
 
 def tasks_of(evaluate: Example) -> list[str]:
@@ -28,7 +28,7 @@ def tasks_of(evaluate: Example) -> list[str]:
 
 def rows_for(evaluate: Example, task: str) -> Values:
     """What is asked."""
-    return ROWS.get(task, ()) if evaluate.rows is None else evaluate.rows
+    return SHAPED[task_named(task).shapes[0]] if evaluate.rows is None else evaluate.rows
 
 
 def asked(evaluate: Example, task: str) -> Subject:

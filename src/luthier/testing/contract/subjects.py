@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    PreTrainedModel,
+)
 
 from luthier.data.prepare import prepare
 from luthier.data.rendering import Renderer
@@ -28,7 +34,7 @@ from luthier.tuners.full import Full
 
 Values = Sequence[Mapping[str, Any]]
 Made = tuple[PreTrainedModel, Any]
-LEARNT = 0.02  # nats, under which rows are known by heart
+LEARNT = 0.05  # nats, under which rows are known by heart
 STEPS = TrainSettings(
     max_steps=150, batch_size=256, learning_rate=1e-2, warmup_fraction=0.0, lr_scheduler_type="constant", max_grad_norm=1.0
 )  # fmt: skip
@@ -51,23 +57,25 @@ def encoder() -> Made:
     return tiny("bert", layers=2, vocab_size=len(tokenizer), **ends), tokenizer
 
 
-USUAL: dict[str, Callable[[], Made]] = {
-    "causal-lm": decoder,
-    "classification": classifier,
-    "masked-lm": encoder,
+USUAL: dict[Any, Callable[[], Made]] = {  # by the class that a task loads a model with
+    AutoModelForCausalLM: decoder,
+    AutoModelForSequenceClassification: classifier,
+    AutoModelForMaskedLM: encoder,
 }
-ROWS: dict[str, Values] = {  # of words that both tokenizers know
-    "causal-lm": [
-        {"prompt": "good day", "completion": "was the day not good"},
-        {"prompt": "a film", "completion": "it was long and very poor"},
-        {"prompt": "a book", "completion": "read and liked on that day"},
-        {"prompt": "the film is", "completion": "short"},
+PAIRS = (
+    ("good day", "was the day not good"), ("a film", "it was long and very poor"),
+    ("a book", "read and liked on that day"), ("the film is", "short"),
+)  # fmt: skip
+SHAPED: dict[str, Values] = {  # rows of every shape that there is, of words that both tokenizers know
+    "prompt and completion": [{"prompt": q, "completion": a} for q, a in PAIRS],
+    "messages": [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in PAIRS
     ],
-    "classification": [
+    "text and label": [
         {"text": "a very good film", "label": "good"}, {"text": "the book was bad", "label": "bad"},
         {"text": "liked on a fine day", "label": "good"}, {"text": "poor and long", "label": "bad"},
     ],
-    "masked-lm": [
+    "text": [
         {"text": "the film was good ."}, {"text": "a bad book"}, {"text": "it was a fine day"}, {"text": "not very long ."},
     ],
 }  # fmt: skip
@@ -103,7 +111,7 @@ def task_named(name: str) -> Task:
 
 def maker_of(example: Example, task: Task) -> Callable[[], Made]:
     """What makes the model that an example is asked of."""
-    made = example.model or USUAL.get(task.key())
+    made = example.model or USUAL.get(task.auto(LlamaConfig()))
     assert made is not None, f"there is no usual model for {task.key()}: write Example(method, model=...)"
     return made
 

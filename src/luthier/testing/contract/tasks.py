@@ -24,21 +24,11 @@ from luthier.objectives.sft import Sft
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.tasks.base import Draw, Task
 from luthier.testing.contract.examples import SETTINGS, Example, worn
-from luthier.testing.contract.subjects import ROWS, Subject, Values, exam_of, labels_of, maker_of, subject, view_with
+from luthier.testing.contract.subjects import SHAPED, Subject, Values, exam_of, labels_of, maker_of, subject, view_with
 from luthier.training.loop import Loop
 from luthier.tuners.base import with_head
 from luthier.tuners.full import Full
 from luthier.update.files import load, save_update
-
-SHAPED: dict[str, Values] = {  # rows of every shape that there is, for both tokenizers
-    "text": ROWS["masked-lm"],
-    "text and label": ROWS["classification"],
-    "prompt and completion": ROWS["causal-lm"],
-    "messages": [
-        {"messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
-        for r in ROWS["causal-lm"]
-    ],
-}
 
 
 def task_of(task: Example) -> Task:
