@@ -56,6 +56,35 @@ def test_kept_and_dropped_rows_stay_with_score_and_reason():
         start().keep(np.array([0]), None, ["a", "b"])
 
 
+def test_rows_are_dropped_with_a_reason_for_each():
+    table = start().drop([3, 1], ["", "too short", "", "too long", "unused"])
+    assert keys(table) == ["f:1", "f:3", "f:5"] and table.reason.tolist() == ["", "too short", "", "too long", ""]
+    with pytest.raises(LuthierError, match="first: drops rows without a reason"):
+        start().drop([0, 1], ["a", "", "c", "d", "e"])
+    with pytest.raises(LuthierError, match="first: gives 2 reasons for 5 rows"):
+        start().drop([0, 1], ["a", "b"])
+
+
+@pytest.mark.parametrize("change", [Table.keep, lambda t, p: t.drop(p, "gone")])
+def test_positions_are_whole_numbers_of_rows_in_the_set(change):
+    assert (
+        keys(change(start(), [])) == keys(change(start(), range(0))) == keys(change(start(), np.array([], dtype=int)))
+    )
+    assert keys(change(start(), (0, 4))) == keys(change(start(), np.array([4, 0])))
+    for flags in (np.ones(5, dtype=bool), [True, False, True, False, True]):
+        with pytest.raises(
+            LuthierError, match=r"first: gives 5 flags where positions belong; write np.flatnonzero\(flags\)"
+        ):
+            change(start(), flags)
+    with pytest.raises(LuthierError, match="first: gives positions of type float64; write whole numbers"):
+        change(start(), np.array([1.0]))
+    for wrong in (-1, 5):
+        with pytest.raises(LuthierError, match=f"first: gives position {wrong}; the 5 rows have 0 to 4"):
+            change(start(), [0, wrong])
+    with pytest.raises(LuthierError, match="gives position 2; the 2 rows have 0 to 1"):
+        change(start().keep([0, 3]), [2])
+
+
 def test_weights_multiply_and_reach_the_rows():
     table = start().weigh(np.array([1, 2, 3, 4, 5.0])).keep(np.array([1, 4])).at("second").weigh(np.array([0.5, 2]))
     assert table.weight.tolist() == [1, 1, 3, 4, 10] and table.weighed.weights.tolist() == [1, 10]

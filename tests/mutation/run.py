@@ -38,6 +38,7 @@ ELSEWHERE = ("data/quadrants.py",)  # what methods compute with, in another room
 OWN = {
     "curation/base.py": ("run/test_curate.py", "curation/test_proof.py"),
     "data/quadrants.py": ("objectives/test_q_tuning.py", "curation/test_q_tuning_offline.py"),
+    "inspection/base.py": ("inspection/test_inspectors.py", "inspection/test_norms.py"),
     "kernels/plain.py": ("kernels/test_head.py",),
     "kernels/linear.py": ("tuners/test_spiel.py", "tuners/test_lora.py"),
     "training/checkpoint.py": ("training/test_state.py", "training/test_equalities.py"),

@@ -188,6 +188,14 @@ def test_names_are_parameters_and_other_shapes_are_a_problem(kind):
     assert left == SHAPES or kind == "structure"
 
 
+@pytest.mark.parametrize("kind", LINEAR)
+def test_the_sums_of_parts_are_those_of_the_whole_each_name_once(kind):
+    both = of(MADE["dense"](2), MADE[kind](0), MADE[kind](1))
+    sums, whole = list(both.sums()), both.dense()
+    assert len(sums) == len(whole) and all(torch.equal(t, whole[n]) for n, t in sums)
+    assert {n for n, _ in of(MADE[kind](0)).sums()} == set(MADE[kind](0).names())
+
+
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_is_no_vector_says_so_by_name(kind):
     update = of(MADE[kind](0))

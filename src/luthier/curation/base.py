@@ -37,7 +37,11 @@ class Curator(Method):
 
     @property
     def codec(self) -> Codec | None:
-        """How answers are changed back, if the rows got another form; None if they did not."""
+        """How answers are changed back, if the rows get another form.
+
+        None if they do not, and if the change cannot be undone. With None, held-out rows and questions stay as they are: the
+        model is asked and judged in the form of the files.
+        """
         return None
 
     def curated(
@@ -56,7 +60,7 @@ class Curator(Method):
     def choose(
         self, rows: Sequence[dict[str, Any]], seed: int = 0, model: PreTrainedModel | None = None, tokenizer: Any = None
     ) -> list[int]:
-        """Positions of the plain dictionaries that stay, unchanged or rewritten; for use without a recipe."""
+        """Positions in `rows` of those that this step keeps, unchanged or rewritten. For use without a recipe."""
         table = self.curated(rows, seed, model, tokenizer)
         found = np.unique(table.roots(table.live))
         return [int(i) for i in found if i >= 0]

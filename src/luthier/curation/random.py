@@ -18,7 +18,7 @@ from luthier.support.errors import RecipeError
 class Random(Chooser):
     """Keep a share of the rows, drawn uniformly without replacement.
 
-    Each row's draw depends only on the seed and its own key, so other rows do not change it.
+    Each row draws a number that depends only on the seed and the row's key. The rows with the smallest numbers stay.
     Cost: none.
     """
 

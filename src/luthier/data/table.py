@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
     }
 )  # fmt: skip
 Reasons = str | Sequence[str]  # one for all rows, or one for each
+Positions = Sequence[int] | np.ndarray
 
 
 class Picture(NamedTuple):
@@ -41,6 +42,8 @@ class Picture(NamedTuple):
 class Table:
     """Rows with columns for the decisions about them. Each operation returns a new table; its rows are the M in the set.
 
+    Operations take positions: places in `rows`, from 0 to M - 1. A reason is one text for all M rows, or one for each.
+
     entries   all N rows so far: the original ones, then those that curators made
     incoming  number of original rows
     live      [M] numbers of the entries in the set, in its order
@@ -48,7 +51,7 @@ class Table:
     score     [N] the number that decided, NaN if there was none
     reason    [N] texts
     parent    [N] number of the entry that a row was made from, -1 for none
-    turn      [N] the step that decided last, counted from 1; 0 for none. `steps` has the names
+    turn      [N] the number of the step that decided last about an entry: 1 for the first step, 0 if no step has decided yet
     weight    [N] how much a row counts in training
     """
 
@@ -99,12 +102,11 @@ class Table:
         """The name of the current step."""
         return self.steps[-1] if self.steps else "nobody"
 
-    # --- operations; positions count in `rows` ---
+    # --- operations ---
 
-    def keep(self, positions: np.ndarray, score: np.ndarray | None = None, reason: Reasons = "") -> Table:
-        """Keep only these rows. All M rows get a score [M] and a reason."""
-        inside = np.zeros(len(self), dtype=bool)
-        inside[np.asarray(positions, dtype=np.int64)] = True
+    def keep(self, positions: Positions, score: np.ndarray | None = None, reason: Reasons = "") -> Table:
+        """Keep the rows at these positions and drop the others. Each of the M rows gets its score, of [M], and its reason."""
+        inside = self._marked(positions)
         told = np.array(self._told(reason), dtype=object)
         told[~inside & (told == "")] = f"not chosen by {self.step}"
         decision = self.decision.copy()
@@ -112,16 +114,16 @@ class Table:
         out = self._decided(self.live, told, score)
         return replace(out, live=self.live[inside], decision=decision)
 
-    def drop(self, positions: np.ndarray, reason: str, score: np.ndarray | None = None) -> Table:
-        """Drop these rows. score [M] of all rows."""
-        if not reason:
+    def drop(self, positions: Positions, reason: Reasons, score: np.ndarray | None = None) -> Table:
+        """Drop the rows at these positions. Each of the M rows gets its score, of [M]; only dropped rows get their reason."""
+        gone = self._marked(positions)
+        told = np.array(self._told(reason), dtype=object)[gone]
+        if not all(told) or (isinstance(reason, str) and not reason):
             raise LuthierError(f"{self.step}: drops rows without a reason; give one")
-        gone = np.zeros(len(self), dtype=bool)
-        gone[np.asarray(positions, dtype=np.int64)] = True
         decision = self.decision.copy()
         decision[self.live[gone]] = DROP
         scored = self if score is None else replace(self, score=_put(self.score, self.live, score))
-        out = scored._decided(self.live[gone], reason)
+        out = scored._decided(self.live[gone], told)
         return replace(out, live=self.live[~gone], decision=decision)
 
     def weigh(self, weights: np.ndarray, reason: Reasons = "weighed") -> Table:
@@ -175,6 +177,23 @@ class Table:
         return replace(self, picture=Picture(len(self.steps), self.live, points, axes))
 
     # --- shared parts ---
+
+    def _marked(self, positions: Positions) -> np.ndarray:
+        """[M] bool, True at these positions. Raises LuthierError for flags in their place, and for places that do not exist."""
+        given = np.asarray(positions)
+        if given.dtype == bool:
+            what = f"{self.step}: gives {given.size} flags where positions belong"
+            raise LuthierError(f"{what}; write np.flatnonzero(flags)")
+        if given.size and given.dtype.kind not in "iu":
+            raise LuthierError(f"{self.step}: gives positions of type {given.dtype}; write whole numbers")
+        beyond = given[(given < 0) | (given >= len(self))]
+        if beyond.size:
+            raise LuthierError(
+                f"{self.step}: gives position {beyond[0]}; the {len(self)} rows have 0 to {len(self) - 1}"
+            )
+        marked = np.zeros(len(self), dtype=bool)
+        marked[given.astype(np.int64)] = True
+        return marked
 
     def _told(self, reason: Reasons, count: int | None = None) -> list[str]:
         count = len(self) if count is None else count

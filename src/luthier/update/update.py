@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -109,6 +110,21 @@ class Update:
         if len(self.parts) == len(other.parts) == 1:
             return self.parts[0].inner(other.parts[0])
         return Dense(self.dense()).inner(Dense(other.dense()))
+
+    def sums(self) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, float32 difference), each name once: the sum over parts, as soon as the last part is added.
+
+        Only the sums of names that are in several parts are held until then. Raises TypeError for a part outside weight space.
+        """
+        left = Counter(name for part in self.parts for name in part.names())
+        held: dict[str, Tensor] = {}
+        for name, delta in self.deltas():
+            left[name] -= 1
+            total = held.pop(name) + delta if name in held else delta
+            if left[name]:
+                held[name] = total
+            else:
+                yield name, total
 
     def dense(self) -> dict[str, Tensor]:
         """All differences at once, summed by name."""

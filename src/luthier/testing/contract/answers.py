@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from luthier.decoding.base import Decoder
 from luthier.inference.services import lab_around
-from luthier.inspection.base import Case, Inspector
+from luthier.inspection.base import Case, Finding, Inspector
 from luthier.merging.base import Merger
+from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError
 from luthier.testing.contract.examples import Example, attached, states
 from luthier.testing.models import batch_of, byte_tokenizer, tiny, view_of
 from luthier.tuners.adapter import Adapter
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
+from luthier.update import Dense, Prompt, Update
 from luthier.update.files import load, save_update
 
 
@@ -59,21 +63,64 @@ def test_what_cannot_be_merged_is_refused(merge: Example) -> None:
             merge.method.merge(members)
 
 
-def test_a_finding_holds_a_sentence_a_table_and_a_picture(inspect: Example) -> None:
-    view = view_of()
-    update = attached(Example(Full()), view).update()
+def asked_of(inspect: Example, *names: str) -> Finding | None:
+    """What an inspector says of the updates with these names of UPDATES; None if it refuses them. It only looks."""
     assert isinstance(inspect.method, Inspector)
-    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
-    finding = inspect.method.inspect(Case(view, {"mine": update}))
-    assert finding.says.endswith(".") and "mine" in finding.says and finding.sure
-    assert finding.rows and all(len(r) == len(finding.columns) for r in finding.rows)
-    assert finding.picture.startswith("<svg") and finding.picture.endswith("</svg>")
-    assert all(torch.equal(p, before[n]) for n, p in view.module.named_parameters()), "it only looks"
+    view = view_of()
+    updates = {name: UPDATES[name](view) for name in names}
+    before, digests = copied(view), {name: update.digest() for name, update in updates.items()}
+    try:
+        finding = inspect.method.inspect(Case(view, updates))
+    except LuthierError as refused:
+        assert any(name in str(refused) for name in names), "a refusal names the update"
+        finding = None
+    assert all(torch.equal(p, before[n]) for n, p in view.module.named_parameters()), "the model is as it was"
+    assert {name: update.digest() for name, update in updates.items()} == digests, "and so are the updates"
+    return finding
+
+
+def copied(view: ModelView) -> dict[str, Tensor]:
+    """The model's weights, apart from it."""
+    return {n: p.detach().clone() for n, p in view.module.named_parameters()}
+
+
+def unchanged(view: ModelView) -> Update:
+    """An update with a matrix of zeros."""
+    name = next(n for n, p in view.module.named_parameters() if p.ndim == 2)
+    return Update(view.base, (Dense({name: torch.zeros_like(view.weight(name))}),))
+
+
+# What inspectors are tried on, by name: updates of every weight, of low rank, without a change, and of no weight.
+UPDATES: dict[str, Callable[[ModelView], Update]] = {
+    "every-weight": lambda view: attached(Example(Full()), view_of()).update(),
+    "low-rank": lambda view: attached(Example(Lora(rank=2)), view_of()).update(),
+    "no-change": unchanged,
+    "soft-prompt": lambda view: Update(view.base, (Prompt(torch.ones(2, view.module.config.hidden_size)),)),
+}
+
+
+@pytest.mark.parametrize("names", [("every-weight",), ("low-rank",), ("no-change",), ("every-weight", "low-rank")])
+def test_a_finding_holds_sentences_a_table_and_a_picture(inspect: Example, names: tuple[str, ...]) -> None:
+    """Sentences that name each update, rows of the table's columns, and a picture if there is something to draw."""
+    finding = asked_of(inspect, *names)
+    assert finding is not None, "it answers for differences of weights"
+    assert finding.says.endswith(".") and all(name in finding.says for name in names)
+    assert finding.sure and not finding.sure.endswith("."), "the page and the terminal end this sentence"
+    assert all(len(r) == len(finding.columns) for r in finding.rows) and (finding.rows or names == ("no-change",))
+    assert not finding.picture or (finding.picture.startswith("<svg") and finding.picture.endswith("</svg>"))
+    assert all(isinstance(finding.shown(cell), str) for row in finding.rows for cell in row)
+
+
+def test_an_inspector_answers_for_a_prompt_or_refuses_it(inspect: Example) -> None:
+    """A part that is not a difference of weights is not passed over in silence."""
+    finding = asked_of(inspect, "soft-prompt")
+    assert finding is None or "soft-prompt" in finding.says
 
 
 __all__ = [
-    "test_a_finding_holds_a_sentence_a_table_and_a_picture",
+    "test_a_finding_holds_sentences_a_table_and_a_picture",
     "test_a_merger_makes_one_update_of_the_members_base_and_leaves_them_as_they_are",
     "test_an_answer_does_not_depend_on_its_batch",
+    "test_an_inspector_answers_for_a_prompt_or_refuses_it",
     "test_what_cannot_be_merged_is_refused",
 ]

@@ -22,10 +22,16 @@ from luthier.testing.contract.examples import (
 from luthier.testing.models import byte_tokenizer, tiny
 
 WORDS = "alpha beta gamma delta river stone cloud field green paper metal seven night glass horse table"
-TEXTS = [  # what curators are tried on: rows of different words and lengths
-    {"prompt": f"say {a} and {b}", "completion": " ".join([a] * (1 + i % 4) + [b, f"item{i * i}"])}
-    for i, (a, b) in enumerate(zip(WORDS.split(), reversed(WORDS.split()), strict=True))
+UNTIDY = [  # as people write them
+    {"prompt": "SAY  River and STONE", "completion": " River\tand  STONE "},
+    {"prompt": "zähle bis drei", "completion": "eins\nzwei\n\ndrei für Ａnna"},
+    {"prompt": "say nothing", "completion": ""},
+    {"prompt": "", "completion": "cafe\u0301 at night"},
 ]
+TEXTS = [  # what curators are tried on: no two of equal counts of words, and untidy ones
+    {"prompt": f"say {a} and {b}", "completion": " ".join([*[a] * (1 + i), b, f"item{i * i}"])}
+    for i, (a, b) in enumerate(zip(WORDS.split(), reversed(WORDS.split()), strict=True))
+] + UNTIDY
 
 
 def curation_rows(curate: Example) -> list[Row]:
@@ -132,7 +138,7 @@ def test_a_curator_in_a_loop_of_your_own(curate: Example) -> None:
     assert isinstance(curate.method, Curator)
     rows = [r.values for r in curation_rows(curate)]
     before = json.dumps(rows)
-    asked = curate.method.traits.needs & {"base_view", "generation"}
+    asked = "base_view" in curate.method.traits.needs
     model: dict[str, Any] = {}
     if asked:
         model = {"model": tiny(vocab_size=260, max_position_embeddings=512), "tokenizer": byte_tokenizer()}
