@@ -13,10 +13,10 @@ from luthier.collaboration.privacy import (
     PrivateRun,
     clipped,
     clipped_sum,
-    coins,
     epsilon_of,
     noise_for,
     plan,
+    poisson_sample,
 )
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
@@ -155,7 +155,7 @@ def test_a_promise_covers_all_rounds_together():
 
 
 def test_rows_come_by_coin_and_empty_batches_take_a_step_of_noise():
-    counts = [len(coins(100, 0.05, np.random.default_rng(seed))) for seed in range(400)]
+    counts = [len(poisson_sample(100, 0.05, np.random.default_rng(seed))) for seed in range(400)]
     assert np.mean(counts) == pytest.approx(5, abs=0.4) and np.var(counts) == pytest.approx(4.75, rel=0.25)
     rows = rows_of((9, 8, 12, 7))
     run = run_of(rehearsed(rate=1e-9, noise=1.0, clip=1.0), rows)

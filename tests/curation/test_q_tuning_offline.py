@@ -52,7 +52,9 @@ def test_the_choice_is_the_objectives_over_the_whole_set(base):
     for i, reason in enumerate(chosen.reason):
         assert reason.endswith(quadrants[i]) and reason.startswith("kept" if i in inside else "left out")
     assert chosen.axes == ("log perplexity", "mean entropy") and chosen.plane.shape == (40, 2)
-    assert all("Q2" in r or "Q4" in r or "fill up" in r for i, r in enumerate(chosen.reason) if i in inside)
+    many, most = QTuningOffline(keep_fraction=0.9).select(some(40), base), choose_rows(*plane.T, 0.9, 10)
+    topped = set(most.keep[most.topped_up].tolist())
+    assert [("fill up" in r) for r in many.reason] == [i in topped for i in range(40)] and 0 < len(topped) < 36
 
 
 @pytest.mark.parametrize("steps", [1, 10])

@@ -27,6 +27,7 @@ def test_nucleus_worked_by_hand():
     assert nucleus(logits, 0.81).isfinite().sum(-1).tolist() == [3, 3]
     assert nucleus(logits, 1e-6).isfinite().sum(-1).tolist() == [1, 1], "the likeliest always stays"
     assert torch.equal(nucleus(logits, 1.0), logits)
+    assert nucleus(torch.zeros(1, 2), 0.5).isfinite().tolist() == [[True, False]], "one half is enough for one half"
     alike = nucleus(torch.zeros(1, 5000), 0.5).isfinite()[0]
     assert int(alike.sum()) == pytest.approx(2500, abs=2) and alike[: int(alike.sum())].all(), "of equal ones the first"
 
@@ -45,6 +46,17 @@ def test_draws_have_the_softmax_of_cooled_logits():
     seen = drawn([Streams(0).torch("t", i) for i in range(n)], 1.0)((logits / 0.5).expand(n, 3), range(n))
     share = torch.bincount(seen, minlength=3) / n
     torch.testing.assert_close(share, (logits / 0.5).softmax(-1), atol=0.02, rtol=0)
+
+
+def test_logits_are_cooled_once(lab, monkeypatch):
+    from luthier.decoding import sample
+
+    seen, own = [], sample.drawn
+    monkeypatch.setattr(
+        sample, "drawn", lambda generators, temperature: seen.append(temperature) or own(generators, 1.0)
+    )
+    decoded(Sample(temperature=3.0), lab)
+    assert seen == [1.0]
 
 
 def test_the_seed_decides(lab):

@@ -9,7 +9,7 @@ from luthier.data.store import Row
 from luthier.evaluation import Retrieval
 from luthier.evaluation import contexts as corpus_module
 from luthier.evaluation.base import Results
-from luthier.evaluation.contexts import Context, Shelf, chunked, documents_of, ranked
+from luthier.evaluation.contexts import Context, Corpus, chunked, documents_of, ranked
 from luthier.evaluation.measures import Measure
 from luthier.evaluation.retrieval import (
     completeness,
@@ -168,9 +168,9 @@ def test_chunks_overlap_and_never_cross_documents():
 
 
 def test_conditions_hold_what_they_say():
-    shelf = Shelf(list(FACTS.items()), 8, 2, 3, 24)
+    corpus = Corpus(list(FACTS.items()), 8, 2, 3, 24)
     questions, gold = [r["prompt"] for r in ROWS], [r["gold"] for r in ROWS]
-    shown = shelf.contexts(questions, gold, ("retrieved", "oracle", "adversarial", "closed"))
+    shown = corpus.contexts(questions, gold, ("retrieved", "oracle", "adversarial", "closed"))
     assert all(g[0] in c.docs for c, g in zip(shown["oracle"], gold, strict=True))
     assert not any(g[0] in c.found for c, g in zip(shown["adversarial"], gold, strict=True))
     assert all(c.text == "" for c in shown["closed"])
@@ -213,9 +213,9 @@ def test_bad_corpora_are_named(tmp_path, method):
         with pytest.raises(RecipeError, match=words):
             documents_of(path)
     with pytest.raises(LuthierError, match=r"top_k: 99 of \d+ chunks"):
-        method.model_copy(update={"top_k": 99}).shelf()
+        method.model_copy(update={"top_k": 99}).documents()
     with pytest.raises(LuthierError, match="has no room for a chunk of 8 words"):
-        Shelf(list(FACTS.items()), 8, 2, 3, 7)
+        Corpus(list(FACTS.items()), 8, 2, 3, 7)
 
 
 def test_one_document_counts_once_however_many_questions_it_has():

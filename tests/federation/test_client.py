@@ -13,7 +13,7 @@ from luthier.collaboration.rounds import SERVER
 from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.demos.private import NAMES
 from luthier.federation import client as sending
-from luthier.federation.client import Look, prepared
+from luthier.federation.client import AuditSettings, prepared
 from luthier.federation.flower import answered
 from luthier.federation.folder import LIMIT, Place
 from luthier.federation.network import Client
@@ -77,7 +77,7 @@ def test_tuning_and_audit_say_how_far_they_are(agreed, place, monkeypatch):
     monkeypatch.setattr("luthier.support.progress.EVERY", 0.0)
     said = []
     rows = place.rendered(place.rows(str(agreed / f"{NAMES[0]}.jsonl"), agreed))
-    prepared(place, NAMES[0], rows, Look([], canaries=2, others=3), say=said.append)
+    prepared(place, NAMES[0], rows, AuditSettings([], canaries=2, others=3), say=said.append)
     heard = [line.partition(",")[0] for line in said]
     assert "tune    step 2 of 2" in heard and "audit   canary 3 of 4" in heard
     assert "audit   drawn answer 80 of 80" in heard
@@ -110,8 +110,8 @@ def test_what_an_audit_holds_back_is_not_sent_and_the_server_hears_no_reason(agr
 def test_a_later_round_is_audited_from_where_it_started(agreed, place):
     rows = place.rendered(place.rows(str(agreed / f"{NAMES[0]}.jsonl"), place.path))
     held = place.rendered(place.rows(str(agreed / f"{NAMES[0]}-held.jsonl"), place.path))
-    first = prepared(place, NAMES[0], rows, Look(held, 0))
-    later = prepared(place, NAMES[0], rows, Look(held, 0), state(place, 1, 40.0 * first.update))
+    first = prepared(place, NAMES[0], rows, AuditSettings(held, 0))
+    later = prepared(place, NAMES[0], rows, AuditSettings(held, 0), state(place, 1, 40.0 * first.update))
     alone = sending._membership(place, later.update, rows, held)
     assert later.leaks.membership != alone, "an observer knows the start, so the audit begins there"
     start, _ = (40.0 * first.update).to("dense")
@@ -121,7 +121,7 @@ def test_a_later_round_is_audited_from_where_it_started(agreed, place):
 
 def test_canaries_do_not_count_as_rows(agreed, place):
     rows = place.rendered(place.rows(str(agreed / f"{NAMES[0]}.jsonl"), place.path))
-    audited = prepared(place, NAMES[0], rows, Look((), 3, 5))
+    audited = prepared(place, NAMES[0], rows, AuditSettings((), 3, 5))
     assert audited.message.header.notes["rows"] == len(rows) and audited.leaks.memory.canaries == 3
 
 
@@ -133,7 +133,7 @@ def test_what_seeds_say_is_audited_as_what_they_do(agreed, tmp_path):
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
     place = Place(tmp_path / "c")
     rows = place.rendered(place.rows(str(tmp_path / f"{NAMES[0]}.jsonl"), tmp_path))
-    audited = prepared(place, NAMES[0], rows, Look((), 0))
+    audited = prepared(place, NAMES[0], rows, AuditSettings((), 0))
     sent = audited.message.tensors()
     (part,) = audited.update.parts
     assert len(part.tensors()) and set(sent) == {"index", "scalar"}

@@ -133,3 +133,12 @@ def test_the_gradient_of_a_half_precision_head_is_added_up_in_float32():
 
 def whole_double(hidden, weight, labels):
     return torch.nn.functional.cross_entropy(hidden.double() @ weight.T, labels, reduction="none")
+
+
+def test_ordinary_operations_are_for_the_calls_inside():
+    from luthier.kernels.plain import is_plain, plain_operations
+
+    for _ in range(2):
+        assert not is_plain()
+        with plain_operations():
+            assert is_plain()

@@ -109,7 +109,7 @@ def test_a_class_that_is_exported_but_not_yet_listed_asks_for_the_docs(monkeypat
     ("name", "value", "words"),
     [
         ("focal", "m:C", "is not KIND.NAME; kinds are tuner"),
-        ("optimizer.x", "m:C", "is no KIND.NAME"),
+        ("optimizer.x", "m:C", "is not KIND.NAME"),
         ("tuner.lora", "m:C", "the tuner 'lora' exists already"),
     ],
 )

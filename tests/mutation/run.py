@@ -43,13 +43,20 @@ OWN = {
     "kernels/linear.py": ("tuners/test_spiel.py", "tuners/test_lora.py"),
     "training/checkpoint.py": ("training/test_state.py", "training/test_equalities.py"),
     "training/loop.py": ("training/test_equalities.py", "training/test_skipped.py", "training/test_state.py"),
-    "tuners/base.py": ("tuners/test_full.py", "tuners/test_task_head.py", "tuners/test_layerwise.py"),
+    "pipelines/base.py": ("pipelines/test_base.py", "pipelines/test_list.py"),
+    "tuners/base.py": ("tuners/test_trainable.py", "tuners/test_full.py", "tuners/test_task_head.py"),
     "update/base.py": ("update/test_parts.py", "update/test_update.py"),
     "update/binding.py": ("update/test_parts.py", "update/test_update.py", "update/test_following.py"),
     "update/files.py": ("update/test_update.py",),
     "update/compositions.py": ("update/test_parts.py", "update/test_update.py", "update/test_then.py"),
     "update/structure.py": ("update/test_structure.py",),
-    "update/vectors.py": ("update/test_parts.py", "update/test_update.py"),
+    "update/update.py": (
+        "update/test_update.py",
+        "update/test_parts.py",
+        "update/test_then.py",
+        "update/test_following.py",
+    ),
+    "update/vectors.py": ("update/test_parts.py", "update/test_update.py", "update/test_structure.py"),
 }
 
 

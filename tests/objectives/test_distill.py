@@ -48,6 +48,14 @@ def test_in_the_warm_up_rows_weigh_the_same_and_confidence_can_silence_them():
         assert term.over == "weight"
 
 
+@pytest.mark.parametrize(("rows", "helpful"), [(0, 0.0), (1, 1.0), (2, 1.0)])
+def test_the_share_that_helps_is_of_the_rows_that_this_process_has(rows, helpful):
+    view, objective = view_of(), Distill()
+    micro = [collate(with_soft(cloze(rows, 0)))] if rows else []
+    _, counts = objective.plan(Window(micro, Clock(0, 10)), Probe(view, objective))
+    assert counts == {"weight": rows} and objective.report() == {"distill/helpful": helpful}
+
+
 def test_rows_without_soft_labels_are_refused():
     view = view_of()
     with pytest.raises(LuthierError, match="a row has no soft label"):

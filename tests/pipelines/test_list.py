@@ -387,3 +387,12 @@ def test_a_row_without_a_soft_label_and_an_empty_pool_are_named():
     lab = Lab({"labelled": cloze(4, 0), "unlabelled": []})
     with pytest.raises(LuthierError, match="pool of unlabelled rows is empty"):
         run_pipeline(List(rounds=1, labelled_epochs=1, rank=2), view_of(), lab)
+
+
+def test_what_will_be_trained_is_known_before_anything_is():
+    sets = {"labelled": cloze(2, 0), "unlabelled": cloze(3, 1)}
+    found = [(stage.name, data) for stage, data in base.planned(List(rounds=2), sets)]
+    assert found == [
+        ("teacher", "labelled"), ("student-1", "unlabelled"), ("round-1", "labelled"), ("student-2", "unlabelled"),
+        ("round-2", "labelled"),
+    ]  # fmt: skip

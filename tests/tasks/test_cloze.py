@@ -139,7 +139,7 @@ def test_a_word_is_the_token_that_it_is_behind_its_stem():
         ({"prompt": "{text} {label} {label}", "words": WORDS}, "once each"),
         ({"prompt": "{text} {label} {other}", "words": WORDS}, "once each"),
         ({"prompt": PROMPT, "words": {"good": "great"}}, r"words: .*at least two labels"),
-        ({"prompt": PROMPT, "words": {"good": "great", "bad": "great"}}, "a word of its own to each"),
+        ({"prompt": PROMPT, "words": {"good": "great", "bad": "great"}}, "a different word to each"),
         ({"promt": PROMPT}, "did you mean prompt"),
     ],
 )
@@ -177,10 +177,10 @@ def test_a_decoder_cannot_read_behind_the_gap():
 LIST = {
     "list": {
         "rounds": 1,
-        "unlabelled_steps": 20,
-        "labelled_epochs": 10,
+        "unlabelled_steps": 10,
+        "labelled_epochs": 30,
         "rank": 8,
-        "learning_rate": 0.02,
+        "learning_rate": 0.01,
         "init_std": 0.02,
     }
 }
@@ -191,7 +191,9 @@ def test_self_training_by_words_from_a_recipe(
     kind, encoder_folder, decoder_folder, write, command, tmp_path, monkeypatch
 ):
     model = {"encoder": encoder_folder, "decoder": decoder_folder}[kind]
-    files = {"train": labelled(8), "eval": labelled(12, 20), "pool": [{"text": text(i)} for i in range(40, 60)]}
+    # Numbers of every size in all three, so that the one word that tells the class is all that differs between classes.
+    train, held = ([{"text": text(i), "label": "good" if i % 2 else "bad"} for i in range(k, 60, 5)] for k in (0, 1))
+    files = {"train": train, "eval": held, "pool": [{"text": text(i)} for k in (2, 3) for i in range(k, 60, 5)]}
     path = write(model, files, task={"classification": {"prompt": PROMPT, "words": WORDS}}, pipeline=LIST)
     done = command("run", path, cwd=tmp_path)
     assert done.code == 0, done.err

@@ -13,6 +13,7 @@ def test_two_a_block_on_the_output_projections():
     trainable = Adapter(rank=4).attach(view)
     assert {n.rpartition(".")[2] for n in trainable.a} == {"o_proj", "down_proj"} and len(trainable.a) == 6
     width = view.anatomy.hidden_size
+    assert {id(p) for p in view.module.parameters() if p.requires_grad} == {id(p) for p in trainable.parameters()}
     assert sum(p.numel() for p in trainable.parameters()) == 3 * 2 * 2 * 4 * width
 
 

@@ -234,6 +234,28 @@ def test_what_trains_is_found_among_the_models_parameters_until_it_is_taken_off(
     assert [n for n, _ in view.module.named_parameters()] == before
 
 
+def test_the_marks_that_a_tokenizer_adds_are_no_text():
+    class Marking:
+        chat_template = None
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [0] * add_special_tokens + [5, 6]}
+
+        def get_vocab(self):
+            return {}
+
+    view = view_of()
+    view.tokenizer = Marking()
+    vectors = Dept(**SMALL).attach(view).vectors
+    assert torch.equal(vectors[0], view.embedding.weight[5]) and torch.equal(vectors[1], view.embedding.weight[6])
+
+
+def test_a_rank_of_one_is_a_rank():
+    trainable = Dept(budget_length=6, length=4, max_length=16).attach(view_of())
+    assert trainable.rank == 2 * 32 // (16 + 32) == 1
+    assert not trainable.update().parts[0].vectors.requires_grad
+
+
 def test_vectors_start_from_rows_of_the_table_where_there_is_no_tokenizer():
     view = view_of()
     vectors = Dept(**SMALL).attach(view).vectors.detach()

@@ -476,7 +476,7 @@ def test_a_trial_step_that_is_not_finite_is_named():
 def test_unknown_architecture_is_refused():
     with pytest.raises(LuthierError, match="does not know the place of"):
         plan(view_of("lfm2"), 0.8, batch_of())
-    with pytest.raises(LuthierError, match="does not know where"):
+    with pytest.raises(LuthierError, match="does not know the place of"):
         GreenTrainer().check_model(view_of("lfm2").anatomy)
 
 

@@ -37,6 +37,20 @@ def test_the_hand_written_backward_is_autograds():
         torch.testing.assert_close(mine.double(), theirs, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("trains", ["weight", "bias"])
+def test_beside_a_weight_that_trains_too_autograd_takes_all_gradients(trains):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    x, weight, bias, a, b = (t.requires_grad_() for t in (draw(2, 7, 5), draw(6, 5), draw(6), draw(3, 5), draw(6, 3)))
+    (bias if trains == "weight" else weight).requires_grad_(False)
+    moving = [t for t in (x, weight, bias, a, b) if t.requires_grad]
+    ours, theirs = low_rank_linear(x, weight, bias, a, b, 0.7), F.linear(x, weight, bias) + 0.7 * (x @ a.T) @ b.T
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    along = draw(2, 7, 6)
+    for mine, wanted in zip(*(torch.autograd.grad((o * along).sum(), moving) for o in (ours, theirs)), strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_training_is_that_of_plain_factors_beside_the_weight():
     """Five steps against transformers' own forward with factors written out by hand."""
     rows, settings = rows_of(), TrainSettings(max_steps=5, batch_size=4, learning_rate=1e-2, shuffle=False)
@@ -164,3 +178,27 @@ def test_targets_are_patterns_that_must_all_match():
 def test_bad_fields_are_named(fields):
     with pytest.raises(ValueError, match=next(iter(fields))):
         Lora(**fields)
+
+
+def test_only_the_factors_train_and_what_is_kept_is_all_of_them():
+    view, other = view_of(), view_of()
+    first, second = Lora(rank=2, seed=1).attach(view), Lora(rank=2).attach(other)
+    assert {id(p) for p in view.module.parameters() if p.requires_grad} == {id(p) for p in first.parameters()}
+    with torch.no_grad():
+        for p in first.parameters():
+            p.add_(0.5)
+    state = first.state_dict()
+    assert not any(t.requires_grad for t in state.values())
+    second.load_state_dict({k: v.clone() for k, v in state.items()})
+    assert second.state_dict().keys() == state.keys()
+    assert all(torch.equal(v, state[k]) for k, v in second.state_dict().items())
+    assert second.update().chart.digest == first.update().chart.digest
+
+
+def test_a_second_one_stands_beside_the_first():
+    view, batch = view_of(), batch_of()
+    Lora(rank=2).attach(view)
+    before = view.trace(batch).hidden[-1].detach()
+    second = Lora(rank=2, seed=1).attach(view)
+    torch.testing.assert_close(view.trace(batch).hidden[-1], before, atol=1e-6, rtol=1e-6)
+    assert len(second.a) == len(second.targets)

@@ -1,5 +1,7 @@
 """The one sparse mechanism: equal to the dense gather bit for bit, and it gives the base back."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
 from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, tiny, view_of
-from luthier.tuners.sparse import SparseWeights, in_numpy, in_torch, top, top_magnitudes
+from luthier.tuners.sparse import SparseWeights, in_numpy, in_torch, refuse_entries, top, top_magnitudes
 
 
 def sparse_view(kind="llama", share=0.1, dtype=torch.float32):
@@ -106,8 +108,11 @@ def test_a_layers_entries_train_once_and_can_again_when_they_were_taken_out():
     linears, first = list(sparse.linears.values()), {n: i.long() for n, i in sparse.indices.items()}
     with pytest.raises(LuthierError, match="train already; detach that tuner first"):
         SparseWeights(view, linears, first)
+    found = {id(p) for p in view.module.parameters()}
+    assert {id(v) for v in sparse.values.values()} <= found, "processes and optimisers find them in the model"
     for _ in range(2):  # the second time there is nothing left to do
         sparse.detach()
+    assert [n for n, _ in view.module.named_parameters()] == [n for n, _ in tiny().named_parameters()]
     SparseWeights(view, linears, first)
 
 
@@ -133,3 +138,68 @@ def test_top_magnitudes_are_those_of_a_stable_sort(dtype, values):
     for k in (0, 1, 100, 1999, 2000):
         wanted = gradient.float().abs().argsort(descending=True, stable=True)[:k].sort().values
         assert torch.equal(top_magnitudes(gradient, k), wanted)
+
+
+# --- what is written, read and left out ---
+
+
+def test_positions_take_32_bits_where_these_reach():
+    _, sparse = sparse_view()
+    for shape, dtype in (((2**16, 2**15), torch.int32), ((2**16, 2**15 + 1), torch.int64)):
+        sparse.linears["wide"] = SimpleNamespace(shape=shape)
+        assert sparse._dtype("wide") == dtype
+
+
+def test_what_is_loaded_stands_in_the_weights_and_what_stood_there_is_the_bases():
+    view, sparse = sparse_view()
+    plain = {n: view.weight(n).detach().clone() for n in sparse.values}
+    with torch.no_grad():
+        for v in sparse.values.values():
+            v.fill_(0.5)
+    sparse.write(torch.Generator())
+    given = {n: free_positions(view, sparse, n, len(v)) for n, v in sparse.values.items()}
+    values = {n: torch.linspace(-1, 1, len(i)) for n, i in given.items()}
+    sparse.load(given, values, torch.Generator())
+    for n, base in plain.items():
+        wanted = base.reshape(-1).clone()
+        wanted[given[n]] += values[n]
+        assert torch.equal(view.weight(n).reshape(-1), wanted) and torch.equal(sparse.values[n], values[n])
+    assert not any(v.requires_grad for v in sparse.part().values.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_without_them_the_base_stands_there_and_a_backward_from_before_goes_on(kind):
+    view, sparse = sparse_view(kind)
+    plain = {n: view.weight(n).detach().clone() for n in sparse.values}
+    with torch.no_grad():
+        for v in sparse.values.values():
+            v.fill_(0.5)
+    sparse.write(torch.Generator())
+    name = next(iter(plain))
+    more = free_positions(view, sparse, name, 3)
+    kept = sparse.read(name, more)
+    sparse.put(name, kept + 1, more)  # entries that trained before and are left where they are
+    tuned = {n: view.weight(n).detach().clone() for n in plain}
+    loss = loss_of(view)
+    with sparse.without({name: (more, kept)}):
+        assert all(torch.equal(view.weight(n), p) for n, p in plain.items())
+    assert all(torch.equal(view.weight(n), p) for n, p in tuned.items())
+    loss.backward()
+    with sparse.without():
+        assert not torch.equal(view.weight(name), plain[name])
+
+
+def test_packed_layers_are_refused():
+    view = view_of()
+    packed = torch.nn.Parameter(torch.zeros(8, 1).byte(), requires_grad=False)
+    (x,) = view.anatomy.match(("layers.0.mlp.up_proj",))
+    view.module.model.layers[0].mlp.up_proj.weight = packed
+    with pytest.raises(LuthierError, match="up_proj.weight is quantised"):
+        refuse_entries(view, [x])
+
+
+def test_the_largest_of_what_wants_a_gradient():
+    values = torch.tensor([1.0, -3.0, 2.0], requires_grad=True)
+    assert top(values, 1).tolist() == [2] and top_magnitudes(values, 2).tolist() == [1, 2]
+    half = values.detach().bfloat16().requires_grad_()
+    assert top(half, 1).tolist() == [2] and top_magnitudes(half, 2).tolist() == [1, 2]

@@ -287,7 +287,7 @@ def test_what_is_kept_inside_a_window_is_all_of_it():
     assert all(torch.equal(v, state[k]) for k, v in other.state_dict().items())
     assert other.observed.chosen == trainable.observed.chosen == set(trainable.sparse.values)
     _, later, _, _ = trained(0)
-    later.go_on(state)
+    later.continue_from(state)
     assert (later._steps, later.total_steps) == (5, 45)
     assert all(torch.equal(later.sparse.indices[n], i) for n, i in trainable.sparse.indices.items())
 

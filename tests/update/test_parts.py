@@ -397,3 +397,73 @@ def test_nobody_outside_of_the_room_asks_which_form_a_part_is():
         for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if asking.search(line)
     ]  # fmt: skip
     assert not found, "\n".join(found)
+
+
+# --- what is refused ---
+
+
+@kinds
+def test_one_number_that_is_not_finite_is_a_problem(kind):
+    part = MADE[kind](0)
+    for name, t in part.tensors().items():
+        if t.is_floating_point():
+            broken = {**part.tensors(), name: t.clone()}
+            broken[name].view(-1)[-1] = float("nan")
+            assert any("finite" in p for p in type(part).restore(broken, part.header()).problems(SHAPES)), name
+
+
+@pytest.mark.parametrize(
+    ("given", "scalars"),
+    [
+        (torch.tensor([[3, 8]]), torch.ones(1, 2, dtype=torch.float64)),
+        (torch.tensor([3, 8]), torch.ones(3, dtype=torch.float64)),
+        (torch.tensor([3, 8], dtype=torch.int32), torch.ones(2, dtype=torch.float64)),
+    ],
+    ids=["a table", "another number", "32 bits"],
+)
+def test_seeds_and_scalars_pair_up(given, scalars):
+    assert list(Seeds(given, scalars, {V: SHAPES[V]}).problems(SHAPES)) == ["seeds and scalars do not pair up"]
+
+
+def test_factors_become_whole_tensors_where_these_are_asked_for():
+    part = low_rank(0)
+    found, lost = part.to(Dense, rank=1)
+    assert isinstance(found, Dense) and lost == 0.0
+    assert all(torch.equal(found.changes[n], d) for n, d in part.deltas())
+
+
+def test_peft_takes_factors_with_heads_and_nothing_else():
+    part, head, prompt = low_rank(0), Replace({"score.weight": torch.ones(2, 32)}), Prompt(drawn(0, 3, 32))
+    assert part.peft([]) is not None and part.peft([head]) is not None
+    assert part.peft([prompt]) is part.peft([head, prompt]) is None
+
+
+@kinds
+def test_bound_the_base_is_still_there_to_be_asked(kind):
+    view = view_of()
+    plain = states(view)
+    with of(MADE[kind](0)).bind(view):
+        changed = states(view)
+        with view.without_update():
+            torch.testing.assert_close(states(view), plain, atol=1e-6, rtol=0)
+        assert torch.equal(states(view), changed) and changed.shape == plain.shape
+        assert float((changed - plain).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("form", ["sparse", "lowrank"])
+def test_of_nothing_nothing_is_lost(form):
+    limits = {"rank": 1, "density": 0.5}
+    found, lost = of(Dense({Q: torch.zeros(SHAPES[Q])})).to(form, **limits)
+    assert lost == 0.0 and not found.dense()[Q].any()
+    assert 0.1 < of(MADE["dense"](0).without([NORM])).to(form, **limits)[1] < 1
+
+
+def test_an_update_adds_where_all_of_its_parts_do():
+    assert of(MADE["dense"](0), low_rank(0)).linear and not of(MADE["dense"](0), MADE["prompt"](0)).linear
+
+
+def test_bound_it_says_which_parameters_it_writes():
+    view = view_of()
+    with of(MADE["dense"](0), MADE["prompt"](0)).bind(view):
+        assert view.attached[-1].writes == {Q, NORM}
+    assert not view.attached

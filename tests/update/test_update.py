@@ -15,7 +15,7 @@ from luthier.training.loop import Loop
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 from luthier.update import Dense, LowRank, Prompt, Replace, Seeds, Sparse, Update, add
-from luthier.update.files import load, save_update
+from luthier.update.files import adapter_base, load, save_update, verify_update
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
 
@@ -261,3 +261,32 @@ def test_masters_keep_what_rounding_to_nearest_would_lose():
     # Along its own direction the stochastic copy holds what the masters moved; the rounded one holds almost nothing.
     moved, kept, lost = (float((x * sign).mean()) for x in (delta, live, nearest))
     assert abs(kept - moved) < 0.5 * moved and lost < 0.5 * moved
+
+
+@pytest.mark.parametrize("name", [None, "", 3])
+def test_a_peft_folder_without_a_base_says_so(name, tmp_path):
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": name, "revision": "main"}))
+    with pytest.raises(LuthierError, match="names no base model"):
+        adapter_base(tmp_path)
+    config.write_text(json.dumps({"base_model_name_or_path": "some/model", "revision": 7}))
+    assert adapter_base(tmp_path) == ("some/model", None)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("llama", "CAUSAL_LM"), ("bert", None)])
+def test_the_folder_for_peft_names_the_base_and_a_task_that_the_model_has(kind, task, tmp_path):
+    view = view_of(kind)
+    update = Lora(rank=2).attach(view).update()
+    for place, wanted in (("", update.base.name), ("here/it/is", "here/it/is")):
+        view.module.config._name_or_path = place
+        save_update(update, tmp_path, view)
+        config = json.loads((tmp_path / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["task_type"]) == (wanted, task)
+
+
+def test_an_update_that_changes_nothing_is_no_result(tmp_path):
+    view = view_of()
+    trainable = Lora(rank=2).attach(view)
+    save_update(trainable.update(), tmp_path, view)
+    with pytest.raises(LuthierError, match="nothing was learnt"):
+        verify_update(tmp_path, trainable.detach, view, {**rows_of()[0], "key": "0"})

@@ -115,7 +115,7 @@ def tune(
 ) -> None:  # fmt: skip
     """Client: tune on your rows, audit the message, and write NAME.message. This command sends nothing."""
     from luthier.collaboration.messages import refuse_name
-    from luthier.federation.client import Look, prepared, send
+    from luthier.federation.client import AuditSettings, prepared, send
     from luthier.federation.server import refuse_rounds
 
     quiet(debug)
@@ -124,7 +124,7 @@ def tune(
     refuse_rounds(place)
     rows = place.rendered(place.rows(data, Path()))
     kept = place.rendered(place.rows(held, Path())) if held else []
-    audited = prepared(place, name, rows, Look(kept, canaries, others), say=_say)
+    audited = prepared(place, name, rows, AuditSettings(kept, canaries, others), say=_say)
     for a in audited.answers:
         _say(f"\n{a.question}")
         for line in a.lines:

@@ -24,7 +24,7 @@ from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.support.progress import Progress, steps, untold
+from luthier.support.progress import OnProgress, no_progress, steps
 from luthier.training.loop import Loop
 from luthier.tuners.base import Tuner
 from luthier.update import Part, Update
@@ -215,7 +215,7 @@ class AverageClient(Member):
 
 
 def alone(
-    contract: AverageContract, view: ModelView, rows: Sequence[Any], progress: Progress = untold
+    contract: AverageContract, view: ModelView, rows: Sequence[Any], progress: OnProgress = no_progress
 ) -> tuple[Update, float | None]:
     """(update, last training loss) of one client alone, or of all clients' rows together. With a privacy limit the loss is not
     returned, because the limit does not account for it."""

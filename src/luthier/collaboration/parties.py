@@ -13,7 +13,7 @@ from luthier.collaboration.privacy import Privacy
 from luthier.collaboration.wire import unpacked
 from luthier.model.fingerprint import Fingerprint
 from luthier.support.errors import LuthierError
-from luthier.support.progress import Progress, untold
+from luthier.support.progress import OnProgress, no_progress
 from luthier.update import Update
 
 
@@ -85,7 +85,7 @@ class Member:
 
     def __init__(self, name: str, run: str, rows: Sequence[Any]) -> None:
         self.name, self.run, self.rows, self.counted = name, run, rows, len(rows)
-        self.progress: Progress = untold
+        self.progress: OnProgress = no_progress
         self.refusals: list[str] = []
         self.result: Message | None = None
 

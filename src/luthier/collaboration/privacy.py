@@ -24,7 +24,7 @@ from luthier.objectives.base import Clock, Forward
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.support.progress import Progress, steps, untold
+from luthier.support.progress import OnProgress, no_progress, steps
 from luthier.training.loop import Loop
 from luthier.tuners.base import Tuner
 from luthier.update import Update
@@ -145,7 +145,7 @@ def clipped_sum(
     return total
 
 
-def coins(count: int, rate: float, generator: np.random.Generator) -> list[int]:
+def poisson_sample(count: int, rate: float, generator: np.random.Generator) -> list[int]:
     """The rows of a step: each is drawn independently. There may be none."""
     return np.flatnonzero(generator.random(count) < rate).tolist()
 
@@ -166,7 +166,7 @@ class PrivateRun:
         if plan.rows != len(rows):
             raise LuthierError(f"the plan accounts for {plan.rows} rows, there are {len(rows)}; plan again")
         generator = np.random.default_rng(secrets.randbits(128)) if generator is None else generator
-        self.view, self.rows, self.plan, self.coins = view, rows, plan, generator
+        self.view, self.rows, self.plan, self.generator = view, rows, plan, generator
         self.noise = torch.Generator().manual_seed(int(generator.integers(2**63)))
         self.batch = plan.rate * len(rows)
         self.trainable = tuner.attach(view, None, plan.steps)
@@ -184,7 +184,7 @@ class PrivateRun:
             raise LuthierError(
                 f"all {self.plan.steps} steps of the plan are taken; one more would break the privacy limit"
             )
-        chosen = coins(len(self.rows), self.plan.rate, self.coins)
+        chosen = poisson_sample(len(self.rows), self.plan.rate, self.generator)
         params = list(self.trainable.parameters())
         clip, scale = self.plan.privacy.clip, self.plan.noise * self.plan.privacy.clip
         total = clipped_sum([self.rows[i] for i in chosen], self._gradient, params, clip)
@@ -198,7 +198,7 @@ class PrivateRun:
         self.trainable.after_step(Clock(self.taken, self.plan.steps, 0.0))
         return len(chosen)
 
-    def finish(self, progress: Progress = untold) -> Update:
+    def finish(self, progress: OnProgress = no_progress) -> Update:
         """Take the remaining steps. The base model is restored afterwards."""
         try:
             for _ in steps(self.plan.steps, progress, self.taken):

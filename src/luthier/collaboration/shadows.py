@@ -12,10 +12,11 @@ from torch import Tensor
 from luthier.collaboration.privacy import Privacy, PrivateRun, plan
 from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
+from luthier.step.outcome import RenderedRows
 from luthier.step.settings import TrainSettings
-from luthier.support.progress import Progress, steps, untold
+from luthier.support.progress import OnProgress, no_progress, steps
 from luthier.support.rng import Streams
-from luthier.training.loop import Loop, Rows
+from luthier.training.loop import Loop
 from luthier.tuners.lora import Lora
 
 
@@ -44,8 +45,8 @@ def draw(
 
 
 def tuned(
-    view: ModelView, rows: Rows, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
-    privacy: Privacy | None = None, progress: Progress = untold,
+    view: ModelView, rows: RenderedRows, tuner: Lora, settings: TrainSettings, snapshots: int = 1,
+    privacy: Privacy | None = None, progress: OnProgress = no_progress,
 ) -> Tensor:  # fmt: skip
     """[snapshots, L, d] float32: the update after each of the last optimiser steps.
 

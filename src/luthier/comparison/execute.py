@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +26,11 @@ from luthier.run.rows import Data, tokens_a_step
 from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import write_text
+from luthier.support.progress import Say
 from luthier.support.signals import handled
 from luthier.support.sources import code_key
 from luthier.support.units import in_bytes, in_flops, in_time
 from luthier.training.loop import Interrupted, Loop
-
-Say = Callable[[str], None]
 
 
 @dataclass

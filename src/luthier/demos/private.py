@@ -19,15 +19,15 @@ from luthier.collaboration.controls import mean_shadow
 from luthier.data.builtin.requests import demo_rows
 from luthier.demos.local import LARGE, SMALL, Schooling, pieces, python_sources, schooled
 from luthier.federation import demo_page as page
-from luthier.federation.client import Audited, Look, prepared, send
+from luthier.federation.client import Audited, AuditSettings, prepared, send
 from luthier.federation.folder import Place
 from luthier.federation.provider import Shop, judge, make_shadows, on_public, opened, pairs_in
 from luthier.federation.server import taken_in
 from luthier.support.files import write_text
+from luthier.support.progress import Say
 from luthier.support.rng import Streams
 from luthier.update.files import load
 
-Say = Callable[[str], None]
 NAMES = ("clinic", "library", "workshop")
 LEADS = ("", "do: ", "=> ", "A) ")
 CASES = (str.lower, str.upper, str.title)
@@ -108,7 +108,7 @@ def demo(folder: Path, size: Size = Size(), say: Say = lambda _: None, processes
     audits: dict[str, Audited] = {}
     for name in NAMES:
         own, held = (place.rendered(place.rows(str(_file(folder, name, w)), Path())) for w in ("private", "held"))
-        audits[name] = prepared(place, name, own, Look(held, size.canaries, size.others), say=say)
+        audits[name] = prepared(place, name, own, AuditSettings(held, size.canaries, size.others), say=say)
         send(audits[name], folder / "sent", anyway=True)  # a demonstration: nothing leaves this machine
     arrived = taken_in(place, [folder / "sent" / f"{n}.message" for n in NAMES], folder / "results", say)
     say("compare what each had, what it got, and what sharing rows would have given")

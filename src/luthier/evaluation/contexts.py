@@ -81,7 +81,7 @@ def ranked(chunks: Sequence[Chunk], questions: Sequence[str]) -> np.ndarray:
     return order
 
 
-class Shelf:
+class Corpus:
     """A corpus that is cut into chunks and can be searched.
 
     Raises LuthierError if there are fewer chunks than top_k, or if a context has no room for one.

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from luthier.data.store import Row
 from luthier.evaluation.base import Answering, Exam, Gate, Question, Results
-from luthier.evaluation.contexts import Context, Shelf, documents_of, gold_of
+from luthier.evaluation.contexts import Context, Corpus, documents_of, gold_of
 from luthier.evaluation.measures import Measure, ratio
 from luthier.evaluation.text import normalised, token_f1
 from luthier.method import Facts, Problem, Source, Traits
@@ -186,21 +186,21 @@ class Retrieval(Answering):
             out += {"oracle": ["oracle_refusal"], "retrieved": ["retrieved_grounded"]}.get(c, [])
         return (*out, *(f"failure_{n}" for n in range(1, 8) if "retrieved" in self.conditions))
 
-    def shelf(self) -> Shelf:
+    def documents(self) -> Corpus:
         """The corpus, cut into passages."""
         documents = documents_of(Path(self.corpus))
-        return Shelf(documents, self.chunk_words, self.overlap_words, self.top_k, self.context_words)
+        return Corpus(documents, self.chunk_words, self.overlap_words, self.top_k, self.context_words)
 
     def evaluate(self, exam: Exam) -> list[Measure]:
-        questions, shelf = exam.questions(self.rows), self.shelf()
+        questions, corpus = exam.questions(self.rows), self.documents()
         gold = self._gold([q.row for q in questions])
-        shown = shelf.contexts([q.prompt for q in questions], gold, self.conditions)
+        shown = corpus.contexts([q.prompt for q in questions], gold, self.conditions)
         out: list[Measure] = []
         for condition, contexts in shown.items():
             replies = [r.text for r in self._replies(exam, questions, contexts, condition)]
             out += self._measures(condition, questions, contexts, gold, replies)
             if condition == "retrieved" and all(gold):
-                points = [not_shown(c, g, shelf.docs) for c, g in zip(contexts, gold, strict=True)]
+                points = [not_shown(c, g, corpus.docs) for c, g in zip(contexts, gold, strict=True)]
                 out += self._failures(questions, replies, points, gold)
         return out
 
@@ -288,9 +288,9 @@ class Retrieval(Answering):
 
         refusals  share of rows with passages that lack the answer; their completion is the refusal
         """
-        shelf, drawn = self.shelf(), Streams(seed).at("refusals").random(len(rows)) < refusals
+        corpus, drawn = self.documents(), Streams(seed).at("refusals").random(len(rows)) < refusals
         texts, gold = [r["prompt"] for r in rows], [gold_of(r) for r in rows]
-        right, wrong = shelf.contexts(texts, gold, ("retrieved", "adversarial")).values()
+        right, wrong = corpus.contexts(texts, gold, ("retrieved", "adversarial")).values()
         return [
             {**r, "prompt": self.asked(r["prompt"], (w if bad else c).text),
              "completion": self.refusal if bad else r["completion"]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,21 +25,20 @@ from luthier.inference.scoring import row_scores
 from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError
 from luthier.support.files import replaced, write_text
-from luthier.support.progress import Lines
+from luthier.support.progress import Lines, Say
 from luthier.tuners.lora import Lora
 from luthier.update import LowRank, Update
 from luthier.update.packing import factor_deltas, unpack
 
-Say = Callable[[str], None]
 OTHERS = 100  # made-up secrets for each canary: 6.7 bits of exposure at most, minutes for a model of 135M weights
 Payloads = Sequence[tuple[Mapping[str, Tensor], Sequence[int]]]  # payloads of public rows, with their tokens
 
 
-class HeldBack(LuthierError):
+class AuditFailed(LuthierError):
     """Raised for a message whose audit failed: it is not written and not sent."""
 
 
-class Look(NamedTuple):
+class AuditSettings(NamedTuple):
     """How thoroughly a client audits what it would send.
 
     held      rows of the same kind that are not tuned on; empty: no membership audit
@@ -66,7 +65,7 @@ class Audited(NamedTuple):
 
 
 def prepared(
-    place: Place, name: str, rows: Sequence[Any], look: Look = Look(), state: Message | None = None,  # noqa: B008
+    place: Place, name: str, rows: Sequence[Any], look: AuditSettings = AuditSettings(), state: Message | None = None,  # noqa: B008
     say: Say = lambda _: None,
 ) -> Audited:  # fmt: skip
     """Tune under the contract and audit what would be sent.
@@ -90,17 +89,17 @@ def prepared(
     )
     start, _ = party.start(state).to("dense")
     with start.bind(place.first):  # an observer knows the state from which the client started
-        tokens, untold = _tokens(place, update, rows)
+        tokens, no_progress = _tokens(place, update, rows)
         remembered = _memory(place, update, known, controls, look.others, say) if known else None
         members = _membership(place, update, rows, look.held) if len(look.held) else None
-    leaks = Leaks(tokens, remembered, members, untold)
+    leaks = Leaks(tokens, remembered, members, no_progress)
     epsilon = None if contract.privacy is None else contract.privacy.epsilon
     verdict = judged(leaks, look.limits, epsilon)
     return Audited(sent.message, disclosure, leaks, verdict, answers(disclosure, leaks, verdict, epsilon), update)
 
 
 def send(audited: Audited, folder: Path, anyway: bool = False, stem: str | None = None) -> Path:
-    """Write STEM.message, with the audit's page beside it. Raises HeldBack if the audit failed.
+    """Write STEM.message, with the audit's page beside it. Raises AuditFailed if the audit failed.
 
     stem  of the file names; None: the sender's name
     """
@@ -113,7 +112,7 @@ def send(audited: Audited, folder: Path, anyway: bool = False, stem: str | None 
     write_text(folder / f"{stem}.audit.json", json.dumps(found, indent=1))
     page = write_audit(folder / f"{stem}.html", audited.message.header.sender, audited)
     if audited.verdict.outcome == "fail" and not anyway:
-        raise HeldBack(
+        raise AuditFailed(
             f"{stem}: not written, because {audited.verdict.failures[0]}; see {page}, or use --send-anyway to send it as it is"
         )
     target = folder / f"{stem}.message"

@@ -20,13 +20,14 @@ from luthier.collaboration.messages import Message as Envelope
 from luthier.collaboration.messages import Refused, decode
 from luthier.collaboration.parties import Sent, Tick
 from luthier.collaboration.rounds import RoundServer
-from luthier.federation.client import HeldBack, Look, prepared, send
+from luthier.federation.client import AuditFailed, AuditSettings, prepared, send
 from luthier.federation.folder import LIMIT, Place
 from luthier.federation.network import GIVEN, RECORD, SENT, Client
 from luthier.federation.outcome import leave
 from luthier.federation.server import leave_so_far, left
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
+from luthier.support.progress import Say
 
 GIVING = 60.0  # seconds in which a client that took part can come back for its result
 PATIENCE = 0.2  # seconds between looks for answers
@@ -91,7 +92,7 @@ class Line:
 
 
 def serve(
-    party: RoundServer, line: Line, patience: float, say: Callable[[str], None], arrived: Callable[[], None]
+    party: RoundServer, line: Line, patience: float, say: Say, arrived: Callable[[], None]
 ) -> None:  # fmt: skip
     """Carry out rounds until the last is closed. Raises LuthierError if no client will send.
 
@@ -120,7 +121,7 @@ def serve(
         time.sleep(PATIENCE)
 
 
-def give(party: RoundServer, line: Line, say: Callable[[str], None], patience: float = GIVING) -> None:
+def give(party: RoundServer, line: Line, say: Say, patience: float = GIVING) -> None:
     """Send the results to the clients that are there, and to those that took part and come back in time. The same command
     sends them again."""
     results, began = {s.to: s for s in party.results()}, time.monotonic()
@@ -160,7 +161,7 @@ def _field(reply: Message, name: str) -> Any:
     return record.get(name) if isinstance(record, ConfigRecord) else None
 
 
-def _taken(party: RoundServer, name: str, data: Any, say: Callable[[str], None]) -> list[Sent]:
+def _taken(party: RoundServer, name: str, data: Any, say: Say) -> list[Sent]:
     """The answers to a client's bytes. Bytes that are no message are refused, and nothing that has arrived is lost."""
     try:
         if not isinstance(data, bytes):
@@ -205,7 +206,7 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
     if not kept.exists():
         try:
             _prepare(place, who, message, stem)
-        except HeldBack as error:
+        except AuditFailed as error:
             write_text(folder / f"{who.name}.held-back", str(error))
             return _declined(who.name, message).encode()
     data = kept.read_bytes()
@@ -230,7 +231,7 @@ def _keep(place: Place, who: Client, result: Envelope) -> None:
 def _prepare(place: Place, who: Client, state: Envelope, stem: str) -> None:
     rows = place.rendered(place.rows(who.data, Path()))
     held = place.rendered(place.rows(who.held, Path())) if who.held else []
-    audited = prepared(place, who.name, rows, Look(held, who.canaries, who.others), state, _said)
+    audited = prepared(place, who.name, rows, AuditSettings(held, who.canaries, who.others), state, _said)
     _said(f"audit   round {state.header.round}: {audited.verdict.outcome}; {place.path / SENT / f'{stem}.html'}")
     send(audited, place.path / SENT, who.send_anyway, stem)
 

@@ -10,18 +10,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from luthier.support import machine
 from luthier.support.errors import LuthierError
+from luthier.support.progress import Say
 
 SENT = "sent"  # folder of a client's messages and audits, by name and round
 GIVEN = "given"  # folder of the server's results, by client
 RECORD = "luthier"  # the record in flwr's messages that holds a message of luthier
-Say = Callable[[str], None]
 STARTING = 60.0  # seconds in which flwr's server must start to listen
 
 QUIET = {
@@ -64,7 +64,7 @@ class Address(NamedTuple):
 
 
 class Client(NamedTuple):
-    """A client that joins, its rows, and how thoroughly it audits (see `collaboration.sending.Look`).
+    """A client that joins, its rows, and how thoroughly it audits (see `collaboration.sending.AuditSettings`).
 
     models  where the contract's models are on this machine, by role
     """

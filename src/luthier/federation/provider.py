@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,10 @@ from luthier.run.folder import RunFolder
 from luthier.support import machine
 from luthier.support.errors import LuthierError
 from luthier.support.files import replaced, write_text
-from luthier.support.progress import Lines
+from luthier.support.progress import Lines, Say
 from luthier.support.rng import Streams
 from luthier.support.units import in_time
 
-Say = Callable[[str], None]
 HELD_BACK = 0.1  # share of the shadow sets that a translator is judged on
 LENGTHS = (1, 4)  # length of the run over all public rows, in lengths of a shadow run; the better run counts
 CALIBRATING = 24  # number of shadow sets that token audits are calibrated with

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,10 @@ from luthier.federation.outcome import leave
 from luthier.federation.translation_page import write_translation
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
+from luthier.support.progress import Say
 from luthier.update import Update
 
 SO_FAR = "so-far"
-Say = Callable[[str], None]
 
 
 class Arrivals(NamedTuple):

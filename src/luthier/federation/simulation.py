@@ -24,11 +24,11 @@ from luthier.run.folder import RunFolder
 from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
+from luthier.support.progress import Say
 from luthier.support.units import in_time
 from luthier.update import Update
 from luthier.update.files import load
 
-Say = Callable[[str], None]
 FEW = 2  # smallest number of held-out rows of a client
 
 

@@ -13,13 +13,13 @@ from luthier.inference.generation import Generation
 from luthier.inference.scoring import USUAL, Scoring
 from luthier.model.view import ModelView, probe_layout
 from luthier.step.lab import Lab
-from luthier.step.outcome import Rows
+from luthier.step.outcome import RenderedRows
 from luthier.tasks.base import Task
 
 
 def lab_with(
     renderer: Renderer, models: Mapping[str, Callable[[], ModelView]], *, task: Task = USUAL,
-    tokens_per_forward: int = 2048, seed: int = 0, sets: Mapping[str, Rows] | None = None, tick: Tick = no_tick,
+    tokens_per_forward: int = 2048, seed: int = 0, sets: Mapping[str, RenderedRows] | None = None, tick: Tick = no_tick,
 ) -> Lab:  # fmt: skip
     """A lab that renders, scores and generates. Runs add nested runs themselves.
 

@@ -14,7 +14,7 @@ from luthier.model.hanging import Beside, factors_of
 from luthier.model.undo import Change, swapped
 from luthier.support.errors import LuthierError
 
-DEAF = frozenset({"HRALinear", "HRAConv2d"})  # of peft's layers, those that multiply by the weight themselves
+IGNORES_HOOKS = frozenset({"HRALinear", "HRAConv2d"})  # of peft's layers, those that multiply by the weight themselves
 IN_PLACE = "put the low-rank update into the weights instead, by Update.in_place or merge_into"
 MARKS = ("peft_config", "_hf_peft_config_loaded")  # what peft and transformers leave on the model
 
@@ -45,7 +45,7 @@ def listening_layer(model: nn.Module, name: str, beside: bool = False) -> nn.Mod
     Raises LuthierError where the layer is never called: peft's HRA multiplies by its weight.
     """
     outer = model.get_submodule(name)
-    if type(outer).__name__ in DEAF:
+    if type(outer).__name__ in IGNORES_HOOKS:
         raise LuthierError(
             f"{name} has an adapter of peft's HRA, under which nothing else takes effect; detach it first"
         )
@@ -97,7 +97,7 @@ class PeftModules:
             if HUNG in part.__dict__:
                 raise LuthierError(f"{name}: peft would train a copy of a layer with adapters on it; detach them first")
             inner = own_layer(self.module, name)
-            if type(part).__name__ in DEAF and HUNG in inner.__dict__:
+            if type(part).__name__ in IGNORES_HOOKS and HUNG in inner.__dict__:
                 raise LuthierError(f"{name}: peft's HRA would pass over the adapter that is on it; detach it first")
             if reads_weight(part) and any(isinstance(hung, Beside) for hung, _, _ in factors_of(inner)):
                 raise LuthierError(f"{name}: DoRA's norms would not see the low-rank term that is on it; {IN_PLACE}")

@@ -15,11 +15,11 @@ from luthier.method import Method
 from luthier.model.view import ModelView, as_found
 from luthier.objectives.base import Objective
 from luthier.step.lab import Lab, Ledger
-from luthier.step.outcome import Outcome
+from luthier.step.outcome import Outcome, RenderedRows
 from luthier.step.progress import Progress
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.training.loop import Loop, Rows
+from luthier.training.loop import Loop
 from luthier.tuners.base import Trainable, Tuner, with_head
 from luthier.update import Update
 
@@ -73,7 +73,7 @@ class Pace(BaseModel):
         scaled = max(1, round(own * self.length))
         return scaled if self.max_steps is None else min(scaled, self.max_steps)
 
-    def of(self, stage: Train, rows: Rows, save_memory: bool = False) -> Train:
+    def of(self, stage: Train, rows: RenderedRows, save_memory: bool = False) -> Train:
         """The stage at this pace, over these rows."""
         own, changed = stage.settings, dict[str, Any]()
         if self != OWN_PACE:
@@ -116,11 +116,11 @@ def started(
         trainable = with_head(stage.tuner.attach(view, lab, total_steps), view.anatomy.task_head)
         stack.callback(trainable.detach)
         if before is not None and same:
-            trainable.go_on(dict(before.state))
+            trainable.continue_from(dict(before.state))
         yield trainable, under
 
 
-def planned(pipeline: Pipeline, sets: Mapping[str, Rows]) -> list[tuple[Train, str]]:
+def planned(pipeline: Pipeline, sets: Mapping[str, RenderedRows]) -> list[tuple[Train, str]]:
     """Every training stage in order, with the set that its rows come from, before anything is trained."""
     done: dict[str, Outcome] = {}
     came: dict[str, str] = {}
@@ -135,7 +135,7 @@ def planned(pipeline: Pipeline, sets: Mapping[str, Rows]) -> list[tuple[Train, s
     return out
 
 
-def rows_of(stage: Train, lab: Lab, done: Mapping[str, Outcome]) -> Rows:
+def rows_of(stage: Train, lab: Lab, done: Mapping[str, Outcome]) -> RenderedRows:
     """The rows that a stage trains on. Raises LuthierError where an earlier stage made none."""
     if stage.data not in done:
         return lab.rows(stage.data)

@@ -18,7 +18,7 @@ from luthier.objectives.distill import Distill
 from luthier.objectives.sft import Sft
 from luthier.pipelines.base import Apply, Pipeline, Train
 from luthier.step.lab import Lab
-from luthier.step.outcome import Outcome, Rows
+from luthier.step.outcome import Outcome, RenderedRows
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.tuners.adapter import Adapter
@@ -126,7 +126,7 @@ class List(Pipeline):
         self._tell(stage, out, len(pool))
         return Outcome(stage.name, rows=out)
 
-    def _tell(self, stage: Apply, labelled: Rows, given: int) -> None:
+    def _tell(self, stage: Apply, labelled: RenderedRows, given: int) -> None:
         """Warn if the pool is of little use. Raises LuthierError if nothing is left of it."""
         if not labelled:
             raise LuthierError(f"pipeline.list: all {given} rows of the pool are among the labelled rows")

@@ -97,8 +97,3 @@ def _learnt(name: str, seen: Mapping[str, Stage]) -> bool:
 def _moves(tuner: Tuner) -> bool:
     """True for a tuner that changes the model."""
     return bool(tuner.traits.claims)
-
-
-def _in_weights(tuner: Tuner) -> bool:
-    """True if all changes of the tuner are in the weights, so that any other tuner can continue from there."""
-    return tuner.traits.linear or "plain_weights" in tuner.traits.needs or not _moves(tuner)

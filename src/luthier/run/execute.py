@@ -25,7 +25,7 @@ from luthier.report.card import card
 from luthier.report.page import write_report
 from luthier.run.evaluations import remember
 from luthier.run.folder import RunFolder, recipe_hash
-from luthier.run.forecast import NoForecast, disk_needed, forget_peak, miss, peak_memory, resolved
+from luthier.run.forecast import NoForecast, disk_needed, miss, peak_memory, reset_peak_memory, resolved
 from luthier.run.nested import NestedRuns
 from luthier.run.ready import Gathered, Ready, gather, make_ready
 from luthier.run.result import leave_model
@@ -35,14 +35,13 @@ from luthier.step.probe import Probe
 from luthier.step.progress import Progress, together
 from luthier.support.environment import environment
 from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.progress import Say
 from luthier.support.units import in_bytes, in_time
 from luthier.support.version import __version__
 from luthier.training.loop import Interrupted, Loop
 from luthier.tuners.base import with_head
 from luthier.update import Update
 from luthier.update.files import save_update, verify_update
-
-Say = Callable[[str], None]
 
 
 def run(
@@ -72,7 +71,7 @@ def run(
         if before.get("state") == "done":
             say(f"{folder} is finished already")
             return before
-        forget_peak()  # this process may have done other work before: a worker carries out one run after another
+        reset_peak_memory()  # this process may have done other work before: a worker carries out one run after another
         _begin(place, recipe, base)
         tracking.check(recipe.report_to)
         say(f"model   {recipe.model}")

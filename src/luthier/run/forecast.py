@@ -193,7 +193,7 @@ def measure(
     recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, sets: Mapping[str, Prepared], layers: int
 ) -> list[Measured]:
     """Train a miniature for a few steps: what each stage took, one where the recipe has no pipeline."""
-    forget_peak()
+    reset_peak_memory()
     view = _miniature(recipe, with_layers(config, layers), tokenizer)
     if recipe.pipeline is not None:
         with _unheard():
@@ -216,7 +216,7 @@ def _measured_stages(recipe: Recipe, view: ModelView, sets: Mapping[str, Prepare
     few = {name: _few(data, recipe.batch_size, recipe.seed) for name, data in sets.items()}
     lab = lab_with(Renderer(view.tokenizer), {"base": lambda: view}, task=recipe.task, seed=recipe.seed, sets=few)
     while (stage := recipe.pipeline.next(done)) is not None:
-        forget_peak()
+        reset_peak_memory()
         inside, weights = replace(lab, done=done), _bytes(view.module.parameters())
         if isinstance(stage, Apply):
             came[stage.name] = sets[stage.like]
@@ -354,7 +354,7 @@ def _gradients(trainable: Trainable) -> int:
     return sum(p.nbytes for p in trained.values())
 
 
-def forget_peak() -> None:
+def reset_peak_memory() -> None:
     """Release free memory and start a new record of peak memory."""
     gc.collect()
     if torch.cuda.is_available():

@@ -16,7 +16,7 @@ from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.kernels.head import TokenScores
 from luthier.model.view import ModelView
-from luthier.step.outcome import Outcome, Rows
+from luthier.step.outcome import Outcome, RenderedRows
 from luthier.support import sandbox
 from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
@@ -62,13 +62,13 @@ class Choices(NamedTuple):
 class Scorer(Protocol):
     """Scores rendered rows with a frozen model, batch by batch, in their order."""
 
-    def losses(self, view: ModelView, rows: Rows) -> Iterator[RowScore]:
+    def losses(self, view: ModelView, rows: RenderedRows) -> Iterator[RowScore]:
         """The loss of each row."""
 
-    def tokens(self, view: ModelView, rows: Rows) -> Iterator[TokenScores]:
+    def tokens(self, view: ModelView, rows: RenderedRows) -> Iterator[TokenScores]:
         """For each row, loss and entropy of its supervised tokens, [n] float32 nats each."""
 
-    def choices(self, view: ModelView, rows: Rows) -> Iterator[Choices]:
+    def choices(self, view: ModelView, rows: RenderedRows) -> Iterator[Choices]:
         """For each row, the most likely tokens or class."""
 
     def continuations(self, view: ModelView, pairs: Sequence[Pair]) -> list[Continuation]:
@@ -143,7 +143,7 @@ class Lab:
     tick       called with (current work, rows so far, current row)
     """
 
-    sets: Mapping[str, Rows] = field(default_factory=dict)
+    sets: Mapping[str, RenderedRows] = field(default_factory=dict)
     seed: int = 0
     models: Mapping[str, Callable[[], ModelView]] = field(default_factory=dict)
     text: Renderer | None = None
@@ -160,7 +160,7 @@ class Lab:
         """Randomness keyed by purpose and row."""
         return Streams(self.seed)
 
-    def rows(self, name: str) -> Rows:
+    def rows(self, name: str) -> RenderedRows:
         """A set of rendered rows."""
         if name not in self.sets:
             raise LuthierError(f"there are no rows called {name!r} here; there are {_listed(self.sets)}")

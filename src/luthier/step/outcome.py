@@ -12,7 +12,7 @@ from luthier.method import Method
 from luthier.step.progress import Progress
 from luthier.update import Update
 
-Rows = Sequence[Mapping[str, Any]]  # rendered rows, as `collate` takes them
+RenderedRows = Sequence[Mapping[str, Any]]  # rendered rows, as `collate` takes them
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Outcome:
 
     name: str
     update: Update | None = None
-    rows: Rows | None = None
+    rows: RenderedRows | None = None
     mask: Mapping[str, Tensor] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     tuner: Method | None = None

@@ -9,14 +9,15 @@ from luthier.support.units import in_time
 
 EVERY = 10.0  # seconds between lines
 
-Progress = Callable[[str, int, int], None]  # (what is counted, done, of how many)
+Say = Callable[[str], None]  # takes a line for the user
+OnProgress = Callable[[str, int, int], None]  # (what is counted, done, of how many)
 
 
-def untold(what: str, done: int, total: int) -> None:
+def no_progress(what: str, done: int, total: int) -> None:
     """A progress callback that does nothing."""
 
 
-def steps(total: int, progress: Progress, done: int = 0) -> Iterator[int]:
+def steps(total: int, progress: OnProgress, done: int = 0) -> Iterator[int]:
     """The steps of a tuning from `done` on. `progress` is called after each."""
     for step in range(done, total):
         yield step
@@ -26,7 +27,7 @@ def steps(total: int, progress: Progress, done: int = 0) -> Iterator[int]:
 class Lines:
     """Prints a line every ten seconds, and nothing for shorter work."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Say) -> None:
         self.say, self.what = say, ""
         self.began = self.told = 0.0
         self.first = 0

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Window, count, mean_of
 from luthier.step.lab import Lab
 from luthier.step.order import Order, micro_batches
+from luthier.step.outcome import RenderedRows
 from luthier.step.probe import Probe
 from luthier.step.progress import Progress
 from luthier.step.settings import TrainSettings
@@ -36,7 +37,6 @@ from luthier.tuners.base import ParamGroup, Stats, Trainable, default_optimizer
 
 STAGES = ("select", "plan", "train")  # stages of a step, in the ledger
 NAN_STEPS = 10  # a run that skips steps without a finite loss stops after this many such steps in a row
-Rows = Sequence[Mapping[str, Any]]
 
 
 class Wrapped(nn.Module):
@@ -73,7 +73,7 @@ class Loop:
     """
 
     def __init__(
-        self, view: ModelView, rows: Rows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
+        self, view: ModelView, rows: RenderedRows, trainable: Trainable, objective: Objective, settings: TrainSettings, *,
         lab: Lab | None = None, folder: Path | None = None, evaluate: Callable[[], float] | None = None,
         on_step: Callable[[dict[str, float], Progress, int], None] | None = None, stop: Callable[[], bool] = lambda: False,
         carried: Mapping[str, Tensor] | None = None, compute: Compute | None = None, accelerator: Accelerator | None = None,
@@ -131,7 +131,7 @@ class Loop:
             self.wrapped = wrapped
 
     @staticmethod
-    def length(rows: Rows, settings: TrainSettings) -> int:
+    def length(rows: RenderedRows, settings: TrainSettings) -> int:
         """The number of optimiser steps of a run over these rows."""
         s = settings
         return Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle).total

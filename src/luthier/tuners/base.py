@@ -199,7 +199,7 @@ class Trainable:
         for i, p in enumerate(self.parameters()):
             p.copy_(state[str(i)])
 
-    def go_on(self, state: dict[str, Tensor]) -> None:
+    def continue_from(self, state: dict[str, Tensor]) -> None:
         """Continue from the state in which an earlier stage of the same tuner ended."""
         self.load_state_dict(state)
 
@@ -375,8 +375,8 @@ class WithHead(Trainable):
         self.inner.load_state_dict(_below("inner.", state))
         self.head.load_state_dict(_below("head.", state))
 
-    def go_on(self, state: dict[str, Tensor]) -> None:
-        self.inner.go_on(_below("inner.", state))
+    def continue_from(self, state: dict[str, Tensor]) -> None:
+        self.inner.continue_from(_below("inner.", state))
         self.head.load_state_dict(_below("head.", state))
 
     def update(self) -> Update:

@@ -471,7 +471,7 @@ class SpielTrainable(Trainable):
                 for kept, saved in zip(self.observed.sums(n), (s1[n], s2[n]), strict=True):
                     kept.copy_(saved)
 
-    def go_on(self, state: dict[str, Tensor]) -> None:
+    def continue_from(self, state: dict[str, Tensor]) -> None:
         """Use one schedule of choices over both stages, so that well-chosen positions are not all replaced again."""
         self.load_state_dict(state)
         self.total_steps += self._steps

@@ -17,7 +17,7 @@ from luthier.data.rendering import Renderer
 from luthier.inference.generation import generate, sampled
 from luthier.inference.scoring import row_scores
 from luthier.model.view import ModelView
-from luthier.support.progress import Progress, untold
+from luthier.support.progress import OnProgress, no_progress
 from luthier.support.rng import Streams
 
 FEW = 100  # with fewer canaries, no verdict says "pass"
@@ -98,7 +98,7 @@ def secrets_of(form: str, count: int, streams: Streams, *key: str) -> list[str]:
 
 def exposures(
     view: ModelView, renderer: Renderer, found: Sequence[Canary], others: int, tokens_per_forward: int, streams: Streams,
-    progress: Progress = untold,
+    progress: OnProgress = no_progress,
 ) -> np.ndarray:  # fmt: skip
     """[N] bits: log2(n) - log2(rank of the true secret by loss among n), n = others + 1."""
     out = []
@@ -114,7 +114,7 @@ def exposures(
 
 def extracted(
     view: ModelView, renderer: Renderer, found: Sequence[Canary], samples: int, streams: Streams,
-    progress: Progress = untold,
+    progress: OnProgress = no_progress,
 ) -> np.ndarray:  # fmt: skip
     """[N] bool: whether the secret comes out completely after its prefix."""
     prompts = [renderer.prompt_ids({"prompt": c.prefix}) for c in found]
@@ -129,7 +129,7 @@ def extracted(
 
 def memory(
     view: ModelView, renderer: Renderer, planted: Sequence[Canary], controls: Sequence[Canary], *, others: int = 1000,
-    samples: int = SAMPLES, tokens_per_forward: int = 8192, streams: Streams, progress: Progress = untold,
+    samples: int = SAMPLES, tokens_per_forward: int = 8192, streams: Streams, progress: OnProgress = no_progress,
 ) -> Memory:  # fmt: skip
     """What the tuned model remembers of the canaries. Raises ValueError if a control was tuned on."""
     if {c.prefix for c in planted} & {c.prefix for c in controls}:

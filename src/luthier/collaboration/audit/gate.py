@@ -29,12 +29,12 @@ LIMITS = Limits()
 
 
 class Leaks(NamedTuple):
-    """What was measured; None for an audit that was left out. `untold` says why tokens were not measured."""
+    """What was measured; None for an audit that was left out. `no_progress` says why tokens were not measured."""
 
     tokens: list[Found] | None
     memory: Memory | None
     membership: Membership | None
-    untold: str = ""
+    no_progress: str = ""
 
 
 class Verdict(NamedTuple):
@@ -72,7 +72,7 @@ def judged(leaks: Leaks, limits: Limits = LIMITS, epsilon: float | None = None) 
 
 def _tokens(leaks: Leaks, limits: Limits) -> tuple[list[str], list[str]]:
     if leaks.tokens is None:
-        return [], ["tokens were not looked for" + (f": {leaks.untold}" if leaks.untold else "")]
+        return [], ["tokens were not looked for" + (f": {leaks.no_progress}" if leaks.no_progress else "")]
     rate = FALSE_POSITIVES[0]
     worst = max(leaks.tokens, key=lambda f: f.recall.get(rate, 0.0))
     share = worst.recall.get(rate, 0.0)
