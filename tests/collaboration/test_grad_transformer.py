@@ -182,7 +182,7 @@ def test_a_provider_killed_after_any_arrival_goes_on_and_repeats_its_results(wor
 def test_without_an_update_there_is_nothing_to_give(world):
     provider = world.provider()
     assert provider.handle(Tick()) == []
-    with pytest.raises(LuthierError, match="clinic has sent nothing"):
+    with pytest.raises(LuthierError, match="clinic has sent no update"):
         provider.outcome("clinic")
     with pytest.raises(LuthierError, match="no result yet"):
         _ = world.organisations()[0].update

@@ -69,7 +69,7 @@ def test_words_on_the_command_line(tmp_path):
         ("budget: {flops: -1}", "c.yaml:6: budget.flops"),
         ("seeds: [1, 1]", "holds a seed twice"),
         ("search: {trials: 0}", "c.yaml:6: search.trials"),
-        ("arms: {a: {command: x}}", "name an arm of ours in like"),
+        ("arms: {a: {command: x}}", "name an arm of luthier in like"),
         (
             "arms: {a: {command: x, like: b}, b: {command: y}}\nbudget: {flops: 1}",
             "'b' names no arm of this comparison",

@@ -128,7 +128,7 @@ def test_the_callers_random_state_is_left_alone(exam, tasks):
 def test_what_cannot_be_asked_is_named(exam, tasks):
     with pytest.raises(RecipeError, match="lm-eval has no no_such_task"):
         LmEval(tasks=("our_choice", "no_such_task"), folder=tasks).evaluate(exam)
-    with pytest.raises(LuthierError, match="draws its answers"):
+    with pytest.raises(LuthierError, match="needs drawn answers"):
         LmEval(tasks=("our_draw",), folder=tasks).evaluate(exam)
 
 

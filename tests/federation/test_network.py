@@ -283,7 +283,7 @@ def test_a_message_that_its_audit_holds_back_never_leaves(network):
 @pytest.mark.parametrize(
     ("text", "insecure", "says"),
     [
-        ("somewhere", False, "is no address"),
+        ("somewhere", False, "is not an address"),
         ("10.0.0.7:9092", False, "others can read and change"),
         ("example.org:9092", False, "others can read and change"),
     ],

@@ -125,12 +125,12 @@ def test_a_curator_learns_by_nested_runs_and_what_they_took_is_in_the_ledger(mod
     """Half of the rows are noise; held-out rows are like the other half. The recipe's own code reaches the workers."""
     good = [{"prompt": "say", "completion": "aaaaaaaa"}] * 8
     bad = [{"prompt": "say", "completion": "zqxjvkwp"}] * 8
-    (tmp_path / "mine.py").write_text(CURATOR)
-    path = write(tmp_path, model_folder, train=bad + good, held=good[:4], curate=["mine:Halves"], **SHORT)
+    (tmp_path / "halves_of_mine.py").write_text(CURATOR)
+    path = write(tmp_path, model_folder, train=bad + good, held=good[:4], curate=["halves_of_mine:Halves"], **SHORT)
     done = luthier("run", path, "--allow-code", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "out/run.json").read_text())
-    assert [(k["step"], k["rows"], k["of"]) for k in state["curated"]] == [("mine", 8, 16)]
+    assert [(k["step"], k["rows"], k["of"]) for k in state["curated"]] == [("halves_of_mine", 8, 16)]
     decided = json.loads((tmp_path / "out/curation.json").read_text())
     assert decided[0]["reasons"] == {"half": 16}
     assert state["census"]["rows"] == 8 and state["after"]["loss"]["value"] < state["before"]["loss"]["value"]
@@ -141,8 +141,8 @@ def test_a_curator_learns_by_nested_runs_and_what_they_took_is_in_the_ledger(mod
 
 
 def test_a_nested_run_has_no_nested_runs(model_folder, tmp_path):
-    (tmp_path / "mine.py").write_text(CURATOR)
-    recipe = load_recipe(write(tmp_path, model_folder, curate=["mine:Halves"], **SHORT), code=tmp_path)
+    (tmp_path / "halves_of_mine.py").write_text(CURATOR)
+    recipe = load_recipe(write(tmp_path, model_folder, curate=["halves_of_mine:Halves"], **SHORT), code=tmp_path)
     with pytest.raises(LuthierError, match="nothing here carries out nested runs"):
         run(recipe, tmp_path / "inner", tmp_path, nested=False)
     assert NestedRuns(recipe, tmp_path).asked(Nested({})).curate == []
