@@ -130,7 +130,7 @@ def test_a_curator_learns_by_nested_runs_and_what_they_took_is_in_the_ledger(mod
     done = luthier("run", path, "--allow-code", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     state = json.loads((tmp_path / "out/run.json").read_text())
-    assert [(k["step"], k["rows"], k["of"]) for k in state["curated"]] == [("halves_of_mine", 8, 16)]
+    assert [(k["step"], k["rows"], k["of"]) for k in state["curated"]] == [("halves-of-mine", 8, 16)]
     decided = json.loads((tmp_path / "out/curation.json").read_text())
     assert decided[0]["reasons"] == {"half": 16}
     assert state["census"]["rows"] == 8 and state["after"]["loss"]["value"] < state["before"]["loss"]["value"]
