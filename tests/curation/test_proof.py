@@ -55,11 +55,22 @@ def test_a_curator_that_rewrites_and_splits_is_under_thirty_lines_and_works_ever
         t["reason"] for t in table if t["decision"] != "keep"
     )
     decided = [json.loads(x) for x in (folder / "decisions.jsonl").read_text().splitlines()]
-    assert len(decided) == (12 + 4) + 14 and {d["decision"] for d in decided} == {"keep", "drop", "rewrite", "split"}
+    assert len(decided) == (1 + 1 + 3) + 14 and {d["decision"] for d in decided} == {"keep", "drop", "rewrite", "split"}
+    ours = [(d["key"].rpartition(":")[2], d["decision"], d["reason"]) for d in decided if d["step"] == "lines-of-mine"]
+    assert ours == [
+        ("11", "rewrite", "in capitals"), ("11", "split", "one row a line"),
+        *((f"11/{i}", "keep", "one row a line") for i in (1, 2, 3)),
+    ]  # fmt: skip
+    last = {(d["key"], d["decision"]): (d["step"], d["reason"], d["score"]) for d in decided}
+    assert all(last[t["key"], t["decision"]] == (t["step"], t["reason"], t["score"]) for t in table)
     page = (folder / "report.html").read_text()
-    assert "7 of 12 rows stayed" in page and "rewritten" in page and "left out" in page
+    assert "12 rows before, 7 after" in page and "rewritten" in page and "left out" in page
+    changed = page[page.index("before and after a change") : page.index("Some of the decisions")]
+    assert "<pre>one\ntwo\nthree</pre>" in changed and "<pre>ONE</pre><pre>TWO</pre><pre>THREE</pre>" in changed
+    assert changed.count("<th scope") == 2 and "prompt" not in changed, "only fields that changed"
     ran = luthier("run", path, "--allow-code", cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
+    assert "curate  lines-of-mine: 12 rows before, 14 after" in ran.stderr and "3 one row a line" in ran.stderr
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["census"]["rows"] == 7 and [(k["of"], k["rows"]) for k in run["curated"]] == [(12, 14), (14, 7)]
 

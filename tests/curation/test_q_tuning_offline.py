@@ -141,12 +141,14 @@ def test_a_run_shows_the_plane_and_another_fraction_is_not_scored_again(model_fo
         tmp_path, model_folder, train=rows(40), curate=[{"q-tuning-offline": {"keep_fraction": 0.5}}], evaluate=[]
     )
     done = luthier("run", path, cwd=tmp_path)
-    assert done.returncode == 0 and "q-tuning-offline kept 20 of 40 rows" in done.stderr, done.stderr
+    assert (
+        done.returncode == 0
+        and "q-tuning-offline: 40 rows before, 20 after" in done.stderr
+        and "10 left out: Q1 noise" in done.stderr
+    ), done.stderr
     page = (tmp_path / "out/report.html").read_text()
     assert (
-        "Rows chosen by q-tuning-offline" in page
-        and page.count('class="stayed"') == 20
-        and page.count('class="gone"') == 20
+        "The step q-tuning-offline" in page and page.count('class="stayed"') == 20 and page.count('class="gone"') == 20
     )
     run = json.loads((tmp_path / "out/run.json").read_text())
     assert run["spent"]["flops"]["curate"] > 0 and run["census"]["rows"] == 20
@@ -154,6 +156,6 @@ def test_a_run_shows_the_plane_and_another_fraction_is_not_scored_again(model_fo
 
     monkeypatch.setattr(q_tuning_offline, "scored", None)  # would fail if it were asked
     again = luthier("run", path, "curate=[q-tuning-offline: {keep_fraction: 0.25}]", "output_dir=other", cwd=tmp_path)
-    assert again.returncode == 0 and "kept 10 of 40 rows" in again.stderr, again.stderr
+    assert again.returncode == 0 and "40 rows before, 10 after" in again.stderr, again.stderr
     said = json.loads(luthier("check", path, "--json", "--no-forecast", cwd=tmp_path).stdout)
     assert said["curated"][0]["rows"] == 20

@@ -26,6 +26,7 @@ PAIR, PLAIN = {"prompt": "p", "completion": "q"}, {"text": "t"}
         ({**PLAIN, "label": 1, "prompt": "p"}, "text and label", ["t"], "t"),
         ({**PLAIN, "completion": "q"}, "text", ["t"], "t"),
         ({"messages": TALK[:1]}, "messages", [], "a"),
+        ({"prompt": "p"}, None, [], "p"),
     ],
 )
 def test_a_row_of_several_shapes_has_the_first_everywhere(values, shape, answers, words):

@@ -15,6 +15,7 @@ from luthier.recipe import Recipe
 from luthier.report.token_view import SHOWN, tokens_of
 from luthier.run.forecast import NoForecast, resolved
 from luthier.run.ready import outline
+from luthier.run.rows import told
 from luthier.support.units import in_bytes, in_time
 
 
@@ -36,7 +37,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "sources": data.train.sources,
         "skipped": data.skipped,
         "pool_shared": data.pool_shared,
-        "curated": [{"step": k.step, "rows": k.rows, "of": k.of, "reasons": k.reasons} for k in data.kept],
+        "curated": [k.brief for k in data.kept],
         "matched": matched,
         "left_out": left_out,
         "weights": anatomy.num_parameters,
@@ -103,7 +104,9 @@ def show(result: dict[str, Any]) -> None:
 
 def _about_data(result: dict[str, Any]) -> list[str]:
     out = [f"source {s['name']}: {s['rows']:,} rows, {s['share']:.1%} of the draws" for s in result["sources"]]
-    out += [f"curate {k['step']}: {k['rows']:,} of {k['of']:,} rows stay" for k in result["curated"]]
+    for step in result["curated"]:
+        first, *counts = told(**step)
+        out += [f"curate {first}", *counts]
     shared = result["pool_shared"]
     out += [f"pool: {shared:,} rows are left out, because they are also training rows"] if shared else []
     return out + [f"skipped {line}" for line in result["skipped"]]

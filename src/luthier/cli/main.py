@@ -268,17 +268,16 @@ def curate(
     loaded = load(recipe, overrides, allow_code)
     quiet(debug)
     from luthier.cli.progress import Bar
-    from luthier.run.curate import curate as choose
+    from luthier.run.curate import curate as change
+    from luthier.run.rows import told
 
     with Bar() as bar:
-        result = choose(loaded, recipe.parent, output_dir or Path("runs") / f"curate-{recipe.stem}", bar.tick)
+        result = change(loaded, recipe.parent, output_dir or Path("runs") / f"curate-{recipe.stem}", bar.tick)
     if as_json:
         print(json.dumps(result))
         return
     for step in result["steps"]:
-        print(f"{step['step']}: {step['rows']:,} of {step['of']:,} rows stayed")
-        for why, count in sorted(step["reasons"].items()):
-            print(f"  {count:,} {why}")
+        print("\n".join(told(**step)))
     print(Path(result["folder"]) / "report.html")
 
 

@@ -111,4 +111,4 @@ def text_of(row: Row) -> str:
         return " ".join(turn["content"] for turn in values["messages"])
     if shape == "prompt and completion":
         return f"{values['prompt']} {values['completion']}"
-    return str(values["text"])
+    return str(values["text"] if shape is not None else values["prompt"])  # a row may be a question alone

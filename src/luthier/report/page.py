@@ -8,14 +8,16 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 from ruamel.yaml import YAML
 
+from luthier.data.table import DROP, Table
 from luthier.evaluation.measures import SIDE
 from luthier.inspection.base import Finding
 from luthier.recipe import Recipe
@@ -27,6 +29,8 @@ from luthier.support.units import in_flops
 from luthier.support.version import __version__
 
 SAMPLES = 12
+CHANGED = 5  # rows that are shown before and after a change
+CELL = 500  # characters of a field
 DECIDED = {"keep": "kept", "drop": "left out", "rewrite": "rewritten", "split": "split"}
 NEAR_ONE = 0.05  # weights within this of 1 are plain cross-entropy, up to rounding
 
@@ -62,16 +66,20 @@ def write_report(folder: Path) -> Path:
     return target
 
 
-def write_curation(folder: Path, name: str, recipe: Recipe, before: int, after: int) -> Path:
-    """Write the report of curation from its folder."""
+def write_curation(folder: Path, name: str, recipe: Recipe, table: Table) -> Path:
+    """Write the report of curation from its folder.
+
+    table  after the last step
+    """
     text = io.StringIO()
     YAML().dump(recipe.as_dict(), text)
     decided = [json.loads(line) for line in _lines(folder / "decisions.jsonl")[:50_000]]
     examples = {title: [d for d in decided if d["decision"] == what][:SAMPLES] for what, title in DECIDED.items()}
     page = template("curate.html").render(
         name=name,
-        before=before,
-        after=after,
+        before=table.incoming,
+        after=len(table),
+        changes=changes_in(table),
         planes=_planes(folder),
         recipe=text.getvalue(),
         examples=examples,
@@ -79,6 +87,34 @@ def write_curation(folder: Path, name: str, recipe: Recipe, before: int, after: 
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def changes_in(table: Table, count: int = CHANGED) -> list[dict[str, Any]]:
+    """The first rows that were rewritten or split: key, step, and each field that changed, before and after."""
+    numbers = np.flatnonzero(table.decision > DROP)[:count]
+    return [change for number in numbers.tolist() for change in _changes(table, number)]
+
+
+def _changes(table: Table, number: int) -> Iterator[dict[str, Any]]:
+    """Yield the fields of an entry that differ in the entries that replaced it, as texts."""
+    line, old = table.line(number), table.entries[number].values
+    new = [table.entries[i].values for i in np.flatnonzero(table.parent == number).tolist()]
+    for field in dict.fromkeys([*old, *(name for values in new for name in values)]):
+        if any(values.get(field) != old.get(field) for values in new):
+            after = [_cell(values.get(field)) for values in new]
+            yield {
+                "key": line["key"],
+                "step": line["step"],
+                "field": field,
+                "before": _cell(old.get(field)),
+                "after": after,
+            }
+
+
+def _cell(value: Any) -> str:
+    """A field's value as text, cut after some lines; "" for a field that is missing."""
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False, indent=1)
+    return text if len(text) <= CELL else text[:CELL] + " ..."
 
 
 def write_finding(target: Path, finding: Finding, again: str) -> Path:
@@ -175,7 +211,9 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     out += [
         (f"Source {s['name']}", f"{s['rows']:,} rows, {s['share']:.1%} of the draws") for s in run.get("sources", [])
     ]
-    out += [(f"Curated by {k['step']}", f"{k['rows']:,} of {k['of']:,} rows stayed") for k in run.get("curated", [])]
+    out += [
+        (f"Curated by {k['step']}", f"{k['of']:,} rows before, {k['rows']:,} after") for k in run.get("curated", [])
+    ]
     if run.get("skipped_steps"):
         out.append(
             (

@@ -24,8 +24,8 @@ def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> di
 
     kept.jsonl       the rows of the curated set, in the form that the steps gave them; with "weight" if steps weighed them
     table.parquet    every original or new row: step, decision, score, reason, parent, weight, values
-    decisions.jsonl  one line for each row and step: what the step decided
-    report.html      counts, reasons, and a picture if a step decides in a plane
+    decisions.jsonl  one line for each row that a step decided about, in the order of the rows; no line for rows that it left
+    report.html      counts, reasons, rows before and after a change, and a picture if a step decides in a plane
     Raises RecipeError for a recipe without steps, LuthierError if the folder exists.
     """
     if not recipe.curate:
@@ -46,14 +46,29 @@ def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> di
             file.writelines(as_lines(table.weighed, recipe.data.carried))
         table.write(folder / "table.parquet")
         (folder / "curation.json").write_text(json.dumps([k._asdict() for k in told]), encoding="utf-8")
-        write_curation(folder, output.name, recipe, len(rows), len(table))
-    short = [{"step": k.step, "rows": k.rows, "of": k.of, "reasons": k.reasons} for k in told]
-    return {"folder": str(output), "rows": len(table), "of": len(rows), "skipped": skipped, "steps": short}
+        write_curation(folder, output.name, recipe, table)
+    return {
+        "folder": str(output), "rows": len(table), "of": len(rows), "skipped": skipped, "steps": [k.brief for k in told],
+    }  # fmt: skip
 
 
 def _lines(step: Step) -> Iterator[dict[str, Any]]:
-    """Yield what a step decided about each row that it saw, and about each row that it made."""
-    made = np.arange(len(step.before.entries), len(step.after.entries))
-    for number in (*step.before.live.tolist(), *made.tolist()):
-        line = step.after.line(number)
-        yield {"step": step.name, **{k: line[k] for k in ("key", "score", "decision", "reason")}}
+    """Yield what a step decided about rows, in their order; rows that it made come after the row that they were made from."""
+    after = step.after
+    for number in in_family_order(after, step.before.live, len(step.before.entries)):
+        if after.turn[number] == len(after.steps):
+            line = after.line(number)
+            yield {k: line[k] for k in ("step", "key", "score", "decision", "reason")}
+
+
+def in_family_order(table: Table, seen: np.ndarray, first: int) -> Iterator[int]:
+    """Yield the numbers of the entries a step saw, each followed by those that it made from it (from number `first` on), and
+    at the end those that it made from none."""
+    children: dict[int, list[int]] = {}
+    for number in range(first, len(table.entries)):
+        children.setdefault(int(table.parent[number]), []).append(number)
+    waiting = [*reversed(children.get(-1, [])), *reversed(seen.tolist())]
+    while waiting:
+        number = waiting.pop()
+        yield number
+        waiting += reversed(children.get(number, []))

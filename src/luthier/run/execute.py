@@ -29,6 +29,7 @@ from luthier.run.forecast import NoForecast, disk_needed, miss, peak_memory, res
 from luthier.run.nested import NestedRuns
 from luthier.run.ready import Gathered, Ready, gather, make_ready
 from luthier.run.result import leave_model
+from luthier.run.rows import told
 from luthier.run.stopping import StopRequest
 from luthier.step.outcome import Outcome
 from luthier.step.probe import Probe
@@ -161,7 +162,9 @@ def _foreseen(
 def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     census, data = ready.train.census, ready.data
     for step in data.kept:
-        say(f"curate  {step.step} kept {step.rows} of {step.of} rows")
+        first, *counts = told(**step.brief)
+        for line in (f"curate  {first}", *(f"      {count}" for count in counts)):
+            say(line)
     if data.skipped:
         say(f"skipped {len(data.skipped)} rows that cannot be read; the first one: {data.skipped[0]}")
     if data.pool_shared:
@@ -172,7 +175,7 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     place.note(
         base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
         sources=ready.train.sources,
-        curated=[{n: v for n, v in k._asdict().items() if n not in ("plane", "axes")} for k in data.kept],
+        curated=[k.brief for k in data.kept],
         classes=data.classes, pool_shared=data.pool_shared,
     )  # fmt: skip
     place.write("curation.json", json.dumps([k._asdict() for k in data.kept]))

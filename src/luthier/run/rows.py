@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,6 +81,17 @@ class Kept(NamedTuple):
     reasons: dict[str, int]
     plane: list[tuple[float, float, bool]]  # up to PLANE rows for a picture: coordinates, and whether the row stayed
     axes: tuple[str, str]
+
+    @property
+    def brief(self) -> dict[str, Any]:
+        """What people and programs are told: names and counts."""
+        return {"step": self.step, "rows": self.rows, "of": self.of, "reasons": self.reasons}
+
+
+def told(step: str, rows: int, of: int, reasons: Mapping[str, int]) -> list[str]:
+    """Lines about a `curate` step: how many rows there were before and are after it, and the counts of its reasons."""
+    counts = [f"  {count:,} {why}" for why, count in sorted(reasons.items())]
+    return [f"{step}: {of:,} rows before, {rows:,} after", *counts]
 
 
 def prepare_rows(
@@ -231,11 +242,11 @@ def _refuse_lost_spans(where: str, table: Table, number: int, recipe: Recipe) ->
 
 def curated(recipe: Recipe, table: Table, lab: Lab) -> tuple[Table, list[Kept], Cost]:
     """The table after all `curate` steps, a summary of each step, and their cost."""
-    told, started = [], time.perf_counter()
+    kept, started = [], time.perf_counter()
     for step in steps(recipe, table, lab):
-        told.append(kept_by(step))
+        kept.append(kept_by(step))
         table = step.after
-    return table, told, Cost(sum(lab.ledger.flops.values()), time.perf_counter() - started)
+    return table, kept, Cost(sum(lab.ledger.flops.values()), time.perf_counter() - started)
 
 
 def kept_by(step: Step) -> Kept:
