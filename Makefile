@@ -35,16 +35,16 @@ check: $(VENV)/dev.done
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Side by side, a file at a time: 4 min 41 s where one process with both cores took 10 min 2 s.
+# Side by side, a file at a time, the slowest files first (tests/conftest.py).
 unit: $(VENV)/dev.done
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # How many lines the tests run, with a floor (pyproject.toml). Apart from `make test`: under Python 3.11 counting lines takes
 # a third more processor time (39.6 s for 30.0 s, four files of tests, measured once on a busy machine); from 3.12 on the
 # interpreter counts by itself, and the
 # workflow in .github does it there.
 coverage: $(VENV)/dev.done
-	COVERAGE_CORE=sysmon $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
+	COVERAGE_CORE=sysmon $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 bench: $(VENV)/dev.done
 	$(BIN)/python benchmarks/forecast.py

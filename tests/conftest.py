@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,3 +41,18 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     ).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+# Files with the longest tests. Of the two processes of `make test` none should begin one of them at the end, alone.
+SLOW = (
+    "federation/test_network.py", "run/test_run.py", "cli/test_collaborate.py", "testing/test_contract.py",
+    "cli/test_compare.py", "training/test_equalities.py", "demos/test_private.py", "evaluation/test_lm_eval.py",
+    "test_docs.py", "tasks/test_cloze.py", "report/test_pages.py", "run/test_nested.py", "run/test_forecast.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with the longest tests first; pyproject asks xdist to keep this order."""
+    here = Path(__file__).parent
+    place = {str(here / name): i for i, name in enumerate(SLOW)}
+    items.sort(key=lambda item: place.get(str(item.path), len(SLOW)))

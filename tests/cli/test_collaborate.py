@@ -114,11 +114,14 @@ def test_a_changed_contract_is_refused(agreed, tmp_path):
     assert done.returncode == 2 and "was changed after it was agreed on" in done.stderr
 
 
-def test_shadow_runs_killed_at_any_moment_go_on(agreed, tmp_path):
+@pytest.mark.parametrize(
+    "endings", [(signal.SIGKILL,), pytest.param((signal.SIGKILL, signal.SIGINT), marks=pytest.mark.soak)]
+)
+def test_shadow_runs_killed_at_any_moment_go_on(endings, agreed, tmp_path):
     recipe(tmp_path)
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
     command = [*LUTHIER, "collaborate", "shadow", "c", "--processes", "2"]
-    for ending in (signal.SIGKILL, signal.SIGINT):
+    for ending in endings:
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         before = len(list(tmp_path.glob("c/shadows/*.safetensors")))
         until = time.monotonic() + 60

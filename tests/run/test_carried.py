@@ -5,6 +5,9 @@ import json
 import pytest
 
 from helpers.commands import luthier, rows, write
+from luthier.recipe import load_file
+from luthier.run.execute import run
+from luthier.support.errors import RecipeError
 
 
 def log(folder):
@@ -16,8 +19,11 @@ def losses(tmp_path, name, model, train, data, **keys):
     folder = tmp_path / name
     data = {"train": "train.jsonl", "eval": "eval.jsonl", **data}
     path = write(folder, model, train=train, evaluate=[], max_steps=3, data=data, **keys)
-    done = luthier("run", path, cwd=folder)
-    return log(folder / "out") if done.returncode == 0 else done.stderr
+    try:
+        run(load_file(path), folder / "out", folder, foresee=False, judge=False)
+    except RecipeError as error:
+        return str(error)
+    return log(folder / "out")
 
 
 def test_a_weight_of_the_users_reaches_the_loss(model_folder, tmp_path):

@@ -34,7 +34,7 @@ def outer(model_folder, tmp_path):
 
 
 def test_a_nested_run_is_that_run_and_is_carried_out_once(outer, tmp_path, monkeypatch):
-    lab = replace(Lab(), nested=NestedRuns(outer, tmp_path))
+    lab = replace(Lab(), nested=NestedRuns(outer, tmp_path, processes=0))
     wanted = [
         Nested({"max_steps": 3}, keep=True), Nested({"max_steps": 1}),
         Nested({"max_steps": 3}, keep=True),
@@ -76,7 +76,7 @@ def test_other_rows_or_files_or_weights_are_other_runs(outer, tmp_path, monkeypa
 def test_rows_and_their_weights_are_what_it_trains_on(outer, tmp_path):
     """Weights of 0 leave rows out: the run equals one on the others alone."""
     given = [Row(f"f:{i}", r) for i, r in enumerate(rows(4))]
-    lab = replace(Lab(), nested=NestedRuns(outer, tmp_path))
+    lab = replace(Lab(), nested=NestedRuns(outer, tmp_path, processes=0))
     settings = {"max_steps": 1, "shuffle": False}
     weighed = Rows.of(given).weighing(np.array([1.0, 0.0, 0.0, 1.0]))
     chosen = Rows.of([given[0], given[3]])
@@ -86,7 +86,7 @@ def test_rows_and_their_weights_are_what_it_trains_on(outer, tmp_path):
 
 
 def test_what_cannot_be_is_refused_and_what_fails_is_said(outer, tmp_path):
-    runs = NestedRuns(outer, tmp_path)
+    runs = NestedRuns(outer, tmp_path, processes=0)
     with pytest.raises(RecipeError, match="nested run:1: max_stepz: there is no such key"):
         runs([Nested({"max_stepz": 3})])
     with pytest.raises(LuthierError, match="nested run with {'data': {'max_length': 2}}: "):

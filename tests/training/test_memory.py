@@ -54,6 +54,7 @@ def test_checkpointing_beside_methods(case):
     assert steps(**case, gradient_checkpointing=True)[0] == pytest.approx(steps(**case)[0], abs=1e-6)
 
 
+@pytest.mark.soak  # half a minute of compiling
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_blocks_give_the_same_numbers():
 

@@ -41,12 +41,15 @@ READ: dict[str, Any] = {"limit": None, "train_split": "train", "temperature": 1.
 class NestedRuns:
     """Carries out nested runs of one recipe; those that were carried out before, by whichever run, are read.
 
-    base  the folder that paths in the recipe are relative to
+    base       the folder that paths in the recipe are relative to
+    processes  runs side by side; 0: in this process; None: as cores and memory allow
     stop  asked between two looks at the queue; where it says so, workers save and Interrupted is raised
     """
 
-    def __init__(self, recipe: Recipe, base: Path, stop: Callable[[], bool] = lambda: False) -> None:
-        self.recipe, self.base, self.stop = recipe, base.resolve(), stop
+    def __init__(
+        self, recipe: Recipe, base: Path, stop: Callable[[], bool] = lambda: False, processes: int | None = None
+    ) -> None:
+        self.recipe, self.base, self.stop, self.processes = recipe, base.resolve(), stop, processes
 
     def __call__(self, runs: Sequence[Nested]) -> list[Outcome]:
         """What each run left, in order. Raises RecipeError for one that cannot be, LuthierError where one fails."""
@@ -103,11 +106,12 @@ class NestedRuns:
         """Carry out the first run alone: its memory decides how many fit in parallel."""
         (first, *others), done = waiting.items(), 0
         try:
-            with workers(min(len(waiting), os.cpu_count() or 1)) as pool:
+            most = (os.cpu_count() or 1) if self.processes is None else self.processes
+            with workers(min(len(waiting), most)) as pool:
                 self._submit(pool, *first, 1)
                 self._collect(pool, waiting)
                 peak = RunFolder(first[0] / "run").state().get("peak_memory_bytes", 0)
-                count = side_by_side([peak] if peak else [], len(others))
+                count = side_by_side([peak] if peak else [], min(len(others), most))
                 while done < len(others) or pool.busy:
                     while done < len(others) and pool.busy < count:
                         self._submit(pool, *others[done], count)
