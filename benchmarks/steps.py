@@ -126,7 +126,7 @@ class Arm:
         self.steps.append(self.answer())
 
     def end(self) -> dict[str, Any]:
-        """Of the steps after the first: seconds of each, tokens a second; and the peak of memory."""
+        """Seconds of each step after the first, tokens a second, and the peak of memory."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         timed = self.steps[1:]

@@ -23,7 +23,7 @@ class RandomBlocks(Lemo):
     """As many blocks, drawn; the first stays as it does there. For this experiment only."""
 
     seed: int = 0
-    """Of the draws."""
+    """Seed of the draws."""
     _calls: Iterator[int] = PrivateAttr(default_factory=count)
 
     def choose(self, view, parts, hidden, lengths, keep):

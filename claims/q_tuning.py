@@ -19,7 +19,7 @@ class EveryRow(QTuning):
     by: str = "score"
     """"score", or "random"."""
     seed: int = 0
-    """Of random tokens."""
+    """Seed of the random tokens."""
 
     def plan(self, window, probe):
         out, generator = [], Streams(self.seed).torch("tokens", window.clock.step)

@@ -17,7 +17,7 @@ STEPS, POOL, KEPT = 64, 64, 16  # rows of a window, and of them those trained on
 
 
 def wrong_share(rows):
-    """Of rows, not of tokens."""
+    """The share of rows whose label is wrong, not of tokens."""
     return sum(r["token"]["wrong"][-1] for r in rows) / len(rows)
 
 

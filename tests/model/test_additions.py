@@ -168,7 +168,7 @@ def test_dropout_of_one_leaves_the_other_alone():
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_gradients_are_autograds(trains):
-    """Of the input, of both factors, and of the layer's own weight and bias where these train."""
+    """The gradients of the input, of both factors, and of the layer's own weight and bias where these train."""
     module = layer("gpt2").requires_grad_(trains)
     x = draw(5, 32).requires_grad_()
     hang, low, behind = adapters(module)

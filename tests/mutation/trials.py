@@ -205,6 +205,7 @@ class _Judge:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> None:
         """Ends the trial before the failure is described, which can take longer than the test."""
+        # A test that skips or is expected to fail says nothing about the fault, so the trial goes on.
         expected = (pytest.skip.Exception, pytest.xfail.Exception)
         if (
             call.excinfo is not None

@@ -217,7 +217,7 @@ def test_it_halves_the_state_and_saves_a_sixth_of_the_work():
 
 
 def test_which_blocks_get_the_odd_tensor_is_drawn():
-    """Of five blocks with three tensors two train two; over seeds every block is among them as often as the others."""
+    """Two of five blocks with three tensors train two; over seeds every block is among them as often as the others."""
     drawn = np.array([counts(5, 3, 0.5, np.random.default_rng(s)) for s in range(400)])
     assert set(drawn.sum(1).tolist()) == {8} and set(drawn.reshape(-1).tolist()) == {1, 2}
     assert np.allclose((drawn == 2).mean(0), 3 / 5, atol=0.08)
@@ -237,7 +237,7 @@ def test_any_run_of_blocks_gets_its_share_before_blocks_are_shuffled():
     ("balance", "kv_heads", "pairs"), [("params", 2, 4), ("tensors", 2, 6), ("params", 4, 6), ("tensors", 4, 6)]
 )
 def test_every_allowed_choice_is_drawn_equally_often(balance, kv_heads, pairs):
-    """Of the attention's six pairs four are exactly half of the weights where queries share keys."""
+    """Four of the attention's six pairs are exactly half of the weights where queries share keys."""
     anatomy, seen = view_of(layers=4, num_key_value_heads=kv_heads).anatomy, {}
     for seed in range(150):
         plan = draw_plan(anatomy, balance=balance, seed=seed)

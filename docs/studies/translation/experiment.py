@@ -145,7 +145,7 @@ def one_seed(s: Setting, seed: int, threads: int) -> dict:
 
 
 def shares(found: list[Losses]) -> dict[str, Estimate]:
-    """Of the true update's gain, each update's share: one number a seed (a mean over its clients), and their interval."""
+    """Each update's share of the true update's gain: one number a seed (a mean over its clients), and their interval."""
     out = {}
     for name in found[0]:
         mean = np.array([[np.mean(f[n]) for n in ("untouched", name, "true update")] for f in found])

@@ -136,7 +136,7 @@ def loss(view: ModelView, start: Start, update: Tensor | None, rows: list[dict])
 
 
 def client_loss(s: Setting, seed: int, i: int, clients: Tuned, update: Tensor | None, small: bool = False) -> float:
-    """Of a client, on rows of its own sort that nobody trained on."""
+    """The loss of a client on rows of its own sort that nobody trained on."""
     both = models(s.rank)
     drawn = conventions.drawn("held", clients.who[i], s.held, Streams(number_of("held", seed, i)))
     view, start = (both.small, both.small_start) if small else (both.large, both.large_start)

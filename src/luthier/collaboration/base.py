@@ -60,15 +60,15 @@ class Collaboration(Method):
 
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> Agreement:
         """The contract over these models, one for each role. Raises LuthierError if the protocol cannot work with them."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every protocol has its own
 
     def server(self, contract: Any, clients: Sequence[str], journal: Journal | None, workshop: Workshop) -> RoundServer:
         """The party that clients send to."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every protocol has its own
 
     def client(self, name: str, contract: Any, view: ModelView, rows: Sequence[Any]) -> Member:
         """A party with its own rows."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every protocol has its own
 
     def alone(self, name: str, contract: Any, workshop: Workshop, rows: Sequence[Any]) -> Update:
         """The model that a client would have without the others: the same protocol with only this client."""

@@ -91,15 +91,15 @@ class Member:
 
     def answer(self, state: Message) -> list[Sent]:
         """The answer to a server's state."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every party has its own
 
     def disclosure(self, out: Sent) -> Disclosure:
         """What a message that it is about to send reveals, and to whom."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every party has its own
 
     def moved(self, message: Message) -> Update:
         """The change that one of its own messages makes to the tuned model."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every party has its own
 
     def start(self, state: Message) -> Update:
         """The update in a server's state, which tuning starts from."""

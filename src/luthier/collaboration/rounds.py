@@ -52,23 +52,23 @@ class RoundServer:
 
     def accept(self, message: Message) -> None:
         """Raises Refused for a payload that cannot be added up."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every server has its own
 
     def add_up(self, arrived: Mapping[str, Message]) -> None:
         """Add up a round's messages. Senders come in the order of their names."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every server has its own
 
     def state(self) -> dict[str, Any]:
         """The tensors, by name, that the next round's clients start from."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every server has its own
 
     def outcome(self, client: str) -> Update:
         """The final update of a client. Raises LuthierError if it gets none."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every server has its own
 
     def disclosure(self, out: Sent) -> Disclosure:
         """What a message that it is about to send reveals, and to whom."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every server has its own
 
     def so_far(self) -> Update | None:
         """The result that all would get if the round closed now; None if it differs between clients, or if nothing has

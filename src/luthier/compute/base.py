@@ -24,4 +24,4 @@ class Compute(Method):
 
         phase  one of PHASES; a method for training alone leaves the other two as they are
         """
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every compute method has its own

@@ -27,7 +27,7 @@ class Decoder(Method):
         views  models by role; the one that answers is called "model"
         An answer depends only on its prompt and the lab's seed, not on its batch.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every decoder has its own
 
     def answer(
         self, model: PreTrainedModel, tokenizer: Any, texts: Sequence[str], max_new_tokens: int = 64, seed: int = 0

@@ -59,7 +59,7 @@ class Inspector(Method):
 
         lab  for methods that use the models
         """
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every inspector has its own
 
     @classmethod
     def differences(cls, name: str, update: Update) -> Iterator[tuple[str, Tensor]]:

@@ -20,4 +20,4 @@ class Merger(Method):
 
         lab  for methods that score their results
         """
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every merger has its own

@@ -42,7 +42,7 @@ class Objective(Method):
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         """Named terms. The loop adds weight * sums / denominator. Rows may have weights: `weighed` applies them, and the
         denominators of `count` include them."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every objective has its own
 
     def report(self) -> Mapping[str, float]:
         """Numbers of the last plan worth logging."""

@@ -95,11 +95,11 @@ class Pipeline(Method):
 
         Plans ask it with outcomes that hold a name and rows alone, so it must bear those.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every pipeline has its own
 
     def apply(self, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Outcome:
         """Carry out an Apply stage; what it made: rows, an update of the base, a mask, metrics."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every pipeline with an Apply stage has its own
 
 
 @contextmanager

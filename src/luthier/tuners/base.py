@@ -95,7 +95,7 @@ class Tuner(Method):
 
         total_steps  all optimiser steps of the run; methods with their own schedule refuse None
         """
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every tuner has its own
 
     def in_stage(self, number: int) -> Tuner:
         """The tuner for its `number`-th stage in a pipeline, from 0. Methods that draw weights anew for each stage change it."""
@@ -164,7 +164,7 @@ class Trainable:
         return self.view.leaving_out(self, self._withouts)
 
     def groups(self) -> list[ParamGroup]:
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every tuner has its own
 
     def parameters(self) -> Iterator[nn.Parameter]:
         for g in self.groups():
@@ -204,7 +204,7 @@ class Trainable:
         self.load_state_dict(state)
 
     def update(self) -> Update:
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every tuner has its own
 
     def detach(self) -> None:
         """Remove everything from the model: the base is bit-identical to what it was.

@@ -133,7 +133,7 @@ class Translator(Method):
 
         lab  for translators that ask the models
         """
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every translator has its own
 
     def standards(self, pairs: Pairs) -> tuple[Standard, Standard]:
         if not self.standardise:
@@ -161,4 +161,4 @@ class Fitted:
 
     def translate(self, x: Tensor) -> Tensor:
         """Translate in standard form."""
-        raise NotImplementedError
+        raise NotImplementedError  # the seam: every translator has its own

@@ -42,12 +42,12 @@ def measured(evaluate: Example, exam: Exam) -> dict[str, Measure]:
     method = evaluate.method
     assert isinstance(method, Evaluator)
     if missing := method.check(Facts(task=exam.task.key())):
-        pytest.skip(missing[0].what)
+        pytest.skip(missing[0].what)  # an extra that is not installed: `check` refuses the recipe in these words
     try:
         found = method.evaluate(exam)
     except LuthierError as error:
         if (why := sandbox.unavailable()) is not None:
-            pytest.skip(f"{error} ({why})")
+            pytest.skip(f"{error} ({why})")  # no sandbox here: only then is an error no failure
         raise
     assert len({m.name for m in found}) == len(found), "a name is given to one measure"
     return {m.name: m for m in found}

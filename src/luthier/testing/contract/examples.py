@@ -106,6 +106,7 @@ SMALL = Example(Adapter(rank=2, init_std=0.05))
 DROPPING = Example(Lora(rank=2, dropout=0.2))  # draws in every step
 
 
+# What needs a GPU cannot run elsewhere; the CPU's half of the comparison has a test that always runs.
 on_a_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="asks for a GPU; the same is tested on the CPU above"
 )
