@@ -6,9 +6,13 @@ from functools import cache
 
 from toys import mean_nll, rows_of
 
+from luthier.curation import QTuningOffline
 from luthier.data.batch import IGNORE
+from luthier.data.store import Row
+from luthier.inference.scoring import Scoring
 from luthier.model.loading import BUILTIN, load_model, load_tokenizer, locate
 from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.support.rng import Streams
 
 PROMPT, ANSWER, STEPS = 16, 40, 16
@@ -83,3 +87,16 @@ def with_swapped_answers(rows: list[dict], seed: int, share: float = 0.4) -> lis
 
 
 __all__ = ["STEPS", "calls", "held_out", "mean_nll", "pieces", "smollm", "with_random_tokens", "with_swapped_answers"]
+
+
+class AsTheyAre:
+    """Renders rows that are token ids already: nothing is left to do."""
+
+    def render(self, values, key):
+        return values
+
+
+def chosen_once(rows, view, share, seed, tokens_per_forward=2048):
+    """Positions of the share of rows that the untouched model chooses, once, before training."""
+    lab = Lab(seed=seed, models={"base": lambda: view}, text=AsTheyAre(), asking=Scoring(tokens_per_forward))
+    return QTuningOffline(keep_fraction=share).select([Row(r["key"], r) for r in rows], lab).keep

@@ -1,16 +1,10 @@
 """The sample stage with longer runs and larger pools, on text and on calls: which quarter of the rows teaches more?"""
 
-from types import SimpleNamespace
-
-from noisy import calls, held_out, mean_nll, pieces, smollm, with_swapped_answers
+from noisy import calls, chosen_once, held_out, mean_nll, pieces, smollm, with_swapped_answers
 from toys import shuffled, trained
 
-from luthier.curation import QTuningOffline
-from luthier.data.reading import no_tick
-from luthier.data.store import Row
 from luthier.objectives.q_tuning import QTuning
 from luthier.objectives.sft import Sft
-from luthier.support.rng import Streams
 from luthier.tuners.lora import Lora
 
 STEPS, POOL, KEPT = 64, 64, 16  # rows of a window, and of them those trained on
@@ -31,18 +25,6 @@ class Noted(QTuning):
         return planned, counts
 
 
-def chosen_once(rows, view, seed):
-    """A quarter of all rows, by the untouched model."""
-    base = SimpleNamespace(
-        view=lambda: view,
-        renderer=SimpleNamespace(render=lambda values, key: values, system=None, plain=True),
-        tokens_per_forward=8192,
-        tick=no_tick,
-    )
-    sources = [Row(r["key"], r) for r in rows]
-    return [rows[i] for i in QTuningOffline(keep_fraction=KEPT / POOL).select(sources, Streams(seed), base).keep]
-
-
 def measure(arm, seed, say):
     how, _, what = arm.partition(" ")
     made, view = (pieces if what == "text" else calls)(STEPS * POOL, "train", seed), smollm()
@@ -50,7 +32,7 @@ def measure(arm, seed, say):
     if how == "random":
         rows = [rows[i] for i in sorted(shuffled(seed, len(rows))[: STEPS * KEPT])]
     elif how == "offline":
-        rows = chosen_once(rows, view, seed)
+        rows = [rows[i] for i in chosen_once(rows, view, KEPT / POOL, seed, 8192)]
     objective = Noted(keep_rows=KEPT / POOL, keep_tokens=1.0) if how == "online" else Sft()
     batch = POOL if how == "online" else KEPT
     loop = trained(view, rows, Lora(rank=16, alpha=32, seed=seed), objective, STEPS, 5e-4, batch=batch, seed=seed)

@@ -130,9 +130,9 @@ def number_of(*key: object) -> int:
 def loss(view: ModelView, start: Start, update: Tensor | None, rows: list[dict]) -> float:
     """Nats a token, with an update or without."""
     if update is None:
-        return mean_loss(row_scores(view, rows, TOKENS, "causal-lm"))
+        return mean_loss(row_scores(view, rows, TOKENS))
     with start.update(update).bind(view):
-        return mean_loss(row_scores(view, rows, TOKENS, "causal-lm"))
+        return mean_loss(row_scores(view, rows, TOKENS))
 
 
 def client_loss(s: Setting, seed: int, i: int, clients: Tuned, update: Tensor | None, small: bool = False) -> float:
