@@ -10,10 +10,8 @@ from luthier.tuners.lora import Lora
 
 def measure(arm, seed, say):
     view, rows = smollm(), with_swapped_answers(pieces(256, "train", seed), seed)
-    if arm == "random":
-        keep = np.sort(shuffled(seed, len(rows))[:64])
-    else:
-        keep = chosen_once(rows, view, 0.25, seed)
+    drawn = np.sort(shuffled(seed, len(rows))[:64])
+    keep = drawn if arm == "random" else chosen_once(rows, view, 0.25, seed)
     kept = [rows[i] for i in keep]
     trained(view, kept, Lora(rank=16, alpha=32, seed=seed), Sft(), STEPS, 5e-4, batch=4, seed=seed)
     return {"loss": mean_nll(view, held_out()), "wrong": float(np.mean([r["token"]["wrong"][PROMPT] for r in kept]))}
