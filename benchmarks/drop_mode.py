@@ -36,7 +36,7 @@ def loop_of(objective: Any, data: list[dict[str, Any]]) -> Any:
 def main() -> None:
     """Entry point."""
     from luthier.data.rendering import Renderer
-    from luthier.inference.scoring import mean_loss, row_scores
+    from luthier.inference.scoring import Scoring, mean_loss
     from luthier.model.loading import BUILTIN, load_tokenizer, locate
     from luthier.objectives import QTuning, Sft
 
@@ -56,7 +56,7 @@ def main() -> None:
     out: dict[str, Any] = {**machine_note(), "window": WINDOW, "steps": STEPS, "arms": {}}
     for name, loop in arms.items():
         ratios = [a / b for a, b in zip(seconds[name][1:], seconds["sft"][1:], strict=True)]
-        loss = mean_loss(row_scores(loop.view, held, 4096))
+        loss = mean_loss(Scoring(4096).losses(loop.view, held))
         spent = sum(loop.progress.flops.values()) / sum(arms["sft"].progress.flops.values())
         out["arms"][name] = {
             "times the step of sft": round(statistics.median(ratios), 3),

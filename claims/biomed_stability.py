@@ -6,7 +6,7 @@ import numpy as np
 from dept import rendered
 from toys import mean_nll
 
-from luthier.inference.scoring import first_choices
+from luthier.inference.scoring import Scoring
 from luthier.model.loading import BUILTIN, load_model, locate
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
@@ -27,5 +27,5 @@ def measure(arm, seed, say):
         loop.step()
     seconds = (time.perf_counter() - started) / STEPS
     held = rendered("test", 1214)
-    right = [bool(found.all()) for _, found, _ in first_choices(view, held, 2048)]
+    right = [bool(found.all()) for _, found, _ in Scoring().choices(view, held)]
     return {"accuracy": float(np.mean(right)), "seconds": seconds, "loss": mean_nll(view, held[:300])}

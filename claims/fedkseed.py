@@ -6,7 +6,7 @@ from toys import llama, mean_nll, trained
 from transformers import LlamaForCausalLM
 
 from luthier.data.batch import collate
-from luthier.model.view import ModelView, probe_layout
+from luthier.model.view import ModelView
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
 from luthier.support.cache import cache_folder, key_of, made
@@ -40,9 +40,7 @@ def base():
         trained(view, rows, Full(), Sft(), 1200, 3e-3, batch=64)
         with made(folder) as temporary:
             view.module.save_pretrained(temporary)
-    view = ModelView(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    view.layout, _ = probe_layout(view)
-    return view
+    return ModelView.probed(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 @torch.no_grad()

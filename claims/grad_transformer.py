@@ -13,7 +13,7 @@ from luthier.collaboration.shadows import tuned
 from luthier.collaboration.translators.base import Pairs
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.collaboration.translators.transformer import Transformer
-from luthier.model.view import ModelView, probe_layout
+from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.cache import cache_folder, key_of, made
@@ -36,9 +36,7 @@ def model(size):
         trained(view, rows, Full(), Sft(), 1200, 3e-3, batch=64, lr_scheduler_type="cosine")
         with made(folder) as temporary:
             view.module.save_pretrained(temporary)
-    view = ModelView(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    view.layout, _ = probe_layout(view)
-    return view
+    return ModelView.probed(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 def settings(seed):

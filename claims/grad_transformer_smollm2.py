@@ -22,7 +22,7 @@ from luthier.collaboration.shadows import tuned
 from luthier.collaboration.translators.base import Pairs
 from luthier.data.rendering import Renderer
 from luthier.demos.local import Schooling, Shape, opened, schooled
-from luthier.inference.scoring import mean_loss, row_scores
+from luthier.inference.scoring import Scoring, mean_loss
 from luthier.model.loading import BUILTIN
 from luthier.model.view import ModelView
 from luthier.step.settings import TrainSettings
@@ -127,7 +127,7 @@ def losses(view, start, given, held):
     out = []
     for one, rows in zip(given, held, strict=False):
         with start.update(one).bind(view) if one is not None else nullcontext():
-            out.append(mean_loss(row_scores(view, rows, 2048)))
+            out.append(mean_loss(Scoring(2048).losses(view, rows)))
     return np.array(out)
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 
 from luthier.data.batch import collate
-from luthier.model.view import ModelView, probe_layout
+from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.cache import cache_folder, key_of, made
@@ -38,9 +38,7 @@ def llama(vocabulary: int, width: int, layers: int, heads: int, inner: int, seed
         vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner,
         num_key_value_heads=heads, max_position_embeddings=512, bos_token_id=0, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    view = ModelView(tf.LlamaForCausalLM(config))
-    view.layout, _ = probe_layout(view)
-    return view
+    return ModelView.probed(tf.LlamaForCausalLM(config))
 
 
 def python_text() -> bytes:
@@ -108,9 +106,7 @@ def python_reader() -> ModelView:
         trained(view, rows, Full(), Sft(), 1100, 3e-3)
         with made(folder) as temporary:
             view.module.save_pretrained(temporary)
-    view = ModelView(tf.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
-    view.layout, _ = probe_layout(view)
-    return view
+    return ModelView.probed(tf.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32))
 
 
 def bench(tuner, seed: int, rate: float, steps: int = 150) -> dict[str, float]:

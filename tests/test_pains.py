@@ -290,7 +290,7 @@ def test_pain_10_memory_that_ends_keeps_the_steps_and_names_the_keys(tmp_path):
 
 def test_pain_10_evaluation_keeps_running_sums_only():
     """Peak of live tensors while scoring 160 rows is that of 40."""
-    from luthier.inference.scoring import mean_loss, row_scores
+    from luthier.inference.scoring import Scoring, mean_loss
     from luthier.run.forecast import live_bytes
 
     view, most = view_of(), {}
@@ -302,7 +302,7 @@ def test_pain_10_evaluation_keeps_running_sums_only():
                 seen.append(live_bytes())
 
         hook = view.block(0).register_forward_hook(look)
-        loss = mean_loss(row_scores(view, rows, 64))
+        loss = mean_loss(Scoring(64).losses(view, rows))
         hook.remove()
         most[count] = max(seen) - min(seen)
         assert loss > 0

@@ -9,7 +9,7 @@ from luthier.collaboration.messages import Message, Refused, decode
 from luthier.collaboration.parties import Sent, Tick, in_process, sizes
 from luthier.collaboration.privacy import Privacy
 from luthier.collaboration.seed_rounds import SeedClient, SeedContract, SeedRounds, SeedServer
-from luthier.inference.scoring import mean_loss, row_scores
+from luthier.inference.scoring import Scoring, mean_loss
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.testing.models import rows_of, view_of
@@ -236,9 +236,9 @@ def test_training_together_lowers_the_loss():
     server = SeedServer(agreed, NAMES)
     carried(server, clients(agreed))
     view, rows = view_of(), [r for i in range(3) for r in rows_of(seed=i)]
-    before = mean_loss(row_scores(view, rows, 1000))
+    before = mean_loss(Scoring(1000).losses(view, rows))
     with server.update().bind(view):
-        assert mean_loss(row_scores(view, rows, 1000)) < before - 0.05
+        assert mean_loss(Scoring(1000).losses(view, rows)) < before - 0.05
 
 
 def test_nothing_is_sent_back_for_a_tick():

@@ -3,7 +3,7 @@
 import torch
 
 from luthier.demos.local import Schooling, Shape, byte_tokenizer, opened, pieces, python_sources, rendered, schooled
-from luthier.inference.scoring import mean_loss, row_scores
+from luthier.inference.scoring import Scoring, mean_loss
 from luthier.support.rng import Streams
 
 TEXTS = {"letters": "abcabcabc" * 300, "digits": "0123456789" * 300}
@@ -38,7 +38,7 @@ def test_a_model_is_made_once_and_has_read_its_text(tmp_path, monkeypatch):
     assert view.base.tokenizer == larger.base.tokenizer and view.base.weights != larger.base.weights
     rows = rendered([{"text": "abcabcabcabcabc"}] * 4, view.tokenizer)
     wrong = rendered([{"text": "acbacbacbacbacb"}] * 4, view.tokenizer)
-    seen, unseen = (mean_loss(row_scores(view, r, 1000)) for r in (rows, wrong))
+    seen, unseen = (mean_loss(Scoring(1000).losses(view, r)) for r in (rows, wrong))
     assert seen < unseen - 0.5
     other = schooled(ROWS, TINY, schooling._replace(seed=1))
     assert other != folder and opened(other).base.weights != view.base.weights

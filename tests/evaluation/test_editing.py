@@ -45,5 +45,5 @@ def test_the_end_token_does_not_count(exam_of, monkeypatch):
 
 
 def test_a_missing_column_is_named(exam_of):
-    with pytest.raises(LuthierError, match="has no column rephrase"):
+    with pytest.raises(LuthierError, match="has no text in column rephrase"):
         Editing().evaluate(exam_of([{"prompt": "a", "completion": "b"}]))

@@ -9,7 +9,7 @@ from luthier.data.batch import collate
 from luthier.evaluation import LmEval
 from luthier.evaluation.base import Exam
 from luthier.evaluation.lm_eval import _asked
-from luthier.inference.scoring import continuations, first_choices
+from luthier.inference.scoring import Scoring, continuations
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.tasks.causal_lm import CausalLm
 from luthier.testing.models import rows_of
@@ -145,7 +145,7 @@ def test_continuations_are_sums_over_each_rows_tokens(exam_of, tiny_view):
     rows = [{**r, "labels": [-100] * (len(r["ids"]) - 3) + r["ids"][-3:]} for r in rows]
     exam = Exam(tiny_view, exam_of([]).lab, CausalLm(), rows)
     found = continuations(tiny_view, [(r["ids"][:-3], r["ids"][-3:]) for r in rows], 16)
-    choices = first_choices(tiny_view, rows, 2048)
+    choices = Scoring().choices(tiny_view, rows)
     for (total, greedy), score, (_, right, _) in zip(found, exam.scored, choices, strict=True):
         assert total == pytest.approx(score.total, abs=1e-4) and greedy == bool(right.all())
 

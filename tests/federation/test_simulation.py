@@ -16,7 +16,7 @@ from luthier.federation import simulation
 from luthier.federation.folder import Place
 from luthier.federation.simulation import simulate
 from luthier.federation.simulation_page import ALONE, SHARED, TOGETHER, UNTOUCHED
-from luthier.inference.scoring import mean_loss, row_scores
+from luthier.inference.scoring import Scoring, mean_loss
 from luthier.support.errors import LuthierError
 from luthier.update.files import load
 
@@ -60,7 +60,7 @@ def test_alone_together_and_shared_are_what_they_are_called(simulated):
     for name in TWO:
         with alone[name].bind(place.first):
             assert found(simulated)["losses"][ALONE][name] == pytest.approx(
-                mean_loss(row_scores(place.first, held[name], 10**4))
+                mean_loss(Scoring(10**4).losses(place.first, held[name]))
             )
     assert list(found(simulated)["losses"]) == [UNTOUCHED, ALONE, TOGETHER, SHARED]
 

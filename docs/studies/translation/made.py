@@ -17,7 +17,7 @@ from torch import Tensor
 from luthier.collaboration.contract import Start, start_of
 from luthier.collaboration.shadows import tuned
 from luthier.demos.local import LARGE, SMALL, Schooling, opened, rendered, schooled
-from luthier.inference.scoring import mean_loss, row_scores
+from luthier.inference.scoring import Scoring, mean_loss
 from luthier.model.view import ModelView
 from luthier.step.settings import TrainSettings
 from luthier.support.rng import Streams
@@ -130,9 +130,9 @@ def number_of(*key: object) -> int:
 def loss(view: ModelView, start: Start, update: Tensor | None, rows: list[dict]) -> float:
     """Nats a token, with an update or without."""
     if update is None:
-        return mean_loss(row_scores(view, rows, TOKENS))
+        return mean_loss(Scoring(TOKENS).losses(view, rows))
     with start.update(update).bind(view):
-        return mean_loss(row_scores(view, rows, TOKENS))
+        return mean_loss(Scoring(TOKENS).losses(view, rows))
 
 
 def client_loss(s: Setting, seed: int, i: int, clients: Tuned, update: Tensor | None, small: bool = False) -> float:

@@ -211,6 +211,20 @@ def _jsonl(path: Path) -> Raw:
             raise RecipeError(str(path), what, "copy it again, or unpack it") from error
 
 
+def objects_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) for each line of a .jsonl file that is not a file of rows.
+
+    Raises RecipeError with the line of anything else, or if the file cannot be read.
+    """
+    try:
+        for number, value in _jsonl(path):
+            if isinstance(value, RecipeError):
+                raise value
+            yield number, value
+    except OSError as error:
+        raise RecipeError(str(path), f"cannot be read ({error})", "check the path") from error
+
+
 def _object(line: bytes, where: str) -> dict[str, Any] | RecipeError:
     try:
         value = json.loads(line.decode("utf-8-sig"))

@@ -20,6 +20,7 @@ from luthier.data.store import Row
 from luthier.evaluation.measures import Measure, mean
 from luthier.inference.services import lab_around, lab_with
 from luthier.method import Method
+from luthier.model.anatomy import max_positions
 from luthier.model.view import ModelView
 from luthier.step.lab import Completion, Lab, RowScore
 from luthier.support.errors import LuthierError
@@ -67,10 +68,12 @@ class Exam:
 
     @property
     def renderer(self) -> Renderer:
+        """The renderer of the run."""
         return self.lab.renderer
 
     @property
     def streams(self) -> Streams:
+        """Keyed randomness of the run."""
         return self.lab.streams
 
     @cached_property
@@ -80,26 +83,27 @@ class Exam:
 
     @cached_property
     def row_keys(self) -> tuple[str, ...]:
+        """A unique key for each rendered row."""
         return tuple(unique([number_of(r["key"]) for r in self.rows]))
 
     def losses(self, rows: Sequence[Any]) -> list[RowScore]:
         """Losses of an evaluator's own rows."""
         return list(self.lab.scorer.losses(self.view, rows))
 
-    def sure(self, rows: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """For each row: probabilities of its most likely tokens (or class), and whether they are right."""
+    def confidences(self, rows: Sequence[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each row: probabilities of its most likely tokens (or class), and whether these are right."""
         found = self.lab.scorer.choices(self.view, rows)
         return ((confidence, right) for confidence, right, _ in found)
 
-    def token_hits(self, rows: Sequence[Any], without: Collection[int] = ()) -> Iterator[np.ndarray]:
-        """For each row: whether its supervised tokens are the most likely ones, without those of `without`."""
+    def token_hits(self, rows: Sequence[Any], without: Collection[int]) -> Iterator[np.ndarray]:
+        """For each row: whether its supervised tokens are the most likely ones. Token ids in `without` do not count."""
         found = self.lab.scorer.choices(self.view, rows)
         return (right[~np.isin(wanted, list(without))] for _, right, wanted in found)
 
     def questions(self, count: int) -> list[Question]:
         """The first `count` prompts; rows that ask the same are one question with several right answers.
 
-        Raises LuthierError where there are no rows.
+        Raises LuthierError if there are no rows.
         """
         if not self.sources:
             raise LuthierError("there are no rows to ask about, so nothing is measured; give some, or set data.eval")
@@ -194,9 +198,8 @@ class Evaluator(Method):
         view, renderer = around.view(), around.renderer
         sources = [Row(f"rows:{i}", values) for i, values in enumerate(rows, start=1)]
         task = usual_task(view)
-        room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
         maker = task.maker(renderer, model.config, {name: i for i, name in enumerate(view.classes)})
-        rendered = prepare(sources, renderer, max_length=room, maker=maker).rows if sources else ()
+        rendered = prepare(sources, renderer, max_length=max_positions(model.config), maker=maker).rows if sources else ()
         exam = Exam(view, lab_with(renderer, {"base": lambda: view}, task=task), task, rendered, sources)
         return {m.name: m.value for m in self.evaluate(exam)}
 

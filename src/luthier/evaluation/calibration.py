@@ -34,5 +34,5 @@ class Calibration(Evaluator):
     def evaluate(self, exam: Exam) -> list[Measure]:
         if not exam.rows:
             return []
-        stats = np.stack([binned(confidence, right) for confidence, right in exam.sure(exam.rows)])
+        stats = np.stack([binned(confidence, right) for confidence, right in exam.confidences(exam.rows)])
         return [Measure("calibration_error", stats, exam.row_keys, aggregate="calibration", higher=False, unit="share")]

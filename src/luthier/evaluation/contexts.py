@@ -5,13 +5,13 @@ Lengths are counted in words, not in a model's tokens, so that models with diffe
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from luthier.data.reading import objects_of
 from luthier.support.errors import LuthierError, RecipeError
 
 
@@ -35,25 +35,17 @@ class Context(NamedTuple):
 
 
 def documents_of(path: Path) -> list[tuple[str, str]]:
-    """(doc_id, text) of a .jsonl file. Raises RecipeError naming the line."""
+    """(doc_id, text) of a .jsonl file. Raises RecipeError with the line of a document that cannot be used."""
     out: dict[str, str] = {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"retrieval.corpus: {path}", f"cannot be read ({error})", "check the path") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            name, text = str(row["doc_id"]), row["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RecipeError(f"{path}:{number}", 'is no {"doc_id": ..., "text": ...}', "mend the line") from error
-        if name in out:
-            raise RecipeError(f"{path}:{number}", f"names the document {name!r} again", "give each its own doc_id")
-        out[name] = text
+    for number, row in objects_of(path):
+        name, text = row.get("doc_id"), row.get("text")
+        if not isinstance(name, str | int) or not isinstance(text, str):
+            raise RecipeError(f"{path}:{number}", "has no doc_id and text", 'write {"doc_id": ..., "text": ...}')
+        if str(name) in out:
+            raise RecipeError(f"{path}:{number}", f"names the document {str(name)!r} again", "give each its own doc_id")
+        out[str(name)] = text
     if not out:
-        raise RecipeError(f"retrieval.corpus: {path}", "holds no document", "write one a line")
+        raise RecipeError(f"retrieval.corpus: {path}", "holds no document", "write one in each line")
     return list(out.items())
 
 
@@ -100,10 +92,10 @@ class Corpus:
     def contexts(
         self, questions: Sequence[str], gold: Sequence[Sequence[str]], conditions: Sequence[str]
     ) -> dict[str, list[Context]]:
-        """For each condition one a question; chunks are ranked once.
+        """For each condition, the context of each question. Chunks are ranked once.
 
-        conditions  "retrieved": the most similar chunks; "oracle": those of the gold documents, filled up with similar
-                    ones; "adversarial": similar ones of other documents; "closed": none
+        conditions  "retrieved": the most similar chunks; "oracle": those of the gold documents, then similar ones;
+                    "adversarial": similar ones of other documents; "closed": none
         """
         order = [[int(i) for i in o] for o in ranked(self.chunks, questions)]
         return {c: [self._context(o, set(g), c) for o, g in zip(order, gold, strict=True)] for c in conditions}
@@ -114,7 +106,7 @@ class Corpus:
         shown = {"retrieved": order, "oracle": [*right, *other], "adversarial": other, "closed": []}
         wanted = shown[condition][: self.top_k]
         taken, left = [], self.room
-        for i in wanted:  # what does not fit is cut, with everything after it
+        for i in wanted:  # a chunk that does not fit is left out, with all later ones
             if self.chunks[i].words > left:
                 break
             taken.append(i)
@@ -128,7 +120,9 @@ def _docs(chunks: Sequence[Chunk], numbers: Sequence[int]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chunks[i].doc for i in numbers))
 
 
-def gold_of(row: dict[str, Any]) -> tuple[str, ...]:
+def gold_of(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The documents that hold a row's answer: its column `gold`, one id or a list; () without the column."""
-    gold = row.get("gold") or ()
-    return (gold,) if isinstance(gold, str) else tuple(str(g) for g in gold)
+    gold = row.get("gold")
+    if gold is None:
+        return ()
+    return tuple(str(g) for g in gold) if isinstance(gold, list | tuple) else (str(gold),)

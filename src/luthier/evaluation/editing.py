@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from luthier.evaluation.base import Evaluator, Exam
+from luthier.evaluation.base import Evaluator, Exam, number_of
 from luthier.evaluation.measures import Measure, mean
 from luthier.method import Source, Traits
 from luthier.support.errors import LuthierError
@@ -36,18 +36,14 @@ class Editing(Evaluator):
         return ("efficacy", "generalisation", "specificity")
 
     def evaluate(self, exam: Exam) -> list[Measure]:
-        keys = tuple(r.key.rpartition(":")[2] for r in exam.sources)
+        keys = tuple(number_of(r.key) for r in exam.sources)
+        columns = ("prompt", "completion", self.rephrase, self.locality_prompt, self.locality_answer)
         asked: dict[str, list[tuple[str, str]]] = {name: [] for name in self.names()}
         for row in exam.sources:
             values = row.values
-            missing = [
-                c
-                for c in (self.rephrase, self.locality_prompt, self.locality_answer)
-                if not isinstance(values.get(c), str)
-            ]
-            if missing:
+            if missing := [c for c in columns if not isinstance(values.get(c), str)]:
                 raise LuthierError(
-                    f"{row.key}: has no column {missing[0]}, which editing asks; map it with data.columns"
+                    f"{row.key}: has no text in column {missing[0]}, which editing asks; map it with data.columns"
                 )
             asked["efficacy"].append((values["prompt"], values["completion"]))
             asked["generalisation"].append((values[self.rephrase], values["completion"]))

@@ -12,6 +12,7 @@ import numpy as np
 from pydantic import Field
 
 from luthier.data.batch import IGNORE
+from luthier.data.reading import objects_of
 from luthier.evaluation.base import Evaluator, Exam
 from luthier.evaluation.measures import Measure, mean, ratio
 from luthier.method import Facts, Problem, Source, Traits
@@ -25,8 +26,8 @@ BUILTIN, NONE = "builtin", "none"
 class Forgetting(Evaluator):
     """Loss on general text, and the share of plain questions whose right answer is the most likely of four.
 
-    Measured before and after every run, unless `general: none` and `canaries: false` are set. The built-in text is luthier's
-    own: 24 short passages of history, science, law, dialogue, code, letters, tables, German, French and Spanish. No model was
+    Measured before and after every run, unless `general: none` and `canaries: false` are set. The built-in text was written for
+    luthier: 24 short passages of history, science, law, dialogue, code, letters, tables, German, French and Spanish. No model was
     trained on them before they were published here. The 60 canaries are simple general questions ("What is the capital of
     France?"), asked in the run's own template. Each of four answers is scored by its loss a token; nothing is generated. Both are
     levels, not differences: compare them before and after.
@@ -65,7 +66,8 @@ class Forgetting(Evaluator):
         return (self._text(exam) if self.general != NONE else []) + (self._canaries(exam) if self.canaries else [])
 
     def _text(self, exam: Exam) -> list[Measure]:
-        texts = [str(r["text"]) for r in _read(self.general)]
+        found = _built_in("general") if self.general == BUILTIN else texts_of(Path(self.general))
+        texts = [r["text"] for r in found]
         ids = exam.renderer.tokenizer(texts, add_special_tokens=False)["input_ids"]
         cut = [i[: self.max_tokens] for i in ids]
         rows = [
@@ -76,7 +78,7 @@ class Forgetting(Evaluator):
         return [ratio("general_loss", nats, over, keys, higher=False, unit="nats a token")]
 
     def _canaries(self, exam: Exam) -> list[Measure]:
-        asked = _read("canaries")
+        asked = _built_in("canaries")
         answers = [[c["right"], *c["wrong"]] for c in asked]
         rows = [
             exam.renderer.render({"prompt": c["question"], "completion": a}, f"canary:{n}.{i}")
@@ -97,19 +99,17 @@ def _a_token(score: RowScore) -> float:
     return score.total / score.over if score.over else math.inf
 
 
-def _read(name: str) -> list[dict[str, Any]]:
-    """Rows of a built-in set, or of a file. Raises RecipeError with the line of a row without text."""
-    if name in (BUILTIN, "canaries"):
-        file = "general" if name == BUILTIN else name
-        lines = files("luthier.evaluation").joinpath(f"sets/{file}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+def _built_in(name: str) -> list[dict[str, Any]]:
+    """The rows of a set that comes with luthier: "general" or "canaries"."""
+    lines = files("luthier.evaluation").joinpath(f"sets/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def texts_of(path: Path) -> list[dict[str, Any]]:
+    """The rows of a .jsonl file. Raises RecipeError with the line of a row without text."""
     rows = []
-    for number, line in enumerate(Path(name).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RecipeError(f"{name}:{number}", f"is not JSON ({error})", 'write {"text": ...}') from error
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise RecipeError(f"{name}:{number}", "has no text", 'write {"text": ...}')
+    for number, row in objects_of(path):
+        if not isinstance(row.get("text"), str):
+            raise RecipeError(f"{path}:{number}", "has no text", 'write {"text": ...}')
         rows.append(row)
     return rows

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
 
-from pydantic import Field
-
-from luthier.evaluation.base import Answering, Exam
+from luthier.data.store import Row
+from luthier.evaluation.base import Answering, Exam, Question
 from luthier.evaluation.measures import Measure, mean
+from luthier.evaluation.text import equal_json
 from luthier.method import Source, Traits
+from luthier.support.errors import LuthierError
 
 LEFT_OUT = ""  # among the accepted values of an argument: the argument may be left out
 
@@ -24,7 +25,9 @@ class Call(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """One answer judged: shares of the wanted calls whose name is there, whose arguments are right too, and the order."""
+    """A judged answer: the share of wanted calls whose name is there, the share with right arguments, the share of steps in the
+    wanted order, and whether all is right.
+    """
 
     name: float
     arguments: float
@@ -59,6 +62,22 @@ def calls_of(text: str, name_key: str, arguments_key: str | None) -> list[Call] 
     return out
 
 
+def accepted_calls(row: Row, column: str) -> list[Call]:
+    """The calls that a row accepts: a list of {name: {argument: [accepted values]}}. Raises LuthierError for anything else."""
+    listed = row.values.get(column)
+    out = []
+    for item in listed if isinstance(listed, list) else [None]:
+        pairs = list(item.items()) if isinstance(item, dict) else []
+        if len(pairs) != 1 or not _lists_values(pairs[0][1]):
+            raise LuthierError(f"{row.key}: {column} is not a list of {{name: {{argument: [values]}}}}; write it so")
+        out.append(Call(*pairs[0]))
+    return out
+
+
+def _lists_values(arguments: Any) -> bool:
+    return isinstance(arguments, dict) and all(isinstance(values, list) for values in arguments.values())
+
+
 def agrees(said: Mapping[str, Any], wanted: Mapping[str, Any], listed: bool) -> bool:
     """True if every argument has an accepted value and no argument is made up.
 
@@ -69,21 +88,8 @@ def agrees(said: Mapping[str, Any], wanted: Mapping[str, Any], listed: bool) -> 
         return False
     missing = [k for k in accepted if k not in said]
     return all(LEFT_OUT in accepted[k] for k in missing) and all(
-        any(_equal(said[k], v) for v in accepted[k]) for k in said
+        any(equal_json(said[k], v, trimmed=True) for v in accepted[k]) for k in said
     )
-
-
-def _equal(a: Any, b: Any) -> bool:
-    """JSON equality; whole numbers equal decimals, True is no 1; texts are compared trimmed."""
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, str) and isinstance(b, str):
-        return a.strip() == b.strip()
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-    return bool(a == b)
 
 
 def judge(said: Sequence[Call] | None, wanted: Sequence[Call], listed: bool = False, ordered: bool = True) -> Judged:
@@ -130,7 +136,7 @@ class FunctionCalls(Answering):
     """Key of a call that holds its arguments; null: its other keys are the arguments."""
     accepted_column: str | None = None
     """Column of the rows that lists accepted values, instead of the answer."""
-    ordered: bool = Field(True)
+    ordered: bool = True
     """Several calls must come in the wanted order."""
 
     def names(self) -> tuple[str, ...]:
@@ -149,14 +155,16 @@ class FunctionCalls(Answering):
         out += [mean(name, values, keys, unit="share of calls") for name, values in shares]
         return [*out, mean("call_order", [j.order for j in judged], keys, unit="share of steps")]
 
-    def _wanted(self, question: Any) -> list[list[Call]]:
-        """Every list of calls that counts. Raises ValueError, naming the row, where the wanted answer is no call."""
+    def _wanted(self, question: Question) -> list[list[Call]]:
+        """The lists of calls that count as right. Raises LuthierError with the row if the wanted answer is not a call."""
         if self.accepted_column is not None:
-            listed = question.row.values.get(self.accepted_column)
-            if isinstance(listed, list) and all(isinstance(x, dict) and len(x) == 1 for x in listed):
-                return [[Call(*next(iter(x.items()))) for x in listed]]
-            raise ValueError(f"{question.key}: {self.accepted_column} is no list of {{name: {{argument: [values]}}}}")
-        found = [calls_of(r, self.name_key, self.arguments_key) for r in question.references]
-        if any(f is None for f in found):
-            raise ValueError(f"{question.key}: the wanted answer {question.references[0][:60]!r} is no call in JSON")
-        return [f for f in found if f is not None]
+            return [accepted_calls(question.row, self.accepted_column)]
+        out = []
+        for reference in question.references:
+            found = calls_of(reference, self.name_key, self.arguments_key)
+            if found is None:
+                raise LuthierError(
+                    f"{question.row.key}: the wanted answer {reference[:60]!r} is not a call in JSON; write one, or a list"
+                )
+            out.append(found)
+        return out

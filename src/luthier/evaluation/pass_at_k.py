@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import comb
 from typing import Any, ClassVar
 
 from pydantic import Field
 
-from luthier.evaluation.base import Answering, Exam
+from luthier.evaluation.base import Answering, Exam, Question
 from luthier.evaluation.measures import Measure, mean
 from luthier.inference.generation import sampled
 from luthier.method import Facts, Problem, Source, Traits
+from luthier.support.errors import LuthierError
 from luthier.support.sandbox import Limits, execute_all
 
 _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -33,16 +34,17 @@ def program(row: Mapping[str, Any], answer: str) -> str:
     """The program to run: set-up, the answer's code, the row's tests.
 
     A row has `tests` (a list of statements, or text) and maybe `setup`, as MBPP; or `test` and `entry_point`, as
-    HumanEval, whose answers may continue the prompt's code. Raises ValueError for a row with neither.
+    HumanEval, whose answers may continue the code of `prompt`. Raises LuthierError for a row with neither.
     """
-    code = code_of(answer)
-    if "tests" in row:
-        tests = row["tests"] if isinstance(row["tests"], str) else "\n".join(row["tests"])
+    code, tests = code_of(answer), row.get("tests")
+    if isinstance(tests, list) and all(isinstance(t, str) for t in tests):
+        tests = "\n".join(tests)
+    if isinstance(tests, str):
         return "\n\n".join(part for part in (row.get("setup") or "", code, tests) if part)
-    if "test" in row and "entry_point" in row:
+    if all(isinstance(row.get(name), str) for name in ("prompt", "test", "entry_point")):
         whole = code if f"def {row['entry_point']}(" in code else row["prompt"] + code
         return f"{whole}\n\n{row['test']}\n\ncheck({row['entry_point']})\n"
-    raise ValueError("has neither tests nor test and entry_point, which pass-at-k runs")
+    raise LuthierError("has neither tests nor test and entry_point, which pass-at-k runs; add the column")
 
 
 class PassAtK(Answering):
@@ -86,37 +88,24 @@ class PassAtK(Answering):
         if self.samples == 1:
             answers = [[a.text] for a in exam.answers(questions, self.max_new_tokens)]
         else:
-            prompts, keys = [exam.prompt_ids(q.row.values) for q in questions], [q.key for q in questions]
-            answers = sampled(
-                exam.view,
-                prompts,
-                exam.renderer,
-                self.max_new_tokens,
-                self.samples,
-                self.temperature,
-                exam.streams,
-                keys,
-            )
-            answers = [
-                [exam.codec.decode(q.row.values, a) for a in drawn] for q, drawn in zip(questions, answers, strict=True)
-            ]
+            answers = self._drawn(exam, questions)
         programs = []
         for q, replies in zip(questions, answers, strict=True):
             try:
                 programs += [program(q.row.values, a) for a in replies]
-            except ValueError as error:
-                raise ValueError(f"{q.key}: {error}") from error
+            except LuthierError as error:
+                raise LuthierError(f"{q.row.key}: {error}") from error
         limits = Limits(seconds=self.seconds, cpu_seconds=max(1, int(self.seconds + 1)))
         ok = [v.status == "ok" for v in execute_all(programs, limits)]
         passed = [sum(ok[i : i + self.samples]) for i in range(0, len(ok), self.samples)]
-        names = tuple(q.key for q in questions)
-        return [
-            mean(
-                f"pass@{k}",
-                [pass_at_k(self.samples, c, k) for c in passed],
-                names,
-                unit="chance",
-                judges=self.samples == 1,
-            )
-            for k in self.k
-        ]
+        keys, single = tuple(q.key for q in questions), self.samples == 1
+        shares = {k: [pass_at_k(self.samples, c, k) for c in passed] for k in self.k}
+        return [mean(f"pass@{k}", values, keys, unit="chance", judges=single) for k, values in shares.items()]
+
+    def _drawn(self, exam: Exam, questions: Sequence[Question]) -> list[list[str]]:
+        """`samples` drawn answers to each question."""
+        prompts, keys = [exam.prompt_ids(q.row.values) for q in questions], [q.key for q in questions]
+        drawn = sampled(
+            exam.view, prompts, exam.renderer, self.max_new_tokens, self.samples, self.temperature, exam.streams, keys
+        )
+        return [[exam.codec.decode(q.row.values, a) for a in some] for q, some in zip(questions, drawn, strict=True)]

@@ -28,9 +28,7 @@ RIGHT = 0.5  # from this F1 on, a reply is not wrong
 NOT_EXTRACTED = 0.3  # below this F1, the reply contains nothing of the answer
 FEWEST = 50  # with fewer questions, the gate is inconclusive
 _SENTENCE = re.compile(r"(?<=[.!?;])\s+|\n+")
-_COMMON = (
-    """the a an of to in on at by for with and or not is are was were be been has have had it its this that as from"""
-)
+_COMMON = "the a an of to in on at by for with and or not is are was were be been has have had it its this that as from"
 _STOP = frozenset(_COMMON.split())
 
 # --- scores of one reply ---
@@ -213,13 +211,9 @@ class Retrieval(Answering):
         return gold
 
     def _failures(
-        self,
-        questions: Sequence[Question],
-        replies: Sequence[str],
-        points: Sequence[int],
-        gold: Sequence[Sequence[str]],
+        self, questions: Sequence[Question], replies: Sequence[str], points: Sequence[int], gold: Sequence[Sequence[str]]
     ) -> list[Measure]:
-        """Shares of questions by failure point; 1 to 3 are the retriever's and equal for every model."""
+        """Shares of questions by failure point; 1 to 3 come from the retriever and are equal for every model."""
         whole = [p or failure(a, q.references, self.form) for p, q, a in zip(points, questions, replies, strict=True)]
         clusters, share = [",".join(g) for g in gold], "share of questions"
         return [
@@ -234,7 +228,7 @@ class Retrieval(Answering):
         rows = [{"prompt": text, "completion": q.references[0]} for q, text in zip(questions, asked, strict=True)]
         replies = exam.replies(rows, self.max_new_tokens)
         for q, text, reply in zip(questions, asked, replies, strict=True):
-            key = f"{q.key}" if condition == "retrieved" else f"{q.key}:{condition}"
+            key = q.key if condition == "retrieved" else f"{q.key}:{condition}"
             exam.asked.setdefault(key, (q._replace(key=key, prompt=text), reply))
         return replies
 
@@ -275,9 +269,8 @@ class Retrieval(Answering):
 
     def _gate(self, name: str, before: Results, after: Sequence[Results]) -> Gate:
         base = before.measures[name]
-        values = np.array(
-            [r.measures[name].pseudo_values() - base.pseudo_values() for r in after]
-        )  # [seeds, documents]
+        # [seeds, documents]
+        values = np.array([r.measures[name].pseudo_values() - base.pseudo_values() for r in after])
         fall, asked = estimate(values), float(base.stats[:, 1].sum())
         return Gate(name, fall, self.delta, gate(fall, self.delta, asked), needed(values.mean(0), self.delta))
 

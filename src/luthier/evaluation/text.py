@@ -6,6 +6,7 @@ import json
 import re
 import string
 from collections import Counter
+from typing import Any
 
 FORMS = ("text", "caseless", "normalised", "contains", "number", "json")
 _WORDS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
@@ -61,6 +62,22 @@ def matches(answer: str, wanted: str, form: str) -> bool:
 
 def _same_json(answer: str, wanted: str) -> bool:
     try:
-        return bool(json.loads(answer) == json.loads(wanted))
+        return equal_json(json.loads(answer), json.loads(wanted))
     except (ValueError, RecursionError):
         return False
+
+
+def equal_json(a: Any, b: Any, trimmed: bool = False) -> bool:
+    """True for equal JSON values. 2 equals 2.0, but true does not equal 1.
+
+    trimmed  space around texts does not count
+    """
+    if isinstance(a, bool) or isinstance(b, bool):
+        return a is b
+    if isinstance(a, str) and isinstance(b, str):
+        return a.strip() == b.strip() if trimmed else a == b
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(equal_json(x, y, trimmed) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal_json(a[k], b[k], trimmed) for k in a)
+    return bool(a == b)

@@ -21,7 +21,7 @@ from luthier.collaboration.parties import Disclosure
 from luthier.collaboration.rounds import SERVER
 from luthier.federation.audit_page import write_audit
 from luthier.federation.folder import Place
-from luthier.inference.scoring import row_scores
+from luthier.inference.scoring import Scoring
 from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError
 from luthier.support.files import replaced, write_text
@@ -183,4 +183,4 @@ def _membership(place: Place, update: Update, rows: Sequence[Any], held: Sequenc
 
 
 def _losses(view: ModelView, rows: Sequence[Any], tokens: int) -> np.ndarray:
-    return np.array([s.total / max(s.over, 1) for s in row_scores(view, rows, tokens)])
+    return np.array([s.total / max(s.over, 1) for s in Scoring(tokens).losses(view, rows)])

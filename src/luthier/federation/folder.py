@@ -33,6 +33,7 @@ from luthier.inference.scoring import mean_loss
 from luthier.inference.services import lab_with
 from luthier.method.building import method
 from luthier.method.registry import written
+from luthier.model.anatomy import max_positions
 from luthier.model.loading import Located, load_model, load_tokenizer, locate
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
@@ -125,8 +126,7 @@ class Place:
 
     def rendered(self, rows: Rows | Sequence[Any], tick: Tick = no_tick) -> Sequence[dict[str, Any]]:
         """Render rows as the contract says."""
-        config = self.first.module.config.get_text_config()
-        room = self.contract.rendering.max_length or getattr(config, "max_position_embeddings", None) or 1 << 30
+        room = self.contract.rendering.max_length or max_positions(self.first.module.config)
         return prepare(rows, self.lab.renderer, max_length=room, tick=tick).rows
 
     def public(self, tick: Tick = no_tick) -> tuple[Sequence[dict[str, Any]], list[str]]:

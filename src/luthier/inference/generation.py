@@ -31,7 +31,7 @@ def generate(
     view: ModelView, prompts: Sequence[Sequence[int]], renderer: Renderer, max_new_tokens: int, *,
     choose: Choose = largest, tick: Tick = no_tick,
 ) -> list[Completion]:  # fmt: skip
-    """Completions of tokenised prompts, in their order; longest first inside, so that batches are even.
+    """Completions of tokenised prompts, in their order. Batches hold prompts of similar length.
 
     choose  picks each row's next token
     """
@@ -92,8 +92,9 @@ def _written(
 
 
 def drawn(generators: Sequence[torch.Generator], temperature: float) -> Choose:
-    """Draws from the softmax of logits / temperature, as the largest value after Gumbel noise. Each prompt has its own generator,
-    so batches and order do not change its draws.
+    """Draws from the softmax of logits / temperature: the largest value after Gumbel noise is added.
+
+    Each prompt has its own generator, so batches and order do not change its draws.
     """
 
     def choose(logits: Tensor, rows: Sequence[int]) -> Tensor:
@@ -108,7 +109,7 @@ def sampled(
     view: ModelView, prompts: Sequence[Sequence[int]], renderer: Renderer, max_new_tokens: int, count: int, temperature: float,
     streams: Streams, keys: Sequence[str], tick: Tick = no_tick,
 ) -> list[list[str]]:  # fmt: skip
-    """`count` drawn answers to each prompt."""
+    """`count` drawn answers to each prompt; draws are keyed by `keys`, one for each prompt."""
     several = [p for p in prompts for _ in range(count)]
     generators = [streams.torch("sample", key, i) for key in keys for i in range(count)]
     choose = drawn(generators, temperature)

@@ -25,7 +25,7 @@ USUAL = CausalLm()
 
 @dataclass(frozen=True)
 class Scoring:
-    """Scores rendered rows with a frozen model, a batch at a time, in their order: a lab's `Scorer`.
+    """Scores rendered rows with a frozen model, in their order, one batch at a time: a lab's `Scorer`.
 
     draw  from the task: makes the version of a row that is always scored; None if rows do not change
     """
@@ -55,19 +55,12 @@ def _token_scores(fwd: Forward) -> list[TokenScores]:
     return [TokenScores(*parts) for parts in zip(*(column.split(counts) for column in found), strict=True)]
 
 
-def row_scores(
-    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, tick: Tick = no_tick
-) -> Iterator[RowScore]:
-    """Losses of rows of text, in their order, one forward at a time."""
-    return _in_order(view, rows, tokens_per_forward, USUAL.scores, tick)
-
-
 @torch.no_grad()
 def _in_order(
     view: ModelView, rows: Sequence[Any], tokens_per_forward: int, of: Callable[[Forward], list[T]], tick: Tick,
     draw: Draw | None = None,
 ) -> Iterator[T]:  # fmt: skip
-    """The result of `of` for each sequence of a forward, for the rows in their order; dropout is off."""
+    """The results of `of`, which gets a forward pass and gives one for each sequence, in the order of rows; dropout is off."""
     with evaluating(view.module):
         for start in range(0, len(rows), WINDOW):
             part = [r if draw is None else draw(r, None) for r in rows[start : start + WINDOW]]
@@ -88,19 +81,12 @@ def mean_loss(scored: Iterable[RowScore]) -> float:
     return total / max(count, 1.0)
 
 
-def first_choices(
-    view: ModelView, rows: Sequence[Any], tokens_per_forward: int, tick: Tick = no_tick
-) -> Iterator[Choices]:
-    """For each row of text, over its supervised tokens."""
-    return _in_order(view, rows, tokens_per_forward, USUAL.choices, tick)
-
-
 def continuations(
     view: ModelView, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], tokens_per_forward: int, tick: Tick = no_tick
 ) -> list[Continuation]:
-    """For each pair of token ids (what stands before, how it goes on).
+    """The loss of each continuation, and whether it is the greedy one; a pair is (token ids before, token ids after).
 
-    Pairs that differ only in their last token share a forward pass, as answers of a multiple choice often do.
+    Pairs that differ only in their last token share a forward pass. The answers of a multiple choice often do.
     """
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, (before, after) in enumerate(pairs):
@@ -118,7 +104,7 @@ def continuations(
 
 
 def _continued(fwd: Forward, lasts: Sequence[Sequence[int]]) -> list[list[Continuation]]:
-    """For each sequence one for each of its last tokens."""
+    """For each sequence, a continuation for each of its last tokens."""
     batch, rows = fwd.batch, fwd.batch.supervised
     owner = batch.seq[rows]
     is_last = torch.cat([owner[1:] != owner[:-1], owner.new_ones(1).bool()])

@@ -1,8 +1,9 @@
-"""A lab with the services of this room: scores, answers, and their models."""
+"""Labs with the services of this room: scoring and generation."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -11,7 +12,7 @@ from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.inference.generation import Generation
 from luthier.inference.scoring import USUAL, Scoring
-from luthier.model.view import ModelView, probe_layout
+from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.outcome import RenderedRows
 from luthier.tasks.base import Task
@@ -33,10 +34,4 @@ def lab_with(
 
 def lab_around(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> Lab:
     """A lab around a plain transformers model, for a method in your own loop."""
-
-    def view() -> ModelView:
-        found = ModelView(model, tokenizer)
-        found.layout, _ = probe_layout(found)
-        return found
-
-    return lab_with(Renderer(tokenizer), {"base": view}, seed=seed)
+    return lab_with(Renderer(tokenizer), {"base": partial(ModelView.probed, model, tokenizer)}, seed=seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from luthier.model.inputs import widened
-from luthier.model.view import ModelView, attention_implementation, evaluating
+from luthier.model.view import ModelView, accepted, attention_implementation, evaluating
 
 ROOM = 64  # a full cache grows by at least this many tokens
 PLAIN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
@@ -100,7 +99,7 @@ class Session:
         self._open.close()
 
     def _read(self) -> None:
-        """The whole texts, with what input hooks make of their embeddings."""
+        """Run the trunk over the whole texts, after the view's input hooks."""
         if self.view.input_hooks:
             embeds, mask = widened(self.view, self.ids, self.mask, torch.ones_like(self.ids))
             self._inserted = embeds.shape[1] - self.ids.shape[1]
@@ -109,16 +108,16 @@ class Session:
             self._run(self.mask, input_ids=self.ids)
 
     def _run(self, mask: Tensor, **tokens: Tensor) -> None:
-        """The trunk over new tokens; logits of the last."""
+        """Run the trunk over new tokens, and keep the logits of the last one."""
         count = next(iter(tokens.values())).shape[1]
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -count:]  # [S, n]
         given: dict[str, Any] = {"attention_mask": mask, "position_ids": positions, "use_cache": self.cache is not None}
         if self.cache is not None:
             given["past_key_values"] = self.cache
-        hidden = self.view.trunk(**tokens, **_taken(self.view.trunk, given)).last_hidden_state[
-            :, -1
-        ]  # [S, n, D] -> [S, D]
-        self.logits = self._scores(hidden)
+        trunk = self.view.trunk
+        # Some models compute positions themselves, from the mask.
+        out = trunk(**tokens, **accepted(trunk, given, {"position_ids", "use_cache"})).last_hidden_state
+        self.logits = self._scores(out[:, -1])  # [S, n, D] -> [S, D]
 
     def _scores(self, hidden: Tensor) -> Tensor:
         """[S, D] -> [S, V]."""
@@ -128,7 +127,7 @@ class Session:
         return z if transform is None else transform(z)
 
     def advance(self, tokens: Tensor) -> None:
-        """Write one token a row, [S] int64."""
+        """Add one token to each row, [S] int64."""
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
         if self.cache is None:
@@ -150,11 +149,3 @@ def left_padded(prompts: Sequence[Sequence[int]], fill: int) -> tuple[Tensor, Te
     ids = torch.tensor([[fill] * (width - len(p)) + list(p) for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
     return ids, mask
-
-
-def _taken(trunk: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that the trunk accepts: some models compute positions themselves, from the mask."""
-    names = inspect.signature(trunk.forward).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in names.values()):
-        return given
-    return {k: v for k, v in given.items() if k in names}

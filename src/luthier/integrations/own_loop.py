@@ -45,9 +45,8 @@ class Loss(nn.Module):
             self._view.phases.append(partial(compute.patch, self._view))
         self.extra = objective.extend(self._view, None)
         self.probe = Probe(self._view, objective, self.extra)
-        self._wrapped = [
-            Wrapped(self._view, objective, self.extra)
-        ]  # in a list, so that the model's weights are not parameters of this module
+        # In a list, so that the model's weights are not parameters of this module.
+        self._wrapped = [Wrapped(self._view, objective, self.extra)]
         self.step, self.total_steps = 0, total_steps
 
     def window(self, inputs: Mapping[str, Any]) -> Window:

@@ -45,9 +45,8 @@ class Trackers:
         self._model = model
         if wanted:
             self._args = TrainingArguments(output_dir=str(folder), run_name=run_name, report_to="none", use_cpu=True)
-            Accelerator(
-                cpu=not torch.cuda.is_available()
-            )  # the line before has reset the shared state of all accelerators
+            # The line before has reset the state that all accelerators share.
+            Accelerator(cpu=not torch.cuda.is_available())
             self._state = TrainerState(max_steps=total_steps, is_local_process_zero=True, is_world_process_zero=True)
             self._control = TrainerControl()
         self._call("on_train_begin")

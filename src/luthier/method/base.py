@@ -139,14 +139,13 @@ class Method(BaseModel):
             problems.append(Problem("task", f"{self.key()} does not work on {facts.task}", f"it works on {known}"))
         if facts.layout is not None and facts.layout not in self.traits.layouts:
             problems.append(Problem("layout", f"{self.key()} cannot use the {facts.layout} layout"))
-        if facts.quantized and "plain_weights" in self.traits.needs:
+        if facts.quantized and Need.PLAIN_WEIGHTS in self.traits.needs:
             what = f"{self.key()} reads or writes the weights themselves, which quantize packs"
             problems.append(Problem("quantize", what, "remove quantize, or choose lora, peft, adapter or dept"))
         if facts.quantized and Need.JVP in self.traits.needs:
             what = f"{self.key()} takes forward-mode derivatives, which packed weights do not have"
             problems.append(Problem("quantize", what, "remove quantize"))
-        if facts.num_processes > 1 and "one_process" in self.traits.needs:
-            problems.append(
-                Problem("num_processes", f"{self.key()} runs in one process, but there are {facts.num_processes}")
-            )
+        if facts.num_processes > 1 and Need.ONE_PROCESS in self.traits.needs:
+            what = f"{self.key()} runs in one process, but there are {facts.num_processes}"
+            problems.append(Problem("num_processes", what, "start it without torchrun"))
         return problems

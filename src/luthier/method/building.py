@@ -37,6 +37,7 @@ class Lines:
         self.name, self.lines, self.overridden = name, lines, overridden
 
     def where(self, path: tuple[str, ...]) -> str:
+        """A key with its line in the file, or with the word that it comes from the command line."""
         key = ".".join(path) or "recipe"
         if any(path[: len(o)] == o for o in self.overridden):
             return f"command line: {key}"
@@ -62,17 +63,14 @@ def method(kind: str, value: Any, name: str) -> Any:
 
 
 def build_method(kind: str, value: Any, lines: Lines, path: tuple[str, ...], code: Path | None) -> Any:
-    """ "lora", {lora: {rank: 8}}, "module:Class" or an instance -> an instance."""
+    """An instance from a name ("lora"), a name with fields ({lora: {rank: 8}}), "module:Class", or an instance."""
     if isinstance(value, Method):
         return value
     if isinstance(value, str):
         value = {value: {}}
     if not isinstance(value, Mapping) or len(value) != 1:
-        raise RecipeError(
-            lines.where(path),
-            f"is {value!r}",
-            f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}",
-        )
+        remedy = f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}"
+        raise RecipeError(lines.where(path), f"is {value!r}", remedy)
     ((name, fields),) = value.items()
     if fields is not None and not isinstance(fields, Mapping):
         raise RecipeError(lines.where((*path, name)), f"holds {fields!r}", "write its fields as keys")
@@ -121,6 +119,7 @@ def _of_kind(cls: Any, kind: str, where: str) -> None:
 
 
 def validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: Lines, known: list[str]) -> Any:
+    """An instance of a pydantic class. Raises RecipeError for its first fault; `known` are the keys that it has."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:

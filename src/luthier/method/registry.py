@@ -100,10 +100,15 @@ def name_of(cls: type) -> str | None:
     return next((name for (_, name), point in plugins().items() if point.value == value), None)
 
 
+def called(cls: type) -> str:
+    """What a recipe calls this class: the name of a known method, or module:Class."""
+    return name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"
+
+
 def written(value: Any) -> Any:
     """A value in YAML's types; a method becomes {name: {fields}}."""
     if isinstance(value, Method):
-        return {_name_of(value): {n: written(getattr(value, n)) for n in type(value).model_fields}}
+        return {called(type(value)): {n: written(getattr(value, n)) for n in type(value).model_fields}}
     if isinstance(value, BaseModel):
         return {n: written(getattr(value, n)) for n in type(value).model_fields}
     if isinstance(value, (list, tuple)):
@@ -125,18 +130,9 @@ def modules_of(value: Any) -> list[str]:
     return sorted(found)
 
 
-def _name_of(method: Method) -> str:
-    """The name of a method of luthier, or module:Class."""
-    cls = type(method)
-    return name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"
-
-
 def build() -> list[dict[str, Any]]:
     """Make the list from the classes."""
-    entries = []
-    for kind in KINDS:
-        for key, cls in classes(kind).items():
-            entries.append(_entry(kind, key, cls))
+    entries = [_entry(kind, key, cls) for kind in KINDS for key, cls in classes(kind).items()]
     return sorted(entries, key=lambda e: (e["kind"], e["name"]))
 
 
@@ -174,6 +170,7 @@ def _default(value: Any, shown: Any) -> Any:
 
 
 def main() -> None:
+    """Write the list of methods."""
     FILE.write_text(json.dumps(build(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from luthier.model import blocks
+from luthier.model.hanging import sizes_of
 from luthier.support.errors import LuthierError
 
 # (regular expression on the name within a block, role). The first match wins.
@@ -58,7 +60,7 @@ class Anatomy:
         head = model.get_output_embeddings()
         self.head = None if head is None else _name_of(model, head)
         self.tied = head is not None and head.weight is model.get_input_embeddings().weight
-        self.final_norm = _final_norm(model, self.trunk, self.block_list)
+        self.final_norm = _final_norm(model, self.block_list)
         config = model.config.get_text_config()
         self.hidden_size: int = config.hidden_size
         self.num_heads: int = config.num_attention_heads
@@ -72,13 +74,11 @@ class Anatomy:
         for name, module in modules.items():
             if not isinstance(module, (nn.Linear, Conv1D)):
                 continue
-            transposed = isinstance(module, Conv1D)
-            shape = _shape(module)
             block, role = -1, "head" if name == self.head else "other"
             if name.startswith(self.block_list + "."):
                 number, _, inner = name[len(self.block_list) + 1 :].partition(".")
                 block, role = int(number), role_of(inner)
-            yield Linear(name, role, block, shape, transposed)
+            yield Linear(name, role, block, sizes_of(module), isinstance(module, Conv1D))
 
     @cached_property
     def task_head(self) -> list[str]:
@@ -119,13 +119,7 @@ class Anatomy:
     @property
     def num_parameters(self) -> int:
         """The number of stored values; tied weights count once."""
-        total = 0
-        for shape in self.parameters.values():
-            n = 1
-            for s in shape:
-                n *= s
-            total += n
-        return total
+        return sum(map(math.prod, self.parameters.values()))
 
     def match(self, targets: str | Iterable[str]) -> tuple[Linear, ...]:
         """The linear layers of `targets`: "all-linear" (all in the blocks), or patterns.
@@ -162,9 +156,9 @@ class Anatomy:
         return n + 1 if after or ".pooler." in f".{parameter}" else 0
 
 
-def _shape(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    """(out, in); a quantised layer's weight is packed and has another shape."""
-    return (module.nf, module.nx) if isinstance(module, Conv1D) else (module.out_features, module.in_features)
+def max_positions(config: PreTrainedConfig) -> int:
+    """The largest number of tokens that a model with this configuration reads; 2^30 if it sets no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def role_of(inner: str) -> str:
@@ -187,10 +181,10 @@ def _name_of(model: nn.Module, part: nn.Module) -> str:
     return name
 
 
-def _final_norm(model: nn.Module, trunk: str, block_list: str) -> str | None:
-    parent = model.get_submodule(block_list.rpartition(".")[0])
+def _final_norm(model: nn.Module, block_list: str) -> str | None:
+    """The norm beside the blocks, by its usual names; None if there is none."""
     prefix = block_list.rpartition(".")[0]
-    for name, _ in parent.named_children():
+    for name, _ in model.get_submodule(prefix).named_children():
         if re.fullmatch(r"norm|ln_f|final_layer_norm|final_layernorm|final_norm|embedding_norm", name):
             return f"{prefix}.{name}" if prefix else name
     return None

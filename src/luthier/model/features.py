@@ -1,4 +1,4 @@
-"""What frozen lower blocks put out, computed once for every distinct sequence and used again in later epochs."""
+"""The outputs of frozen lower blocks: computed once for every distinct sequence, used again in later epochs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from luthier.model.view import Inputs, ModelView
 
 
 class FeatureCache:
-    """Stands in for the lowest `count` blocks of a view whose inputs it has seen before.
+    """Replaces the lowest `count` blocks of a view by their outputs, for inputs that it has seen before.
 
-    Exact where those blocks are frozen and have no dropout. Sequences are known by their tokens and positions; what
-    enters as embeddings is never cached. Holds one [L, D] state a sequence, in the model's dtype, on its device.
+    Exact if those blocks are frozen and have no dropout. A sequence is identified by its tokens and positions; inputs that are
+    embeddings are never cached. It holds one [L, D] state for each sequence, in the model's dtype, on its device.
     """
 
     def __init__(self, view: ModelView, count: int) -> None:
@@ -30,12 +30,12 @@ class FeatureCache:
         self._keys: list[bytes] = []
 
     def install(self) -> Change:
-        """Put itself in the blocks' places."""
-        blocks = [around(self.view.block(i), partial(self._around, i)) for i in range(self.count)]
+        """Put the cache around the blocks."""
+        blocks = [
+            around(self.view.block(i), lambda plain, i=i: partial(self._block, i, plain))  # type: ignore[misc]
+            for i in range(self.count)
+        ]
         return together([self.view.hook_inputs(self._look), *blocks])
-
-    def _around(self, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
-        return partial(self._block, index, plain)
 
     @property
     def _hit(self) -> bool:

@@ -61,7 +61,7 @@ class Fixed:
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """Another way to compute the layer's own product; a layer takes one."""
+    """Another way to compute the layer's own product; a layer can have one."""
 
     wrap: Callable[[Forward], Forward]
 
@@ -82,7 +82,7 @@ class Beside:
 
 @dataclass(frozen=True, eq=False)
 class Behind:
-    """Something around the forward with all that hangs on it so far.
+    """A wrapper around the forward pass, with everything that was added before it.
 
     factors  the A and B of an adapter that multiplies the output by them
     """
@@ -99,21 +99,21 @@ class Stack:
 
     def __init__(self, module: nn.Module, method: str) -> None:
         self.module, self.method = module, method
-        self.foreign: Forward | None = module.__dict__.get(method)  # another library's, which comes back in the end
+        self.foreign: Forward | None = module.__dict__.get(method)  # another library's; it is put back in the end
         self.hung: list[Hung] = []
-        self.left_out: list[Hung] = []  # for now; one that is left out twice stands here twice
+        self.left_out: list[Hung] = []  # at the moment; what is left out twice is listed twice
 
     @property
     def active(self) -> list[Hung]:
-        """What the module computes with, in the order it came."""
+        """What the module computes with now, in the order in which it was added."""
         return [h for h in self.hung if h not in self.left_out]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
-        return self  # it is that of the module it was made for, which `hang` looks at
+        return self  # it belongs to the module that it was made for; `hang` checks this
 
     def add(self, what: Hung) -> None:
         if isinstance(what, Core) and any(isinstance(h, Core) for h in self.hung):
-            raise ValueError("this layer's product is computed in another way already")
+            raise ValueError("the product of this layer is already replaced")
         self.hung.append(what)
         self._rebuild()
 
@@ -167,7 +167,7 @@ def hang(module: nn.Module, what: Hung, method: str = "forward") -> Change:
     if stack is None:
         stack = stacks[method] = Stack(module, method)
     if stack.module is not module:
-        raise LuthierError("this layer is a copy of one with adapters on it, and would compute with that one's")
+        raise LuthierError("this layer is a copy of one with adapters on it, and would use the adapters of the original")
     stack.add(what)
     return Change(partial(stack.remove, what), partial(stack.without, what))
 
@@ -218,6 +218,11 @@ def bias_of(module: nn.Module) -> Tensor | None:
     """The layer's bias, where it has one."""
     bias: Tensor | None = getattr(module, "bias", None)
     return bias
+
+
+def sizes_of(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear layer, also if its weight is packed and has another shape."""
+    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)  # type: ignore[return-value]
 
 
 def oriented(module: nn.Module) -> Tensor:

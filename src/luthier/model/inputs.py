@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from luthier.data.batch import IGNORE, Batch
 from luthier.model.additions import around
 from luthier.model.hanging import Forward
 from luthier.model.undo import Change, together
-from luthier.model.view import InputHook, Inputs
+from luthier.model.view import InputHook, Inputs, ModelView
 
 PROMPT = "prompt"  # name of the per-token column that marks the prompt side
 
@@ -21,7 +20,7 @@ PROMPT = "prompt"  # name of the per-token column that marks the prompt side
 def prepend(inputs: Inputs, vectors: Tensor) -> Inputs:
     """Insert [M, D] before every sequence. Labels there are IGNORE, other columns 0; positions of the rest move by M.
 
-    `source` keeps where each original token went, so that what comes out of the trunk lines up with the batch.
+    `source` keeps the new place of each original token, so that the trunk's output can be matched with the batch.
     """
     batch, embeds = inputs.batch, inputs.embeds
     assert embeds is not None
@@ -51,7 +50,7 @@ def prepend(inputs: Inputs, vectors: Tensor) -> Inputs:
 
 
 def num_inserted(inputs: Inputs) -> int:
-    """Vectors that stand before every sequence already."""
+    """Number of vectors before every sequence, from prompts that are inserted already."""
     if inputs.source is None:
         return 0
     return (inputs.batch.num_tokens - len(inputs.source)) // inputs.batch.num_sequences
@@ -60,45 +59,40 @@ def num_inserted(inputs: Inputs) -> int:
 def soft_prompt(
     vectors: Callable[[], Tensor], offsets: Callable[[], Tensor] | None = None, scope: str = PROMPT
 ) -> InputHook:
-    """A hook for `ModelView.input_hooks`.
+    """A hook for `ModelView.input_hooks` that puts vectors before every sequence.
 
-    vectors  [M, D], asked for at every call
+    vectors  [M, D], read at every call
     offsets  [S, D], added out of place to the token at position < S of the prompt side (scope "prompt") or of the
              whole sequence ("all"); positions count the text's own tokens, whatever vectors stand before them
-    Raises ValueError where scope "prompt" meets a batch without the per-token column "prompt".
+    Raises ValueError for scope "prompt" and a batch without the per-token column "prompt".
     """
 
-    def hook(inputs: Inputs, view: Any) -> Inputs:
+    def hook(inputs: Inputs, view: ModelView) -> Inputs:
         batch = inputs.batch
         embeds = view.embedding(batch.ids) if inputs.embeds is None else inputs.embeds
         if offsets is not None:
             table = offsets()  # [S, D]
-            place = batch.pos - num_inserted(inputs)  # of the text's own tokens; another prompt's vectors are below 0
+            place = batch.pos - num_inserted(inputs)  # among the text's own tokens; negative for another prompt's vectors
             inside = (place >= 0) & (place < len(table))
             if scope == PROMPT:
                 if PROMPT not in batch.token:
                     raise ValueError(
-                        "offsets on the prompt need to know it: the batch has no per-token column 'prompt'"
+                        "offsets on the prompt need the batch's column 'prompt'; to a plain model give prompt_mask or labels"
                     )
                 inside = inside & batch.token[PROMPT].bool()
             rows = table[place.clamp(0, len(table) - 1)].to(embeds.dtype)  # [T, D]
             embeds = embeds + rows * inside[:, None]
-        return prepend(replace_embeds(inputs, embeds), vectors())
+        return prepend(inputs._replace(embeds=embeds), vectors())
 
     return hook
 
 
-def replace_embeds(inputs: Inputs, embeds: Tensor) -> Inputs:
-    """The same tokens with other embeddings."""
-    return inputs._replace(embeds=embeds, batch=replace(inputs.batch))
+def patch_model(view: ModelView) -> Change:
+    """Make the plain model call apply the view's input hooks too, for loops and trainers that do not use luthier.
 
-
-def patch_model(view: Any) -> Change:
-    """Make the plain model call apply the view's input hooks too, for loops and trainers that know nothing of luthier.
-
-    `model(input_ids, attention_mask, labels[, prompt_mask])` and `model.generate(input_ids, attention_mask)` then see
-    the vectors and offsets; logits of the inserted positions are cut off. The prompt side is `prompt_mask`, else what
-    stands before the first label; generation takes all of its input as prompt. Raises ValueError where neither is given.
+    `model(input_ids, attention_mask, labels[, prompt_mask])` and `model.generate(input_ids, attention_mask)` then use
+    the vectors and offsets; logits of the inserted positions are cut off. The prompt is `prompt_mask`, or else the tokens
+    before the first label; for generation it is the whole input. Offsets raise ValueError if neither is given.
     """
 
     def call(plain: Forward) -> Forward:
@@ -108,9 +102,7 @@ def patch_model(view: Any) -> Change:
         ) -> Any:  # fmt: skip
             if input_ids is None or kwargs.get("past_key_values") is not None:
                 return plain(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-            if prompt_mask is None:
-                if labels is None:
-                    raise ValueError("a soft prompt with offsets needs prompt_mask, or labels to find the prompt by")
+            if prompt_mask is None and labels is not None:
                 prompt_mask = (labels != IGNORE).cumsum(1) == 0
             embeds, longer = widened(view, input_ids, attention_mask, prompt_mask)
             count = embeds.shape[1] - input_ids.shape[1]
@@ -138,14 +130,17 @@ def patch_model(view: Any) -> Change:
     return together([around(view.module, call), around(view.module, write, "generate")])
 
 
-def widened(view: Any, ids: Tensor, mask: Tensor | None, prompt: Tensor) -> tuple[Tensor, Tensor]:
-    """[S, L] -> (embeddings [S, M + L, D] with what the view's input hooks make of them, mask [S, M + L])."""
+def widened(view: ModelView, ids: Tensor, mask: Tensor | None, prompt: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[S, L] -> (embeddings [S, M + L, D] after the view's input hooks, mask [S, M + L]).
+
+    prompt  [S, L] 1 for tokens of the prompt; None: unknown
+    """
     mask = torch.ones_like(ids) if mask is None else mask
     real = mask.bool()
     rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)
     flat = Batch(
         ids[real], torch.full_like(ids[real], IGNORE), rows[real], (mask.cumsum(1) - 1)[real],
-        tuple(real.sum(1).tolist()), {PROMPT: prompt[real]},
+        tuple(real.sum(1).tolist()), {} if prompt is None else {PROMPT: prompt[real]},
     )  # fmt: skip
     out = Inputs(flat, None, None)
     for hook in view.input_hooks:

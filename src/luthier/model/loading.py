@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from luthier.model.view import ModelView, probe_layout
+from luthier.model.view import ModelView
 from luthier.support.cache import cache_folder, key_of, made
 from luthier.support.errors import RecipeError
 
@@ -56,7 +56,7 @@ def locate(name: str, revision: str | None = None) -> Located:
     if hub.count("/") != 1 or name.startswith((".", "/", "~")):
         raise RecipeError(
             "model",
-            f"{name!r} is no folder, no .gguf file and no Hub id",
+            f"{name!r} is not a folder, a .gguf file or a Hub id",
             f"write org/name, a folder, or {BUILTIN}",
         )
     return Located(hub, pinned or revision, name)
@@ -131,10 +131,10 @@ def load_model(
     auto    the Auto class of transformers that loads it; a task names its own
     dtype   None takes the file's
     device  None takes a GPU where there is one
-    labels  names of the classes, in the order of the head's outputs; none: those the file has
-    seed    for weights the file has not: a new classification head
+    labels  names of the classes, in the order of the head's outputs; none: those of the file
+    seed    for weights that are not in the file: a new classification head
     quantize  "nf4": linear layers in 4 bits; the view's fingerprint is that of the original weights
-    Raises RecipeError where the name leads nowhere.
+    Raises RecipeError if the model cannot be loaded.
     """
     extra: dict[str, Any] = named_classes(labels) if labels else {}
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
@@ -159,13 +159,11 @@ def load_model(
     if quantize is None:
         model.to(device)
     for module in model.modules():
-        # On some CPUs bitsandbytes repacks a weight at its first call without gradients, and a repacked layer passes no gradient.
-        # Then layers before it would silently not be trained.
+        # On some CPUs, bitsandbytes repacks a weight at its first call without gradients. A repacked layer passes no gradient
+        # on, so layers before it would not be trained.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    view = ModelView(model, tokenizer, name=located.shown, base=base)
-    view.layout, _ = probe_layout(view)
-    return view
+    return ModelView.probed(model, tokenizer, name=located.shown, base=base)
 
 
 def reads_both_ways(config: PreTrainedConfig) -> bool:

@@ -1,9 +1,9 @@
 """Count FLOPs by formula while a model works: each matrix product by its sizes, its backward pass by what is frozen.
 
-A product of T rows with a matrix [out, in] takes 2 T in out; its backward as much again for the gradient of its input,
-where something below is trained, and again for the gradient of the matrix, where that is taken. Attention takes 4 H d n^2 a
-sequence forward and 8 H d n^2 backward. Elementwise work, norms and optimisers are left out, as everywhere in the field.
-A test holds the sums against torch's own counter for every tuner and objective.
+A product of T rows with a matrix [out, in] takes 2 T in out. Its backward pass takes the same for the gradient of its input,
+if something below is trained, and the same for the gradient of the matrix, if that is computed. Attention takes 4 H d n^2 for
+each sequence forward and 8 H d n^2 backward. Elementwise work, norms and optimisers are left out, as is usual in the field.
+A test compares the sums with torch's own counter for every tuner and objective.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.model.hanging import Beside, Factor, factors_of
+from luthier.model.hanging import Beside, Factor, factors_of, sizes_of
 
 KEY = "luthier_meter"
 VALUES = "luthier_values"  # what sparse weights register on a layer
@@ -37,6 +37,7 @@ class Meter:
 
     @property
     def total(self) -> float:
+        """FLOPs of all stages."""
         return sum(self.flops.values())
 
     def charge(self, flops: float) -> None:
@@ -44,7 +45,7 @@ class Meter:
         self.flops[self._stage] = self.flops.get(self._stage, 0.0) + flops
 
     def charge_backward(self, flops: float, x: Tensor) -> None:
-        """Work of a backward that no hook sees, charged where x will be asked for its gradient."""
+        """Count work of a backward pass that no hook sees, if the gradient of x will be computed."""
         if _has_backward(x):
             self.charge(flops)
 
@@ -59,7 +60,7 @@ class Meter:
 
     @contextmanager
     def derivative(self, module: nn.Module, along: Iterable[str]) -> Iterator[None]:
-        """Forwards inside carry a derivative along these parameters: W x then takes W dx, and dW x where W moves."""
+        """Forward passes inside carry a derivative along these parameters: W x also takes W dx, and dW x if W is one of them."""
         places = [n.rpartition(".") for n in along]
         self._moving = {(id(module.get_submodule(layer)), name) for layer, _, name in places}
         try:
@@ -75,7 +76,7 @@ class Meter:
         for module in modules:
             for layer in module.modules():
                 if isinstance(layer, (nn.Linear, Conv1D)):
-                    # Before: the last product of a block that is computed again ends its forward by an exception.
+                    # A hook before: in a block that is computed again, an exception ends the last product.
                     self._undo.append(layer.register_forward_pre_hook(self._forward).remove)
                     self._undo.append(layer.register_forward_hook(self._backward).remove)
                 if _is_attention(layer):
@@ -84,6 +85,7 @@ class Meter:
                     self._undo.append(layer.register_forward_hook(self._padded_attention, with_kwargs=True).remove)
 
     def unwatch(self) -> None:
+        """Remove all hooks."""
         for step in self._undo:
             step()
         self._undo.clear()
@@ -100,27 +102,27 @@ class Meter:
     # --- formulas ---
 
     def _forward(self, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        rows, columns = _shape(layer)
+        rows, columns = sizes_of(layer)
         count = rows * columns * self._times(layer, "weight")
         for thin in _thin(layer):
             count += sum(size * self._times(layer, *names) for size, names in zip(thin.sizes, thin.names, strict=True))
         self.charge(2 * args[0].numel() / columns * count)
 
     def _times(self, layer: nn.Module, *names: str) -> int:
-        """Products of a forward with a matrix that these parameters make up."""
+        """Number of products of a forward pass with the matrix that these parameters make up."""
         return 1 if self._moving is None else 2 + any((id(layer), name) in self._moving for name in names)
 
     def _backward(self, layer: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if not _has_backward(out):
             return
-        x, (rows, columns) = args[0], _shape(layer)
+        x, (rows, columns) = args[0], sizes_of(layer)
         below, weight = bool(x.requires_grad), _weight_gradient(layer)
         count = rows * columns * (below + weight)
         bias = layer._parameters.get("bias")
         trained = below or weight or (bias is not None and bias.requires_grad)
         for thin in _thin(layer):
             (a, b), (a_trains, b_trains) = thin.sizes, thin.trains
-            entering = below if thin.beside else trained  # whether what A multiplies wants a gradient
+            entering = below if thin.beside else trained  # the input of A needs a gradient
             count += a * (entering + a_trains) + b * (b_trains + (a_trains or entering))
             trained = trained or a_trains or b_trains
         self.charge(2 * x.numel() / columns * count)
@@ -143,26 +145,21 @@ class Meter:
         past = kwargs.get("past_key_values")
         seen = hidden.shape[1] if past is None else int(past.get_seq_length(getattr(layer, "layer_idx", 0) or 0))
         query = _query(layer)
-        width = hidden.shape[2] if query is None else _shape(query)[0]
+        width = hidden.shape[2] if query is None else sizes_of(query)[0]
         moving = hidden.requires_grad or any(p.requires_grad for q in _inner(layer) for p in q.parameters())
         products = 4 if moving and _has_backward(out[0] if isinstance(out, tuple) else out) else 0
         self.charge(2 * (2 + products) * width * hidden.shape[0] * hidden.shape[1] * max(seen, hidden.shape[1]))
 
     def head(self, hidden: Tensor, weight: Tensor, again: bool) -> None:
-        """The vocabulary matrix on hidden [N, D].
+        """Charge the vocabulary matrix on hidden [N, D].
 
-        again  its logits are computed a second time in the backward
+        again  its logits are computed a second time in the backward pass
         """
         one = hidden.shape[0] * weight.shape[0] * weight.shape[1]
         count = 1
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad) and not _in_backward():
             count += hidden.requires_grad + weight.requires_grad + again
         self.charge(2 * count * one)
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    """(out, in)."""
-    return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)  # type: ignore[return-value]
 
 
 QUERIES, FUSED = ("q_proj", "query", "q_lin"), ("c_attn", "qkv_proj", "query_key_value", "Wqkv")
@@ -176,7 +173,7 @@ def _inner(layer: nn.Module, names: Sequence[str] = (*QUERIES, *OTHERS, *FUSED))
 
 
 def _query(layer: nn.Module) -> nn.Module | None:
-    """The projection whose width is heads times their size."""
+    """The projection whose width is the number of heads times their size."""
     found = [m for m in _inner(layer, QUERIES) if isinstance(m, (nn.Linear, Conv1D))]
     return found[0] if found else None
 
@@ -212,7 +209,7 @@ def _pair(beside: bool, group: Sequence[tuple[Factor, Factor]]) -> _Thin:
 
 
 def _weight_gradient(layer: nn.Module) -> bool:
-    """True where the whole gradient of the matrix is taken, be it to keep a few entries of it."""
+    """True if the whole gradient of the matrix is computed, even if only a few entries of it are used."""
     values, weight = layer._parameters.get(VALUES), layer._parameters.get("weight")
     return bool((values is not None and values.requires_grad) or (weight is not None and weight.requires_grad))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,9 +90,16 @@ class ModelView:
         self._base = base
         self._native_attention: str = module.config._attn_implementation
 
+    @classmethod
+    def probed(cls, module: PreTrainedModel, tokenizer: Any = None, **more: Any) -> ModelView:
+        """A view in the layout that suits the model, which a trial finds; arguments as for the class."""
+        view = cls(module, tokenizer, **more)
+        view.layout, _ = probe_layout(view)
+        return view
+
     @property
     def base(self) -> Fingerprint:
-        """Fingerprint of the base weights; taken once, before anything is trained into them."""
+        """Fingerprint of the base weights. It is computed once, so ask for it before weights are trained."""
         if self._base is None:
             self._base = fingerprint(self.module, self.tokenizer, self.name, self.anatomy.task_head)
         return self._base
@@ -138,7 +145,7 @@ class ModelView:
 
     @property
     def standing(self) -> tuple[tuple[int, ...], ...]:
-        """Equal if the model computes with the same things: what is on it, without what is left out."""
+        """Equal as long as the model computes with the same things: what is attached, without what is left out."""
         return tuple(id(x) for x in self.attached), tuple(id(x) for x in self.attached.left_out)
 
     def refuse_out_of_turn(self, leaving: Any) -> None:
@@ -170,6 +177,7 @@ class ModelView:
                 left_out.remove(who)
 
     def block(self, index: int) -> nn.Module:
+        """The transformer block with this number."""
         return self.module.get_submodule(self.anatomy.blocks[index])
 
     @contextmanager
@@ -190,7 +198,7 @@ class ModelView:
     # --- the trunk ---
 
     def hook_inputs(self, hook: InputHook) -> Change:
-        """Apply this to the inputs of every trunk call, after the existing hooks."""
+        """Apply this hook to the inputs of every trunk call, after the existing hooks."""
         self.input_hooks.append(hook)
 
         @contextmanager
@@ -267,7 +275,7 @@ class ModelView:
             if not batch.contiguous:  # else the model's own positions are right, whatever they start from
                 kwargs["position_ids"] = pad(batch.pos, batch)
         with attention_implementation(self.module, self._attention_name()):
-            final: Tensor = self.trunk(**tokens, **_accepted(self.trunk, kwargs)).last_hidden_state
+            final: Tensor = self.trunk(**tokens, **accepted(self.trunk, kwargs, {"use_cache"})).last_hidden_state
         return final
 
     def _attention_name(self) -> str:
@@ -314,6 +322,7 @@ class ModelView:
 
     @property
     def head_bias(self) -> Tensor | None:
+        """[V] bias of the language-model head, if it has one."""
         assert self.anatomy.head is not None
         return getattr(self.module.get_submodule(self.anatomy.head), "bias", None)
 
@@ -321,9 +330,7 @@ class ModelView:
         """What the model does to its logits outside the head matrix: a scale, a soft cap."""
         config = self.module.config.get_text_config()
         cap = getattr(config, "final_logit_softcapping", None)
-        scale = float(getattr(config, "logit_scale", None) or 1.0) / float(
-            getattr(config, "logits_scaling", None) or 1.0
-        )
+        scale = float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
         if cap is None and scale == 1.0:
             return None
         return lambda z: z * scale if cap is None else torch.tanh(z * scale / cap) * cap
@@ -372,12 +379,11 @@ class ModelView:
         return pooled if drop is None else drop(pooled)
 
 
-def _accepted(trunk: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Encoders without a cache take no `use_cache`."""
+def accepted(trunk: nn.Module, given: Mapping[str, Any], optional: Collection[str]) -> dict[str, Any]:
+    """The arguments of a call, without those of `optional` that this trunk does not take."""
     names = inspect.signature(trunk.forward).parameters
-    if "use_cache" in names or any(p.kind is p.VAR_KEYWORD for p in names.values()):
-        return kwargs
-    return {k: v for k, v in kwargs.items() if k != "use_cache"}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in names.values())
+    return {k: v for k, v in given.items() if takes_all or k in names or k not in optional}
 
 
 @contextmanager
@@ -396,8 +402,8 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 
 @contextmanager
 def as_found(view: ModelView) -> Iterator[None]:
-    """Around a loop that trains: afterwards every part is in the mode it was in, and what the loop put on the model to count
-    its work and to thin it out is gone.
+    """A scope for a loop that trains. Afterwards every part has its old mode, and what the loop added to the model, to count
+    and to shorten its work, is removed.
     """
     phases = list(view.phases)
     try:
@@ -410,8 +416,8 @@ def as_found(view: ModelView) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """The model as it is asked: dropout is off inside. Afterwards every part is in the mode it was in, since a part may
-    stand in another one than the whole.
+    """A scope in eval mode, without dropout. Afterwards every part has its old mode, because a part may have another mode than
+    the whole model.
     """
     with _modes_kept(module):
         module.eval()

@@ -57,25 +57,26 @@ class Apply:
 
 
 class Pace(BaseModel):
-    """How long and how fast the stages of a pipeline train, beside what the pipeline says."""
+    """Changes the length and the learning rate of every stage of a pipeline."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     length: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Every stage takes this many times its steps, at least one."""
+    """Factor for the number of steps of each stage; each takes at least one."""
     learning_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Every stage's learning rate is multiplied by this."""
+    """Factor for the learning rate of each stage."""
     max_steps: int | None = Field(None, ge=1)
     """No stage takes more steps than this."""
 
     def steps(self, own: int) -> int:
-        """Steps of a stage that takes `own` by itself."""
+        """Steps of a stage whose own number is `own`."""
         scaled = max(1, round(own * self.length))
         return scaled if self.max_steps is None else min(scaled, self.max_steps)
 
     def of(self, stage: Train, rows: RenderedRows, save_memory: bool = False) -> Train:
         """The stage at this pace, over these rows."""
-        own, changed = stage.settings, dict[str, Any]()
+        own = stage.settings
+        changed: dict[str, Any] = {}
         if self != OWN_PACE:
             changed["max_steps"] = self.steps(Loop.length(rows, own))
             changed["learning_rate"] = own.learning_rate * self.learning_rate
@@ -91,14 +92,14 @@ class Pipeline(Method):
     """Decides which stage comes next."""
 
     def next(self, done: Mapping[str, Outcome]) -> Train | Apply | None:
-        """The next stage after these outcomes, or None at the end. Must depend on nothing else.
+        """The next stage after these outcomes, or None at the end. It must depend on nothing else.
 
-        Plans ask it with outcomes that hold a name and rows alone, so it must bear those.
+        Plans call it with outcomes that have only a name and rows, so it must accept those.
         """
         raise NotImplementedError  # the seam: every pipeline has its own
 
     def apply(self, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Outcome:
-        """Carry out an Apply stage; what it made: rows, an update of the base, a mask, metrics."""
+        """Carry out an Apply stage. Returns what it made: rows, an update of the base, a mask, metrics."""
         raise NotImplementedError  # the seam: every pipeline with an Apply stage has its own
 
 
@@ -152,7 +153,7 @@ def run_pipeline(
     """Run all stages in order. Returns the outcomes by name; the last one is the result.
 
     save_memory  what gradient_checkpointing "auto" means in its stages
-
+    loop         more arguments of each stage's Loop
     Each stage saves checkpoints in a folder with its name, also at its end. A killed pipeline replays: finished stages are
     loaded, and the interrupted one continues.
     """
@@ -167,7 +168,7 @@ def run_stage(
     pipeline: Pipeline, stage: Train | Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome],
     folder: Path | None = None, deadline: float | None = None, pace: Pace = OWN_PACE, save_memory: bool = False, **loop: Any,
 ) -> Outcome:  # fmt: skip
-    """One stage; what it took is in the outcome's progress."""
+    """Run one stage; arguments as in `run_pipeline`. The outcome's progress says what it cost."""
     inside = replace(lab, done=done)
     if isinstance(stage, Apply):
         return applied(pipeline, stage, view, inside, done)
@@ -201,7 +202,7 @@ def trained(stage: Train, trainable: Trainable, under: Update | None, run: Loop)
 
 
 def applied(pipeline: Pipeline, stage: Apply, view: ModelView, lab: Lab, done: Mapping[str, Outcome]) -> Outcome:
-    """What an Apply stage made, with what it took: its own forward passes, and nested runs."""
+    """Run an Apply stage. The outcome's progress says what it cost: its own forward passes, and nested runs."""
     ledger = Ledger()
     with as_found(view), ledger.measuring(stage.name, view):
         out = pipeline.apply(stage, view, replace(lab, ledger=ledger), done)

@@ -25,7 +25,7 @@ from transformers import PreTrainedConfig
 from luthier.data.prepare import Prepared
 from luthier.data.rendering import Renderer
 from luthier.inference.services import lab_with
-from luthier.model.view import ModelView, probe_layout
+from luthier.model.view import ModelView
 from luthier.pipelines.base import Apply, applied, started, trained
 from luthier.recipe import Recipe
 from luthier.run.rows import tokens_a_step
@@ -290,9 +290,7 @@ def _miniature(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> Mode
         model = recipe.task.auto(config).from_config(config, dtype=dtype or torch.float32)
     model.config.use_cache = False
     model.config.pad_token_id = tokenizer.pad_token_id
-    view = ModelView(model, tokenizer)
-    view.layout, _ = probe_layout(view)
-    return view
+    return ModelView.probed(model, tokenizer)
 
 
 def _few(data: Prepared, batch: int, seed: int) -> list[dict[str, Any]]:

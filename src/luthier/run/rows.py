@@ -24,6 +24,7 @@ from luthier.data.spans import still_there
 from luthier.data.store import Row, Rows, as_json, written
 from luthier.data.table import DROP, KEEP, Table
 from luthier.inference.services import lab_with
+from luthier.model.anatomy import max_positions
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.recipe.settings import DataSettings
@@ -116,7 +117,7 @@ def prepare_rows(
         for evaluator in recipe.evaluators():
             evaluator.check_rows(rows, held)
     labels = task.labels(rows, held, config.label2id or {})
-    room = d.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    room = d.max_length or max_positions(config)
     fit: dict[str, Any] = {
         "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "tick": tick,
         "maker": task.maker(renderer, config, labels),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from luthier.support.errors import LuthierError
@@ -82,6 +83,12 @@ def unavailable() -> str | None:
     missing = [t for t in TOOLS if shutil.which(t, path=SEARCHED) is None]
     if missing:
         return f"the sandbox needs {', '.join(missing)} (util-linux)"
+    return _trial()
+
+
+@cache
+def _trial() -> str | None:
+    """Why a trial program did not run; None if it did. One trial is enough for a process: no program runs without namespaces."""
     verdict = _run("print(40 + 2)", Limits(seconds=20.0))
     if verdict.status != "ok" or verdict.stdout.strip() != "42":
         return f"namespaces do not work here ({verdict.stderr.strip().splitlines()[-1:] or verdict.status})"
@@ -90,10 +97,8 @@ def unavailable() -> str | None:
 
 def execute(program: str, limits: Limits = Limits()) -> Verdict:
     """Run a Python program. Raises LuthierError if no sandbox works: it never runs without one."""
-    reason = unavailable()
-    if reason is not None:
-        raise LuthierError(f"generated code is not run: {reason}")
-    return _run(program, limits)
+    (verdict,) = execute_all([program], limits)
+    return verdict
 
 
 def execute_all(programs: Sequence[str], limits: Limits = Limits(), workers: int | None = None) -> list[Verdict]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 import transformers as tf
+from torch import Tensor
 
 from luthier.data.batch import IGNORE, Batch, collate
 from luthier.model.view import ModelView, probe_layout
@@ -15,85 +19,101 @@ SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64,
 }  # fmt: skip
 TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
+STEADY: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # encoders have dropout by default
+GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+              "intermediate_size": ""}  # fmt: skip
+GPT2_STEADY: dict[str, Any] = {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0}
+DISTILBERT_NAMES = {"hidden_size": "dim", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads",
+                    "intermediate_size": "hidden_dim"}  # fmt: skip
 
 
-ENCODERS: dict[str, tuple[type[tf.PreTrainedConfig], type[tf.PreTrainedModel]]] = {
-    "bert": (tf.BertConfig, tf.BertForMaskedLM),
-    "roberta": (tf.RobertaConfig, tf.RobertaForMaskedLM),
-    "distilbert": (tf.DistilBertConfig, tf.DistilBertForMaskedLM),
-    "electra": (tf.ElectraConfig, tf.ElectraForMaskedLM),
-    "modernbert": (tf.ModernBertConfig, tf.ModernBertForMaskedLM),
-}
-ENCODER_SIZES: dict[str, Any] = {
-    "distilbert": {"dim": 32, "hidden_dim": 64, "n_layers": 3, "n_heads": 4, "dropout": 0.0, "attention_dropout": 0.0},
-    "electra": {"embedding_size": 16},
-    "modernbert": {"cls_token_id": 1, "sep_token_id": 2},
-}
+SAME: Mapping[str, str] = MappingProxyType({})
+
+
+class Architecture(NamedTuple):
+    """How a tiny model of one architecture is made.
+
+    own    settings beside SIZES and TOKENS
+    names  what its configuration calls a setting of SIZES; "": it has none of this kind
+    turns  types of layers that take turns
+    """
+
+    config: type[tf.PreTrainedConfig]
+    model: type[tf.PreTrainedModel]
+    own: dict[str, Any]
+    names: Mapping[str, str] = SAME
+    turns: tuple[str, ...] = ()
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(tf.LlamaConfig, tf.LlamaForCausalLM, GROUPED),
+    "llama-classifier": Architecture(tf.LlamaConfig, tf.LlamaForSequenceClassification, {**GROUPED, "num_labels": 3}),
+    "qwen3": Architecture(tf.Qwen3Config, tf.Qwen3ForCausalLM, {**GROUPED, "head_dim": 8}),
+    "gemma3": Architecture(
+        tf.Gemma3TextConfig, tf.Gemma3ForCausalLM, {**GROUPED, "head_dim": 8, "sliding_window": 4},
+        turns=("sliding_attention", "full_attention"),
+    ),
+    "lfm2": Architecture(tf.Lfm2Config, tf.Lfm2ForCausalLM, GROUPED, turns=("conv", "full_attention")),
+    "gpt2": Architecture(tf.GPT2Config, tf.GPT2LMHeadModel, GPT2_STEADY, GPT2_NAMES),
+    "gpt2-classifier": Architecture(
+        tf.GPT2Config, tf.GPT2ForSequenceClassification, {**GPT2_STEADY, "num_labels": 3}, GPT2_NAMES
+    ),
+    "opt": Architecture(tf.OPTConfig, tf.OPTForCausalLM, {"dropout": 0.0}, {"intermediate_size": "ffn_dim"}),
+    "bert": Architecture(tf.BertConfig, tf.BertForMaskedLM, STEADY),
+    "bert-classifier": Architecture(tf.BertConfig, tf.BertForSequenceClassification, {**STEADY, "num_labels": 3}),
+    "roberta": Architecture(tf.RobertaConfig, tf.RobertaForMaskedLM, STEADY),
+    "distilbert": Architecture(
+        tf.DistilBertConfig, tf.DistilBertForMaskedLM, {"dropout": 0.0, "attention_dropout": 0.0}, DISTILBERT_NAMES
+    ),
+    "electra": Architecture(tf.ElectraConfig, tf.ElectraForMaskedLM, {**STEADY, "embedding_size": 16}),
+    "modernbert": Architecture(
+        tf.ModernBertConfig, tf.ModernBertForMaskedLM, {**STEADY, "cls_token_id": 1, "sep_token_id": 2}
+    ),
+}  # fmt: skip
+
+
+# By kind, seed and settings. Copying a model takes a fraction of the time of making it.
+_MADE: dict[str, tuple[tf.PreTrainedModel, Tensor]] = {}  # a model, and the state of the global generator after it
+_LAYOUTS: dict[str, str] = {}
 
 
 def tiny(kind: str = "llama", seed: int = 0, layers: int = 3, **more: Any) -> tf.PreTrainedModel:
-    """A randomly initialised float32 model of a real architecture."""
+    """A randomly initialised float32 model of a real architecture; a copy of its own for each call.
+
+    kind  a key of ARCHITECTURES
+    more  settings of its configuration
+    """
+    key = repr((kind, seed, layers, sorted(more.items())))
     torch.manual_seed(seed)
+    if key not in _MADE:
+        _MADE[key] = _fresh(ARCHITECTURES[kind], layers, more), torch.get_rng_state()
+    model, drawn = _MADE[key]
+    torch.set_rng_state(drawn)
+    return copy.deepcopy(model)
+
+
+def _fresh(architecture: Architecture, layers: int, more: dict[str, Any]) -> tf.PreTrainedModel:
+    config, model, own, names, turns = architecture
     sizes: dict[str, Any] = {**SIZES, **TOKENS, "num_hidden_layers": layers, **more}
-    if kind == "llama":
-        return tf.LlamaForCausalLM(tf.LlamaConfig(**{"num_key_value_heads": 2, **sizes}))
-    if kind == "qwen3":
-        return tf.Qwen3ForCausalLM(tf.Qwen3Config(**sizes, num_key_value_heads=2, head_dim=8))
-    if kind == "gemma3":
-        pattern = ["sliding_attention" if i % 2 == 0 else "full_attention" for i in range(layers)]
-        return tf.Gemma3ForCausalLM(
-            tf.Gemma3TextConfig(**sizes, num_key_value_heads=2, head_dim=8, sliding_window=4, layer_types=pattern)
-        )
-    if kind == "gpt2":
-        return tf.GPT2LMHeadModel(
-            tf.GPT2Config(
-                vocab_size=VOCABULARY,
-                n_embd=32,
-                n_layer=layers,
-                n_head=4,
-                **TOKENS,
-                resid_pdrop=0,
-                attn_pdrop=0,
-                embd_pdrop=0,
-            )
-        )
-    if kind == "opt":
-        return tf.OPTForCausalLM(
-            tf.OPTConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, ffn_dim=64,
-                         word_embed_proj_dim=32, dropout=0.0, **TOKENS)
-        )  # fmt: skip
-    no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    if kind in ENCODERS:
-        config, model = ENCODERS[kind]
-        return model(config(**{**sizes, **no_dropout, **ENCODER_SIZES.get(kind, {})}))
-    if kind == "bert-classifier":
-        return tf.BertForSequenceClassification(tf.BertConfig(**{**sizes, **no_dropout, "num_labels": 3}))
-    if kind == "llama-classifier":
-        return tf.LlamaForSequenceClassification(tf.LlamaConfig(**{"num_key_value_heads": 2, **sizes, "num_labels": 3}))
-    if kind == "gpt2-classifier":
-        no_drop: dict[str, Any] = {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0, "num_labels": 3}
-        return tf.GPT2ForSequenceClassification(
-            tf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=layers, n_head=4, **TOKENS, **no_drop)
-        )
-    if kind == "lfm2":
-        pattern = ["conv" if i % 2 == 0 else "full_attention" for i in range(layers)]
-        return tf.Lfm2ForCausalLM(tf.Lfm2Config(**sizes, num_key_value_heads=2, layer_types=pattern))
-    raise ValueError(kind)
+    settings = {**own, **{names.get(n, n): value for n, value in sizes.items() if names.get(n, n)}}
+    if turns:
+        settings.setdefault("layer_types", [turns[i % len(turns)] for i in range(layers)])
+    return model(config(**settings))
 
 
 def tiny_classifier() -> tf.PreTrainedModel:
-    """Two named classes over bytes."""
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {**SIZES, **TOKENS, "vocab_size": 260, "num_key_value_heads": 2}
-    return tf.LlamaForSequenceClassification(
-        tf.LlamaConfig(**sizes, id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
-    )
+    """A classifier of bytes with the classes "bad" and "good"."""
+    names = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    return tiny("llama-classifier", vocab_size=260, num_labels=2, **names)
 
 
 def view_of(kind: str = "llama", **more: Any) -> ModelView:
-    """A tiny model's view, in the layout the probe finds, in eval mode."""
-    view = ModelView(tiny(kind, **more).eval())
-    view.layout, _ = probe_layout(view)
+    """The view of a tiny model, in the layout that the probe finds, in eval mode; arguments as in `tiny`."""
+    view, key = ModelView(tiny(kind, **more).eval()), repr((kind, sorted(more.items())))
+    if key not in _LAYOUTS:
+        _LAYOUTS[key], _ = probe_layout(view)
+    view.layout = _LAYOUTS[key]
     return view
 
 
@@ -117,7 +137,7 @@ def rows_of(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, answer: int
 
 
 def labelled_rows(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, classes: int = 3) -> list[dict[str, Any]]:
-    """Random rows of a class each, nothing else supervised."""
+    """Random rows, each with a class; no token is supervised."""
     return [
         {
             "ids": r["ids"],
@@ -130,6 +150,7 @@ def labelled_rows(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, class
 
 
 def batch_of(lengths: tuple[int, ...] = (9, 5, 12, 7), seed: int = 0, answer: int = 4) -> Batch:
+    """The rows of `rows_of` as a batch."""
     return collate(rows_of(lengths, seed, answer))
 
 
@@ -143,7 +164,7 @@ WORDS = "the a it was is not very film book day good bad great terrible fine poo
 
 
 def word_tokenizer(words: str = WORDS, marks: str = "[PAD] [UNK] [CLS] [SEP] [MASK]") -> tf.PreTrainedTokenizerFast:
-    """Words as tokens with an encoder's marks, as BERT puts them; made for texts of these words."""
+    """A tokenizer whose tokens are these words, with the special tokens of BERT around each text."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     special = marks.split()
@@ -162,7 +183,7 @@ def word_tokenizer(words: str = WORDS, marks: str = "[PAD] [UNK] [CLS] [SEP] [MA
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> tf.PreTrainedTokenizerFast:
-    """Bytes as tokens, with SmolLM2's markers and template."""
+    """A tokenizer whose tokens are bytes, with SmolLM2's special tokens and template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

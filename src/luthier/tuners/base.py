@@ -16,7 +16,7 @@ from luthier.method import Facts, Method, Problem
 from luthier.model.additions import refuse_packed
 from luthier.model.anatomy import Anatomy
 from luthier.model.undo import Change, Undo, Without, swapped
-from luthier.model.view import ModelView, probe_layout
+from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.window import Clock, Window
 from luthier.support.errors import LuthierError, RecipeError
@@ -403,8 +403,4 @@ def with_head(trainable: Trainable, head: list[str]) -> Trainable:
 
 def as_view(model: ModelView | PreTrainedModel) -> ModelView:
     """A view of a plain transformers model, with the layout its probe finds."""
-    if isinstance(model, ModelView):
-        return model
-    view = ModelView(model)
-    view.layout, _ = probe_layout(view)
-    return view
+    return model if isinstance(model, ModelView) else ModelView.probed(model)

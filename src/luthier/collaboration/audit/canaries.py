@@ -15,7 +15,7 @@ import numpy as np
 from luthier.data.builtin.people import people
 from luthier.data.rendering import Renderer
 from luthier.inference.generation import generate, sampled
-from luthier.inference.scoring import row_scores
+from luthier.inference.scoring import Scoring
 from luthier.model.view import ModelView
 from luthier.support.progress import OnProgress, no_progress
 from luthier.support.rng import Streams
@@ -106,7 +106,7 @@ def exposures(
         progress("audit   canary", at, len(found))
         among = [canary.secret, *secrets_of(canary.form, others, streams, "among", canary.prefix)]
         rows = [renderer.render({"prompt": canary.prefix, "completion": s}, f"canary:{i}") for i, s in enumerate(among)]
-        losses = np.array([s.total for s in row_scores(view, rows, tokens_per_forward)])
+        losses = np.array([s.total for s in Scoring(tokens_per_forward).losses(view, rows)])
         rank = 1 + int((losses[1:] < losses[0]).sum())
         out.append(math.log2(len(among)) - math.log2(rank))
     return np.array(out)
