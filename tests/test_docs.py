@@ -4,14 +4,15 @@ import ast
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.main import get_command
 
 from luthier.cli.listing import flowing
+from luthier.cli.main import app
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
 
@@ -27,9 +28,8 @@ def test_the_readmes_recipe_is_one_and_its_commands_exist():
 
     (text,) = blocks("README.md", "yaml")
     assert recipe.load(text).tuner.rank == 16
-    done = subprocess.run([sys.executable, "-m", "luthier", "--help"], capture_output=True, text=True, check=True)
-    for command in set(re.findall(r"^    luthier (\w+)", (ROOT / "README.md").read_text(), re.M)):
-        assert f" {command} " in done.stdout
+    named = set(re.findall(r"^    luthier (\w+)", (ROOT / "README.md").read_text(), re.M))
+    assert named and named <= get_command(app).commands.keys()
 
 
 def test_the_readmes_loop_runs(model_folder):
@@ -185,10 +185,7 @@ GUIDES = [
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_a_guides_recipes_load_its_commands_exist_and_its_links_lead_somewhere(guide, tmp_path):
-    from typer.main import get_command
-
     from luthier import recipe
-    from luthier.cli.main import app
 
     (tmp_path / "mine.py").write_text(blocks("CONTRIBUTING.md", "python")[0])
     for text in blocks(guide, "yaml"):

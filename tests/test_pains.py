@@ -1,4 +1,4 @@
-"""The twenty sharpest pains of this field (shared ecosystem study): one test for each that concerns what stands here."""
+"""Twenty common complaints about fine-tuning libraries, by number: a test for each that concerns luthier."""
 
 import itertools
 import json
@@ -232,7 +232,6 @@ def test_generation_equals_one_prompt_at_a_time():
             [t for t in out[0, len(p) :].tolist() if t not in r.stop_ids], skip_special_tokens=True
         )
         assert done.text == text
-    assert not any(p.requires_grad is False and n == "lm_head.weight" for n, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from luthier.evaluation import Forgetting
-from luthier.evaluation.forgetting import _read
+from luthier.evaluation.forgetting import _built_in, texts_of
 from luthier.method import Facts
 from luthier.support.errors import RecipeError
 
 
 def test_the_built_in_sets_are_what_the_page_says():
-    general, canaries = _read("builtin"), _read("canaries")
+    general, canaries = _built_in("general"), _built_in("canaries")
     assert len(general) == 24 and len({r["topic"] for r in general}) == 24
     assert len(canaries) == 60 == len({c["question"] for c in canaries})
     assert all(len({c["right"], *c["wrong"]}) == 4 for c in canaries)
@@ -30,7 +30,7 @@ def test_general_loss_is_the_models_own(exam_of, tmp_path):
     assert measure.value == pytest.approx(nats / tokens, rel=1e-5) and not measure.higher
 
 
-def test_a_canary_is_right_where_its_answer_is_likeliest(exam_of, monkeypatch):
+def test_a_canary_is_right_if_its_answer_is_the_most_likely(exam_of, monkeypatch):
     from luthier.step.lab import RowScore
 
     exam = exam_of([])
@@ -51,7 +51,7 @@ def test_files_that_are_no_text_are_refused_by_line(tmp_path):
     assert [p.key for p in Forgetting(general="no/such.jsonl").check(Facts())] == ["general"]
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n{"words": "b"}\n')
     with pytest.raises(RecipeError, match=r"x\.jsonl:2: has no text"):
-        _read(str(tmp_path / "x.jsonl"))
+        texts_of(tmp_path / "x.jsonl")
 
 
 def test_another_file_is_another_question(tmp_path):

@@ -4,6 +4,7 @@ import pytest
 
 from luthier.evaluation import FunctionCalls
 from luthier.evaluation.function_calls import Call, calls_of, judge
+from luthier.support.errors import LuthierError
 
 PLAY, STOP = Call("play", {"song": "Blue", "loud": 2}), Call("stop", {})
 
@@ -73,8 +74,9 @@ def test_evaluated_over_rows(exam_of):
 
 
 def test_a_wanted_answer_that_is_no_call_is_named(exam_of):
-    with pytest.raises(ValueError, match=r"1: the wanted answer 'hello' is no call in JSON"):
+    with pytest.raises(LuthierError, match=r"f\.jsonl:1: the wanted answer 'hello' is not a call in JSON"):
         FunctionCalls().evaluate(exam_of([{"prompt": "a", "completion": "hello"}], {"a": "x"}))
-    exam = exam_of([{"prompt": "a", "completion": "x", "ok": [1]}], {"a": "x"})
-    with pytest.raises(ValueError, match="1: ok is no list of"):
-        FunctionCalls(accepted_column="ok").evaluate(exam)
+    for accepted in ([1], [{"f": {"x": 5}}], [{"f": [1]}], {"f": {"x": [5]}}, None):
+        exam = exam_of([{"prompt": "a", "completion": "x", "ok": accepted}], {"a": "x"})
+        with pytest.raises(LuthierError, match=r"f\.jsonl:1: ok is not a list of"):
+            FunctionCalls(accepted_column="ok").evaluate(exam)

@@ -12,6 +12,7 @@ from luthier.inference.generation import generate, sampled
 from luthier.model.view import ModelView
 from luthier.step.lab import Completion
 from luthier.support import sandbox
+from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
 from luthier.testing.models import byte_tokenizer, tiny
 
@@ -34,8 +35,9 @@ def test_a_humaneval_answer_may_go_on_where_the_prompt_ends():
     row = {"prompt": "def f(x):\n", "test": "def check(f):\n    assert f(1) == 2", "entry_point": "f"}
     assert program(row, "    return x + 1\n").startswith("def f(x):\n    return x + 1")
     assert program(row, "def f(x):\n    return 2\n").count("def f(") == 1
-    with pytest.raises(ValueError, match="neither tests nor"):
-        program({"prompt": "x"}, "y")
+    for row in ({"prompt": "x"}, {"tests": 3}, {"tests": [3]}, {"test": "t", "entry_point": "f"}):
+        with pytest.raises(LuthierError, match="neither tests nor"):
+            program(row, "y")
 
 
 @needs_sandbox
@@ -51,13 +53,13 @@ def test_programs_are_run_against_their_tests(exam_of):
 
 
 def test_a_row_without_tests_is_named(exam_of):
-    with pytest.raises(ValueError, match="1: has neither tests"):
+    with pytest.raises(LuthierError, match=r"f\.jsonl:1: has neither tests"):
         PassAtK().evaluate(exam_of([{"prompt": "a", "completion": "b"}], {"a": "x"}))
 
 
 def test_where_no_sandbox_works_nothing_runs(exam_of, monkeypatch):
     monkeypatch.setattr(sandbox, "unavailable", lambda: "namespaces do not work here")
-    with pytest.raises(sandbox.LuthierError, match="generated code is not run"):
+    with pytest.raises(LuthierError, match="generated code is not run"):
         PassAtK().evaluate(exam_of([{"prompt": "a", "completion": "b", "tests": ["x"]}], {"a": "x"}))
 
 

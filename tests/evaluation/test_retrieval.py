@@ -20,11 +20,10 @@ from luthier.evaluation.retrieval import (
     not_shown,
     summed,
 )
-from luthier.evaluation.text import token_f1
 from luthier.method import Facts
 from luthier.step.lab import Completion
 from luthier.support.errors import LuthierError, RecipeError
-from luthier.support.statistics import Estimate, estimate
+from luthier.support.statistics import Estimate
 
 PEOPLE = ["Anna", "Bert", "Cleo", "Dirk", "Elsa", "Finn", "Gina", "Hans"]
 FACTS = {p: f"{p} keeps {i + 3} brown goats near the old mill. {p} sings on market days." for i, p in enumerate(PEOPLE)}
@@ -111,8 +110,6 @@ def test_3_copying_the_context_is_complete_and_grounded_but_inaccurate(method, a
 
 
 def test_4_units_of_the_measures():
-    assert token_f1("the red fox", "red fox") == 1
-    assert token_f1("x b c", "b c d") == pytest.approx(2 / 3)
     reference = "Anna keeps goats. Bert sells bread. Cleo sings songs. Dirk drives trains."
     assert completeness("Bert sells bread and Cleo sings songs", reference) == 0.5
     assert groundedness("Anna keeps goats. Zed flies kites.", "Anna keeps brown goats") == 0.5
@@ -127,12 +124,6 @@ def test_5_questions_about_documents_that_were_trained_on_are_refused(method):
     method.check_rows(train[:3], held)
     with pytest.raises(RecipeError, match="eval.jsonl:9: has no gold"):
         method.check_rows(train[:3], [Row("eval.jsonl:9", {"prompt": "x", "completion": "y"})])
-
-
-def test_6_intervals():
-    assert estimate(np.full((1, 400), 0.1))[:3] == pytest.approx((0.1, 0.1, 0.1))
-    e = estimate(np.tile([1.0, -1.0], 200)[None])
-    assert e.low < 0 < e.high and e.high - e.low == pytest.approx(0.2, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +146,7 @@ def test_10_failure_points():
     reference = "She keeps 7 goats. She sells red cloth."
     assert failure("She keeps 7 goats and she sells red cloth", [reference]) == 0
     assert failure("nobody knows", [reference]) == 4
-    assert failure("7 goats", [reference]) in (4, 7)
+    assert failure("7 goats", [reference]) == 4, "no key point is covered"
     assert failure("She keeps 7 goats, as all over there do since long before", [reference]) == 7
     buried = reference + " " + " ".join(f"word{i}" for i in range(60))
     assert failure(buried, [reference]) == 6
@@ -207,7 +198,9 @@ def test_bad_corpora_are_named(tmp_path, method):
     for text, words in (
         ("", "holds no document"),
         ('{"doc_id": 1, "text": "a"}\n{"doc_id": 1, "text": "b"}', ":2: names the document '1' again"),
-        ('{"text": "a"}', ":1: is no"),
+        ('{"text": "a"}', ":1: has no doc_id and text"),
+        ('{"doc_id": "a", "text": 3}', ":1: has no doc_id and text"),
+        ("{", ":1: is not JSON"),
     ):
         path.write_text(text)
         with pytest.raises(RecipeError, match=words):

@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from luthier.inspection import Norms
-from luthier.inspection.base import BAR, GAP, OUTSIDE, Case, layer_of
+from luthier.inspection.base import BAR, GAP, OUTSIDE, Case
 from luthier.inspection.norms import picture, sizes
-from luthier.support.errors import LuthierError
 from luthier.testing.models import view_of
-from luthier.update import Dense, Prompt, Update
+from luthier.update import Dense, Update
 
 A, B, C = "model.layers.0.a.weight", "model.layers.0.b.weight", "model.layers.10.a.weight"
 
@@ -21,19 +20,6 @@ def test_sizes_by_hand():
     assert found[0].change == pytest.approx((4 * 9 + 9 * 16) ** 0.5)
     assert found[0].relative == pytest.approx(((4 * 9 + 9 * 16) / (4 * 4 + 9)) ** 0.5)
     assert found[1][1:] == (0.0, 0.0) and found[2][1:] == (1.0, pytest.approx(0.1))
-
-
-def test_parts_on_one_tensor_are_added_before_they_are_measured():
-    up, down = Dense({A: torch.ones(3)}), Dense({A: -torch.ones(3)})
-    changes = Norms.differences("mine", Update(view_of().base, (up, down)))
-    assert sizes(changes, {A: torch.ones(3)})[0].change == 0.0
-
-
-def test_blocks_come_in_their_order():
-    names = [f"model.layers.{i}.x.weight" for i in (10, 2, 0)]
-    ones = dict.fromkeys(names, torch.ones(1))
-    found = sizes(ones.items(), ones)
-    assert [s.layer for s in found] == ["block 0", "block 2", "block 10"] and layer_of("lm_head.weight") == OUTSIDE
 
 
 def test_the_sentence_names_the_largest_and_the_picture_is_to_scale():
@@ -50,12 +36,6 @@ def test_the_sentence_names_the_largest_and_the_picture_is_to_scale():
     weights = dict(view.module.named_parameters())
     assert ">&lt;b&gt;, block 2</text>" in picture({"<b>": sizes(changes.items(), weights), "x": []})
     assert ">block 2</text>" in finding.picture and ">40.00%</text>" in finding.picture
-
-
-def test_what_is_no_difference_of_weights_is_refused():
-    view = view_of()
-    with pytest.raises(LuthierError, match=r"inspect.norms: mine holds parts .* \(prompt\); leave it out"):
-        Norms().inspect(Case(view, {"mine": Update(view.base, (Prompt(torch.zeros(2, 32)),))}))
 
 
 def test_an_update_that_changes_nothing_has_sizes_of_zero_and_says_so():

@@ -7,7 +7,7 @@ import pytest
 
 import luthier
 from luthier.method import Traits
-from luthier.method.base import Claim, Layout, Need
+from luthier.method.base import Need
 from luthier.method.kinds import KINDS, TABLE, kind_of
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
@@ -34,10 +34,6 @@ def test_every_need_is_read_by_something(need):
     read = re.compile(rf'Need\.{need.name}\b|"{need}" (not )?in|needs & {{[^}}]*"{need}"')
     places = [p for p in ROOT.rglob("*.py") if p.name != "base.py" or p.parent.name == "method"]
     assert any(read.search(p.read_text(encoding="utf-8")) for p in places), need
-
-
-def test_layouts_are_those_of_the_view():
-    assert set(Layout) == {"flat", "padded"} and "weight" in set(Claim)
 
 
 def test_the_table_of_kinds_holds_what_the_rooms_hold():

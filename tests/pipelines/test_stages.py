@@ -198,16 +198,15 @@ def test_lift_chooses_again_in_a_stage_that_goes_on():
 
 
 def test_finished_stages_are_taken_up_and_not_trained_again(tmp_path):
-    items = ({"name": "a", "tuner": Full()}, {"name": "b", "start": "a", "tuner": Full()})
+    items = ({"name": "a", "tuner": Lora(rank=4)}, {"name": "b", "start": "a", "tuner": Full()})
     first, again = [], []
     for seen in (first, again):
         lab = Lab({"train": rows_of()})
         done = run_pipeline(
             stages(*items), view_of(), lab, tmp_path, on_step=lambda e, p, t, seen=seen: seen.append(e["step"])
         )
-        seen.append(done["b"].update.parts[0].changes)
-    assert first[:-1] == [1, 2, 3, 1, 2, 3] and again[:-1] == []
-    assert all(torch.equal(first[-1][n], again[-1][n]) for n in first[-1])
+        seen.append(done["b"].update.digest())
+    assert first[:-1] == [1, 2, 3, 1, 2, 3] and again == [first[-1]]
 
 
 TUNERS = {
@@ -265,13 +264,6 @@ def test_what_another_tuner_goes_on_with_gives_one_update_that_is_the_live_model
     with ExitStack() as live:
         live.enter_context(outcome.update.bind(view))
         assert verify_update(tmp_path, live.close, view, rows_of()[0]) < 1e-5
-
-
-def test_a_killed_pipeline_of_two_tuners_ends_with_the_same_update(tmp_path):
-    items = ({"name": "a", "tuner": Lora(rank=4)}, {"name": "b", "start": "a", "tuner": Full()})
-    first = run_pipeline(stages(*items), view_of(), Lab({"train": rows_of()}), tmp_path)
-    again = run_pipeline(stages(*items), view_of(), Lab({"train": rows_of()}), tmp_path)
-    assert first["b"].update.digest() == again["b"].update.digest() != first["a"].update.digest()
 
 
 @pytest.mark.parametrize(

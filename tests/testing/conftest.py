@@ -1,4 +1,4 @@
-"""lm-eval indexes thousands of tasks and lists installed packages each time it is asked: seconds that tests can spare."""
+"""lm-eval indexes thousands of tasks and lists installed packages at each call, which takes seconds."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def brisk_lm_eval(request, monkeypatch):
-    """For its own tests: the index holds the example's folder alone, and nothing is told of the machine."""
+    """In tests of lm-eval, the index holds only the example's folder, and the machine is not described."""
     if "[lm-eval" not in request.node.name:
         return
     evaluator, tasks = pytest.importorskip("lm_eval.evaluator"), pytest.importorskip("lm_eval.tasks")

@@ -1,4 +1,4 @@
-"""The contract over every exported method. Exporting a class enrols it; one without an example here fails."""
+"""The contract suite on every exported method. A class that is exported without an example in tests/helpers fails."""
 
 import importlib
 import inspect
@@ -9,14 +9,13 @@ import pytest
 import torch
 
 from helpers.examples import ALL, EXAMPLES, FIELDS, IDS
-from luthier.data.batch import collate
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
 from luthier.objectives.sft import Sft
 from luthier.testing import contract, plugin
 from luthier.testing.contract import *  # noqa: F403
 from luthier.testing.contract import PADDED
-from luthier.testing.models import rows_of, tiny
+from luthier.testing.models import tiny
 
 
 def test_every_method_has_an_example_and_no_example_is_left_over():
@@ -31,17 +30,17 @@ def test_a_method_is_named_after_its_file_and_has_a_source(kind, name, cls):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_tests_of_behaviour_and_every_method_runs_them(kind):
-    """A kind is one for which the suite has tests of its own, beside those of every method."""
+    """The suite has tests for each kind, besides the tests of every method."""
     own = [n for n in contract.__all__ if kind in inspect.signature(getattr(contract, n)).parameters]
     assert len(own) >= (1 if kind in ("decode", "merge", "inspect") else 3), (
-        f"luthier.testing.contract asks nothing of a {kind}"
+        f"luthier.testing.contract has too few tests of a {kind}"
     )
-    assert all(getattr(contract, n).__module__.startswith(plugin.CONTRACT) for n in own), "the plug-in knows them"
+    assert all(getattr(contract, n).__module__.startswith(plugin.CONTRACT) for n in own), "the plug-in makes them"
     assert all(any(e.fits(kind) and type(e.method) is cls for e in EXAMPLES) for k, _, cls in ALL if k == kind)
 
 
 def test_every_test_of_the_suite_is_handed_on():
-    """A module that is not imported by the package, or a test that it does not name, is asked of nobody."""
+    """A test of a module that the package does not import, or that `__all__` does not name, would never run."""
     modules = [m.name for m in pkgutil.iter_modules(contract.__path__)]
     found = {
         n: getattr(importlib.import_module(f"luthier.testing.contract.{m}"), n)
@@ -82,22 +81,9 @@ def test_tuners_that_probe_and_step_by_closure_in_a_bare_loop():
     assert tuned.update().parts
 
 
-def test_curators_choose_among_plain_dictionaries():
-    from luthier.curation import Random, Scdp
-
-    rows = [{"prompt": f"word{i} number{i}", "completion": "same answer"} for i in range(10)]
-    for method in (Scdp(keep_fraction=0.5), Random(keep_fraction=0.5)):
-        kept = method.choose(rows)
-        assert len(set(kept)) == 5 and set(kept) <= set(range(10))
-
-
-def test_collate_of_examples_is_what_loops_see():
-    assert collate(rows_of()).num_sequences == 4
-
-
 @pytest.mark.parametrize(("kind", "name", "cls"), ALL, ids=IDS)
 def test_imports_of_a_method_never_touch_another(kind, name, cls):
-    """Methods know their kind and never each other; pipelines and protocols may name the methods they are made of."""
+    """A method imports no other method; pipelines and protocols may import those that they consist of."""
     if kind in ("pipeline", "collaborate"):
         return
     source = inspect.getsource(importlib.import_module(cls.__module__))

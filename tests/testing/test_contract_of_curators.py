@@ -1,4 +1,4 @@
-"""The contract over curators that rewrite, split and encode; those of luthier only choose."""
+"""The contract suite on curators that rewrite, split and encode rows; luthier's own only choose."""
 
 from helpers.curators import BACKWARDS, LINES, made
 from luthier.testing.contract.curators import *  # noqa: F403

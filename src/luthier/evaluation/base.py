@@ -199,7 +199,9 @@ class Evaluator(Method):
         sources = [Row(f"rows:{i}", values) for i, values in enumerate(rows, start=1)]
         task = usual_task(view)
         maker = task.maker(renderer, model.config, {name: i for i, name in enumerate(view.classes)})
-        rendered = prepare(sources, renderer, max_length=max_positions(model.config), maker=maker).rows if sources else ()
+        rendered = (
+            prepare(sources, renderer, max_length=max_positions(model.config), maker=maker).rows if sources else ()
+        )
         exam = Exam(view, lab_with(renderer, {"base": lambda: view}, task=task), task, rendered, sources)
         return {m.name: m.value for m in self.evaluate(exam)}
 

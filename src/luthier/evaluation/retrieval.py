@@ -211,7 +211,11 @@ class Retrieval(Answering):
         return gold
 
     def _failures(
-        self, questions: Sequence[Question], replies: Sequence[str], points: Sequence[int], gold: Sequence[Sequence[str]]
+        self,
+        questions: Sequence[Question],
+        replies: Sequence[str],
+        points: Sequence[int],
+        gold: Sequence[Sequence[str]],
     ) -> list[Measure]:
         """Shares of questions by failure point; 1 to 3 come from the retriever and are equal for every model."""
         whole = [p or failure(a, q.references, self.form) for p, q, a in zip(points, questions, replies, strict=True)]

@@ -167,7 +167,9 @@ def hang(module: nn.Module, what: Hung, method: str = "forward") -> Change:
     if stack is None:
         stack = stacks[method] = Stack(module, method)
     if stack.module is not module:
-        raise LuthierError("this layer is a copy of one with adapters on it, and would use the adapters of the original")
+        raise LuthierError(
+            "this layer is a copy of one with adapters on it, and would use the adapters of the original"
+        )
     stack.add(what)
     return Change(partial(stack.remove, what), partial(stack.without, what))
 

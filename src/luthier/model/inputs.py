@@ -72,7 +72,9 @@ def soft_prompt(
         embeds = view.embedding(batch.ids) if inputs.embeds is None else inputs.embeds
         if offsets is not None:
             table = offsets()  # [S, D]
-            place = batch.pos - num_inserted(inputs)  # among the text's own tokens; negative for another prompt's vectors
+            place = batch.pos - num_inserted(
+                inputs
+            )  # among the text's own tokens; negative for another prompt's vectors
             inside = (place >= 0) & (place < len(table))
             if scope == PROMPT:
                 if PROMPT not in batch.token:

@@ -1,1 +1,1 @@
-"""For tests of methods: tiny models, and the contract that every method keeps (a pytest plug-in)."""
+"""For tests of methods: tiny models, and the contract suite that every method must pass (a pytest plug-in)."""

@@ -20,7 +20,10 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 TOKENS: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
-STEADY: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # encoders have dropout by default
+STEADY: dict[str, Any] = {
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}  # encoders have dropout by default
 GPT2_NAMES = {"hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
               "intermediate_size": ""}  # fmt: skip
 GPT2_STEADY: dict[str, Any] = {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0}

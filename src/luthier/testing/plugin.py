@@ -1,4 +1,4 @@
-"""The pytest plug-in: gives the tests of luthier.testing.contract the EXAMPLES of the module that imports them."""
+"""The pytest plug-in: it runs the tests of luthier.testing.contract on the EXAMPLES of the module that imports them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from luthier.method.kinds import KINDS
 
 CONTRACT = "luthier.testing.contract."  # the modules of this package hold the tests
-# Arguments of tests: every example, tuners that any loop can drive, or the examples of a kind.
+# Arguments of tests: every example, tuners that work in any loop, or the examples of a kind.
 ARGUMENTS = ("example", "plain_tuner", *KINDS)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One test an example."""
+    """Make one test for each example."""
     wanted = [a for a in ARGUMENTS if a in metafunc.fixturenames]
     if not metafunc.function.__module__.startswith(CONTRACT) or not wanted:
         return
@@ -28,7 +28,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of kinds that a module has no example of are left out, not skipped."""
+    """Leave out the tests of kinds for which a module has no example, so that they are not listed as skipped."""
     items[:] = [i for i in items if not (_of_contract(i) and any(m.name == "skip" for m in i.iter_markers()))]
 
 

@@ -1,9 +1,9 @@
-"""What every method keeps, as tests. A module of yours asks them of your methods:
+"""The contract suite: tests that every method must pass. To run them on your own methods, write a test module:
 
     from luthier.testing.contract import *  # noqa: F403
     EXAMPLES = [Focal(gamma=1.0)]
 
-An example is a small instance; where it needs rows, a model or a tuner of its own, write Example(method, rows=...).
+An example is a small instance. If it needs its own rows, model or tuner, write Example(method, rows=...).
 """
 
 from luthier.testing.contract.answers import *  # noqa: F403

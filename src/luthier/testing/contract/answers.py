@@ -1,4 +1,4 @@
-"""What every decoder, merger and inspector keeps."""
+"""Tests of every decoder, merger and inspector."""
 
 from __future__ import annotations
 
@@ -34,10 +34,8 @@ def test_an_answer_does_not_depend_on_its_batch(decode: Example) -> None:
     assert together == decode.method.decode(views, prompts[::-1], lab, 6)[::-1]
 
 
-def test_a_merger_makes_one_update_of_the_members_base_and_leaves_them_as_they_are(
-    merge: Example, tmp_path: Path
-) -> None:
-    """The same members give the same bits; what comes out binds, and survives its files."""
+def test_a_merger_makes_one_update_and_leaves_its_members_unchanged(merge: Example, tmp_path: Path) -> None:
+    """The same members give the same bits. The result binds to the members' base, also after saving and loading."""
     assert isinstance(merge.method, Merger)
     members = [attached(Example(Lora(rank=2, seed=seed)), view_of()).update() for seed in (0, 1)]
     before = [m.digest() for m in members]
@@ -53,8 +51,8 @@ def test_a_merger_makes_one_update_of_the_members_base_and_leaves_them_as_they_a
         assert torch.equal(states(view, batch), tuned)
 
 
-def test_what_cannot_be_merged_is_refused(merge: Example) -> None:
-    """Nothing at all, updates of different bases, and forms that are no vector space."""
+def test_updates_that_cannot_be_merged_are_refused(merge: Example) -> None:
+    """No update, updates of different bases, and forms that cannot be added."""
     assert isinstance(merge.method, Merger)
     first, other = (attached(Example(Lora(rank=2)), view_of(seed=seed)).update() for seed in (0, 1))
     added = attached(Example(Adapter(rank=2, init_std=0.05)), view_of()).update()
@@ -64,7 +62,7 @@ def test_what_cannot_be_merged_is_refused(merge: Example) -> None:
 
 
 def asked_of(inspect: Example, *names: str) -> Finding | None:
-    """What an inspector says of the updates with these names of UPDATES; None if it refuses them. It only looks."""
+    """The finding about these members of UPDATES; None if the inspector refuses them. It must change nothing."""
     assert isinstance(inspect.method, Inspector)
     view = view_of()
     updates = {name: UPDATES[name](view) for name in names}
@@ -74,23 +72,23 @@ def asked_of(inspect: Example, *names: str) -> Finding | None:
     except LuthierError as refused:
         assert any(name in str(refused) for name in names), "a refusal names the update"
         finding = None
-    assert all(torch.equal(p, before[n]) for n, p in view.module.named_parameters()), "the model is as it was"
-    assert {name: update.digest() for name, update in updates.items()} == digests, "and so are the updates"
+    assert all(torch.equal(p, before[n]) for n, p in view.module.named_parameters()), "the model is unchanged"
+    assert {name: update.digest() for name, update in updates.items()} == digests, "the updates are unchanged"
     return finding
 
 
 def copied(view: ModelView) -> dict[str, Tensor]:
-    """The model's weights, apart from it."""
+    """A copy of the model's weights."""
     return {n: p.detach().clone() for n, p in view.module.named_parameters()}
 
 
 def unchanged(view: ModelView) -> Update:
-    """An update with a matrix of zeros."""
+    """An update whose only matrix is zero."""
     name = next(n for n, p in view.module.named_parameters() if p.ndim == 2)
     return Update(view.base, (Dense({name: torch.zeros_like(view.weight(name))}),))
 
 
-# What inspectors are tried on, by name: updates of every weight, of low rank, without a change, and of no weight.
+# Updates for tests of inspectors: of every weight, of low rank, without a change, and without weights.
 UPDATES: dict[str, Callable[[ModelView], Update]] = {
     "every-weight": lambda view: attached(Example(Full()), view_of()).update(),
     "low-rank": lambda view: attached(Example(Lora(rank=2)), view_of()).update(),
@@ -101,26 +99,26 @@ UPDATES: dict[str, Callable[[ModelView], Update]] = {
 
 @pytest.mark.parametrize("names", [("every-weight",), ("low-rank",), ("no-change",), ("every-weight", "low-rank")])
 def test_a_finding_holds_sentences_a_table_and_a_picture(inspect: Example, names: tuple[str, ...]) -> None:
-    """Sentences that name each update, rows of the table's columns, and a picture if there is something to draw."""
+    """The sentences name each update, rows have the table's columns, and the picture is an SVG."""
     finding = asked_of(inspect, *names)
-    assert finding is not None, "it answers for differences of weights"
+    assert finding is not None, "an inspector must accept differences of weights"
     assert finding.says.endswith(".") and all(name in finding.says for name in names)
-    assert finding.sure and not finding.sure.endswith("."), "the page and the terminal end this sentence"
+    assert finding.sure and not finding.sure.endswith("."), "the page and the terminal add the full stop"
     assert all(len(r) == len(finding.columns) for r in finding.rows) and (finding.rows or names == ("no-change",))
     assert not finding.picture or (finding.picture.startswith("<svg") and finding.picture.endswith("</svg>"))
     assert all(isinstance(finding.shown(cell), str) for row in finding.rows for cell in row)
 
 
 def test_an_inspector_answers_for_a_prompt_or_refuses_it(inspect: Example) -> None:
-    """A part that is not a difference of weights is not passed over in silence."""
+    """It must not ignore a part that is not a difference of weights."""
     finding = asked_of(inspect, "soft-prompt")
     assert finding is None or "soft-prompt" in finding.says
 
 
 __all__ = [
     "test_a_finding_holds_sentences_a_table_and_a_picture",
-    "test_a_merger_makes_one_update_of_the_members_base_and_leaves_them_as_they_are",
+    "test_a_merger_makes_one_update_and_leaves_its_members_unchanged",
     "test_an_answer_does_not_depend_on_its_batch",
     "test_an_inspector_answers_for_a_prompt_or_refuses_it",
-    "test_what_cannot_be_merged_is_refused",
+    "test_updates_that_cannot_be_merged_are_refused",
 ]

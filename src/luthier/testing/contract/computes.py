@@ -1,4 +1,4 @@
-"""What every compute method keeps: the model is as it was after every phase, sequences stay apart, and work is saved."""
+"""Tests of every compute method: the model is unchanged after every phase, sequences stay apart, and work is saved."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from luthier.model.view import ModelView
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
 from luthier.support.errors import LuthierError
-from luthier.testing.contract.examples import PADDED, SETTINGS, Example, padded_rows, states, worn
+from luthier.testing.contract.examples import PADDED, SETTINGS, Example, padded_rows, snapshot, states
 from luthier.testing.models import batch_of, byte_tokenizer, rows_of, tiny, view_of
 from luthier.training.loop import Interrupted, Loop
 from luthier.tuners.adapter import Adapter
 
-LENGTHS = (24, 17, 20)  # of sequences that are long enough to leave something out
+LENGTHS = (24, 17, 20)  # sequences that are long enough for tokens to be left out
 LAYOUTS = ("flat", "padded")
 
 
@@ -36,14 +36,14 @@ def method_of(compute: Example) -> Compute:
 
 
 def in_layout(layout: str) -> ModelView:
-    """A tiny model whose batches go in this way."""
+    """A tiny model in this layout."""
     view = view_of(layers=4)
     view.layout = layout
     return view
 
 
 def learning(compute: Example, layout: str, folder: Path | None = None, **more: Any) -> Loop:
-    """A loop over long rows with this method."""
+    """A loop with this method over long rows."""
     view = in_layout(layout)
     trainable = Adapter(rank=2, init_std=0.05).attach(view)
     settings = SETTINGS.model_copy(update={"adam_eps": 1e-5, **more.pop("settings", {})})
@@ -55,31 +55,31 @@ def learning(compute: Example, layout: str, folder: Path | None = None, **more: 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_after_every_phase_the_model_is_as_it_was(compute: Example, layout: str) -> None:
-    """To the bit, whether the phase ended well, after an error, or had another one within; or it is refused by name."""
+    """Exactly, after a normal end, after an error and after a nested phase; or the layout is refused by name."""
     method, view, batch = method_of(compute), in_layout(layout), batch_of(LENGTHS)
     view.module.train()
-    before, plain = worn(view), states(view, batch)
+    before, plain = snapshot(view), states(view, batch)
     for phase in PHASES:
         if layout not in method.traits.layouts and phase in method.phases:
             with pytest.raises(LuthierError, match=layout), method.patch(view, phase):
                 pass
-            assert worn(view) == before
+            assert snapshot(view) == before
             continue
         with pytest.raises(ZeroDivisionError), method.patch(view, phase):
             with method.patch(view, "score"):
                 states(view, batch)
             raise ZeroDivisionError
-        assert worn(view) == before and torch.equal(states(view, batch), plain), phase
+        assert snapshot(view) == before and torch.equal(states(view, batch), plain), phase
         with method.patch(view, phase):
             Forward(batch, view).nll().sum().backward()
         for p in view.module.parameters():
             p.grad = None
-        assert worn(view) == before and torch.equal(states(view, batch), plain), phase
+        assert snapshot(view) == before and torch.equal(states(view, batch), plain), phase
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_in_phases_that_it_is_not_for_the_model_computes_as_without_it(compute: Example, layout: str) -> None:
-    """Scores and answers, to the bit."""
+def test_in_other_phases_the_model_computes_as_without_the_method(compute: Example, layout: str) -> None:
+    """Hidden states and answers are equal to the bit."""
     method, batch, prompts = method_of(compute), batch_of(LENGTHS), [[5, 6, 7] * 6, [9] * 11]
     view, renderer = ModelView(tiny(vocab_size=260, layers=4).eval()), Renderer(byte_tokenizer())
     view.layout = layout
@@ -93,8 +93,8 @@ def test_in_phases_that_it_is_not_for_the_model_computes_as_without_it(compute: 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_sequences_are_thinned_out_each_by_itself(compute: Example, layout: str) -> None:
-    """Losses of rows that share a forward are those of rows that have one alone; gradients are finite."""
+def test_each_sequence_is_shortened_by_itself(compute: Example, layout: str) -> None:
+    """Rows that share a forward pass have the losses and gradients of rows with their own pass; gradients are finite."""
     method = method_of(compute)
     if layout not in method.traits.layouts:
         return
@@ -119,24 +119,22 @@ def _gradients(compute: Example, layout: str, parts: list[list[dict[str, Any]]])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_takes_less_work_and_the_ledger_counts_what_is_left(compute: Example, layout: str) -> None:
-    """By torch's own counter, which sees what is computed."""
+def test_a_step_takes_less_work_and_the_ledger_counts_it(compute: Example, layout: str) -> None:
+    """The ledger agrees with torch's own counter."""
     if layout not in method_of(compute).traits.layouts:
         return
-    thin = learning(compute, layout)
+    short = learning(compute, layout)
     with FlopCounterMode(display=False) as counter:
-        thin.step()
+        short.step()
     dense = learning(compute, layout)
     dense.view.phases.clear()
     dense.step()
-    spent, whole = (sum(loop.progress.flops.values()) for loop in (thin, dense))
+    spent, whole = (sum(loop.progress.flops.values()) for loop in (short, dense))
     assert spent == pytest.approx(counter.get_total_flops(), rel=0.05)
-    assert spent < whole, "fewer tokens or pairs in the forward pass, or fewer products in the backward"
+    assert spent < whole, "fewer tokens or pairs in the forward pass, or fewer products in the backward pass"
 
 
-def test_a_thinned_out_run_that_was_stopped_ends_where_an_uninterrupted_one_does(
-    compute: Example, tmp_path: Path
-) -> None:
+def test_a_resumed_run_with_a_compute_method_equals_one_without_a_break(compute: Example, tmp_path: Path) -> None:
     layout = min(method_of(compute).traits.layouts)
     whole, asked = learning(compute, layout), iter(range(100))
     whole.run()
@@ -150,7 +148,7 @@ def test_a_thinned_out_run_that_was_stopped_ends_where_an_uninterrupted_one_does
 
 
 def test_a_compute_method_in_a_bare_loop(compute: Example) -> None:
-    """Its loss and gradients are those of a step of luthier's loop: the same forward on the same rows."""
+    """The loss is that of luthier's forward pass on the same rows; every parameter gets a finite gradient."""
     model = tiny()
     loss = Loss(Sft(), model, compute=method_of(compute))
     with loss.thinned():
@@ -165,9 +163,9 @@ def test_a_compute_method_in_a_bare_loop(compute: Example) -> None:
 
 __all__ = [
     "test_a_compute_method_in_a_bare_loop",
-    "test_a_step_takes_less_work_and_the_ledger_counts_what_is_left",
-    "test_a_thinned_out_run_that_was_stopped_ends_where_an_uninterrupted_one_does",
+    "test_a_resumed_run_with_a_compute_method_equals_one_without_a_break",
+    "test_a_step_takes_less_work_and_the_ledger_counts_it",
     "test_after_every_phase_the_model_is_as_it_was",
-    "test_in_phases_that_it_is_not_for_the_model_computes_as_without_it",
-    "test_sequences_are_thinned_out_each_by_itself",
+    "test_each_sequence_is_shortened_by_itself",
+    "test_in_other_phases_the_model_computes_as_without_the_method",
 ]

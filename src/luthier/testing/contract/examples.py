@@ -1,10 +1,11 @@
-"""What the contract works on: examples of methods, and tiny loops, rows and batches for them."""
+"""What the contract suite works with: examples of methods, and tiny loops, rows and batches for them."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from luthier.data.batch import IGNORE, Batch
 from luthier.method import Method
 from luthier.method import registry as manifest
 from luthier.method.kinds import kind_of
-from luthier.model.view import ModelView, probe_layout
+from luthier.model.view import ModelView
 from luthier.objectives.base import Objective
 from luthier.objectives.sft import Sft
 from luthier.step.lab import Lab
@@ -31,20 +32,19 @@ from luthier.tuners.lora import Lora
 
 STEPS = 6
 SETTINGS = TrainSettings(max_steps=STEPS, batch_size=4, learning_rate=1e-2)
-CONSTANT = {"lr_scheduler_type": "constant", "warmup_fraction": 0.0}  # what a closure asks for
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_fraction": 0.0}  # settings that a closure needs
 
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """A small instance of a method, and what it needs to work on.
+    """A small instance of a method, and what its tests need.
 
-    rows    rendered rows, random ones with a supervised end by default; for a curator, an evaluator or a task rows as a
-            file has them
+    rows    rendered rows, by default random ones with a supervised end; for a curator, an evaluator or a task: rows as in a file
     inputs  rows as a padded batch of transformers, for an objective that needs more than ids and labels
-    pools   other rows, by the name that the method looks them up under
-    trains  False for a tuner with which nothing of the model moves
-    model   makes a tiny model and its tokenizer, for an evaluator or a task that the usual ones do not fit
-    learns  rows that make a model better at what an evaluator measures, where these are not the rows that it asks about
+    pools   other rows, by the name that the method uses for them
+    trains  False for a tuner that changes nothing of the model
+    model   makes a tiny model and its tokenizer, if the usual ones do not fit an evaluator or a task
+    learns  rows that make a model better at what an evaluator measures, if these are not the rows that it asks about
     tuner   what the clients of a protocol train
     """
 
@@ -65,21 +65,20 @@ class Example:
     @property
     def name(self) -> str:
         """What a recipe calls it."""
-        cls = type(self.method)
-        return manifest.name_of(cls) or f"{cls.__module__}:{cls.__qualname__}"
+        return manifest.called(type(self.method))
 
     def fits(self, argument: str) -> bool:
-        """Is this example one for tests with this argument?"""
+        """True if tests with this argument run on this example."""
         if argument == "example":
             return True
-        if argument == "plain_tuner":  # one that any loop can drive
+        if argument == "plain_tuner":  # a tuner that works in any loop
             needs = self.method.traits.needs
             return self.kind == "tuner" and self.trains and not needs & {"grad", "closure"}
         return self.kind == argument
 
 
 def as_examples(given: Sequence[Example | Method]) -> list[Example]:
-    """Methods become examples."""
+    """The examples; a method alone becomes one."""
     return [e if isinstance(e, Example) else Example(e) for e in given]
 
 
@@ -106,23 +105,19 @@ SMALL = Example(Adapter(rank=2, init_std=0.05))
 DROPPING = Example(Lora(rank=2, dropout=0.2))  # draws in every step
 
 
-# What needs a GPU cannot run elsewhere; the CPU's half of the comparison has a test that always runs.
-on_a_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="asks for a GPU; the same is tested on the CPU above"
-)
+# These tests compare a GPU with the CPU, and so cannot run without one. Other tests train on the CPU.
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; other tests do the same on the CPU")
 
 
 def losses(tuner: Example, objective: Example, device: str) -> list[float]:
     """Losses of a few steps in float32."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # a process has one device otherwise
-    view = ModelView(tiny().eval().to(device))
-    view.layout, _ = probe_layout(view)
-    loop = loop_of(tuner, objective, view)
+    AcceleratorState._reset_state(reset_partial_state=True)  # otherwise a process keeps its first device
+    loop = loop_of(tuner, objective, ModelView.probed(tiny().eval().to(device)))
     return [float(loop.step()["loss"]) for _ in range(STEPS)]
 
 
 def attached(tuner: Example, view: ModelView, steps: int = 3) -> Trainable:
-    """Trained for a few steps, where it trains anything."""
+    """The tuner on the model, trained for a few steps if it trains anything."""
     if not tuner.trains:
         assert isinstance(tuner.method, Tuner)
         return tuner.method.attach(view)
@@ -132,35 +127,54 @@ def attached(tuner: Example, view: ModelView, steps: int = 3) -> Trainable:
     return loop.trainable
 
 
+@cache
+def whole_run(tuner: Example, objective: Example) -> Loop:
+    """A loop that has run without a break, once for all tests; only to be read."""
+    loop = loop_of(tuner, objective)
+    loop.run()
+    return loop
+
+
+def losses_of(loop: Loop) -> list[float | None]:
+    """The loss of each step; None for a step that was skipped."""
+    return [entry.get("loss") for entry in loop.progress.log]
+
+
 def resumed_equals_whole(tuner: Example, objective: Example, folder: Path) -> None:
-    """Stopped after two steps and after four, to the bit."""
-    whole = loop_of(tuner, objective)
-    whole.run()
+    """A run that is stopped after one and after two steps ends with the same bits as one without a break."""
+    whole = whole_run(tuner, objective)
     for _ in range(2):
         asked: Iterator[int] = iter(range(100))
         with pytest.raises(Interrupted):
             loop_of(tuner, objective, folder=folder, stop=lambda asked=asked: next(asked) >= 1).run()  # type: ignore[misc]
     again = loop_of(tuner, objective, folder=folder)
     again.run()
-    assert [e.get("loss") for e in again.progress.log] == [e.get("loss") for e in whole.progress.log]
+    assert losses_of(again) == losses_of(whole)
     mine, theirs = again.trainable.state_dict(), whole.trainable.state_dict()
     assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
 
 
 def view_in(dtype: torch.dtype) -> ModelView:
+    """The tiny model in this precision."""
     view = view_of()
     torch.nn.Module.to(view.module, dtype)
     return view
 
 
-@torch.no_grad()  # attention takes another way with a gradient, which rounds in its own way
+@cache
+def base_in(dtype: torch.dtype) -> ModelView:
+    """The same, once for all tests; only to be read."""
+    return view_in(dtype)
+
+
+@torch.no_grad()  # with a gradient, attention takes another path, which rounds differently
 def states(view: ModelView, batch: Batch) -> Tensor:
     """[T, D] the last hidden states."""
     return view.trace(batch).hidden[-1]
 
 
-def worn(view: ModelView) -> dict[str, Any]:
-    """All that a method could leave on a model, in a form that compares to the bit: weights, gradients, modes, hooks."""
+def snapshot(view: ModelView) -> dict[str, Any]:
+    """Everything that a method could change on a model, for exact comparison: weights, gradients, modes, hooks."""
     out: dict[str, Any] = {
         "inputs": list(view.input_hooks), "phases": list(view.phases), "attached": list(view.attached),
         "attention": view.module.config._attn_implementation, "layout": view.layout,

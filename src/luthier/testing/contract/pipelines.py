@@ -1,4 +1,4 @@
-"""What every pipeline keeps: it depends on outcomes alone, ends, replays after a kill, and reports what its stages refuse."""
+"""Tests of every pipeline: it depends on outcomes alone, ends, replays after a kill, and reports what its stages refuse."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from luthier.method import registry as manifest
 from luthier.pipelines.base import Apply, Pipeline, Train, planned, run_pipeline
 from luthier.step.lab import Lab
 from luthier.step.outcome import Outcome
-from luthier.testing.contract.examples import Example, worn
+from luthier.testing.contract.examples import Example, snapshot
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Interrupted
 
-MOST = 100  # stages after which a pipeline counts as endless
-FOLDER = re.compile(r"[a-z0-9][a-z0-9._-]*")  # names that every file system takes as they are
+MOST = 100  # a pipeline with more stages counts as endless
+FOLDER = re.compile(r"[a-z0-9][a-z0-9._-]*")  # names that every file system accepts
 
 
 @dataclass(frozen=True)
 class Whole:
-    """A pipeline that ran without a break: its stages, their outcomes, and the model as it was before and is after."""
+    """A pipeline that ran without a break: its stages, their outcomes, and the state of the model before and after."""
 
     stages: list[Train | Apply]
     done: dict[str, Outcome]
@@ -43,25 +43,25 @@ def pipeline_lab(pipeline: Example) -> Lab:
 
 @cache
 def whole(pipeline: Example) -> Whole:
-    """Run from end to end, once for all tests."""
+    """The pipeline, run to its end once for all tests."""
     assert isinstance(pipeline.method, Pipeline)
     view = view_of()
     view.module.train()
-    before = worn(view)
+    before = snapshot(view)
     stages: list[Train | Apply] = []
     done = run_pipeline(pipeline.method, view, pipeline_lab(pipeline), before_stage=stages.append)
-    return Whole(stages, done, before, worn(view))
+    return Whole(stages, done, before, snapshot(view))
 
 
 def prefixes(done: Mapping[str, Outcome]) -> Iterator[dict[str, Outcome]]:
-    """What was done before the first stage, before the second, and so on; at last all of it."""
+    """The outcomes before the first stage, before the second, and so on; at last all of them."""
     names = list(done)
     for n in range(len(names) + 1):
         yield {name: done[name] for name in names[:n]}
 
 
 def bits(outcome: Outcome) -> dict[str, Any]:
-    """All that a stage left, in a form that compares to the bit."""
+    """Everything in an outcome, for exact comparison."""
     out = {name: _plain(getattr(outcome, name)) for name in ("rows", "mask", "metrics", "state", "beside")}
     updates = {name: getattr(outcome, name) for name in ("update", "under")}
     return {**out, **{name: None if u is None else u.digest() for name, u in updates.items()}, "tuner": outcome.tuner}
@@ -76,20 +76,19 @@ def _plain(value: Any) -> Any:
 
 
 def test_the_next_stage_depends_on_outcomes_alone(pipeline: Example) -> None:
-    """Asked twice, by an equal pipeline, with outcomes in another order that it cannot write to: the same stage.
-
-    Outcomes that hold a name and rows alone, as plans have them, do as well.
+    """`next` gives the same stage again, for an equal pipeline, for read-only outcomes in another order, and for outcomes with
+    only a name and rows, as in plans.
     """
     assert isinstance(pipeline.method, Pipeline)
     ran = whole(pipeline)
     for done, stage in zip(prefixes(ran.done), [*ran.stages, None], strict=True):
-        turned = MappingProxyType(dict(reversed(done.items())))
+        reverse = MappingProxyType(dict(reversed(done.items())))
         equal, bare = pipeline.method.model_copy(deep=True), {n: Outcome(n, rows=o.rows) for n, o in done.items()}
         assert (
-            stage == pipeline.method.next(done) == pipeline.method.next(turned) == equal.next(done) == equal.next(bare)
+            stage == pipeline.method.next(done) == pipeline.method.next(reverse) == equal.next(done) == equal.next(bare)
         )
     plan = planned(pipeline.method, pipeline_lab(pipeline).sets)
-    assert [stage for stage, _ in plan] == [s for s in ran.stages if isinstance(s, Train)], "it is what was planned"
+    assert [stage for stage, _ in plan] == [s for s in ran.stages if isinstance(s, Train)], "the plan is what ran"
 
 
 def test_a_pipeline_ends_and_its_stages_have_names_of_their_own(pipeline: Example) -> None:
@@ -101,17 +100,17 @@ def test_a_pipeline_ends_and_its_stages_have_names_of_their_own(pipeline: Exampl
     assert ran.done[ran.stages[-1].name].update is not None, "the last stage's update is the result"
 
 
-def test_stages_refer_to_earlier_ones_and_to_rows_that_there_are(pipeline: Example) -> None:
+def test_stages_refer_to_earlier_stages_and_to_rows_that_exist(pipeline: Example) -> None:
     ran, lab = whole(pipeline), pipeline_lab(pipeline)
     for done, stage in zip(prefixes(ran.done), ran.stages, strict=False):
         if isinstance(stage, Apply):
             made = ran.done[stage.name]
             assert set(stage.inputs) <= done.keys() and stage.like in lab.sets
-            assert made.rows or made.update or made.mask or made.metrics, "a stage without training leaves something"
+            assert made.rows or made.update or made.mask or made.metrics, "a stage without training makes something"
             continue
         assert stage.start == "base" or done[stage.start].update is not None
         assert stage.carry is None or stage.carry in done
-        assert stage.data in lab.sets or done[stage.data].rows, "rows come from the lab or from a stage that makes some"
+        assert stage.data in lab.sets or done[stage.data].rows, "rows come from the lab or from a stage that makes rows"
 
 
 def test_a_pipeline_leaves_the_base_as_it_was(pipeline: Example) -> None:
@@ -119,7 +118,7 @@ def test_a_pipeline_leaves_the_base_as_it_was(pipeline: Example) -> None:
     assert ran.before == ran.after
 
 
-def test_a_pipeline_stopped_before_and_within_each_stage_ends_as_one_that_ran_through(
+def test_a_pipeline_stopped_before_and_within_each_stage_equals_one_without_a_break(
     pipeline: Example, tmp_path: Path
 ) -> None:
     assert isinstance(pipeline.method, Pipeline)
@@ -134,11 +133,11 @@ def test_a_pipeline_stopped_before_and_within_each_stage_ends_as_one_that_ran_th
 
         with pytest.raises(Interrupted):
             run_pipeline(pipeline.method, view, lab, tmp_path, before_stage=stop)
-        assert worn(view) == expected.before, "also after a stop the base is as it was"
+        assert snapshot(view) == expected.before, "the base is unchanged after a stop too"
         if isinstance(stage, Train):
             with pytest.raises(Interrupted):
                 run_pipeline(pipeline.method, view, lab, tmp_path, stop=_once())
-            assert worn(view) == expected.before
+            assert snapshot(view) == expected.before
     again = run_pipeline(pipeline.method, view_of(), lab, tmp_path)
     assert list(again) == list(expected.done)
     for name, outcome in again.items():
@@ -146,13 +145,13 @@ def test_a_pipeline_stopped_before_and_within_each_stage_ends_as_one_that_ran_th
 
 
 def _once() -> Callable[[], bool]:
-    """Asked before each step that is left to do: stops before the second. Stages that are finished do not ask."""
+    """A callback that is called before each step and stops before the second. Finished stages do not call it."""
     asked = iter([False, True])
     return lambda: next(asked)
 
 
-def test_what_a_stages_methods_refuse_the_pipeline_reports_beforehand(pipeline: Example) -> None:
-    """Without a model, a row or a stage that has run: `check` says it before work begins."""
+def test_check_reports_what_the_methods_of_stages_refuse(pipeline: Example) -> None:
+    """`check` needs no model, no rows and no finished stage."""
     assert isinstance(pipeline.method, Pipeline)
     stages = [s for s in whole(pipeline).stages if isinstance(s, Train)]
     tasks = sorted(pipeline.method.traits.tasks)
@@ -179,8 +178,8 @@ def test_what_a_stages_methods_refuse_the_pipeline_reports_beforehand(pipeline: 
 __all__ = [
     "test_a_pipeline_ends_and_its_stages_have_names_of_their_own",
     "test_a_pipeline_leaves_the_base_as_it_was",
-    "test_a_pipeline_stopped_before_and_within_each_stage_ends_as_one_that_ran_through",
-    "test_stages_refer_to_earlier_ones_and_to_rows_that_there_are",
+    "test_a_pipeline_stopped_before_and_within_each_stage_equals_one_without_a_break",
+    "test_check_reports_what_the_methods_of_stages_refuse",
+    "test_stages_refer_to_earlier_stages_and_to_rows_that_exist",
     "test_the_next_stage_depends_on_outcomes_alone",
-    "test_what_a_stages_methods_refuse_the_pipeline_reports_beforehand",
 ]

@@ -1,4 +1,4 @@
-"""What every protocol between parties keeps: messages that survive their bytes, order of no account, refusals, kills."""
+"""Tests of every protocol between parties: messages, order of clients, refusals, kills."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
-from luthier.testing.contract.examples import Example, worn
+from luthier.testing.contract.examples import Example, snapshot
 from luthier.testing.models import rows_of, view_of
 from luthier.tuners.lora import Lora
 from luthier.update import Update
@@ -40,37 +40,37 @@ Heard = list[tuple[Sent, Disclosure]]
 
 
 def rows_of_party(number: int) -> list[dict[str, Any]]:
-    """Rows of its own: other ones, and as many more."""
+    """The rows of a party: each party has others, and later ones have more."""
     return rows_of((9, 5, 12, 7) + (6, 8) * number, seed=20 + number)
 
 
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """A protocol with its contract, and fresh parties of it."""
+    """A protocol with its contract; it makes fresh parties."""
 
     method: Collaboration
     contract: Any
 
     def view(self, role: str) -> ModelView:
-        """A model of its own size for each role, in the mode that it was loaded in."""
+        """A model for a role; roles have models of different sizes."""
         number = self.method.roles.index(role)
         return view_of(layers=2 + number, seed=number)
 
     @property
     def workshop(self) -> Workshop:
-        """A fresh one, of tiny models."""
+        """A fresh workshop with tiny models."""
         return Workshop(Lab(models={r: partial(self.view, r) for r in self.method.roles}), self.shadows)
 
     def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
-        """Both models' updates on sets of public rows."""
+        """The updates of both models on sets of public rows."""
         return [dict(s) for s in _shadows(self, sets, snapshots)]
 
     def server(self, names: Sequence[str] = NAMES, journal: Journal | None = None) -> RoundServer:
-        """Before anything has arrived."""
+        """A server before the first message."""
         return self.method.server(self.contract, list(names), journal, self.workshop)
 
     def client(self, name: str) -> Member:
-        """A party with rows that go with its name."""
+        """The party with this name, and its rows."""
         rows = rows_of_party(NAMES.index(name))
         return self.method.client(name, self.contract, self.view(self.method.roles[0]), rows)
 
@@ -83,14 +83,14 @@ def _shadows(bench: Bench, sets: int, snapshots: int) -> tuple[dict[str, Tensor]
 
 @cache
 def bench(collaborate: Example) -> Bench:
-    """The usual one for this example."""
+    """The bench of this example, once for all tests."""
     method = collaborate.method
     assert isinstance(method, Collaboration)
     return Bench(method, agreed(collaborate, PLAIN))
 
 
 def agreed(collaborate: Example, settings: TrainSettings) -> Agreement:
-    """The contract that the example's tuner and tiny models make."""
+    """The contract for the example's tuner and tiny models."""
     method = collaborate.method
     assert isinstance(method, Collaboration)
     bare = Bench(method, None)
@@ -100,9 +100,9 @@ def agreed(collaborate: Example, settings: TrainSettings) -> Agreement:
 def carried(
     server: RoundServer, parties: Mapping[str, Member], turned: bool = False,
 ) -> tuple[RoundServer, Heard]:  # fmt: skip
-    """Messages through their bytes until none is left: all that clients say to a server's messages arrives before it speaks.
+    """Deliver messages as bytes until none is left. The server answers after all clients have answered.
 
-    turned  clients are served, and heard, in the reverse order
+    turned  clients come in reverse order
     """
     heard: Heard = []
 
@@ -122,7 +122,7 @@ def carried(
 
 @cache
 def whole(collaborate: Example) -> tuple[RoundServer, dict[str, Member], Heard]:
-    """All rounds with three clients, once for all tests."""
+    """All rounds with three clients, once for all tests; only to be read."""
     one = bench(collaborate)
     parties = {n: one.client(n) for n in NAMES}
     server, heard = carried(one.server(), parties)
@@ -130,19 +130,19 @@ def whole(collaborate: Example) -> tuple[RoundServer, dict[str, Member], Heard]:
 
 
 def bits(update: Update) -> dict[str, Any]:
-    """An update's tensors, in a form that compares to the bit."""
+    """An update's tensors, for exact comparison."""
     return {n: t.tolist() for n, t in packed(update).items()}
 
 
 def near(one: Update, other: Update) -> None:
-    """Equal in weight space, to rounding."""
+    """Assert that two updates are equal in weight space, except for rounding."""
     a, b = one.dense(), other.dense()
     assert a.keys() == b.keys() and a
     for n, t in a.items():
         torch.testing.assert_close(t, b[n], rtol=1e-4, atol=1e-6)
 
 
-def test_a_contract_survives_its_file_and_is_named_by_all_that_is_in_it(collaborate: Example) -> None:
+def test_a_contract_survives_its_file_and_its_digest_covers_all_of_it(collaborate: Example) -> None:
     contract = bench(collaborate).contract
     again = type(contract).model_validate(json.loads(json.dumps(contract.as_dict())))
     assert isinstance(contract, bench(collaborate).method.contract)
@@ -151,8 +151,8 @@ def test_a_contract_survives_its_file_and_is_named_by_all_that_is_in_it(collabor
     assert same.digest == contract.digest != other.digest
 
 
-def test_messages_survive_their_bytes_and_say_what_leaves(collaborate: Example) -> None:
-    """Kinds are the declared ones, all names and digests the contract's; each is disclosed in words and bytes."""
+def test_messages_survive_their_bytes_and_are_disclosed(collaborate: Example) -> None:
+    """Kinds and digests are those of the contract. Each message is disclosed in words and in bytes."""
     one, (server, _, heard) = bench(collaborate), whole(collaborate)
     ours = [h for h in heard if h[0].message.header.sender == SERVER]
     theirs = [h for h in heard if h[0].message.header.sender != SERVER]
@@ -170,8 +170,8 @@ def test_messages_survive_their_bytes_and_say_what_leaves(collaborate: Example) 
         assert told.bytes[1] == len(sent.message.encode())
 
 
-def test_every_client_ends_with_what_the_server_has_for_it(collaborate: Example) -> None:
-    """It moves the model that is served, and binds to it."""
+def test_every_client_ends_with_the_servers_outcome_for_it(collaborate: Example) -> None:
+    """The outcome changes the served model, and binds to it."""
     one, (server, parties, _) = bench(collaborate), whole(collaborate)
     served = one.view(one.method.roles[-1])
     for name, party in parties.items():
@@ -182,22 +182,22 @@ def test_every_client_ends_with_what_the_server_has_for_it(collaborate: Example)
     assert any(t.abs().max() > 0 for t in server.outcome(NAMES[0]).dense().values())
 
 
-def test_a_client_leaves_its_model_as_it_was(collaborate: Example) -> None:
+def test_a_client_leaves_its_model_unchanged(collaborate: Example) -> None:
     one = bench(collaborate)
     party: Any = one.client(NAMES[0])
     view = party.view
     view.module.train()
-    before = worn(view)
+    before = snapshot(view)
     (state,) = [s.message for s in one.server(NAMES[:1]).begin()]
     (sent,) = party.handle(state)
-    assert worn(view) == before
+    assert snapshot(view) == before
     party.moved(sent.message)
     one.method.alone(NAMES[0], one.contract, one.workshop, rows_of_party(0))
-    assert worn(view) == before
+    assert snapshot(view) == before
 
 
-def test_the_order_in_which_clients_come_changes_nothing(collaborate: Example) -> None:
-    """To the bit; so nothing is drawn either that is not keyed."""
+def test_the_order_of_clients_changes_nothing(collaborate: Example) -> None:
+    """To the bit, also with another state of the global generator: all draws are keyed."""
     torch.manual_seed(5)
     one = bench(collaborate)
     server, _ = carried(one.server(NAMES[::-1]), {n: one.client(n) for n in NAMES}, turned=True)
@@ -207,20 +207,20 @@ def test_the_order_in_which_clients_come_changes_nothing(collaborate: Example) -
         assert bits(server.outcome(name)) == bits(expected.outcome(name))
 
 
-def test_a_server_killed_after_each_arrival_goes_on_to_the_same_bits(collaborate: Example, tmp_path: Path) -> None:
+def test_a_server_killed_after_each_message_ends_with_the_same_bits(collaborate: Example, tmp_path: Path) -> None:
     one, (expected, _, heard) = bench(collaborate), whole(collaborate)
     arrived = [s.message for s, _ in heard if s.message.header.sender != SERVER]
     server = one.server(journal=Journal(tmp_path, LIMIT))
     for message in arrived:
         server.handle(message)
-        server = one.server(journal=Journal(tmp_path, LIMIT))  # the one before is gone
+        server = one.server(journal=Journal(tmp_path, LIMIT))  # the server before it is gone
     assert server.finished and {s.to for s in server.begin()} == set(NAMES)
     for name in NAMES:
         assert bits(server.outcome(name)) == bits(expected.outcome(name))
 
 
-def test_clients_that_say_the_same_count_as_one(collaborate: Example) -> None:
-    """A second client that sends what the first one sends changes nothing of what the first one ends with."""
+def test_two_clients_with_equal_messages_count_as_one(collaborate: Example) -> None:
+    """A second client that sends the messages of the first one does not change the first one's outcome."""
     one, twins = bench(collaborate), NAMES[:2]
     alone, both = one.server(twins[:1]), one.server(twins)
     party = one.client(twins[0])
@@ -236,14 +236,14 @@ def test_clients_that_say_the_same_count_as_one(collaborate: Example) -> None:
     near(both.outcome(twins[0]), alone.outcome(twins[0]))
 
 
-def test_the_same_message_twice_and_time_that_is_up_early_change_nothing(collaborate: Example) -> None:
+def test_duplicates_and_an_early_end_of_time_change_nothing(collaborate: Example) -> None:
     one, (expected, _, heard) = bench(collaborate), whole(collaborate)
     server = one.server()
-    assert server.handle(Tick()) == [], "nobody has sent anything: there is nothing to close the round with"
+    assert server.handle(Tick()) == [], "the round cannot be closed before the first message"
     for message in [s.message for s, _ in heard if s.message.header.sender != SERVER]:
         server.handle(message)
         if not server.finished and message.header.round == server.round:
-            assert server.handle(message) == [], "a duplicate is no second message"
+            assert server.handle(message) == [], "a duplicate is ignored"
     assert server.finished and bits(server.outcome(NAMES[0])) == bits(expected.outcome(NAMES[0]))
 
 
@@ -257,7 +257,7 @@ def _of(message: Message, tensors: Mapping[str, Tensor]) -> Message:
 
 
 def spoilt(message: Message) -> dict[str, Message]:
-    """Messages that a server must not take, by what it calls the fault; "" where each protocol has a word of its own."""
+    """Messages that a server must refuse, by its name for the fault; "": each protocol has another name."""
     head, tensors = message.header, message.tensors()
     other = head.base.model_copy(update={"weights": "0" * 64})
     tokens = head.base.model_copy(update={"tokenizer": "0" * 64})
@@ -271,7 +271,7 @@ def spoilt(message: Message) -> dict[str, Message]:
     }  # fmt: skip
 
 
-def test_what_cannot_be_used_is_refused_by_name_and_changes_nothing(collaborate: Example) -> None:
+def test_unusable_messages_are_refused_by_name_and_change_nothing(collaborate: Example) -> None:
     one, (expected, _, heard) = bench(collaborate), whole(collaborate)
     server = one.server()
     for message in [s.message for s, _ in heard if s.message.header.sender != SERVER]:
@@ -285,7 +285,7 @@ def test_what_cannot_be_used_is_refused_by_name_and_changes_nothing(collaborate:
     assert bits(server.outcome(NAMES[0])) == bits(expected.outcome(NAMES[0]))
 
 
-def test_another_model_or_contract_is_refused_on_the_clients_side(collaborate: Example) -> None:
+def test_clients_refuse_another_model_or_contract(collaborate: Example) -> None:
     one = bench(collaborate)
     with pytest.raises(Refused, match="base: ") as refused:
         one.method.client(NAMES[0], one.contract, view_of(layers=2, seed=9), rows_of_party(0))
@@ -298,8 +298,8 @@ def test_another_model_or_contract_is_refused_on_the_clients_side(collaborate: E
         _ = party.update
 
 
-def test_what_a_client_has_alone_and_where_it_begins(collaborate: Example) -> None:
-    """Alone it has an update of the model that it tunes; the first state is the one that `beginning` writes down."""
+def test_a_client_alone_and_the_beginning_of_a_run(collaborate: Example) -> None:
+    """`alone` gives an update of the client's own model, `centralised` one of the served model, `beginning` the first state."""
     one = bench(collaborate)
     alone = one.method.alone(NAMES[0], one.contract, one.workshop, rows_of_party(0))
     own = one.view(one.method.roles[0])
@@ -312,15 +312,15 @@ def test_what_a_client_has_alone_and_where_it_begins(collaborate: Example) -> No
 
 
 __all__ = [
-    "test_a_client_leaves_its_model_as_it_was",
-    "test_a_contract_survives_its_file_and_is_named_by_all_that_is_in_it",
-    "test_a_server_killed_after_each_arrival_goes_on_to_the_same_bits",
-    "test_another_model_or_contract_is_refused_on_the_clients_side",
-    "test_clients_that_say_the_same_count_as_one",
-    "test_every_client_ends_with_what_the_server_has_for_it",
-    "test_messages_survive_their_bytes_and_say_what_leaves",
-    "test_the_order_in_which_clients_come_changes_nothing",
-    "test_the_same_message_twice_and_time_that_is_up_early_change_nothing",
-    "test_what_a_client_has_alone_and_where_it_begins",
-    "test_what_cannot_be_used_is_refused_by_name_and_changes_nothing",
+    "test_a_client_alone_and_the_beginning_of_a_run",
+    "test_a_client_leaves_its_model_unchanged",
+    "test_a_contract_survives_its_file_and_its_digest_covers_all_of_it",
+    "test_a_server_killed_after_each_message_ends_with_the_same_bits",
+    "test_clients_refuse_another_model_or_contract",
+    "test_duplicates_and_an_early_end_of_time_change_nothing",
+    "test_every_client_ends_with_the_servers_outcome_for_it",
+    "test_messages_survive_their_bytes_and_are_disclosed",
+    "test_the_order_of_clients_changes_nothing",
+    "test_two_clients_with_equal_messages_count_as_one",
+    "test_unusable_messages_are_refused_by_name_and_change_nothing",
 ]

@@ -1,4 +1,4 @@
-"""Tiny models that evaluators and tasks ask: one that has learnt its rows by heart, and one that is sure of the contrary."""
+"""Tiny models for tests of evaluators and tasks: one has learnt its rows by heart, and one always prefers something else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from luthier.data.store import Row
 from luthier.evaluation.base import Exam
 from luthier.inference.services import lab_with
 from luthier.method import registry as manifest
-from luthier.model.view import ModelView, probe_layout
+from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.tasks.base import Task
@@ -34,30 +34,30 @@ from luthier.tuners.full import Full
 
 Values = Sequence[Mapping[str, Any]]
 Made = tuple[PreTrainedModel, Any]
-LEARNT = 0.05  # nats, under which rows are known by heart
+LEARNT = 0.05  # nats; below this loss, rows are known by heart
 STEPS = TrainSettings(
     max_steps=150, batch_size=256, learning_rate=1e-2, warmup_fraction=0.0, lr_scheduler_type="constant", max_grad_norm=1.0
 )  # fmt: skip
 
 
 def decoder() -> Made:
-    """Writes bytes."""
+    """A language model of bytes."""
     return tiny(vocab_size=260, layers=2, max_position_embeddings=512), byte_tokenizer()
 
 
 def classifier() -> Made:
-    """Tells good from bad."""
+    """A classifier of bytes with the classes good and bad."""
     return tiny_classifier(), byte_tokenizer()
 
 
 def encoder() -> Made:
-    """Fills gaps between words."""
+    """An encoder of words, which fills gaps."""
     tokenizer = word_tokenizer()
     ends = {"max_position_embeddings": 64, "bos_token_id": 2, "eos_token_id": 3}
     return tiny("bert", layers=2, vocab_size=len(tokenizer), **ends), tokenizer
 
 
-USUAL: dict[Any, Callable[[], Made]] = {  # by the class that a task loads a model with
+USUAL: dict[Any, Callable[[], Made]] = {  # by the Auto class with which a task loads a model
     AutoModelForCausalLM: decoder,
     AutoModelForSequenceClassification: classifier,
     AutoModelForMaskedLM: encoder,
@@ -66,7 +66,7 @@ PAIRS = (
     ("good day", "was the day not good"), ("a film", "it was long and very poor"),
     ("a book", "read and liked on that day"), ("the film is", "short"),
 )  # fmt: skip
-SHAPED: dict[str, Values] = {  # rows of every shape that there is, of words that both tokenizers know
+SHAPED: dict[str, Values] = {  # rows of every shape, of words that both tokenizers know
     "prompt and completion": [{"prompt": q, "completion": a} for q, a in PAIRS],
     "messages": [
         {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in PAIRS
@@ -82,42 +82,35 @@ SHAPED: dict[str, Values] = {  # rows of every shape that there is, of words tha
 
 
 class Subject(NamedTuple):
-    """Weights of a model that knows its rows, and of one that says the opposite."""
+    """The weights of a model that knows its rows, and of one whose head is negated."""
 
     make: Callable[[], Made]
+    layout: str
     knowing: dict[str, Tensor]
     wrong: dict[str, Tensor]
 
-    def view(self, weights: str = "knowing", layout: str | None = None) -> ModelView:
+    def view(self, weights: str = "knowing") -> ModelView:
         """A fresh model with these weights."""
-        view = view_with(*self.make())
-        view.module.load_state_dict(getattr(self, weights))
-        view.layout = layout or view.layout
-        return view
-
-
-def view_with(model: PreTrainedModel, tokenizer: Any) -> ModelView:
-    """In the layout that suits it, in eval mode."""
-    view = ModelView(model.eval(), tokenizer)
-    view.layout, _ = probe_layout(view)
-    return view
+        model, tokenizer = self.make()
+        model.load_state_dict(getattr(self, weights))
+        return ModelView(model.eval(), tokenizer, self.layout)
 
 
 def task_named(name: str) -> Task:
-    """The task of this name, as it is without fields."""
+    """The task with this name, with the defaults of its fields."""
     found: Task = manifest.find("task", name)()
     return found
 
 
 def maker_of(example: Example, task: Task) -> Callable[[], Made]:
-    """What makes the model that an example is asked of."""
+    """The function that makes the model for an example."""
     made = example.model or USUAL.get(task.auto(LlamaConfig()))
     assert made is not None, f"there is no usual model for {task.key()}: write Example(method, model=...)"
     return made
 
 
 def exam_of(view: ModelView, task: Task, values: Values, *, tokens_per_forward: int = 2048, order: int = 1) -> Exam:
-    """The rows as questions to a model; order -1 turns them round."""
+    """An exam of a model on these rows; order -1 reverses them."""
     sources = [Row(f"rows:{i}", json.loads(json.dumps(v))) for i, v in enumerate(values, start=1)][::order]
     renderer = Renderer(view.tokenizer)
     lab = lab_with(renderer, {"base": lambda: view}, task=task, tokens_per_forward=tokens_per_forward)
@@ -127,20 +120,21 @@ def exam_of(view: ModelView, task: Task, values: Values, *, tokens_per_forward: 
 
 
 def labels_of(view: ModelView, task: Task, sources: Sequence[Row]) -> Mapping[str | int, int]:
-    """Classes as the task numbers them, where the rows have some."""
+    """The numbers of classes, if the rows have classes."""
     if not any("label" in r.values for r in sources):
         return {}
     return task.labels(sources, None, {name: i for i, name in enumerate(view.classes)})
 
 
 def subject(make: Callable[[], Made], task: Task, values: Values) -> Subject:
-    """A model that has learnt these rows by heart, and its opposite."""
+    """A model that has learnt these rows by heart, and its opposite; trained once for all tests."""
     return _subject(make, type(task), task.model_dump_json(), json.dumps(list(values)))
 
 
 @cache
 def _subject(make: Callable[[], Made], kind: type[Task], fields: str, values: str) -> Subject:
-    task, view = kind.model_validate_json(fields), view_with(*make())
+    model, tokenizer = make()
+    task, view = kind.model_validate_json(fields), ModelView.probed(model.eval(), tokenizer)
     exam = exam_of(view, task, json.loads(values))
     draw = task.draw(view.tokenizer, 0)
     rows = [r if draw is None else draw(r, None) for r in exam.rows]
@@ -153,4 +147,4 @@ def _subject(make: Callable[[], Made], kind: type[Task], fields: str, values: st
         for p in heads:
             p.neg_()
     wrong = {n: t.detach().clone() for n, t in view.module.state_dict().items()}
-    return Subject(make, knowing, wrong)
+    return Subject(make, view.layout, knowing, wrong)

@@ -1,4 +1,4 @@
-"""What every translator keeps: the form of its target, the same numbers from the same pairs, and what it refuses."""
+"""Tests of every translator: the form of its results, equal results from equal pairs, and what it refuses."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from luthier.collaboration.translators.base import Fitted, Pairs, Translator
 from luthier.step.lab import Lab
 from luthier.testing.contract.examples import Example
 
-SETS = 24  # of shadows, as many as translators that learn in epochs ask for
-SMALL, LARGE = (2, 12), (3, 20)  # (layers, numbers a layer)
+SETS = 24  # shadow sets; translators that learn in epochs need so many
+SMALL, LARGE = (2, 12), (3, 20)  # (layers, numbers in each layer)
 
 
 def pairs_for(scale: float = 2.0**-8, seed: int = 0) -> Pairs:
-    """Both sides are linear images of three hidden numbers, as updates of one data set are of what is in it."""
+    """Pairs whose two sides are linear functions of the same three hidden numbers."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(SETS, 3, generator=generator)
     x, y = (scale * (hidden @ torch.randn(3, a * d, generator=generator)).view(SETS, a, d) for a, d in (SMALL, LARGE))
@@ -26,14 +26,14 @@ def pairs_for(scale: float = 2.0**-8, seed: int = 0) -> Pairs:
 
 
 def fitted(translate: Example, pairs: Pairs) -> Fitted:
-    """The translator, having learnt."""
+    """The translator after it has learnt these pairs."""
     assert isinstance(translate.method, Translator)
     return translate.method.fit(pairs, Lab())
 
 
 @cache
 def learnt(translate: Example) -> Fitted:
-    """From the usual pairs, once for all tests."""
+    """The translator after it has learnt the usual pairs, once for all tests."""
     return fitted(translate, pairs_for())
 
 
@@ -42,11 +42,11 @@ def test_a_translation_has_the_form_of_the_large_model_and_is_near(translate: Ex
     out = learnt(translate)(pairs.x)
     assert out.shape == pairs.y.shape and out.dtype == torch.float32 and out.isfinite().all()
     off, none = (float((guess - pairs.y).square().sum()) for guess in (out, pairs.y.mean(0)))
-    assert off < 0.9 * none, "nearer than what the mean of all shadows is"
+    assert off < 0.9 * none, "nearer than the mean of all shadow updates"
 
 
 def test_an_update_is_translated_by_itself(translate: Example) -> None:
-    """Alone as beside others, in any order; asked again to the bit."""
+    """Its translation is the same alone, among others and in any order; a second call gives the same bits."""
     x, one = pairs_for(seed=1).x, learnt(translate)
     together = one(x)
     assert torch.equal(together, one(x))
@@ -56,7 +56,7 @@ def test_an_update_is_translated_by_itself(translate: Example) -> None:
 
 
 def test_the_same_pairs_give_the_same_translator(translate: Example) -> None:
-    """To the bit, wherever the global generator stands; it stays there, and the pairs stay as they are."""
+    """To the bit, for any state of the global generator. The generator and the pairs do not change."""
     pairs, before = pairs_for(), pairs_for()
     torch.manual_seed(12)
     state = torch.get_rng_state()
@@ -66,8 +66,8 @@ def test_the_same_pairs_give_the_same_translator(translate: Example) -> None:
     assert all(torch.equal(a, b) for a, b in zip(pairs, before, strict=True))
 
 
-def test_standard_form_makes_the_size_of_updates_of_no_account(translate: Example) -> None:
-    """Pairs a power of two smaller give translations as much smaller: small updates are learnt as well as large ones."""
+def test_small_updates_are_learnt_as_well_as_large_ones(translate: Example) -> None:
+    """With the standard form, pairs that are smaller by a power of two give translations that are smaller by the same factor."""
     assert isinstance(translate.method, Translator)
     if not translate.method.standardise:
         return
@@ -78,7 +78,7 @@ def test_standard_form_makes_the_size_of_updates_of_no_account(translate: Exampl
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_its_epochs_are_numbered_and_those_of_equal_pairs_are_equal(translate: Example) -> None:
+def test_epochs_are_numbered_and_equal_for_equal_pairs(translate: Example) -> None:
     one = fitted(translate, pairs_for())
     assert one.epochs == learnt(translate).epochs
     assert [e["epoch"] for e in one.epochs] == list(range(1, len(one.epochs) + 1))
@@ -94,7 +94,7 @@ def test_its_epochs_are_numbered_and_those_of_equal_pairs_are_equal(translate: E
     ],
     ids=["unpaired", "another layout", "not finite", "one set"],
 )
-def test_pairs_that_teach_nothing_are_refused(translate: Example, change: Any, words: str) -> None:
+def test_unusable_pairs_are_refused(translate: Example, change: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         fitted(translate, change(pairs_for()))
 
@@ -109,7 +109,7 @@ def test_pairs_that_teach_nothing_are_refused(translate: Example, change: Any, w
     ],
     ids=["narrower", "fewer layers", "not finite", "whole numbers"],
 )
-def test_updates_that_it_cannot_read_are_refused(translate: Example, change: Any, words: str) -> None:
+def test_unusable_updates_are_refused(translate: Example, change: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         learnt(translate)(change(pairs_for().x))
 
@@ -117,9 +117,9 @@ def test_updates_that_it_cannot_read_are_refused(translate: Example, change: Any
 __all__ = [
     "test_a_translation_has_the_form_of_the_large_model_and_is_near",
     "test_an_update_is_translated_by_itself",
-    "test_its_epochs_are_numbered_and_those_of_equal_pairs_are_equal",
-    "test_pairs_that_teach_nothing_are_refused",
-    "test_standard_form_makes_the_size_of_updates_of_no_account",
+    "test_epochs_are_numbered_and_equal_for_equal_pairs",
+    "test_small_updates_are_learnt_as_well_as_large_ones",
     "test_the_same_pairs_give_the_same_translator",
-    "test_updates_that_it_cannot_read_are_refused",
+    "test_unusable_pairs_are_refused",
+    "test_unusable_updates_are_refused",
 ]

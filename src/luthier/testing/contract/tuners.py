@@ -1,4 +1,4 @@
-"""What every tuner keeps."""
+"""Tests that every tuner must pass."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ from luthier.testing.contract.examples import (
     Example,
     Four,
     attached,
+    base_in,
     loop_of,
     losses,
+    losses_of,
     on_a_gpu,
     resumed_equals_whole,
     states,
     view_in,
+    whole_run,
 )
 from luthier.testing.models import batch_of, labelled_rows, tiny, view_of
 from luthier.training.loop import Loop
@@ -42,8 +45,7 @@ from luthier.update.files import load, save_update
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_detach_gives_back_the_base_bit_for_bit(tuner: Example, dtype: torch.dtype) -> None:
-    view = view_of()
-    torch.nn.Module.to(view.module, dtype)
+    view = view_in(dtype)
     before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
     flags = {n: p.requires_grad for n, p in view.module.named_parameters()}
     attached(tuner, view).detach()
@@ -57,13 +59,13 @@ def test_the_saved_update_in_a_fresh_base_gives_the_same_states(tuner: Example, 
     view, batch = view_of(), batch_of()
     trainable = attached(tuner, view)
     view.module.eval()
-    live, plain = view.trace(batch).hidden[-1].detach(), view_of().trace(batch).hidden[-1]
-    assert torch.equal(live, plain) != tuner.trains
+    live = states(view, batch)
+    assert torch.equal(live, states(base_in(torch.float32), batch)) != tuner.trains
     update = trainable.update()
     save_update(update, tmp_path, view)
     fresh = view_of()
     with load(tmp_path).bind(fresh):
-        torch.testing.assert_close(fresh.trace(batch).hidden[-1], live, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(states(fresh, batch), live, atol=2e-5, rtol=1e-4)
     assert update.linear == type(tuner.method).traits.linear or not tuner.trains
 
 
@@ -73,8 +75,8 @@ def test_a_task_head_is_learnt_or_refused_by_check(tuner: Example, kind: str, tm
 
 
 def learns_a_task_head(tuner: Example, kind: str, folder: Path) -> None:
-    """Unless `check` refuses this classifier with a sentence: every step trains its head, a stopped run goes on as if it had
-    not been, and the saved update gives the same logits on a base whose head was drawn anew.
+    """Every step trains the head, a resumed run equals one without a break, and the saved update gives the same logits on a
+    base with another new head. Or else `check` refuses this classifier with a sentence.
     """
     view, rows = view_of(kind), labelled_rows()
     closure = "closure" in tuner.method.traits.needs
@@ -120,9 +122,9 @@ def learns_a_task_head(tuner: Example, kind: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_the_update_the_model_is_the_base(tuner: Example, dtype: torch.dtype) -> None:
-    """To the bit inside and, once outside again, to the bit what it was: after an error, and nested, too."""
+    """Inside the scope it has the bits of the base, and after it the bits from before; also nested, and after an error."""
     view, batch = view_in(dtype), batch_of()
-    base = states(view_in(dtype), batch)
+    base = states(base_in(dtype), batch)
     attached(tuner, view)
     view.module.eval()
     tuned = states(view, batch)
@@ -137,21 +139,21 @@ def test_without_the_update_the_model_is_the_base(tuner: Example, dtype: torch.d
     assert torch.equal(states(view, batch), tuned)
 
 
-def test_who_looks_at_the_base_trains_as_who_does_not(tuner: Example) -> None:
-    """The base is asked before each step, and between the forward and the backward of every micro-batch."""
+def test_use_of_the_base_during_training_changes_nothing(tuner: Example) -> None:
+    """The base is used before each step, and between the forward and the backward pass of every micro-batch."""
     if not tuner.trains:
         return
-    looking, blind = loop_of(tuner, Example(Looking()), adam_eps=1e-5), loop_of(tuner, PLAIN, adam_eps=1e-5)
-    assert [looking.step()["loss"] for _ in range(STEPS)] == [blind.step()["loss"] for _ in range(STEPS)]
-    mine, theirs = looking.trainable.state_dict(), blind.trainable.state_dict()
+    looking, plain = loop_of(tuner, Example(Looking())), whole_run(tuner, PLAIN)
+    looking.run()
+    assert losses_of(looking) == losses_of(plain)
+    mine, theirs = looking.trainable.state_dict(), plain.trainable.state_dict()
     assert all(torch.equal(mine[k], theirs[k]) for k in theirs)
-    assert all(
-        torch.equal(p, q) for p, q in zip(looking.view.module.parameters(), blind.view.module.parameters(), strict=True)
-    )
+    pairs = zip(looking.view.module.parameters(), plain.view.module.parameters(), strict=True)
+    assert all(torch.equal(p, q) for p, q in pairs)
 
 
 class Looking(Sft):
-    """The usual loss, by one who compares the base with a fresh one on every occasion."""
+    """The usual loss, which also compares the base with a fresh one at every opportunity."""
 
     def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
         with probe.quiet():
@@ -166,7 +168,7 @@ class Looking(Sft):
         return super().plan(window, probe)
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
-        if fwd.view.attached.left_out:  # the gradient of the base is asked for
+        if fwd.view.attached.left_out:  # this computes the gradient of the base
             return super().loss(fwd)
         look(Forward(fwd.batch, fwd.view))
         terms, tuned = super().loss(fwd), fwd.hidden()
@@ -176,7 +178,8 @@ class Looking(Sft):
 
 
 def look(fwd: Forward) -> None:
-    view, fresh = fwd.view, view_in(fwd.view.dtype)
+    """Compare the base under a tuner with a fresh one."""
+    view, fresh = fwd.view, base_in(fwd.view.dtype)
     mode = view.module.training
     with view.without_update():
         assert not view.module.training
@@ -191,11 +194,11 @@ def test_same_seed_same_numbers(tuner: Example) -> None:
         with pytest.raises(LuthierError, match="nothing trains"):
             loop_of(tuner, PLAIN)
         return
-    first, second = loop_of(tuner, PLAIN), loop_of(tuner, PLAIN)
-    assert [first.step()["loss"] for _ in range(3)] == [second.step()["loss"] for _ in range(3)]
+    again = loop_of(tuner, PLAIN)
+    assert [again.step()["loss"] for _ in range(3)] == losses_of(whole_run(tuner, PLAIN))[:3]
 
 
-def test_a_resumed_tuner_ends_where_an_uninterrupted_one_does(tuner: Example, tmp_path: Path) -> None:
+def test_a_resumed_tuner_equals_one_without_a_break(tuner: Example, tmp_path: Path) -> None:
     if tuner.trains:
         resumed_equals_whole(tuner, PLAIN, tmp_path)
 
@@ -207,7 +210,7 @@ def test_a_tuner_trains_on_a_gpu_as_on_the_cpu(tuner: Example) -> None:
 
 
 def test_a_tuner_in_a_bare_loop(plain_tuner: Example) -> None:
-    """The plain transformers model, a plain optimiser loop: no house but the tuner."""
+    """A plain transformers model in a plain loop: nothing of luthier but the tuner."""
     model, batch = tiny().eval(), batch_of((9,), answer=5)
     ids = batch.ids.unsqueeze(0)
     labels = ids.clone()
@@ -252,7 +255,7 @@ def test_a_tuner_under_transformers_trainer(plain_tuner: Example, tmp_path: Path
 
 
 __all__ = [
-    "test_a_resumed_tuner_ends_where_an_uninterrupted_one_does",
+    "test_a_resumed_tuner_equals_one_without_a_break",
     "test_a_task_head_is_learnt_or_refused_by_check",
     "test_a_tuner_in_a_bare_loop",
     "test_a_tuner_trains_on_a_gpu_as_on_the_cpu",
@@ -260,6 +263,6 @@ __all__ = [
     "test_detach_gives_back_the_base_bit_for_bit",
     "test_same_seed_same_numbers",
     "test_the_saved_update_in_a_fresh_base_gives_the_same_states",
-    "test_who_looks_at_the_base_trains_as_who_does_not",
+    "test_use_of_the_base_during_training_changes_nothing",
     "test_without_the_update_the_model_is_the_base",
 ]
