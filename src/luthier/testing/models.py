@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 import transformers as tf
-from torch import Tensor
 
 from luthier.data.batch import IGNORE, Batch, collate
 from luthier.model.view import ModelView, probe_layout
@@ -76,28 +74,17 @@ ARCHITECTURES: dict[str, Architecture] = {
 }  # fmt: skip
 
 
-# By kind, seed and settings. Copying a model takes a fraction of the time of making it.
-_MADE: dict[str, tuple[tf.PreTrainedModel, Tensor]] = {}  # a model, and the state of the global generator after it
-_LAYOUTS: dict[str, str] = {}
+_LAYOUTS: dict[str, str] = {}  # by kind and settings; a probe takes longer than making the model
 
 
 def tiny(kind: str = "llama", seed: int = 0, layers: int = 3, **more: Any) -> tf.PreTrainedModel:
-    """A randomly initialised float32 model of a real architecture; a copy of its own for each call.
+    """A randomly initialised float32 model of a real architecture.
 
     kind  a key of ARCHITECTURES
     more  settings of its configuration
     """
-    key = repr((kind, seed, layers, sorted(more.items())))
+    config, model, own, names, turns = ARCHITECTURES[kind]
     torch.manual_seed(seed)
-    if key not in _MADE:
-        _MADE[key] = _fresh(ARCHITECTURES[kind], layers, more), torch.get_rng_state()
-    model, drawn = _MADE[key]
-    torch.set_rng_state(drawn)
-    return copy.deepcopy(model)
-
-
-def _fresh(architecture: Architecture, layers: int, more: dict[str, Any]) -> tf.PreTrainedModel:
-    config, model, own, names, turns = architecture
     sizes: dict[str, Any] = {**SIZES, **TOKENS, "num_hidden_layers": layers, **more}
     settings = {**own, **{names.get(n, n): value for n, value in sizes.items() if names.get(n, n)}}
     if turns:

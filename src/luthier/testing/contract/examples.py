@@ -116,13 +116,13 @@ def losses(tuner: Example, objective: Example, device: str) -> list[float]:
     return [float(loop.step()["loss"]) for _ in range(STEPS)]
 
 
-def attached(tuner: Example, view: ModelView, steps: int = 3) -> Trainable:
-    """The tuner on the model, trained for a few steps if it trains anything."""
+def attached(tuner: Example, view: ModelView) -> Trainable:
+    """The tuner on the model, after two steps if it trains anything."""
     if not tuner.trains:
         assert isinstance(tuner.method, Tuner)
         return tuner.method.attach(view)
     loop = loop_of(tuner, PLAIN, view)
-    for _ in range(steps):
+    for _ in range(2):
         loop.step()
     return loop.trainable
 

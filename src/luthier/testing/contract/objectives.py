@@ -45,7 +45,7 @@ def first_losses(objective: Example, layout: str, limit: int) -> tuple[float | N
     view = view_of()
     view.layout = layout
     loop = loop_of(SMALL, objective, view, tokens_per_forward=limit, adam_eps=1e-5)
-    return tuple(loop.step().get("loss") for _ in range(3))
+    return tuple(loop.step().get("loss") for _ in range(2))
 
 
 def test_an_objective_in_a_bare_loop_equals_luthiers_own_step(objective: Example) -> None:

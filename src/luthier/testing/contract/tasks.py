@@ -236,9 +236,9 @@ def test_a_task_is_learnt_and_its_update_has_equal_scores_on_a_fresh_base(task: 
     before = sum(s.total for s in exam_of(view, task_of(task), values).scored)
     draw = task_of(task).draw(view.tokenizer, 0)
     trainable = with_head(Full().attach(view), view.anatomy.task_head)
-    settings = SETTINGS.model_copy(update={"max_steps": 20})
+    settings = SETTINGS.model_copy(update={"max_steps": 8})
     loop = Loop(view, exam_of(view, task_of(task), values).rows, trainable, Sft(), settings, draw=draw)
-    for _ in range(20):
+    for _ in range(8):
         loop.step()
     live = [s.total for s in exam_of(view, task_of(task), values).scored]
     assert sum(live) < before

@@ -62,7 +62,8 @@ def test_the_same_pairs_give_the_same_translator(translate: Example) -> None:
     state = torch.get_rng_state()
     again = fitted(translate, pairs)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(again(pairs.x), learnt(translate)(pairs.x))
+    assert torch.equal(again(pairs.x), learnt(translate)(pairs.x)) and again.epochs == learnt(translate).epochs
+    assert [e["epoch"] for e in again.epochs] == list(range(1, len(again.epochs) + 1))
     assert all(torch.equal(a, b) for a, b in zip(pairs, before, strict=True))
 
 
@@ -76,12 +77,6 @@ def test_small_updates_are_learnt_as_well_as_large_ones(translate: Example) -> N
     assert torch.equal(small.x, half * usual.x)
     found, expected = fitted(translate, small)(small.x), half * learnt(translate)(usual.x)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-
-
-def test_epochs_are_numbered_and_equal_for_equal_pairs(translate: Example) -> None:
-    one = fitted(translate, pairs_for())
-    assert one.epochs == learnt(translate).epochs
-    assert [e["epoch"] for e in one.epochs] == list(range(1, len(one.epochs) + 1))
 
 
 @pytest.mark.parametrize(
@@ -117,7 +112,6 @@ def test_unusable_updates_are_refused(translate: Example, change: Any, words: st
 __all__ = [
     "test_a_translation_has_the_form_of_the_large_model_and_is_near",
     "test_an_update_is_translated_by_itself",
-    "test_epochs_are_numbered_and_equal_for_equal_pairs",
     "test_small_updates_are_learnt_as_well_as_large_ones",
     "test_the_same_pairs_give_the_same_translator",
     "test_unusable_pairs_are_refused",
