@@ -1,4 +1,4 @@
-"""Several adapters on one layer: what they compute together, their way off in any order, their derivatives and cost."""
+"""Several adapters on one layer: what they compute together, their removal in any order, their derivatives and cost."""
 
 import copy
 import itertools
@@ -65,7 +65,7 @@ def formula(module, x, low, behind):
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 @pytest.mark.parametrize("order", list(itertools.permutations(("one", "two", "three"))), ids="-".join)
-def test_three_on_a_layer_come_and_go_in_any_order(kind, order):
+def test_three_on_a_layer_are_added_and_removed_in_any_order(kind, order):
     module = layer(kind)
     x, own = draw(5, 32), set(module._parameters)
     base = module(x)
@@ -86,7 +86,7 @@ def test_three_on_a_layer_come_and_go_in_any_order(kind, order):
         assert "forward" not in vars(module) and KEY not in vars(module) and set(module._parameters) == own
 
 
-def test_what_takes_the_output_does_so_in_the_order_it_came():
+def test_output_adapters_apply_in_the_order_in_which_they_were_added():
     module, x = layer("bert"), draw(5, 32)
     hang, _, behind = adapters(module)
     for order in (("three", "four"), ("four", "three")):
@@ -124,7 +124,7 @@ def test_one_alone_is_the_fused_kernel_to_the_bit_and_several_share_it(kind, mon
 
 
 def test_in_bf16_two_adapters_and_the_product_are_rounded_once():
-    """Added to a result that is on bf16's grid already, a young adapter would be rounded twice."""
+    """A new adapter that is added to a result in bf16 would be rounded twice."""
     module = torch.nn.Linear(64, 512, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     with torch.no_grad():
         module.weight.copy_(draw(512, 64))
@@ -425,7 +425,7 @@ def test_entries_of_one_layer_train_once():
     assert len(view.attached) == 1
 
 
-def test_under_householder_reflections_nothing_else_would_be_heard():
+def test_nothing_else_is_attached_under_householder_reflections():
     view = view_of()
     reflected = Peft(type="HRA", options={"r": 4}).attach(view)
     for tuner in (Lora(rank=2), Full(), Adapter(rank=2)):
@@ -442,7 +442,7 @@ def test_under_householder_reflections_nothing_else_would_be_heard():
     assert not torch.equal(view.trace(batch_of()).hidden[-1], view_of().trace(batch_of()).hidden[-1])
 
 
-def test_a_forward_that_somebody_else_put_there_is_used_and_comes_back():
+def test_a_forward_of_another_library_is_used_and_put_back():
     module, x = layer("bert"), draw(5, 32)
     foreign = lambda h: F.linear(h, module.weight, module.bias) * 2  # noqa: E731
     module.forward = foreign
@@ -482,8 +482,8 @@ def test_updates_of_several_low_rank_parts_bind_as_they_are():
 
 @pytest.mark.parametrize("name", ["dense", "sparse", "replace"])
 @pytest.mark.parametrize("update_first", [True, False])
-def test_what_writes_over_weights_leaves_in_turn_or_is_refused(name, update_first):
-    """Each gives back what it found, so that out of turn the base would be lost."""
+def test_changes_of_weights_are_removed_in_reverse_order_or_refused(name, update_first):
+    """Each restores what it found, so in another order the base would be lost."""
     view, plain = view_of(), tiny()
     update = PARTS[name].bind(view)
     if update_first:

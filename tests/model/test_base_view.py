@@ -1,4 +1,4 @@
-"""The untouched base in the middle of training: what the contract's tests do not ask of every tuner."""
+"""`without_update`: the base model in the middle of training. The contract suite tests it for every tuner; this is the rest."""
 
 import copy
 
@@ -12,6 +12,7 @@ from luthier.objectives.sft import Sft
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
+from luthier.testing.contract.examples import states
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners import Adapter, Dept, Full, Hft, Layerwise, Lift, Lora, Peft, Spiel
@@ -19,11 +20,6 @@ from luthier.tuners.base import Trainable, with_head
 from luthier.update import Dense, Structure, Update
 
 SETTINGS = TrainSettings(max_steps=6, batch_size=2, learning_rate=1e-2, warmup_fraction=0)
-
-
-@torch.no_grad()
-def states(view, batch):
-    return view.trace(batch).hidden[-1]
 
 
 def trained(tuner, view, rows=None, steps=5):
@@ -95,13 +91,13 @@ def test_a_task_head_is_the_fresh_one_inside(tuner):
         with view.without_update():
             assert torch.equal(logits(view), base)
         assert torch.equal(logits(view), tuned)
-    assert view.attached == [loop.trainable], "the whole answers for its parts"
+    assert view.attached == [loop.trainable], "only the whole is attached, not its parts"
     with loop.trainable.base_view(), torch.no_grad():
         assert torch.equal(logits(view), base)
 
 
 def test_features_that_are_cached_are_not_taken_for_the_base():
-    """What the frozen blocks put out came from other batches, which round in other ways, and is no business of the base."""
+    """Cached outputs of frozen blocks came from other batches, which round differently, so the base must not use them."""
     view, batch = view_of(), batch_of((6, 9))
     loop = trained(Layerwise(freeze_blocks=2, cache_features=True), view, rows_of((6, 9)))
     kept = dict(loop.trainable.features.states)
@@ -130,8 +126,8 @@ def test_a_look_draws_no_random_number_and_leaves_every_mode():
 
 @pytest.mark.parametrize("tuner", [Full(), Spiel(density=0.05), Lora(rank=3), Hft()], ids=lambda t: t.key())
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_graph_from_before_is_as_good_as_ever(tuner, checkpointing):
-    """A forward, a look, and only then the backward; the same gradients as without the look."""
+def test_an_earlier_graph_has_the_same_gradients(tuner, checkpointing):
+    """A forward pass, a use of the base, and only then the backward pass: the gradients are as without the use."""
     gradients = []
     for looks in (False, True):
         view = view_of("llama" if tuner.key() == "hft" else "gpt2")
@@ -150,8 +146,8 @@ def test_a_graph_from_before_is_as_good_as_ever(tuner, checkpointing):
     assert len(gradients[0]) > 3 and all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_forward_remembers_both_states_apart():
-    """Whichever is asked first, the base and the tuned model never answer for one another."""
+def test_a_forward_keeps_base_and_tuned_states_apart():
+    """Whichever is computed first, states of the base are never used for the tuned model, or the other way round."""
     view, batch = view_of(), batch_of()
     loop = trained(Full(), view)
     with torch.no_grad():
@@ -190,7 +186,7 @@ def test_gradients_of_the_base_can_be_taken_inside():
     [Lora(rank=3, seed=1), Full(), Dept(budget_length=12, length=4, max_length=16), Lift(density=0.1)],
     ids=lambda t: t.key(),
 )
-def test_bound_updates_step_aside_as_well_and_a_trainable_alone_for_itself(first, second):
+def test_bound_updates_are_left_out_too_and_base_view_leaves_out_one_trainable(first, second):
     batch, origin = batch_of(), view_of()
     update = trained(first, origin).trainable.update()
     view = view_of()
@@ -217,7 +213,7 @@ def test_bound_updates_step_aside_as_well_and_a_trainable_alone_for_itself(first
 
 
 @pytest.mark.parametrize("second", [Lora(rank=3), Full(), Spiel(density=0.05)], ids=lambda t: t.key())
-def test_what_a_structure_removed_is_there_inside(second):
+def test_removed_structure_is_back_inside(second):
     view, batch = view_of(), batch_of()
     base, anatomy = states(view, batch), view.anatomy
     removed = Structure.removing(anatomy, heads={0: [1, 3], 2: [0, 2]}, neurons={1: [0, 5, 63]})
@@ -269,7 +265,7 @@ def test_the_ledger_counts_the_base_as_the_base():
     assert spent[0] == spent[1] == spent[2] > 0
 
 
-def test_a_trainable_steps_aside_alone_only_where_nothing_was_written_over_its_weights():
+def test_base_view_is_refused_if_a_later_update_changed_the_same_weights():
     view, batch = view_of(), batch_of()
     loop, base = trained(Full(), view), states(view_of(), batch)
     change = Update(view.base, (Dense({"model.norm.weight": torch.full((32,), 0.5)}),))
@@ -286,7 +282,7 @@ def test_a_trainable_steps_aside_alone_only_where_nothing_was_written_over_its_w
 
 
 class Silent(Trainable):
-    """Changes the model in a way of its own and says nothing."""
+    """Changes the model without `put`, so that nobody knows how to undo it."""
 
     def __init__(self, view):
         super().__init__(view)
@@ -294,7 +290,7 @@ class Silent(Trainable):
             view.weight("model.norm.weight").mul_(2)
 
 
-def test_a_trainable_that_does_not_say_how_is_refused():
+def test_a_trainable_that_cannot_be_left_out_is_refused():
     view = view_of()
     Silent(view)
     with (
@@ -322,7 +318,7 @@ def test_a_refused_tuner_leaves_nothing_behind(tuner, words):
     assert not view.attached and {n: p.requires_grad for n, p in view.module.named_parameters()} == flags
 
 
-def test_a_copied_model_has_none_of_it():
+def test_a_copied_model_has_nothing_attached():
     view = view_of()
     trained(Full(), view)
     twin = copy.deepcopy(view.module)

@@ -1,4 +1,4 @@
-"""What the anatomy says of a block is what the block computes; where it would not be, it says that it does not know."""
+"""What the anatomy says about a block is what the block computes; if that is unclear, it says that it does not know."""
 
 import pytest
 import torch
