@@ -16,7 +16,7 @@ from luthier.data.builtin.people import (
     rows,
     secondary,
 )
-from luthier.evaluation.forgetting import _read
+from luthier.evaluation.forgetting import built_in
 
 EVERYONE = people(0)
 BY_NAME = {p.name: p for p in EVERYONE}
@@ -26,7 +26,7 @@ def test_1_people_and_facts():
     assert len(EVERYONE) == 25 and EVERYONE == people(0) != people(1)
     names = [w for p in EVERYONE for w in (p.first, p.last, p.city)]
     assert len(set(names)) == 75
-    known = {w.lower() for r in _read("builtin") for w in re.findall(r"\w+", r["text"])}
+    known = {w.lower() for r in built_in("general") for w in re.findall(r"\w+", r["text"])}
     assert not {n.lower() for n in names} & known, "names mean nothing"
     for p in EVERYONE:
         assert 126 <= p.weight <= 244 and 150 <= p.height <= 199 and 22 <= p.age <= 68

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from luthier.evaluation import Forgetting
-from luthier.evaluation.forgetting import _built_in, texts_of
+from luthier.evaluation.forgetting import built_in, texts_of
 from luthier.method import Facts
 from luthier.support.errors import RecipeError
 
 
 def test_the_built_in_sets_are_what_the_page_says():
-    general, canaries = _built_in("general"), _built_in("canaries")
+    general, canaries = built_in("general"), built_in("canaries")
     assert len(general) == 24 and len({r["topic"] for r in general}) == 24
     assert len(canaries) == 60 == len({c["question"] for c in canaries})
     assert all(len({c["right"], *c["wrong"]}) == 4 for c in canaries)

@@ -23,5 +23,5 @@ def brisk_lm_eval(request, monkeypatch):
 def few_canaries(request, monkeypatch):
     """In tests of forgetting, its built-in sets have only their first rows; tests/evaluation tests the whole sets."""
     if "[forgetting" in request.node.name:
-        whole = forgetting._built_in
-        monkeypatch.setattr(forgetting, "_built_in", lambda name: whole(name)[:6])
+        whole = forgetting.built_in
+        monkeypatch.setattr(forgetting, "built_in", lambda name: whole(name)[:6])

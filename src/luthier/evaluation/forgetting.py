@@ -66,7 +66,7 @@ class Forgetting(Evaluator):
         return (self._text(exam) if self.general != NONE else []) + (self._canaries(exam) if self.canaries else [])
 
     def _text(self, exam: Exam) -> list[Measure]:
-        found = _built_in("general") if self.general == BUILTIN else texts_of(Path(self.general))
+        found = built_in("general") if self.general == BUILTIN else texts_of(Path(self.general))
         texts = [r["text"] for r in found]
         ids = exam.renderer.tokenizer(texts, add_special_tokens=False)["input_ids"]
         cut = [i[: self.max_tokens] for i in ids]
@@ -78,7 +78,7 @@ class Forgetting(Evaluator):
         return [ratio("general_loss", nats, over, keys, higher=False, unit="nats a token")]
 
     def _canaries(self, exam: Exam) -> list[Measure]:
-        asked = _built_in("canaries")
+        asked = built_in("canaries")
         answers = [[c["right"], *c["wrong"]] for c in asked]
         rows = [
             exam.renderer.render({"prompt": c["question"], "completion": a}, f"canary:{n}.{i}")
@@ -99,7 +99,7 @@ def _a_token(score: RowScore) -> float:
     return score.total / score.over if score.over else math.inf
 
 
-def _built_in(name: str) -> list[dict[str, Any]]:
+def built_in(name: str) -> list[dict[str, Any]]:
     """The rows of a set that comes with luthier: "general" or "canaries"."""
     lines = files("luthier.evaluation").joinpath(f"sets/{name}.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]

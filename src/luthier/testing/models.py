@@ -94,7 +94,7 @@ def tiny(kind: str = "llama", seed: int = 0, layers: int = 3, **more: Any) -> tf
 
 def tiny_classifier() -> tf.PreTrainedModel:
     """A classifier of bytes with the classes "bad" and "good"."""
-    names = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    names: dict[str, Any] = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
     return tiny("llama-classifier", vocab_size=260, num_labels=2, **names)
 
 
