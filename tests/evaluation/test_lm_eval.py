@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from helpers.exams import only_own_tasks
 from luthier import recipe
 from luthier.data.batch import collate
 from luthier.evaluation import LmEval
@@ -44,8 +45,9 @@ metric_list: [{{metric: exact_match}}]
 
 
 @pytest.fixture
-def tasks(tmp_path):
-    """A folder with two tasks over six questions of their own."""
+def tasks(tmp_path, monkeypatch):
+    """A folder with tasks over six questions; they are the only tasks that lm-eval has."""
+    only_own_tasks(monkeypatch)
     file, folder = tmp_path / "q.jsonl", tmp_path / "tasks"
     folder.mkdir()
     file.write_text("".join(json.dumps(q) + "\n" for q in QUESTIONS))

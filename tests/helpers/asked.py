@@ -41,7 +41,7 @@ QUESTIONS = [
 GENERAL = [json.loads(x) for x in files("luthier.evaluation").joinpath("sets/general.jsonl").read_text().splitlines()]
 CANARIES = [
     *({"prompt": q["question"], "completion": q["right"]} for q in QUESTIONS[:3]),
-    *({"prompt": "", "completion": x["text"][:16]} for x in GENERAL[:3]),
+    *({"prompt": "", "completion": x["text"][:16]} for x in GENERAL[:1]),
 ]
 
 PASSAGES = str(FOLDER / "passages.jsonl")

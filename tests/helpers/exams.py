@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,13 @@ from luthier.model.view import ModelView
 from luthier.step.lab import Completion
 from luthier.tasks.causal_lm import CausalLm
 from luthier.testing.models import byte_tokenizer, tiny
+
+
+def only_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave lm-eval's own tasks out of its index, and the machine out of its results: both take seconds at each call."""
+    evaluator, tasks = pytest.importorskip("lm_eval.evaluator"), pytest.importorskip("lm_eval.tasks")
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
 
 
 class Scripted(Exam):

@@ -1,22 +1,16 @@
 """Less work for two evaluators whose own sets and indexes are large."""
 
-from functools import partial
-
 import pytest
 
+from helpers.exams import only_own_tasks
 from luthier.evaluation import forgetting
 
 
 @pytest.fixture(autouse=True)
-def brisk_lm_eval(request, monkeypatch):
-    """lm-eval indexes thousands of tasks and lists installed packages at each call, which takes seconds. In its tests the
-    index holds only the example's folder, and the machine is not described.
-    """
-    if "[lm-eval" not in request.node.name:
-        return
-    evaluator, tasks = pytest.importorskip("lm_eval.evaluator"), pytest.importorskip("lm_eval.tasks")
-    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
-    monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
+def own_tasks(request, monkeypatch):
+    """In tests of lm-eval, its index has only the example's folder."""
+    if "[lm-eval" in request.node.name:
+        only_own_tasks(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
