@@ -130,8 +130,9 @@ def test_what_cannot_be_chosen_is_refused(base):
         QTuningOffline(keep_fraction=0.5).choose([r.values for r in some(4)])
     with pytest.raises(LuthierError, match="there is no model called 'base' here"):
         QTuningOffline(keep_fraction=0.5).select(some(4), Lab())
-    with pytest.raises(RecipeError, match="keeps none"):
+    with pytest.raises(RecipeError, match=r"q-tuning-offline\.keep_fraction: 0.01 of 4 rows keeps none"):
         QTuningOffline(keep_fraction=0.01).select(some(4), base)
+    assert QTuningOffline(keep_fraction=1.0).select(some(1), base).keep.tolist() == [0]
     with pytest.raises(ValueError, match="keep_fraction"):
         QTuningOffline(keep_fraction=1.5)
 

@@ -70,7 +70,7 @@ def test_the_contract_suite_serves_a_package_of_somebody_else(installed):
 def test_the_contract_suite_finds_what_is_wrong(installed, tmp_path):
     """A field that nothing reads, a field without documentation, a loss that depends on what a row is packed with."""
     source = (PACKAGE / "src/luthier_focal/__init__.py").read_text()
-    wrong = source.replace("focal(fwd.nll(), self.gamma).sum()", "fwd.nll().sum() * len(fwd.nll())")
+    wrong = source.replace("weighed(focal(fwd.nll(), self.gamma), fwd.batch).sum()", "fwd.nll().sum() * len(fwd.nll())")
     wrong = wrong.replace('    """Focusing strength; 0 is sft."""\n', "")
     assert wrong.count("self.gamma") == 0
     (tmp_path / "wrong_focal.py").write_text(wrong)

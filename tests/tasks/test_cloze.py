@@ -155,6 +155,9 @@ def test_words_and_labels_belong_together():
     assert Classification(prompt=PROMPT, words={"1": "great", "0": "terrible"}).labels(
         [Row("f:1", {"text": "a", "label": 1}), Row("f:2", {"text": "a", "label": 0})], None, {}
     ) == {0: 0, 1: 1}
+    mixed = [Row(f"f:{i}", {"text": "a", "label": label}) for i, label in enumerate([0, "a", "0"])]
+    with pytest.raises(RecipeError, match="has the label '0' as text and as a number"):
+        Classification().labels(mixed, None, {})
     with pytest.raises(RecipeError, match="f:3: label 'fine' has no word in task.classification.words"):
         task_of().labels([*rows, Row("f:3", {"text": "a", "label": "fine"})], None, {})
     with pytest.raises(RecipeError, match=r"task.classification.words.bad: no training row has this label"):
