@@ -52,7 +52,9 @@ class Continuation(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """For each supervised token of a row (or its class): the highest probability, whether that choice is right, the right one."""
+    """For each supervised token of a row (or for its class): the highest probability, whether the most likely choice is right, and
+    the right choice.
+    """
 
     confidence: np.ndarray  # [n] float64
     right: np.ndarray  # [n] float64, 0 or 1
@@ -86,7 +88,7 @@ class Nested(NamedTuple):
 
     changes  keys of a recipe, nested as there: {"data": {"limit": 100}, "max_steps": 20}
     rows     rows to train on, as they came from files or curators; None: those of the recipe
-    keep     True: its update is wanted, beside its measures
+    keep     True: its update is wanted, not only its measures
     """
 
     changes: Mapping[str, Any]
@@ -102,7 +104,7 @@ class Runs(Protocol):
 
 @dataclass
 class Ledger:
-    """The costs of work beside training: FLOPs and seconds by stage."""
+    """The costs of work besides training: FLOPs and seconds by stage."""
 
     flops: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -139,7 +141,7 @@ class Lab:
     seed       for all keyed draws
     models     by role; each is loaded at its first use; "base" is the base model
     done       what earlier stages of a pipeline left, by name
-    ledger     costs of work beside training
+    ledger     costs of work besides training
     tick       called with (current work, rows so far, current row)
     """
 
@@ -168,7 +170,7 @@ class Lab:
 
     def batch(self, name: str, limit: int) -> Batch:
         """The first rows of a set as one batch."""
-        return collate(list(self.rows(name))[:limit])
+        return collate(self.rows(name)[:limit])
 
     def view(self, role: str = "base") -> ModelView:
         """A model, loaded once."""
