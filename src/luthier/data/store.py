@@ -384,12 +384,12 @@ def token_batch(items: Sequence[Mapping[str, Any]], columns: Sequence[Column] = 
     return pa.record_batch([*arrays, *(cells(items, c) for c in columns)], schema=token_schema(columns))
 
 
-def chunks(items: Iterator[T], size: int = BATCH) -> Iterator[list[T]]:
-    """The items in lists of `size`; the last one may be shorter."""
+def chunks(items: Iterator[T]) -> Iterator[list[T]]:
+    """The items in lists of BATCH; the last one may be shorter."""
     part: list[T] = []
     for item in items:
         part.append(item)
-        if len(part) == size:
+        if len(part) == BATCH:
             yield part
             part = []
     if part:
