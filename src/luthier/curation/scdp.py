@@ -68,7 +68,8 @@ def strata_of(scores: np.ndarray, count: int = NUM_STRATA) -> np.ndarray:
     step = (high - low) / count
     if step == 0:
         return np.zeros(len(scores), dtype=np.int64)
-    return np.minimum(((scores - low) / step).astype(np.int64), count - 1)
+    found: np.ndarray = np.minimum(((scores - low) / step).astype(np.int64), count - 1)
+    return found
 
 
 def water_fill(sizes: np.ndarray, total: int) -> np.ndarray:

@@ -52,8 +52,8 @@ class Continuation(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """For each supervised token of a row (or for its class): the highest probability, whether the most likely choice is right, and
-    the right choice.
+    """For each supervised token of a row (or for its class): the highest probability, whether the most likely choice is right,
+    and the right choice.
     """
 
     confidence: np.ndarray  # [n] float64
