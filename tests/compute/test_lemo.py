@@ -440,10 +440,10 @@ def test_a_layers_own_attention_is_given_the_places_its_tokens_had():
     view, batch, given = view_of(layers=6), batch_of((32, 21)), {}
     attention = view.block(3).self_attn
     own = attention.forward
-    attention.forward = hung = lambda *a, **k: given.update(k) or own(*a, **k)
+    attention.forward = other = lambda *a, **k: given.update(k) or own(*a, **k)
     with Lemo(block_size=4).patch(view, "train") as state:
         view.trace(batch)
-    assert attention.forward is hung, "what was there before is there again"
+    assert attention.forward is other, "what was there before is there again"
     kept = state.kept[3]
     assert 0 < len(kept) < 53 and torch.equal(given["position_ids"], batch.pos[kept][None])
     assert torch.equal(given["kept_places"], batch.pos[kept])

@@ -269,7 +269,7 @@ class Lemo(Compute):
 
 @contextmanager
 def _computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for one module; afterwards the one it had, be it its class's or something hung on it."""
+    """Another forward for one module; afterwards the one it had, its class's or another one."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -281,7 +281,7 @@ def _computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
 
 
 def _frozen_layers(view: ModelView, parts: GatedMlp) -> Layers:
-    """The layers of an MLP. Raises LuthierError where something in the MLP is trained, quantised or hung on."""
+    """The layers of an MLP. Raises LuthierError where something in the MLP is trained or quantised, or has an adapter."""
     mlp = view.module.get_submodule(parts.module)
     layers = Layers(*(view.module.get_submodule(n) for n in (parts.gate, parts.up, parts.down)))  # type: ignore[arg-type]
     moved = any(p.requires_grad or is_packed(p) for p in mlp.parameters())

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.kernels.linear import sparse_linear, stochastic_round
+from luthier.model.adapters import replaces_product
 from luthier.model.additions import bias_of, oriented, refuse_packed, register, replace_product
 from luthier.model.anatomy import Linear
-from luthier.model.hanging import replaces_product
 from luthier.model.undo import Change, Undo, leaving_out
 from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError

@@ -23,7 +23,7 @@ class Order(IntEnum):
     STRUCTURE = 0  # what is removed
     DELTAS = 1  # what is added to the weights that are left
     TENSORS = 2  # what stands in a weight's place
-    LAYERS = 3  # what hangs on layers
+    LAYERS = 3  # what is put on layers
     INPUTS = 4  # what stands before the inputs
 
 

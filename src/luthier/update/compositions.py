@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from luthier.kernels.linear import folded
+from luthier.model.adapters import Fixed
 from luthier.model.additions import bias_of, oriented, output_adapter, refuse_packed
 from luthier.model.anatomy import Anatomy
-from luthier.model.hanging import Fixed
 from luthier.model.inputs import soft_prompt
 from luthier.model.peft_modules import PeftModules
 from luthier.model.undo import Change, together

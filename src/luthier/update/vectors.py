@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from luthier.model.adapters import Fixed
 from luthier.model.additions import low_rank_adapter, refuse_packed
 from luthier.model.anatomy import Anatomy
-from luthier.model.hanging import Fixed
 from luthier.model.undo import Change, together
 from luthier.update import binding
 from luthier.update.base import PEFT_PREFIX, Order, Part, PeftFolder, Shapes
