@@ -156,10 +156,10 @@ class Structure(Part):
         q, k, v = (self._width(shapes, found[role][0], rows=True) for role in "qkv")
         o = self._width(shapes, found["o"][0], rows=False)
         if q != o or k != v or q % self.head_dim or k % self.head_dim or q % k:
-            yield f"block {block}: q, k, v and o of widths {q}, {k}, {v}, {o} are no heads of {self.head_dim} each"
+            yield f"block {block}: q, k, v and o of widths {q}, {k}, {v}, {o} are not heads of {self.head_dim} each"
             return
         if odd := self._per_head(shapes, found["q"][0], {q, k, q // self.head_dim} - {self.head_dim}):
-            yield f"block {block}: {odd} counts heads too, and is not known how to be shortened"
+            yield f"block {block}: {odd} counts heads too, and luthier does not know how to shorten it"
             return
         heads, kv = self.heads.get(block, torch.tensor([], dtype=torch.int64)), self.kv_heads.get(block)
         total = q // self.head_dim
@@ -334,7 +334,9 @@ def _left_by_group(heads: Tensor, total: int, group: int) -> list[int]:
 def _joined(first: Tensor | None, then: Tensor | None) -> Tensor:
     """All removed places, where `then` counts what `first` left."""
     if first is None or then is None:
-        return first if first is not None else then  # type: ignore[return-value]
+        known = first if then is None else then
+        assert known is not None
+        return known
     reach = int(then.max()) + len(first) + 1 if len(then) else 0
     stays = torch.ones(max(reach, int(first.max()) + 1 if len(first) else 0), dtype=torch.bool)
     stays[first] = False
