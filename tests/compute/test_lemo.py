@@ -299,17 +299,6 @@ def test_5_a_pruned_model_says_what_it_did_and_learns_through_the_masked_mlps(ki
     assert far > 1e-4 * sum(float(b.square().sum()) for b in exact)
 
 
-def test_6_chunked_loss_equals_one_piece_with_ignored_chunks():
-    from luthier.kernels.head import token_nll
-
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(300, 8, generator=generator), torch.randn(50, 8, generator=generator)
-    labels = torch.randint(0, 50, (300,), generator=generator)
-    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
-    torch.testing.assert_close(token_nll(hidden, weight, labels), expected, atol=1e-5, rtol=0)
-    assert token_nll(hidden[:0], weight, labels[:0]).sum() == 0
-
-
 def attention_bytes(view, batch, compute):
     """By layer: bytes that its attention keeps for the backward, once each, beside weights."""
     kept, now = {i: {} for i in range(len(view.anatomy.blocks))}, []

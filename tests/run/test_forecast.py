@@ -112,7 +112,7 @@ def test_a_recipe_whose_miniature_does_not_work_runs_without_a_forecast(tmp_path
     recipe, said = a_recipe(model=str(tmp_path / "model"), max_steps=1, tuner={"spiel": {"num_weights": 60_000}}), []
     done = run(recipe, tmp_path / "out", tmp_path, say=said.append)
     assert done["state"] == "done" and "forecast" not in done
-    assert any("no forecast (spiel.density: asks for 60000 entries of the" in line for line in said), said
+    assert any("no forecast (tuner.spiel.density: asks for 60000 entries of the" in line for line in said), said
 
 
 LIST = {"rounds": 1, "unlabelled_steps": 4, "unlabelled_batch": 4, "labelled_epochs": 1.0, "rank": 4}

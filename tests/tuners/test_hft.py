@@ -187,7 +187,7 @@ def test_biases_and_inner_norms_follow_their_matrix():
 def test_what_cannot_be_halved_is_refused_with_what_was_found(caplog):
     with pytest.raises(LuthierError, match=r"c_attn.* is a fused projection"):
         Hft().attach(tiny("gpt2"))
-    with pytest.raises(LuthierError, match="lfm2|no projection that is known|has no|fused"):
+    with pytest.raises(LuthierError, match="MISSING"):
         Hft().attach(tiny("lfm2"))
     for wrong in (0, 1, -0.5):
         with pytest.raises(ValueError, match="fraction"):
