@@ -419,7 +419,13 @@ def test_fused_projections_are_refused_by_check_and_by_patch(fields, key, what, 
 def test_what_a_method_is_not_asked_for_need_not_be_known():
     known = Facts(anatomy=Anatomy(phi3()))
     assert Lemo(keep_fraction=1.0).check(known) == []
-    moe = tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**{**SIZES, **TOKENS, "num_hidden_layers": 6}))
+    experts = {
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 8,
+        "shared_expert_intermediate_size": 8,
+    }
+    moe = tf.Qwen2MoeForCausalLM(tf.Qwen2MoeConfig(**{**SIZES, **TOKENS, **experts, "num_hidden_layers": 6}))
     facts = Facts(anatomy=Anatomy(moe))
     assert Lemo().check(facts) == []
     assert [p.key for p in Lemo(mlp_prune_fraction=0.5).check(facts)] == ["mlp_prune_fraction"]

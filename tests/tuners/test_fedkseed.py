@@ -41,7 +41,7 @@ def rebuilt_from(trainable):
 
 
 def test_1_replay_identity():
-    view, trainable, _ = client(40)
+    view, trainable, _ = client(25)
     rebuilt = rebuilt_from(trainable)
     moved = max(float((view.weight(n) - trainable.start[n]).abs().max()) for n in rebuilt)
     worst = max(float((view.weight(n) - rebuilt[n]).abs().max()) for n in rebuilt)

@@ -263,8 +263,8 @@ def test_the_trial_step_has_the_scheduled_rate_and_at_the_start_of_a_warm_up_the
 
 def test_in_the_loop_the_trial_step_follows_the_schedule():
     view, rates = view_of(), []
-    settings = TrainSettings(max_steps=8, batch_size=4, learning_rate=1e-3, warmup_fraction=0.25)
-    trainable = GreenTrainer(flops_share=0.8, reselect_every=1).attach(view, total_steps=8)
+    settings = TrainSettings(max_steps=4, batch_size=4, learning_rate=1e-3, warmup_fraction=0.25)
+    trainable = GreenTrainer(flops_share=0.8, reselect_every=1).attach(view, total_steps=4)
     loop = Loop(view, rows_of(), trainable, Sft(), settings)
     importance = trainable._importance
 
@@ -273,7 +273,7 @@ def test_in_the_loop_the_trial_step_follows_the_schedule():
         return importance(window, probe, names)
 
     trainable._importance = spy
-    logged = [loop.step()["learning_rate"] for _ in range(8)]
+    logged = [loop.step()["learning_rate"] for _ in range(4)]
     assert logged[0] == 0 and rates == pytest.approx([1e-3, *logged[1:]])
 
 

@@ -193,7 +193,7 @@ def test_names_are_parameters_and_other_shapes_are_a_problem(kind):
 @pytest.mark.parametrize("kind", LINEAR)
 def test_the_sums_of_parts_are_those_of_the_whole_each_name_once(kind):
     parts = (MADE["dense"](2), MADE[kind](0), MADE[kind](1))
-    whole: dict[str, Tensor] = {}
+    whole = {}
     for part in parts:
         for n, d in part.deltas():
             whole[n] = whole.get(n, torch.zeros(SHAPES[n])) + d
@@ -247,7 +247,7 @@ def equal(u: Update, v: Update, atol: float = 1e-6) -> None:
         torch.testing.assert_close(left.get(n, zero), right.get(n, zero), atol=atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.product(LINEAR, LINEAR))
+@pytest.mark.parametrize(("one", "other"), list(itertools.product(LINEAR, LINEAR)))
 def test_the_laws_of_a_vector_space_hold_for_each_pair(one, other):
     u, v, w = of(MADE[one](0)), of(MADE[other](20)), of(MADE[one](40), MADE[other](60))
     by_hand = {n: u.dense().get(n, 0) + v.dense().get(n, 0) for n in u.dense().keys() | v.dense().keys()}
@@ -265,7 +265,7 @@ def test_the_laws_of_a_vector_space_hold_for_each_pair(one, other):
     assert (u + v).inner(w) == pytest.approx(u.inner(w) + v.inner(w), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.product(LINEAR, LINEAR))
+@pytest.mark.parametrize(("one", "other"), list(itertools.product(LINEAR, LINEAR)))
 def test_two_forms_bound_together_are_their_sum_in_the_weights(one, other):
     view, fresh, both = view_of(), view_of(), of(MADE[one](0)) + of(MADE[other](20))
     with torch.no_grad():

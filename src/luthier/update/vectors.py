@@ -374,9 +374,8 @@ def _of_module(config: Mapping[str, Any], module: str, patterns: str, default: s
     """A number of an adapter's configuration for one module, by peft's own rule for patterns of names."""
     from peft.utils.other import get_pattern_key
 
-    by_name = config.get(patterns) or {}
-    found: float = by_name.get(get_pattern_key(by_name.keys(), module), config[default])
-    return found
+    by_name: dict[str, float] = config.get(patterns) or {}
+    return by_name.get(get_pattern_key(list(by_name), module), config[default])
 
 
 def noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
