@@ -88,7 +88,7 @@ class LoraTrainable(Trainable):
     def update(self) -> Update:
         transposed = frozenset(x.name for x in self.targets if x.transposed)
         part = LowRank(copies(self.a), copies(self.b), dict.fromkeys(self.a, self.scale), transposed)
-        return Update(self.base, (part,), Chart("lowrank", {n: t.cpu() for n, t in self.initial.items()}))
+        return Update(self.base, (part,), Chart({n: t.cpu() for n, t in self.initial.items()}))
 
 
 def initial_a(linear: Linear, rank: int, streams: Streams) -> Tensor:

@@ -213,5 +213,5 @@ def _counted(values: np.ndarray, k: int) -> int:
 def top_magnitudes(gradient: Tensor, k: int) -> Tensor:
     """[k] positions of the largest magnitudes, as `top`; bfloat16 is counted by its bits, which is faster still."""
     size = gradient.detach().abs()
-    # Bits of numbers that are not negative stand in the order of the numbers.
+    # The bits of numbers that are not negative have the same order as the numbers.
     return top(size.view(torch.int16) if size.dtype == torch.bfloat16 else size, k)

@@ -117,7 +117,7 @@ def outer_top(rows: Tensor, columns: Tensor, active: Tensor, k: int) -> tuple[Te
 
 
 def unseen(beta: float, age: Tensor) -> Tensor:
-    """1 - beta^age; subtracted like that it loses five digits while an element is young."""
+    """1 - beta^age, without the five digits that the plain difference loses for a young element."""
     return -torch.expm1(age * math.log(beta)) if beta else torch.ones_like(age, dtype=torch.float32)
 
 
@@ -196,10 +196,10 @@ def everywhere(p: Tensor) -> Places:
 
 
 class Observed:
-    """What an open window has seen: candidate positions, and sums of their gradients over steps.
+    """What an open window has observed: candidate positions, and sums of their gradients over steps.
 
-    One piece of memory of each kind for all layers. Hundreds of small pieces, taken in the middle of a backward pass and
-    kept after it, would hold the heap apart around them: 0.1 GB of holes on a model of 135M.
+    All layers share one block of memory of each kind. Hundreds of small blocks, allocated in the middle of a backward pass
+    and kept after it, would fragment the heap: 0.1 GB of holes on a model of 135M.
     """
 
     def __init__(self, indices: dict[str, Tensor]) -> None:
@@ -229,7 +229,7 @@ class Observed:
         self._pieces[name][3].add_(flat[self.candidates(name)])
 
     def end_step(self, ranks: dist.ProcessGroup | None) -> None:
-        """The step's gradient is whole: add it and its square."""
+        """Add the gradient of the whole step and its square."""
         if ranks is not None:  # the loop scales losses for a mean over ranks
             dist.all_reduce(self._step, group=ranks)
             self._step /= dist.get_world_size()

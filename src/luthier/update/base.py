@@ -251,5 +251,5 @@ class Part(ABC):
 
     @classmethod
     def from_peft(cls, folder: PeftFolder) -> Part | None:
-        """What of such a folder is of this form."""
+        """The part of this form that such a folder holds; None if it holds none."""
         return None

@@ -115,7 +115,7 @@ def misfits(tensors: Mapping[str, Tensor], shapes: Shapes) -> Iterator[str]:
 
 
 def shortened(structure: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of parameters, less what a structure takes out of them."""
+    """Tensors of parameters, without the entries that a structure removes."""
     cuts = {n: structure.cut(n) for n in tensors}
     return {n: t if (cut := cuts[n]) is None else cut.of(t) for n, t in tensors.items()}
 
@@ -126,5 +126,5 @@ def below(start: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def picked(by_name: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:
-    """What stands under these names."""
+    """The entries with these names."""
     return {n: by_name[n] for n in names}

@@ -55,7 +55,7 @@ def load(folder: str | Path) -> Update:
         parts: list[Part] = []
         for i, entry in enumerate(header["parts"]):
             parts.append(restore(entry["kind"], below(f"{i}.", tensors), entry["header"]))
-        chart = Chart(header["chart"], below("chart.", tensors)) if header.get("chart") else None
+        chart = Chart(below("chart.", tensors)) if header.get("chart") else None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise LuthierError(f"{folder / 'update.json'}: is not an update that luthier wrote ({error!r})") from error
     if (folder / "adapter_model.safetensors").exists():
@@ -91,13 +91,13 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
 
 
 def _save_ours(update: Update, folder: Path) -> None:
-    header: dict[str, Any] = {"format": 1, "base": update.base.model_dump(), "parts": [], "chart": None}
+    header: dict[str, Any] = {"format": 1, "base": update.base.model_dump(), "parts": [], "chart": False}
     tensors: dict[str, Tensor] = {}
     for i, part in enumerate(update.parts):
         header["parts"].append({"kind": part.kind, "header": part.header()})
         tensors |= {f"{i}.{k}": t.contiguous() for k, t in part.tensors().items()}
     if update.chart is not None:
-        header["chart"] = update.chart.form
+        header["chart"] = True
         tensors |= {f"chart.{k}": t.contiguous() for k, t in update.chart.initial.items()}
     if tensors:
         save_file(tensors, folder / "update.safetensors")

@@ -19,7 +19,6 @@ from luthier.update.vectors import LowRank
 class Chart:
     """What two low-rank updates must share before their factors can be compared: the initial tensors and their order."""
 
-    form: str
     initial: Mapping[str, Tensor] = field(repr=False)  # "a.NAME" -> A0
 
     @property

@@ -112,7 +112,7 @@ class Structure(Part):
         return int(number), role_of(module), which
 
     def _roles(self, shapes: Shapes, block: int) -> dict[str, list[str]]:
-        """role -> names of a block's matrices."""
+        """Role -> names of a block's matrices."""
         found: dict[str, list[str]] = {}
         for name in shapes:
             at, role, which = self._place(name)
@@ -131,7 +131,7 @@ class Structure(Part):
         q, k = (self._width(shapes, found[role][0], rows=True) for role in "qk")
         return q // k
 
-    # --- what cannot be ---
+    # --- what cannot be removed ---
 
     def problems(self, shapes: Shapes) -> Iterator[str]:
         if self.head_dim < 1:
@@ -348,7 +348,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _set_features(layer: nn.Module) -> Change:
-    """Let a layer say the widths that its weight has."""
+    """Write the widths of a layer's weight into its attributes."""
     names = ("nx", "nf") if isinstance(layer, Conv1D) else ("out_features", "in_features")
     return _set_counts(layer, dict(zip(names, layer.weight.shape, strict=True)))  # type: ignore[arg-type]
 
