@@ -375,7 +375,8 @@ def _of_module(config: Mapping[str, Any], module: str, patterns: str, default: s
     from peft.utils.other import get_pattern_key
 
     by_name: dict[str, float] = config.get(patterns) or {}
-    return by_name.get(get_pattern_key(list(by_name), module), config[default])
+    found: float = by_name.get(get_pattern_key(list(by_name), module), config[default])
+    return found
 
 
 def noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
