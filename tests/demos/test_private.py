@@ -6,7 +6,7 @@ import pytest
 
 from helpers.collaborations import TINY
 from luthier.demos.private import NAMES, STYLES, answered, demo, made, written
-from luthier.federation.folder import Place
+from luthier.federation.folder import Workspace
 from luthier.update.files import load
 
 
@@ -44,10 +44,10 @@ def test_it_ends_in_one_report_with_everything_asked_for(shown):
 
 def test_what_comes_back_opens_as_an_adapter_of_the_large_model(shown):
     folder, _, _ = shown
-    place = Place(folder / "contract")
+    workspace = Workspace(folder / "contract")
     update = load(folder / "results" / "clinic")
-    assert update.base.same_base(place.lab.view("large").base)
-    with update.bind(place.lab.view("large")):
+    assert update.base.same_base(workspace.lab.view("large").base)
+    with update.bind(workspace.lab.view("large")):
         pass
 
 

@@ -13,7 +13,7 @@ from helpers.collaborations import recipe
 from helpers.commands import LUTHIER, luthier
 from luthier.collaboration.parties import in_process
 from luthier.demos.private import NAMES
-from luthier.federation.folder import Place
+from luthier.federation.folder import Workspace
 from luthier.federation.network import address
 from luthier.federation.outcome import given_in
 from luthier.support.errors import LuthierError
@@ -82,17 +82,17 @@ def test_over_a_network_the_same_parties_come_to_the_same_numbers(network):
     server, clients = net.serve(*names), [net.join(n) for n in names]
     assert server.wait(timeout=280) == 0, net.said()
     assert [c.wait(timeout=60) for c in clients] == [0, 0], net.said()
-    place = Place(net.folder / "server")
-    alone = place.protocol.server(place.contract, names, None, place.workshop)
-    rows = {n: place.rendered(place.rows(str(net.folder / f"{n}.jsonl"), net.folder)) for n in names}
-    parties = [place.protocol.client(n, place.contract, place.first, rows[n]) for n in names]
+    workspace = Workspace(net.folder / "server")
+    alone = workspace.protocol.server(workspace.contract, names, None, workspace.lab)
+    rows = {n: workspace.rendered(workspace.rows(str(net.folder / f"{n}.jsonl"), net.folder)) for n in names}
+    parties = [workspace.protocol.client(n, workspace.contract, workspace.first, rows[n]) for n in names]
     in_process([alone, *parties], alone.begin(), lambda sent, disclosure: None)
     for name in names:
         expected = alone.update.dense()
         for adapter in (net.folder / "out" / name, net.folder / name / "given" / name):
             found = load(adapter).dense()
             assert max(float((found[k] - expected[k]).abs().max()) for k in expected) < 1e-6
-            assert given_in(adapter).contract == place.contract.digest
+            assert given_in(adapter).contract == workspace.contract.digest
     so_far = load(net.folder / "out/so-far").dense()
     assert max(float((so_far[k] - expected[k]).abs().max()) for k in expected) < 1e-6, "all have arrived"
     noted = [json.loads(x) for x in (net.folder / names[0] / "sent.jsonl").read_text().splitlines()]

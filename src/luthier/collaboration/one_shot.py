@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement, AnyTuner
 from luthier.collaboration.averaging import cosines, length, outliers
-from luthier.collaboration.base import Collaboration, Workshop
+from luthier.collaboration.base import Collaboration
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.parties import Disclosure, Member, Sent, promised, sizes
@@ -22,6 +22,7 @@ from luthier.method import Source, Traits
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
+from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.support.progress import OnProgress, no_progress, steps
@@ -83,7 +84,7 @@ class OneShot(Collaboration):
         )  # fmt: skip
 
     def server(
-        self, contract: AverageContract, clients: Sequence[str], journal: Journal | None, workshop: Workshop
+        self, contract: AverageContract, clients: Sequence[str], journal: Journal | None, lab: Lab
     ) -> AverageServer:
         return AverageServer(contract, clients, journal)
 

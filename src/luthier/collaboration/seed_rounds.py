@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement
-from luthier.collaboration.base import Collaboration, Workshop
+from luthier.collaboration.base import Collaboration
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.parties import Disclosure, Member, Sent, sizes
@@ -22,6 +22,7 @@ from luthier.method import Source, Traits
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
+from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.support.progress import steps
@@ -88,9 +89,7 @@ class SeedRounds(Collaboration):
             settings=settings, protocol=self, **more,
         )  # fmt: skip
 
-    def server(
-        self, contract: SeedContract, clients: Sequence[str], journal: Journal | None, workshop: Workshop
-    ) -> SeedServer:
+    def server(self, contract: SeedContract, clients: Sequence[str], journal: Journal | None, lab: Lab) -> SeedServer:
         return SeedServer(contract, clients, journal)
 
     def client(self, name: str, contract: SeedContract, view: ModelView, rows: Sequence[Any]) -> SeedClient:

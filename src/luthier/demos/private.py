@@ -20,8 +20,8 @@ from luthier.data.builtin.requests import demo_rows
 from luthier.demos.local import LARGE, SMALL, Schooling, pieces, python_sources, schooled
 from luthier.federation import demo_page as page
 from luthier.federation.client import Audited, AuditSettings, prepared, send
-from luthier.federation.folder import Place
-from luthier.federation.provider import Shop, judge, make_shadows, on_public, opened, pairs_in
+from luthier.federation.folder import Workspace
+from luthier.federation.provider import ProviderWorkspace, judge, make_shadows, on_public, open_provider, pairs_in
 from luthier.federation.server import taken_in
 from luthier.support.files import write_text
 from luthier.support.progress import Say
@@ -101,18 +101,20 @@ def made(size: Size, seed: int = 0) -> Rows:
 def demo(folder: Path, size: Size = Size(), say: Say = lambda _: None, processes: int | None = None) -> Path:  # noqa: B008
     """Everything, end to end; returns the report. What is finished in the folder is not made again."""
     began, rows = time.monotonic(), made(size)
-    place = _agreed(folder, rows, size, say)
-    make_shadows(place, processes, say)
-    shop = opened(place)
-    judged = judge(shop, say)
+    workspace = _agreed(folder, rows, size, say)
+    make_shadows(workspace, processes, say)
+    provider = open_provider(workspace)
+    judged = judge(provider, say)
     audits: dict[str, Audited] = {}
     for name in NAMES:
-        own, held = (place.rendered(place.rows(str(_file(folder, name, w)), Path())) for w in ("private", "held"))
-        audits[name] = prepared(place, name, own, AuditSettings(held, size.canaries, size.others), say=say)
+        own, held = (
+            workspace.rendered(workspace.rows(str(_file(folder, name, w)), Path())) for w in ("private", "held")
+        )
+        audits[name] = prepared(workspace, name, own, AuditSettings(held, size.canaries, size.others), say=say)
         send(audits[name], folder / "sent", anyway=True)  # a demonstration: nothing leaves this machine
-    arrived = taken_in(place, [folder / "sent" / f"{n}.message" for n in NAMES], folder / "results", say)
+    arrived = taken_in(workspace, [folder / "sent" / f"{n}.message" for n in NAMES], folder / "results", say)
     say("compare what each had, what it got, and what sharing rows would have given")
-    losses = {n: _losses(shop, folder, n, audits[n], arrived.results[n]) for n in NAMES}
+    losses = {n: _losses(provider, folder, n, audits[n], arrived.results[n]) for n in NAMES}
     found = {"losses": losses, "judged": judged, "seconds": time.monotonic() - began}
     write_text(folder / "found.json", json.dumps(found, indent=1))
     return page.write_collaboration(folder / "report.html", found, audits, arrived.report)
@@ -122,12 +124,12 @@ def _file(folder: Path, name: str, which: str) -> Path:
     return folder / "data" / f"{name}-{which}.jsonl"
 
 
-def _agreed(folder: Path, rows: Rows, size: Size, say: Say) -> Place:
+def _agreed(folder: Path, rows: Rows, size: Size, say: Say) -> Workspace:
     """Rows and models on disk, and a contract over them."""
     from luthier import recipe as recipes
 
     if (folder / "contract" / "contract.json").exists():
-        return Place(folder / "contract")
+        return Workspace(folder / "contract")
     (folder / "data").mkdir(parents=True, exist_ok=True)
     _write(folder / "data" / "public.jsonl", rows.public)
     for name in NAMES:
@@ -143,7 +145,7 @@ def _agreed(folder: Path, rows: Rows, size: Size, say: Say) -> Place:
         "collaborate": {"grad-transformer": {"large": str(large), "by": "house", "concentration": 0.05,
                                              "sets": size.sets, "rows": size.rows}},
     }  # fmt: skip
-    return Place.create(recipes.load(json.dumps(values), "demo"), folder, folder / "contract")
+    return Workspace.create(recipes.load(json.dumps(values), "demo"), folder, folder / "contract")
 
 
 def _write(file: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -158,21 +160,21 @@ def _news(say: Say, size: Size, name: str) -> Callable[[dict[str, float]], None]
     return tell
 
 
-def _losses(shop: Shop, folder: Path, name: str, audited: Audited, got: Path) -> dict[str, float]:
+def _losses(provider: ProviderWorkspace, folder: Path, name: str, audited: Audited, got: Path) -> dict[str, float]:
     """Losses on the organisation's held rows, in nats a token: its own models, what it got, and what needs rows to be shared."""
-    place, c = shop.place, shop.contract
-    own, held = (place.rendered(place.rows(str(_file(folder, name, w)), Path())) for w in ("private", "held"))
+    workspace, c = provider.workspace, provider.contract
+    own, held = (workspace.rendered(workspace.rows(str(_file(folder, name, w)), Path())) for w in ("private", "held"))
     everybody = [
-        r for n in NAMES for r in place.rendered(place.rows(str(_file(folder, n, "private")), Path()))
+        r for n in NAMES for r in workspace.rendered(workspace.rows(str(_file(folder, n, "private")), Path()))
     ]  # fmt: skip
-    large, pairs = place.lab.view("large"), pairs_in(shop)
+    large, pairs = workspace.lab.view("large"), pairs_in(provider)
     start = start_of(large, c.tuner)
-    public = start.update(on_public(shop, lambda _: None))
+    public = start.update(on_public(provider, lambda _: None))
     given = {
         page.BARE: None, page.MEAN: start.update(mean_shadow(pairs, pairs.x[:1])[0]), page.PUBLIC: public,
-        page.TRANSLATED: load(got), page.SHARED: shop.protocol.centralised(c, place.workshop, own),
-        page.ALL: shop.protocol.centralised(c, place.workshop, everybody),
+        page.TRANSLATED: load(got), page.SHARED: provider.protocol.centralised(c, workspace.lab, own),
+        page.ALL: provider.protocol.centralised(c, workspace.lab, everybody),
     }  # fmt: skip
-    with audited.update.bind(place.first):
-        small = place.loss("small", None, held)
-    return {page.OWN: small} | {n: place.loss("large", u, held) for n, u in given.items()}
+    with audited.update.bind(workspace.first):
+        small = workspace.loss("small", None, held)
+    return {page.OWN: small} | {n: workspace.loss("large", u, held) for n, u in given.items()}

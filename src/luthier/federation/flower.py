@@ -21,7 +21,7 @@ from luthier.collaboration.messages import Refused, decode
 from luthier.collaboration.parties import Sent, Tick
 from luthier.collaboration.rounds import RoundServer
 from luthier.federation.client import AuditFailed, AuditSettings, prepared, send
-from luthier.federation.folder import LIMIT, Place
+from luthier.federation.folder import LIMIT, Workspace
 from luthier.federation.network import GIVEN, RECORD, SENT, Client
 from luthier.federation.outcome import leave
 from luthier.federation.server import leave_so_far, left
@@ -35,16 +35,16 @@ PATIENCE = 0.2  # seconds between looks for answers
 # --- the server's process ---
 
 
-def carried(grid: Grid, place: Place, clients: list[str], output: Path, patience: float) -> None:
+def carried(grid: Grid, workspace: Workspace, clients: list[str], output: Path, patience: float) -> None:
     """Do a server's whole work, starting from its journal: rounds, results on disk, then results to the clients."""
-    party = place.protocol.server(place.contract, clients, place.journal(), place.workshop)
+    party = workspace.protocol.server(workspace.contract, clients, workspace.journal(), workspace.lab)
     line = Line(grid, clients)
     try:
-        serve(party, line, patience, _said, lambda: leave_so_far(place, party, output))
+        serve(party, line, patience, _said, lambda: leave_so_far(workspace, party, output))
     except LuthierError as error:
         _said(f"ended   {error}")
         return
-    left(place, party, output)
+    left(workspace, party, output)
     give(party, line, _said)
 
 
@@ -193,19 +193,19 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
 
     A round is answered once. If the server asks again, the same bytes are sent: a second tuning would spend the privacy twice.
     """
-    place, message = Place(folder, who.models), decode(received, LIMIT)
+    workspace, message = Workspace(folder, who.models), decode(received, LIMIT)
     if message.header.kind == "result":
-        _keep(place, who, message)
+        _keep(workspace, who, message)
     if message.header.kind != "state":
         return b""
-    if message.header.round >= place.protocol.turns:
-        asked = f"asked for round {message.header.round + 1} of {place.protocol.turns}"
+    if message.header.round >= workspace.protocol.turns:
+        asked = f"asked for round {message.header.round + 1} of {workspace.protocol.turns}"
         raise Refused("round", f"{asked}: the contract has no more rounds")
     stem = f"{who.name}-{message.header.round}"
     kept = folder / SENT / f"{stem}.message"
     if not kept.exists():
         try:
-            _prepare(place, who, message, stem)
+            _prepare(workspace, who, message, stem)
         except AuditFailed as error:
             write_text(folder / f"{who.name}.held-back", str(error))
             return _declined(who.name, message).encode()
@@ -217,23 +217,23 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
     return data
 
 
-def _keep(place: Place, who: Client, result: Envelope) -> None:
+def _keep(workspace: Workspace, who: Client, result: Envelope) -> None:
     """Save the server's result as an adapter's folder. A client need not have the model that it belongs to."""
-    party = place.protocol.client(who.name, place.contract, place.first, [])
+    party = workspace.protocol.client(who.name, workspace.contract, workspace.first, [])
     party.handle(result)
-    target = place.path / GIVEN / who.name
+    target = workspace.path / GIVEN / who.name
     shutil.rmtree(target, ignore_errors=True)
     with whole(target) as temporary:
-        roles = place.protocol.roles
-        leave(place, roles[-1], party.update, temporary, who.name, place.first if len(roles) == 1 else None)
+        roles = workspace.protocol.roles
+        leave(workspace, roles[-1], party.update, temporary, who.name, workspace.first if len(roles) == 1 else None)
 
 
-def _prepare(place: Place, who: Client, state: Envelope, stem: str) -> None:
-    rows = place.rendered(place.rows(who.data, Path()))
-    held = place.rendered(place.rows(who.held, Path())) if who.held else []
-    audited = prepared(place, who.name, rows, AuditSettings(held, who.canaries, who.others), state, _said)
-    _said(f"audit   round {state.header.round}: {audited.verdict.outcome}; {place.path / SENT / f'{stem}.html'}")
-    send(audited, place.path / SENT, who.send_anyway, stem)
+def _prepare(workspace: Workspace, who: Client, state: Envelope, stem: str) -> None:
+    rows = workspace.rendered(workspace.rows(who.data, Path()))
+    held = workspace.rendered(workspace.rows(who.held, Path())) if who.held else []
+    audited = prepared(workspace, who.name, rows, AuditSettings(held, who.canaries, who.others), state, _said)
+    _said(f"audit   round {state.header.round}: {audited.verdict.outcome}; {workspace.path / SENT / f'{stem}.html'}")
+    send(audited, workspace.path / SENT, who.send_anyway, stem)
 
 
 def _declined(name: str, state: Envelope) -> Envelope:

@@ -20,11 +20,11 @@ client = ClientApp()
 @server.main()
 def _serve(grid: Grid, context: Context) -> None:
     from luthier.federation.flower import carried
-    from luthier.federation.folder import Place
+    from luthier.federation.folder import Workspace
 
     c = context.run_config
-    place = Place(Path(str(c["folder"])), json.loads(str(c["models"])))
-    carried(grid, place, str(c["clients"]).split(","), Path(str(c["output"])), float(c["patience"]))
+    workspace = Workspace(Path(str(c["folder"])), json.loads(str(c["models"])))
+    carried(grid, workspace, str(c["clients"]).split(","), Path(str(c["output"])), float(c["patience"]))
 
 
 @client.query()

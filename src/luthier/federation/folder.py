@@ -23,7 +23,7 @@ from torch import Tensor
 
 from luthier import recipe as recipes
 from luthier.collaboration.agreement import Agreement, Rendering
-from luthier.collaboration.base import Collaboration, Workshop
+from luthier.collaboration.base import Collaboration
 from luthier.collaboration.journal import Journal
 from luthier.data.prepare import prepare
 from luthier.data.reading import Tick, no_tick, read
@@ -50,7 +50,7 @@ OF_A_RUN = {"eval_steps", "early_stopping_patience", "load_best", "save_steps", 
 TAKEN_OF_DATA = {"train", "columns", "system", "template", "max_length"}
 
 
-class Place:
+class Workspace:
     """An opened folder. `models` holds other places of models, by role, which replace those in the contract. `given` holds
     them."""
 
@@ -67,7 +67,7 @@ class Place:
             raise LuthierError(f"--model {min(unknown)}: the contract's models are {', '.join(self.protocol.roles)}")
 
     @classmethod
-    def create(cls, recipe: Recipe, base: Path, path: Path) -> Place:
+    def create(cls, recipe: Recipe, base: Path, path: Path) -> Workspace:
         """Agree on what the recipe says, and write the contract. Raises RecipeError for a recipe that cannot work."""
         protocol = recipe.collaborate
         if protocol is None:
@@ -96,17 +96,14 @@ class Place:
 
     @cached_property
     def lab(self) -> Lab:
-        """The services around the models that the contract pins, by their roles; each is loaded when it is first asked for."""
+        """The services around the models that the contract pins. Models go by their roles; each is loaded at its first use."""
         r, settings = self.contract.rendering, self.contract.settings
         plain = {"auto": None, "chat": False, "plain": True}[r.template]
         renderer = Renderer(_tokenizer(locate(self.models[self.protocol.roles[0]])), r.system, plain)
         models = {role: partial(_view, model) for role, model in self.models.items()}
-        return lab_with(renderer, models, tokens_per_forward=2 * settings.tokens_per_forward, seed=settings.seed)
-
-    @property
-    def workshop(self) -> Workshop:
-        """What a server works with."""
-        return Workshop(self.lab, self.shadows)
+        lab = lab_with(renderer, models, tokens_per_forward=2 * settings.tokens_per_forward, seed=settings.seed)
+        lab.shadowing = self.shadows
+        return lab
 
     @property
     def first(self) -> ModelView:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import BaseModel
 
 from luthier.collaboration.agreement import Rendering
-from luthier.federation.folder import Place
+from luthier.federation.folder import Workspace
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.loading import locate
 from luthier.model.view import ModelView
@@ -57,7 +57,9 @@ class Given(BaseModel, frozen=True, extra="forbid"):
         return "\n".join(lines)
 
 
-def leave(place: Place, role: str, update: Update, folder: Path, name: str, view: ModelView | None = None) -> Path:
+def leave(
+    workspace: Workspace, role: str, update: Update, folder: Path, name: str, view: ModelView | None = None
+) -> Path:
     """Write an update's files for `luthier.load`, for peft if the update is low-rank, and a model card.
 
     role  of the model that the update belongs to
@@ -66,8 +68,8 @@ def leave(place: Place, role: str, update: Update, folder: Path, name: str, view
     folder.mkdir(parents=True, exist_ok=True)
     save_update(update, folder, view)
     given = Given(
-        protocol=place.protocol.key(), contract=place.contract.digest, model=place.models[role], base=update.base,
-        rendering=place.contract.rendering,
+        protocol=workspace.protocol.key(), contract=workspace.contract.digest, model=workspace.models[role], base=update.base,
+        rendering=workspace.contract.rendering,
     )  # fmt: skip
     write_text(folder / FILE, given.model_dump_json(indent=1))
     write_text(folder / "README.md", given.card(name, "adapter", peft=(folder / "adapter_model.safetensors").exists()))

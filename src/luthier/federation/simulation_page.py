@@ -18,7 +18,7 @@ SAYS = {
 }  # fmt: skip
 
 
-def write_simulation(target: Path, place: Any, found: Mapping[str, Any]) -> Path:
+def write_simulation(target: Path, workspace: Any, found: Mapping[str, Any]) -> Path:
     """Write the report. found: the contents of found.json from `collaboration.simulation.simulate`"""
     names, losses = list(found["losses"][ALONE]), found["losses"]
     lines = [
@@ -31,11 +31,11 @@ def write_simulation(target: Path, place: Any, found: Mapping[str, Any]) -> Path
     )  # fmt: skip
     counted = found["report"] if isinstance(found["report"], list) else []
     page = template("simulation.html").render(
-        name=f"{place.path.name}: simulated", protocol=place.protocol.key(), digest=place.contract.digest[:12],
+        name=f"{workspace.path.name}: simulated", protocol=workspace.protocol.key(), digest=workspace.contract.digest[:12],
         lead=lead(found), names=names, lines=lines, chart=chart, counted=counted, rounds=found["rounds"],
         arrivals=found["arrivals"], arriving=_arriving(found), line=found["line"], along=_along(found),
-        leaves=place.protocol.leaves, two_models=len(place.protocol.roles) > 1, version=__version__,
-        steps=place.contract.settings.max_steps,
+        leaves=workspace.protocol.leaves, two_models=len(workspace.protocol.roles) > 1, version=__version__,
+        steps=workspace.contract.settings.max_steps,
     )  # fmt: skip
     write_text(target, page)
     return target

@@ -11,7 +11,7 @@ from luthier.support.files import write_text
 from luthier.support.version import __version__
 
 
-def write_translation(target: Path, place: Any, found: Mapping[str, Any], judged: Mapping[str, Any] | None) -> Path:
+def write_translation(target: Path, workspace: Any, found: Mapping[str, Any], judged: Mapping[str, Any] | None) -> Path:
     """found   "report" of the server: by sender (grad-transformer), or a list of clients with their weights (one-shot);
             "cosine" of the senders' updates, or None; "refused" by file
     judged  the result of `collaborate translator`; None if it was not run
@@ -20,10 +20,10 @@ def write_translation(target: Path, place: Any, found: Mapping[str, Any], judged
     translates = isinstance(report, Mapping)
     senders = [{"name": n, **r} for n, r in report.items()] if translates else []
     page = template("translation.html").render(
-        name=f"{place.path.name}: what came of it", senders=senders, counted=[] if translates else report,
+        name=f"{workspace.path.name}: what came of it", senders=senders, counted=[] if translates else report,
         cosine=found["cosine"], refused=found["refused"], rows=_rows(judged),
         verdict=None if judged is None else judged["verdict"], sets=None if judged is None else judged["sets"],
-        protocol=place.protocol.key(), digest=place.contract.digest[:12], version=__version__, translates=translates,
+        protocol=workspace.protocol.key(), digest=workspace.contract.digest[:12], version=__version__, translates=translates,
     )  # fmt: skip
     write_text(target, page)
     return target
