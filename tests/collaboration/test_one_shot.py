@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from luthier.collaboration import one_shot
+from luthier.collaboration import privacy
 from luthier.collaboration.averaging import averaged
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message
@@ -122,7 +122,7 @@ def test_whoever_is_late_does_not_count_and_is_refused_by_name():
     assert {s.to for s in results} == set(NAMES) and [r["client"] for r in server.report] == ["east", "west"]
     (refused,) = server.handle(north.handle(states["north"])[0].message)
     north.handle(refused.message)
-    assert north.refusals == ["round: north sent for round 0, all are closed"]
+    assert north.refusals == ["round: north sent for round 1, all are closed"]
 
 
 def message(agreed, update, name="east", rows=8):
@@ -173,7 +173,7 @@ def test_a_round_ends_without_those_that_decline_and_not_with_none():
 
 def test_under_a_promise_each_round_has_the_noise_of_all_together(monkeypatch):
     seen = []
-    monkeypatch.setattr(one_shot, "plan", lambda *given: seen.append(plan(*given)) or seen[-1])
+    monkeypatch.setattr(privacy, "plan", lambda *given: seen.append(plan(*given)) or seen[-1])
     agreed = contract(rounds=2, privacy=Privacy(epsilon=4.0, delta=0.01))
     carried(AverageServer(agreed, NAMES[:1]), clients(agreed)[:1])
     assert [p.rounds for p in seen] == [2, 2] and all(p.spent <= 4.0 for p in seen)

@@ -124,8 +124,7 @@ def tune(
     refuse_name(name)
     workspace = _workspace(folder, models)
     refuse_rounds(workspace)
-    rows = workspace.rendered(workspace.rows(data, Path()))
-    kept = workspace.rendered(workspace.rows(held, Path())) if held else []
+    rows, kept = workspace.rows_in(data), workspace.rows_in(held) if held else []
     audited = prepared(workspace, name, rows, AuditSettings(kept, canaries, others), say=_say)
     for a in audited.answers:
         _say(f"\n{a.question}")
@@ -232,8 +231,8 @@ def demo(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Three organisations and a provider, all made by the command: from separate rows to one report, in a quarter of an hour."""
-    from luthier.demos.private import Size
+    from luthier.demos.private import USUAL
     from luthier.demos.private import demo as carried_out
 
     quiet(debug)
-    print(carried_out(output, Size(), _say, processes))
+    print(carried_out(output, USUAL, _say, processes))

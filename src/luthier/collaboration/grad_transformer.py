@@ -224,12 +224,10 @@ class Provider(RoundServer):
 
     def disclosure(self, out: Sent) -> Disclosure:
         if out.message.header.kind != "result":
-            return Disclosure("only the start of tuning", out.to, sizes(out.message), "nothing", "no formal privacy")
+            return Disclosure("only the start of tuning", out.to, sizes(out.message))
         pools = self.protocol.pool != "none"
         others = f", made from the updates of {len(self.report)} organisations" if pools else ""
-        return Disclosure(
-            f"an adapter of the large model{others}", out.to, sizes(out.message), "nothing", "no formal privacy"
-        )
+        return Disclosure(f"an adapter of the large model{others}", out.to, sizes(out.message))
 
 
 def shadow(

@@ -9,19 +9,18 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from luthier.collaboration.agreement import Agreement, AnyTuner
+from luthier.collaboration.agreement import Agreement
 from luthier.collaboration.averaging import cosines, length, outliers
 from luthier.collaboration.base import Collaboration
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.parties import Disclosure, Member, Sent, promised, sizes
-from luthier.collaboration.privacy import PrivateRun, plan
+from luthier.collaboration.privacy import tuning
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
 from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.method import Source, Traits
 from luthier.model.fingerprint import Fingerprint
-from luthier.model.view import ModelView, as_found
-from luthier.objectives.sft import Sft
+from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
@@ -96,7 +95,6 @@ class AverageContract(Agreement, frozen=True, extra="forbid"):
     """What all parties of an average agree on."""
 
     base: Fingerprint
-    tuner: AnyTuner
     protocol: OneShot
     moves: dict[str, list[str]]
     """Form of an update's part -> the parameters that it changes."""
@@ -174,7 +172,7 @@ class AverageServer(RoundServer):
 
     def disclosure(self, out: Sent) -> Disclosure:
         what = f"the mean of the updates of {len(self.clients)} clients" if self.round else "only the start of tuning"
-        return Disclosure(what, out.to, sizes(out.message), "nothing", "no formal privacy")
+        return Disclosure(what, out.to, sizes(out.message))
 
 
 class AverageClient(Member):
@@ -187,9 +185,8 @@ class AverageClient(Member):
         self.contract, self.view = contract, view
 
     def answer(self, state: Message) -> list[Sent]:
-        start, _ = self.start(state).to(
-            "dense"
-        )  # the state goes into the weights, so that the tuner can add its own change
+        # The state goes into the weights, so that the tuner can add its own change.
+        start, _ = self.start(state).to("dense")
         with start.bind(self.view):
             update, loss = alone(self.contract, self.view, self.rows, self.progress)
         c = self.contract
@@ -220,20 +217,12 @@ def alone(
 ) -> tuple[Update, float | None]:
     """(update, last training loss) of one client alone, or of all clients' rows together. With a privacy limit the loss is not
     returned, because the limit does not account for it."""
-    total, settings = Loop.length(rows, contract.settings), contract.settings
-    with as_found(view):
-        if contract.privacy is not None:
-            made = plan(contract.privacy, len(rows), settings.batch_size, total, contract.protocol.rounds)
-            return PrivateRun(view, rows, contract.tuner, settings, made).finish(progress), None
-        trainable = contract.tuner.attach(view, None, total)
-        try:
-            loop = Loop(view, rows, trainable, Sft(), settings)
-            entry: dict[str, float] = {}
-            for _ in steps(total, progress):
-                entry = loop.step()
-            return trainable.update(), entry.get("loss")  # none where the last step had nothing to learn
-        finally:
-            trainable.detach()
+    c, entry = contract, {}
+    with tuning(view, rows, c.tuner, c.settings, c.privacy, c.protocol.rounds) as (trainable, take_step):
+        for _ in steps(Loop.length(rows, c.settings), progress):
+            entry = take_step()
+        # There is no loss if the last step had nothing to learn.
+        return trainable.update(), entry.get("loss") if c.privacy is None else None
 
 
 def _moves(update: Update) -> dict[str, list[str]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from luthier.collaboration.audit.canaries import Canary, Memory, canaries, memory
 from luthier.collaboration.audit.canaries import rows_of as planted_rows
 from luthier.collaboration.audit.gate import LIMITS, Answer, Leaks, Limits, Verdict, answers, judged
-from luthier.collaboration.audit.membership import membership
+from luthier.collaboration.audit.membership import Membership, membership
 from luthier.collaboration.audit.tokens import Found, TokenAudit, distinct
 from luthier.collaboration.contract import Contract, start_of
 from luthier.collaboration.messages import Message
@@ -53,6 +53,9 @@ class AuditSettings(NamedTuple):
     limits: Limits = LIMITS
 
 
+USUAL = AuditSettings()
+
+
 class Audited(NamedTuple):
     """A message that is ready, and what it would reveal."""
 
@@ -65,7 +68,7 @@ class Audited(NamedTuple):
 
 
 def prepared(
-    workspace: Workspace, name: str, rows: Sequence[Any], look: AuditSettings = AuditSettings(), state: Message | None = None,  # noqa: B008
+    workspace: Workspace, name: str, rows: Sequence[Any], look: AuditSettings = USUAL, state: Message | None = None,
     say: Say = lambda _: None,
 ) -> Audited:  # fmt: skip
     """Tune under the contract and audit what would be sent.
@@ -79,9 +82,8 @@ def prepared(
     )
     party.counted, party.progress = len(rows), Lines(say)
     if state is None:
-        state = Message.of(
-            "state", contract.digest, SERVER, workspace.first.base, workspace.protocol.beginning(contract)
-        )  # fmt: skip
+        tensors = workspace.protocol.beginning(contract)
+        state = Message.of("state", contract.digest, SERVER, workspace.first.base, tensors)
     say(f"tune    {len(rows)} rows and {len(known)} canaries" + _promise(workspace))
     (sent,) = party.handle(state)
     disclosure, update = party.disclosure(sent), party.moved(sent.message)
@@ -91,10 +93,10 @@ def prepared(
     )
     start, _ = party.start(state).to("dense")
     with start.bind(workspace.first):  # an observer knows the state from which the client started
-        tokens, no_progress = _tokens(workspace, update, rows)
+        tokens, untested = _tokens(workspace, update, rows)
         remembered = _memory(workspace, update, known, controls, look.others, say) if known else None
         members = _membership(workspace, update, rows, look.held) if len(look.held) else None
-    leaks = Leaks(tokens, remembered, members, no_progress)
+    leaks = Leaks(tokens, remembered, members, untested)
     epsilon = None if contract.privacy is None else contract.privacy.epsilon
     verdict = judged(leaks, look.limits, epsilon)
     return Audited(sent.message, disclosure, leaks, verdict, answers(disclosure, leaks, verdict, epsilon), update)
@@ -112,7 +114,7 @@ def send(audited: Audited, folder: Path, anyway: bool = False, stem: str | None 
         "answers": [a._asdict() for a in audited.answers],
     }  # fmt: skip
     write_text(folder / f"{stem}.audit.json", json.dumps(found, indent=1))
-    page = write_audit(folder / f"{stem}.html", audited.message.header.sender, audited)
+    page = write_audit(folder / f"{stem}.html", audited.message.header.sender, audited.verdict, audited.answers)
     if audited.verdict.outcome == "fail" and not anyway:
         raise AuditFailed(
             f"{stem}: not written, because {audited.verdict.failures[0]}; see {page}, or use --send-anyway to send it as it is"
@@ -130,8 +132,7 @@ def _promise(workspace: Workspace) -> str:
 
 def factors(workspace: Workspace, update: Update) -> dict[str, Tensor] | None:
     """A - A0 and B of a LoRA update, by "a.NAME" and "b.NAME"; None for other updates."""
-    tuner = getattr(workspace.contract, "tuner", None)
-    part = update.only(LowRank)
+    tuner, part = workspace.contract.tuner, update.only(LowRank)
     if not isinstance(tuner, Lora) or part is None:
         return None
     return factor_deltas(part, start_of(workspace.first, tuner).chart)
@@ -149,15 +150,13 @@ def public_payloads(workspace: Workspace) -> Payloads:
 def _tokens(workspace: Workspace, update: Update, rows: Sequence[Any]) -> tuple[list[Found] | None, str]:
     """(what each tensor reveals, or None and the reason why nothing was tested). Without public payloads to compare with, only
     exact leaks are found."""
-    payload, public = factors(workspace, update), public_payloads(workspace)
-    if payload is None:
+    payload, public, tuner = factors(workspace, update), public_payloads(workspace), workspace.contract.tuner
+    if payload is None or not isinstance(tuner, Lora):
         return None, "this audit reads only the factors of LoRA"
-    initial = start_of(workspace.first, workspace.contract.tuner).chart.initial  # type: ignore[attr-defined]
+    initial = start_of(workspace.first, tuner).chart.initial
     try:
         audit = TokenAudit(workspace.first, {n.removeprefix("a."): t for n, t in initial.items()})
-    except (
-        ValueError
-    ) as error:  # no projection of the first block was tuned, or its inputs depend on more than the token
+    except ValueError as error:  # no projection of block 0 was tuned, or its inputs depend on more than the token
         return None, str(error)
     if public:
         audit.calibrate([p for p, _ in public], [t for _, t in public])
@@ -176,7 +175,7 @@ def _memory(
         )  # fmt: skip
 
 
-def _membership(workspace: Workspace, update: Update, rows: Sequence[Any], held: Sequence[Any]) -> Any:
+def _membership(workspace: Workspace, update: Update, rows: Sequence[Any], held: Sequence[Any]) -> Membership:
     """How much the loss of each row fell."""
     tokens, view = 2 * workspace.contract.settings.tokens_per_forward, workspace.first
     before = [_losses(view, r, tokens) for r in (rows, held)]

@@ -91,9 +91,7 @@ class Line:
         return name
 
 
-def serve(
-    party: RoundServer, line: Line, patience: float, say: Say, arrived: Callable[[], None]
-) -> None:  # fmt: skip
+def serve(party: RoundServer, line: Line, patience: float, say: Say, arrived: Callable[[], None]) -> None:
     """Carry out rounds until the last is closed. Raises LuthierError if no client will send.
 
     patience  seconds that a round waits for clients that have not answered; then it closes without them
@@ -112,7 +110,7 @@ def serve(
                 say(f"joined  {new}")
                 line.send(party.back(new))
         if party.round == round and time.monotonic() - began > patience:
-            say(f"round   {round}: time is up; {_late(party)}")
+            say(f"round   {round + 1}: time is up; {_late(party)}")
             line.send(_at_once(party.handle(Tick())))
             began = time.monotonic()
         if party.round != round:
@@ -229,10 +227,11 @@ def _keep(workspace: Workspace, who: Client, result: Envelope) -> None:
 
 
 def _prepare(workspace: Workspace, who: Client, state: Envelope, stem: str) -> None:
-    rows = workspace.rendered(workspace.rows(who.data, Path()))
-    held = workspace.rendered(workspace.rows(who.held, Path())) if who.held else []
+    rows, held = workspace.rows_in(who.data), workspace.rows_in(who.held) if who.held else []
     audited = prepared(workspace, who.name, rows, AuditSettings(held, who.canaries, who.others), state, _said)
-    _said(f"audit   round {state.header.round}: {audited.verdict.outcome}; {workspace.path / SENT / f'{stem}.html'}")
+    _said(
+        f"audit   round {state.header.round + 1}: {audited.verdict.outcome}; {workspace.path / SENT / f'{stem}.html'}"
+    )
     send(audited, workspace.path / SENT, who.send_anyway, stem)
 
 

@@ -51,8 +51,11 @@ TAKEN_OF_DATA = {"train", "columns", "system", "template", "max_length"}
 
 
 class Workspace:
-    """An opened folder. `models` holds other places of models, by role, which replace those in the contract. `given` holds
-    them."""
+    """An opened folder, with the protocol and the contract in it.
+
+    models  where the models are, by role: as the contract says, or as given here
+    given   only the paths that were given here, which replace those in the contract
+    """
 
     def __init__(self, path: Path, models: Mapping[str, str] | None = None) -> None:
         self.path = path
@@ -119,6 +122,10 @@ class Workspace:
     def rows(self, source: str, base: Path, tick: Tick = no_tick, columns: Mapping[str, str] | None = None) -> Rows:
         """Rows of a file. Raises RecipeError with the line of a row that cannot be used."""
         return read(source, columns or {}, base, tick=tick)[0]
+
+    def rows_in(self, file: str) -> Sequence[dict[str, Any]]:
+        """The rendered rows of a client's file. Raises RecipeError with the line of a row that cannot be used."""
+        return self.rendered(self.rows(file, Path()))
 
     def rendered(self, rows: Rows | Sequence[Any], tick: Tick = no_tick) -> Sequence[dict[str, Any]]:
         """Render rows as the contract says."""
@@ -214,9 +221,8 @@ def _models(recipe: Recipe) -> list[str]:
     for role, model in zip(recipe.collaborate.roles[1:], others, strict=True):
         if model is None:
             raise RecipeError(f"collaborate.{recipe.collaborate.key()}.{role}", "is missing", "name a model")
-    pinned = (
-        recipe.revision is not None and "@" not in recipe.model
-    )  # someone who opens the contract does not have the recipe
+    # Someone who opens the contract does not have the recipe.
+    pinned = recipe.revision is not None and "@" not in recipe.model
     return [f"{recipe.model}@{recipe.revision}" if pinned else recipe.model, *others]
 
 

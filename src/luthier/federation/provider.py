@@ -8,6 +8,8 @@ import os
 import signal
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,23 +20,24 @@ from torch import Tensor
 
 from luthier.collaboration.audit.tokens import distinct
 from luthier.collaboration.contract import Contract, start_of
-from luthier.collaboration.controls import mean_shadow, nearest_shadow, share_of_gain
+from luthier.collaboration.controls import controls, share_of_gain
 from luthier.collaboration.grad_transformer import GradTransformer, pairs_of, shadow
 from luthier.collaboration.shadows import tuned
 from luthier.collaboration.translators.base import Pairs
-from luthier.collaboration.translators.ridge import Ridge
 from luthier.data.reading import Tick, no_tick
 from luthier.federation.folder import Workspace
 from luthier.run.folder import RunFolder
 from luthier.support import machine
 from luthier.support.errors import LuthierError
 from luthier.support.files import replaced, write_text
-from luthier.support.progress import Lines, Say
+from luthier.support.progress import Lines, OnProgress, Say
 from luthier.support.rng import Streams
 from luthier.support.units import in_time
 
 HELD_BACK = 0.1  # share of the shadow sets that a translator is judged on
 LENGTHS = (1, 4)  # length of the run over all public rows, in lengths of a shadow run; the better run counts
+SETS_MADE = "shadow  set"
+PUBLIC = "C2 tuned on all public rows"  # the control that is tuned
 CALIBRATING = 24  # number of shadow sets that token audits are calibrated with
 
 
@@ -105,8 +108,14 @@ def _make_missing(provider: ProviderWorkspace, missing: list[int], processes: in
         f"{in_time(seconds * len(others) / count)}  in {count} processes; all {provider.protocol.sets} sets hold as many rows "
         f"as {passes:.1f} passes over the public rows"
     )
-    if others:
-        _side_by_side(provider.workspace.path, others, min(count, len(others)), say)
+    progress = Lines(say)
+    progress(SETS_MADE, 0, len(others))
+    if min(count, len(others)) > 1:
+        _side_by_side(provider.workspace.path, others, min(count, len(others)), progress)
+        return
+    for done, number in enumerate(others, 1):
+        _make(provider, number)
+        progress(SETS_MADE, done, len(others))
 
 
 def _make(provider: ProviderWorkspace, number: int) -> None:
@@ -115,13 +124,21 @@ def _make(provider: ProviderWorkspace, number: int) -> None:
     provider.workspace.keep_shadow(number, made)
 
 
-def _side_by_side(path: Path, numbers: list[int], processes: int, say: Say) -> None:
-    progress = Lines(say)
-    progress("shadow  set", 0, len(numbers))
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, _begin, (str(path), max(1, (os.cpu_count() or 1) // processes))) as pool:
-        for done, _ in enumerate(pool.imap_unordered(_work, numbers), 1):
-            progress("shadow  set", done, len(numbers))
+def _side_by_side(path: Path, numbers: Sequence[int], processes: int, progress: OnProgress) -> None:
+    """Make sets in processes of their own. Raises LuthierError if one of them is killed; sets that are made stay."""
+    context, threads = multiprocessing.get_context("spawn"), max(1, (os.cpu_count() or 1) // processes)
+    with ProcessPoolExecutor(processes, context, _begin, (str(path), threads)) as pool:
+        try:
+            for done, future in enumerate(as_completed([pool.submit(_work, n) for n in numbers]), 1):
+                future.result()
+                progress(SETS_MADE, done, len(numbers))
+        except BrokenProcessPool as error:
+            raise LuthierError(
+                f"{path}: a process that made shadow sets was killed, perhaps for memory; the same command continues, "
+                "with fewer --processes"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, only the sets in work are finished
 
 
 _PROVIDER: list[ProviderWorkspace] = []  # of a worker process, opened once
@@ -162,22 +179,20 @@ def judge(provider: ProviderWorkspace, say: Say, limit: int = 10) -> dict[str, A
     last = torch.tensor([int((kept.shadow == k).nonzero().max()) for k in kept.shadow.unique()[:limit]])
     asked = kept.take(last)
     say(f"judge   on {len(asked.x)} held-out shadow sets, learning from {len(known.shadow.unique())}")
+    translator = provider.protocol.translator
+    made = {**controls(known, asked.x, translator, streams), PUBLIC: on_public(provider, say).expand_as(asked.y)}
     updates = {
-        "C0 no update": None, "C1 mean shadow": mean_shadow(known, asked.x),
-        "C2 tuned on all public rows": on_public(provider, say).expand_as(asked.y),
-        "C3 nearest shadow": nearest_shadow(known, asked.x), "C4 ridge": Ridge().fit(known)(asked.x),
-        "C5 shuffled pairs": provider.protocol.translator.fit(known.shuffled(streams))(asked.x),
-        "translated": provider.protocol.translator.fit(known)(asked.x), "true update": asked.y,
+        **dict(sorted(made.items())), "translated": translator.fit(known)(asked.x), "true update": asked.y,
     }  # fmt: skip
-    losses = {n: [] for n in updates}  # type: dict[str, list[float]]
+    losses: dict[str, list[float]] = {n: [] for n in updates}
     start = start_of(provider.workspace.lab.view("large"), provider.contract.tuner)
     for i, k in enumerate(asked.shadow.tolist()):
         rows = provider.beside(k)
         for name, y in updates.items():
-            losses[name].append(provider.workspace.loss("large", None if y is None else start.update(y[i]), rows))
-    found = {n: {"losses": x, "loss": float(np.mean(x))} for n, x in losses.items()}
-    for f in found.values():
-        f["share"] = share_of_gain(f["loss"], found["C0 no update"]["loss"], found["true update"]["loss"])  # type: ignore[arg-type]
+            losses[name].append(provider.workspace.loss("large", start.update(y[i]), rows))
+    mean = {n: float(np.mean(x)) for n, x in losses.items()}
+    share = {n: share_of_gain(x, mean["C0 no update"], mean["true update"]) for n, x in mean.items()}
+    found = {n: {"losses": x, "loss": mean[n], "share": share[n]} for n, x in losses.items()}
     result = {"judged": found, "sets": len(asked.x), "verdict": verdict(losses)}
     write_text(provider.workspace.path / "judged.json", json.dumps(result, indent=1))
     return result
@@ -186,7 +201,7 @@ def judge(provider: ProviderWorkspace, say: Say, limit: int = 10) -> dict[str, A
 def verdict(losses: dict[str, list[float]]) -> str:
     """The verdict in words: is a translation better than updates that need no client?"""
     mean = {n: float(np.mean(x)) for n, x in losses.items()}
-    simple = ("C1 mean shadow", "C2 tuned on all public rows", "C5 shuffled pairs")
+    simple = ("C1 mean shadow", PUBLIC, "C5 shuffled pairs")
     best = min(simple, key=lambda n: mean[n])
     ahead = float(np.mean(np.array(losses["translated"]) < np.array(losses[best])))
     if mean["translated"] >= mean["C0 no update"]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +76,7 @@ def simulate(
 
 
 def _split(workspace: Workspace, name: str, file: str, held: float) -> Client:
-    rows = workspace.rendered(workspace.rows(file, Path()))
+    rows = workspace.rows_in(file)
     count = round(held * len(rows))
     if count < FEW or count == len(rows):
         raise LuthierError(f"{name}: {count} of {len(rows)} rows would be held out; take at least {FEW}, and not all")
@@ -158,12 +158,15 @@ def _found(
 ) -> dict[str, Any]:  # fmt: skip
     """Losses by model and client: on the client's own held-out rows, and the mean over those of all clients."""
     first, last = workspace.protocol.roles[0], workspace.protocol.roles[-1]
-    models: dict[str, Callable[[str], tuple[str, Update | None]]] = {
-        UNTOUCHED: lambda n: (last, None), ALONE: lambda n: (first, of_own[n]), TOGETHER: lambda n: (last, given[n]),
-        SHARED: lambda n: (last, shared),
-    }  # fmt: skip
+
+    def scored(role: str, update: Update | None) -> list[float]:
+        return [workspace.loss(role, update, c.held) for c in clients.values()]
+
     table = {
-        m: {n: [workspace.loss(*of(n), c.held) for c in clients.values()] for n in clients} for m, of in models.items()
+        UNTOUCHED: dict.fromkeys(clients, scored(last, None)),
+        ALONE: {n: scored(first, update) for n, update in of_own.items()},
+        TOGETHER: {n: scored(last, update) for n, update in given.items()},
+        SHARED: dict.fromkeys(clients, scored(last, shared)),
     }
     return {
         "losses": {m: {n: by[n][i] for i, n in enumerate(clients)} for m, by in table.items()},

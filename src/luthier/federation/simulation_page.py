@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier.federation.folder import Workspace
 from luthier.report.curve import Range, Series, interval_chart, line_chart
 from luthier.report.page import template
 from luthier.support.files import write_text
@@ -18,8 +19,8 @@ SAYS = {
 }  # fmt: skip
 
 
-def write_simulation(target: Path, workspace: Any, found: Mapping[str, Any]) -> Path:
-    """Write the report. found: the contents of found.json from `collaboration.simulation.simulate`"""
+def write_simulation(target: Path, workspace: Workspace, found: Mapping[str, Any]) -> Path:
+    """Write the report. found: the contents of found.json from `federation.simulation.simulate`."""
     names, losses = list(found["losses"][ALONE]), found["losses"]
     lines = [
         {"name": SAYS[m], "losses": list(by.values()), "mean": mean(by), "everybody": mean(found["everybody"][m])}
