@@ -1,6 +1,7 @@
 """`luthier collaborate`: every role by its command, killed in the middle, with bad messages and a shut gate."""
 
 import json
+import multiprocessing
 import re
 import shutil
 import signal
@@ -20,8 +21,8 @@ from luthier.collaboration.messages import Message, decode
 from luthier.demos.private import NAMES
 from luthier.federation.client import public_payloads
 from luthier.federation.folder import LIMIT, Workspace
-from luthier.federation.provider import open_provider
-from luthier.federation.server import leave_so_far
+from luthier.federation.provider import _side_by_side, make_shadows, open_provider
+from luthier.federation.server import write_so_far
 from luthier.model.loading import locate
 from luthier.support.errors import LuthierError
 from luthier.update.files import load
@@ -116,9 +117,44 @@ def test_a_changed_contract_is_refused(agreed, tmp_path):
     assert done.returncode == 2 and "was changed after it was agreed on" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "endings", [(signal.SIGKILL,), pytest.param((signal.SIGKILL, signal.SIGINT), marks=pytest.mark.soak)]
-)
+def shadow_files(folder):
+    return {f.name: f.read_bytes() for f in folder.glob("c/shadows/*.safetensors")}
+
+
+def test_shadow_runs_that_were_stopped_or_killed_go_on(agreed, tmp_path, monkeypatch):
+    """Stopped in this process after three sets; then a worker process is killed; then they are made to the end."""
+    recipe(tmp_path)
+    assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
+    workspace, keep = Workspace(tmp_path / "c"), Workspace.keep_shadow
+
+    def stopped(self, number, made):
+        if number == 3:
+            raise KeyboardInterrupt
+        keep(self, number, made)
+
+    monkeypatch.setattr(Workspace, "keep_shadow", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        make_shadows(workspace, 1, lambda _: None)
+    monkeypatch.undo()
+    assert sorted(workspace.missing_shadows(12)) == list(range(3, 12))
+
+    def kill(what, done, total):
+        for worker in multiprocessing.active_children():
+            worker.kill()
+
+    with pytest.raises(LuthierError, match="a process that made shadow sets was killed"):
+        _side_by_side(workspace.path, range(3, 12), 1, kill)
+    half = shadow_files(tmp_path)
+    assert 4 <= len(half) < 12
+    said = []
+    make_shadows(workspace, 1, said.append)
+    assert f"{12 - len(half) - 1} more sets" in said[0]
+    found = shadow_files(tmp_path)
+    assert half.items() <= found.items() and found == shadow_files(agreed), "equal to a run that was never stopped"
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("endings", [(signal.SIGKILL,), (signal.SIGKILL, signal.SIGINT)])
 def test_shadow_runs_killed_at_any_moment_go_on(endings, agreed, tmp_path):
     recipe(tmp_path)
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
@@ -131,14 +167,12 @@ def test_shadow_runs_killed_at_any_moment_go_on(endings, agreed, tmp_path):
             time.sleep(0.05)
         process.send_signal(ending)
         process.wait(timeout=60)
-    half = {f.name: f.read_bytes() for f in tmp_path.glob("c/shadows/*.safetensors")}
+    half = shadow_files(tmp_path)
     assert half
     done = luthier("collaborate", "shadow", "c", "--processes", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    files = {f.name: f for f in tmp_path.glob("c/shadows/*.safetensors")}
-    assert len(files) == 12 and all(files[n].read_bytes() == b for n, b in half.items())
-    whole = {f.name: f.read_bytes() for f in agreed.glob("c/shadows/*.safetensors")}
-    assert {n: f.read_bytes() for n, f in files.items()} == whole, "equal to a run that was never stopped"
+    found = shadow_files(tmp_path)
+    assert half.items() <= found.items() and found == shadow_files(agreed), "equal to a run that was never stopped"
 
 
 def test_what_audits_compare_with_may_be_handed_to_clients(agreed, tmp_path):
@@ -250,7 +284,7 @@ def test_the_mean_so_far_lies_there_after_each_arrival(agreed, tmp_path):
     workspace, seen = Workspace(tmp_path / "c"), {}
     assert workspace.contract.settings.seed == 7 == workspace.lab.seed
     server = workspace.protocol.server(workspace.contract, NAMES[:2], None, workspace.lab)
-    leave_so_far(workspace, server, tmp_path / "out")
+    write_so_far(workspace, server, tmp_path / "out")
     assert not (tmp_path / "out").exists(), "nothing has arrived"
     for name in NAMES[:2]:
         party = workspace.protocol.client(
@@ -259,7 +293,7 @@ def test_the_mean_so_far_lies_there_after_each_arrival(agreed, tmp_path):
         (sent,) = party.handle(server.begin()[0].message)
         seen[name] = party.moved(sent.message)
         server.handle(sent.message)
-        leave_so_far(workspace, server, tmp_path / "out")
+        write_so_far(workspace, server, tmp_path / "out")
         found, expected = load(tmp_path / "out/so-far").dense(), averaged(seen, dict.fromkeys(seen, 1)).dense()
         assert max(float((found[k] - expected[k]).abs().max()) for k in expected) < 1e-6
 

@@ -1,7 +1,7 @@
 """Sizes of made-up organisations, and a provider's recipe with rows of its own and of two clients."""
 
 import json
-from functools import cache, partial
+from functools import cache
 
 from ruamel.yaml import YAML
 
@@ -10,7 +10,12 @@ from luthier.demos.private import NAMES, Size, all_rows
 
 SIZE = Size(Pretraining(steps=3, batch=4), sets=12, rows=8, steps=2, public=120, held=6, styles=24)
 TINY = SIZE._replace(canaries=3, others=7)
-ROWS = cache(partial(all_rows, SIZE))
+
+
+@cache
+def rows_of_all():
+    """The rows of all parties, drawn once."""
+    return all_rows(SIZE)
 
 
 def lines(rows):
@@ -19,7 +24,7 @@ def lines(rows):
 
 def recipe(folder, **changes):
     """Rows of a provider and of two clients, and the provider's recipe."""
-    rows = ROWS()
+    rows = rows_of_all()
     small, large = (pretrained(rows.read, shape, SIZE.pretraining) for shape in (SMALL, LARGE))
     (folder / "public.jsonl").write_text(lines(rows.public))
     for name in NAMES:

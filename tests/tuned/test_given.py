@@ -13,7 +13,7 @@ from helpers.commands import luthier
 from luthier import recipe as recipes
 from luthier.demos.private import NAMES
 from luthier.federation.folder import Workspace
-from luthier.federation.outcome import FILE, given_in, leave
+from luthier.federation.outcome import FILE, read_given, write_outcome
 from luthier.inference.generation import generate
 from luthier.support.errors import LuthierError
 from luthier.tuned.export import export
@@ -40,7 +40,7 @@ def update(workspace):
 
 @pytest.fixture
 def folder(workspace, update, tmp_path):
-    return leave(workspace, "model", update, tmp_path / "given", NAME, workspace.first)
+    return write_outcome(workspace, "model", update, tmp_path / "given", NAME)
 
 
 def test_it_is_asked_as_all_parties_asked(folder, workspace, update):
@@ -108,10 +108,10 @@ def test_another_model_in_its_place_is_refused(folder, workspace, tmp_path):
 def test_a_damaged_file_is_named(folder, text):
     (folder / FILE).write_text(text)
     with pytest.raises(LuthierError, match=r"given\.json: cannot be read"):
-        given_in(folder)
+        read_given(folder)
 
 
 def test_a_model_that_is_not_at_hand_is_named_in_the_card_all_the_same(workspace, update, tmp_path):
-    folder = leave(workspace, "model", update, tmp_path / "g", NAME)
+    folder = write_outcome(workspace, "model", update, tmp_path / "g", NAME, model_here=False)
     assert front(folder)["base_model"] == workspace.first.name
     assert load(folder).digest() == update.digest()

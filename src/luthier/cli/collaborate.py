@@ -142,10 +142,10 @@ def translate(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Server: read messages, and write an update for each sender: translated, or averaged (one-shot)."""
-    from luthier.federation.server import taken_in
+    from luthier.federation.server import one_round
 
     quiet(debug)
-    found = taken_in(_workspace(folder, models), messages, output, _say)
+    found = one_round(_workspace(folder, models), messages, output, _say)
     for name, where in found.results.items():
         print(f"{name}: {where}")
     print(output / "report.html")

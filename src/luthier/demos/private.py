@@ -23,7 +23,7 @@ from luthier.federation import demo_page as page
 from luthier.federation.client import Audited, AuditSettings, prepared, send
 from luthier.federation.folder import Workspace
 from luthier.federation.provider import ProviderWorkspace, judge, make_shadows, on_public, open_provider, pairs_in
-from luthier.federation.server import taken_in
+from luthier.federation.server import one_round
 from luthier.support.files import write_text
 from luthier.support.progress import Say
 from luthier.support.rng import Streams
@@ -116,7 +116,7 @@ def demo(folder: Path, size: Size = USUAL, say: Say = lambda _: None, processes:
         own, held = (workspace.rows_in(str(_file(folder, name, which))) for which in ("private", "held"))
         audits[name] = prepared(workspace, name, own, AuditSettings(held, size.canaries, size.others), say=say)
         send(audits[name], folder / "sent", anyway=True)  # a demonstration: nothing leaves this machine
-    arrived = taken_in(workspace, [folder / "sent" / f"{n}.message" for n in NAMES], folder / "results", say)
+    arrived = one_round(workspace, [folder / "sent" / f"{n}.message" for n in NAMES], folder / "results", say)
     say("compare what each had, what it got, and what sharing rows would have given")
     found = {
         "losses": _losses(provider, folder, audits, arrived.results),

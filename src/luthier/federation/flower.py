@@ -23,8 +23,8 @@ from luthier.collaboration.rounds import RoundServer
 from luthier.federation.client import AuditFailed, AuditSettings, prepared, send
 from luthier.federation.folder import LIMIT, Workspace
 from luthier.federation.network import GIVEN, RECORD, SENT, Client
-from luthier.federation.outcome import leave
-from luthier.federation.server import leave_so_far, left
+from luthier.federation.outcome import write_outcome
+from luthier.federation.server import write_results, write_so_far
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
 from luthier.support.progress import Say
@@ -35,16 +35,16 @@ PATIENCE = 0.2  # seconds between looks for answers
 # --- the server's process ---
 
 
-def carried(grid: Grid, workspace: Workspace, clients: list[str], output: Path, patience: float) -> None:
+def run_server(grid: Grid, workspace: Workspace, clients: list[str], output: Path, patience: float) -> None:
     """Do a server's whole work, starting from its journal: rounds, results on disk, then results to the clients."""
     party = workspace.protocol.server(workspace.contract, clients, workspace.journal(), workspace.lab)
     line = Line(grid, clients)
     try:
-        serve(party, line, patience, _said, lambda: leave_so_far(workspace, party, output))
+        serve(party, line, patience, _said, lambda: write_so_far(workspace, party, output))
     except LuthierError as error:
         _said(f"ended   {error}")
         return
-    left(workspace, party, output)
+    write_results(workspace, party, output)
     give(party, line, _said)
 
 
@@ -223,7 +223,7 @@ def _keep(workspace: Workspace, who: Client, result: Envelope) -> None:
     shutil.rmtree(target, ignore_errors=True)
     with whole(target) as temporary:
         roles = workspace.protocol.roles
-        leave(workspace, roles[-1], party.update, temporary, who.name, workspace.first if len(roles) == 1 else None)
+        write_outcome(workspace, roles[-1], party.update, temporary, who.name, model_here=len(roles) == 1)
 
 
 def _prepare(workspace: Workspace, who: Client, state: Envelope, stem: str) -> None:

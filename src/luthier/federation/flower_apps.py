@@ -19,12 +19,12 @@ client = ClientApp()
 
 @server.main()
 def _serve(grid: Grid, context: Context) -> None:
-    from luthier.federation.flower import carried
+    from luthier.federation.flower import run_server
     from luthier.federation.folder import Workspace
 
     c = context.run_config
     workspace = Workspace(Path(str(c["folder"])), json.loads(str(c["models"])))
-    carried(grid, workspace, str(c["clients"]).split(","), Path(str(c["output"])), float(c["patience"]))
+    run_server(grid, workspace, str(c["clients"]).split(","), Path(str(c["output"])), float(c["patience"]))
 
 
 @client.query()

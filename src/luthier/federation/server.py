@@ -13,12 +13,11 @@ from luthier.collaboration.messages import Message, decode, refuse_name
 from luthier.collaboration.parties import Tick
 from luthier.collaboration.rounds import RoundServer
 from luthier.federation.folder import LIMIT, Workspace
-from luthier.federation.outcome import leave
+from luthier.federation.outcome import write_outcome
 from luthier.federation.translation_page import write_translation
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
 from luthier.support.progress import Say
-from luthier.update import Update
 
 SO_FAR = "so-far"
 
@@ -34,7 +33,7 @@ class Arrivals(NamedTuple):
     report: Any
 
 
-def taken_in(workspace: Workspace, files: Sequence[Path], out: Path, say: Say = lambda _: None) -> Arrivals:
+def one_round(workspace: Workspace, files: Sequence[Path], out: Path, say: Say = lambda _: None) -> Arrivals:
     """Carry out one round from files. A message that cannot be used is refused, and the others count.
 
     Raises LuthierError if no message can be used, or if the protocol needs several rounds.
@@ -65,7 +64,7 @@ def taken_in(workspace: Workspace, files: Sequence[Path], out: Path, say: Say = 
         raise LuthierError(_none(refused))
     for name, why in refused.items():
         say(f"refused {name}: {why}")
-    return Arrivals(left(workspace, server, out, refused), refused, server.report)
+    return Arrivals(write_results(workspace, server, out, refused), refused, server.report)
 
 
 def refuse_rounds(workspace: Workspace) -> None:
@@ -74,11 +73,13 @@ def refuse_rounds(workspace: Workspace) -> None:
         raise LuthierError(f"{workspace.protocol.key()} asks for several rounds; run it over a network (serve, join)")
 
 
-def left(
+def write_results(
     workspace: Workspace, server: RoundServer, out: Path, refused: Mapping[str, str] | None = None
 ) -> dict[str, Path]:
     """Write a finished server's results, by sender, and the report."""
-    folders = {s.to: _left(workspace, server.outcome(s.to), out / s.to, s.to) for s in server.results()}
+    folders, role = {}, workspace.protocol.roles[-1]
+    for name in (s.to for s in server.results()):
+        folders[name] = write_outcome(workspace, role, server.outcome(name), out / name, name)
     cosine = server.cosine if isinstance(server, Provider) else None
     found = {"report": server.report, "cosine": cosine, "refused": refused or {}}
     out.mkdir(parents=True, exist_ok=True)
@@ -87,24 +88,19 @@ def left(
     return folders
 
 
-def leave_so_far(workspace: Workspace, server: RoundServer, out: Path) -> None:
+def write_so_far(workspace: Workspace, server: RoundServer, out: Path) -> None:
     """Write SO-FAR in the results' folder: what all would get if no other client came, if the protocol can say that."""
     update = server.so_far()
     if update is None:
         return
     shutil.rmtree(out / SO_FAR, ignore_errors=True)
     with whole(out / SO_FAR) as temporary:
-        _left(workspace, update, temporary, SO_FAR)
+        write_outcome(workspace, workspace.protocol.roles[-1], update, temporary, SO_FAR)
 
 
 def _none(refused: dict[str, str]) -> str:
     first = next(iter(refused.items()), ("", "there is no message"))
     return f"{first[0]}: {first[1]}; no message could be used"
-
-
-def _left(workspace: Workspace, update: Update, folder: Path, name: str) -> Path:
-    role = workspace.protocol.roles[-1]
-    return leave(workspace, role, update, folder, name, workspace.lab.view(role))
 
 
 def _judged(workspace: Workspace) -> dict[str, Any] | None:

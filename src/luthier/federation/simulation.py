@@ -18,7 +18,7 @@ from luthier.collaboration.journal import Journal
 from luthier.collaboration.parties import Member, Sent
 from luthier.collaboration.rounds import RoundServer
 from luthier.federation.folder import LIMIT, Workspace
-from luthier.federation.outcome import leave
+from luthier.federation.outcome import write_outcome
 from luthier.federation.simulation_page import ALONE, SHARED, TOGETHER, UNTOUCHED, write_simulation
 from luthier.run.folder import RunFolder
 from luthier.support.cache import key_of
@@ -63,8 +63,7 @@ def simulate(
         for n, update in given.items():
             if not (out / "together" / n).exists():
                 with whole(out / "together" / n) as temporary:
-                    role = workspace.protocol.roles[-1]
-                    leave(workspace, role, update, temporary, n, workspace.lab.view(role))
+                    write_outcome(workspace, workspace.protocol.roles[-1], update, temporary, n)
         say("judge   on held-out rows")
         found = _found(workspace, clients, of_own, given, shared)
         found |= _on_the_way(workspace, server, clients, out) | {
@@ -121,8 +120,7 @@ def _kept(
         else:
             update = protocol.alone(name, workspace.contract, workspace.lab, rows)
         with whole(folder) as temporary:
-            role = protocol.roles[0 if name else -1]
-            leave(workspace, role, update, temporary, what, workspace.lab.view(role))
+            write_outcome(workspace, protocol.roles[0 if name else -1], update, temporary, what)
     (work.found if there else work.finished)(what)
     return load(folder)
 

@@ -11,6 +11,7 @@ from luthier.demos.local import SMALL, byte_tokenizer
 from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.support.rng import Streams
 from luthier.training.loop import Loop
 from luthier.tuners.full import Full
@@ -62,6 +63,11 @@ def test_a_model_that_has_learnt_them_by_heart_gives_them_away_and_controls_stay
     again = memory(view, renderer, planted, controls, others=63, samples=2, streams=Streams(0))
     assert again.extracted == 0.0, "the base knows none"
     assert not extracted(view, renderer, planted, 0, Streams(0)).any()
+
+
+def test_one_canary_alone_is_refused():
+    with pytest.raises(LuthierError, match="canaries: 1; use 2 or more, or 0"):
+        canaries(1, Streams(0))
 
 
 def test_a_control_that_was_planted_is_refused(reader):
