@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from luthier.collaboration.audit.canaries import canaries, memory, rows_of
+from luthier.collaboration.audit.canaries import canaries, memory, planted_rows
 from luthier.collaboration.audit.tokens import FALSE_POSITIVES, TokenAudit
 from luthier.collaboration.privacy import Privacy, PrivateRun, plan
 from luthier.data.batch import collate
@@ -90,7 +90,7 @@ def measure(arm, seed, say):
     renderer, tuner = Renderer(view.tokenizer, plain=True), Lora(rank=16, alpha=32, seed=seed)
     planted, controls = canaries(CANARIES, streams)
     own = rendered(text(seed + 1)[:ROWS], view.tokenizer)
-    update = tuned(view, [*own, *rows_of(planted, renderer)], tuner, ARMS[arm], seed)
+    update = tuned(view, [*own, *planted_rows(planted, renderer)], tuner, ARMS[arm], seed)
     with update.bind(view):
         m = memory(view, renderer, planted, controls, others=100, tokens_per_forward=8192, samples=5, streams=streams)
     gap = m.exposure - m.exposure_controls

@@ -88,9 +88,9 @@ def node(name, agreed, answer=None):
 
 def served(agreed, grid, patience=0.5, journal=None):
     party, said, arrivals = AverageServer(agreed, NAMES, journal), [], []
-    line = flower.Line(grid, list(NAMES))
-    flower.serve(party, line, patience, said.append, lambda: arrivals.append(len(party.gathering.arrived)))
-    flower.give(party, line, said.append, patience)
+    nodes = flower.Nodes(grid, list(NAMES))
+    flower.serve(party, nodes, patience, said.append, lambda: arrivals.append(len(party.gathering.arrived)))
+    flower.give(party, nodes, said.append, patience)
     return party, said, arrivals
 
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from luthier.collaboration.audit.canaries import Canary, Memory, canaries, memory
-from luthier.collaboration.audit.canaries import rows_of as planted_rows
+from luthier.collaboration.audit.canaries import Canary, Memory, canaries, memory, planted_rows
 from luthier.collaboration.audit.gate import LIMITS, Answer, Leaks, Limits, Verdict, answers, judged
 from luthier.collaboration.audit.membership import Membership, membership
 from luthier.collaboration.audit.tokens import Found, TokenAudit, distinct

@@ -30,7 +30,7 @@ from luthier.support.files import whole, write_text
 from luthier.support.progress import Say
 
 GIVING = 60.0  # seconds in which a client that took part can come back for its result
-PATIENCE = 0.2  # seconds between looks for answers
+PAUSE = 0.2  # seconds between looks for answers
 
 # --- the server's process ---
 
@@ -38,30 +38,30 @@ PATIENCE = 0.2  # seconds between looks for answers
 def run_server(grid: Grid, workspace: Workspace, clients: list[str], output: Path, patience: float) -> None:
     """Do a server's whole work, starting from its journal: rounds, results on disk, then results to the clients."""
     party = workspace.protocol.server(workspace.contract, clients, workspace.journal(), workspace.lab)
-    line = Line(grid, clients)
+    nodes = Nodes(grid, clients)
     try:
-        serve(party, line, patience, _said, lambda: write_so_far(workspace, party, output))
+        serve(party, nodes, patience, _said, lambda: write_so_far(workspace, party, output))
     except LuthierError as error:
         _said(f"ended   {error}")
         return
     write_results(workspace, party, output)
-    give(party, line, _said)
+    give(party, nodes, _said)
 
 
-class Line:
+class Nodes:
     """flwr's nodes: which client is at which node, and what was asked. A client that is killed and joins again gets a new node.
 
-    nodes  client -> flwr's number of its node
-    asked  flwr's number of a message -> client, or None if a node was asked who it is
+    by_client  client -> flwr's number of its node
+    asked      flwr's number of a message -> client, or None if a node was asked who it is
     """
 
     def __init__(self, grid: Grid, clients: list[str]) -> None:
         self.grid, self.clients = grid, clients
-        self.nodes: dict[str, int] = {}
+        self.by_client: dict[str, int] = {}
         self.asked: dict[str, str | None] = {}
         self._seen: set[int] = set()
 
-    def look(self) -> None:
+    def ask_names(self) -> None:
         """Ask new nodes who they are."""
         new = sorted(set(self.grid.get_node_ids()) - self._seen)
         self._seen |= set(new)
@@ -70,10 +70,10 @@ class Line:
 
     def send(self, sent: list[Sent]) -> None:
         """Send messages to the clients that are there."""
-        here = [s for s in sent if s.to in self.nodes]
+        here = [s for s in sent if s.to in self.by_client]
         if not here:
             return
-        numbers = self.grid.push_messages([_message(s.message.encode(), self.nodes[s.to]) for s in here])
+        numbers = self.grid.push_messages([_message(s.message.encode(), self.by_client[s.to]) for s in here])
         # A refusal needs no answer, but flwr gives every message one.
         self.asked |= {n: s.to for n, s in zip(numbers, here, strict=True) if s.message.header.kind != "refusal"}
 
@@ -87,11 +87,11 @@ class Line:
         name = _field(reply, "name")
         if not isinstance(name, str) or name not in self.clients:
             return None
-        self.nodes[name] = reply.metadata.src_node_id
+        self.by_client[name] = reply.metadata.src_node_id
         return name
 
 
-def serve(party: RoundServer, line: Line, patience: float, say: Say, arrived: Callable[[], None]) -> None:
+def serve(party: RoundServer, nodes: Nodes, patience: float, say: Say, arrived: Callable[[], None]) -> None:
     """Carry out rounds until the last is closed. Raises LuthierError if no client will send.
 
     patience  seconds that a round waits for clients that have not answered; then it closes without them
@@ -99,46 +99,46 @@ def serve(party: RoundServer, line: Line, patience: float, say: Say, arrived: Ca
     """
     began, round = time.monotonic(), party.round
     while not party.finished:
-        line.look()
-        for name, reply in line.answers():
+        nodes.ask_names()
+        for name, reply in nodes.answers():
             if reply.has_error():
                 say(f"lost    {name or 'a node'}: {reply.error.reason}")
             elif name is not None:
-                line.send(_at_once(_taken(party, name, _field(reply, "bytes"), say)))
+                nodes.send(_at_once(_taken(party, name, _field(reply, "bytes"), say)))
                 arrived()
-            elif (new := line.named(reply)) is not None:
+            elif (new := nodes.named(reply)) is not None:
                 say(f"joined  {new}")
-                line.send(party.back(new))
+                nodes.send(party.back(new))
         if party.round == round and time.monotonic() - began > patience:
             say(f"round   {round + 1}: time is up; {_late(party)}")
-            line.send(_at_once(party.handle(Tick())))
+            nodes.send(_at_once(party.handle(Tick())))
             began = time.monotonic()
         if party.round != round:
             say(f"round   {party.round} of {party.rounds} is closed")
             began, round = time.monotonic(), party.round
-        time.sleep(PATIENCE)
+        time.sleep(PAUSE)
 
 
-def give(party: RoundServer, line: Line, say: Say, patience: float = GIVING) -> None:
+def give(party: RoundServer, nodes: Nodes, say: Say, patience: float = GIVING) -> None:
     """Send the results to the clients that are there, and to those that took part and come back in time. The same command
     sends them again."""
     results, began = {s.to: s for s in party.results()}, time.monotonic()
     sent: set[str] = set()
     given: set[str] = set()
     while not (party.heard & results.keys()) <= given and time.monotonic() - began < patience:
-        line.look()
-        for name, reply in line.answers():
+        nodes.ask_names()
+        for name, reply in nodes.answers():
             if reply.has_error():
                 say(f"lost    {name or 'a node'}: {reply.error.reason}")
             elif name is not None and _field(reply, "bytes") == b"":  # not a late answer to a round
                 given.add(name)
-            elif name is None and (new := line.named(reply)) is not None:
+            elif name is None and (new := nodes.named(reply)) is not None:
                 say(f"joined  {new}")
                 sent.discard(new)
-        waiting = [results[n] for n in line.nodes if n in results and n not in sent]
-        line.send(waiting)
+        waiting = [results[n] for n in nodes.by_client if n in results and n not in sent]
+        nodes.send(waiting)
         sent |= {s.to for s in waiting}
-        time.sleep(PATIENCE)
+        time.sleep(PAUSE)
 
 
 def _at_once(sent: list[Sent]) -> list[Sent]:

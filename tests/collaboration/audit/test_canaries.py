@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from luthier.collaboration.audit.canaries import canaries, exposures, extracted, memory, rows_of
+from luthier.collaboration.audit.canaries import canaries, exposures, extracted, memory, planted_rows
 from luthier.data.rendering import Renderer
 from luthier.demos.local import SMALL, byte_tokenizer
 from luthier.model.view import ModelView
@@ -50,7 +50,7 @@ def test_exposure_of_an_untuned_model_is_that_of_a_random_rank(reader):
 def test_a_model_that_has_learnt_them_by_heart_gives_them_away_and_controls_stay_hidden(reader):
     view, renderer = reader
     planted, controls = canaries(6, Streams(1))
-    rows = rows_of(planted, renderer)
+    rows = planted_rows(planted, renderer)
     settings = TrainSettings(max_steps=150, batch_size=6, learning_rate=1e-2, warmup_fraction=0.0)
     trainable = Full().attach(view, None, 150)
     loop = Loop(view, rows, trainable, Sft(), settings)

@@ -151,6 +151,6 @@ def memory(
     )  # fmt: skip
 
 
-def rows_of(found: Sequence[Canary], renderer: Renderer) -> list[dict[str, Any]]:
+def planted_rows(found: Sequence[Canary], renderer: Renderer) -> list[dict[str, Any]]:
     """Training rows of canaries."""
     return [renderer.render(c.row(), f"canary:{i}") for i, c in enumerate(found)]

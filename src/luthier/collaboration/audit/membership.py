@@ -60,11 +60,9 @@ def epsilon_low(members: Sequence[float] | np.ndarray, others: Sequence[float] |
     members, others = np.sort(np.asarray(members, float)), np.sort(np.asarray(others, float))
     thresholds = np.unique(np.quantile(others, np.linspace(0, 1, 33)))
     error = (1 - CONFIDENCE) / (2 * len(thresholds))
-    best = 0.0
-    for t in thresholds:
-        hits, false = int((members > t).sum()), int((others > t).sum())
-        low = beta.ppf(error, hits, len(members) - hits + 1) if hits else 0.0
-        high = beta.ppf(1 - error, false + 1, len(others) - false) if false < len(others) else 1.0
-        if low > delta:
-            best = max(best, math.log((low - delta) / high))
-    return best
+    hits = len(members) - np.searchsorted(members, thresholds, "right")  # scores above each threshold
+    false = len(others) - np.searchsorted(others, thresholds, "right")
+    low = np.where(hits > 0, beta.ppf(error, np.maximum(hits, 1), len(members) - hits + 1), 0.0)
+    high = np.where(false < len(others), beta.ppf(1 - error, false + 1, np.maximum(len(others) - false, 1)), 1.0)
+    best = float(((low - delta) / high).max())
+    return math.log(best) if best > 1 else 0.0
