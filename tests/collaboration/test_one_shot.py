@@ -9,7 +9,6 @@ import torch
 
 from luthier.collaboration import privacy
 from luthier.collaboration.averaging import averaged
-from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message
 from luthier.collaboration.one_shot import (
     AverageClient,
@@ -94,21 +93,6 @@ def test_weights_may_be_equal_and_the_mean_cut_to_a_rank():
     assert {t.shape[0] for t in part.a.values()} == {2}
     whole = carried(AverageServer(contract(weights="equal"), NAMES), clients(contract(weights="equal"))).update
     assert {t.shape[0] for t in whole.parts[0].a.values()} == {6} and 0 < gap(server.update, whole) < 0.1
-
-
-def test_a_server_killed_after_any_arrival_goes_on_to_the_same_bits(tmp_path):
-    agreed = contract(rounds=2)
-    whole = carried(AverageServer(agreed, NAMES), clients(agreed))
-    parties, kills = {p.name: p for p in clients(agreed)}, 0
-    server = AverageServer(agreed, NAMES, Journal(tmp_path, 10**7))
-    waiting = server.begin()
-    while not server.finished:
-        sent = waiting.pop(0)
-        (answer,) = parties[sent.to].handle(sent.message)
-        server.handle(answer.message)
-        server = AverageServer(agreed, NAMES, Journal(tmp_path, 10**7))  # the old one is gone
-        kills, waiting = kills + 1, server.begin()
-    assert kills == 6 and server.update.digest() == whole.update.digest()
 
 
 def test_whoever_is_late_does_not_count_and_is_refused_by_name():

@@ -211,9 +211,13 @@ def test_a_server_killed_after_each_arrival_goes_on_to_the_same_bits(collaborate
     one, (expected, _, heard) = bench(collaborate), whole(collaborate)
     arrived = [s.message for s, _ in heard if s.message.header.sender != SERVER]
     server = one.server(journal=Journal(tmp_path, LIMIT))
-    for message in arrived:
+    for i, message in enumerate(arrived, 1):
         server.handle(message)
         server = one.server(journal=Journal(tmp_path, LIMIT))  # the one before is gone
+        answered = {m.header.sender for m in arrived[:i] if m.header.round == server.round}
+        assert server.finished or {s.to for s in server.begin()} == set(NAMES) - answered, (
+            "only the others are asked again"
+        )
     assert server.finished and {s.to for s in server.begin()} == set(NAMES)
     for name in NAMES:
         assert bits(server.outcome(name)) == bits(expected.outcome(name))
