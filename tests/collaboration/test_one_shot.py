@@ -294,7 +294,9 @@ def test_an_update_far_too_long_is_left_out_and_named():
             value = torch.full(agreed.shapes[first], size)
             server.handle(message(agreed, changed(agreed, **{first: value}), name))
         mean = float(server.update.dense()[first].mean())
-        assert (server.left_out, mean) == (({}, pytest.approx(102.5 / 3)) if keep else ({0: ["west"]}, 1.25))
+        weights = [r["weight"] for r in server.report]
+        assert weights == pytest.approx([1 / 3] * 3 if keep else [1 / 2, 1 / 2, 0])
+        assert mean == pytest.approx(102.5 / 3 if keep else 1.25)
 
 
 def test_a_tuner_that_replaces_is_refused_and_so_is_another_model():

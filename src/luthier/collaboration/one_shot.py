@@ -105,11 +105,10 @@ class AverageContract(Agreement, frozen=True, extra="forbid"):
 
 
 class AverageServer(RoundServer):
-    """Holds the mean so far. `left_out` names, by round, the clients whose update was too long to count; `report` the others."""
+    """Holds the mean so far. `report` has a line for each update of each round; its weight is 0 if it was too long to count."""
 
     def __init__(self, contract: AverageContract, clients: Sequence[str], journal: Journal | None = None) -> None:
         self.contract, self.update = contract, Update(contract.base, ())
-        self.left_out: dict[int, list[str]] = {}
         self.report: list[dict[str, Any]] = []
         super().__init__(contract.digest, contract.base, contract.protocol.rounds, clients, journal)
 
@@ -128,37 +127,34 @@ class AverageServer(RoundServer):
             raise Refused("loss", f"{head.sender}: its last training loss is {loss!r}, it must be a number")
 
     def add_up(self, arrived: Mapping[str, Message]) -> None:
-        kept, weight, left_out = self._counted(arrived)
-        if left_out:
-            self.left_out[self.round] = left_out
-        alike = cosines(kept)
-        for i, (name, u) in enumerate(kept.items()):
-            self.report.append({"round": self.round, "client": name, "rows": rows_of(arrived[name]), "weight": weight[name],
-                                "loss": arrived[name].header.notes.get("loss"), "length": length(u),
-                                "cosines": alike[i].tolist()})  # fmt: skip
-        self.update = self._moved_by(kept, weight)
+        updates, weight = self._weighed(arrived)
+        alike = cosines(updates)
+        for i, (name, u) in enumerate(updates.items()):
+            self.report.append({"round": self.round, "client": name, "rows": rows_of(arrived[name]),
+                                "weight": weight.get(name, 0.0), "loss": arrived[name].header.notes.get("loss"),
+                                "length": length(u), "cosines": alike[i].tolist()})  # fmt: skip
+        self.update = self._moved_by(updates, weight)
 
     def so_far(self) -> Update | None:
         """The mean of the updates so far. The order of arrival does not change it."""
         arrived = dict(sorted(self.gathering.arrived.items()))
         if self.finished or not arrived:
             return self.update if self.round else None
-        kept, weight, _ = self._counted(arrived)
-        return self._moved_by(kept, weight)
+        return self._moved_by(*self._weighed(arrived))
 
-    def _counted(self, arrived: Mapping[str, Message]) -> tuple[dict[str, Update], dict[str, float], list[str]]:
-        """(updates that count, weight of each, clients whose update is too long to count)."""
+    def _weighed(self, arrived: Mapping[str, Message]) -> tuple[dict[str, Update], dict[str, float]]:
+        """(all updates, the weight of each that counts): by default, one that is far too long does not count."""
         protocol = self.contract.protocol
         updates = {name: unpacked(m) for name, m in arrived.items()}
-        left_out = [] if protocol.keep_outliers else outliers(updates)
-        kept = {n: u for n, u in updates.items() if n not in left_out}
-        return kept, shares({n: rows_of(arrived[n]) if protocol.weights == "rows" else 1 for n in kept}), left_out
+        too_long = [] if protocol.keep_outliers else outliers(updates)
+        rows = {n: rows_of(arrived[n]) if protocol.weights == "rows" else 1 for n in updates if n not in too_long}
+        return updates, shares(rows)
 
-    def _moved_by(self, kept: Mapping[str, Update], weight: Mapping[str, float]) -> Update:
+    def _moved_by(self, updates: Mapping[str, Update], weight: Mapping[str, float]) -> Update:
         """The mean so far plus this round's mean. Clients are added in the order of names, so arrival cannot change any bit."""
         rank, out = self.contract.protocol.rank, self.update
-        for name, u in kept.items():
-            out = out + weight[name] * u
+        for name, p in weight.items():
+            out = out + p * updates[name]
         return out if rank is None else out.to("lowrank", rank=rank)[0]
 
     def state(self) -> dict[str, Tensor]:
