@@ -18,7 +18,7 @@ from luthier.collaboration.one_shot import (
     alone,
 )
 from luthier.collaboration.parties import Tick, in_process
-from luthier.collaboration.privacy import Privacy, plan
+from luthier.collaboration.privacy import Plan, Privacy
 from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
@@ -156,11 +156,17 @@ def test_a_round_ends_without_those_that_decline_and_not_with_none():
 
 
 def test_under_a_promise_each_round_has_the_noise_of_all_together(monkeypatch):
-    seen = []
-    monkeypatch.setattr(privacy, "plan", lambda *given: seen.append(plan(*given)) or seen[-1])
-    agreed = contract(rounds=2, privacy=Privacy(epsilon=4.0, delta=0.01))
-    carried(AverageServer(agreed, NAMES[:1]), clients(agreed)[:1])
-    assert [p.rounds for p in seen] == [2, 2] and all(p.spent <= 4.0 for p in seen)
+    seen, limit = [], Privacy(epsilon=4.0, delta=0.01)
+
+    def planned(privacy, rows, batch_size, steps, rounds):
+        seen.append((privacy, rows, batch_size, steps, rounds))
+        return Plan(privacy=privacy, rows=rows, rate=batch_size / rows, steps=steps, noise=1.0, spent=4.0)
+
+    monkeypatch.setattr(privacy, "plan", planned)
+    agreed = contract(rounds=2, privacy=limit)
+    server = carried(AverageServer(agreed, NAMES[:1]), clients(agreed)[:1])
+    assert seen == [(limit, 8, 4, 3, 2)] * 2
+    assert [r["loss"] for r in server.report] == [None, None], "the limit does not account for a loss"
 
 
 def test_what_cannot_be_added_is_refused_by_name_and_the_rest_counts():

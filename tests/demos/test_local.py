@@ -30,10 +30,10 @@ def test_pieces_come_from_their_sources_in_their_shares():
 
 def test_a_model_is_made_once_and_has_read_its_text(tmp_path, monkeypatch):
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
-    pretraining, steps = Pretraining(steps=200, batch=8, rate=1e-2), []
+    pretraining, steps = Pretraining(steps=120, batch=8, rate=1e-2), []
     folder = pretrained(ROWS, TINY, pretraining, steps.append)
-    assert len(steps) == 200 and steps[-1]["loss"] < 0.6 * steps[0]["loss"]
-    assert pretrained(ROWS, TINY, pretraining, steps.append) == folder and len(steps) == 200
+    assert len(steps) == 120 and steps[-1]["loss"] < 0.6 * steps[0]["loss"]
+    assert pretrained(ROWS, TINY, pretraining, steps.append) == folder and len(steps) == 120
     view, larger = opened(folder), opened(pretrained(ROWS, TINY._replace(layers=3), pretraining._replace(steps=1)))
     assert view.base.tokenizer == larger.base.tokenizer and view.base.weights != larger.base.weights
     rows = rendered([{"text": "abcabcabcabcabc"}] * 4, view.tokenizer)
@@ -44,7 +44,7 @@ def test_a_model_is_made_once_and_has_read_its_text(tmp_path, monkeypatch):
     assert opened(short[0]).base.weights != opened(short[1]).base.weights
 
 
-def test_the_same_schooling_gives_the_same_model(tmp_path, monkeypatch):
+def test_the_same_pretraining_gives_the_same_model(tmp_path, monkeypatch):
     pretraining, made = Pretraining(steps=5, batch=4), []
     for name in ("a", "b"):
         monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / name))

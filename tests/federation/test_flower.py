@@ -28,6 +28,7 @@ def no_run(monkeypatch):
     """flwr makes messages inside a run alone."""
     made = lambda data, node: SimpleNamespace(content=content(bytes=data), metadata=SimpleNamespace(dst_node_id=node))  # noqa: E731
     monkeypatch.setattr(flower, "_message", made)
+    monkeypatch.setattr(flower, "PAUSE", 0.01)
 
 
 class Grid:
