@@ -198,7 +198,7 @@ def test_what_leaves_is_said_with_its_bytes():
 
 def test_training_together_lowers_the_loss():
     settings = SETTINGS.model_copy(update={"max_steps": 40, "batch_size": 2, "learning_rate": 1e-3})
-    agreed = SeedRounds(rounds=1).agree([view_of()], FedKSeed(num_seeds=128), settings)
+    agreed = SeedRounds(rounds=2).agree([view_of()], FedKSeed(num_seeds=128), settings)
     server = SeedServer(agreed, NAMES[:2])
     carried(server, clients(agreed)[:2])
     view, rows = view_of(), [r for i in range(2) for r in rows_of(seed=i)]

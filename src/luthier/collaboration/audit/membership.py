@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import beta, rankdata
+from scipy.special import betaincinv
 
 FEW = 500  # with fewer rows of each kind, a bound says little
 CONFIDENCE = 0.95
@@ -47,8 +47,9 @@ def membership(members: np.ndarray, others: np.ndarray, delta: float = 0.0) -> M
 
 def area(above: np.ndarray, below: np.ndarray) -> float:
     """Area under the ROC curve: the probability that a score of `above` exceeds one of `below`; a tie counts half."""
-    n, m = len(above), len(below)
-    return float((rankdata(np.r_[above, below])[:n].sum() - n * (n + 1) / 2) / (n * m))
+    below = np.sort(below)
+    beaten, not_above = (np.searchsorted(below, above, side) for side in ("left", "right"))
+    return float((beaten + not_above).mean() / (2 * len(below)))
 
 
 def epsilon_low(members: Sequence[float] | np.ndarray, others: Sequence[float] | np.ndarray, delta: float) -> float:
@@ -62,7 +63,7 @@ def epsilon_low(members: Sequence[float] | np.ndarray, others: Sequence[float] |
     error = (1 - CONFIDENCE) / (2 * len(thresholds))
     hits = len(members) - np.searchsorted(members, thresholds, "right")  # scores above each threshold
     false = len(others) - np.searchsorted(others, thresholds, "right")
-    low = np.where(hits > 0, beta.ppf(error, np.maximum(hits, 1), len(members) - hits + 1), 0.0)
-    high = np.where(false < len(others), beta.ppf(1 - error, false + 1, np.maximum(len(others) - false, 1)), 1.0)
+    low = np.where(hits > 0, betaincinv(np.maximum(hits, 1), len(members) - hits + 1, error), 0.0)
+    high = np.where(false < len(others), betaincinv(false + 1, np.maximum(len(others) - false, 1), 1 - error), 1.0)
     best = float(((low - delta) / high).max())
     return math.log(best) if best > 1 else 0.0
