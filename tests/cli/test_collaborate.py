@@ -260,16 +260,16 @@ def test_a_shut_gate_keeps_the_message_back(agreed, monkeypatch):
 
 
 def test_one_shot_by_files(agreed, tmp_path):
-    recipe(tmp_path, collaborate={"one-shot": {"privacy": {"epsilon": 8.0, "delta": 0.01}}})
+    recipe(tmp_path, collaborate={"one-shot": {"privacy": {"epsilon": 0.5, "delta": 0.01}}})
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
     for name in NAMES:
         done = tune(tmp_path, name, "--held", f"{name}-held.jsonl")
-        assert done.returncode == 0 and "epsilon 8" in done.stderr and "whether a row is there" in done.stderr, (
+        assert done.returncode == 0 and "epsilon 0.5" in done.stderr and "whether a row is there" in done.stderr, (
             done.stderr
         )
-        assert "upper bound: epsilon 8.00, by accounting" in done.stderr
+        assert "upper bound: epsilon 0.50, by accounting" in done.stderr
         low = float(re.search(r"epsilon is at least (\S+) with 95%", done.stderr)[1])
-        assert low <= 8, "what the attack shows stays under what is accounted for"
+        assert low <= 0.5, "what the attack shows stays under what is accounted for"
     done = luthier("collaborate", "translate", "c", *[f"{n}.message" for n in NAMES], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     workspace, updates = Workspace(tmp_path / "c"), [load(tmp_path / "results" / n) for n in NAMES]

@@ -134,7 +134,7 @@ def _side_by_side(path: Path, numbers: Sequence[int], processes: int, progress: 
                 progress(SETS_MADE, done, len(numbers))
         except BrokenProcessPool as error:
             raise LuthierError(
-                f"{path}: a process that made shadow sets was killed, perhaps for memory; the same command continues, "
+                f"{path}: a process that made shadow sets was killed, perhaps for memory; run the same command again, "
                 "with fewer --processes"
             ) from error
         finally:
