@@ -41,7 +41,7 @@ def test_elsewhere_nothing_is_called(monkeypatch):
 
 def test_settled_things_are_looked_through_no_more_and_garbage_is_not_kept():
     class Node:
-        me: Node
+        """A thing that can hold itself."""
 
     kept, dropped = Node(), Node()
     dropped.me = dropped  # a circle: only the collector frees it
