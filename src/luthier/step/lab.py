@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from luthier.data import store
 from luthier.data.batch import Batch, collate
@@ -143,6 +144,7 @@ class Lab:
     done       what earlier stages of a pipeline left, by name
     ledger     costs of work besides training
     tick       called with (current work, rows so far, current row)
+    shadowing  reads the updates of a collaboration's shadow sets, given their number and the snapshots of each
     """
 
     sets: Mapping[str, RenderedRows] = field(default_factory=dict)
@@ -155,6 +157,7 @@ class Lab:
     done: Mapping[str, Outcome] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     tick: Tick = no_tick
+    shadowing: Callable[[int, int], list[dict[str, Tensor]]] | None = None
     _loaded: dict[str, ModelView] = field(default_factory=dict)
 
     @property
@@ -200,6 +203,10 @@ class Lab:
     def generator(self) -> Generator:
         """The generator, which writes answers."""
         return _there(self.answering, "generates answers")
+
+    def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
+        """Both models' updates on this many sets of public rows. Raises LuthierError if some are missing."""
+        return _there(self.shadowing, "reads shadow runs")(sets, snapshots)
 
     def run(self, *runs: Nested) -> list[Outcome]:
         """Carry out nested runs in parallel. Returns their results in order. Their cost is charged under "nested"."""
