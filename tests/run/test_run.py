@@ -496,7 +496,7 @@ def test_peak_memory_is_the_runs_own_and_not_that_of_the_process_before(model_fo
     del large
     earlier = peak_memory()
     path = write(tmp_path, model_folder, train=rows(8), held=rows(4, 100), max_steps=2)
-    told = run(recipe.load_file(path), tmp_path / "out", tmp_path, foresee=False)
+    told = run(recipe.load_file(path), tmp_path / "out", tmp_path, forecast=False)
     assert told["peak_memory_bytes"] < earlier - 200_000_000
 
 

@@ -279,7 +279,7 @@ def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> li
             with workers((os.cpu_count() or 1) if processes is None else processes) as pool:
                 # The first, short runs go one at a time: the plan depends on what they cost.
                 _carry_out(bench, pool, 1, ("measure",))
-                _foresee(bench)
+                _say_forecast(bench)
                 if not dry:
                     _carry_out(bench, pool, _side_by_side(bench, processes))
     return judged(bench.plan, bench.results(), bench.done)
@@ -336,7 +336,7 @@ def _carry_out(bench: Bench, pool: Workers, count: int, purposes: tuple[str, ...
         running -= set(_take(bench, pool))
 
 
-def _foresee(bench: Bench) -> None:
+def _say_forecast(bench: Bench) -> None:
     budget, expected = budget_of(bench.plan, bench.arms, bench.done), forecast(bench.plan, bench.arms, bench.done)
     if budget is not None:
         shown = in_flops(budget[1]) if budget[0] == "flops" else f"{budget[1]:,.0f} {budget[0]}"

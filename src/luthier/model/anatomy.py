@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from luthier.model import blocks
-from luthier.model.hanging import sizes_of
+from luthier.model.adapters import sizes_of
 from luthier.support.errors import LuthierError
 
 # (regular expression on the name within a block, role). The first match wins.

@@ -47,7 +47,7 @@ from luthier.update.files import save_update, verify_update
 
 def run(
     recipe: Recipe, folder: Path, base: Path, *, say: Say = lambda _: None, on_step: Any = None, max_seconds: float | None = None,
-    tick: Tick = no_tick, keep: bool = True, foresee: bool = True, judge: bool = True, nested: bool = True,
+    tick: Tick = no_tick, keep: bool = True, forecast: bool = True, judge: bool = True, nested: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out a recipe. Returns the final contents of run.json.
 
@@ -55,7 +55,7 @@ def run(
     on_step   called with (log entry, progress, total steps)
     tick      called with (what is done, rows so far, the row at work) while rows are read and rendered
     keep      False: keep scores and log, but not the weights
-    foresee   False: make no forecast of memory and time
+    forecast  False: make no forecast of memory and time
     nested    False: this is a nested run itself, and may have none of its own
     judge     False: only measure what a step costs; evaluate the base model only, and keep nothing but the costs
     Under `torchrun` or `accelerate launch`, every process calls this function; the first process writes and prints.
@@ -81,7 +81,7 @@ def run(
         runs = NestedRuns(recipe, base, stop) if nested and accelerator.num_processes == 1 else None
         try:
             gathered = gather(recipe, base, tick, accelerator.num_processes, runs)
-            recipe = _foreseen(recipe, gathered, accelerator, place, say, foresee)
+            recipe = _with_forecast(recipe, gathered, accelerator, place, say, forecast)
             ready = make_ready(recipe, folder, base, gathered, accelerator)
             ready.tick, ready.nested = tick, runs
             _carry_out(ready, place, stop, on_step, deadline, say, keep, judge)
@@ -95,7 +95,7 @@ def run(
 def whole_run(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> None:
     """What a worker is asked for by default: a run as part of a comparison, or of another run."""
     how = {name: request[name] for name in ("keep", "judge", "nested")}
-    run(recipe, folder, Path(request["base"]), foresee=False, **how)
+    run(recipe, folder, Path(request["base"]), forecast=False, **how)
 
 
 def _carry_out(
@@ -132,14 +132,14 @@ def _eval_file(recipe: Recipe, base: Path) -> str | None:
     return str((base / source).resolve()) if (base / source).is_file() else None
 
 
-def _foreseen(
-    recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say, foresee: bool
+def _with_forecast(
+    recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say, forecast: bool
 ) -> Recipe:
     """Forecast memory, time and disk. Refuse what cannot fit, and decide on checkpointing if the recipe leaves it open.
 
     Not for several processes: a miniature of one process's step would not be theirs.
     """
-    if accelerator.num_processes > 1 or not foresee:
+    if accelerator.num_processes > 1 or not forecast:
         left_open = recipe.gradient_checkpointing == "auto"
         return recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
     recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.sets())
