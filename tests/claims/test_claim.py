@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
+from helpers.claims import CLAIM
 from helpers.commands import luthier
 from luthier.claims import claim as claims
 from luthier.claims.claim import Claim, Condition, load, measured
@@ -14,16 +15,6 @@ from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.statistics import estimate
 
 ROOT = Path(__file__).parents[2]
-TEXT = """method: sft
-# A remark that stays.
-claim: The better arm is better
-source: nowhere
-tier: tiny
-arms: [base, better]
-seeds: 3
-conditions:
-  - {says: better less base, measure: m, arm: better, against: base, at_least: 0.5}
-"""
 EXPERIMENT = """
 from pathlib import Path
 from beside import SHIFT
@@ -38,7 +29,7 @@ def measure(arm, seed, say):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "claims").mkdir()
-    (tmp_path / "claims/thing.yaml").write_text(TEXT)
+    (tmp_path / "claims/thing.yaml").write_text(CLAIM)
     (tmp_path / "claims/thing.py").write_text(EXPERIMENT)
     (tmp_path / "claims/beside.py").write_text("SHIFT = 1.0\n")
     return tmp_path
@@ -138,7 +129,7 @@ def test_all_conditions_must_hold():
     ],
 )
 def test_a_faulty_claim_is_refused_with_its_line(folder, old, new, words):
-    (folder / "claims/thing.yaml").write_text(TEXT.replace(old, new))
+    (folder / "claims/thing.yaml").write_text(CLAIM.replace(old, new))
     said = luthier("claim", "thing", cwd=folder)
     assert said.returncode == 2 and words in said.stderr, said.stderr
 

@@ -1,10 +1,12 @@
 """`luthier compare` from the command line: whole, killed and continued, with failing and foreign arms."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -109,8 +111,39 @@ def test_a_failed_arm_is_reported_and_the_others_go_on(compared, model_folder, t
     assert strict.returncode == 1 and events(strict) == []
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)])
-def test_stopped_at_any_moment_it_goes_on(ending, model_folder, tmp_path):
+def assert_goes_on(path, said):
+    """A stopped comparison is judged as far as it is, and the same command does only what is left."""
+    seen, folder = said.count("\ndone "), path.parent
+    now = luthier("compare", path, "--so-far", cwd=folder)
+    assert not events(now) and "Not finished: lora has " in now.stdout, now.stderr
+    assert now.stdout.endswith("report.html\n")
+    last = luthier("compare", path, *HERE, cwd=folder)
+    assert last.returncode == 0, last.stderr
+    before = int(re.search(r"(\d+) done before", last.stderr).group(1))
+    assert seen <= before <= seen + 2 and len(events(last)) == 10 - before, last.stderr
+
+
+def test_ctrl_c_while_a_worker_trains_keeps_what_is_done(model_folder, tmp_path, monkeypatch):
+    from luthier.cli.progress import Bar
+
+    path, say, timers = plan(tmp_path, model_folder, {"lora": {}, "full": {"tuner": "full"}}), Bar.say, []
+
+    def saying(self, text):
+        say(self, text)
+        if text.startswith("done ") and not timers:
+            timers.append(threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)))
+            timers[0].start()
+
+    monkeypatch.setattr(Bar, "say", saying)
+    stopped = luthier("compare", path, "--processes", "1", cwd=tmp_path)
+    assert stopped.returncode == 130 and "continue with: luthier compare" in stopped.stderr, stopped.stderr
+    assert 1 <= len(events(stopped)) < 10
+    assert_goes_on(path, stopped.stderr)
+
+
+@pytest.mark.soak  # the same from outside; SIGKILL leaves workers that still save
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_from_outside_at_any_moment_it_goes_on(ending, model_folder, tmp_path):
     path = plan(tmp_path, model_folder, {"lora": {}, "full": {"tuner": "full"}})
     with (tmp_path / "err").open("w") as err:
         child = subprocess.Popen([*LUTHIER, "compare", str(path)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=err)
@@ -119,17 +152,8 @@ def test_stopped_at_any_moment_it_goes_on(ending, model_folder, tmp_path):
             time.sleep(0.05)
         child.send_signal(ending)
         code = child.wait(90)
-    said = (tmp_path / "err").read_text()
-    seen = said.count("\ndone ")
-    now = luthier("compare", path, "--so-far", cwd=tmp_path)
-    assert not events(now) and "Not finished: lora has " in now.stdout and now.stdout.endswith("report.html\n"), (
-        now.stderr
-    )
-    assert code == -9 if ending == signal.SIGKILL else code == 130 and "continue with: luthier compare" in said, said
-    last = luthier("compare", path, *HERE, cwd=tmp_path)
-    assert last.returncode == 0, last.stderr
-    before = int(re.search(r"(\d+) done before", last.stderr).group(1))
-    assert seen <= before <= seen + 2 and len(events(last)) == 10 - before, last.stderr
+    assert code == (-9 if ending == signal.SIGKILL else 130)
+    assert_goes_on(path, (tmp_path / "err").read_text())
 
 
 def test_a_dry_run_says_what_it_will_take(model_folder, tmp_path):

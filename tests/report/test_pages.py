@@ -7,6 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from helpers.claims import CLAIM
 from helpers.collaborations import TINY, recipe
 from helpers.commands import luthier, rows, write
 from luthier.claims import claim as claims
@@ -17,15 +18,6 @@ pytestmark = pytest.mark.skipif(
     shutil.which("chromedriver") is None, reason="no chromedriver (Debian: chromium-driver)"
 )
 MODES = {"wide": (1000, "light"), "phone": (390, "light"), "dark": (1000, "dark")}
-CLAIM = """method: sft
-claim: A <b>claim</b> with a bound
-source: nowhere
-tier: tiny
-arms: [base, better]
-seeds: 3
-conditions:
-  - {says: better less base, measure: m, arm: better, against: base, at_least: 0.5}
-"""
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=alert(1)> " + "long" * 40
 
 

@@ -64,7 +64,7 @@ def test_a_lora_run_opens_with_peft(finished, model_folder):
 
 
 def test_a_full_run_opens_with_transformers(model_folder, tmp_path):
-    recipe = write(tmp_path, model_folder, tuner="full", epochs=2)
+    recipe = write(tmp_path, model_folder, train=rows(8), tuner="full", evaluate=[])
     assert luthier("run", recipe, cwd=tmp_path).returncode == 0
     from luthier.tuned.open import open_run
 
@@ -101,9 +101,9 @@ def test_trackers_are_fed_and_never_stop_a_run(monkeypatch, model_folder, tmp_pa
     with pytest.raises(RecipeError, match="package of wandb is not installed"):
         tracking.check(["wandb"])
     monkeypatch.setattr(tracking, "check", lambda names: None)
-    path = write(tmp_path, model_folder, report_to=["good", "bad"])
-    done = run(recipes.load_file(path), tmp_path / "out", tmp_path)
-    assert done["state"] == "done" and [s for s, _ in seen] == list(range(1, 7))
+    path = write(tmp_path, model_folder, report_to=["good", "bad"], max_steps=2, evaluate=[])
+    done = run(recipes.load_file(path), tmp_path / "out", tmp_path, foresee=False)
+    assert done["state"] == "done" and [s for s, _ in seen] == [1, 2]
 
 
 def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(finished):
@@ -114,29 +114,48 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(finished)
     assert other.returncode == 2 and "holds the run of another recipe" in other.stderr
 
 
-def test_interrupted_twice_it_saves_and_goes_on_to_the_same_weights(model_folder, tmp_path):
+def test_interrupted_twice_it_saves_and_goes_on_to_the_same_weights(model_folder, tmp_path, monkeypatch):
+    """Ctrl-C in step 2 and SIGTERM in step 4: the step ends, and the command that the run names goes on."""
+    from luthier.cli.progress import Bar
     from luthier.update.files import load
 
-    recipes = {name: write(tmp_path / name, model_folder, epochs=40) for name in ("whole", "stopped")}
-    folder, words = tmp_path / "stopped", ["run", str(recipes["stopped"])]
-    log = folder / "out" / "log.jsonl"
-    for sent, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        before = log.read_text().count("\n") if log.exists() else 0
-        child = subprocess.Popen([*LUTHIER, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > before + 5):
-            time.sleep(0.01)
-        child.send_signal(sent)
-        _, said = child.communicate(timeout=60)
-        assert child.returncode == code, said
-        assert "Traceback" not in said
+    keys = {"train": rows(8), "max_steps": 6, "evaluate": []}
+    recipes = {name: write(tmp_path / name, model_folder, **keys) for name in ("whole", "stopped")}
+    folder, words, sent = tmp_path / "stopped", ["run", recipes["stopped"]], {}
+
+    def step(self, entry, progress, total):
+        if entry["step"] in sent:
+            os.kill(os.getpid(), sent[entry["step"]])
+
+    monkeypatch.setattr(Bar, "step", step)
+    for at, number, code in ((2, signal.SIGINT, 130), (4, signal.SIGTERM, 143)):
+        sent.clear()
+        sent[at] = number
+        stopped = luthier(*words, cwd=folder)
+        assert stopped.returncode == code and f"stopped after step {at} of 6" in stopped.stderr, stopped.stderr
+        assert "Traceback" not in stopped.stderr
         assert json.loads((folder / "out/run.json").read_text())["state"] == "stopped"
-        words = told(said)
+        words = told(stopped.stderr)
+    sent.clear()
     for name, asked in (("whole", ["run", recipes["whole"]]), ("stopped", words)):
         done = luthier(*asked, cwd=tmp_path / name)
         assert done.returncode == 0, done.stderr
     ends = [load(tmp_path / name / "out").dense() for name in recipes]
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+@pytest.mark.soak  # the same signals, from outside at any moment, to a process of its own
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_process_of_its_own_saves_and_ends_by_its_signal(number, code, model_folder, tmp_path):
+    recipe, log = write(tmp_path, model_folder, epochs=40, evaluate=[]), tmp_path / "out/log.jsonl"
+    child = subprocess.Popen([*LUTHIER, "run", str(recipe)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.01)
+    child.send_signal(number)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == code and "Traceback" not in said, said
+    assert json.loads((tmp_path / "out/run.json").read_text())["state"] == "stopped"
 
 
 def told(stderr):
@@ -145,24 +164,17 @@ def told(stderr):
     return shlex.split(line.removeprefix("continue with: luthier "))
 
 
-def test_after_fresh_the_command_names_the_new_folder(model_folder, tmp_path):
-    recipe = write(tmp_path, model_folder)
+def test_max_time_saves_and_after_fresh_the_command_names_the_new_folder(model_folder, tmp_path):
+    recipe = write(tmp_path, model_folder, train=rows(8), max_steps=2, evaluate=[])
     for fresh in ([], ["--fresh"]):
         stopped = luthier("run", recipe, *fresh, "--max-time", "0", cwd=tmp_path)
-        assert stopped.returncode == 0, stopped.stderr
+        assert stopped.returncode == 0 and "stopped after step 0 of 2" in stopped.stderr, stopped.stderr
     command = told(stopped.stderr)
     assert "--fresh" not in command and f"output_dir={tmp_path / 'out-2'}" in command
     done = luthier(*command, "--max-time", "2h", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     states = {f: json.loads((tmp_path / f / "run.json").read_text())["state"] for f in ("out", "out-2")}
     assert states == {"out": "stopped", "out-2": "done"}
-
-
-def test_max_time_saves_and_goes_on(model_folder, tmp_path):
-    recipe = write(tmp_path, model_folder, epochs=2)
-    first = luthier("run", recipe, "--max-time", "0", cwd=tmp_path)
-    assert first.returncode == 0 and "stopped after step 0 of 12" in first.stderr
-    assert luthier("run", recipe, cwd=tmp_path).returncode == 0
 
 
 def test_a_second_process_in_the_same_folder_is_refused(model_folder, tmp_path):
@@ -223,19 +235,10 @@ def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_
             torch.testing.assert_close(theirs(input_ids=ids).logits.float(), ours.float(), atol=1e-4, rtol=1e-3)
 
 
-def test_curated_rows_are_fewer(model_folder, tmp_path):
-    recipe = write(
-        tmp_path, model_folder, curate=[{"random": {"keep_fraction": 0.5}}, {"scdp": {"keep_fraction": 0.5}}]
-    )
-    done = luthier("run", recipe, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["census"]["rows"] == 6
-
-
 def test_hostile_text_stays_text_in_the_report(model_folder, tmp_path):
     bad = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     held = [{"prompt": bad, "completion": bad}]
-    recipe = write(tmp_path, model_folder, train=[*held, *rows(7)], held=held)
+    recipe = write(tmp_path, model_folder, train=[*held, *rows(3)], held=held, max_steps=1)
     done = luthier("run", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out" / "report.html").read_text()
@@ -253,13 +256,16 @@ def test_no_traceback_without_debug(model_folder, tmp_path):
 
 
 def test_help_and_listing_load_no_torch(tmp_path):
+    commands = [["--help"], ["methods"], ["methods", "lora"], ["methods", "--json"], ["env", "--help"]]
     code = (
-        "import sys; sys.argv = ['luthier', *sys.argv[1:]]\nfrom luthier.cli import main\n"
-        "try: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules, file=sys.stderr)"
+        "import sys\nfrom luthier.cli import main\n"
+        f"for words in {commands}:\n"
+        "    sys.argv = ['luthier', *words]\n"
+        "    try: main()\n    except SystemExit as done: assert not done.code, done.code\n"
+        "    print('torch' in sys.modules, file=sys.stderr)"
     )
-    for args in (["--help"], ["methods"], ["methods", "lora"], ["methods", "--json"], ["env", "--help"]):
-        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
-        assert done.stderr.strip().endswith("False"), (args, done.stderr)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.split() == ["False"] * len(commands), done.stderr
     listed = json.loads(luthier("methods", "--json", cwd=tmp_path).stdout)
     assert {"lora", "sft", "scdp", "lemo"} <= {m["name"] for m in listed}
     assert luthier("methods", "lroa", cwd=tmp_path).returncode == 2
@@ -305,26 +311,6 @@ def test_a_model_without_a_template_is_trained_on_plain_text(tmp_path):
     assert refused.returncode == 2 and "no chat template" in refused.stderr
 
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "luthier"]
-
-
-def test_two_processes_leave_one_run_equal_to_that_of_one(model_folder, tmp_path):
-    """The same recipe under torchrun: the first process writes and speaks, and the weights are the same."""
-    from safetensors.torch import load_file
-
-    keys = {"evaluate": [], "tokens_per_forward": 60, "adam_eps": 1e-5}
-    one, two = write(tmp_path / "one", model_folder, **keys), write(tmp_path / "two", model_folder, **keys)
-    assert luthier("run", one, cwd=tmp_path).returncode == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*TWO, "run", str(two)], capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report.html") == 1 and done.stderr.count("saved   ") == 1
-    weights = [load_file(tmp_path / x / "out/adapter_model.safetensors") for x in ("one", "two")]
-    assert all(torch.allclose(weights[0][n], weights[1][n], atol=1e-4) for n in weights[0])
-    log = (tmp_path / "two/out/log.jsonl").read_text().splitlines()
-    assert len(log) == 6
-
-
 def test_check_forecasts_and_the_run_says_how_far_off_it_was(finished):
     folder, done = finished
     run = json.loads((folder / "out/run.json").read_text())
@@ -350,7 +336,7 @@ class Other: pass
 
 def test_code_from_a_recipe_runs_only_where_the_command_line_allows_it(model_folder, tmp_path):
     sys.modules.pop("mine", None)  # another test's
-    recipe = write(tmp_path, model_folder, objective={"mine:Half": {"share": 0.25}})
+    recipe = write(tmp_path, model_folder, objective={"mine:Half": {"share": 0.25}}, max_steps=1, evaluate=[])
     (tmp_path / "mine.py").write_text(FOREIGN)
     refused = luthier("run", recipe, cwd=tmp_path)
     assert refused.returncode == 2 and "add --allow-code if you trust it" in refused.stderr
@@ -365,7 +351,8 @@ def test_code_from_a_recipe_runs_only_where_the_command_line_allows_it(model_fol
         ("mine:Other", "derive from Objective"), ("mine:Nobody", "cannot be imported"), ("no.such:Half", "cannot be imported"),
         ({"mine:Half": {"shar": 1}}, "did you mean share?"),
     ):  # fmt: skip
-        said = luthier("check", write(tmp_path, model_folder, objective=objective), "--allow-code", cwd=tmp_path)
+        words_of = ("check", write(tmp_path, model_folder, objective=objective), "--allow-code", "--no-forecast")
+        said = luthier(*words_of, cwd=tmp_path)
         assert said.returncode == 2 and words in said.stderr, said.stderr
 
 
@@ -477,10 +464,10 @@ def test_standing_still_is_said_once_with_the_place(capsys):
 
     from luthier.cli.progress import Watch
 
-    watch = Watch(Console(stderr=True, width=200), patience=0.2)
+    watch = Watch(Console(stderr=True, width=200), patience=0.05)
     watch.start()
     watch.at("rendering f.jsonl:7")
-    time.sleep(0.6)
+    time.sleep(0.2)
     watch.stop()
     assert capsys.readouterr().err.count("the last thing that started: rendering f.jsonl:7") == 1
 
