@@ -1,6 +1,7 @@
 """Claims: read, measured with pauses, judged and recorded."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,20 @@ def test_a_claim_is_measured_once_and_recorded(folder):
     assert len(calls(folder)) == 12
 
 
-def test_seeds_side_by_side_give_the_same_and_what_is_stored_says_where_it_was_measured(folder):
+class OneThread(ThreadPoolExecutor):
+    """In place of processes, which take seconds to start."""
+
+    def __init__(self, processes, context, initializer, arguments):
+        super().__init__(1)
+
+
+@pytest.mark.parametrize(
+    "executor",
+    [OneThread, pytest.param(claims.ProcessPoolExecutor, marks=pytest.mark.soak)],
+    ids=["thread", "processes"],
+)
+def test_seeds_side_by_side_give_the_same_and_what_is_stored_says_where_it_was_measured(executor, folder, monkeypatch):
+    monkeypatch.setattr(claims, "ProcessPoolExecutor", executor)
     done = luthier("claim", "thing", "--processes", "2", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)["thing"]
