@@ -191,48 +191,60 @@ def test_a_second_process_in_the_same_folder_is_refused(model_folder, tmp_path):
 SPIEL = {"spiel": {"variant": "ma", "density": 0.05}}
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora", "adapter", "layerwise", "hft", "green-trainer", SPIEL], ids=str)
-def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_path, monkeypatch):
-    train = [{"text": f"{'good' if i % 2 else 'poor'} thing {i}", "label": "yes" if i % 2 else "no"} for i in range(32)]
-    keys = {"task": "classification", "tuner": tuner, "epochs": 6, "evaluate": []}
-    recipe = write(tmp_path, model_folder, train=train, held=train[:8], **keys)
+def thing(i):
+    return {"text": f"{'good' if i % 2 else 'poor'} thing {i}", "label": "yes" if i % 2 else "no"}
+
+
+CLASSES = {"task": "classification", "epochs": 6, "evaluate": []}
+
+
+@pytest.mark.parametrize("tuner", ["full", "adapter", "layerwise", "hft", "green-trainer", SPIEL], ids=str)
+def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_path):
+    from luthier.recipe import load_file
+    from luthier.run.execute import run
+
+    train = [thing(i) for i in range(24)]
+    path = write(tmp_path, model_folder, train=train, held=train[:8], tuner=tuner, **CLASSES)
+    done = run(load_file(path), tmp_path / "out", tmp_path, foresee=False)
+    assert done["after"]["loss"]["value"] < 0.5 * done["before"]["loss"]["value"]
+    assert done["classes"] == ["no", "yes"] and done["after"]["accuracy"]["value"] == 1
+
+
+def test_a_classifier_names_classes_and_is_scored_and_opened_by_others(model_folder, tmp_path, monkeypatch):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from luthier.tuned.open import open_run
+
+    train = [thing(i) for i in range(24)]
+    recipe = write(tmp_path, model_folder, train=train, held=train[:8], **CLASSES)
     done = luthier("run", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["after"]["loss"]["value"] < 0.5 * run["before"]["loss"]["value"]
-    assert (
-        run["classes"] == ["no", "yes"] and run["after"]["accuracy"]["value"] == 1 == run["after"]["macro_f1"]["value"]
-    )
-    assert "accuracy" in (tmp_path / "out/report.html").read_text() and run["after"]["accuracy"]["rows"] == 8
+    after = json.loads((tmp_path / "out" / "run.json").read_text())["after"]
+    assert after["accuracy"]["value"] == 1 == after["macro_f1"]["value"] and after["accuracy"]["rows"] == 8
+    assert "accuracy" in (tmp_path / "out/report.html").read_text()
     samples = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert [(s["prompt"], s["wanted"], s["after"]) for s in samples] == [
         (r["text"], r["label"], r["label"]) for r in train[:8]
     ]
-    named = json.loads(
-        luthier("generate", tmp_path / "out", "good thing 5", "poor thing 4", "--json", cwd=tmp_path).stdout
-    )
+    asked = ("generate", tmp_path / "out", "good thing 5", "poor thing 4")
+    named = json.loads(luthier(*asked, "--json", cwd=tmp_path).stdout)
     assert [x["answer"] for x in named] == ["yes", "no"] and all(0.5 < x["share"] <= 1 for x in named)
-    assert luthier("generate", tmp_path / "out", "good thing 5", cwd=tmp_path).stdout == "yes\n"
+    assert luthier(*asked, cwd=tmp_path).stdout == "yes\nno\n"
     refused = luthier("generate", tmp_path / "out", "good", "--base", cwd=tmp_path)
     assert refused.returncode == 2 and "has no trained head" in refused.stderr
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))  # measured anew
     said = luthier("evaluate", tmp_path / "out", "--json", cwd=tmp_path)  # the new head starts as it did
     assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout)["loss"] == pytest.approx(run["after"]["loss"]["value"], abs=1e-3)
-    if tuner == "lora":
-        from peft import PeftModel
-        from transformers import AutoModelForSequenceClassification
-
-        from luthier.tuned.open import open_run
-
-        tuned, ids = open_run(tmp_path / "out"), torch.tensor([[40, 41, 42, 43]])
-        with tuned.update.bind(tuned.view), torch.no_grad():
-            ours = tuned.view.module.eval()(input_ids=ids).logits
-        base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2, dtype=tuned.view.dtype)
-        base.config.pad_token_id = tuned.view.module.config.pad_token_id
-        theirs = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
-        with torch.no_grad():
-            torch.testing.assert_close(theirs(input_ids=ids).logits.float(), ours.float(), atol=1e-4, rtol=1e-3)
+    assert json.loads(said.stdout)["loss"] == pytest.approx(after["loss"]["value"], abs=1e-3)
+    tuned, ids = open_run(tmp_path / "out"), torch.tensor([[40, 41, 42, 43]])
+    with tuned.update.bind(tuned.view), torch.no_grad():
+        ours = tuned.view.module.eval()(input_ids=ids).logits
+    base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2, dtype=tuned.view.dtype)
+    base.config.pad_token_id = tuned.view.module.config.pad_token_id
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits.float(), ours.float(), atol=1e-4, rtol=1e-3)
 
 
 def test_hostile_text_stays_text_in_the_report(model_folder, tmp_path):
@@ -356,9 +368,13 @@ def test_code_from_a_recipe_runs_only_where_the_command_line_allows_it(model_fol
         assert said.returncode == 2 and words in said.stderr, said.stderr
 
 
-def test_a_models_own_code_is_not_run_unasked(model_folder, tmp_path):
+def test_a_models_own_code_is_not_run_unasked(model_folder, tmp_path, monkeypatch):
     import shutil
 
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -377,7 +393,7 @@ def test_a_models_own_code_is_not_run_unasked(model_folder, tmp_path):
     recipe = write(tmp_path / "a", str(folder), trust_remote_code=True)  # the key alone must not be enough
     said = luthier("check", recipe, cwd=tmp_path)
     assert said.returncode == 2 and "add --allow-code" in said.stderr and not marker.exists()
-    luthier("check", recipe, "--allow-code", cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    luthier("check", recipe, "--allow-code", cwd=tmp_path)
     assert marker.exists()
 
 
@@ -388,7 +404,7 @@ STAGES = {"stages": [HEADS, {"name": "tune", "carry": "heads", **TUNE}]}
 
 
 def staged(folder, model, **more):
-    path = write(folder, model, pipeline={"stages": STAGES}, **more)
+    path = write(folder, model, **{"pipeline": {"stages": STAGES}, **more})
     values = YAML().load(path.read_text())
     for key in ("tuner", "batch_size", "learning_rate"):
         values.pop(key)
@@ -399,11 +415,12 @@ def staged(folder, model, **more):
 def test_stages_run_hand_on_and_are_taken_up_after_a_kill(model_folder, tmp_path):
     from safetensors.torch import load_file
 
-    done = luthier("run", staged(tmp_path / "a", model_folder), cwd=tmp_path)
+    keys = {"train": rows(12), "evaluate": []}
+    done = luthier("run", staged(tmp_path / "a", model_folder, **keys), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "stage   heads" in done.stderr and "stage   tune" in done.stderr
     for extra in (["--max-time", "0"], []):  # stopped at once, inside the first stage; then to the end
-        path = staged(tmp_path / "b", model_folder)
+        path = staged(tmp_path / "b", model_folder, **keys)
         again = luthier("run", path, *extra, cwd=tmp_path)
         assert again.returncode == 0, again.stderr
     assert (tmp_path / "b/out/heads/checkpoint-3/COMPLETE").exists()
@@ -416,11 +433,7 @@ def test_stages_with_other_tuners_leave_one_update_that_holds_them_all(model_fol
     stages = [
         {"name": f"s{i}", "tuner": t, "start": f"s{i - 1}" if i else "base", **BRISK} for i, t in enumerate(tuners)
     ]
-    path = write(tmp_path, model_folder, pipeline={"stages": {"stages": stages}})
-    values = YAML().load(path.read_text())
-    for key in ("tuner", "batch_size", "learning_rate"):
-        values.pop(key)
-    YAML().dump(values, path)
+    path = staged(tmp_path, model_folder, pipeline={"stages": {"stages": stages}}, evaluate=[])
     done = luthier("run", path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     header = json.loads((tmp_path / "out/update.json").read_text())
