@@ -14,6 +14,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from helpers.commands import LUTHIER, luthier, rows, write
+from helpers.finished import finished
+from luthier.tuned.export import export
 
 HERE = ("--processes", "0")  # in this process, which has torch already
 KEYS = {"evaluate": [{"exact-match": {"rows": 4, "max_new_tokens": 4}}], "max_steps": 8, "output_dir": None}
@@ -103,11 +105,12 @@ def test_finished_runs_are_never_run_twice_and_more_seeds_add_only_theirs(compar
 def test_a_failed_arm_is_reported_and_the_others_go_on(compared, model_folder, tmp_path):
     arms = {"lora": {}, "wild": {"tuner": "full", "learning_rate": 1e30, "on_nan": "stop"}, "full": {"tuner": "full"}}
     path = plan(tmp_path, model_folder, arms)
-    done = luthier("compare", path, "search=null", *HERE, cwd=tmp_path)
+    words = ("compare", path, "search=null", "seeds=[0]")
+    done = luthier(*words, *HERE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "failed: wild" in done.stdout and "lower learning_rate" in done.stdout
     assert "wild" in (tmp_path / "runs/compare-c/report.html").read_text()
-    strict = luthier("compare", path, "search=null", "--strict", *HERE, cwd=tmp_path)
+    strict = luthier(*words, "--strict", *HERE, cwd=tmp_path)
     assert strict.returncode == 1 and events(strict) == []
 
 
@@ -202,6 +205,25 @@ trainer.save_model(output)
 """
 
 
+def test_what_a_command_leaves_is_scored_as_a_run_is(model_folder, tmp_path):
+    """One command leaves a peft adapter, another a whole model: both are a finished run's, whose loss is known."""
+    run = finished(tmp_path / "run", model_folder, held=rows(8, 100))
+    export(run, "hf", tmp_path / "whole")
+    loss = json.loads((run / "run.json").read_text())["after"]["loss"]["value"]
+    copy = f"{sys.executable} -c 'import shutil, sys; shutil.copytree(*sys.argv[1:])'"
+    commands = {"adapter": f"{copy} {run} {{output}}", "whole": f"{copy} {tmp_path / 'whole'} {{output}}"}
+    arms = {"lora": {}, **{name: {"command": c, "like": "lora"} for name, c in commands.items()}}
+    done = luthier("compare", plan(tmp_path, model_folder, arms), "search=null", "seeds=[0]", "--json", *HERE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lora, *theirs = json.loads(done.stdout)["arms"]
+    for arm in theirs:
+        assert arm["levels"]["loss"]["value"]["value"] == pytest.approx(loss, rel=1e-5), arm["arm"]
+        assert arm["levels"]["loss"]["base"] == lora["levels"]["loss"]["base"] > loss
+        assert arm["spent"]["steps"] == lora["spent"]["steps"] and arm["spent"]["flops"] == pytest.approx(2e8, rel=0.1)
+        assert set(arm["levels"]) == set(lora["levels"])
+
+
+@pytest.mark.soak  # importing trl takes long; what a command leaves is tested above
 def test_an_arm_of_trls_is_trained_and_scored_on_the_same_rows(model_folder, tmp_path):
     pytest.importorskip("trl")
     command = f"{sys.executable} trl_arm.py {{model}} {{train}} {{output}} {{seed}} {{learning_rate}} {{steps}} {{batch_size}}"
