@@ -124,7 +124,8 @@ def run_trl(
     import datasets
     import torch
     from peft import LoraConfig
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     class InOrder(SFTTrainer):
         def _get_train_sampler(self, *_: Any) -> Any:

@@ -144,7 +144,7 @@ def train(loop: Loop, folder: str | None = None, **arguments: Any) -> SeamTraine
     """Run a loop's stage on Trainer instead."""
     if loop.trainable.steps_by_closure:
         plain = loop.optimizer.step
-        loop.optimizer.step = lambda closure=None: plain(closure or loop.optimizer.pending_closure)  # type: ignore[method-assign]
+        loop.optimizer.step = lambda closure=None: plain(closure or loop.optimizer.pending_closure)  # type: ignore[attr-defined, method-assign]
     with tempfile.TemporaryDirectory() as temporary:
         trainer = SeamTrainer(loop, folder or temporary, **arguments)
         trainer.train()

@@ -20,7 +20,14 @@ import pytest  # noqa: E402
 
 from luthier.data.batch import Batch  # noqa: E402
 from luthier.model.view import ModelView  # noqa: E402
+from luthier.support import machine  # noqa: E402
 from luthier.testing.models import batch_of, byte_tokenizer, tiny, view_of  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """Keep what earlier modules loaded out of the garbage collections of this module's tests: a run makes three."""
+    machine.settle()
 
 
 @pytest.fixture

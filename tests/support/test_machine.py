@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -35,3 +37,16 @@ def test_elsewhere_nothing_is_called(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(ctypes, "CDLL", lambda *given, **more: pytest.fail("prctl is Linux's"))
     machine.end_with_parent()
+
+
+def test_settled_things_are_looked_through_no_more_and_garbage_is_not_kept():
+    class Node:
+        """A thing that can hold itself."""
+
+    kept, dropped = Node(), Node()
+    dropped.me = dropped  # a circle: only the collector frees it
+    gone = weakref.ref(dropped)
+    del dropped
+    machine.settle()
+    assert gone() is None
+    assert not any(thing is kept for thing in gc.get_objects())

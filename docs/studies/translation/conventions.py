@@ -19,7 +19,7 @@ CASES = (str.lower, str.upper, str.title)
 JOINTS = (" ", "_", "-")
 WRAPS = ("{}", "[{}]", "<{}>", '"{}"')
 ENDS = ("", ".", ";", " !")
-STYLES = (LEADS, CASES, JOINTS, WRAPS, ENDS)  # 576 ways
+STYLES: tuple[tuple[Any, ...], ...] = (LEADS, CASES, JOINTS, WRAPS, ENDS)  # 576 ways
 LEFT_OUT = (3, 2)  # of the shadows, in one test: answers between <>
 
 

@@ -136,6 +136,7 @@ def _carry_out(
     from luthier.run.folder import choose_folder, shared_folder
     from luthier.training.loop import Interrupted
 
+    machine.settle()
     folder = shared_folder(lambda: choose_folder(recipe, name, fresh, base))
     first = os.environ.get("RANK", "0") == "0"
     with Bar() as bar:

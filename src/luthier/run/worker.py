@@ -48,6 +48,7 @@ def carried_out(request: dict[str, Any]) -> dict[str, Any]:
     from luthier.training.loop import Interrupted
 
     quiet(False)
+    machine.settle()
     torch.set_num_threads(request["threads"])
     folder = Path(request["folder"])
     try:
