@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import os
 import shutil
 import tempfile
@@ -65,9 +64,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     here = Path(__file__).parent
     place = {str(here / name): i for i, name in enumerate(SLOW)}
     items.sort(key=lambda item: place.get(str(item.path), len(SLOW)))
-
-
-def pytest_collection_finish() -> None:
-    """Let garbage collection skip what was imported: every run collects, and would look through a million objects."""
-    gc.collect()
-    gc.freeze()

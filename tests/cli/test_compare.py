@@ -213,7 +213,9 @@ def test_what_a_command_leaves_is_scored_as_a_run_is(model_folder, tmp_path):
     copy = f"{sys.executable} -c 'import shutil, sys; shutil.copytree(*sys.argv[1:])'"
     commands = {"adapter": f"{copy} {run} {{output}}", "whole": f"{copy} {tmp_path / 'whole'} {{output}}"}
     arms = {"lora": {}, **{name: {"command": c, "like": "lora"} for name, c in commands.items()}}
-    done = luthier("compare", plan(tmp_path, model_folder, arms), "search=null", "seeds=[0]", "--json", *HERE, cwd=tmp_path)
+    done = luthier(
+        "compare", plan(tmp_path, model_folder, arms), "search=null", "seeds=[0]", "--json", *HERE, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     lora, *theirs = json.loads(done.stdout)["arms"]
     for arm in theirs:

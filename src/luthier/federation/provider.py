@@ -92,7 +92,7 @@ def _calibrate(shop: Shop) -> None:
 
 
 def _make_missing(shop: Shop, missing: list[int], processes: int | None, say: Say) -> None:
-    """Make the first set, to learn how long one takes; then make the others in parallel."""
+    """Make the first set, to learn how long one takes; then make the others, in parallel unless one process is asked for."""
     first, *others = missing
     began = time.monotonic()
     _make(shop, first)
@@ -103,7 +103,12 @@ def _make_missing(shop: Shop, missing: list[int], processes: int | None, say: Sa
         f"{in_time(seconds * len(others) / count)}  in {count} processes; all {shop.protocol.sets} sets hold as many rows "
         f"as {passes:.1f} passes over the public rows"
     )
-    if others:
+    if count == 1:
+        progress = Lines(say)
+        for done, number in enumerate(others, 1):
+            _make(shop, number)
+            progress("shadow  set", done, len(others))
+    elif others:
         _side_by_side(shop.place.path, others, min(count, len(others)), say)
 
 

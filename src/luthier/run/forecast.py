@@ -93,9 +93,8 @@ def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, sets: Map
     """
     depth = config.get_text_config().num_hidden_layers
     first, second = depths(config)
-    with _new_objects_only():
-        low = measure(recipe, config, tokenizer, sets, first)
-        high = low if first == second else measure(recipe, config, tokenizer, sets, second)
+    low = measure(recipe, config, tokenizer, sets, first)
+    high = low if first == second else measure(recipe, config, tokenizer, sets, second)
     stages = [grown(a, b, depth) for a, b in zip(low, high, strict=True)]
     return Forecast(
         max(s.memory_bytes for s in stages),
@@ -317,23 +316,6 @@ def _few(data: Prepared, batch: int, seed: int) -> list[dict[str, Any]]:
 
 
 # --- bytes ---
-
-
-@contextmanager
-def _new_objects_only() -> Iterator[None]:
-    """Let garbage collection and `live_bytes` skip the objects that exist now.
-
-    The libraries have about a million objects, so each collection would take a second. In a process that has frozen its
-    objects before, nothing is changed, because `gc.unfreeze` would undo that too.
-    """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager
