@@ -1,7 +1,7 @@
 """Claims: read, measured with pauses, judged and recorded."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ class OneThread(ThreadPoolExecutor):
 
 @pytest.mark.parametrize(
     "executor",
-    [OneThread, pytest.param(claims.ProcessPoolExecutor, marks=pytest.mark.soak)],
+    [OneThread, pytest.param(ProcessPoolExecutor, marks=pytest.mark.soak)],
     ids=["thread", "processes"],
 )
 def test_seeds_side_by_side_give_the_same_and_what_is_stored_says_where_it_was_measured(executor, folder, monkeypatch):
