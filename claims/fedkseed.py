@@ -11,8 +11,9 @@ from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
 from luthier.support.cache import cache_folder, key_of, made
 from luthier.support.rng import Streams
-from luthier.tuners.fedkseed import FedKSeed, aggregate, rebuild
+from luthier.tuners.fedkseed import FedKSeed
 from luthier.tuners.full import Full
+from luthier.update import Seeds
 
 VOCABULARY, LENGTH, CHAINS = 32, 24, 4
 CLIENTS, SEQUENCES, BATCH, STEPS, ROUNDS, RATE = 4, 128, 16, 50, 5, 1e-3
@@ -76,9 +77,8 @@ def measure(arm, seed, say):
             tuner = FedKSeed(num_seeds=16 if arm == "K 16" else 256, seed=seed * 1000 + turn * 10 + i)
             scalars, seeds = tuned_by(view, rows, tuner, signs)
             uploads.append(scalars)
-        weights = {n: view.weight(n).detach() for n in view.anatomy.parameters}
-        for name, value in rebuild(weights, seeds, aggregate(uploads, [1.0] * CLIENTS), RATE).items():
-            view.weight(name).data.copy_(value)
+        mean = torch.stack(uploads).mean(0)
+        Seeds(torch.as_tensor(seeds), -RATE * mean, view.anatomy.parameters).merge_into(view.module)
         losses.append(mean_nll(view, held))
     falls = -np.diff(losses)
     return {"start": losses[0], "end": losses[-1], "fall": losses[0] - losses[-1], "least": float(falls.min())}

@@ -4,7 +4,6 @@ import numpy as np
 from fedkseed import BATCH, CHAINS, CLIENTS, RATE, ROUNDS, SEQUENCES, STEPS, base, sequences
 from toys import mean_nll
 
-from luthier.collaboration.base import Workshop
 from luthier.collaboration.parties import in_process, sizes
 from luthier.collaboration.seed_rounds import SeedRounds
 from luthier.step.lab import Lab
@@ -27,7 +26,7 @@ def measure(arm, seed, say):
     )  # fmt: skip
     protocol = SeedRounds(rounds=ROUNDS, pro=pro, seed=seed)
     contract = protocol.agree([view], FedKSeed(num_seeds=num_seeds, seed_pool=seed), settings)
-    server = protocol.server(contract, list(rows), None, Workshop(Lab()))
+    server = protocol.server(contract, list(rows), None, Lab())
     parties = [protocol.client(name, contract, view, mine) for name, mine in rows.items()]
     traffic = []
 

@@ -21,7 +21,7 @@ from luthier.collaboration.controls import mean_shadow
 from luthier.collaboration.shadows import tuned
 from luthier.collaboration.translators.base import Pairs
 from luthier.data.rendering import Renderer
-from luthier.demos.local import Schooling, Shape, opened, schooled
+from luthier.demos.local import Pretraining, Shape, opened, pretrained
 from luthier.inference.scoring import mean_loss, row_scores
 from luthier.model.loading import BUILTIN
 from luthier.model.view import ModelView
@@ -34,8 +34,8 @@ SHADOWS, CLIENTS, ROWS, HELD, STEPS, BATCH, PUBLIC = 40, 30, 480, 96, 80, 8, 150
 CEILING = 10  # clients whose true update is made, too: it takes thirty times what their own does
 SMALL_RATE, LARGE_RATE = 1e-2, 3e-3
 SHAPE = Shape(hidden=48, layers=2, heads=4, key_value_heads=2, inner=128)
-SCHOOLING = Schooling(steps=1200, batch=32)
-DESIGN = (SHADOWS, CLIENTS, CEILING, ROWS, STEPS, BATCH, SMALL_RATE, LARGE_RATE, SHAPE, SCHOOLING)
+PRETRAINING = Pretraining(steps=1200, batch=32)
+DESIGN = (SHADOWS, CLIENTS, CEILING, ROWS, STEPS, BATCH, SMALL_RATE, LARGE_RATE, SHAPE, PRETRAINING)
 TUNER = Lora(rank=2, alpha=32, targets=("q_proj", "v_proj"))
 WAYS = ("label: {}", "[{}]", "=> {}.", '"{}" !')
 WIDTH = 72  # characters of a prompt
@@ -70,7 +70,7 @@ def models():
     """(small, large)."""
     raw = opened(BUILTIN)
     even, generator = np.full(len(WAYS), 1 / len(WAYS)), Streams(0).at("school")
-    rows = drawn("school", even, SCHOOLING.steps * SCHOOLING.batch, generator)
+    rows = drawn("school", even, PRETRAINING.steps * PRETRAINING.batch, generator)
     file = (
         cache_folder()
         / "claims"
@@ -83,7 +83,7 @@ def models():
             save_file({"y": y}, temporary / file.name)
     start_of(raw, TUNER).update(load_file(file)["y"]).merge_into(raw.module)
     large = ModelView(raw.module, raw.tokenizer, name="SmolLM2-135M that has seen public rows")
-    return opened(schooled(rows, SHAPE, SCHOOLING, tokenizer=large.tokenizer)), large
+    return opened(pretrained(rows, SHAPE, PRETRAINING, tokenizer=large.tokenizer)), large
 
 
 def rendered(rows, view):

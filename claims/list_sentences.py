@@ -48,5 +48,5 @@ def measure(arm, seed, say):
         }  # fmt: skip
         if arm != "labels only":
             recipe["data"]["pool"] = "pool.jsonl"
-        done = run(recipes.load(json.dumps(recipe), "claim"), folder / "out", folder, keep=False, foresee=False)
+        done = run(recipes.load(json.dumps(recipe), "claim"), folder / "out", folder, keep=False, forecast=False)
     return {n: done["after"][n]["value"] for n in ("accuracy", "loss")}

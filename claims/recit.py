@@ -5,12 +5,12 @@ from functools import cache
 import numpy as np
 import torch
 
-from luthier.collaboration.audit.canaries import canaries, memory, rows_of
+from luthier.collaboration.audit.canaries import canaries, memory, planted_rows
 from luthier.collaboration.audit.tokens import FALSE_POSITIVES, TokenAudit
 from luthier.collaboration.privacy import Privacy, PrivateRun, plan
 from luthier.data.batch import collate
 from luthier.data.rendering import Renderer
-from luthier.demos.local import LARGE, Schooling, opened, pieces, python_sources, rendered, schooled
+from luthier.demos.local import LARGE, Pretraining, opened, pieces, pretrained, python_sources, rendered
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
@@ -19,7 +19,7 @@ from luthier.training.loop import Loop
 from luthier.tuners.lora import Lora
 
 CANARIES, ROWS, EPOCHS, BATCH, WIDTH = 100, 300, 20, 16, 96
-SCHOOLING = Schooling(steps=1000)
+PRETRAINING = Pretraining(steps=1000)
 PRIVACY = Privacy(epsilon=1.0, delta=1e-3)
 LOOKS = 20  # gradients of single rows that tokens are looked for in
 ARMS = {"plain": None, "private": PRIVACY}
@@ -29,12 +29,14 @@ WIDE, NARROW = 40, 8  # ranks above and under the number of distinct bytes of a 
 @cache
 def text(seed):
     sources = python_sources()
-    return pieces(sources, dict.fromkeys(sources, 1.0), SCHOOLING.steps * SCHOOLING.batch + ROWS, WIDTH, Streams(seed))
+    return pieces(
+        sources, dict.fromkeys(sources, 1.0), PRETRAINING.steps * PRETRAINING.batch + ROWS, WIDTH, Streams(seed)
+    )
 
 
 @cache
 def model():
-    return opened(schooled(text(0)[ROWS:], LARGE, SCHOOLING))
+    return opened(pretrained(text(0)[ROWS:], LARGE, PRETRAINING))
 
 
 def tuned(view, rows, tuner, privacy, seed):
@@ -88,7 +90,7 @@ def measure(arm, seed, say):
     renderer, tuner = Renderer(view.tokenizer, plain=True), Lora(rank=16, alpha=32, seed=seed)
     planted, controls = canaries(CANARIES, streams)
     own = rendered(text(seed + 1)[:ROWS], view.tokenizer)
-    update = tuned(view, [*own, *rows_of(planted, renderer)], tuner, ARMS[arm], seed)
+    update = tuned(view, [*own, *planted_rows(planted, renderer)], tuner, ARMS[arm], seed)
     with update.bind(view):
         m = memory(view, renderer, planted, controls, others=100, tokens_per_forward=8192, samples=5, streams=streams)
     gap = m.exposure - m.exposure_controls

@@ -7,7 +7,6 @@ import torch
 
 from luthier.collaboration.contract import Contract, start_of
 from luthier.collaboration.grad_transformer import GradTransformer, Organisation, Provider, shadow
-from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.parties import Tick, in_process
 from luthier.collaboration.shadows import tuned
@@ -163,20 +162,6 @@ def test_another_start_or_model_is_refused_before_anything_is_tuned(world):
     with pytest.raises(Refused, match="initial: the provider has"):
         starts = start_of(world.small, other), world.starts[1]
         Provider(world.contract, GradTransformer(), starts, world.pairs, world.fitted, NAMES)
-
-
-def test_a_provider_killed_after_any_arrival_goes_on_and_repeats_its_results(world, tmp_path):
-    whole = carried(world.provider(pool="after"), world.organisations())
-    parties, journal = world.organisations(), tmp_path / "journal"
-    states = {s.to: s.message for s in world.provider().begin()}
-    for i, party in enumerate(parties):
-        provider = world.provider(Journal(journal, 10**6), pool="after")  # the old one is gone
-        assert len(provider.gathering.arrived) == i
-        provider.handle(party.handle(states[party.name])[0].message)
-    again = world.provider(Journal(journal, 10**6), pool="after")
-    for sent, party in zip(again.begin(), parties, strict=True):
-        party.handle(sent.message)
-        assert party.update.digest() == whole[party.name].digest()
 
 
 def test_without_an_update_there_is_nothing_to_give(world):

@@ -123,6 +123,16 @@ while True:
 """
 
 
+def test_a_write_that_was_cut_off_is_no_message_and_is_removed(tmp_path):
+    """What a killed process leaves is a file beside its target, with the number of that process."""
+    Journal(tmp_path, LIMIT).append(message())
+    (tmp_path / f".000001.message.{2**22 + 1}").write_bytes(message().encode()[:-1])  # above every number of a process
+    again = Journal(tmp_path, LIMIT)
+    assert len(list(again)) == 1 and not list(tmp_path.glob(".*"))
+    assert again.append(message()).name == "000001.message"
+
+
+@pytest.mark.soak
 def test_what_was_acknowledged_survives_a_kill(tmp_path):
     tests = os.path.dirname(os.path.dirname(__file__))
     with subprocess.Popen(

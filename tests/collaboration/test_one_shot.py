@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from luthier.collaboration import one_shot
+from luthier.collaboration import privacy
 from luthier.collaboration.averaging import averaged
-from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message
 from luthier.collaboration.one_shot import (
     AverageClient,
@@ -19,7 +18,7 @@ from luthier.collaboration.one_shot import (
     alone,
 )
 from luthier.collaboration.parties import Tick, in_process
-from luthier.collaboration.privacy import Privacy, plan
+from luthier.collaboration.privacy import Plan, Privacy
 from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
@@ -96,21 +95,6 @@ def test_weights_may_be_equal_and_the_mean_cut_to_a_rank():
     assert {t.shape[0] for t in whole.parts[0].a.values()} == {6} and 0 < gap(server.update, whole) < 0.1
 
 
-def test_a_server_killed_after_any_arrival_goes_on_to_the_same_bits(tmp_path):
-    agreed = contract(rounds=2)
-    whole = carried(AverageServer(agreed, NAMES), clients(agreed))
-    parties, kills = {p.name: p for p in clients(agreed)}, 0
-    server = AverageServer(agreed, NAMES, Journal(tmp_path, 10**7))
-    waiting = server.begin()
-    while not server.finished:
-        sent = waiting.pop(0)
-        (answer,) = parties[sent.to].handle(sent.message)
-        server.handle(answer.message)
-        server = AverageServer(agreed, NAMES, Journal(tmp_path, 10**7))  # the old one is gone
-        kills, waiting = kills + 1, server.begin()
-    assert kills == 6 and server.update.digest() == whole.update.digest()
-
-
 def test_whoever_is_late_does_not_count_and_is_refused_by_name():
     agreed = contract()
     server, (east, north, west) = AverageServer(agreed, NAMES), clients(agreed)
@@ -122,7 +106,7 @@ def test_whoever_is_late_does_not_count_and_is_refused_by_name():
     assert {s.to for s in results} == set(NAMES) and [r["client"] for r in server.report] == ["east", "west"]
     (refused,) = server.handle(north.handle(states["north"])[0].message)
     north.handle(refused.message)
-    assert north.refusals == ["round: north sent for round 0, all are closed"]
+    assert north.refusals == ["round: north sent for round 1, all are closed"]
 
 
 def message(agreed, update, name="east", rows=8):
@@ -172,11 +156,17 @@ def test_a_round_ends_without_those_that_decline_and_not_with_none():
 
 
 def test_under_a_promise_each_round_has_the_noise_of_all_together(monkeypatch):
-    seen = []
-    monkeypatch.setattr(one_shot, "plan", lambda *given: seen.append(plan(*given)) or seen[-1])
-    agreed = contract(rounds=2, privacy=Privacy(epsilon=4.0, delta=0.01))
-    carried(AverageServer(agreed, NAMES[:1]), clients(agreed)[:1])
-    assert [p.rounds for p in seen] == [2, 2] and all(p.spent <= 4.0 for p in seen)
+    seen, limit = [], Privacy(epsilon=4.0, delta=0.01)
+
+    def planned(privacy, rows, batch_size, steps, rounds):
+        seen.append((privacy, rows, batch_size, steps, rounds))
+        return Plan(privacy=privacy, rows=rows, rate=batch_size / rows, steps=steps, noise=1.0, spent=4.0)
+
+    monkeypatch.setattr(privacy, "plan", planned)
+    agreed = contract(rounds=2, privacy=limit)
+    server = carried(AverageServer(agreed, NAMES[:1]), clients(agreed)[:1])
+    assert seen == [(limit, 8, 4, 3, 2)] * 2
+    assert [r["loss"] for r in server.report] == [None, None], "the limit does not account for a loss"
 
 
 def test_what_cannot_be_added_is_refused_by_name_and_the_rest_counts():
@@ -310,7 +300,9 @@ def test_an_update_far_too_long_is_left_out_and_named():
             value = torch.full(agreed.shapes[first], size)
             server.handle(message(agreed, changed(agreed, **{first: value}), name))
         mean = float(server.update.dense()[first].mean())
-        assert (server.left_out, mean) == (({}, pytest.approx(102.5 / 3)) if keep else ({0: ["west"]}, 1.25))
+        weights = [r["weight"] for r in server.report]
+        assert weights == pytest.approx([1 / 3] * 3 if keep else [1 / 2, 1 / 2, 0])
+        assert mean == pytest.approx(102.5 / 3 if keep else 1.25)
 
 
 def test_a_tuner_that_replaces_is_refused_and_so_is_another_model():

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.collaboration.base import Workshop
 from luthier.collaboration.contract import Contract, refuse_other, refuse_vector, start_of
 from luthier.collaboration.controls import controls, gap_recovered, mean_shadow, pooled, share_of_gain
 from luthier.collaboration.grad_transformer import GradTransformer, shadow
@@ -199,7 +198,7 @@ def test_6_pooling_equal_clients_is_one_client_and_order_does_not_matter():
     assert torch.equal(pooled(same), x[0])
     ab, ba = {"a": x[0], "b": x[1], "c": x[2]}, {"c": x[2], "b": x[1], "a": x[0]}
     assert torch.equal(pooled(ab), pooled(ba))
-    assert torch.allclose(pooled({"a": x[0], "b": x[1]}, {"a": 3, "b": 1}), 0.75 * x[0] + 0.25 * x[1])
+    assert torch.allclose(pooled({"a": x[0], "b": x[1]}), 0.5 * x[0] + 0.5 * x[1])
     with pytest.raises(ValueError, match="no update has arrived"):
         pooled({})
 
@@ -215,10 +214,10 @@ def test_measures_of_a_translation():
     assert share_of_gain(1.3014, 1.3676, 1.2929) == pytest.approx(0.886, abs=0.001)
 
 
-def test_a_workshop_without_shadow_runs_says_so_and_gives_its_models_by_the_lab():
+def test_a_lab_without_shadow_runs_or_models_says_so():
     seen = []
-    bare, full = Workshop(Lab()), Workshop(Lab(), lambda sets, snapshots: seen.append((sets, snapshots)) or [{}])
-    with pytest.raises(LuthierError, match="nothing here made shadow runs; give the workshop what reads them"):
+    bare, full = Lab(), Lab(shadowing=lambda sets, snapshots: seen.append((sets, snapshots)) or [{}])
+    with pytest.raises(LuthierError, match="nothing here reads shadow runs; give the lab a service that does"):
         bare.shadows(2, 1)
     assert full.shadows(3, 2) == [{}] and seen == [(3, 2)]
     with pytest.raises(LuthierError, match="there is no model called 'small' here"):

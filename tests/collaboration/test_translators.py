@@ -135,10 +135,10 @@ def test_shuffled_pairs_belong_to_other_sets():
 def test_the_transformer_learns_what_the_updates_share():
     p = pairs(sets=80)
     training, unseen = p.take(p.shadow < 60), p.take(p.shadow >= 60)
-    fitted = small(width=64, epochs=120, patience=60).fit(training)
+    fitted = small(width=64, epochs=60, patience=60).fit(training)
     error = (fitted(unseen.x) - unseen.y).square().mean() / (unseen.y - training.y.mean(0)).square().mean()
     assert error < 0.5
-    raw = small(width=64, epochs=120, patience=60, standardise=False).fit(training)
+    raw = small(width=64, epochs=60, patience=60, standardise=False).fit(training)
     assert (raw(unseen.x) - unseen.y).square().mean() > 2 * (fitted(unseen.x) - unseen.y).square().mean()
 
 

@@ -27,7 +27,7 @@ def no_module_is_left():
 
 def put(folder, model, **keys):
     train = [*rows(10), {"prompt": "count", "completion": "one\ntwo\nthree"}, {"prompt": "CAPS", "completion": "AB"}]
-    path = write(folder, model, train=train, **{"evaluate": [], **keys})
+    path = write(folder, model, train=train, data={"train": "train.jsonl"}, max_steps=1, **{"evaluate": [], **keys})
     (folder / "lines_of_mine.py").write_text(LINES)
     (folder / "coded.py").write_text(BACKWARDS)
     return path, train
@@ -135,7 +135,7 @@ def test_weights_of_a_curator_reach_the_loss_and_the_files(model_folder, tmp_pat
     losses = {}
     for name, train in (("weighed", rows(6)), ("by hand", [*[rows(6)[0]] * 3, *rows(6)[2:]])):
         folder = tmp_path / name
-        keys = {"max_steps": 1, "batch_size": 8, "shuffle": False, "evaluate": []}
+        keys = {"max_steps": 1, "batch_size": 8, "shuffle": False, "evaluate": [], "data": {"train": "train.jsonl"}}
         path = write(folder, model_folder, train=train, curate=["heavy:Heavy"] if name == "weighed" else [], **keys)
         (folder / "heavy.py").write_text(HEAVY)
         done = luthier("run", path, "--allow-code", cwd=folder)
@@ -201,7 +201,7 @@ def test_an_exam_asks_in_the_models_form_and_judges_in_the_rows(tmp_path):
 
 def test_a_coded_run_is_scored_and_used_in_the_rows_own_form(model_folder, tmp_path):
     held = [{"prompt": "say 1", "completion": "1 2"}]
-    keys = {"evaluate": [{"exact-match": {"rows": 1, "max_new_tokens": 8}}], "max_steps": 200, "learning_rate": 0.02}
+    keys = {"evaluate": [{"exact-match": {"rows": 1, "max_new_tokens": 8}}], "max_steps": 80, "learning_rate": 0.02}
     train = [{"prompt": "say 1", "completion": "1 2"}] * 4
     path = write(tmp_path, model_folder, train=train, held=held, curate=["coded:Backwards"], tuner="full", **keys)
     (tmp_path / "coded.py").write_text(BACKWARDS)

@@ -130,17 +130,17 @@ def test_what_cannot_be_chosen_is_refused(base):
         QTuningOffline(keep_fraction=0.5).choose([r.values for r in some(4)])
     with pytest.raises(LuthierError, match="there is no model called 'base' here"):
         QTuningOffline(keep_fraction=0.5).select(some(4), Lab())
-    with pytest.raises(RecipeError, match="keeps none"):
+    with pytest.raises(RecipeError, match=r"q-tuning-offline\.keep_fraction: 0.01 of 4 rows keeps none"):
         QTuningOffline(keep_fraction=0.01).select(some(4), base)
+    assert QTuningOffline(keep_fraction=1.0).select(some(1), base).keep.tolist() == [0]
     with pytest.raises(ValueError, match="keep_fraction"):
         QTuningOffline(keep_fraction=1.5)
 
 
 def test_a_run_shows_the_plane_and_another_fraction_is_not_scored_again(model_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    path = write(
-        tmp_path, model_folder, train=rows(40), curate=[{"q-tuning-offline": {"keep_fraction": 0.5}}], evaluate=[]
-    )
+    keys = {"curate": [{"q-tuning-offline": {"keep_fraction": 0.5}}], "evaluate": [], "max_steps": 1}
+    path = write(tmp_path, model_folder, train=rows(40), data={"train": "train.jsonl"}, **keys)
     done = luthier("run", path, cwd=tmp_path)
     assert (
         done.returncode == 0
@@ -157,7 +157,8 @@ def test_a_run_shows_the_plane_and_another_fraction_is_not_scored_again(model_fo
     from luthier.curation import q_tuning_offline
 
     monkeypatch.setattr(q_tuning_offline, "scored", None)  # would fail if it were asked
-    again = luthier("run", path, "curate=[q-tuning-offline: {keep_fraction: 0.25}]", "output_dir=other", cwd=tmp_path)
-    assert again.returncode == 0 and "40 rows before, 10 after" in again.stderr, again.stderr
+    less = "curate=[q-tuning-offline: {keep_fraction: 0.25}]"
+    again = json.loads(luthier("curate", path, less, "--output-dir", "other", "--json", cwd=tmp_path).stdout)
+    assert [(s["of"], s["rows"]) for s in again["steps"]] == [(40, 10)]
     said = json.loads(luthier("check", path, "--json", "--no-forecast", cwd=tmp_path).stdout)
     assert said["curated"][0]["rows"] == 20

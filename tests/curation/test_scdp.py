@@ -9,7 +9,6 @@ import pytest
 from scipy.optimize import minimize
 from scipy.sparse import csr_matrix
 
-from luthier.curation.random import Random
 from luthier.curation.scdp import (
     Scdp,
     distances,
@@ -19,9 +18,7 @@ from luthier.curation.scdp import (
     strata_of,
     stratified,
     water_fill,
-    weiszfeld,
 )
-from luthier.data.mixture import quotas
 from luthier.data.store import Row
 from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
@@ -61,11 +58,11 @@ def dense_median(x, eps=1e-5):
 def test_1_median():
     generator = np.random.default_rng(0)
     x = generator.random((40, 12)) * (generator.random((40, 12)) < 0.4)
-    assert np.abs(geometric_median(csr_matrix(x)) - dense_median(x)).max() < 1e-9
+    assert np.abs(geometric_median(csr_matrix(x))[0] - dense_median(x)).max() < 1e-9
     triangle = np.array([[0, 0], [1, 0], [0.5, 3**0.5 / 2]])
-    assert geometric_median(csr_matrix(triangle)) == pytest.approx(triangle.mean(0), abs=1e-5)
+    assert geometric_median(csr_matrix(triangle))[0] == pytest.approx(triangle.mean(0), abs=1e-5)
     line = np.arange(5.0)[:, None]
-    assert geometric_median(csr_matrix(line)) == pytest.approx([2.0], abs=0)
+    assert geometric_median(csr_matrix(line))[0] == pytest.approx([2.0], abs=0)
 
 
 def test_1_the_median_on_rows_that_coincide():
@@ -73,9 +70,9 @@ def test_1_the_median_on_rows_that_coincide():
     ends = [(1.0, 0.0)] * 2 + [(-1.0, 15**0.5), (-1.0, -(15**0.5))]  # unit vectors that sum to 1.5; their mean is 0
     for count, stays in ((1, False), (2, True), (3, True)):
         x = np.array([(0.0, 0.0)] * count + ends)
-        g = geometric_median(csr_matrix(x), eps=1e-9, max_iter=5000)
+        g, _ = geometric_median(csr_matrix(x), eps=1e-9, max_iter=5000)
         assert (np.abs(g).max() < 1e-12) == stays, count
-        one, _ = weiszfeld(csr_matrix(x), eps=0.0, max_iter=1)
+        one, _ = geometric_median(csr_matrix(x), eps=0.0, max_iter=1)
         np.testing.assert_allclose(one, dense_step(x, x.mean(0)), atol=1e-12)
         assert total(x, g) <= least(x) + 1e-8
 
@@ -94,15 +91,15 @@ def least(x):
 
 def test_1_no_other_point_is_nearer_to_all_rows():
     generator = np.random.default_rng(3)
-    for _ in range(20):
+    for _ in range(5):
         x = generator.normal(size=(9, 3)) * (generator.random((9, 3)) < 0.7)
         x[:3] = x[0]  # rows that coincide
-        assert total(x, geometric_median(csr_matrix(x), eps=1e-9, max_iter=5000)) <= least(x) + 1e-6
+        assert total(x, geometric_median(csr_matrix(x), eps=1e-9, max_iter=5000)[0]) <= least(x) + 1e-6
 
 
 def test_1_it_says_where_it_has_not_settled(caplog):
     x = np.random.default_rng(0).random((10, 4))
-    _, iterations = weiszfeld(csr_matrix(x), max_iter=1)
+    _, iterations = geometric_median(csr_matrix(x), max_iter=1)
     assert iterations == 1 and "had not settled after 1 iterations" in caplog.text
 
 
@@ -132,7 +129,7 @@ def test_2_distances_are_those_of_plain_counting():
 def test_the_ledger_counts_two_products_an_iteration():
     some = rows(60)
     x, _ = naive([r.values["text"] for r in some])
-    _, iterations = weiszfeld(csr_matrix(x.astype(np.float32)))
+    _, iterations = geometric_median(csr_matrix(x.astype(np.float32)))
     assert iterations > 1
     lab = Lab()
     Scdp(keep_fraction=0.5).select(some, lab)
@@ -266,7 +263,6 @@ def test_7_the_spread_of_distances_is_wider_than_a_random_subsets():
 
 
 def test_class_balance_meets_largest_remainder_quotas():
-    assert quotas(np.array([5, 3, 2]), 7).tolist() == [4, 2, 1]
     labelled = rows(300, labels=["a", "a", "b"])
     selection = Scdp(keep_fraction=0.3, class_balanced=True).select(labelled, Lab())
     kept = [labelled[i].values["label"] for i in selection.keep]
@@ -291,14 +287,14 @@ def test_an_even_draw_within_each_class():
 def test_a_class_without_a_quota_is_named(caplog):
     labelled = [*rows(20, labels=["a"]), Row("f:21", {"text": "odd one", "label": "b"})]
     kept = Scdp(keep_fraction=0.3, class_balanced=True).select(labelled, Lab()).keep
-    assert 20 not in kept and "class 1 keeps no row" in caplog.text
+    assert 20 not in kept and "class 'b' keeps no row" in caplog.text
 
 
 def test_bad_input():
     for value in (0.0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="keep_fraction"):
             Scdp(keep_fraction=value)
-    with pytest.raises(RecipeError, match="keeps no example"):
+    with pytest.raises(RecipeError, match=r"scdp\.keep_fraction: 0.01 of 10 rows keeps none"):
         Scdp(keep_fraction=0.01).select(rows(10), Lab())
     with pytest.raises(RecipeError, match="hold no words"):
         Scdp(keep_fraction=0.5).select([Row("f:1", {"text": "a"}), Row("f:2", {"text": ""})], Lab())
@@ -309,16 +305,3 @@ def test_bad_input():
     alike = [*(Row(f"f:{i}", {"text": "alpha"}) for i in range(20)), Row("f:21", {"text": "x"})]
     chosen = Scdp(keep_fraction=0.05).select(alike, Lab())
     assert chosen.score.argmax() == 20 and chosen.keep.tolist() == [0], "the farthest has no direction"
-
-
-def test_random_keeps_its_share_by_key():
-    some = rows(100)
-    a, b = (Random(keep_fraction=0.3).select(some, Lab(seed=s)) for s in (0, 1))
-    assert len(a.keep) == 30 and not np.array_equal(a.keep, b.keep)
-    assert np.array_equal(a.keep, Random(keep_fraction=0.3).select(some, Lab()).keep)
-    shuffled = random.Random(1).sample(some, 100)
-    again = Random(keep_fraction=0.3).select(shuffled, Lab())
-    assert {shuffled[i].key for i in again.keep} == {some[i].key for i in a.keep}
-    assert len(Random(keep_fraction=1.0).select(some, Lab()).keep) == 100
-    with pytest.raises(RecipeError, match="keeps none"):
-        Random(keep_fraction=0.001).select(some, Lab())

@@ -15,8 +15,8 @@ from luthier.data.rendering import Renderer
 from luthier.data.spans import covering
 from luthier.data.store import Row, Rows
 from luthier.support.errors import LuthierError, RecipeError
-from luthier.tasks.classification import ClassRows
-from luthier.testing.models import byte_tokenizer
+from luthier.tasks.classification import Classification, ClassRows
+from luthier.testing.models import byte_tokenizer, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ KEEP = Carried(("weight", "soft", "source"), "marks")
 def from_file(tmp_path, items, carried=KEEP, **more):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(x) + "\n" for x in items))
-    return read(path.name, {}, tmp_path, "causal-lm", carried=carried, **more)[0]
+    return read(path.name, {}, tmp_path, carried=carried, **more)[0]
 
 
 def prepared(rows, carried=KEEP, renderer=None, **more):
@@ -99,6 +99,32 @@ def test_a_row_without_a_field_or_of_another_type_is_refused_with_its_line_or_sk
     assert len(from_file(tmp_path, [WHOLE[0], bad, WHOLE[1]], on_bad="skip")) == 2
 
 
+def test_a_skipped_row_does_not_decide_the_types_of_the_others(tmp_path):
+    bad = {"prompt": "who", "completion": "Ada", "weight": "x", "soft": [1, 0], "source": "a"}  # marks are missing
+    rows = from_file(tmp_path, [bad, *WHOLE], on_bad="skip")
+    assert [r.key.rpartition(":")[2] for r in rows] == ["2", "3", "4"]
+
+
+@pytest.mark.parametrize("bad", [True, 1e39, -1e39, 2**63, [0.5, False], {}])
+def test_what_no_tensor_holds_is_refused(bad):
+    with pytest.raises(RecipeError, match="f:1: n is .*a kept field holds a finite number"):
+        prepared([Row("f:1", values(n=bad))], Carried(("n",)))
+
+
+def test_the_digest_follows_labels_classes_and_the_edges_of_rows():
+    texts = [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no"}]
+    turned = [{"text": "good", "label": "no"}, {"text": "bad", "label": "yes"}]
+    maker = ClassRows({"no": 0, "yes": 1})
+    digests = {
+        prepared([Row(f"f:{i}", v) for i, v in enumerate(x)], Carried(), maker=maker).digest for x in (texts, turned)
+    }
+    renderer = Renderer(byte_tokenizer(), plain=True)
+    for prompt, completion in (("ab", "cd"), ("abc", "d")):
+        row = Row("f:1", {"prompt": prompt, "completion": completion})
+        digests.add(prepared([row], Carried(), renderer).digest)
+    assert len(digests) == 4
+
+
 def test_a_fill_stands_for_what_is_missing(tmp_path):
     carried = KEEP._replace(fill={"weight": 1.0, "marks": [], "source": "none", "soft": [0, 1]})
     done = prepared(from_file(tmp_path, [WHOLE[0], values(), values(weight=None)], carried), carried).rows
@@ -108,11 +134,11 @@ def test_a_fill_stands_for_what_is_missing(tmp_path):
 
 def test_numbers_of_a_csv_file_are_numbers(tmp_path):
     (tmp_path / "d.csv").write_text("prompt,completion,weight,source\na,b,2,x\nc,d,0.5,y\n")
-    rows, _ = read("d.csv", {}, tmp_path, "causal-lm", carried=Carried(("weight", "source")))
+    rows, _ = read("d.csv", {}, tmp_path, carried=Carried(("weight", "source")))
     assert [r["row"]["weight"] for r in prepared(rows, Carried(("weight", "source"))).rows] == [2.0, 0.5]
     (tmp_path / "d.csv").write_text("prompt,completion,weight\na,b,2\nc,d,\n")
     with pytest.raises(RecipeError, match=r"d\.csv:3: has no field 'weight'"):
-        read("d.csv", {}, tmp_path, "causal-lm", carried=Carried(("weight",)))
+        read("d.csv", {}, tmp_path, carried=Carried(("weight",)))
 
 
 def test_other_fields_are_other_rows_in_the_cache(tmp_path):
@@ -231,6 +257,14 @@ def test_spans_of_a_classification_row_count_its_special_tokens():
     ).rows
     ((a, b, kind),) = done[0]["span"]["marks"].tolist()
     assert tokenizer.decode(done[0]["ids"][a:b]) == "bad" and kind == 7 and done[0]["row"] == {"label": 0}
+
+
+def test_spans_of_a_text_that_is_trained_on_within_a_prompt_are_refused():
+    task = Classification(prompt="{text} ({label})", words={"no": "n", "yes": "y"})
+    maker = task.maker(Renderer(byte_tokenizer()), tiny().config, {"no": 0, "yes": 1})
+    row = Row("f:1", {"text": "a bad film", "label": "no", "marks": [[2, 5, 7]]})
+    with pytest.raises(RecipeError, match="f:1: has spans, but its text is trained on within a prompt"):
+        prepared([row], Carried(spans="marks"), maker=maker)
 
 
 @pytest.mark.parametrize("mark", [[0, 99, 0], [3, 3, 0], [5, 4, 0], [-1, 2, 0]])

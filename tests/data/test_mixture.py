@@ -33,6 +33,7 @@ def mixture(sizes, weights=None, temperature=1.0):
         ([800, 100], [1, 1], 3.0, [2 / 3, 1 / 3]),  # cube roots: 2 to 1 times that of 100
         ([100, 100], [4, 1], 2.0, [2 / 3, 1 / 3]),
         ([900, 100], [1, 1], 0.5, [81 / 82, 1 / 82]),
+        ([1000, 999], [1, 1], 0.001, [1 / (1 + 0.999**1000), 1 / (1 + 0.999**-1000)]),  # 1000^1000 is no float
     ],
 )
 def test_shares_by_hand(sizes, weights, temperature, expected):

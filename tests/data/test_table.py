@@ -122,6 +122,12 @@ def test_split_rows_lie_side_by_side_and_added_ones_at_the_end():
     assert keys(more)[-4:] == ["f:2/1+1", "f:2/1+2", "second:1", "second:2"]
     assert more.roots(more.live).tolist()[-4:] == [1, 1, -1, -1] and len(set(keys(more))) == len(more)
     assert (more.parent < np.arange(len(more.entries))).all()
+    for parents, said in (
+        ([0, -1], "gives position -1; the 5 rows have 0 to 4"), ([0], "adds more rows than the 1 parents it gives"),
+        ([0, 1, 2], "adds 2 rows and gives 3 parents"),
+    ):  # fmt: skip
+        with pytest.raises(LuthierError, match=f"first: {said}"):
+            start().add([{"text": "n"}, {"text": "m"}], parents=parents)
     with pytest.raises(LuthierError, match="first: splits f:1 into no row"):
         start().split([[], None, None, None, None])
 
@@ -137,6 +143,8 @@ def test_only_a_tables_own_operations_follow_it():
     shorter = Table.of(rows(4)).at("first")
     for other in (shorter, Table.of(rows()).at("first"), before.at("second")):
         assert not other.follows(before)
+    several = Table.of(Rows.joined([Rows.of(rows(2)), Rows.of(rows(3))])).at("first")
+    assert several.keep([0]).follows(several) and not before.follows(several)
 
 
 def test_every_entry_is_written_with_its_columns(tmp_path):

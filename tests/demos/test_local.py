@@ -2,7 +2,7 @@
 
 import torch
 
-from luthier.demos.local import Schooling, Shape, byte_tokenizer, opened, pieces, python_sources, rendered, schooled
+from luthier.demos.local import Pretraining, Shape, byte_tokenizer, opened, pieces, pretrained, python_sources, rendered
 from luthier.inference.scoring import mean_loss, row_scores
 from luthier.support.rng import Streams
 
@@ -30,26 +30,26 @@ def test_pieces_come_from_their_sources_in_their_shares():
 
 def test_a_model_is_made_once_and_has_read_its_text(tmp_path, monkeypatch):
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
-    schooling, steps = Schooling(steps=200, batch=8, rate=1e-2), []
-    folder = schooled(ROWS, TINY, schooling, steps.append)
-    assert len(steps) == 200 and steps[-1]["loss"] < 0.6 * steps[0]["loss"]
-    assert schooled(ROWS, TINY, schooling, steps.append) == folder and len(steps) == 200
-    view, larger = opened(folder), opened(schooled(ROWS, TINY._replace(layers=3), schooling))
+    pretraining, steps = Pretraining(steps=120, batch=8, rate=1e-2), []
+    folder = pretrained(ROWS, TINY, pretraining, steps.append)
+    assert len(steps) == 120 and steps[-1]["loss"] < 0.6 * steps[0]["loss"]
+    assert pretrained(ROWS, TINY, pretraining, steps.append) == folder and len(steps) == 120
+    view, larger = opened(folder), opened(pretrained(ROWS, TINY._replace(layers=3), pretraining._replace(steps=1)))
     assert view.base.tokenizer == larger.base.tokenizer and view.base.weights != larger.base.weights
     rows = rendered([{"text": "abcabcabcabcabc"}] * 4, view.tokenizer)
     wrong = rendered([{"text": "acbacbacbacbacb"}] * 4, view.tokenizer)
     seen, unseen = (mean_loss(row_scores(view, r, 1000)) for r in (rows, wrong))
     assert seen < unseen - 0.5
-    other = schooled(ROWS, TINY, schooling._replace(seed=1))
-    assert other != folder and opened(other).base.weights != view.base.weights
+    short = [pretrained(ROWS, TINY, pretraining._replace(steps=1, seed=seed)) for seed in (0, 1)]
+    assert opened(short[0]).base.weights != opened(short[1]).base.weights
 
 
-def test_the_same_schooling_gives_the_same_model(tmp_path, monkeypatch):
-    schooling, made = Schooling(steps=5, batch=4), []
+def test_the_same_pretraining_gives_the_same_model(tmp_path, monkeypatch):
+    pretraining, made = Pretraining(steps=5, batch=4), []
     for name in ("a", "b"):
         monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / name))
         torch.manual_seed(len(made))  # whatever ran before
-        made.append(opened(schooled(ROWS, TINY, schooling)).base.weights)
+        made.append(opened(pretrained(ROWS, TINY, pretraining)).base.weights)
     assert made[0] == made[1]
 
 

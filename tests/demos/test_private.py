@@ -5,8 +5,8 @@ import json
 import pytest
 
 from helpers.collaborations import TINY
-from luthier.demos.private import NAMES, STYLES, answered, demo, made, written
-from luthier.federation.folder import Place
+from luthier.demos.private import NAMES, STYLES, all_rows, answered, demo, written
+from luthier.federation.folder import Workspace
 from luthier.update.files import load
 
 
@@ -16,16 +16,16 @@ def shown(tmp_path_factory):
     return folder, demo(folder, TINY, said.append, processes=1), said
 
 
-def test_a_house_writes_as_it_does_and_private_houses_are_nobody_elses():
+def test_a_style_is_written_as_it_says_and_no_public_row_has_a_private_one():
     assert written("set_alarm", ("=> ", str.upper, "-", "<{}>", ";")) == "=> <SET-ALARM>;" and len(set(STYLES)) == 576
-    rows = made(TINY)
-    public = {r["house"] for r in rows.public}
+    rows = all_rows(TINY)
+    public = {r["style"] for r in rows.public}
     for name in NAMES:
-        assert len({r["house"] for r in rows.private[name] + rows.held[name]}) == 1
-        assert not public & {r["house"] for r in rows.private[name]}
+        assert len({r["style"] for r in rows.private[name] + rows.held[name]}) == 1
+        assert not public & {r["style"] for r in rows.private[name]}
     prompts = [r["prompt"] for r in rows.public] + [r["prompt"] for n in NAMES for r in rows.private[n] + rows.held[n]]
     assert len(set(prompts)) > 0.95 * len(prompts), "no stretch is used twice"
-    assert made(TINY) == rows and answered([], []) == []
+    assert all_rows(TINY) == rows and answered([], []) == []
 
 
 def test_it_ends_in_one_report_with_everything_asked_for(shown):
@@ -44,10 +44,10 @@ def test_it_ends_in_one_report_with_everything_asked_for(shown):
 
 def test_what_comes_back_opens_as_an_adapter_of_the_large_model(shown):
     folder, _, _ = shown
-    place = Place(folder / "contract")
+    workspace = Workspace(folder / "contract")
     update = load(folder / "results" / "clinic")
-    assert update.base.same_base(place.lab.view("large").base)
-    with update.bind(place.lab.view("large")):
+    assert update.base.same_base(workspace.lab.view("large").base)
+    with update.bind(workspace.lab.view("large")):
         pass
 
 
@@ -56,5 +56,5 @@ def test_what_is_finished_is_not_made_again(shown):
     before = {f.name: f.stat().st_mtime_ns for f in (folder / "contract/shadows").iterdir()}
     said = []
     demo(folder, TINY, said.append, processes=1)
-    assert "all 12 shadow sets are made" in said and not any(s.startswith("school") for s in said)
+    assert "all 12 shadow sets are made" in said and not any(s.startswith("pretrain") for s in said)
     assert before == {f.name: f.stat().st_mtime_ns for f in (folder / "contract/shadows").iterdir()}

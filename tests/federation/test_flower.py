@@ -28,6 +28,7 @@ def no_run(monkeypatch):
     """flwr makes messages inside a run alone."""
     made = lambda data, node: SimpleNamespace(content=content(bytes=data), metadata=SimpleNamespace(dst_node_id=node))  # noqa: E731
     monkeypatch.setattr(flower, "_message", made)
+    monkeypatch.setattr(flower, "PAUSE", 0.01)
 
 
 class Grid:
@@ -88,9 +89,9 @@ def node(name, agreed, answer=None):
 
 def served(agreed, grid, patience=0.5, journal=None):
     party, said, arrivals = AverageServer(agreed, NAMES, journal), [], []
-    line = flower.Line(grid, list(NAMES))
-    flower.serve(party, line, patience, said.append, lambda: arrivals.append(len(party.gathering.arrived)))
-    flower.give(party, line, said.append, patience)
+    nodes = flower.Nodes(grid, list(NAMES))
+    flower.serve(party, nodes, patience, said.append, lambda: arrivals.append(len(party.gathering.arrived)))
+    flower.give(party, nodes, said.append, patience)
     return party, said, arrivals
 
 

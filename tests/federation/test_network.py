@@ -1,4 +1,5 @@
-"""Parties as processes of their own on loopback, over flwr: equal to one process; killed, slow and hostile ones."""
+"""Parties as processes of their own on loopback, over flwr: equal to one process. Killed, slow and hostile ones are for the soak;
+`test_flower.py` shows the same logic with a grid made up."""
 
 import json
 import os
@@ -6,18 +7,23 @@ import signal
 import socket
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
+import psutil
 import pytest
 
 from helpers.collaborations import recipe
 from helpers.commands import LUTHIER, luthier
 from luthier.collaboration.parties import in_process
 from luthier.demos.private import NAMES
-from luthier.federation.folder import Place
-from luthier.federation.network import address
-from luthier.federation.outcome import given_in
+from luthier.federation.folder import Workspace
+from luthier.federation.network import Client, address, join, serve
+from luthier.federation.outcome import read_given
 from luthier.support.errors import LuthierError
 from luthier.update.files import load
+
+MARK = "zebra-9f27-quagga"  # in the rows of clients
 
 
 def free_port():
@@ -76,28 +82,43 @@ def network(tmp_path):
         one.end()
 
 
-def test_over_a_network_the_same_parties_come_to_the_same_numbers(network):
-    net = network({"one-shot": {}})
-    names = NAMES[:2]
-    server, clients = net.serve(*names), [net.join(n) for n in names]
-    assert server.wait(timeout=280) == 0, net.said()
-    assert [c.wait(timeout=60) for c in clients] == [0, 0], net.said()
-    place = Place(net.folder / "server")
-    alone = place.protocol.server(place.contract, names, None, place.workshop)
-    rows = {n: place.rendered(place.rows(str(net.folder / f"{n}.jsonl"), net.folder)) for n in names}
-    parties = [place.protocol.client(n, place.contract, place.first, rows[n]) for n in names]
-    in_process([alone, *parties], alone.begin(), lambda sent, disclosure: None)
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.soak)])
+def test_over_a_network_the_same_parties_come_to_the_same_numbers_and_no_row_is_sent(count, tmp_path):
+    """flwr's own processes, on loopback; the functions of `serve` and `join` run in threads here."""
+    net, names, said = Network(tmp_path, {"one-shot": {}}), NAMES[:count], []
     for name in names:
-        expected = alone.update.dense()
-        for adapter in (net.folder / "out" / name, net.folder / name / "given" / name):
-            found = load(adapter).dense()
-            assert max(float((found[k] - expected[k]).abs().max()) for k in expected) < 1e-6
-            assert given_in(adapter).contract == place.contract.digest
-    so_far = load(net.folder / "out/so-far").dense()
-    assert max(float((so_far[k] - expected[k]).abs().max()) for k in expected) < 1e-6, "all have arrived"
+        with (net.folder / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps({"prompt": f"{MARK}\n", "completion": MARK}) + "\n")
+    files, at = {n: str(net.folder / f"{n}.jsonl") for n in names}, address(net.at, None, False)
+    with ThreadPoolExecutor(3) as pool:
+        server = pool.submit(serve, net.folder / "server", names, at, 240.0, net.folder / "out", said.append)
+        clients = [pool.submit(join, net.folder / n, Client(n, files[n], canaries=0), at, said.append) for n in names]
+        try:
+            server.result(timeout=240)
+            assert [c.result(timeout=60) for c in clients] == [net.folder / n / "given" / n for n in names], said
+        finally:
+            for child in psutil.Process().children(recursive=True):  # after a failure, so that the threads end
+                child.kill()
+    workspace = Workspace(net.folder / "server")
+    alone = workspace.protocol.server(workspace.contract, names, None, workspace.lab)
+    parties = [
+        workspace.protocol.client(n, workspace.contract, workspace.first, workspace.rows_in(files[n])) for n in names
+    ]
+    in_process([alone, *parties], alone.begin(), lambda sent, disclosure: None)
+    expected = alone.update.dense()
+    given = [folder / n for n in names for folder in (net.folder / "out", net.folder / n / "given")]
+    for adapter in (*given, net.folder / "out/so-far"):
+        found = load(adapter).dense()
+        assert max(float((found[k] - expected[k]).abs().max()) for k in expected) < 1e-6
+        assert read_given(adapter).contract == workspace.contract.digest
     noted = [json.loads(x) for x in (net.folder / names[0] / "sent.jsonl").read_text().splitlines()]
     assert len(noted) == 1 and noted[0]["to"] == "server" and noted[0]["bytes"][0] > 0
     assert not (net.folder / names[0] / "provider.json").exists(), "a client needs the contract alone"
+    ids = np.array(workspace.lab.renderer.tokenizer(MARK)["input_ids"])
+    marks = [MARK.encode(), *(ids.astype(t).tobytes() for t in (np.int64, np.int32, np.uint16))]
+    servers = [f for part in ("server", "out") for f in (net.folder / part).rglob("*") if f.is_file()]
+    assert len([f for f in servers if f.suffix == ".message"]) == count + 1, "the updates and the result"
+    assert not [f for f in servers if any(m in f.read_bytes() for m in marks)], "no row is in what the server has"
 
 
 @pytest.mark.soak

@@ -13,7 +13,7 @@ from luthier.collaboration.messages import Refused
 from luthier.collaboration.one_shot import AverageServer
 from luthier.demos.private import NAMES
 from luthier.federation import simulation
-from luthier.federation.folder import Place
+from luthier.federation.folder import Workspace
 from luthier.federation.simulation import simulate
 from luthier.federation.simulation_page import ALONE, SHARED, TOGETHER, UNTOUCHED
 from luthier.inference.scoring import mean_loss, row_scores
@@ -48,7 +48,7 @@ def found(folder):
 
 
 def test_alone_together_and_shared_are_what_they_are_called(simulated):
-    place, out = Place(simulated / "c"), simulated / "simulated"
+    workspace, out = Workspace(simulated / "c"), simulated / "simulated"
     alone = {n: load(out / "alone" / n) for n in TWO}
     together = [load(out / "together" / n).dense() for n in TWO]
     expected = averaged(alone, dict.fromkeys(TWO, 1)).dense()
@@ -56,17 +56,17 @@ def test_alone_together_and_shared_are_what_they_are_called(simulated):
         assert max(float((got[k] - expected[k]).abs().max()) for k in expected) < 1e-6
     shared = load(out / "shared").dense()
     assert max(float((shared[k] - expected[k]).abs().max()) for k in expected) > 1e-6
-    held = {n: simulation._split(place, n, str(simulated / f"{n}.jsonl"), 0.5).held for n in TWO}
+    held = {n: simulation._split(workspace, n, str(simulated / f"{n}.jsonl"), 0.5).held for n in TWO}
     for name in TWO:
-        with alone[name].bind(place.first):
+        with alone[name].bind(workspace.first):
             assert found(simulated)["losses"][ALONE][name] == pytest.approx(
-                mean_loss(row_scores(place.first, held[name], 10**4))
+                mean_loss(row_scores(workspace.first, held[name], 10**4))
             )
     assert list(found(simulated)["losses"]) == [UNTOUCHED, ALONE, TOGETHER, SHARED]
 
 
 def test_rows_that_one_is_judged_on_are_not_tuned_on(simulated):
-    client = simulation._split(Place(simulated / "c"), TWO[0], str(simulated / f"{TWO[0]}.jsonl"), 0.5)
+    client = simulation._split(Workspace(simulated / "c"), TWO[0], str(simulated / f"{TWO[0]}.jsonl"), 0.5)
     keys = [{json.dumps(r["ids"]) + str(r["key"]) for r in rows} for rows in client]
     assert len(client.rows) == len(client.held) == 4 and not keys[0] & keys[1]
 
@@ -94,7 +94,7 @@ def test_what_is_finished_is_not_made_again_and_other_rows_are_refused(simulated
 def test_killed_between_messages_it_goes_on_with_what_had_arrived(simulated, tmp_path):
     """Two rounds; the third message never comes, the same call makes what is left."""
     folder = contract(tmp_path, {"one-shot": {"rounds": 2}})
-    place, files = Place(folder / "c"), {n: str(folder / f"{n}.jsonl") for n in TWO}
+    workspace, files = Workspace(folder / "c"), {n: str(folder / f"{n}.jsonl") for n in TWO}
     said = []
 
     def stop(text):
@@ -103,13 +103,13 @@ def test_killed_between_messages_it_goes_on_with_what_had_arrived(simulated, tmp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        simulate(place, files, 0.5, folder / "out", stop)
+        simulate(workspace, files, 0.5, folder / "out", stop)
     assert len(list((folder / "out/arrived").glob("*"))) >= 3
     again = []
-    simulate(place, files, 0.5, folder / "out", again.append)
+    simulate(workspace, files, 0.5, folder / "out", again.append)
     (tmp_path / "whole").mkdir()
     whole = contract(tmp_path / "whole", {"one-shot": {"rounds": 2}})
-    simulate(Place(whole / "c"), files, 0.5, whole / "out")
+    simulate(Workspace(whole / "c"), files, 0.5, whole / "out")
     one, other = (load(f / "out/together" / TWO[0]).dense() for f in (folder, whole))
     assert all(torch.equal(one[k], other[k]) for k in one) and "3 messages have arrived" in "".join(again)
 
@@ -141,4 +141,4 @@ def test_faults_are_said_first(simulated, more, says):
 
 def test_too_few_rows_are_refused_by_name(simulated):
     with pytest.raises(LuthierError, match=f"{TWO[0]}: 0 of"):
-        simulate(Place(simulated / "c"), {TWO[0]: str(simulated / f"{TWO[0]}.jsonl")}, 0.0, simulated / "none")
+        simulate(Workspace(simulated / "c"), {TWO[0]: str(simulated / f"{TWO[0]}.jsonl")}, 0.0, simulated / "none")

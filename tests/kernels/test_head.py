@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from luthier.kernels.head import CHUNK, CPU_ROWS, recomputes, token_nll, token_scores
-from luthier.kernels.plain import plain_operations
+from luthier.kernels.plain import is_plain, plain_operations
 
 ROWS = [0, 1, CPU_ROWS + 3, 2 * CHUNK + CPU_ROWS + 5]
 
@@ -136,8 +136,6 @@ def whole_double(hidden, weight, labels):
 
 
 def test_ordinary_operations_are_for_the_calls_inside():
-    from luthier.kernels.plain import is_plain, plain_operations
-
     for _ in range(2):
         assert not is_plain()
         with plain_operations():

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from luthier.kernels.linear import low_rank_linear
+from luthier.model.adapters import ADAPTERS, Fixed
 from luthier.model.additions import around, bare_copy, low_rank_adapter, oriented, output_adapter, register
-from luthier.model.hanging import KEY, Fixed
 from luthier.objectives.sft import Sft
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
@@ -39,20 +39,20 @@ def layer(kind):
 
 
 def adapters(module):
-    """name -> (how to hang it, what it adds to the weight or puts behind it)."""
+    """name -> (how to add it, what it adds to the weight or puts behind it)."""
     out, width = oriented(module).shape
     low = {n: (draw(r, width, seed=i), draw(out, r, seed=i)) for i, (n, r) in enumerate((("one", 3), ("two", 2)))}
     behind = {n: (draw(4, out, seed=i), draw(out, 4, seed=i)) for i, n in ((5, "three"), (6, "four"))}
 
-    def hang_low(a, b, own):
+    def add_low(a, b, own):
         if not own:
             return [low_rank_adapter(module, Fixed(a), Fixed(b), 0.7).undo]
         (get_a, undo_a), (get_b, undo_b) = (register(module, n, torch.nn.Parameter(t)) for n, t in (("a", a), ("b", b)))
         return [undo_a, undo_b, low_rank_adapter(module, get_a, get_b, 0.7).undo]
 
-    hang = {n: lambda ab=ab, n=n: hang_low(*ab, own=n == "one") for n, ab in low.items()}
-    hang |= {n: lambda ab=ab: [output_adapter(module, Fixed(ab[0]), Fixed(ab[1])).undo] for n, ab in behind.items()}
-    return hang, low, behind
+    add = {n: lambda ab=ab, n=n: add_low(*ab, own=n == "one") for n, ab in low.items()}
+    add |= {n: lambda ab=ab: [output_adapter(module, Fixed(ab[0]), Fixed(ab[1])).undo] for n, ab in behind.items()}
+    return add, low, behind
 
 
 def formula(module, x, low, behind):
@@ -69,9 +69,9 @@ def test_three_on_a_layer_come_and_go_in_any_order(kind, order):
     module = layer(kind)
     x, own = draw(5, 32), set(module._parameters)
     base = module(x)
-    hang, low, behind = adapters(module)
+    add, low, behind = adapters(module)
     for leaving in itertools.permutations(order):
-        undo = {n: hang[n]() for n in order}
+        undo = {n: add[n]() for n in order}
         left = set(order)
         for name in [None, *leaving]:
             if name is not None:
@@ -83,14 +83,14 @@ def test_three_on_a_layer_come_and_go_in_any_order(kind, order):
             )
             torch.testing.assert_close(module(x), wanted, atol=1e-5, rtol=1e-5)
         assert torch.equal(module(x), base)
-        assert "forward" not in vars(module) and KEY not in vars(module) and set(module._parameters) == own
+        assert "forward" not in vars(module) and ADAPTERS not in vars(module) and set(module._parameters) == own
 
 
 def test_what_takes_the_output_does_so_in_the_order_it_came():
     module, x = layer("bert"), draw(5, 32)
-    hang, _, behind = adapters(module)
+    add, _, behind = adapters(module)
     for order in (("three", "four"), ("four", "three")):
-        undo = [step for n in order for step in hang[n]()]
+        undo = [step for n in order for step in add[n]()]
         torch.testing.assert_close(
             module(x), formula(module, x, {}, {n: behind[n] for n in order}), atol=1e-5, rtol=1e-5
         )
@@ -100,21 +100,19 @@ def test_what_takes_the_output_does_so_in_the_order_it_came():
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
 def test_one_alone_is_the_fused_kernel_to_the_bit_and_several_share_it(kind, monkeypatch):
-    from luthier.model import hanging
-
     module, x, calls = layer(kind), draw(5, 32), []
-    hang, low, _ = adapters(module)
+    add, low, _ = adapters(module)
 
     def counted(*args):
         calls.append(args[3].shape[0])
         return low_rank_linear(*args)
 
-    monkeypatch.setattr(hanging, "low_rank_linear", counted)
-    hang["one"]()
+    monkeypatch.setattr("luthier.model.adapters.low_rank_linear", counted)
+    add["one"]()
     a, b = low["one"]
     assert torch.equal(module(x), low_rank_linear(x, oriented(module), module.bias, a, b, 0.7))
     assert calls == [3]
-    hang["two"]()
+    add["two"]()
     module(x)
     assert calls == [3, 5], "one product of rank 3 + 2"
     low_rank_adapter(module, Fixed(a), Fixed(b), 0.7, dropout=0.5)
@@ -171,9 +169,9 @@ def test_gradients_are_autograds(trains):
     """The gradients of the input, of both factors, and of the layer's own weight and bias where these train."""
     module = layer("gpt2").requires_grad_(trains)
     x = draw(5, 32).requires_grad_()
-    hang, low, behind = adapters(module)
+    add, low, behind = adapters(module)
     for name in ("one", "two", "three"):
-        hang[name]()
+        add[name]()
     a, b = module.luthier_a, module.luthier_b
     leaves = [x, a, b, *((module.weight, module.bias) if trains else ())]
     along = draw(5, len(module.bias), seed=4)
@@ -228,7 +226,7 @@ def test_a_bare_copy_of_a_layer_with_several():
     around(block, lambda beneath: lambda *args, **kwargs: beneath(*args, **kwargs) * 0)
     out = bare_copy(block, {})
     assert [n for n, _ in out.named_parameters()] == [n for n, _ in plain.named_parameters()]
-    assert not any({"forward", KEY} & set(vars(m)) for m in out.modules())
+    assert not any({"forward", ADAPTERS} & set(vars(m)) for m in out.modules())
     trace = view.trace(batch, (1, -1))
     hidden = trace.hidden[1]
     assert torch.equal(view.run_block(out, hidden, trace), view.run_block(plain, hidden, trace))
@@ -281,7 +279,7 @@ def test_an_update_bound_in_another_is_both_and_goes_alone(outer, inner):
         assert torch.equal(states(), alone)
     assert torch.equal(states(), base)
     assert all(torch.equal(p, plain.get_parameter(n)) for n, p in view.module.named_parameters())
-    assert not any(KEY in vars(m) or "forward" in vars(m) for m in view.module.modules())
+    assert not any(ADAPTERS in vars(m) or "forward" in vars(m) for m in view.module.modules())
     if {outer, inner} != {"low-rank", "peft"}:  # DoRA takes norms of weights; one update has the difference in them
         together = Update(BASE, (*first.parts, *second.parts))  # the kinds in their order, those behind in ours
         with together.bind(view):
@@ -392,7 +390,7 @@ def test_an_update_over_or_under_a_tuner_and_off_in_any_order(tuner, name, first
             torch.equal(p, plain.get_parameter(n)) and p.requires_grad for n, p in view.module.named_parameters()
         )
         assert not view.input_hooks and not view.attached
-        assert not any(KEY in vars(m) or {"forward", "generate"} & set(vars(m)) for m in view.module.modules())
+        assert not any(ADAPTERS in vars(m) or {"forward", "generate"} & set(vars(m)) for m in view.module.modules())
     if {tuner, name} not in (
         {"prompt", "dept"},
         {"modules", "adapter"},

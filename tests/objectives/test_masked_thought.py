@@ -126,7 +126,7 @@ def test_only_those_that_use_a_vector_train_one():
 
 
 def test_5_what_stands_in():
-    rows, clean = long_rows(200), collate(long_rows(200))
+    rows, clean = long_rows(60), collate(long_rows(60))
     masked, _ = planned(MaskedThought(max_rate=0.5, random_share=0.0), rows)
     assert torch.equal(masked.ids, clean.ids) and torch.equal(masked.token["vector"], masked.token["masked"])
     words, _ = planned(MaskedThought(max_rate=0.9), rows)

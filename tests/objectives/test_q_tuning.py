@@ -9,6 +9,7 @@ import torch
 
 from luthier.data.batch import IGNORE, collate
 from luthier.data.quadrants import choose_rows, kept_share, named
+from luthier.kernels.head import token_scores
 from luthier.method import Facts
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.q_tuning import QTuning, keep_tokens, neighbour_score
@@ -22,19 +23,7 @@ from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
 
 
-def test_1_scores_equal_a_plain_softmax_loop(view, batch):
-    scores = Forward(batch, view).scores()
-    hidden = view.trace(batch).hidden[-1]
-    for n, t in enumerate(batch.supervised.tolist()):
-        logits = (hidden[t] @ view.head_weight.T).double()
-        p = logits.softmax(-1)
-        assert float(scores.nll[n]) == pytest.approx(float(-p[batch.labels[t]].log()), abs=1e-5)
-        assert float(scores.entropy[n]) == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
-
-
 def test_1_uniform_logits_give_log_v():
-    from luthier.kernels.head import token_scores
-
     s = token_scores(torch.zeros(3, 4), torch.randn(11, 4), torch.tensor([0, 5, 10]))
     assert s.entropy.tolist() == pytest.approx([math.log(11)] * 3)
     assert s.nll.exp().tolist() == pytest.approx([11.0] * 3, rel=1e-5)
@@ -55,7 +44,7 @@ def test_2_keeping_everything_is_plain_sft_to_the_bit(layout):
 
 def test_3_exact_count_for_any_values_and_monotone_share():
     generator = np.random.default_rng(0)
-    for _ in range(1000):
+    for _ in range(100):
         b = int(generator.integers(1, 20))
         ppl, ent = generator.exponential(size=b), generator.random(b)
         if generator.random() < 0.3:
@@ -65,7 +54,7 @@ def test_3_exact_count_for_any_values_and_monotone_share():
         share = float(generator.uniform(0.05, 1.0))
         rows = choose_rows(ppl, ent, share, 10)
         assert len(rows.keep) == max(1, int(share * b)) == len(set(rows.keep.tolist()))
-        shares = [kept_share(ppl, ent, a) for a in np.linspace(0, 0.49, 50)]
+        shares = [kept_share(ppl, ent, a) for a in np.linspace(0, 0.49, 15)]
         assert all(x <= y for x, y in itertools.pairwise(shares))
 
 
@@ -101,7 +90,7 @@ def slow_choice(ppl, entropy, share, steps):
 
 def test_3_the_choice_is_the_algorithm_written_out():
     generator, seen = np.random.default_rng(1), {"pruned": 0, "whole": 0, "topped": 0}
-    for trial in range(200):
+    for trial in range(100):
         b = int(generator.integers(2, 24))
         ppl, entropy = generator.exponential(size=b), generator.random(b)
         if trial % 4 == 0:  # ties
@@ -386,14 +375,6 @@ def test_bad_input():
 
 
 def test_a_loss_that_is_not_finite_names_its_row():
-    view, batch = view_of(), batch_of()
-    with torch.no_grad():
-        view.weight("lm_head.weight").fill_(float("nan"))
-    with pytest.raises(Exception, match="not finite: 0"):
-        planned(batch, QTuning(), view)
-
-
-def test_one_row_whose_loss_is_not_finite_is_enough():
     view, rows = view_of(), uneven()
     (word, *_) = set(rows[3]["ids"]) - {i for r in rows if r is not rows[3] for i in r["ids"]}
     with torch.no_grad():

@@ -20,7 +20,7 @@ def losses(tmp_path, name, model, train, data, **keys):
     data = {"train": "train.jsonl", "eval": "eval.jsonl", **data}
     path = write(folder, model, train=train, evaluate=[], max_steps=3, data=data, **keys)
     try:
-        run(load_file(path), folder / "out", folder, foresee=False, judge=False)
+        run(load_file(path), folder / "out", folder, forecast=False, judge=False)
     except RecipeError as error:
         return str(error)
     return log(folder / "out")

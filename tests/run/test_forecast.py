@@ -84,7 +84,7 @@ def test_checkpointing_is_chosen_only_where_memory_would_not_do(monkeypatch, dat
     )
 
 
-def test_a_full_disk_is_foreseen(monkeypatch, model_folder, tmp_path):
+def test_a_full_disk_is_forecast(monkeypatch, model_folder, tmp_path):
     import shutil
     from types import SimpleNamespace
 
@@ -112,14 +112,14 @@ def test_a_recipe_whose_miniature_does_not_work_runs_without_a_forecast(tmp_path
     recipe, said = a_recipe(model=str(tmp_path / "model"), max_steps=1, tuner={"spiel": {"num_weights": 60_000}}), []
     done = run(recipe, tmp_path / "out", tmp_path, say=said.append)
     assert done["state"] == "done" and "forecast" not in done
-    assert any("no forecast (spiel.density: asks for 60000 entries of the" in line for line in said), said
+    assert any("no forecast (tuner.spiel.density: asks for 60000 entries of the" in line for line in said), said
 
 
 LIST = {"rounds": 1, "unlabelled_steps": 4, "unlabelled_batch": 4, "labelled_epochs": 1.0, "rank": 4}
 
 
 @pytest.mark.parametrize("kind", ["stages", "list"])
-def test_a_pipelines_stages_are_foreseen_by_a_pipeline_in_small(kind, caplog, monkeypatch):
+def test_a_pipelines_stages_are_forecast_by_a_pipeline_in_small(kind, caplog, monkeypatch):
     """The longest stage's memory, all stages' seconds; what checkpoints hold is added up."""
     if kind == "stages":
         two = [
@@ -162,7 +162,7 @@ def test_a_pipelines_stages_are_foreseen_by_a_pipeline_in_small(kind, caplog, mo
     assert not caplog.records, "a small pool and a random teacher are no news of a miniature"
 
 
-def test_stages_at_another_pace_are_foreseen_at_it(data):
+def test_stages_at_another_pace_are_forecast_at_it(data):
     stages = [{"name": "a", "tuner": {"lora": {"rank": 4}}, "max_steps": 10}]
     config = tiny("llama", layers=2, vocab_size=300).config
     recipes_ = [a_recipe(pipeline={"stages": {"stages": stages}}, pace={"length": x}) for x in (1.0, 0.5)]

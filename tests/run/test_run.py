@@ -102,7 +102,7 @@ def test_trackers_are_fed_and_never_stop_a_run(monkeypatch, model_folder, tmp_pa
         tracking.check(["wandb"])
     monkeypatch.setattr(tracking, "check", lambda names: None)
     path = write(tmp_path, model_folder, report_to=["good", "bad"], max_steps=2, evaluate=[])
-    done = run(recipes.load_file(path), tmp_path / "out", tmp_path, foresee=False)
+    done = run(recipes.load_file(path), tmp_path / "out", tmp_path, forecast=False)
     assert done["state"] == "done" and [s for s, _ in seen] == [1, 2]
 
 
@@ -205,7 +205,7 @@ def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_
 
     train = [thing(i) for i in range(24)]
     path = write(tmp_path, model_folder, train=train, held=train[:8], tuner=tuner, **CLASSES)
-    done = run(load_file(path), tmp_path / "out", tmp_path, foresee=False)
+    done = run(load_file(path), tmp_path / "out", tmp_path, forecast=False)
     assert done["after"]["loss"]["value"] < 0.5 * done["before"]["loss"]["value"]
     assert done["classes"] == ["no", "yes"] and done["after"]["accuracy"]["value"] == 1
 
@@ -496,7 +496,7 @@ def test_peak_memory_is_the_runs_own_and_not_that_of_the_process_before(model_fo
     del large
     earlier = peak_memory()
     path = write(tmp_path, model_folder, train=rows(8), held=rows(4, 100), max_steps=2)
-    told = run(recipe.load_file(path), tmp_path / "out", tmp_path, foresee=False)
+    told = run(recipe.load_file(path), tmp_path / "out", tmp_path, forecast=False)
     assert told["peak_memory_bytes"] < earlier - 200_000_000
 
 

@@ -7,6 +7,7 @@ from luthier.data.batch import IGNORE
 from luthier.data.prepare import prepare
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
+from luthier.support.errors import RecipeError
 from luthier.tasks.causal_lm import CausalLm
 from luthier.testing.models import byte_tokenizer, tiny
 
@@ -37,6 +38,12 @@ def rendered(values):
 )
 def test_the_last_question_and_its_answer_are_asked_and_wanted(values, asked):
     assert CausalLm().asked(Row("f:1", values), Renderer(byte_tokenizer())) == asked
+
+
+@pytest.mark.parametrize("turns", [TURNS[:3], TURNS[1:2]])
+def test_a_conversation_that_does_not_end_in_an_answer_to_a_question_is_refused(turns):
+    with pytest.raises(RecipeError, match="f:1: does not end in an answer to a question"):
+        CausalLm().asked(Row("f:1", {"messages": turns}), Renderer(byte_tokenizer()))
 
 
 @pytest.mark.parametrize(

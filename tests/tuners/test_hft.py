@@ -52,14 +52,14 @@ def test_1_balanced_by_weights_it_is_exactly_half():
 
 
 def test_1_the_plain_rule_is_half_only_on_average():
-    """The sheet's numbers for SmolLM2-135M's shape: 47.5% to 52.1% over 2000 draws, mean 49.99%."""
+    """The sheet's numbers for SmolLM2-135M's shape: 47.5% to 52.1% over 2000 draws, mean 49.99%; here 100."""
     config = tf.LlamaConfig(vocab_size=8, hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
                             intermediate_size=1536)  # fmt: skip
     with torch.device("meta"):
         anatomy = Anatomy(tf.LlamaForCausalLM(config))
     inside = {x.name: x.shape[0] * x.shape[1] for x in anatomy.block_linears}
     whole = sum(inside.values())
-    shares = [sum(inside.get(p, 0) for p in draw_plan(anatomy, balance="tensors", seed=s)) / whole for s in range(300)]
+    shares = [sum(inside.get(p, 0) for p in draw_plan(anatomy, balance="tensors", seed=s)) / whole for s in range(100)]
     assert np.mean(shares) == pytest.approx(0.5, abs=0.002) and 0.46 < min(shares) < 0.49 and 0.51 < max(shares) < 0.54
 
 
@@ -68,9 +68,9 @@ def test_2_and_3_frozen_tensors_stay_to_the_bit_and_have_no_state(resample):
     view = view_of()
     before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
     tuner = Hft(resample=resample)
-    settings = SETTINGS.model_copy(update={"batch_size": 2, "max_steps": 20})
-    loop = Loop(view, rows_of(tuple([12] * 40)), tuner.attach(view), Sft(), settings)
-    for _ in range(20):
+    settings = SETTINGS.model_copy(update={"batch_size": 2, "max_steps": 6})
+    loop = Loop(view, rows_of(tuple([12] * 12)), tuner.attach(view), Sft(), settings)  # one epoch
+    for _ in range(6):
         loop.step()
     plan = tuner.plan(view.anatomy)
     for n, p in view.module.named_parameters():
@@ -187,7 +187,7 @@ def test_biases_and_inner_norms_follow_their_matrix():
 def test_what_cannot_be_halved_is_refused_with_what_was_found(caplog):
     with pytest.raises(LuthierError, match=r"c_attn.* is a fused projection"):
         Hft().attach(tiny("gpt2"))
-    with pytest.raises(LuthierError, match="lfm2|no projection that is known|has no|fused"):
+    with pytest.raises(LuthierError, match=r"layers\.0\.conv\.in_proj\.weight is a projection of an unknown kind"):
         Hft().attach(tiny("lfm2"))
     for wrong in (0, 1, -0.5):
         with pytest.raises(ValueError, match="fraction"):

@@ -58,7 +58,7 @@ def test_4_with_a_fixed_mask_nothing_else_moves():
     view = view_of()
     before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
     loop = loop_of(Lift(reselect_every=0), view)
-    for _ in range(50):
+    for _ in range(10):
         loop.step()
     sparse = loop.trainable.sparse
     for n, p in view.module.named_parameters():
@@ -84,7 +84,7 @@ def test_5_with_every_entry_it_is_adam():
     from luthier.data.batch import collate
     from luthier.objectives.base import Forward
 
-    for step in range(20):
+    for step in range(8):
         loop.step()
         for group in adam.param_groups:
             group["lr"] = 1e-3 * _factor(step)
@@ -132,7 +132,7 @@ def test_6_a_new_mask_keeps_moments_where_masks_meet_and_moves_no_weight():
 
 
 def test_6_carried_by_hand():
-    old, new = torch.tensor([1, 4, 6]), torch.tensor([0, 4, 6, 9])[:3]
+    old, new = torch.tensor([1, 4, 6]), torch.tensor([0, 4, 6])
     assert carried(old, new, torch.tensor([10.0, 20.0, 30.0])).tolist() == [0.0, 20.0, 30.0]
 
 
@@ -140,7 +140,7 @@ def test_7_accumulated_gradients_are_those_of_one_batch():
     losses = []
     for limit in (10_000, 1):
         loop = loop_of(Lift(density=0.1, reselect_every=2), tokens_per_forward=limit, max_steps=10)
-        losses.append([loop.step()["loss"] for _ in range(6)])
+        losses.append([loop.step()["loss"] for _ in range(4)])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -167,7 +167,7 @@ def test_entries_are_chosen_again_and_a_resumed_run_is_the_same(tmp_path):
                 loop.save()
         return loop
 
-    whole, resumed = run(None, 10), run(tmp_path, 4, 6)
+    whole, resumed = run(None, 7), run(tmp_path, 4, 3)
     assert whole.trainable.every == 3 and any(x < 1 for x in whole.trainable.overlap.values())
     for n, p in whole.view.module.named_parameters():
         assert torch.equal(p, resumed.view.module.get_parameter(n)), n
@@ -193,7 +193,7 @@ def test_detaching_after_re_selection_gives_the_base_back(dtype):
     view.module.to(dtype)
     before = {n: p.detach().clone() for n, p in view.module.named_parameters()}
     loop = loop_of(Lift(density=0.1, reselect_every=2), view, max_steps=12, learning_rate=1e-2)
-    for _ in range(9):
+    for _ in range(5):
         loop.step()
     loop.trainable.detach()
     assert all(torch.equal(before[n], p) for n, p in view.module.named_parameters())
@@ -208,7 +208,7 @@ def test_the_work_of_choosing_is_in_the_ledger():
     assert loop.progress.flops["select"] == 2 * first
 
 
-@pytest.mark.parametrize("steps", [1, 4, 7, 12])
+@pytest.mark.parametrize("steps", [4, 12])
 def test_it_says_how_often_it_chooses_and_the_first_time_counts(steps):
     view, tuner = view_of(), Lift(rank=2, reselect_every=5)
     settings = TrainSettings(max_steps=steps, batch_size=4)

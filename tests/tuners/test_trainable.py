@@ -1,4 +1,4 @@
-"""What every trainable does: what it hangs on a model comes off again, whatever came before and after, and a head beside it."""
+"""What every trainable does: what it puts on a model comes off again, whatever came before and after; and a head beside it."""
 
 import pytest
 import torch

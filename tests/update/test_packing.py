@@ -1,7 +1,7 @@
 """grad-transformer's exact checks on packing, order and chart; numbers in names are the sheet's."""
 
-import copy
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -15,18 +15,22 @@ from luthier.update import Update
 from luthier.update.packing import factor_deltas, from_deltas, kinds, pack, slots, unpack, widths
 
 
-def trained(layers=3, seed=0, rows_seed=0, targets=("q_proj", "v_proj")):
-    view = view_of(layers=layers)
+def trained(seed=0, rows_seed=0, targets=("q_proj", "v_proj")):
+    view = view_of()
     trainable = Lora(rank=2, alpha=32, targets=targets, seed=seed).attach(view)
-    loop = Loop(view, rows_of(seed=rows_seed), trainable, Sft(), TrainSettings(max_steps=4, batch_size=4))
-    for _ in range(4):
+    loop = Loop(view, rows_of(seed=rows_seed), trainable, Sft(), TrainSettings(max_steps=2, batch_size=4))
+    for _ in range(2):
         loop.step()
     return view, trainable
 
 
+@cache
+def update_of(**fields):
+    return trained(**fields)[1].update()
+
+
 def test_1_round_trip_is_exact_and_order_free():
-    _, trainable = trained()
-    update = trainable.update()
+    update = update_of()
     values = factor_deltas(update.parts[0], update.chart)
     packed = pack(values)
     shapes = {k: tuple(t.shape) for k, t in values.items()}
@@ -36,7 +40,7 @@ def test_1_round_trip_is_exact_and_order_free():
     random.Random(0).shuffle(shuffled)
     assert torch.equal(pack(dict(shuffled)).rows, packed.rows)
     assert torch.equal(update.coordinates(), packed.rows)
-    other = trained(rows_seed=1)[1].update()
+    other = update_of(rows_seed=1)
     assert not torch.equal(other.coordinates(), update.coordinates())
 
 
@@ -85,20 +89,13 @@ def test_2_zero_update_changes_nothing_and_the_true_one_reproduces_the_run():
         torch.testing.assert_close(view.trace(batch).hidden[-1], live, atol=1e-5, rtol=0)
 
 
-def test_6_the_mean_of_equal_clients_is_one_client():
-    _, trainable = trained()
-    rows = trainable.update().coordinates()
-    assert torch.equal(torch.stack([rows] * 4).mean(0), rows)
-
-
 def test_9_another_start_has_another_digest():
     charts = [trained(seed=s)[1].update().chart for s in (0, 0, 1)]
     assert charts[0].digest == charts[1].digest != charts[2].digest
 
 
 def test_bad_input():
-    _, trainable = trained()
-    update = trainable.update()
+    update = update_of()
     values = factor_deltas(update.parts[0], update.chart)
     shapes = {k: tuple(t.shape) for k, t in values.items()}
     with pytest.raises(ValueError, match="these shapes need"):
@@ -106,14 +103,13 @@ def test_bad_input():
     broken = {**values, next(iter(values)): torch.full_like(next(iter(values.values())), float("nan"))}
     with pytest.raises(ValueError, match="not finite"):
         pack(broken)
-    wider = trained(targets=("q_proj", "k_proj"))[1].update()
+    wider = update_of(targets=("q_proj", "k_proj"))
     with pytest.raises(ValueError, match="other matrices than the chart"):
         factor_deltas(wider.parts[0], update.chart)
     with pytest.raises(TypeError, match="coordinates need"):
         (2.0 * update).coordinates()
     with pytest.raises(ValueError, match="lies in no block"):
         pack({"a.lm_head.weight": torch.ones(2, 2)})
-    assert copy.copy(update) == update
 
 
 def test_kinds_say_which_factor_a_coordinate_belongs_to():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import luthier
@@ -33,8 +35,8 @@ from luthier.update import (
     Update,
     binding,
 )
-from luthier.update.base import Shapes
-from luthier.update.files import load, save_update
+from luthier.update.base import PEFT_PREFIX, Shapes
+from luthier.update.files import load, load_adapter, save_update
 from luthier.update.forms import FORMS
 
 Q, V, UP, NORM = (
@@ -190,9 +192,14 @@ def test_names_are_parameters_and_other_shapes_are_a_problem(kind):
 
 @pytest.mark.parametrize("kind", LINEAR)
 def test_the_sums_of_parts_are_those_of_the_whole_each_name_once(kind):
-    both = of(MADE["dense"](2), MADE[kind](0), MADE[kind](1))
-    sums, whole = list(both.sums()), both.dense()
+    parts = (MADE["dense"](2), MADE[kind](0), MADE[kind](1))
+    whole = {}
+    for part in parts:
+        for n, d in part.deltas():
+            whole[n] = whole.get(n, torch.zeros(SHAPES[n])) + d
+    sums = list(of(*parts).sums())
     assert len(sums) == len(whole) and all(torch.equal(t, whole[n]) for n, t in sums)
+    assert all(torch.equal(t, whole[n]) for n, t in of(*parts).dense().items())
     assert {n for n, _ in of(MADE[kind](0)).sums()} == set(MADE[kind](0).names())
 
 
@@ -240,7 +247,7 @@ def equal(u: Update, v: Update, atol: float = 1e-6) -> None:
         torch.testing.assert_close(left.get(n, zero), right.get(n, zero), atol=atol, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.product(LINEAR, LINEAR))
+@pytest.mark.parametrize(("one", "other"), list(itertools.product(LINEAR, LINEAR)))
 def test_the_laws_of_a_vector_space_hold_for_each_pair(one, other):
     u, v, w = of(MADE[one](0)), of(MADE[other](20)), of(MADE[one](40), MADE[other](60))
     by_hand = {n: u.dense().get(n, 0) + v.dense().get(n, 0) for n in u.dense().keys() | v.dense().keys()}
@@ -258,7 +265,7 @@ def test_the_laws_of_a_vector_space_hold_for_each_pair(one, other):
     assert (u + v).inner(w) == pytest.approx(u.inner(w) + v.inner(w), rel=1e-3, abs=1e-6)
 
 
-@pytest.mark.parametrize(("one", "other"), itertools.product(LINEAR, LINEAR))
+@pytest.mark.parametrize(("one", "other"), list(itertools.product(LINEAR, LINEAR)))
 def test_two_forms_bound_together_are_their_sum_in_the_weights(one, other):
     view, fresh, both = view_of(), view_of(), of(MADE[one](0)) + of(MADE[other](20))
     with torch.no_grad():
@@ -448,6 +455,46 @@ def test_bound_the_base_is_still_there_to_be_asked(kind):
             torch.testing.assert_close(states(view), plain, atol=1e-6, rtol=0)
         assert torch.equal(states(view), changed) and changed.shape == plain.shape
         assert float((changed - plain).abs().max()) > 1e-4
+
+
+def adapter_folder(config: dict[str, Any], state: dict[str, Tensor], folder: Path) -> Path:
+    """What peft writes."""
+    save_file({f"{PEFT_PREFIX}{n}": t for n, t in state.items()}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 4, **config}))
+    return folder
+
+
+def test_pefts_patterns_of_ranks_are_matched_as_peft_does(tmp_path):
+    """The last part of a name is enough: 8 / 4 for q_proj, 4 / 2 elsewhere but 1 / 2 where the whole name is given."""
+    ranks = {Q: 4, V: 2, UP: 2}
+    state = {}
+    for n, r in ranks.items():
+        module = n.removesuffix(".weight")
+        state[f"{module}.lora_A.weight"], state[f"{module}.lora_B.weight"] = drawn(0, r, 32), drawn(1, SHAPES[n][0], r)
+    patterns = {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 8, V.removesuffix(".weight"): 1}}
+    (part,) = load_adapter(adapter_folder(patterns, state, tmp_path), VIEW.base).parts
+    assert isinstance(part, LowRank) and part.scale == {Q: 2.0, V: 0.5, UP: 2.0}
+    (plain,) = load_adapter(adapter_folder({}, state, tmp_path), VIEW.base).parts
+    assert plain.scale == {Q: 2.0, V: 2.0, UP: 2.0}, "an old configuration without patterns"
+    with pytest.raises(LuthierError, match="adapter_config.json: is no adapter configuration"):
+        load_adapter(adapter_folder({"rank_pattern": {"(": 4}}, state, tmp_path), VIEW.base)
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        ({"lora_bias": True}, {"lora_B.bias": torch.ones(32)}),
+        ({"alora_invocation_tokens": [5, 6]}, {}),
+        ({"use_dora": True}, {}),
+        ({"use_rslora": True}, {}),
+    ],
+)
+def test_a_lora_that_is_more_than_two_factors_is_pefts_own(config, more, tmp_path):
+    layer = Q.removesuffix(".weight")
+    tensors = {"lora_A.weight": drawn(0, 2, 32), "lora_B.weight": drawn(1, 32, 2), **more}
+    folder = adapter_folder(config, {f"{layer}.{n}": t for n, t in tensors.items()}, tmp_path)
+    (part,) = load_adapter(folder, VIEW.base).parts
+    assert isinstance(part, PeftPart) and len(part.state) == len(tensors)
 
 
 @pytest.mark.parametrize("form", ["sparse", "lowrank"])

@@ -213,7 +213,7 @@ def test_a_strangers_structure_is_checked_before_anything_is_touched(tmp_path):
         ({"0.heads.0": torch.tensor([1 << 60, 3])}, "outside"),
         ({"0.heads.x": torch.tensor([1])}, r"update\.json"),
         ({"head_dim": 0}, "a head's width is 0"),
-        ({"head_dim": 7}, "are no heads of 7 each"),
+        ({"head_dim": 7}, "are not heads of 7 each"),
         ({"head_dim": float("inf")}, r"update\.json"),
         ({"blocks": "nowhere"}, "its matrices are none"),
         ({"transposed": True}, "key-value heads go with all of their 1 query heads"),

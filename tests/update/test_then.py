@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from luthier.model.fingerprint import Fingerprint
 from luthier.testing.models import batch_of, view_of
 from luthier.update import Dense, LowRank, Prompt, Replace, Seeds, Sparse, Update
 
@@ -97,9 +96,3 @@ def test_what_lies_beside_the_weights_is_kept_in_its_order():
     parts = of(prompts[0], sparse(Q, 1)).then(of(prompts[1])).parts
     assert [p.kind for p in parts] == ["sparse", "prompt", "prompt"]
     assert parts[1] is prompts[0] and parts[2] is prompts[1]
-
-
-def test_another_base_is_refused():
-    other = Update(Fingerprint(name="other", weights="w", tokenizer="t"), ())
-    with pytest.raises(TypeError, match="different bases cannot follow each other"):
-        of().then(other)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from luthier.collaboration.contract import Start, start_of
 from luthier.collaboration.shadows import tuned
-from luthier.demos.local import LARGE, SMALL, Schooling, opened, rendered, schooled
+from luthier.demos.local import LARGE, SMALL, Pretraining, opened, pretrained, rendered
 from luthier.inference.scoring import mean_loss, row_scores
 from luthier.model.view import ModelView
 from luthier.step.settings import TrainSettings
@@ -25,7 +25,7 @@ from luthier.tuners.lora import Lora
 
 RUNS = Path("runs/studies/translation")
 TOKENS = 16384  # in a forward that scores
-SCHOOLING = Schooling(steps=2000)
+PRETRAINING = Pretraining(steps=2000)
 C2_LENGTHS = (1, 4, 16)  # runs' lengths that the model tuned on all public rows gets; the best counts
 
 
@@ -73,8 +73,8 @@ class Both(NamedTuple):
 def models(rank: int) -> Both:
     """Made once, kept in the cache."""
     tuner = Lora(rank=rank, alpha=16.0 * rank, targets=("q_proj", "v_proj"))
-    rows = conventions.school(SCHOOLING.steps * SCHOOLING.batch, Streams(0))
-    small, large = (opened(schooled(rows, shape, SCHOOLING)) for shape in (SMALL, LARGE))
+    rows = conventions.school(PRETRAINING.steps * PRETRAINING.batch, Streams(0))
+    small, large = (opened(pretrained(rows, shape, PRETRAINING)) for shape in (SMALL, LARGE))
     return Both(small, large, start_of(small, tuner), start_of(large, tuner), tuner)
 
 

@@ -33,10 +33,10 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _place(folder: Path, models: list[str] | None = None) -> Any:
-    from luthier.federation.folder import Place
+def _workspace(folder: Path, models: list[str] | None = None) -> Any:
+    from luthier.federation.folder import Workspace
 
-    return Place(folder, _named(models or [], "--model", "small=./tiny"))
+    return Workspace(folder, _named(models or [], "--model", "small=./tiny"))
 
 
 def _named(items: list[str], what: str, instance: str) -> dict[str, str]:
@@ -69,11 +69,13 @@ def contract(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write the contract: models, tuner, settings and starts, with hashes. Send contract.json of the folder to every party."""
-    from luthier.federation.folder import Place
+    from luthier.federation.folder import Workspace
 
     quiet(debug)
-    place = Place.create(load(recipe, overrides), recipe.parent, folder)
-    _say(f"contract {place.contract.digest[:12]}: {place.protocol.key()} over {', '.join(place.models.values())}")
+    workspace = Workspace.create(load(recipe, overrides), recipe.parent, folder)
+    _say(
+        f"contract {workspace.contract.digest[:12]}: {workspace.protocol.key()} over {', '.join(workspace.models.values())}"
+    )
     print(folder / "contract.json")
 
 
@@ -86,17 +88,17 @@ def shadow(
     from luthier.federation.provider import make_shadows
 
     quiet(debug)
-    make_shadows(_place(folder), processes, _say)
+    make_shadows(_workspace(folder), processes, _say)
     print(folder / "shadows")
 
 
 @app.command()
 def translator(folder: Folder, as_json: Json = False, debug: Debug = False) -> None:
     """Provider: is a translated update better than updates that need no client? It is judged on held-out shadow sets."""
-    from luthier.federation.provider import judge, opened
+    from luthier.federation.provider import judge, open_provider
 
     quiet(debug)
-    found = judge(opened(_place(folder)), _say)
+    found = judge(open_provider(_workspace(folder)), _say)
     if as_json:
         print(json.dumps(found))
         return
@@ -120,11 +122,10 @@ def tune(
 
     quiet(debug)
     refuse_name(name)
-    place = _place(folder, models)
-    refuse_rounds(place)
-    rows = place.rendered(place.rows(data, Path()))
-    kept = place.rendered(place.rows(held, Path())) if held else []
-    audited = prepared(place, name, rows, AuditSettings(kept, canaries, others), say=_say)
+    workspace = _workspace(folder, models)
+    refuse_rounds(workspace)
+    rows, kept = workspace.rows_in(data), workspace.rows_in(held) if held else []
+    audited = prepared(workspace, name, rows, AuditSettings(kept, canaries, others), say=_say)
     for a in audited.answers:
         _say(f"\n{a.question}")
         for line in a.lines:
@@ -141,10 +142,10 @@ def translate(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Server: read messages, and write an update for each sender: translated, or averaged (one-shot)."""
-    from luthier.federation.server import taken_in
+    from luthier.federation.server import one_round
 
     quiet(debug)
-    found = taken_in(_place(folder, models), messages, output, _say)
+    found = one_round(_workspace(folder, models), messages, output, _say)
     for name, where in found.results.items():
         print(f"{name}: {where}")
     print(output / "report.html")
@@ -170,10 +171,10 @@ def serve(
     from luthier.federation.network import serve as served
 
     quiet(debug)
-    place = _place(folder, models)
+    workspace = _workspace(folder, models)
     for name in clients.split(","):
         refuse_name(name)
-    served(folder, clients.split(","), address(listen, certificates, insecure), patience, output, _say, place.given)
+    served(folder, clients.split(","), address(listen, certificates, insecure), patience, output, _say, workspace.given)
     print(output / "report.html")
 
 
@@ -192,11 +193,11 @@ def join(
 
     quiet(debug)
     refuse_name(name)
-    place = _place(folder, models)
+    workspace = _workspace(folder, models)
     for file in (data, held):
         if file is not None:
-            place.rows(file, Path())
-    client = Client(name, data, held, canaries, others, send_anyway, place.given)
+            workspace.rows(file, Path())
+    client = Client(name, data, held, canaries, others, send_anyway, workspace.given)
     print(joined(folder, client, address(server, certificates, insecure), _say))
 
 
@@ -215,7 +216,7 @@ def simulate(
     files = _named(clients, "rows", "clinic=clinic.jsonl")
     for name in files:
         refuse_name(name)
-    page = simulated(_place(folder, models), files, held, output, _say)
+    page = simulated(_workspace(folder, models), files, held, output, _say)
     if as_json:
         print((output / "found.json").read_text(encoding="utf-8"))
     else:
@@ -230,8 +231,8 @@ def demo(
     debug: Debug = False,
 ) -> None:  # fmt: skip
     """Three organisations and a provider, all made by the command: from separate rows to one report, in a quarter of an hour."""
-    from luthier.demos.private import Size
+    from luthier.demos.private import USUAL
     from luthier.demos.private import demo as carried_out
 
     quiet(debug)
-    print(carried_out(output, Size(), _say, processes))
+    print(carried_out(output, USUAL, _say, processes))

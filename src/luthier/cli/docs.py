@@ -123,14 +123,12 @@ translated = {cls}({fields}).fit(pairs)(clients)  # [clients, layers, numbers a 
 ```"""
 # Fields that make the example code run: caft's first stage, a task in a folder beside the script.
 FIELDS = {"caft": 'stage="heads"', "lm-eval": 'tasks=["capitals"], folder="tasks"'}
-WORKSHOP = "from luthier.collaboration.base import Workshop\nfrom luthier.step.lab import Lab\n"
-SERVER = (
-    'server = protocol.server(contract, ["north", "south"], None, Workshop(Lab()))  # no journal, and it asks no model'
-)
+LAB = "from luthier.step.lab import Lab\n"
+SERVER = 'server = protocol.server(contract, ["north", "south"], None, Lab())  # no journal, and it asks no model'
 CONSTANT = ', lr_scheduler_type="constant", warmup_fraction=0.0'
 LORA = {
     "imports": "OneShot",
-    "more": f"{WORKSHOP}from luthier.tuners import Lora\n",
+    "more": f"{LAB}from luthier.tuners import Lora\n",
     "models": "model,",
     "fields": "",
     "settings": "",
@@ -138,7 +136,7 @@ LORA = {
 PROTOCOLS = {
     "one-shot": {**LORA, "tuner": "Lora(rank=2)", "server": SERVER, "result": 'server.outcome("north")'},
     "seed-rounds": {
-        **LORA, "imports": "SeedRounds", "more": f"{WORKSHOP}from luthier.tuners import FedKSeed\n", "fields": "rounds=2",
+        **LORA, "imports": "SeedRounds", "more": f"{LAB}from luthier.tuners import FedKSeed\n", "fields": "rounds=2",
         "settings": CONSTANT,
         "tuner": "FedKSeed(num_seeds=64)", "server": SERVER, "result": 'server.outcome("north")',
     },

@@ -38,6 +38,7 @@ class Rendering(BaseModel, frozen=True, extra="forbid"):
 class Agreement(BaseModel, frozen=True, extra="forbid"):
     """The agreement of all parties. Its digest identifies the collaboration and is in every message."""
 
+    tuner: AnyTuner
     settings: TrainSettings
     rendering: Rendering = Rendering()
     privacy: Privacy | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,27 +16,8 @@ from luthier.method import Method
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
-from luthier.support.errors import LuthierError
 from luthier.tuners.base import Tuner
 from luthier.update import Update
-
-
-@dataclass(frozen=True)
-class Workshop:
-    """Where a server works: a lab, and what shadow runs left.
-
-    lab   its models are those that the contract pins, under the names of their roles
-    made  reads the updates of so many shadow sets with so many snapshots each; None: no shadow runs belong to the contract
-    """
-
-    lab: Lab
-    made: Callable[[int, int], list[dict[str, Tensor]]] | None = None
-
-    def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
-        """Both models' updates on this many sets of public rows. Raises LuthierError if some are missing."""
-        if self.made is None:
-            raise LuthierError("nothing here made shadow runs; give the workshop what reads them")
-        return self.made(sets, snapshots)
 
 
 class Collaboration(Method):
@@ -62,24 +42,28 @@ class Collaboration(Method):
         """The contract over these models, one for each role. Raises LuthierError if the protocol cannot work with them."""
         raise NotImplementedError  # the seam: every protocol has its own
 
-    def server(self, contract: Any, clients: Sequence[str], journal: Journal | None, workshop: Workshop) -> RoundServer:
-        """The party that clients send to."""
+    def server(self, contract: Any, clients: Sequence[str], journal: Journal | None, lab: Lab) -> RoundServer:
+        """The party that clients send to.
+
+        journal  None: arrivals are kept in memory only
+        lab      the models that the contract pins, under the names of their roles, and what reads shadow runs
+        """
         raise NotImplementedError  # the seam: every protocol has its own
 
     def client(self, name: str, contract: Any, view: ModelView, rows: Sequence[Any]) -> Member:
         """A party with its own rows."""
         raise NotImplementedError  # the seam: every protocol has its own
 
-    def alone(self, name: str, contract: Any, workshop: Workshop, rows: Sequence[Any]) -> Update:
+    def alone(self, name: str, contract: Any, lab: Lab, rows: Sequence[Any]) -> Update:
         """The model that a client would have without the others: the same protocol with only this client."""
-        server = self.server(contract, [name], None, workshop)
-        client = self.client(name, contract, workshop.lab.view(self.roles[0]), rows)
+        server = self.server(contract, [name], None, lab)
+        client = self.client(name, contract, lab.view(self.roles[0]), rows)
         in_process([server, client], server.begin(), lambda sent, disclosure: None)
         return server.outcome(name)
 
-    def centralised(self, contract: Any, workshop: Workshop, rows: Sequence[Any]) -> Update:
+    def centralised(self, contract: Any, lab: Lab, rows: Sequence[Any]) -> Update:
         """The served model, tuned on the rows of all clients together. This needs shared rows."""
-        return self.alone("everybody", contract, workshop, rows)
+        return self.alone("everybody", contract, lab, rows)
 
     def beginning(self, contract: Any) -> dict[str, Tensor]:
         """The tensors of the first state, from which clients start."""

@@ -11,7 +11,7 @@ from pydantic import Field, PlainSerializer, WithJsonSchema
 from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement, named
-from luthier.collaboration.base import Collaboration, Workshop
+from luthier.collaboration.base import Collaboration
 from luthier.collaboration.contract import Contract, Start, refuse_other, refuse_vector, start_of
 from luthier.collaboration.controls import pooled
 from luthier.collaboration.journal import Journal
@@ -116,24 +116,22 @@ class GradTransformer(Collaboration):
         concentration = self.concentration if self.by is not None else None
         return draw(sorts, self.sets, 2 * self.rows, streams, concentration)
 
-    def server(
-        self, contract: Contract, clients: Sequence[str], journal: Journal | None, workshop: Workshop
-    ) -> Provider:
-        pairs = pairs_of(contract, workshop.shadows(self.sets, self.snapshots))
-        views = [workshop.lab.view(role) for role in self.roles]
-        return Provider.fitted(self, contract, views, pairs, clients, journal, workshop.lab)
+    def server(self, contract: Contract, clients: Sequence[str], journal: Journal | None, lab: Lab) -> Provider:
+        pairs = pairs_of(contract, lab.shadows(self.sets, self.snapshots))
+        views = [lab.view(role) for role in self.roles]
+        return Provider.fitted(self, contract, views, pairs, clients, journal, lab)
 
     def client(self, name: str, contract: Contract, view: ModelView, rows: Sequence[Any]) -> Organisation:
         return Organisation(name, contract, view, rows)
 
-    def alone(self, name: str, contract: Contract, workshop: Workshop, rows: Sequence[Any]) -> Update:
+    def alone(self, name: str, contract: Contract, lab: Lab, rows: Sequence[Any]) -> Update:
         """The small model, tuned."""
-        client = self.client(name, contract, workshop.lab.view("small"), rows)
+        client = self.client(name, contract, lab.view("small"), rows)
         return client.moved(client.message())
 
-    def centralised(self, contract: Contract, workshop: Workshop, rows: Sequence[Any]) -> Update:
+    def centralised(self, contract: Contract, lab: Lab, rows: Sequence[Any]) -> Update:
         """The large model, tuned like the shadow runs."""
-        large = workshop.lab.view("large")
+        large = lab.view("large")
         vectors = tuned(large, rows, contract.tuner, contract.settings_of("large"))
         return start_of(large, contract.tuner).update(vectors[-1])
 
@@ -226,12 +224,10 @@ class Provider(RoundServer):
 
     def disclosure(self, out: Sent) -> Disclosure:
         if out.message.header.kind != "result":
-            return Disclosure("only the start of tuning", out.to, sizes(out.message), "nothing", "no formal privacy")
+            return Disclosure("only the start of tuning", out.to, sizes(out.message))
         pools = self.protocol.pool != "none"
         others = f", made from the updates of {len(self.report)} organisations" if pools else ""
-        return Disclosure(
-            f"an adapter of the large model{others}", out.to, sizes(out.message), "nothing", "no formal privacy"
-        )
+        return Disclosure(f"an adapter of the large model{others}", out.to, sizes(out.message))
 
 
 def shadow(

@@ -21,20 +21,10 @@ from luthier.support.errors import LuthierError
 MAGIC = b"LUTHIER\x01"  # the last byte is the version
 HEADER_LIMIT = 64 * 1024  # bytes
 NAME = r"^\w[\w .-]{0,63}$"  # of a party; folders get these names
-TAKEN = (
-    "report.html",
-    "report.json",
-    "so-far",
-    "server",
-)  # other names in the results folder, and the sender of results
-NUMBERS = (
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.uint16,
-)  # dtypes that a message may hold
+# Other names in the results folder, and the sender of results.
+TAKEN = ("report.html", "report.json", "so-far", "server")
+# Dtypes that a message may hold.
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint16)
 Kind = Literal["update", "scalars", "state", "result", "refusal"]
 
 
@@ -85,15 +75,10 @@ class Message(BaseModel, frozen=True, arbitrary_types_allowed=True):
     ) -> Message:  # fmt: skip
         """A new message. Tensors are copied to the CPU."""
         payload = safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()})
+        nonce = secrets.token_hex(16)
         header = Header(
-            kind=kind,
-            run=run,
-            round=round,
-            sender=sender,
-            nonce=secrets.token_hex(16),
-            base=base,
-            notes=dict(notes or {}),
-        )
+            kind=kind, run=run, round=round, sender=sender, nonce=nonce, base=base, notes=dict(notes or {})
+        )  # fmt: skip
         return cls(header=header, payload=payload)
 
     @property

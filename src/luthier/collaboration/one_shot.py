@@ -9,19 +9,19 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from luthier.collaboration.agreement import Agreement, AnyTuner
+from luthier.collaboration.agreement import Agreement
 from luthier.collaboration.averaging import cosines, length, outliers
-from luthier.collaboration.base import Collaboration, Workshop
+from luthier.collaboration.base import Collaboration
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.parties import Disclosure, Member, Sent, promised, sizes
-from luthier.collaboration.privacy import PrivateRun, plan
+from luthier.collaboration.privacy import tuning
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
 from luthier.collaboration.wire import headers, packed, unpacked
 from luthier.method import Source, Traits
 from luthier.model.fingerprint import Fingerprint
-from luthier.model.view import ModelView, as_found
-from luthier.objectives.sft import Sft
+from luthier.model.view import ModelView
+from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.support.progress import OnProgress, no_progress, steps
@@ -83,7 +83,7 @@ class OneShot(Collaboration):
         )  # fmt: skip
 
     def server(
-        self, contract: AverageContract, clients: Sequence[str], journal: Journal | None, workshop: Workshop
+        self, contract: AverageContract, clients: Sequence[str], journal: Journal | None, lab: Lab
     ) -> AverageServer:
         return AverageServer(contract, clients, journal)
 
@@ -95,7 +95,6 @@ class AverageContract(Agreement, frozen=True, extra="forbid"):
     """What all parties of an average agree on."""
 
     base: Fingerprint
-    tuner: AnyTuner
     protocol: OneShot
     moves: dict[str, list[str]]
     """Form of an update's part -> the parameters that it changes."""
@@ -106,11 +105,10 @@ class AverageContract(Agreement, frozen=True, extra="forbid"):
 
 
 class AverageServer(RoundServer):
-    """Holds the mean so far. `left_out` names, by round, the clients whose update was too long to count; `report` the others."""
+    """Holds the mean so far. `report` has a line for each update of each round; its weight is 0 if it was too long to count."""
 
     def __init__(self, contract: AverageContract, clients: Sequence[str], journal: Journal | None = None) -> None:
         self.contract, self.update = contract, Update(contract.base, ())
-        self.left_out: dict[int, list[str]] = {}
         self.report: list[dict[str, Any]] = []
         super().__init__(contract.digest, contract.base, contract.protocol.rounds, clients, journal)
 
@@ -129,37 +127,34 @@ class AverageServer(RoundServer):
             raise Refused("loss", f"{head.sender}: its last training loss is {loss!r}, it must be a number")
 
     def add_up(self, arrived: Mapping[str, Message]) -> None:
-        kept, weight, left_out = self._counted(arrived)
-        if left_out:
-            self.left_out[self.round] = left_out
-        alike = cosines(kept)
-        for i, (name, u) in enumerate(kept.items()):
-            self.report.append({"round": self.round, "client": name, "rows": rows_of(arrived[name]), "weight": weight[name],
-                                "loss": arrived[name].header.notes.get("loss"), "length": length(u),
-                                "cosines": alike[i].tolist()})  # fmt: skip
-        self.update = self._moved_by(kept, weight)
+        updates, weight = self._weighed(arrived)
+        alike = cosines(updates)
+        for i, (name, u) in enumerate(updates.items()):
+            self.report.append({"round": self.round, "client": name, "rows": rows_of(arrived[name]),
+                                "weight": weight.get(name, 0.0), "loss": arrived[name].header.notes.get("loss"),
+                                "length": length(u), "cosines": alike[i].tolist()})  # fmt: skip
+        self.update = self._moved_by(updates, weight)
 
     def so_far(self) -> Update | None:
         """The mean of the updates so far. The order of arrival does not change it."""
         arrived = dict(sorted(self.gathering.arrived.items()))
         if self.finished or not arrived:
             return self.update if self.round else None
-        kept, weight, _ = self._counted(arrived)
-        return self._moved_by(kept, weight)
+        return self._moved_by(*self._weighed(arrived))
 
-    def _counted(self, arrived: Mapping[str, Message]) -> tuple[dict[str, Update], dict[str, float], list[str]]:
-        """(updates that count, weight of each, clients whose update is too long to count)."""
+    def _weighed(self, arrived: Mapping[str, Message]) -> tuple[dict[str, Update], dict[str, float]]:
+        """(all updates, the weight of each that counts): by default, one that is far too long does not count."""
         protocol = self.contract.protocol
         updates = {name: unpacked(m) for name, m in arrived.items()}
-        left_out = [] if protocol.keep_outliers else outliers(updates)
-        kept = {n: u for n, u in updates.items() if n not in left_out}
-        return kept, shares({n: rows_of(arrived[n]) if protocol.weights == "rows" else 1 for n in kept}), left_out
+        too_long = [] if protocol.keep_outliers else outliers(updates)
+        rows = {n: rows_of(arrived[n]) if protocol.weights == "rows" else 1 for n in updates if n not in too_long}
+        return updates, shares(rows)
 
-    def _moved_by(self, kept: Mapping[str, Update], weight: Mapping[str, float]) -> Update:
+    def _moved_by(self, updates: Mapping[str, Update], weight: Mapping[str, float]) -> Update:
         """The mean so far plus this round's mean. Clients are added in the order of names, so arrival cannot change any bit."""
         rank, out = self.contract.protocol.rank, self.update
-        for name, u in kept.items():
-            out = out + weight[name] * u
+        for name, p in weight.items():
+            out = out + p * updates[name]
         return out if rank is None else out.to("lowrank", rank=rank)[0]
 
     def state(self) -> dict[str, Tensor]:
@@ -173,7 +168,7 @@ class AverageServer(RoundServer):
 
     def disclosure(self, out: Sent) -> Disclosure:
         what = f"the mean of the updates of {len(self.clients)} clients" if self.round else "only the start of tuning"
-        return Disclosure(what, out.to, sizes(out.message), "nothing", "no formal privacy")
+        return Disclosure(what, out.to, sizes(out.message))
 
 
 class AverageClient(Member):
@@ -186,9 +181,8 @@ class AverageClient(Member):
         self.contract, self.view = contract, view
 
     def answer(self, state: Message) -> list[Sent]:
-        start, _ = self.start(state).to(
-            "dense"
-        )  # the state goes into the weights, so that the tuner can add its own change
+        # The state goes into the weights, so that the tuner can add its own change.
+        start, _ = self.start(state).to("dense")
         with start.bind(self.view):
             update, loss = alone(self.contract, self.view, self.rows, self.progress)
         c = self.contract
@@ -219,20 +213,12 @@ def alone(
 ) -> tuple[Update, float | None]:
     """(update, last training loss) of one client alone, or of all clients' rows together. With a privacy limit the loss is not
     returned, because the limit does not account for it."""
-    total, settings = Loop.length(rows, contract.settings), contract.settings
-    with as_found(view):
-        if contract.privacy is not None:
-            made = plan(contract.privacy, len(rows), settings.batch_size, total, contract.protocol.rounds)
-            return PrivateRun(view, rows, contract.tuner, settings, made).finish(progress), None
-        trainable = contract.tuner.attach(view, None, total)
-        try:
-            loop = Loop(view, rows, trainable, Sft(), settings)
-            entry: dict[str, float] = {}
-            for _ in steps(total, progress):
-                entry = loop.step()
-            return trainable.update(), entry.get("loss")  # none where the last step had nothing to learn
-        finally:
-            trainable.detach()
+    c, entry = contract, {}
+    with tuning(view, rows, c.tuner, c.settings, c.privacy, c.protocol.rounds) as (trainable, take_step):
+        for _ in steps(Loop.length(rows, c.settings), progress):
+            entry = take_step()
+        # There is no loss if the last step had nothing to learn.
+        return trainable.update(), entry.get("loss") if c.privacy is None else None
 
 
 def _moves(update: Update) -> dict[str, list[str]]:

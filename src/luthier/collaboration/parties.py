@@ -34,15 +34,15 @@ class Disclosure(NamedTuple):
     what     what is sent, in words
     to       who sees it
     bytes    of payload, and with the header
-    unit     what a promise protects: "row", "organisation" or "nothing"
-    promise  "no formal privacy", or a budget
+    unit     what a promise protects: "row" or "nothing"
+    promise  "no formal privacy", or a privacy limit
     """
 
     what: str
     to: str
     bytes: tuple[int, int]
-    unit: str
-    promise: str
+    unit: str = "nothing"
+    promise: str = "no formal privacy"
 
 
 class Party(Protocol):
@@ -182,7 +182,7 @@ class Gathering:
             return False
         self._check(message)
         if known is not None:
-            raise Refused("second", f"{message.header.sender} has sent its message of round {self.round} already")
+            raise Refused("second", f"{message.header.sender} has sent its message of round {self.round + 1} already")
         if self.journal is not None:
             self.journal.append(message)
         self.arrived[message.header.sender] = message
@@ -209,7 +209,7 @@ class Gathering:
         if head.run != self.run:
             raise Refused("contract", f"{head.sender} is under contract {head.run[:12]}, this is {self.run[:12]}")
         if head.round != self.round:
-            raise Refused("round", f"{head.sender} sent for round {head.round}, this is round {self.round}")
+            raise Refused("round", f"{head.sender} sent for round {head.round + 1}, this is round {self.round + 1}")
 
 
 def refusal(error: Refused, message: Message, sender: str, base: Fingerprint) -> Sent:

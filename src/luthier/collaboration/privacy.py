@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -19,14 +20,14 @@ from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from luthier.data.batch import IGNORE, collate
-from luthier.model.view import ModelView
+from luthier.model.view import ModelView, as_found
 from luthier.objectives.base import Clock, Forward
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.support.progress import OnProgress, no_progress, steps
 from luthier.training.loop import Loop
-from luthier.tuners.base import Tuner
+from luthier.tuners.base import Trainable, Tuner
 from luthier.update import Update
 
 FINE, COARSE = 1e-4, 3e-3
@@ -223,3 +224,27 @@ def _taken(params: Iterator[nn.Parameter]) -> Iterator[Tensor]:
     for p in params:
         yield torch.zeros_like(p) if p.grad is None else p.grad
         p.grad = None
+
+
+@contextmanager
+def tuning(
+    view: ModelView, rows: Sequence[Any], tuner: Tuner, settings: TrainSettings, privacy: Privacy | None = None, rounds: int = 1,
+) -> Iterator[tuple[Trainable, Callable[[], Any]]]:  # fmt: skip
+    """(what is tuned, a function that takes one step): plain steps, or private ones under a limit over all rounds.
+
+    The base model is restored afterwards, bit for bit.
+    """
+    total = Loop.length(rows, settings)
+    with as_found(view):
+        step: Callable[[], Any]
+        if privacy is not None:
+            made = plan(privacy, len(rows), settings.batch_size, total, rounds)
+            run = PrivateRun(view, rows, tuner, settings, made)
+            trainable, step = run.trainable, run.step
+        else:
+            trainable = tuner.attach(view, None, total)
+            step = Loop(view, rows, trainable, Sft(), settings).step
+        try:
+            yield trainable, step
+        finally:
+            trainable.detach()

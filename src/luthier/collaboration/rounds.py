@@ -107,7 +107,7 @@ class RoundServer:
             return self._close() if self.gathering.arrived and not self.finished else []
         try:
             if self.finished:
-                raise Refused("round", f"{event.header.sender} sent for round {event.header.round}, all are closed")
+                raise Refused("round", f"{event.header.sender} sent for round {event.header.round + 1}, all are closed")
             if event.header.kind == "refusal":
                 self.gathering.decline(event)
             else:
@@ -117,9 +117,8 @@ class RoundServer:
         if self.gathering.missing:
             return []
         if not self.gathering.arrived:
-            raise LuthierError(
-                f"round {self.round}: {', '.join(sorted(self.gathering.declined))} will not send anything"
-            )
+            declined = ", ".join(sorted(self.gathering.declined))
+            raise LuthierError(f"round {self.round + 1}: {declined} will not send anything")
         return self._close()
 
     def back(self, client: str) -> list[Sent]:

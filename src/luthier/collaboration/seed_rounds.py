@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement
-from luthier.collaboration.base import Collaboration, Workshop
+from luthier.collaboration.base import Collaboration
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.parties import Disclosure, Member, Sent, sizes
@@ -22,6 +22,7 @@ from luthier.method import Source, Traits
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
+from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.support.progress import steps
@@ -88,9 +89,7 @@ class SeedRounds(Collaboration):
             settings=settings, protocol=self, **more,
         )  # fmt: skip
 
-    def server(
-        self, contract: SeedContract, clients: Sequence[str], journal: Journal | None, workshop: Workshop
-    ) -> SeedServer:
+    def server(self, contract: SeedContract, clients: Sequence[str], journal: Journal | None, lab: Lab) -> SeedServer:
         return SeedServer(contract, clients, journal)
 
     def client(self, name: str, contract: SeedContract, view: ModelView, rows: Sequence[Any]) -> SeedClient:
@@ -101,7 +100,7 @@ class SeedRounds(Collaboration):
 
 
 class SeedContract(Agreement, frozen=True, extra="forbid"):
-    """What all parties of a federation agree on."""
+    """What all parties of these rounds agree on."""
 
     base: Fingerprint
     weights: str
@@ -114,6 +113,7 @@ class SeedContract(Agreement, frozen=True, extra="forbid"):
 
 
 def weights_digest(view: ModelView, tuner: FedKSeed) -> str:
+    """The digest that `SeedContract.weights` describes."""
     first = int(seed_pool(tuner.num_seeds, tuner.seed_pool)[0])
     said = [
         (n, list(view.weight(n).shape), str(view.weight(n).dtype), noise(first, i, (8,)).tolist())
@@ -136,8 +136,7 @@ class SeedServer(RoundServer):
     def disclosure(self, out: Sent) -> Disclosure:
         return Disclosure(
             f"the sum over all clients and rounds of one number for each of {len(self.scalars)} seeds", out.to,
-            sizes(out.message), "nothing", "no formal privacy",
-        )  # fmt: skip
+            sizes(out.message))  # fmt: skip
 
     def update(self) -> Update:
         """What was learnt, as seeds and scalars."""
@@ -200,12 +199,11 @@ class SeedClient(Member):
         return update_of(self.contract, added(tensors, self.contract.tuner.num_seeds).float())
 
     def disclosure(self, out: Sent) -> Disclosure:
-        steps = out.message.header.notes["steps"]
+        count = out.message.header.notes["steps"]
         return Disclosure(
-            f"{steps} numbers: how fast the loss on rows of {self.name} changes along agreed random directions, "
+            f"{count} numbers: how fast the loss on rows of {self.name} changes along agreed random directions, "
             "and its number of rows",
-            out.to, sizes(out.message), "nothing", "no formal privacy",
-        )  # fmt: skip
+            out.to, sizes(out.message))  # fmt: skip
 
     @property
     def update(self) -> Update:

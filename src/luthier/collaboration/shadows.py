@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.collaboration.privacy import Privacy, PrivateRun, plan
-from luthier.model.view import ModelView, as_found
-from luthier.objectives.sft import Sft
+from luthier.collaboration.privacy import Privacy, tuning
+from luthier.model.view import ModelView
 from luthier.step.outcome import RenderedRows
 from luthier.step.settings import TrainSettings
 from luthier.support.progress import OnProgress, no_progress, steps
@@ -57,20 +55,10 @@ def tuned(
     total = Loop.length(rows, settings)
     if snapshots > total:
         raise ValueError(f"{snapshots} snapshots of a run of {total} steps; lower snapshots or train longer")
-    with as_found(view):
-        step_on: Callable[[], Any]
-        if privacy is not None:
-            run = PrivateRun(view, rows, tuner, settings, plan(privacy, len(rows), settings.batch_size, total))
-            trainable, step_on = run.trainable, run.step
-        else:
-            trainable = tuner.attach(view, None, total)
-            step_on = Loop(view, rows, trainable, Sft(), settings).step
-        try:
-            seen: list[Tensor] = []
-            for step in steps(total, progress):
-                step_on()
-                if step >= total - snapshots:
-                    seen.append(trainable.update().coordinates())
-        finally:
-            trainable.detach()
-        return torch.stack(seen)
+    seen: list[Tensor] = []
+    with tuning(view, rows, tuner, settings, privacy) as (trainable, take_step):
+        for step in steps(total, progress):
+            take_step()
+            if step >= total - snapshots:
+                seen.append(trainable.update().coordinates())
+    return torch.stack(seen)

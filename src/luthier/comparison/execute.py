@@ -282,7 +282,7 @@ def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> li
             with workers((os.cpu_count() or 1) if processes is None else processes) as pool:
                 # The first, short runs go one at a time: the plan depends on what they cost.
                 _carry_out(bench, pool, 1, ("measure",))
-                _foresee(bench)
+                _say_forecast(bench)
                 if not dry:
                     _carry_out(bench, pool, _runs_at_a_time(bench, processes))
     return judged(bench.plan, bench.results(), bench.done)
@@ -339,7 +339,7 @@ def _carry_out(bench: Bench, pool: Workers, count: int, purposes: tuple[str, ...
         running -= set(_take(bench, pool))
 
 
-def _foresee(bench: Bench) -> None:
+def _say_forecast(bench: Bench) -> None:
     """Say what a run may cost, and what is left to do."""
     budget, expected = budget_of(bench.plan, bench.arms, bench.done), forecast(bench.plan, bench.arms, bench.done)
     if budget is not None:

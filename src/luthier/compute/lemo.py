@@ -24,7 +24,7 @@ from luthier.support.errors import LuthierError
 def block_scores(
     q: Tensor, k: Tensor, size: int, causal: bool = True, symmetrise: bool = True, window: int | None = None
 ) -> Tensor:
-    """[n, n] float32: the largest positive attention score between two blocks of `size` tokens.
+    """[n, n] float32: the largest attention score between two blocks of `size` tokens, at least 0.
 
     q [H, L, d], k [H_kv, L, d]. S_ij = mean over heads of max(q_i k_j / sqrt d, 0), zero where i does not see j: a later
     key, or one `window` or more tokens away; the score of a pair of blocks is its maximum. With `symmetrise` the lower
@@ -65,7 +65,7 @@ def tokens_of(blocks: Tensor, size: int, length: int) -> Tensor:
 
 
 def layer_keep(layer: int, num_layers: int, keep_fraction: float) -> float:
-    """Dense below floor(L / 2) - 1 and in the last layer; `keep_fraction` between."""
+    """Share of blocks that a layer keeps: 1 below floor(L / 2) - 1 and in the last layer, `keep_fraction` between."""
     return 1.0 if layer < num_layers // 2 - 1 or layer == num_layers - 1 else keep_fraction
 
 
@@ -100,7 +100,7 @@ class _PrunedMlp(torch.autograd.Function):
         inner = grads[0] @ down[:, neurons]  # [..., D] -> [..., K]
         with torch.enable_grad():  # the activation's own slope, whatever it is
             z = gated.detach().requires_grad_()
-            act = ctx.activation.forward(z)  # around its hooks: this call is no forward of the model's
+            act = ctx.activation.forward(z)  # past its hooks: this is not a forward pass of the model
             (g_gate,) = torch.autograd.grad(act, z, inner * raised)
         return g_gate @ gate[neurons] + (inner * act.detach()) @ up[neurons], None, None, None, None, None
 
@@ -191,7 +191,7 @@ class Lemo(Compute):
     @contextmanager
     def patch(self, view: ModelView, phase: str) -> Iterator[LemoState]:
         state = LemoState()
-        with ExitStack() as undo:  # of a refusal halfway as well
+        with ExitStack() as undo:  # also after a refusal halfway
             if phase == "train" and (self.keep_fraction < 1 or self.mlp_prune_fraction):
                 if view.layout != "flat":
                     raise LuthierError(
@@ -269,7 +269,7 @@ class Lemo(Compute):
 
 @contextmanager
 def _computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward for one module; afterwards the one it had, be it its class's or something hung on it."""
+    """Another forward for one module; afterwards the one it had, its class's or another one."""
     before = vars(module).get("forward")
     module.forward = forward
     try:
@@ -281,7 +281,7 @@ def _computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
 
 
 def _frozen_layers(view: ModelView, parts: GatedMlp) -> Layers:
-    """The layers of an MLP. Raises LuthierError where something in the MLP is trained, quantised or hung on."""
+    """The layers of an MLP. Raises LuthierError where something in the MLP is trained or quantised, or has an adapter."""
     mlp = view.module.get_submodule(parts.module)
     layers = Layers(*(view.module.get_submodule(n) for n in (parts.gate, parts.up, parts.down)))  # type: ignore[arg-type]
     moved = any(p.requires_grad or is_packed(p) for p in mlp.parameters())

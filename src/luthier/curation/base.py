@@ -16,10 +16,10 @@ from luthier.inference.services import lab_around
 from luthier.method import Method
 from luthier.step.lab import Lab
 from luthier.support.cache import key_of
-from luthier.support.errors import LuthierError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.sources import code_key
 
-__all__ = ["Chooser", "Codec", "Curator", "Selection", "Table", "answers_of", "chain_of", "text_of"]
+__all__ = ["Chooser", "Codec", "Curator", "Selection", "Table", "answers_of", "chain_of", "kept_count", "text_of"]
 
 
 class Curator(Method):
@@ -37,10 +37,9 @@ class Curator(Method):
 
     @property
     def codec(self) -> Codec | None:
-        """How answers are changed back, if the rows get another form.
+        """How answers are changed back, if this step gives rows another form that can be undone; else None.
 
-        None if they do not, and if the change cannot be undone. With None, held-out rows and questions stay as they are: the
-        model is asked and judged in the form of the files.
+        With None, held-out rows and questions stay as they are: the model is asked and judged in the form of the files.
         """
         return None
 
@@ -95,6 +94,14 @@ class Chooser(Curator):
         if chosen.plane is not None:
             table = table.shown(chosen.plane, chosen.axes)
         return table.keep(chosen.keep, chosen.score, chosen.reason)
+
+
+def kept_count(method: str, keep_fraction: float, rows: int) -> int:
+    """The number of rows that a chooser keeps, rounded down. Raises RecipeError, with the method's key, if it keeps none."""
+    count = int(keep_fraction * rows)
+    if not count:
+        raise RecipeError(f"{method}.keep_fraction", f"{keep_fraction} of {rows} rows keeps none", "raise it")
+    return count
 
 
 def chain_of(curators: Iterable[Curator]) -> Chain:

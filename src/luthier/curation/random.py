@@ -8,11 +8,10 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from luthier.curation.base import Chooser, Selection
+from luthier.curation.base import Chooser, Selection, kept_count
 from luthier.data.store import Row
 from luthier.method import Source
 from luthier.step.lab import Lab
-from luthier.support.errors import RecipeError
 
 
 class Random(Chooser):
@@ -30,11 +29,7 @@ class Random(Chooser):
     """Share of the rows that is kept."""
 
     def select(self, rows: Sequence[Row], lab: Lab) -> Selection:
-        count = int(self.keep_fraction * len(rows))
-        if not count:
-            raise RecipeError(
-                "random.keep_fraction", f"{self.keep_fraction} of {len(rows)} rows keeps none", "raise it"
-            )
+        count = kept_count(self.key(), self.keep_fraction, len(rows))
         draws = np.array([lab.streams.at("random", r.key).random() for r in rows])
         keep = np.sort(np.argsort(draws, kind="stable")[:count])
         inside = set(keep.tolist())

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from luthier.curation.base import Chooser, Selection, text_of
+from luthier.curation.base import Chooser, Selection, kept_count, text_of
 from luthier.data.mixture import quotas
 from luthier.data.store import Row
 from luthier.method import Source
@@ -36,16 +36,11 @@ def distances(x: Any, y: np.ndarray, of_x: np.ndarray | None = None) -> np.ndarr
     return far
 
 
-def geometric_median(x: Any, eps: float = 1e-5, max_iter: int = 200) -> np.ndarray:
-    """[V] minimiser of the summed distances to the rows of x [N, V]."""
-    return weiszfeld(x, eps, max_iter)[0]
+def geometric_median(x: Any, eps: float = 1e-5, max_iter: int = 200) -> tuple[np.ndarray, int]:
+    """([V] the point with the smallest sum of distances to the rows of x [N, V], the number of iterations).
 
-
-def weiszfeld(x: Any, eps: float = 1e-5, max_iter: int = 200) -> tuple[np.ndarray, int]:
-    """([V], iterations): minimiser of the summed distances to the rows of x [N, V]: Weiszfeld's iteration with Vardi and Zhang's
-    correction where the current point lies on a row.
-
-    Warns where `max_iter` ends it.
+    Weiszfeld's iteration, with Vardi and Zhang's correction where the current point lies on a row. Warns if it stops at
+    `max_iter`.
     """
     y, of_x = np.asarray(x.mean(0), dtype=np.float64).ravel(), squares(x)
     for iteration in range(1, max_iter + 1):
@@ -71,15 +66,14 @@ def strata_of(scores: np.ndarray, count: int = NUM_STRATA) -> np.ndarray:
     """[N] stratum of each score among `count` of equal width; the largest falls into the last."""
     low, high = scores.min(), 1.0001 * scores.max()
     step = (high - low) / count
-    return (
-        np.zeros(len(scores), dtype=np.int64)
-        if step == 0
-        else np.minimum(((scores - low) / step).astype(np.int64), count - 1)
-    )
+    if step == 0:
+        return np.zeros(len(scores), dtype=np.int64)
+    found: np.ndarray = np.minimum(((scores - low) / step).astype(np.int64), count - 1)
+    return found
 
 
 def water_fill(sizes: np.ndarray, total: int) -> np.ndarray:
-    """How many to draw from each stratum: the same from all, or all of a smaller one; sums to `total` <= sum(sizes)."""
+    """The number to draw from each stratum, in all `total` <= sum(sizes): equally many from each, or all of a smaller one."""
     budgets, left = np.zeros(len(sizes), dtype=np.int64), total
     for visited, k in enumerate(np.argsort(sizes, kind="stable")):
         budgets[k] = min(sizes[k], left // (len(sizes) - visited))
@@ -129,11 +123,7 @@ class Scdp(Chooser):
     """Largest number of words counted; for pools of more than two million rows."""
 
     def select(self, rows: Sequence[Row], lab: Lab) -> Selection:
-        count = int(self.keep_fraction * len(rows))
-        if not count:
-            raise RecipeError(
-                "scdp.keep_fraction", f"{self.keep_fraction} of {len(rows)} rows keeps no example", "raise it"
-            )
+        count = kept_count(self.key(), self.keep_fraction, len(rows))
         scores, empty, flops = self.scores(map(text_of, rows))
         lab.ledger.charge("curate", flops)
         rule = "far" if self.keep_fraction * len(rows) <= FAR_LIMIT else "stratified"
@@ -141,8 +131,7 @@ class Scdp(Chooser):
             log.warning("scdp: %d rows hold no word and cannot be ranked", int(empty.sum()))
         usable = np.where(empty, -np.inf, scores) if rule == "far" else scores
         keep = self._keep(usable, count, rule, self._classes(rows), lab.streams.at("scdp"))
-        inside = np.zeros(len(rows), dtype=bool)
-        inside[keep] = True
+        inside = np.isin(np.arange(len(rows)), keep)
         why = {True: f"kept by rule {rule}", False: f"left out by rule {rule}"}
         return Selection(np.sort(keep), scores, [why[i] for i in inside.tolist()])
 
@@ -154,27 +143,27 @@ class Scdp(Chooser):
             x = TfidfVectorizer(max_features=self.max_features, dtype=np.float32).fit_transform(texts)
         except ValueError as error:
             raise RecipeError("curate.scdp", f"the rows hold no words ({error})", "look at data.columns") from error
-        median, iterations = weiszfeld(x)
+        median, iterations = geometric_median(x)
         # x y and x^T w an iteration; the last distances, the squares, the mean
         flops = 2.0 * x.nnz * (2 * iterations + 3)
         return distances(x, median), np.diff(x.indptr) == 0, flops
 
     def _classes(self, rows: Sequence[Row]) -> np.ndarray:
+        """[N] the name of each row's class; one name for all rows if classes are not balanced."""
         if not self.class_balanced:
-            return np.zeros(len(rows), dtype=np.int64)
+            return np.full(len(rows), "")
         if any("label" not in r.values for r in rows):
             raise RecipeError("scdp.class_balanced", "a row has no label", "set it to false, or give labelled rows")
-        names = sorted({str(r.values["label"]) for r in rows})
-        return np.array([names.index(str(r.values["label"])) for r in rows])
+        return np.array([str(r.values["label"]) for r in rows])
 
     def _keep(
         self, scores: np.ndarray, count: int, rule: str, classes: np.ndarray, generator: np.random.Generator
     ) -> np.ndarray:
-        picked = []
-        for c, quota in enumerate(quotas(np.bincount(classes), count)):
-            mine = np.flatnonzero(classes == c)
+        picked, (names, sizes) = [], np.unique(classes, return_counts=True)
+        for name, quota in zip(names, quotas(sizes, count), strict=True):
+            mine = np.flatnonzero(classes == name)
             if not quota:
-                log.warning("scdp: class %d keeps no row", c)
+                log.warning("scdp: class %r keeps no row", str(name))
                 continue
             chosen = farthest(scores[mine], quota) if rule == "far" else stratified(scores[mine], quota, generator)
             picked.append(mine[chosen])

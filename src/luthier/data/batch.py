@@ -50,7 +50,7 @@ class Batch:
             for row-level tasks all IGNORE, with the class in row["label"]
     seq     [T] int64, index of the sequence a token belongs to, 0..S-1, non-decreasing
     pos     [T] int64, position within the sequence; need not be contiguous after tokens were dropped
-    lengths S Python ints, tokens a sequence
+    lengths S Python ints, the number of tokens of each sequence
     token   named per-token columns [T, ...]; row: named per-sequence columns [S, ...]; span: named spans of tokens
     keys    S stable row ids, for keyed randomness and reports
     """
@@ -79,6 +79,11 @@ class Batch:
         return (self.labels != IGNORE).nonzero().squeeze(1)
 
     @property
+    def supervised_counts(self) -> Tensor:
+        """[S] int64, the number of supervised positions of each sequence."""
+        return torch.bincount(self.seq[self.supervised], minlength=self.num_sequences)
+
+    @property
     def starts(self) -> Tensor:
         """[S] int64, index of each sequence's first token."""
         lengths = torch.tensor(self.lengths, device=self.ids.device)
@@ -90,10 +95,14 @@ class Batch:
         return torch.tensor(self.lengths, device=self.ids.device).cumsum(0) - 1
 
     @property
+    def within(self) -> Tensor:
+        """[T] int64, the number of tokens before each token in its sequence."""
+        return torch.arange(self.num_tokens, device=self.ids.device) - self.starts[self.seq]
+
+    @property
     def contiguous(self) -> bool:
         """True if every sequence counts its positions from 0 without a gap."""
-        expected = torch.arange(self.num_tokens, device=self.ids.device) - self.starts[self.seq]
-        return bool((self.pos == expected).all())
+        return bool((self.pos == self.within).all())
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(
@@ -121,9 +130,9 @@ class Batch:
 
         rows    [S'] int64, sequences to keep, sorted
         tokens  [T] bool, positions whose label stays; None keeps all
-        drop    False: other labels become IGNORE. True: positions with a label that is not kept leave the input as
-                well, and `pos` keeps its old values. Then the token is neither in the context nor predicted. A span keeps its
-                remaining tokens, and is removed with the last of them
+        drop    False: other labels become IGNORE. True: a token whose label is not kept also leaves the input, and `pos` keeps
+                its old values. So the token is neither in the context nor predicted. A span keeps its remaining tokens, and is
+                removed with the last of them
         """
         labels = self.labels if tokens is None else torch.where(tokens, self.labels, IGNORE)
         wanted = torch.zeros(self.num_sequences, dtype=torch.bool, device=self.ids.device)
@@ -137,7 +146,7 @@ class Batch:
             keep, labels = keep & ~gone, self._rejoin(labels, gone)
         new_index = wanted.long().cumsum(0) - 1  # [S] -> position among the kept
         seq = new_index[self.seq[keep]]
-        lengths = torch.bincount(seq, minlength=int(wanted.sum())).tolist() if seq.numel() else []
+        lengths = torch.bincount(seq, minlength=int(wanted.sum())).tolist()
         kept_rows = wanted.nonzero().squeeze(1).tolist()
         return Batch(
             ids=self.ids[keep],
@@ -241,7 +250,7 @@ def _joined(spans: Sequence[Any], lengths: Sequence[int]) -> Spans:
 
 
 def front_of(labels: Sequence[int]) -> int:
-    """Tokens before the first supervised one."""
+    """The number of tokens before the first supervised one."""
     return next((i for i, y in enumerate(labels) if y != IGNORE), len(labels))
 
 
@@ -249,14 +258,10 @@ def pad(values: Tensor, batch: Batch, fill: float = 0) -> Tensor:
     """[T, ...] -> [S, L, ...], right-padded."""
     width = max(batch.lengths, default=0)
     out = values.new_full((batch.num_sequences, width, *values.shape[1:]), fill)
-    out[batch.seq, _columns(batch)] = values
+    out[batch.seq, batch.within] = values
     return out
 
 
 def unpad(values: Tensor, batch: Batch) -> Tensor:
     """[S, L, ...] -> [T, ...]."""
-    return values[batch.seq, _columns(batch)]
-
-
-def _columns(batch: Batch) -> Tensor:
-    return torch.arange(batch.num_tokens, device=batch.ids.device) - batch.starts[batch.seq]
+    return values[batch.seq, batch.within]

@@ -7,7 +7,6 @@ depend on the order of rows.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +19,7 @@ Level = Literal["row", "token", "span", "text"]
 Span = tuple[int, int, int]  # first token, the token after the last, type
 RESERVED = ("label", "slot", "words")  # row columns with a meaning of their own
 TYPES = {"int64": pa.int64(), "float32": pa.float32()}
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Column(NamedTuple):
@@ -102,7 +102,7 @@ class Carried(NamedTuple):
 
 
 class Survey:
-    """Looks at the kept fields of one row after another, and refuses the first that has another type than the rows before."""
+    """The types of the kept fields over many rows. A row with another type than the rows before it is refused."""
 
     def __init__(self, carried: Carried) -> None:
         self.carried = carried
@@ -110,13 +110,18 @@ class Survey:
         self._labels: set[str] = set()
 
     def look(self, key: str, values: Mapping[str, Any]) -> None:
-        """Look at a row. Raises RecipeError with its key, the field and the value if the type differs."""
+        """Look at a row. Raises RecipeError with its key, the field and the value if the type differs. A refused row does not
+        count for the rows after it.
+        """
+        found, labels = {}, set[str]()
         for name in self.carried.fields:
             value = self.carried.value(key, values, name)
             column = span_column(key, name, value) if name == self.carried.spans else column_of(key, name, value)
-            self._labels |= set(column.names)
+            labels |= set(column.names)
             before, first = self._found.get(name, (column, key))
-            self._found[name] = (_both(before, column, first, key), first)
+            found[name] = (_both(before, column, first, key), first)
+        self._found |= found
+        self._labels |= labels
 
     def columns(self) -> list[Column]:
         """The columns of all rows that were looked at, in the recipe's order."""
@@ -138,9 +143,9 @@ def column_of(key: str, name: str, value: Any) -> Column:
 
 def _number(key: str, name: str, value: Any) -> str:
     """The type of a number. Raises RecipeError for other values, and for numbers that no tensor holds."""
-    if isinstance(value, int) and -(2**63) <= value < 2**63:
+    if _whole(value):
         return "int64"
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float) and abs(value) <= LARGEST:
         return "float32"
     raise RecipeError(
         key, f"{name} is {str(value)[:40]!r}", "a kept field holds a finite number, numbers or a text in every row"
@@ -148,7 +153,7 @@ def _number(key: str, name: str, value: Any) -> str:
 
 
 def span_column(key: str, name: str, value: Any) -> Column:
-    """The column of a row's spans, with their labels as names. Raises RecipeError for what is no [[start, end, label], ...]."""
+    """The column of a row's spans, with their labels as names. Raises RecipeError if they are not [[start, end, label], ...]."""
     good = isinstance(value, list) and all(
         isinstance(s, list) and len(s) == 3 and all(_whole(n) for n in s[:2]) and (_whole(s[2]) or isinstance(s[2], str))
         for s in value
@@ -166,8 +171,8 @@ def span_column(key: str, name: str, value: Any) -> Column:
 
 def _both(before: Column, now: Column, first: str, key: str) -> Column:
     """The column that holds both; whole numbers become fractions if the other column has fractions."""
-    if before.level == "span":
-        before, now = (before if before.type else now), (now if now.type else before)  # no span says nothing of labels
+    if before.level == "span":  # a row without spans has no type of labels
+        before, now = (before if before.type else now), (now if now.type else before)
     numbers = before.level == "row" == now.level and before.width == now.width
     if not numbers and before[:4] != now[:4]:
         raise RecipeError(
@@ -185,7 +190,8 @@ def _told(column: Column) -> str:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    """True for whole numbers of 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def arrow_type(values: np.ndarray) -> str:

@@ -28,14 +28,17 @@ class Mix(NamedTuple):
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> np.ndarray:
-    """[P] shares of the draws, proportional to (weight * size)^(1 / temperature); 1 keeps them, larger evens them out."""
-    raw = (np.array(weights, dtype=np.float64) * np.array(sizes)) ** (1 / temperature)
+    """The share of the draws of each source, proportional to (weight * size)^(1 / temperature). A temperature above 1 evens
+    shares out, one below 1 does the opposite.
+    """
+    raw = np.array(weights, dtype=np.float64) * np.array(sizes)
+    raw = (raw / raw.max()) ** (1 / temperature)  # powers of numbers up to 1 cannot overflow
     out: np.ndarray = raw / raw.sum()
     return out
 
 
 def quotas(sizes: np.ndarray, total: int) -> np.ndarray:
-    """Whole numbers in proportion to sizes that sum to `total`, by largest remainder."""
+    """Whole numbers that sum to `total`, in proportion to sizes, by largest remainder."""
     exact = total * sizes / sizes.sum()
     out: np.ndarray = np.floor(exact).astype(np.int64)
     rest = np.argsort(-(exact - out), kind="stable")[: total - out.sum()]
@@ -62,7 +65,9 @@ def drawn(size: int, count: int, epoch: int, streams: Streams, name: str) -> np.
 class Mixture:
     """Rows of several sources in one table.
 
-    members  for each source the positions of its rows, ascending; draws: the number of rows of each in an epoch
+    names    of the sources
+    members  for each source the positions of its rows, ascending
+    draws    for each source the number of its rows in an epoch
     """
 
     names: tuple[str, ...]
@@ -78,7 +83,7 @@ class Mixture:
         known = {o.prefix: i for i, o in enumerate(mix.origins)}
         own = [known.get(key.rpartition(":")[0], len(known)) for key in keys]
         origin = np.array(own, dtype=np.int64)
-        origins = [*mix.origins, Origin("made while curating", "")][: int(origin.max(initial=-1)) + 1]
+        origins = [*mix.origins, Origin("made while curating", "")]
         members = [np.flatnonzero(origin == i) for i in range(len(origins))]
         there = [i for i, m in enumerate(members) if len(m)]
         sizes = [len(members[i]) for i in there]

@@ -7,7 +7,6 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -83,7 +82,7 @@ class RowMaker(Protocol):
 
     @property
     def key(self) -> str:
-        """A key that changes with everything that decides the result, except the rows, the tokenizer and the template."""
+        """A key that changes with the settings that decide the result."""
 
     def made(self, rows: Sequence[Row], renderer: Renderer) -> list[dict[str, Any]]:
         """A training row for each row, as `collate` takes it."""
@@ -156,7 +155,7 @@ def prepare(
             fit,
             maker.key,
             carried.content,
-            code_key(__name__),
+            code_key(__name__, type(maker).__module__),
         )
     made = store.stored(key, lambda: store.token_schema(work.columns.all), work.batches(rows), work.notes)
     census = Census(**made.notes["census"])
@@ -247,8 +246,8 @@ class _Preparation:
         self.lengths, self.hashes = array("q"), array("Q")
 
     def batches(self, rows: Sequence[Row]) -> Iterator[pa.RecordBatch]:
-        source, done = iter(rows), 0
-        while part := list(islice(source, store.BATCH)):
+        done = 0
+        for part in store.chunks(iter(rows)):
             self.tick("rendering", done, part[0].key)
             rendered = self._rendered(part)
             if self.columns.all:
@@ -316,7 +315,8 @@ class _Preparation:
                 census.without_stop += supervised[-1] not in self.renderer.stop_ids
             content = array("i", ids).tobytes()
             self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
-            self.digest.update(content)
+            self.digest.update(b"%d " % len(ids) + content + array("i", labels).tobytes())
+            self.digest.update(repr(item.get("row")).encode())
             for c in self.columns.all:
                 self.digest.update(repr(item[c.level][c.name]).encode())
         if self.maker.answers and items:
@@ -332,23 +332,31 @@ class _Preparation:
 
 
 def shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
-    """The row cut to `limit` tokens: "trim_prompt" before its answer, "trim_end" at its end. Token columns are cut as well.
-
-    A span keeps its remaining tokens, and is removed with the last of them.
-    """
+    """The training row cut to `limit` tokens: "trim_prompt" before its answer if enough tokens are there, else at its end."""
     over = len(item["ids"]) - limit
     front = sum(item["token"]["prompt"]) if "prompt" in item.get("token", ()) else 0
     # trim_prompt cuts in the middle of the text before the answer: its end holds the opening of the turn.
     start = max(0, front - over - 8) if how == "trim_prompt" and front >= over else limit
-    stop = start + over
-    token = {k: [*v[:start], *v[stop:]] for k, v in item.get("token", {}).items()}
-    ids, labels = item["ids"], item["labels"]
-    out = {**item, "ids": ids[:start] + ids[stop:], "labels": labels[:start] + labels[stop:], "token": token}
+    return without(item, start, start + over)
+
+
+def without(item: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """The training row without the tokens from `start` to `stop`, in its token columns and spans as well.
+
+    A span keeps its remaining tokens, and is removed with the last of them.
+    """
+
+    def moved(at: int) -> int:
+        return at if at <= start else max(start, at - (stop - start))
+
+    out = {
+        **item,
+        "ids": item["ids"][:start] + item["ids"][stop:],
+        "labels": item["labels"][:start] + item["labels"][stop:],
+    }
+    if "token" in item:
+        out["token"] = {k: [*v[:start], *v[stop:]] for k, v in item["token"].items()}
     if "span" in item:
-
-        def moved(at: int) -> int:
-            return at if at <= start else max(start, at - over)
-
         spans = {k: [(moved(a), moved(b), kind) for a, b, kind in v] for k, v in item["span"].items()}
         out["span"] = {k: [s for s in v if s[1] > s[0]] for k, v in spans.items()}
     return out

@@ -1,5 +1,5 @@
-"""Q-Tuning's choice of rows by the model's own perplexity and entropy: pure functions, for the objective that prunes every
-window and the curator that prunes a whole set.
+"""Q-Tuning's choice of rows by the model's own perplexity and entropy. These are pure functions, for the objective that prunes
+every window and for the curator that prunes a whole set.
 """
 
 from __future__ import annotations
@@ -26,11 +26,22 @@ def quantile(values: np.ndarray, share: float) -> float:
     return float(np.quantile(values, share, method="inverted_cdf"))
 
 
+class Edges(NamedTuple):
+    """Masks [B]: values at or below the quantile alpha, and values at or above the quantile 1 - alpha."""
+
+    low: np.ndarray
+    high: np.ndarray
+
+
+def edges(values: np.ndarray, alpha: float) -> Edges:
+    """The low and the high values."""
+    return Edges(values <= quantile(values, alpha), values >= quantile(values, 1 - alpha))
+
+
 def quadrants(perplexity: np.ndarray, entropy: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """(Q2, Q4) as masks: surely wrong (high perplexity, low entropy), and unsurely right (low, high)."""
-    p_lo, p_hi = quantile(perplexity, alpha), quantile(perplexity, 1 - alpha)
-    e_lo, e_hi = quantile(entropy, alpha), quantile(entropy, 1 - alpha)
-    return (perplexity >= p_hi) & (entropy <= e_lo), (perplexity <= p_lo) & (entropy >= e_hi)
+    """(Q2, Q4) as masks: the model is wrong and sure (high perplexity, low entropy), or right and unsure (low, high)."""
+    p, e = edges(perplexity, alpha), edges(entropy, alpha)
+    return p.high & e.low, p.low & e.high
 
 
 def kept_share(perplexity: np.ndarray, entropy: np.ndarray, alpha: float) -> float:
@@ -57,7 +68,9 @@ def _scaled(values: np.ndarray) -> np.ndarray:
 
 
 def choose_rows(perplexity: np.ndarray, entropy: np.ndarray, keep_fraction: float, steps: int) -> Rows:
-    """Exactly max(1, floor(keep_fraction * B)) rows: from Q2 and Q4, topped up or cut by |scaled PPL - scaled entropy|."""
+    """Exactly max(1, floor(keep_fraction * B)) rows of Q2 and Q4. Rows with the largest |scaled PPL - scaled entropy| fill up the
+    number, or are the ones that stay if there are too many.
+    """
     alpha = bisect(perplexity, entropy, keep_fraction, steps)
     q2, q4 = quadrants(perplexity, entropy, alpha)
     wanted = max(1, int(keep_fraction * len(perplexity)))
@@ -72,12 +85,7 @@ def choose_rows(perplexity: np.ndarray, entropy: np.ndarray, keep_fraction: floa
 
 
 def named(perplexity: np.ndarray, entropy: np.ndarray, alpha: float) -> list[str]:
-    """[B] the quadrant of each row, by NAMES."""
-    p_lo, p_hi = quantile(perplexity, alpha), quantile(perplexity, 1 - alpha)
-    e_lo, e_hi = quantile(entropy, alpha), quantile(entropy, 1 - alpha)
-    out = np.zeros(len(perplexity), dtype=np.int64)
-    out[(perplexity <= p_lo) & (entropy <= e_lo)] = 3
-    out[(perplexity >= p_hi) & (entropy >= e_hi)] = 1
-    out[(perplexity <= p_lo) & (entropy >= e_hi)] = 4
-    out[(perplexity >= p_hi) & (entropy <= e_lo)] = 2
-    return [NAMES[i] for i in out]
+    """[B] the name of each row's quadrant. Equal values may lie in several; then Q2 comes first, then Q4, Q1 and Q3."""
+    p, e = edges(perplexity, alpha), edges(entropy, alpha)
+    found = np.select([p.high & e.low, p.low & e.high, p.high & e.high, p.low & e.low], [2, 4, 1, 3], 0)
+    return [NAMES[i] for i in found]

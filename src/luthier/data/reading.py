@@ -100,14 +100,9 @@ class _Skipped:
 
 
 def _checked(
-    raw: Raw,
-    prefix: str,
-    columns: Mapping[str, str],
-    shapes: Sequence[str],
-    survey: Survey,
-    skipped: _Skipped,
-    tick: Tick,
-) -> Iterator[tuple[int, bytes]]:
+    raw: Raw, prefix: str, columns: Mapping[str, str], shapes: Sequence[str], survey: Survey, skipped: _Skipped, tick: Tick
+) -> Iterator[tuple[int, bytes]]:  # fmt: skip
+    """(number, JSON) of every row that can be used."""
     first: tuple[int, str] | None = None
     for count, (number, values) in enumerate(raw):
         key = f"{prefix}:{number}"
@@ -122,8 +117,8 @@ def _checked(
                 raise RecipeError(
                     key, f"holds {shape}, but {prefix}:{first[0]} holds {first[1]}", "use one shape in a file"
                 )
-            survey.look(key, row.values)
             text = store.as_json(row)
+            survey.look(key, row.values)
         except RecipeError as error:
             skipped.take(number, error)
             continue
@@ -132,7 +127,7 @@ def _checked(
 
 
 def _numbered(raw: Raw, fields: Collection[str]) -> Raw:
-    """Rows of a CSV file, where all is text: in these fields numbers become numbers, and what is empty is missing."""
+    """Rows of a CSV file, which holds texts only: in these fields, numbers become numbers and empty texts become None."""
     for number, values in raw:
         if isinstance(values, dict):
             values = {k: _number(v) if k in fields else v for k, v in values.items()}
@@ -196,7 +191,8 @@ def _as_rows(raw: Raw) -> Raw:
     """HumanEval's problems with our names: the function's head as prompt, its body as completion."""
     for number, values in raw:
         if isinstance(values, dict):
-            yield number, {**values, "completion": values["canonical_solution"]}
+            values = {**values, "completion": values["canonical_solution"]}
+        yield number, values
 
 
 def _jsonl(path: Path) -> Raw:
@@ -242,7 +238,7 @@ def _json(path: Path) -> Raw:
             for number, value in enumerate(ijson.items(file, "item", use_float=True), start=1):
                 yield number, value if isinstance(value, dict) else _no_object(value, f"{path}: item {number}")
         except (ijson.JSONError, UnicodeDecodeError) as error:
-            what = f"is not JSON after item {number} ({str(error).splitlines()[0].strip()})"
+            what = f"is not JSON after item {number} ({_first_line(error)})"
             raise RecipeError(str(path), what, "write a list of objects") from error
 
 
@@ -251,9 +247,11 @@ def _csv(path: Path) -> Raw:
         reader = csv.DictReader(file)
         try:
             for row in reader:
-                whole = None not in row and None not in row.values()
-                fault = RecipeError(f"{path}:{reader.line_num}", "has another number of fields than the header")
-                yield reader.line_num, dict(row) if whole else fault
+                if None in row or None in row.values():
+                    what = "has another number of fields than the header"
+                    yield reader.line_num, RecipeError(f"{path}:{reader.line_num}", what)
+                else:
+                    yield reader.line_num, dict(row)
         except csv.Error as error:
             raise RecipeError(f"{path}:{reader.line_num}", f"is not CSV ({error})") from error
         except UnicodeDecodeError as error:
@@ -285,11 +283,14 @@ def _hub(source: str, split: str, part: str) -> tuple[str, str, Callable[[], Raw
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"data.{split}",
-            f"{source}: {str(error).splitlines()[0]}",
+            f"{source}: {_first_line(error)}",
             "use a file, or check name, split and network",
         ) from error
-    numbered = ((i, dict(row)) for i, row in enumerate(table, start=1))
-    return f"{source}:{part}", table._fingerprint, lambda: numbered
+    return f"{source}:{part}", table._fingerprint, lambda: ((i, dict(row)) for i, row in enumerate(table, start=1))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
 
 
 def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> dict[str, Any]:
@@ -313,8 +314,7 @@ def answers_of(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> lis
     shape = shape_in(values, shapes)
     if shape == "messages":
         return [turn["content"] for turn in values["messages"] if turn["role"] == "assistant"]
-    field = {"prompt and completion": "completion", "text and label": "text", "text": "text"}
-    return [] if shape is None else [values[field[shape]]]
+    return [] if shape is None else [values["completion" if shape == "prompt and completion" else "text"]]
 
 
 def shape_of(row: Row, shapes: Sequence[str]) -> str:

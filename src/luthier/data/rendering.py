@@ -79,7 +79,9 @@ class Renderer:
             done = before + answer[:end]
             whole = after if i == len(turns) - 1 else None
         rest = (self._template(turns, False) if whole is None else whole)[len(done) :]
-        return [s for s in (*out, Segment(rest, False)) if s.text] if rest.strip() else [s for s in out if s.text]
+        if rest.strip():
+            out.append(Segment(rest, False))
+        return [s for s in out if s.text]
 
     def _answer_end(self, answer: str) -> int:
         """The position after the stop token: text that a template puts after it (a newline) does not belong to the answer."""
@@ -95,9 +97,9 @@ class Renderer:
         return self.tokenizer.eos_token or ""
 
     def encode(self, rows: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
-        """Token ids of every segment of every row; one call of the tokenizer, which works in threads.
+        """Token ids of every segment of every row, from one call of the tokenizer, which works in threads.
 
-        Special tokens are added to plain text only; a chat template has its own.
+        The tokenizer's first token is added to plain text only; a chat template writes its own.
         """
         texts = [segment.text for row in rows for segment in row]
         ids = iter(self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
@@ -125,15 +127,13 @@ class Renderer:
         return self.training_row(segments, self.encode([segments])[0], key)
 
     def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
-        """The ids that generation starts from: the same as before the last answer in training."""
+        """The ids that generation starts from. If the row ends in an answer, these are the ids before it in training."""
         if self.plain and "messages" not in row:
             return self.encode([[Segment(self._lead(row) + row["prompt"], False)]])[0][0]
         turns = self.messages(row)
         if turns[-1]["role"] == "assistant":
             turns = turns[:-1]
-            segments = self.segments({**row, "messages": [*turns, {"role": "assistant", "content": "x"}]})
-        else:
-            segments = self.segments({"messages": [*turns, {"role": "assistant", "content": "x"}]})
+        segments = self.segments({"messages": [*turns, {"role": "assistant", "content": "x"}]})
         return [i for piece in self.encode([segments[:-1]])[0] for i in piece]
 
     def answer(self, row: Mapping[str, Any]) -> str:
@@ -142,8 +142,13 @@ class Renderer:
         return text
 
 
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of tokens that stand for no text: the named ones, and all that were added as special."""
+    return {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+
+
 def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Tokens that end a turn: the end of text, and the markers templates use for it."""
+    """Tokens that end a turn: the end of text, and the markers that templates use for it."""
     known = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
     vocabulary = tokenizer.get_vocab()
     found = {vocabulary[t] for t in known if t in vocabulary}

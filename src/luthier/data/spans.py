@@ -32,8 +32,10 @@ def placed(
     """The spans of tokens for spans of characters in a row's answer.
 
     given     (start, end, type) in characters: of the completion, the last answer, or the text
-    segments  the row's texts, pieces their ids; None: the row is its text, tokenised in one piece with special tokens
-    Raises RecipeError with the row's key for a span that lies outside the answer or covers no token.
+    segments  the row's texts; None: the row is its text, tokenised in one piece with special tokens
+    pieces    the ids of each segment; without segments, one list with the ids of the row
+    Raises RecipeError with the row's key for a span that lies outside the answer or covers no token, and for an answer whose
+    text is changed by rendering.
     """
     if not given:
         return []
@@ -51,7 +53,10 @@ def placed(
                 "mark spans in the text that the template writes",
             )
     found = renderer.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    before += len(ids) - len(found["input_ids"])  # a first token that the renderer adds
+    added = len(ids) - len(found["input_ids"])  # a first token that the renderer adds
+    if list(ids[added:]) != found["input_ids"]:
+        raise RecipeError(key, "has spans, but its text is trained on within a prompt", "leave out data.spans")
+    before += added
     out = []
     for start, end, kind in given:
         tokens = covering(found["offset_mapping"], at + start, at + end)

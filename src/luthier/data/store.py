@@ -20,7 +20,7 @@ from luthier.data.mixture import Mixture
 from luthier.support.cache import cache_folder, key_of, made
 from luthier.support.errors import LuthierError, RecipeError
 
-BATCH = 1024  # rows an Arrow record batch
+BATCH = 1024  # rows in an Arrow record batch
 T = TypeVar("T")
 
 ROW_SCHEMA = pa.schema({"number": pa.int64(), "values": pa.large_binary()})
@@ -306,7 +306,7 @@ class TokenRows(Sequence[dict[str, Any]]):
 
 
 def _put(table: pa.Table, column: Column, values: Sequence[Any] | np.ndarray) -> pa.Table:
-    """The table with a column more, or in place of one of that name."""
+    """The table with this column added, or put in the place of the one with this name."""
     field = column.field
     array = pa.array(values, field.type)
     at = table.schema.get_field_index(field.name)
@@ -320,7 +320,7 @@ def written(items: Iterator[tuple[str, bytes]], on_disk: bool = False) -> Rows:
     def batches() -> Iterator[pa.RecordBatch]:
         for part in chunks(items):
             for pair in part:
-                digest.update(repr(pair).encode("utf-8", "surrogatepass"))
+                digest.update(repr(pair).encode("utf-8"))  # repr writes half characters as escapes
             keys, values = zip(*part, strict=True)
             yield pa.record_batch([pa.array(keys), pa.array(values, pa.large_binary())], schema=KEYED_SCHEMA)
 
@@ -384,12 +384,12 @@ def token_batch(items: Sequence[Mapping[str, Any]], columns: Sequence[Column] = 
     return pa.record_batch([*arrays, *(cells(items, c) for c in columns)], schema=token_schema(columns))
 
 
-def chunks(items: Iterator[T], size: int = BATCH) -> Iterator[list[T]]:
-    """Lists of up to `size`."""
+def chunks(items: Iterator[T]) -> Iterator[list[T]]:
+    """The items in lists of BATCH; the last one may be shorter."""
     part: list[T] = []
     for item in items:
         part.append(item)
-        if len(part) == size:
+        if len(part) == BATCH:
             yield part
             part = []
     if part:

@@ -89,7 +89,7 @@ class Table:
 
     @property
     def weighed(self) -> Rows:
-        """The rows with their weights, if not all weights are 1."""
+        """The rows in the set with their weights; without weights if all are 1."""
         weight = self.weight[self.live]
         return self.rows if bool((weight == 1).all()) else self.rows.weighing(weight)
 
@@ -151,8 +151,10 @@ class Table:
     ) -> Table:
         """Add rows at the end. With parents (a position for each) their keys are KEY+1, ..., without parents STEP:1, ...
 
-        reason  for all, or one for each
+        reason  for all new rows, or one for each
         """
+        if parents is not None:
+            self._marked(parents)
         made = array("q")
         own = int((self.parent[self.incoming :] < 0).sum())
         children = np.bincount(self.parent[self.parent >= 0], minlength=len(self.entries))
@@ -162,6 +164,8 @@ class Table:
                 if parents is None:
                     made.append(-1)
                     key = f"{self.step}:{own + k + 1}"
+                elif k == len(parents):
+                    raise LuthierError(f"{self.step}: adds more rows than the {k} parents it gives")
                 else:
                     made.append(int(self.live[parents[k]]))
                     children[made[-1]] += 1
@@ -169,6 +173,8 @@ class Table:
                 yield key, store.as_json(Row(key, dict(v)))
 
         new = store.written(items(), self.entries.on_disk)
+        if parents is not None and len(made) < len(parents):
+            raise LuthierError(f"{self.step}: adds {len(made)} rows and gives {len(parents)} parents")
         number = len(self.entries) + np.arange(len(made))
         return self._grown(new, made, reason, np.concatenate([self.live, number]))
 
@@ -269,15 +275,14 @@ class Table:
 
     def follows(self, before: Table) -> bool:
         """True if this table was made from that one by operations only."""
-        n, parts = len(before.entries), len(before.entries.parts)
-        same = len(self.entries) >= n and all(
-            a is b for a, b in zip(self.entries.parts[:parts], before.entries.parts, strict=True)
-        )
+        n, mine, theirs = len(before.entries), self.entries.parts, before.entries.parts
         return (
-            same
+            self.steps == before.steps
+            and len(self.entries) >= n
+            and len(mine) >= len(theirs)
+            and all(a is b for a, b in zip(mine, theirs, strict=False))
             and bool((self.entries.places[:n] == before.entries.places).all())
             and bool((self.parent[:n] == before.parent).all())
-            and self.steps == before.steps
         )
 
     def roots(self, numbers: np.ndarray) -> np.ndarray:
@@ -289,7 +294,7 @@ class Table:
         return found
 
     def line(self, number: int) -> dict[str, Any]:
-        """What the table knows of an entry, without its values."""
+        """The columns of an entry, without its values."""
         turn, score, parent = int(self.turn[number]), float(self.score[number]), int(self.parent[number])
         return {
             "id": number, "key": self.entries.key(number), "parent": None if parent < 0 else parent,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +40,8 @@ class Shape(NamedTuple):
 SMALL, LARGE = Shape(48, 2, 4, 2, 128), Shape(96, 3, 4, 2, 256)
 
 
-class Schooling(NamedTuple):
-    """How a model is pretrained here: `steps` of `batch` rows."""
+class Pretraining(NamedTuple):
+    """How long a model is pretrained: `steps` of `batch` rows, at learning rate `rate`."""
 
     steps: int = 1500
     batch: int = 32
@@ -48,7 +49,7 @@ class Schooling(NamedTuple):
     seed: int = 0
 
 
-SCHOOLING = Schooling()
+PRETRAINING = Pretraining()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -85,8 +86,8 @@ def rendered(rows: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[dict[str
     return [renderer.training_row(s, p, str(i)) for i, (s, p) in enumerate(zip(segments, encoded, strict=True))]
 
 
-def schooled(
-    rows: Sequence[Mapping[str, Any]], shape: Shape, schooling: Schooling = SCHOOLING, say: Said = lambda entry: None,
+def pretrained(
+    rows: Sequence[Mapping[str, Any]], shape: Shape, pretraining: Pretraining = PRETRAINING, say: Said = lambda entry: None,
     tokenizer: Any = None,
 ) -> Path:  # fmt: skip
     """The folder of a Llama that is pretrained on these rows; made once, kept in the cache.
@@ -95,7 +96,10 @@ def schooled(
     It is small and has read very little. It can test a procedure, but says nothing about the quality of real models.
     """
     words = [] if tokenizer is None else [sorted(tokenizer.get_vocab().items())]
-    folder, s = cache_folder() / "local" / key_of(list(rows), shape, schooling, code_key(__name__), *words), schooling
+    folder, s = (
+        cache_folder() / "local" / key_of(list(rows), shape, pretraining, code_key(__name__), *words),
+        pretraining,
+    )
     if folder.exists():
         return folder
     tokenizer = byte_tokenizer() if tokenizer is None else tokenizer
@@ -129,6 +133,7 @@ def opened(folder: Path | str) -> ModelView:
     return load_model(located, tokenizer=load_tokenizer(located))
 
 
+@cache
 def python_sources() -> dict[str, str]:
     """Texts of several kinds that are part of every Python: code by package, and prose about the language."""
     library = Path(sysconfig.get_paths()["stdlib"])

@@ -1,8 +1,8 @@
 """`luthier collaborate demo`: three organisations with different styles, a provider with public rows, one report.
 
-All of it is made on the spot: two small Llamas that have read Python's manual and library and answered spoken requests, and
-houses that answer requests each in a style that no prompt tells. They stand for a TinyLM and an LLM, and for no model's
-quality.
+Everything is made here: two small Llamas, pretrained on Python's manual and library and on answered requests, and
+organisations that answer requests, each in a style that no prompt names. The models stand for a small and a large language
+model; their quality says nothing about real ones.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from luthier import recipe as recipes
 from luthier.collaboration.contract import start_of
 from luthier.collaboration.controls import mean_shadow
 from luthier.data.builtin.requests import demo_rows
-from luthier.demos.local import LARGE, SMALL, Schooling, pieces, python_sources, schooled
+from luthier.demos.local import LARGE, SMALL, Pretraining, pieces, pretrained, python_sources
 from luthier.federation import demo_page as page
 from luthier.federation.client import Audited, AuditSettings, prepared, send
-from luthier.federation.folder import Place
-from luthier.federation.provider import Shop, judge, make_shadows, on_public, opened, pairs_in
-from luthier.federation.server import taken_in
+from luthier.federation.folder import Workspace
+from luthier.federation.provider import ProviderWorkspace, judge, make_shadows, on_public, open_provider, pairs_in
+from luthier.federation.server import one_round
 from luthier.support.files import write_text
 from luthier.support.progress import Say
 from luthier.support.rng import Streams
+from luthier.update import Update
 from luthier.update.files import load
 
 NAMES = ("clinic", "library", "workshop")
@@ -35,14 +37,14 @@ JOINTS = (" ", "_", "-")
 WRAPS = ("{}", "[{}]", "<{}>", '"{}"')
 ENDS = ("", ".", ";", " !")
 Style = tuple[str, Callable[[str], str], str, str, str]
-STYLES: tuple[Style, ...] = tuple(itertools.product(LEADS, CASES, JOINTS, WRAPS, ENDS))  # 576 houses
+STYLES: tuple[Style, ...] = tuple(itertools.product(LEADS, CASES, JOINTS, WRAPS, ENDS))  # 576 styles
 WIDTH = 64  # characters of a request, or of a piece of text
 
 
 class Size(NamedTuple):
     """How large a demonstration is; the default takes a quarter of an hour on two cores."""
 
-    schooling: Schooling = Schooling(steps=1200)
+    pretraining: Pretraining = Pretraining(steps=1200)
     sets: int = 60
     rows: int = 384
     steps: int = 40
@@ -50,24 +52,27 @@ class Size(NamedTuple):
     held: int = 500
     canaries: int = 100
     others: int = 200
-    houses: int = 96
+    styles: int = 96
+
+
+USUAL = Size()
 
 
 def written(action: str, style: Style) -> str:
-    """An action's name in a house's style."""
+    """An action's name in a style."""
     lead, case, joint, wrap, end = style
     return lead + wrap.format(joint.join(case(action.replace("_", " ")).split())) + end
 
 
-def answered(requests: Sequence[Mapping[str, str]], houses: Sequence[int]) -> list[dict[str, str]]:
-    """Rows of requests, each answered as its house does."""
+def answered(requests: Sequence[Mapping[str, str]], styles: Sequence[int]) -> list[dict[str, str]]:
+    """Rows of requests, each answered in the style with its number."""
     return [
         {
             "prompt": f"{r['prompt'][:WIDTH]}\n",
-            "completion": written(json.loads(r["answer"])["action"], STYLES[h]),
-            "house": str(h),
+            "completion": written(json.loads(r["answer"])["action"], STYLES[style]),
+            "style": str(style),
         }
-        for r, h in zip(requests, houses, strict=True)
+        for r, style in zip(requests, styles, strict=True)
     ]
 
 
@@ -80,40 +85,44 @@ class Rows(NamedTuple):
     held: dict[str, list[dict[str, str]]]
 
 
-def made(size: Size, seed: int = 0) -> Rows:
-    """Requests are cut into stretches that no two uses share; the organisations' houses are none of the public ones."""
+def all_rows(size: Size, seed: int = 0) -> Rows:
+    """The rows of all parties. No two uses share a request; the organisations' styles are not among the public ones."""
     streams = Streams(seed)
-    read, each = size.schooling.steps * size.schooling.batch // 2, size.rows + size.held
+    read, each = size.pretraining.steps * size.pretraining.batch // 2, size.rows + size.held
     requests, _ = demo_rows(seed, read + size.public + len(NAMES) * each, 1)
-    order = streams.at("houses").permutation(len(STYLES))
-    theirs, public = order[: len(NAMES)], order[len(NAMES) : len(NAMES) + size.houses]
-    drawn = streams.at("public-houses").choice(public, size=size.public)
-    everybody = streams.at("read-houses").integers(len(STYLES), size=read).tolist()
-    texts = pieces(python_sources(), dict.fromkeys(python_sources(), 1.0), read, 2 * WIDTH, streams)
+    order = streams.at("styles").permutation(len(STYLES))
+    theirs, public = order[: len(NAMES)], order[len(NAMES) : len(NAMES) + size.styles]
+    drawn = streams.at("public-styles").choice(public, size=size.public)
+    everybody = streams.at("read-styles").integers(len(STYLES), size=read).tolist()
+    sources = python_sources()
+    texts = pieces(sources, dict.fromkeys(sources, 1.0), read, 2 * WIDTH, streams)
     mixed = [x for pair in zip(answered(requests[:read], everybody), texts, strict=True) for x in pair]
     at, private, held = read + size.public, {}, {}
-    for name, house in zip(NAMES, theirs, strict=True):
-        own = answered(requests[at : at + each], [int(house)] * each)
+    for name, style in zip(NAMES, theirs, strict=True):
+        own = answered(requests[at : at + each], [int(style)] * each)
         private[name], held[name], at = own[: size.rows], own[size.rows :], at + each
     return Rows(mixed, answered(requests[read : read + size.public], drawn.tolist()), private, held)
 
 
-def demo(folder: Path, size: Size = Size(), say: Say = lambda _: None, processes: int | None = None) -> Path:  # noqa: B008
+def demo(folder: Path, size: Size = USUAL, say: Say = lambda _: None, processes: int | None = None) -> Path:
     """Everything, end to end; returns the report. What is finished in the folder is not made again."""
-    began, rows = time.monotonic(), made(size)
-    place = _agreed(folder, rows, size, say)
-    make_shadows(place, processes, say)
-    shop = opened(place)
-    judged = judge(shop, say)
+    began, rows = time.monotonic(), all_rows(size)
+    workspace = _agreed(folder, rows, size, say)
+    make_shadows(workspace, processes, say)
+    provider = open_provider(workspace)
+    judged = judge(provider, say)
     audits: dict[str, Audited] = {}
     for name in NAMES:
-        own, held = (place.rendered(place.rows(str(_file(folder, name, w)), Path())) for w in ("private", "held"))
-        audits[name] = prepared(place, name, own, AuditSettings(held, size.canaries, size.others), say=say)
+        own, held = (workspace.rows_in(str(_file(folder, name, which))) for which in ("private", "held"))
+        audits[name] = prepared(workspace, name, own, AuditSettings(held, size.canaries, size.others), say=say)
         send(audits[name], folder / "sent", anyway=True)  # a demonstration: nothing leaves this machine
-    arrived = taken_in(place, [folder / "sent" / f"{n}.message" for n in NAMES], folder / "results", say)
+    arrived = one_round(workspace, [folder / "sent" / f"{n}.message" for n in NAMES], folder / "results", say)
     say("compare what each had, what it got, and what sharing rows would have given")
-    losses = {n: _losses(shop, folder, n, audits[n], arrived.results[n]) for n in NAMES}
-    found = {"losses": losses, "judged": judged, "seconds": time.monotonic() - began}
+    found = {
+        "losses": _losses(provider, folder, audits, arrived.results),
+        "judged": judged,
+        "seconds": time.monotonic() - began,
+    }
     write_text(folder / "found.json", json.dumps(found, indent=1))
     return page.write_collaboration(folder / "report.html", found, audits, arrived.report)
 
@@ -122,28 +131,26 @@ def _file(folder: Path, name: str, which: str) -> Path:
     return folder / "data" / f"{name}-{which}.jsonl"
 
 
-def _agreed(folder: Path, rows: Rows, size: Size, say: Say) -> Place:
+def _agreed(folder: Path, rows: Rows, size: Size, say: Say) -> Workspace:
     """Rows and models on disk, and a contract over them."""
-    from luthier import recipe as recipes
-
     if (folder / "contract" / "contract.json").exists():
-        return Place(folder / "contract")
+        return Workspace(folder / "contract")
     (folder / "data").mkdir(parents=True, exist_ok=True)
     _write(folder / "data" / "public.jsonl", rows.public)
     for name in NAMES:
         _write(_file(folder, name, "private"), rows.private[name])
         _write(_file(folder, name, "held"), rows.held[name])
-    say(f"school  two small models on {len(rows.read):,} rows of Python's texts and requests; minutes, and only once")
-    small, large = (schooled(rows.read, shape, size.schooling, _news(say, size, n)) for n, shape in
+    say(f"pretrain two small models on {len(rows.read):,} rows of Python's texts and requests; minutes, and only once")
+    small, large = (pretrained(rows.read, shape, size.pretraining, _news(say, size, n)) for n, shape in
                     (("small", SMALL), ("large", LARGE)))  # fmt: skip
     values = {
         "model": str(small), "data": {"train": str(folder.resolve() / "data" / "public.jsonl"), "template": "plain"},
         "tuner": {"lora": {"rank": 2, "alpha": 32, "targets": ["q_proj", "v_proj"]}}, "max_steps": size.steps,
         "batch_size": 32, "learning_rate": 0.01, "warmup_fraction": 0.0,
-        "collaborate": {"grad-transformer": {"large": str(large), "by": "house", "concentration": 0.05,
+        "collaborate": {"grad-transformer": {"large": str(large), "by": "style", "concentration": 0.05,
                                              "sets": size.sets, "rows": size.rows}},
     }  # fmt: skip
-    return Place.create(recipes.load(json.dumps(values), "demo"), folder, folder / "contract")
+    return Workspace.create(recipes.load(json.dumps(values), "demo"), folder, folder / "contract")
 
 
 def _write(file: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -152,27 +159,34 @@ def _write(file: Path, rows: Sequence[Mapping[str, str]]) -> None:
 
 def _news(say: Say, size: Size, name: str) -> Callable[[dict[str, float]], None]:
     def tell(entry: dict[str, float]) -> None:
-        if entry["step"] % max(1, size.schooling.steps // 6) == 0:
-            say(f"school  {name}: step {entry['step']:.0f} of {size.schooling.steps}, loss {entry['loss']:.2f}")
+        if entry["step"] % max(1, size.pretraining.steps // 6) == 0:
+            say(f"pretrain {name}: step {entry['step']:.0f} of {size.pretraining.steps}, loss {entry['loss']:.2f}")
 
     return tell
 
 
-def _losses(shop: Shop, folder: Path, name: str, audited: Audited, got: Path) -> dict[str, float]:
-    """Losses on the organisation's held rows, in nats a token: its own models, what it got, and what needs rows to be shared."""
-    place, c = shop.place, shop.contract
-    own, held = (place.rendered(place.rows(str(_file(folder, name, w)), Path())) for w in ("private", "held"))
-    everybody = [
-        r for n in NAMES for r in place.rendered(place.rows(str(_file(folder, n, "private")), Path()))
-    ]  # fmt: skip
-    large, pairs = place.lab.view("large"), pairs_in(shop)
-    start = start_of(large, c.tuner)
-    public = start.update(on_public(shop, lambda _: None))
-    given = {
-        page.BARE: None, page.MEAN: start.update(mean_shadow(pairs, pairs.x[:1])[0]), page.PUBLIC: public,
-        page.TRANSLATED: load(got), page.SHARED: shop.protocol.centralised(c, place.workshop, own),
-        page.ALL: shop.protocol.centralised(c, place.workshop, everybody),
+def _losses(
+    provider: ProviderWorkspace, folder: Path, audits: Mapping[str, Audited], results: Mapping[str, Path]
+) -> dict[str, dict[str, float]]:
+    """Losses by organisation and model, in nats a token, on the organisation's held rows.
+
+    The models are its own small one, the one that it got, and controls, of which some need rows to be shared.
+    """
+    workspace, c = provider.workspace, provider.contract
+    own = {n: workspace.rows_in(str(_file(folder, n, "private"))) for n in NAMES}
+    pairs, start = pairs_in(provider), start_of(workspace.lab.view("large"), c.tuner)
+
+    def shared(rows: Sequence[Any]) -> Update:
+        return provider.protocol.centralised(c, workspace.lab, rows)
+
+    for_all = {
+        page.BARE: None, page.MEAN: start.update(mean_shadow(pairs, pairs.x[:1])[0]),
+        page.PUBLIC: start.update(on_public(provider, lambda _: None)), page.ALL: shared([r for n in NAMES for r in own[n]]),
     }  # fmt: skip
-    with audited.update.bind(place.first):
-        small = place.loss("small", None, held)
-    return {page.OWN: small} | {n: place.loss("large", u, held) for n, u in given.items()}
+    out = {}
+    for name in NAMES:
+        held = workspace.rows_in(str(_file(folder, name, "held")))
+        large = {**for_all, page.TRANSLATED: load(results[name]), page.SHARED: shared(own[name])}
+        models = {page.OWN: ("small", audits[name].update), **{m: ("large", u) for m, u in large.items()}}
+        out[name] = {m: workspace.loss(*models[m], held) for m in page.SHORT}
+    return out

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from luthier.collaboration.audit.gate import Answer, Verdict
 from luthier.report.page import template
 from luthier.support.files import write_text
 from luthier.support.version import __version__
@@ -16,11 +17,11 @@ SAYS = {
 }
 
 
-def write_audit(target: Path, name: str, audited: Any) -> Path:
-    """audited  what `collaboration.sending.prepared` gives."""
-    tone, says = SAYS[audited.verdict.outcome]
+def write_audit(target: Path, name: str, verdict: Verdict, answers: Sequence[Answer]) -> Path:
+    """Write the page of one message. name: of the party that would send it."""
+    tone, says = SAYS[verdict.outcome]
     page = template("audit.html").render(
-        name=f"What {name} would send", tone=tone, says=says, answers=audited.answers, version=__version__
+        name=f"What {name} would send", tone=tone, says=says, answers=answers, version=__version__
     )
     write_text(target, page)
     return target

@@ -10,17 +10,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from luthier.collaboration.audit.canaries import Canary, Memory, canaries, memory
-from luthier.collaboration.audit.canaries import rows_of as planted_rows
+from luthier.collaboration.audit.canaries import Canary, Memory, canaries, memory, planted_rows
 from luthier.collaboration.audit.gate import LIMITS, Answer, Leaks, Limits, Verdict, answers, judged
-from luthier.collaboration.audit.membership import membership
+from luthier.collaboration.audit.membership import Membership, membership
 from luthier.collaboration.audit.tokens import Found, TokenAudit, distinct
 from luthier.collaboration.contract import Contract, start_of
 from luthier.collaboration.messages import Message
 from luthier.collaboration.parties import Disclosure
 from luthier.collaboration.rounds import SERVER
 from luthier.federation.audit_page import write_audit
-from luthier.federation.folder import Place
+from luthier.federation.folder import Workspace
 from luthier.inference.scoring import row_scores
 from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError
@@ -53,6 +52,9 @@ class AuditSettings(NamedTuple):
     limits: Limits = LIMITS
 
 
+USUAL = AuditSettings()
+
+
 class Audited(NamedTuple):
     """A message that is ready, and what it would reveal."""
 
@@ -65,22 +67,23 @@ class Audited(NamedTuple):
 
 
 def prepared(
-    place: Place, name: str, rows: Sequence[Any], look: AuditSettings = AuditSettings(), state: Message | None = None,  # noqa: B008
+    workspace: Workspace, name: str, rows: Sequence[Any], look: AuditSettings = USUAL, state: Message | None = None,
     say: Say = lambda _: None,
 ) -> Audited:  # fmt: skip
     """Tune under the contract and audit what would be sent.
 
     state  the state that a server sent; None: the first state of the protocol
     """
-    streams, contract = place.lab.streams, place.contract
+    streams, contract = workspace.lab.streams, workspace.contract
     known, controls = canaries(look.canaries, streams) if look.canaries else ([], [])
-    party = place.protocol.client(name, contract, place.first, [*rows, *planted_rows(known, place.lab.renderer)])
+    party = workspace.protocol.client(
+        name, contract, workspace.first, [*rows, *planted_rows(known, workspace.lab.renderer)]
+    )
     party.counted, party.progress = len(rows), Lines(say)
     if state is None:
-        state = Message.of(
-            "state", contract.digest, SERVER, place.first.base, place.protocol.beginning(contract)
-        )  # fmt: skip
-    say(f"tune    {len(rows)} rows and {len(known)} canaries" + _promise(place))
+        tensors = workspace.protocol.beginning(contract)
+        state = Message.of("state", contract.digest, SERVER, workspace.first.base, tensors)
+    say(f"tune    {len(rows)} rows and {len(known)} canaries" + _promise(workspace))
     (sent,) = party.handle(state)
     disclosure, update = party.disclosure(sent), party.moved(sent.message)
     say(
@@ -88,11 +91,11 @@ def prepared(
         f"membership of {len(rows) + len(look.held)} rows"
     )
     start, _ = party.start(state).to("dense")
-    with start.bind(place.first):  # an observer knows the state from which the client started
-        tokens, no_progress = _tokens(place, update, rows)
-        remembered = _memory(place, update, known, controls, look.others, say) if known else None
-        members = _membership(place, update, rows, look.held) if len(look.held) else None
-    leaks = Leaks(tokens, remembered, members, no_progress)
+    with start.bind(workspace.first):  # an observer knows the state from which the client started
+        tokens, untested = _tokens(workspace, update, rows)
+        remembered = _memory(workspace, update, known, controls, look.others, say) if known else None
+        members = _membership(workspace, update, rows, look.held) if len(look.held) else None
+    leaks = Leaks(tokens, remembered, members, untested)
     epsilon = None if contract.privacy is None else contract.privacy.epsilon
     verdict = judged(leaks, look.limits, epsilon)
     return Audited(sent.message, disclosure, leaks, verdict, answers(disclosure, leaks, verdict, epsilon), update)
@@ -110,7 +113,7 @@ def send(audited: Audited, folder: Path, anyway: bool = False, stem: str | None 
         "answers": [a._asdict() for a in audited.answers],
     }  # fmt: skip
     write_text(folder / f"{stem}.audit.json", json.dumps(found, indent=1))
-    page = write_audit(folder / f"{stem}.html", audited.message.header.sender, audited)
+    page = write_audit(folder / f"{stem}.html", audited.message.header.sender, audited.verdict, audited.answers)
     if audited.verdict.outcome == "fail" and not anyway:
         raise AuditFailed(
             f"{stem}: not written, because {audited.verdict.failures[0]}; see {page}, or use --send-anyway to send it as it is"
@@ -121,64 +124,63 @@ def send(audited: Audited, folder: Path, anyway: bool = False, stem: str | None 
     return target
 
 
-def _promise(place: Place) -> str:
-    p = place.contract.privacy
+def _promise(workspace: Workspace) -> str:
+    p = workspace.contract.privacy
     return "" if p is None else f", epsilon {p.epsilon:g} at delta {p.delta:g}"
 
 
-def factors(place: Place, update: Update) -> dict[str, Tensor] | None:
+def factors(workspace: Workspace, update: Update) -> dict[str, Tensor] | None:
     """A - A0 and B of a LoRA update, by "a.NAME" and "b.NAME"; None for other updates."""
-    tuner = getattr(place.contract, "tuner", None)
-    part = update.only(LowRank)
+    tuner, part = workspace.contract.tuner, update.only(LowRank)
     if not isinstance(tuner, Lora) or part is None:
         return None
-    return factor_deltas(part, start_of(place.first, tuner).chart)
+    return factor_deltas(part, start_of(workspace.first, tuner).chart)
 
 
-def public_payloads(place: Place) -> Payloads:
+def public_payloads(workspace: Workspace) -> Payloads:
     """Payloads of public rows that the provider passed on; none if it did not."""
-    found = place.calibrated()
+    found = workspace.calibrated()
     if not found:
         return ()
-    assert isinstance(place.contract, Contract)
-    return [(unpack(x, place.contract.small.shapes), tokens) for x, tokens in found]
+    assert isinstance(workspace.contract, Contract)
+    return [(unpack(x, workspace.contract.small.shapes), tokens) for x, tokens in found]
 
 
-def _tokens(place: Place, update: Update, rows: Sequence[Any]) -> tuple[list[Found] | None, str]:
+def _tokens(workspace: Workspace, update: Update, rows: Sequence[Any]) -> tuple[list[Found] | None, str]:
     """(what each tensor reveals, or None and the reason why nothing was tested). Without public payloads to compare with, only
     exact leaks are found."""
-    payload, public = factors(place, update), public_payloads(place)
-    if payload is None:
+    payload, public, tuner = factors(workspace, update), public_payloads(workspace), workspace.contract.tuner
+    if payload is None or not isinstance(tuner, Lora):
         return None, "this audit reads only the factors of LoRA"
-    initial = start_of(place.first, place.contract.tuner).chart.initial  # type: ignore[attr-defined]
+    initial = start_of(workspace.first, tuner).chart.initial
     try:
-        audit = TokenAudit(place.first, {n.removeprefix("a."): t for n, t in initial.items()})
-    except (
-        ValueError
-    ) as error:  # no projection of the first block was tuned, or its inputs depend on more than the token
+        audit = TokenAudit(workspace.first, {n.removeprefix("a."): t for n, t in initial.items()})
+    except ValueError as error:  # no projection of block 0 was tuned, or its inputs depend on more than the token
         return None, str(error)
     if public:
         audit.calibrate([p for p, _ in public], [t for _, t in public])
     return audit(payload, distinct(rows)), ""
 
 
-def _memory(place: Place, update: Update, known: list[Canary], controls: list[Canary], others: int, say: Say) -> Memory:
-    with update.bind(place.first) as view:
-        tokens = 2 * place.contract.settings.tokens_per_forward
-        streams = place.lab.streams
+def _memory(
+    workspace: Workspace, update: Update, known: list[Canary], controls: list[Canary], others: int, say: Say
+) -> Memory:
+    with update.bind(workspace.first) as view:
+        tokens = 2 * workspace.contract.settings.tokens_per_forward
+        streams = workspace.lab.streams
         return memory(
-            view, place.lab.renderer, known, controls, others=others, tokens_per_forward=tokens, streams=streams,
+            view, workspace.lab.renderer, known, controls, others=others, tokens_per_forward=tokens, streams=streams,
             progress=Lines(say),
         )  # fmt: skip
 
 
-def _membership(place: Place, update: Update, rows: Sequence[Any], held: Sequence[Any]) -> Any:
+def _membership(workspace: Workspace, update: Update, rows: Sequence[Any], held: Sequence[Any]) -> Membership:
     """How much the loss of each row fell."""
-    tokens, view = 2 * place.contract.settings.tokens_per_forward, place.first
+    tokens, view = 2 * workspace.contract.settings.tokens_per_forward, workspace.first
     before = [_losses(view, r, tokens) for r in (rows, held)]
     with update.bind(view):
         after = [_losses(view, r, tokens) for r in (rows, held)]
-    delta = 0.0 if place.contract.privacy is None else place.contract.privacy.delta
+    delta = 0.0 if workspace.contract.privacy is None else workspace.contract.privacy.delta
     return membership(before[0] - after[0], before[1] - after[1], delta)
 
 

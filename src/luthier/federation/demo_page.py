@@ -8,7 +8,8 @@ from typing import Any
 
 from luthier.collaboration.controls import gap_recovered
 from luthier.federation.audit_page import SAYS
-from luthier.federation.translation_page import _rows
+from luthier.federation.client import Audited
+from luthier.federation.translation_page import judged_rows
 from luthier.report.curve import Range, interval_chart
 from luthier.report.page import template
 from luthier.support.files import write_text
@@ -27,10 +28,10 @@ SHORT = {  # short names for pictures
 
 
 def write_collaboration(
-    target: Path, found: Mapping[str, Any], audits: Mapping[str, Any], report: Mapping[str, Any]
+    target: Path, found: Mapping[str, Any], audits: Mapping[str, Audited], report: Mapping[str, Any]
 ) -> Path:
     """found   losses by organisation and model, and how the translator was judged
-    audits  by organisation, from `collaboration.sending.prepared`
+    audits  by organisation, from `federation.client.prepared`
     report  of the server, by organisation
     """
     names = list(found["losses"])
@@ -51,7 +52,7 @@ def write_collaboration(
     ]  # fmt: skip
     page = template("collaboration.html").render(
         name="Three organisations, and no row was sent", names=names, lines=lines, chart=chart, sent=sent,
-        recovered=[_recovered(by) for by in found["losses"].values()], judged=_rows(found["judged"]),
+        recovered=[_recovered(by) for by in found["losses"].values()], judged=judged_rows(found["judged"]),
         verdict=found["judged"]["verdict"], sets=found["judged"]["sets"],
         took=in_time(found["seconds"]), version=__version__, lead=_lead(found),
     )  # fmt: skip

@@ -21,47 +21,47 @@ from luthier.collaboration.messages import Refused, decode
 from luthier.collaboration.parties import Sent, Tick
 from luthier.collaboration.rounds import RoundServer
 from luthier.federation.client import AuditFailed, AuditSettings, prepared, send
-from luthier.federation.folder import LIMIT, Place
+from luthier.federation.folder import LIMIT, Workspace
 from luthier.federation.network import GIVEN, RECORD, SENT, Client
-from luthier.federation.outcome import leave
-from luthier.federation.server import leave_so_far, left
+from luthier.federation.outcome import write_outcome
+from luthier.federation.server import write_results, write_so_far
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
 from luthier.support.progress import Say
 
 GIVING = 60.0  # seconds in which a client that took part can come back for its result
-PATIENCE = 0.2  # seconds between looks for answers
+PAUSE = 0.2  # seconds between looks for answers
 
 # --- the server's process ---
 
 
-def carried(grid: Grid, place: Place, clients: list[str], output: Path, patience: float) -> None:
+def run_server(grid: Grid, workspace: Workspace, clients: list[str], output: Path, patience: float) -> None:
     """Do a server's whole work, starting from its journal: rounds, results on disk, then results to the clients."""
-    party = place.protocol.server(place.contract, clients, place.journal(), place.workshop)
-    line = Line(grid, clients)
+    party = workspace.protocol.server(workspace.contract, clients, workspace.journal(), workspace.lab)
+    nodes = Nodes(grid, clients)
     try:
-        serve(party, line, patience, _said, lambda: leave_so_far(place, party, output))
+        serve(party, nodes, patience, _said, lambda: write_so_far(workspace, party, output))
     except LuthierError as error:
         _said(f"ended   {error}")
         return
-    left(place, party, output)
-    give(party, line, _said)
+    write_results(workspace, party, output)
+    give(party, nodes, _said)
 
 
-class Line:
+class Nodes:
     """flwr's nodes: which client is at which node, and what was asked. A client that is killed and joins again gets a new node.
 
-    nodes  client -> flwr's number of its node
-    asked  flwr's number of a message -> client, or None if a node was asked who it is
+    by_client  client -> flwr's number of its node
+    asked      flwr's number of a message -> client, or None if a node was asked who it is
     """
 
     def __init__(self, grid: Grid, clients: list[str]) -> None:
         self.grid, self.clients = grid, clients
-        self.nodes: dict[str, int] = {}
+        self.by_client: dict[str, int] = {}
         self.asked: dict[str, str | None] = {}
         self._seen: set[int] = set()
 
-    def look(self) -> None:
+    def ask_names(self) -> None:
         """Ask new nodes who they are."""
         new = sorted(set(self.grid.get_node_ids()) - self._seen)
         self._seen |= set(new)
@@ -70,10 +70,10 @@ class Line:
 
     def send(self, sent: list[Sent]) -> None:
         """Send messages to the clients that are there."""
-        here = [s for s in sent if s.to in self.nodes]
+        here = [s for s in sent if s.to in self.by_client]
         if not here:
             return
-        numbers = self.grid.push_messages([_message(s.message.encode(), self.nodes[s.to]) for s in here])
+        numbers = self.grid.push_messages([_message(s.message.encode(), self.by_client[s.to]) for s in here])
         # A refusal needs no answer, but flwr gives every message one.
         self.asked |= {n: s.to for n, s in zip(numbers, here, strict=True) if s.message.header.kind != "refusal"}
 
@@ -87,13 +87,11 @@ class Line:
         name = _field(reply, "name")
         if not isinstance(name, str) or name not in self.clients:
             return None
-        self.nodes[name] = reply.metadata.src_node_id
+        self.by_client[name] = reply.metadata.src_node_id
         return name
 
 
-def serve(
-    party: RoundServer, line: Line, patience: float, say: Say, arrived: Callable[[], None]
-) -> None:  # fmt: skip
+def serve(party: RoundServer, nodes: Nodes, patience: float, say: Say, arrived: Callable[[], None]) -> None:
     """Carry out rounds until the last is closed. Raises LuthierError if no client will send.
 
     patience  seconds that a round waits for clients that have not answered; then it closes without them
@@ -101,46 +99,46 @@ def serve(
     """
     began, round = time.monotonic(), party.round
     while not party.finished:
-        line.look()
-        for name, reply in line.answers():
+        nodes.ask_names()
+        for name, reply in nodes.answers():
             if reply.has_error():
                 say(f"lost    {name or 'a node'}: {reply.error.reason}")
             elif name is not None:
-                line.send(_at_once(_taken(party, name, _field(reply, "bytes"), say)))
+                nodes.send(_at_once(_taken(party, name, _field(reply, "bytes"), say)))
                 arrived()
-            elif (new := line.named(reply)) is not None:
+            elif (new := nodes.named(reply)) is not None:
                 say(f"joined  {new}")
-                line.send(party.back(new))
+                nodes.send(party.back(new))
         if party.round == round and time.monotonic() - began > patience:
-            say(f"round   {round}: time is up; {_late(party)}")
-            line.send(_at_once(party.handle(Tick())))
+            say(f"round   {round + 1}: time is up; {_late(party)}")
+            nodes.send(_at_once(party.handle(Tick())))
             began = time.monotonic()
         if party.round != round:
             say(f"round   {party.round} of {party.rounds} is closed")
             began, round = time.monotonic(), party.round
-        time.sleep(PATIENCE)
+        time.sleep(PAUSE)
 
 
-def give(party: RoundServer, line: Line, say: Say, patience: float = GIVING) -> None:
+def give(party: RoundServer, nodes: Nodes, say: Say, patience: float = GIVING) -> None:
     """Send the results to the clients that are there, and to those that took part and come back in time. The same command
     sends them again."""
     results, began = {s.to: s for s in party.results()}, time.monotonic()
     sent: set[str] = set()
     given: set[str] = set()
     while not (party.heard & results.keys()) <= given and time.monotonic() - began < patience:
-        line.look()
-        for name, reply in line.answers():
+        nodes.ask_names()
+        for name, reply in nodes.answers():
             if reply.has_error():
                 say(f"lost    {name or 'a node'}: {reply.error.reason}")
             elif name is not None and _field(reply, "bytes") == b"":  # not a late answer to a round
                 given.add(name)
-            elif name is None and (new := line.named(reply)) is not None:
+            elif name is None and (new := nodes.named(reply)) is not None:
                 say(f"joined  {new}")
                 sent.discard(new)
-        waiting = [results[n] for n in line.nodes if n in results and n not in sent]
-        line.send(waiting)
+        waiting = [results[n] for n in nodes.by_client if n in results and n not in sent]
+        nodes.send(waiting)
         sent |= {s.to for s in waiting}
-        time.sleep(PATIENCE)
+        time.sleep(PAUSE)
 
 
 def _at_once(sent: list[Sent]) -> list[Sent]:
@@ -193,19 +191,19 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
 
     A round is answered once. If the server asks again, the same bytes are sent: a second tuning would spend the privacy twice.
     """
-    place, message = Place(folder, who.models), decode(received, LIMIT)
+    workspace, message = Workspace(folder, who.models), decode(received, LIMIT)
     if message.header.kind == "result":
-        _keep(place, who, message)
+        _keep(workspace, who, message)
     if message.header.kind != "state":
         return b""
-    if message.header.round >= place.protocol.turns:
-        asked = f"asked for round {message.header.round + 1} of {place.protocol.turns}"
+    if message.header.round >= workspace.protocol.turns:
+        asked = f"asked for round {message.header.round + 1} of {workspace.protocol.turns}"
         raise Refused("round", f"{asked}: the contract has no more rounds")
     stem = f"{who.name}-{message.header.round}"
     kept = folder / SENT / f"{stem}.message"
     if not kept.exists():
         try:
-            _prepare(place, who, message, stem)
+            _prepare(workspace, who, message, stem)
         except AuditFailed as error:
             write_text(folder / f"{who.name}.held-back", str(error))
             return _declined(who.name, message).encode()
@@ -217,23 +215,24 @@ def answered(folder: Path, who: Client, received: bytes) -> bytes:
     return data
 
 
-def _keep(place: Place, who: Client, result: Envelope) -> None:
+def _keep(workspace: Workspace, who: Client, result: Envelope) -> None:
     """Save the server's result as an adapter's folder. A client need not have the model that it belongs to."""
-    party = place.protocol.client(who.name, place.contract, place.first, [])
+    party = workspace.protocol.client(who.name, workspace.contract, workspace.first, [])
     party.handle(result)
-    target = place.path / GIVEN / who.name
+    target = workspace.path / GIVEN / who.name
     shutil.rmtree(target, ignore_errors=True)
     with whole(target) as temporary:
-        roles = place.protocol.roles
-        leave(place, roles[-1], party.update, temporary, who.name, place.first if len(roles) == 1 else None)
+        roles = workspace.protocol.roles
+        write_outcome(workspace, roles[-1], party.update, temporary, who.name, model_here=len(roles) == 1)
 
 
-def _prepare(place: Place, who: Client, state: Envelope, stem: str) -> None:
-    rows = place.rendered(place.rows(who.data, Path()))
-    held = place.rendered(place.rows(who.held, Path())) if who.held else []
-    audited = prepared(place, who.name, rows, AuditSettings(held, who.canaries, who.others), state, _said)
-    _said(f"audit   round {state.header.round}: {audited.verdict.outcome}; {place.path / SENT / f'{stem}.html'}")
-    send(audited, place.path / SENT, who.send_anyway, stem)
+def _prepare(workspace: Workspace, who: Client, state: Envelope, stem: str) -> None:
+    rows, held = workspace.rows_in(who.data), workspace.rows_in(who.held) if who.held else []
+    audited = prepared(workspace, who.name, rows, AuditSettings(held, who.canaries, who.others), state, _said)
+    _said(
+        f"audit   round {state.header.round + 1}: {audited.verdict.outcome}; {workspace.path / SENT / f'{stem}.html'}"
+    )
+    send(audited, workspace.path / SENT, who.send_anyway, stem)
 
 
 def _declined(name: str, state: Envelope) -> Envelope:

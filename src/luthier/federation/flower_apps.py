@@ -19,12 +19,12 @@ client = ClientApp()
 
 @server.main()
 def _serve(grid: Grid, context: Context) -> None:
-    from luthier.federation.flower import carried
-    from luthier.federation.folder import Place
+    from luthier.federation.flower import run_server
+    from luthier.federation.folder import Workspace
 
     c = context.run_config
-    place = Place(Path(str(c["folder"])), json.loads(str(c["models"])))
-    carried(grid, place, str(c["clients"]).split(","), Path(str(c["output"])), float(c["patience"]))
+    workspace = Workspace(Path(str(c["folder"])), json.loads(str(c["models"])))
+    run_server(grid, workspace, str(c["clients"]).split(","), Path(str(c["output"])), float(c["patience"]))
 
 
 @client.query()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from luthier import recipe as recipes
 from luthier.collaboration.agreement import Agreement, Rendering
-from luthier.collaboration.base import Collaboration, Workshop
+from luthier.collaboration.base import Collaboration
 from luthier.collaboration.journal import Journal
 from luthier.data.prepare import prepare
 from luthier.data.reading import Tick, no_tick, read
@@ -50,9 +50,12 @@ OF_A_RUN = {"eval_steps", "early_stopping_patience", "load_best", "save_steps", 
 TAKEN_OF_DATA = {"train", "columns", "system", "template", "max_length"}
 
 
-class Place:
-    """An opened folder. `models` holds other places of models, by role, which replace those in the contract. `given` holds
-    them."""
+class Workspace:
+    """An opened folder, with the protocol and the contract in it.
+
+    models  where the models are, by role: as the contract says, or as given here
+    given   only the paths that were given here, which replace those in the contract
+    """
 
     def __init__(self, path: Path, models: Mapping[str, str] | None = None) -> None:
         self.path = path
@@ -67,7 +70,7 @@ class Place:
             raise LuthierError(f"--model {min(unknown)}: the contract's models are {', '.join(self.protocol.roles)}")
 
     @classmethod
-    def create(cls, recipe: Recipe, base: Path, path: Path) -> Place:
+    def create(cls, recipe: Recipe, base: Path, path: Path) -> Workspace:
         """Agree on what the recipe says, and write the contract. Raises RecipeError for a recipe that cannot work."""
         protocol = recipe.collaborate
         if protocol is None:
@@ -96,17 +99,14 @@ class Place:
 
     @cached_property
     def lab(self) -> Lab:
-        """The services around the models that the contract pins, by their roles; each is loaded when it is first asked for."""
+        """The services around the models that the contract pins. Models go by their roles; each is loaded at its first use."""
         r, settings = self.contract.rendering, self.contract.settings
         plain = {"auto": None, "chat": False, "plain": True}[r.template]
         renderer = Renderer(_tokenizer(locate(self.models[self.protocol.roles[0]])), r.system, plain)
         models = {role: partial(_view, model) for role, model in self.models.items()}
-        return lab_with(renderer, models, tokens_per_forward=2 * settings.tokens_per_forward, seed=settings.seed)
-
-    @property
-    def workshop(self) -> Workshop:
-        """What a server works with."""
-        return Workshop(self.lab, self.shadows)
+        lab = lab_with(renderer, models, tokens_per_forward=2 * settings.tokens_per_forward, seed=settings.seed)
+        lab.shadowing = self.shadows
+        return lab
 
     @property
     def first(self) -> ModelView:
@@ -122,6 +122,10 @@ class Place:
     def rows(self, source: str, base: Path, tick: Tick = no_tick, columns: Mapping[str, str] | None = None) -> Rows:
         """Rows of a file. Raises RecipeError with the line of a row that cannot be used."""
         return read(source, columns or {}, base, tick=tick)[0]
+
+    def rows_in(self, file: str) -> Sequence[dict[str, Any]]:
+        """The rendered rows of a client's file. Raises RecipeError with the line of a row that cannot be used."""
+        return self.rendered(self.rows(file, Path()))
 
     def rendered(self, rows: Rows | Sequence[Any], tick: Tick = no_tick) -> Sequence[dict[str, Any]]:
         """Render rows as the contract says."""
@@ -217,9 +221,8 @@ def _models(recipe: Recipe) -> list[str]:
     for role, model in zip(recipe.collaborate.roles[1:], others, strict=True):
         if model is None:
             raise RecipeError(f"collaborate.{recipe.collaborate.key()}.{role}", "is missing", "name a model")
-    pinned = (
-        recipe.revision is not None and "@" not in recipe.model
-    )  # someone who opens the contract does not have the recipe
+    # Someone who opens the contract does not have the recipe.
+    pinned = recipe.revision is not None and "@" not in recipe.model
     return [f"{recipe.model}@{recipe.revision}" if pinned else recipe.model, *others]
 
 

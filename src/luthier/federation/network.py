@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,7 +64,7 @@ class Address(NamedTuple):
 
 
 class Client(NamedTuple):
-    """A client that joins, its rows, and how thoroughly it audits (see `collaboration.sending.AuditSettings`).
+    """A client that joins, its rows, and how thoroughly it audits (see `federation.client.AuditSettings`).
 
     models  where the contract's models are on this machine, by role
     """
@@ -127,7 +127,8 @@ def serve(
 
     models  where the contract's models are on this machine, by role
     """
-    home = folder / "flwr"
+    home, report = folder / "flwr", output / "report.html"
+    began = _changed(report)  # of an earlier call
     app_in(
         home, str(at), at.certificates, folder=str(folder.resolve()), clients=",".join(clients), output=str(output.resolve()),
         patience=patience, models=_written(models),
@@ -145,7 +146,7 @@ def serve(
         told.read()
     if told.ended:
         raise LuthierError(told.ended)
-    if not (output / "report.html").exists():
+    if _changed(report) == began:
         raise LuthierError(f"the run ended without a result; see {home / 'run.log'}")
 
 
@@ -162,13 +163,13 @@ def join(folder: Path, client: Client, at: Address, say: Say) -> Path:
     command = [
         "flower-supernode", "--superlink", str(at), "--port", str(_free_port()), "--node-config", words, *_client_side(at),
     ]  # fmt: skip
-    began = result.stat().st_mtime_ns if result.exists() else 0
+    began = _changed(result)  # of an earlier call
     with _process(command, home, "supernode.log") as node:
         say(f"join    {at} as {name}; rows stay here; what is sent is noted in {folder / 'sent.jsonl'}")
         if kept := sorted(folder.glob(f"{SENT}/{name}-*.message")):
             say(f"again   rounds that were answered before get the same answer: {', '.join(map(str, kept))}")
         told = Tail(home / "supernode.log", say)
-        while not held.exists() and (not result.exists() or result.stat().st_mtime_ns == began):
+        while not held.exists() and _changed(result) in (0, began):
             if node.poll() is not None:
                 raise LuthierError(f"flwr's node ended with {node.returncode}; see {home / 'supernode.log'}")
             told.read()
@@ -178,6 +179,14 @@ def join(folder: Path, client: Client, at: Address, say: Say) -> Path:
     if held.exists():
         raise LuthierError(held.read_text(encoding="utf-8"))
     return given
+
+
+def _changed(file: Path) -> int:
+    """When a file was last written, in nanoseconds; 0 if it does not exist. It may be replaced at any moment."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _server_side(at: Address) -> list[str]:
@@ -214,7 +223,7 @@ def app_in(path: Path, control: str, certificates: Path | None, **config: Any) -
 
 
 @contextmanager
-def _process(command: list[str], home: Path, log: str) -> Any:
+def _process(command: list[str], home: Path, log: str) -> Iterator[subprocess.Popen[bytes]]:
     """A flwr process whose process group ends with the block."""
     program = Path(sys.executable).parent / command[0]
     with (home / log).open("w", encoding="utf-8") as out:

@@ -8,10 +8,9 @@ from typing import Literal
 from pydantic import BaseModel
 
 from luthier.collaboration.agreement import Rendering
-from luthier.federation.folder import Place
+from luthier.federation.folder import Workspace
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.loading import locate
-from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.recipe.settings import DataSettings
 from luthier.report.card import front
@@ -57,24 +56,26 @@ class Given(BaseModel, frozen=True, extra="forbid"):
         return "\n".join(lines)
 
 
-def leave(place: Place, role: str, update: Update, folder: Path, name: str, view: ModelView | None = None) -> Path:
+def write_outcome(
+    workspace: Workspace, role: str, update: Update, folder: Path, name: str, model_here: bool = True
+) -> Path:  # fmt: skip
     """Write an update's files for `luthier.load`, for peft if the update is low-rank, and a model card.
 
-    role  of the model that the update belongs to
-    view  that model, if it is loaded: peft's file then says where it is
+    role        of the model that the update belongs to
+    model_here  whether that model is on this machine: peft's file then says where it is
     """
     folder.mkdir(parents=True, exist_ok=True)
-    save_update(update, folder, view)
+    save_update(update, folder, workspace.lab.view(role) if model_here else None)
     given = Given(
-        protocol=place.protocol.key(), contract=place.contract.digest, model=place.models[role], base=update.base,
-        rendering=place.contract.rendering,
+        protocol=workspace.protocol.key(), contract=workspace.contract.digest, model=workspace.models[role], base=update.base,
+        rendering=workspace.contract.rendering,
     )  # fmt: skip
     write_text(folder / FILE, given.model_dump_json(indent=1))
     write_text(folder / "README.md", given.card(name, "adapter", peft=(folder / "adapter_model.safetensors").exists()))
     return folder
 
 
-def given_in(folder: Path) -> Given | None:
+def read_given(folder: Path) -> Given | None:
     """What a collaboration left in a folder; None for other folders. Raises LuthierError for a file that cannot be used, or a
     model that is not at its path."""
     file = folder / FILE

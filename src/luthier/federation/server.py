@@ -12,13 +12,12 @@ from luthier.collaboration.grad_transformer import Provider
 from luthier.collaboration.messages import Message, decode, refuse_name
 from luthier.collaboration.parties import Tick
 from luthier.collaboration.rounds import RoundServer
-from luthier.federation.folder import LIMIT, Place
-from luthier.federation.outcome import leave
+from luthier.federation.folder import LIMIT, Workspace
+from luthier.federation.outcome import write_outcome
 from luthier.federation.translation_page import write_translation
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole, write_text
 from luthier.support.progress import Say
-from luthier.update import Update
 
 SO_FAR = "so-far"
 
@@ -34,12 +33,12 @@ class Arrivals(NamedTuple):
     report: Any
 
 
-def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _: None) -> Arrivals:
+def one_round(workspace: Workspace, files: Sequence[Path], out: Path, say: Say = lambda _: None) -> Arrivals:
     """Carry out one round from files. A message that cannot be used is refused, and the others count.
 
     Raises LuthierError if no message can be used, or if the protocol needs several rounds.
     """
-    refuse_rounds(place)
+    refuse_rounds(workspace)
     refused: dict[str, str] = {}
     messages: dict[Path, Message] = {}
     for file in files:
@@ -52,7 +51,7 @@ def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _
     names = sorted({m.header.sender for m in messages.values()})
     if not names:
         raise LuthierError(_none(refused))
-    server = place.protocol.server(place.contract, names, None, place.workshop)
+    server = workspace.protocol.server(workspace.contract, names, None, workspace.lab)
     results = []
     for file, message in messages.items():
         for sent in server.handle(message):
@@ -65,34 +64,38 @@ def taken_in(place: Place, files: Sequence[Path], out: Path, say: Say = lambda _
         raise LuthierError(_none(refused))
     for name, why in refused.items():
         say(f"refused {name}: {why}")
-    return Arrivals(left(place, server, out, refused), refused, server.report)
+    return Arrivals(write_results(workspace, server, out, refused), refused, server.report)
 
 
-def refuse_rounds(place: Place) -> None:
+def refuse_rounds(workspace: Workspace) -> None:
     """Raises LuthierError if the protocol needs several rounds. Files carry one round only."""
-    if place.protocol.turns != 1:
-        raise LuthierError(f"{place.protocol.key()} asks for several rounds; run it over a network (serve, join)")
+    if workspace.protocol.turns != 1:
+        raise LuthierError(f"{workspace.protocol.key()} asks for several rounds; run it over a network (serve, join)")
 
 
-def left(place: Place, server: RoundServer, out: Path, refused: Mapping[str, str] | None = None) -> dict[str, Path]:
+def write_results(
+    workspace: Workspace, server: RoundServer, out: Path, refused: Mapping[str, str] | None = None
+) -> dict[str, Path]:
     """Write a finished server's results, by sender, and the report."""
-    folders = {s.to: _left(place, server.outcome(s.to), out / s.to, s.to) for s in server.results()}
+    folders, role = {}, workspace.protocol.roles[-1]
+    for name in (s.to for s in server.results()):
+        folders[name] = write_outcome(workspace, role, server.outcome(name), out / name, name)
     cosine = server.cosine if isinstance(server, Provider) else None
     found = {"report": server.report, "cosine": cosine, "refused": refused or {}}
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "report.json", json.dumps(found, indent=1, default=str))
-    write_translation(out / "report.html", place, found, _judged(place))
+    write_translation(out / "report.html", workspace, found, _judged(workspace))
     return folders
 
 
-def leave_so_far(place: Place, server: RoundServer, out: Path) -> None:
+def write_so_far(workspace: Workspace, server: RoundServer, out: Path) -> None:
     """Write SO-FAR in the results' folder: what all would get if no other client came, if the protocol can say that."""
     update = server.so_far()
     if update is None:
         return
     shutil.rmtree(out / SO_FAR, ignore_errors=True)
     with whole(out / SO_FAR) as temporary:
-        _left(place, update, temporary, SO_FAR)
+        write_outcome(workspace, workspace.protocol.roles[-1], update, temporary, SO_FAR)
 
 
 def _none(refused: dict[str, str]) -> str:
@@ -100,12 +103,7 @@ def _none(refused: dict[str, str]) -> str:
     return f"{first[0]}: {first[1]}; no message could be used"
 
 
-def _left(place: Place, update: Update, folder: Path, name: str) -> Path:
-    role = place.protocol.roles[-1]
-    return leave(place, role, update, folder, name, place.lab.view(role))
-
-
-def _judged(place: Place) -> dict[str, Any] | None:
-    file = place.path / "judged.json"
+def _judged(workspace: Workspace) -> dict[str, Any] | None:
+    file = workspace.path / "judged.json"
     found: dict[str, Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
     return found

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier.federation.folder import Workspace
 from luthier.report.curve import Range, Series, interval_chart, line_chart
 from luthier.report.page import template
 from luthier.support.files import write_text
@@ -18,8 +19,8 @@ SAYS = {
 }  # fmt: skip
 
 
-def write_simulation(target: Path, place: Any, found: Mapping[str, Any]) -> Path:
-    """Write the report. found: the contents of found.json from `collaboration.simulation.simulate`"""
+def write_simulation(target: Path, workspace: Workspace, found: Mapping[str, Any]) -> Path:
+    """Write the report. found: the contents of found.json from `federation.simulation.simulate`."""
     names, losses = list(found["losses"][ALONE]), found["losses"]
     lines = [
         {"name": SAYS[m], "losses": list(by.values()), "mean": mean(by), "everybody": mean(found["everybody"][m])}
@@ -31,11 +32,11 @@ def write_simulation(target: Path, place: Any, found: Mapping[str, Any]) -> Path
     )  # fmt: skip
     counted = found["report"] if isinstance(found["report"], list) else []
     page = template("simulation.html").render(
-        name=f"{place.path.name}: simulated", protocol=place.protocol.key(), digest=place.contract.digest[:12],
+        name=f"{workspace.path.name}: simulated", protocol=workspace.protocol.key(), digest=workspace.contract.digest[:12],
         lead=lead(found), names=names, lines=lines, chart=chart, counted=counted, rounds=found["rounds"],
         arrivals=found["arrivals"], arriving=_arriving(found), line=found["line"], along=_along(found),
-        leaves=place.protocol.leaves, two_models=len(place.protocol.roles) > 1, version=__version__,
-        steps=place.contract.settings.max_steps,
+        leaves=workspace.protocol.leaves, two_models=len(workspace.protocol.roles) > 1, version=__version__,
+        steps=workspace.contract.settings.max_steps,
     )  # fmt: skip
     write_text(target, page)
     return target

@@ -50,8 +50,7 @@ class Scoring:
 
 def _token_scores(fwd: Forward) -> list[TokenScores]:
     """[N] scores of a forward, cut by sequence."""
-    found, batch = fwd.scores(), fwd.batch
-    counts = torch.bincount(batch.seq[batch.supervised], minlength=batch.num_sequences).tolist()
+    found, counts = fwd.scores(), fwd.batch.supervised_counts.tolist()
     return [TokenScores(*parts) for parts in zip(*(column.split(counts) for column in found), strict=True)]
 
 

@@ -88,7 +88,7 @@ def _product(hidden: Tensor, weight: Tensor, block: Tensor) -> Tensor:
 
 
 def _losses(z: Tensor, labels: Tensor, wide: Tensor, scale: Tensor | None = None) -> Tensor:
-    """Logits [n, V], labels [n] -> [n] float32 nats; z is lost, or with a scale [n] it becomes scale * (softmax(z) - onehot)."""
+    """Logits [n, V], labels [n] -> [n] float32 nats; z is overwritten, with a scale [n] by scale * (softmax(z) - onehot)."""
     nll = wide.new_empty(len(labels))
     for start in range(0, len(labels), len(wide)):
         s = slice(start, start + len(wide))

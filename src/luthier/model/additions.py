@@ -8,8 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from luthier.model.hanging import KEY as HUNG
-from luthier.model.hanging import Behind, Beside, Core, Factor, Forward, Own, bias_of, hang, is_packed, oriented
+from luthier.model.adapters import (
+    ADAPTERS,
+    Behind,
+    Beside,
+    Core,
+    Factor,
+    Forward,
+    Own,
+    add_to,
+    bias_of,
+    is_packed,
+    oriented,
+)
 from luthier.model.meter import KEY
 from luthier.model.peft_modules import parameter_of
 from luthier.model.undo import Change, Undo
@@ -45,17 +56,17 @@ def register(module: nn.Module, name: str, value: nn.Parameter) -> tuple[Own, Un
 
 def replace_product(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Change:
     """Compute the layer's own product in another way. Adapters beside and behind it stay."""
-    return hang(module, Core(lambda beneath: forward))
+    return add_to(module, Core(lambda beneath: forward))
 
 
 def around(module: nn.Module, wrap: Callable[[Forward], Forward], method: str = "forward") -> Change:
     """Wrap a method of a module; `wrap` gets the method with everything that is on it so far."""
-    return hang(module, Behind(wrap), method)
+    return add_to(module, Behind(wrap), method)
 
 
 def low_rank_adapter(module: nn.Module, a: Factor, b: Factor, scale: float, dropout: float = 0.0) -> Change:
     """y = x W^T + bias + scale (drop(x) A^T) B^T; a() [R, in], b() [out, R] float32, asked for at every call."""
-    return hang(module, Beside(a, b, scale, dropout))
+    return add_to(module, Beside(a, b, scale, dropout))
 
 
 def output_adapter(module: nn.Module, a: Factor, b: Factor) -> Change:
@@ -68,7 +79,7 @@ def output_adapter(module: nn.Module, a: Factor, b: Factor) -> Change:
 
         return forward
 
-    return hang(module, Behind(wrap, (a, b)))
+    return add_to(module, Behind(wrap, (a, b)))
 
 
 def bare_copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
@@ -79,7 +90,7 @@ def bare_copy(module: nn.Module, shared: dict[int, Any]) -> nn.Module:
     """
     out = copy.deepcopy(module, dict(shared))
     for part in list(out.modules()):
-        for method in {"forward", *part.__dict__.pop(HUNG, {})}:
+        for method in {"forward", *part.__dict__.pop(ADAPTERS, {})}:
             part.__dict__.pop(method, None)
         part._forward_hooks.clear()
         part.__dict__.pop(KEY, None)

@@ -241,7 +241,7 @@ AttentionInterface.register(TRIAL, _record)
 
 
 def _run(shell: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The code of its class, without hooks and whatever hangs on the module itself."""
+    """The code of its class, without hooks and without what was put on the module itself."""
     return type(shell).forward(shell, *args, **kwargs)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from luthier.data.batch import IGNORE, Batch
+from luthier.model.adapters import Forward
 from luthier.model.additions import around
-from luthier.model.hanging import Forward
 from luthier.model.undo import Change, together
 from luthier.model.view import InputHook, Inputs
 

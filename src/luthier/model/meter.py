@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.model.hanging import Beside, Factor, factors_of
+from luthier.model.adapters import Beside, Factor, factors_of
 
 KEY = "luthier_meter"
 VALUES = "luthier_values"  # what sparse weights register on a layer
@@ -197,8 +197,8 @@ class _Thin(NamedTuple):
 def _thin(layer: nn.Module) -> list[_Thin]:
     """Adapters on a layer in the order of its forward; those beside its product are multiplied as one pair."""
     found = factors_of(layer)
-    beside = [(a, b) for hung, a, b in found if isinstance(hung, Beside)]
-    behind = [_pair(False, [(a, b)]) for hung, a, b in found if not isinstance(hung, Beside)]
+    beside = [(a, b) for x, a, b in found if isinstance(x, Beside)]
+    behind = [_pair(False, [(a, b)]) for x, a, b in found if not isinstance(x, Beside)]
     return [_pair(True, beside), *behind] if beside else behind
 
 

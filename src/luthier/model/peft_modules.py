@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.model.hanging import KEY as HUNG
-from luthier.model.hanging import Beside, factors_of
+from luthier.model.adapters import ADAPTERS, Beside, factors_of
 from luthier.model.undo import Change, swapped
 from luthier.support.errors import LuthierError
 
@@ -94,12 +93,12 @@ class PeftModules:
         for name, part in self.module.named_modules():
             if part in known:
                 continue
-            if HUNG in part.__dict__:
+            if ADAPTERS in part.__dict__:
                 raise LuthierError(f"{name}: peft would train a copy of a layer with adapters on it; detach them first")
             inner = own_layer(self.module, name)
-            if type(part).__name__ in IGNORES_HOOKS and HUNG in inner.__dict__:
+            if type(part).__name__ in IGNORES_HOOKS and ADAPTERS in inner.__dict__:
                 raise LuthierError(f"{name}: peft's HRA would pass over the adapter that is on it; detach it first")
-            if reads_weight(part) and any(isinstance(hung, Beside) for hung, _, _ in factors_of(inner)):
+            if reads_weight(part) and any(isinstance(x, Beside) for x, _, _ in factors_of(inner)):
                 raise LuthierError(f"{name}: DoRA's norms would not see the low-rank term that is on it; {IN_PLACE}")
 
     def take_up(self, state: Mapping[str, Tensor]) -> list[str]:

@@ -56,7 +56,7 @@ def leaving_out(withouts: Sequence[Without]) -> Iterator[None]:
 def swapped(values: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
     """Other values in these parameters, for the calls inside.
 
-    The parameters point to the values: nothing is copied, and autograd counts no write, so an earlier graph still
+    The parameters point to the values: nothing is copied, and autograd counts no write, so an earlier graph
     still finds what it saved.
     """
     own = [(p, p.data) for p, _ in values]

@@ -46,7 +46,7 @@ def further_labels(batch: Batch, ahead: int) -> Tensor:
 class Heads(nn.Module):
     """One decoder layer for each head, copied from the model's last layer. So an untrained head predicts what the model does.
 
-    `copied_from` is the width, depth and vocabulary of the base, compared when saved heads are loaded.
+    copied_from  the width, depth and vocabulary of the base and the number of heads, compared when saved heads are loaded
     """
 
     def __init__(self, view: ModelView, count: int) -> None:
@@ -56,7 +56,7 @@ class Heads(nn.Module):
         # The configuration is shared, not copied: which attention runs is decided there, for trunk and heads alike.
         shared = {id(c): c for c in (view.module.config, view.module.config.get_text_config())}
         self.blocks = nn.ModuleList(bare_copy(view.block(last), shared) for _ in range(count))
-        # A cache index of its own, should anyone ever cache: nothing of the trunk's is overwritten.
+        # Each head has its own index in a key-value cache, so it can overwrite nothing of the trunk's.
         for i, block in enumerate(self.blocks):
             for module in block.modules():
                 if hasattr(module, "layer_idx"):
@@ -66,7 +66,7 @@ class Heads(nn.Module):
         self.trained = False
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take up trained heads. Raises LuthierError, listing what differs, for heads of another base."""
+        """Load trained heads. Raises LuthierError, with the differences, for heads of another base."""
         theirs, names = state["copied_from"].tolist(), ("hidden size", "blocks", "vocabulary", "heads")
         differ = [
             f"{n} {t}, here {o}"
@@ -84,8 +84,8 @@ class Caft(Objective):
 
     stage "heads" trains only the heads, with the model frozen: sum_i decay^i l_i. stage "tune" trains the model:
     l_0 + weight gamma(step) sum_i decay^i l_i, with the heads frozen. Each l_i is a mean over its own targets of the whole step.
-    Heads read the input of the last block and pass the final norm in both stages ("parallel"); the official code reads
-    another state in the second stage and has no norm ("official", for reproduction).
+    Heads read the input of the last block, and their output passes the final norm, in both stages ("parallel"). In the
+    official code they read another state in the second stage, and there is no norm ("official", for reproduction).
     Cost: n - 1 more layers and vocabulary products a token; frozen heads keep no optimiser state.
     """
 
@@ -148,7 +148,7 @@ class Caft(Objective):
             return terms
         assert isinstance(fwd.extra, Heads)
         for i, block in enumerate(fwd.extra.blocks, start=1):  # one at a time: one [chunk, V] lives at once
-            # Without targets here as well: all ranks have the same terms, and each backward reaches every head.
+            # A head without targets here has a term as well: all ranks have the same terms, and each backward reaches every head.
             labels = further_labels(batch, i)
             losses = weighed(fwd.nll(self._state(fwd, block, last), labels), batch, labels)
             terms[f"ahead_{i}"] = Term(losses.sum(), f"ahead.{i}", gamma * self.decay**i)
@@ -164,7 +164,7 @@ class Caft(Objective):
         trace = fwd.trace(last, -1)
         if self.wiring == "official":
             reads = trace.hidden[last] if self.stage == "heads" else trace.hidden[-1]
-            return fwd.run_block(block, reads, trace)
-        out = fwd.run_block(block, trace.hidden[last], trace)
+            return fwd.view.run_block(block, reads, trace)
+        out = fwd.view.run_block(block, trace.hidden[last], trace)
         norm = fwd.view.anatomy.final_norm
         return out if norm is None else fwd.view.module.get_submodule(norm)(out)

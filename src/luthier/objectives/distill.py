@@ -36,8 +36,8 @@ class Distill(Objective):
     """KL to the soft labels of a teacher, with LiST's re-weighting after a warm-up.
 
     For the first `warmup_share` of the steps, all rows have equal weight. Then the weight of a row is relu(<g, grad l_i>),
-    scaled to sum 1, where g is the gradient of the cross-entropy on the labelled rows. This is exactly the look-ahead of
-    the source without its inner learning rate, but from one backward and one forward-mode pass instead of a second-order graph.
+    scaled so that weights sum to 1; g is the gradient of the cross-entropy on the labelled rows. This equals the look-ahead
+    of the source without its inner learning rate. It takes one backward and one forward-mode pass, and no second-order graph.
     Departs from the source: all labelled rows up to `meta_rows` are used, not 4 (4 gave weights no better than chance). If no row
     helps, the step is skipped.
     Cost: about twice a plain step once the warm-up is over.
@@ -84,7 +84,7 @@ class Distill(Objective):
 
     def helpfulness(self, window: Window, probe: Probe) -> Tensor:
         """[S] over all micro-batches of this rank: <grad of the labelled loss, grad l_i>."""
-        names = _trained(probe)
+        names = [n for n, p in probe.view.module.named_parameters() if p.requires_grad]
         meta = window.lab.batch("labelled", self.meta_rows).to(probe.view.device)
         g = probe.gradients([meta], names, loss=_labelled_loss).grads
         out = [torch.zeros(0, device=probe.view.device)]  # a rank may have no rows
@@ -106,11 +106,3 @@ class Distill(Objective):
 
 def _labelled_loss(fwd: Forward) -> Tensor:
     return F.cross_entropy(fwd.logits(), fwd.batch.row["label"])
-
-
-def _trained(probe: Probe) -> list[str]:
-    """Names of what trains right now."""
-    return [n for n, p in probe.view.module.named_parameters() if p.requires_grad]
-
-
-__all__ = ["Distill", "helpful_weights", "soft_loss"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.data.batch import IGNORE, Batch
+from luthier.data.rendering import special_ids
 from luthier.method import Source, Traits
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Term, Window, count, weighed
@@ -28,15 +29,15 @@ def masking_rate(step: int, total: int, max_rate: float, warmup_share: float) ->
 
 
 def solution(batch: Batch) -> Tensor:
-    """[T] bool: input tokens that some earlier position is to predict."""
+    """[T] bool: input tokens that the position before them predicts."""
     out = torch.zeros_like(batch.labels, dtype=torch.bool)
     out[1:] = (batch.labels[:-1] != IGNORE) & (batch.seq[1:] == batch.seq[:-1])
     return out
 
 
 def allowed_ids(size: int, special: set[int]) -> np.ndarray:
-    """[M] ids that may stand in for a token."""
-    return np.array([i for i in range(size) if i not in special], dtype=np.int64)
+    """[M] ids below `size` that are not special: a token may be replaced by them."""
+    return np.setdiff1d(np.arange(size), list(special))
 
 
 # --- the method ---
@@ -56,9 +57,9 @@ class MaskedThought(Objective):
     A solution token is replaced with a probability that rises from 0 over the first two thirds of the run. The tokens are
     drawn again each time a row is used, keyed by step and row. Targets are the clean tokens at all positions, also right
     after hidden ones. Question, template and padding are never changed, and the tuned model has no hidden tokens.
-    "random" puts in other words of the vocabulary; "mask" a vector of its own. The source adds a token for that, whose
-    output row only ever receives negative gradient; here the vector stands beside the embeddings, so the vocabulary does
-    not grow and nothing of it remains in the tuned model.
+    A token is replaced by a random word of the vocabulary, or by a trained vector (see random_share). The source adds a token
+    for the vector, whose output row only gets gradients that lower its probability. Here the vector is kept beside the
+    embeddings, so the vocabulary does not grow and nothing of it remains in the tuned model.
     Needs more epochs than sft (the source: 10 instead of 3).
     Cost: that of sft.
     """
@@ -97,7 +98,7 @@ class MaskedThought(Objective):
         _refuse_whole(batch, part)
         masked, ids = torch.zeros_like(part), batch.ids.clone()
         vector = torch.zeros_like(part)
-        for s, key in enumerate(batch.keys or map(str, range(batch.num_sequences))):
+        for s, key in enumerate(batch.keys):
             at = (part & (batch.seq == s)).nonzero().squeeze(1)
             generator = streams.at("masked-thought", clock.step, key)
             hidden = torch.from_numpy(generator.random(len(at)) < rate).to(at.device)
@@ -128,22 +129,18 @@ def _refuse_whole(batch: Batch, part: Tensor) -> None:
     """Raises LuthierError for a row without a question: nothing would be left to reason from."""
     question = batch.token["prompt"].bool() if "prompt" in batch.token else ~part
     asked = torch.zeros(batch.num_sequences, device=part.device).index_add(0, batch.seq, question.float())
-    # Without the column only what is predicted is known, and the first token never is.
+    # Without the column, only the predicted tokens are known; the first token is never predicted, and is no question.
     whole = (asked <= (0 if "prompt" in batch.token else 1)).nonzero().squeeze(1).tolist()
     if whole:
-        key = batch.keys[whole[0]] if batch.keys else str(whole[0])
         raise LuthierError(
-            f"masked-thought: row {key} has no question, all of it is trained on; give prompt and completion"
+            f"masked-thought: row {batch.keys[whole[0]]} has no question, all of it is trained on; give prompt and completion"
         )
 
 
 def _special(view: ModelView) -> set[int]:
-    """Ids that mean no word."""
-    tokenizer: Any = view.tokenizer
-    if tokenizer is not None:
-        words = len(tokenizer)
-        added = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        return added | set(tokenizer.all_special_ids) | set(range(words, view.embedding.num_embeddings))
+    """Ids that stand for no text: special tokens, and rows of the embedding that no token has."""
+    if view.tokenizer is not None:
+        return special_ids(view.tokenizer) | set(range(len(view.tokenizer), view.embedding.num_embeddings))
     config = view.module.config.get_text_config()
     named = (getattr(config, n, None) for n in ("bos_token_id", "eos_token_id", "pad_token_id"))
     return {i for n in named if n is not None for i in (n if isinstance(n, list) else [n])}

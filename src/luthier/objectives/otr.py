@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import ClassVar, Literal
 
 import torch
@@ -103,23 +104,21 @@ class Otr(Objective):
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
         batch, rows = fwd.batch, fwd.batch.supervised
-        sizes = torch.bincount(batch.seq[rows], minlength=batch.num_sequences).tolist()
+        sizes = batch.supervised_counts  # [S]
         gold, step = batch.labels[rows], int(batch.row["otr"][0]) if batch.num_sequences else 0
-        keys = batch.keys or tuple(map(str, range(batch.num_sequences)))
-        # A run of rows is of one sequence, so that its draws are its own.
-        runs = [(s, start, min(CHUNK, n - start)) for s, n in enumerate(sizes) for start in range(0, n, CHUNK)]
-        starts = dict(zip(runs, _starts(runs), strict=True))
+        # Each run of positions lies in one sequence, so that its draws do not depend on the others.
+        runs = [(s, start, min(CHUNK, n - start)) for s, n in enumerate(sizes.tolist()) for start in range(0, n, CHUNK)]
+        starts = dict(zip(runs, accumulate((n for _, _, n in runs), initial=0), strict=False))
 
         def token_loss(z: Tensor, run: tuple[int, int, int]) -> Tensor:
             x = gold[starts[run] : starts[run] + run[2]]
-            generator = Streams(self.seed).torch("otr", step, keys[run[0]], run[1], device=z.device)
+            generator = Streams(self.seed).torch("otr", step, batch.keys[run[0]], run[1], device=z.device)
             return self._losses(z, x, generator)
 
         values = fwd.map_logits(token_loss, runs)  # [N]
         if self.reduction == "token_mean":
             return {"loss": Term(weighed(values, batch).sum(), "tokens")}
-        lengths = torch.tensor(sizes, device=values.device)[batch.seq[rows]]
-        return {"loss": Term(weighed(values / lengths, batch).sum(), "sequences")}
+        return {"loss": Term(weighed(values / sizes[batch.seq[rows]], batch).sum(), "sequences")}
 
     def _losses(self, z: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
         if self.draws == "exact":
@@ -164,12 +163,3 @@ class Otr(Objective):
             log.warning(
                 "otr: %.0f%% of the gold tokens are hardly ever drawn; start from a short sft stage", 100 * share
             )
-
-
-def _starts(runs: list[tuple[int, int, int]]) -> list[int]:
-    """Where each run begins among the supervised rows."""
-    out, at = [], 0
-    for _, _, n in runs:
-        out.append(at)
-        at += n
-    return out

@@ -48,7 +48,7 @@ from luthier.update.files import save_update, verify_update
 
 def run(
     recipe: Recipe, folder: Path, base: Path, *, say: Say = lambda _: None, on_step: Any = None, max_seconds: float | None = None,
-    tick: Tick = no_tick, keep: bool = True, foresee: bool = True, judge: bool = True, nested: bool = True,
+    tick: Tick = no_tick, keep: bool = True, forecast: bool = True, judge: bool = True, nested: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Carry out a recipe. Returns the final contents of run.json.
 
@@ -56,7 +56,7 @@ def run(
     on_step   called with (log entry, progress, total steps)
     tick      called with (what is done, rows so far, the row at work) while rows are read and rendered
     keep      False: keep scores and log, but not the weights
-    foresee   False: make no forecast of memory and time
+    forecast  False: make no forecast of memory and time
     judge     False: only measure what a step costs: evaluate the base model only, and keep nothing but the costs
     nested    False: this is a nested run, which has no nested runs of its own
     Under `torchrun` or `accelerate launch`, every process calls this function; the first process writes and prints.
@@ -82,7 +82,7 @@ def run(
         runs = NestedRuns(recipe, base, stop) if nested and accelerator.num_processes == 1 else None
         try:
             gathered = gather(recipe, base, tick, accelerator.num_processes, runs)
-            recipe = _foreseen(recipe, gathered, accelerator, place, say, foresee)
+            recipe = _with_forecast(recipe, gathered, accelerator, place, say, forecast)
             ready = make_ready(recipe, folder, base, gathered, accelerator)
             ready.tick, ready.nested = tick, runs
             _carry_out(ready, place, stop, on_step, deadline, say, keep, judge)
@@ -96,7 +96,7 @@ def run(
 def whole_run(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> None:
     """Carry out a worker's request: a run of a comparison, or a nested run."""
     how = {name: request[name] for name in ("keep", "judge", "nested")}
-    run(recipe, folder, Path(request["base"]), foresee=False, **how)
+    run(recipe, folder, Path(request["base"]), forecast=False, **how)
 
 
 def _carry_out(
@@ -134,14 +134,14 @@ def _eval_file(recipe: Recipe, base: Path) -> str | None:
     return str((base / source).resolve()) if (base / source).is_file() else None
 
 
-def _foreseen(
-    recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say, foresee: bool
+def _with_forecast(
+    recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say, forecast: bool
 ) -> Recipe:
     """Forecast memory, time and disk. Refuse what cannot fit, and decide on checkpointing if the recipe leaves it open.
 
     Several processes get no forecast, because a miniature in one process does not have their steps.
     """
-    if accelerator.num_processes > 1 or not foresee:
+    if accelerator.num_processes > 1 or not forecast:
         left_open = recipe.gradient_checkpointing == "auto"
         return recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
     recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.sets())

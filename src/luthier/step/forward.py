@@ -28,11 +28,14 @@ class Forward:
         self._traces: dict[tuple[int, Any, tuple[int, ...]], Trace] = {}
 
     def trace(self, *layers: int, embeds: Tensor | None = None, view: ModelView | None = None) -> Trace:
-        """Run the model's trunk once and keep these layers. A repeated call does not run it again. The base has its own runs."""
+        """Run the model's trunk and keep these layers. Unless `embeds` are given, a repeated call does not run it again.
+
+        view  another model; the forward's own by default
+        """
         view = view or self.view
-        key = (id(view), view.standing, layers)
         if embeds is not None:
             return view.trace(self.batch, layers, embeds)
+        key = (id(view), view.standing, layers)
         if key not in self._traces:
             self._traces[key] = view.trace(self.batch, layers)
         return self._traces[key]
@@ -80,7 +83,7 @@ class Forward:
     def scores(self) -> TokenScores:
         """Loss and entropy of every supervised token, without a gradient."""
         rows, view = self.batch.supervised, self.view
-        if not len(rows):  # no positions: a trunk may not accept a batch without tokens
+        if not len(rows):  # a trunk may refuse a batch without tokens
             return TokenScores(torch.zeros(0, device=rows.device), torch.zeros(0, device=rows.device))
         picked = view.head_input(self.hidden()[rows])
         view.meter.head(picked, view.head_weight, False)
@@ -93,9 +96,12 @@ class Forward:
             return self._class_logits(hidden)
         picked = self.view.head_input(hidden[rows])
         self.view.meter.head(picked, self.view.head_weight, False)
-        z = nn.functional.linear(picked, self.view.head_weight, self.view.head_bias).float()
+        return self._transformed(nn.functional.linear(picked, self.view.head_weight, self.view.head_bias))
+
+    def _transformed(self, z: Tensor) -> Tensor:
+        """float32 logits of the head's product."""
         transform = self.view.head_transform()
-        return z if transform is None else transform(z)
+        return z.float() if transform is None else transform(z.float())
 
     def _class_logits(self, hidden: Tensor) -> Tensor:
         """[S, C]: the vocabulary's scores of the label words at the answer slot, or the classification head's."""
@@ -104,13 +110,8 @@ class Forward:
         words = self.batch.row["words"][0]  # [C]; a task has one set of label words
         picked = self.view.head_input(hidden[self.batch.starts + self.batch.row["slot"]])  # [S, D]
         bias = self.view.head_bias
-        z = nn.functional.linear(picked, self.view.head_weight[words], None if bias is None else bias[words]).float()
-        transform = self.view.head_transform()
-        return z if transform is None else transform(z)
-
-    def run_block(self, block: nn.Module, hidden: Tensor, trace: Trace) -> Tensor:
-        """[T, D] -> [T, D] through a block under the masks and positions of the trace's last block."""
-        return self.view.run_block(block, hidden, trace)
+        bias = None if bias is None else bias[words]
+        return self._transformed(nn.functional.linear(picked, self.view.head_weight[words], bias))
 
 
 def sequence_sum(values: Tensor, batch: Batch) -> Tensor:

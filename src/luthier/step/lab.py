@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from luthier.data import store
 from luthier.data.batch import Batch, collate
@@ -52,7 +53,9 @@ class Continuation(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """For each supervised token of a row (or its class): the highest probability, whether that choice is right, the right one."""
+    """For each supervised token of a row (or for its class): the highest probability, whether the most likely choice is right,
+    and the right choice.
+    """
 
     confidence: np.ndarray  # [n] float64
     right: np.ndarray  # [n] float64, 0 or 1
@@ -86,7 +89,7 @@ class Nested(NamedTuple):
 
     changes  keys of a recipe, nested as there: {"data": {"limit": 100}, "max_steps": 20}
     rows     rows to train on, as they came from files or curators; None: those of the recipe
-    keep     True: its update is wanted, beside its measures
+    keep     True: its update is wanted, not only its measures
     """
 
     changes: Mapping[str, Any]
@@ -102,7 +105,7 @@ class Runs(Protocol):
 
 @dataclass
 class Ledger:
-    """The costs of work beside training: FLOPs and seconds by stage."""
+    """The costs of work besides training: FLOPs and seconds by stage."""
 
     flops: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -139,8 +142,9 @@ class Lab:
     seed       for all keyed draws
     models     by role; each is loaded at its first use; "base" is the base model
     done       what earlier stages of a pipeline left, by name
-    ledger     costs of work beside training
+    ledger     costs of work besides training
     tick       called with (current work, rows so far, current row)
+    shadowing  reads the updates of a collaboration's shadow sets, given their number and the snapshots of each
     """
 
     sets: Mapping[str, RenderedRows] = field(default_factory=dict)
@@ -153,6 +157,7 @@ class Lab:
     done: Mapping[str, Outcome] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     tick: Tick = no_tick
+    shadowing: Callable[[int, int], list[dict[str, Tensor]]] | None = None
     _loaded: dict[str, ModelView] = field(default_factory=dict)
 
     @property
@@ -168,7 +173,7 @@ class Lab:
 
     def batch(self, name: str, limit: int) -> Batch:
         """The first rows of a set as one batch."""
-        return collate(list(self.rows(name))[:limit])
+        return collate(self.rows(name)[:limit])
 
     def view(self, role: str = "base") -> ModelView:
         """A model, loaded once."""
@@ -198,6 +203,10 @@ class Lab:
     def generator(self) -> Generator:
         """The generator, which writes answers."""
         return _there(self.answering, "generates answers")
+
+    def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
+        """Both models' updates on this many sets of public rows. Raises LuthierError if some are missing."""
+        return _there(self.shadowing, "reads shadow runs")(sets, snapshots)
 
     def run(self, *runs: Nested) -> list[Outcome]:
         """Carry out nested runs in parallel. Returns their results in order. Their cost is charged under "nested"."""

@@ -19,14 +19,15 @@ RenderedRows = Sequence[Mapping[str, Any]]  # rendered rows, as `collate` takes 
 class Outcome:
     """The result of a stage or of a nested run. Parts that it did not make are None or empty.
 
-    update    all that differs from the base, what the stage started from included
+    update    all changes from the base, with those that the stage started from
     rows      rows that were made: a labelled pool, a chosen set
-    mask      [shape of the weight] bool by parameter name: which entries may move, for a later stage
+    mask      [shape of the weight] bool by parameter name: which entries a later stage may train
     metrics   measures of the result, by name
-    tuner     which one trained, and its `state`: a stage with the same tuner goes on from there
-    under     the update that was in place while the stage trained, which its state does not hold
-    beside    state of modules beside the model (heads), where the objective trained any
-    progress  steps and what they took; of a stage without training, what its work took
+    tuner     the tuner that trained
+    state     the tuner's state: a stage with the same tuner continues from it
+    under     the update that was in place while the stage trained; it is not part of the state
+    beside    state of modules beside the model (heads), if the objective trained any
+    progress  the steps and their cost; for a stage without training, the cost of its work
     """
 
     name: str

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from luthier.data.batch import Batch
 from luthier.kernels.head import TokenScores
@@ -29,7 +30,7 @@ class Minimised(Protocol):
 
 
 class Probed(NamedTuple):
-    """The result of a probe: mean loss, gradients by parameter name, and the changes of a trial step."""
+    """The result of a probe: mean loss and gradients by parameter name; for a trial step also its changes, and both after it."""
 
     loss: float
     grads: dict[str, Tensor]
@@ -47,15 +48,14 @@ class Planned(NamedTuple):
 
 
 @contextmanager
-def no_trace(module: nn.Module, eval_mode: bool = True) -> Iterator[None]:
-    """Restore the training mode, requires_grad flags, gradients and the global generators afterwards."""
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients. Afterwards modes, requires_grad flags, gradients and global generators are as before."""
     modes = {n: m.training for n, m in module.named_modules()}
     saved = [(p, p.requires_grad, p.grad) for p in module.parameters()]
     generators = generator_states()
     for p, _, _ in saved:
         p.grad = None
-    if eval_mode:
-        module.eval()
+    module.eval()
     try:
         yield
     finally:
@@ -84,9 +84,9 @@ class Probe:
         return Forward(batch, self.view, self.extra)
 
     @contextmanager
-    def quiet(self, eval_mode: bool = True) -> Iterator[None]:
-        """A block that leaves no change in the model."""
-        with no_trace(self.view.module, eval_mode):
+    def quiet(self) -> Iterator[None]:
+        """A block in evaluation mode. Modes, flags, gradients and generators are restored after it, weights are not."""
+        with _restored(self.view.module):
             yield
 
     @torch.no_grad()
@@ -199,10 +199,5 @@ class Probe:
 
 def _call_with(module: nn.Module, values: Mapping[str, Tensor], f: Callable[[], Tensor]) -> Tensor:
     """f() with some parameters replaced by plain tensors."""
-    from torch.nn.utils.stateless import _reparametrize_module
-
     with _reparametrize_module(module, dict(values)):
         return f()
-
-
-__all__ = ["Probe", "Probed", "no_trace"]

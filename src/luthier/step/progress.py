@@ -29,7 +29,7 @@ class Progress:
 
 
 def together(stages: Iterable[Progress]) -> Progress:
-    """What several stages took, added up."""
+    """The sums over several stages."""
     out, flops = Progress(), Counter[str]()
     for p in stages:
         out.step += p.step

@@ -16,7 +16,7 @@ class TrainSettings(BaseModel):
 
     learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False)
     """Peak learning rate."""
-    epochs: float = Field(1.0, gt=0)
+    epochs: float = Field(1.0, gt=0, allow_inf_nan=False)
     """Passes over the rows; not used if max_steps is set."""
     max_steps: int | None = Field(None, ge=1)
     """Number of optimiser steps, instead of epochs."""
@@ -28,13 +28,13 @@ class TrainSettings(BaseModel):
     """Name of a schedule of transformers (linear, cosine, constant, constant_with_warmup, ...)."""
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The global gradient norm is clipped to this value."""
     adam_betas: tuple[Beta, Beta] = (0.9, 0.999)
     """Decay of the moment estimates."""
-    adam_eps: float = Field(1e-8, gt=0)
+    adam_eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     """Added to the root of the second moment."""
     shuffle: bool = True
     """Use a new order in each epoch."""
@@ -53,7 +53,7 @@ class TrainSettings(BaseModel):
     logging_steps: int = Field(1, ge=1)
     """Log after every so many steps."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do about a loss or gradient that is not finite: stop with an error, or skip the step and count it."""
+    """What happens when a loss or gradient is not finite: stop with an error, or skip the step and count it."""
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Keep only each block's input and compute the rest again: less memory, about a third more time; "auto": only if the
     forecast says that memory would not be enough."""

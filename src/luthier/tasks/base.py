@@ -26,8 +26,6 @@ from luthier.support.errors import RecipeError
 Rendered = Mapping[str, Any]  # a training row, as `collate` takes it
 # (training row, epoch) -> this epoch's version of the row; epoch None: the version that is always scored
 Draw = Callable[[Rendered, int | None], Rendered]
-
-
 # Largest accepted difference between luthier's logits and the model's own, relative to the largest of these.
 HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
 
@@ -89,7 +87,7 @@ class Task(Method):
     def maker(
         self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
     ) -> RowMaker:
-        """The function that makes training rows for a model of this configuration.
+        """What makes training rows for a model of this configuration.
 
         labelled  False: for rows of data.pool
         Raises RecipeError if this tokenizer cannot make them.
@@ -139,21 +137,14 @@ def refuse_unknown_head(view: ModelView) -> None:
     if not off <= HEAD_TOLERANCE[view.dtype]:  # also if it is NaN
         raise RecipeError(
             "model", f"{type(view.module).__name__} has a head that luthier does not know (logits differ by {off:.2g})",
-            "choose another encoder: BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT",
+            "choose another model, such as BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT",
         )  # fmt: skip
 
 
 def token_losses(fwd: Forward) -> list[RowScore]:
     """Summed loss of each row's supervised tokens."""
-    sums, counts = sequence_sum(fwd.nll(), fwd.batch), supervised_counts(fwd)
-    return [RowScore(x, float(n)) for x, n in zip(sums.tolist(), counts, strict=True)]
-
-
-def supervised_counts(fwd: Forward) -> list[int]:
-    """S numbers of supervised tokens."""
-    batch = fwd.batch
-    counts: list[int] = torch.bincount(batch.seq[batch.supervised], minlength=batch.num_sequences).tolist()
-    return counts
+    sums, counts = sequence_sum(fwd.nll(), fwd.batch).tolist(), fwd.batch.supervised_counts.tolist()
+    return [RowScore(x, float(n)) for x, n in zip(sums, counts, strict=True)]
 
 
 def token_choices(fwd: Forward) -> list[Choices]:
@@ -161,7 +152,7 @@ def token_choices(fwd: Forward) -> list[Choices]:
     rows = fwd.batch.supervised
     pieces = [fwd.logits(part).softmax(-1).max(-1) for part in rows.split(CHUNK)]  # [n, V] at a time
     top, best = (torch.cat([p[i] for p in pieces]) for i in (0, 1))
-    return choices_of(top, best, fwd.batch.labels[rows], supervised_counts(fwd))
+    return choices_of(top, best, fwd.batch.labels[rows], fwd.batch.supervised_counts.tolist())
 
 
 def choices_of(top: torch.Tensor, best: torch.Tensor, wanted: torch.Tensor, counts: Sequence[int]) -> list[Choices]:

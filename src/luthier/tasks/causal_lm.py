@@ -14,6 +14,7 @@ from luthier.data.store import Row
 from luthier.method import Source, Traits
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
+from luthier.support.errors import RecipeError
 from luthier.tasks.base import Task
 
 
@@ -50,7 +51,10 @@ class CausalLm(Task):
     def asked(self, row: Row, renderer: Renderer) -> tuple[str, str]:
         if shape_in(row.values, self.shapes) == "text":
             return "", row.values["text"]
-        return renderer.messages(row.values)[-2]["content"], renderer.answer(row.values)
+        turns = renderer.messages(row.values)
+        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+            raise RecipeError(row.key, "does not end in an answer to a question", "let an assistant's turn be its last")
+        return turns[-2]["content"], turns[-1]["content"]
 
     def replies(self, view: ModelView, lab: Lab, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:
         ids = [lab.renderer.prompt_ids({"prompt": p}) for p in prompts]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -116,6 +117,8 @@ class Classification(Task):
     def labels(self, rows: Sequence[Row], held: Sequence[Row] | None, known: Mapping[str, int]) -> dict[str | int, int]:
         """In the model's order if it knows exactly these names, else in alphabetical order."""
         names = sorted({r.values["label"] for r in rows}, key=str)
+        if twice := [str(a) for a, b in pairwise(names) if str(a) == str(b)]:
+            raise RecipeError("data.train", f"has the label {twice[0]!r} as text and as a number", "write one of them")
         if {str(n) for n in names} == set(known):
             names.sort(key=lambda n: known[str(n)])
         for r in held or ():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 from luthier.data.batch import IGNORE
+from luthier.data.prepare import without
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.support.errors import RecipeError
@@ -105,5 +106,4 @@ class ClozeRows:
         a = start if how == "trim_prompt" else stop - over
         slot = item["row"]["slot"]
         row = {**item["row"], "slot": slot - over if slot >= a + over else slot}
-        ids, labels = item["ids"][:a] + item["ids"][a + over :], item["labels"][: len(item["ids"]) - over]
-        return {**item, "ids": ids, "labels": labels, "row": row, "text_at": (start, stop - over)}
+        return {**without(item, a, a + over), "row": row, "text_at": (start, stop - over)}

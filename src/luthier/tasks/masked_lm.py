@@ -12,8 +12,8 @@ from pydantic import Field
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
 from luthier.data.batch import IGNORE, collate
-from luthier.data.prepare import RowMaker
-from luthier.data.rendering import Renderer
+from luthier.data.prepare import RowMaker, without
+from luthier.data.rendering import Renderer, special_ids
 from luthier.data.store import Row
 from luthier.kernels.head import CHUNK
 from luthier.method import Facts, Problem, Source, Traits
@@ -23,12 +23,9 @@ from luthier.step.forward import Forward
 from luthier.step.lab import Lab, RowScore
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
-from luthier.tasks.base import Draw, Rendered, Shown, Task, refuse_unknown_head, supervised_counts
+from luthier.tasks.base import Draw, Rendered, Shown, Task, refuse_unknown_head
 
-HIDDEN, RANDOM = (
-    0.8,
-    0.1,
-)  # shares of the chosen tokens; the rest keep their token, so that every token may be one to predict
+HIDDEN, RANDOM = 0.8, 0.1  # shares of the chosen tokens; the others stay, so that any token may be one to predict
 
 
 def hidden(
@@ -129,7 +126,7 @@ class MaskedLm(Task):
             logits = fwd.logits(part)
             losses.append(F.cross_entropy(logits, fwd.batch.labels[part], reduction="none"))
             best.append(logits.argmax(-1))
-        counts = supervised_counts(fwd)
+        counts = fwd.batch.supervised_counts.tolist()
         columns = [torch.cat(c).cpu().split(counts) for c in (losses, best, [fwd.batch.labels[rows]])]
         return [
             RowScore(float(x.double().sum()), float(len(x)), tuple(b.tolist()), tuple(w.tolist()))
@@ -179,7 +176,7 @@ def _mask_of(tokenizer: Any) -> int:
 
 def ordinary(tokenizer: Any) -> np.ndarray:
     """Ids of all tokens that are not special, sorted."""
-    return np.setdiff1d(np.fromiter(tokenizer.get_vocab().values(), np.int64), np.asarray(tokenizer.all_special_ids))
+    return np.setdiff1d(list(tokenizer.get_vocab().values()), list(special_ids(tokenizer)))
 
 
 class TextRows:
@@ -196,7 +193,7 @@ class TextRows:
 
     def made(self, rows: Sequence[Row], renderer: Renderer) -> list[dict[str, Any]]:
         ids = renderer.tokenizer([r.values["text"] for r in rows])["input_ids"] if rows else []
-        special = set(renderer.tokenizer.all_special_ids)
+        special = special_ids(renderer.tokenizer)
         return [
             {"ids": i, "labels": [IGNORE if t in special else t for t in i], "key": r.key}
             for r, i in zip(rows, ids, strict=True)
@@ -209,11 +206,6 @@ class TextRows:
 
     def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
         """Cut the end of the text. Special tokens around it stay."""
-        ids, labels = item["ids"], item["labels"]
-        behind = len(ids) - next((i for i in reversed(range(len(ids))) if labels[i] != IGNORE), -1) - 1
-        stop = max(0, limit - behind)
-        return {
-            **item,
-            "ids": ids[:stop] + ids[len(ids) - behind :],
-            "labels": labels[:stop] + labels[len(ids) - behind :],
-        }
+        labels = item["labels"]
+        stop = next((i for i in reversed(range(len(labels))) if labels[i] != IGNORE), -1) + 1
+        return without(item, max(0, stop - (len(labels) - limit)), stop)

@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from luthier.compute.base import Compute
 from luthier.data.batch import IGNORE, Batch, collate
@@ -112,6 +111,9 @@ class Loop:
                 f"nothing trains: {self.objective.key()} adds no trained modules to the frozen model; choose a tuner"
             )
         self.optimizer = trainable.optimizer(groups, self._default_optimizer)
+        # Imported where training begins: it brings peft and bitsandbytes along, two seconds that other commands need not wait.
+        from transformers import get_scheduler
+
         self.scheduler = get_scheduler(
             s.lr_scheduler_type, self.optimizer, round(s.warmup_fraction * self.order.total), self.order.total
         )

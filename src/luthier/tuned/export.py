@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
 
-from luthier.federation.outcome import given_in
+from luthier.federation.outcome import read_given
 from luthier.report.card import card
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole
@@ -104,7 +104,7 @@ def _hf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
 
 
 def _card(run: Tuned) -> str:
-    told = given_in(run.folder) or merged_in(run.folder)
+    told = read_given(run.folder) or merged_in(run.folder)
     if told is not None:
         return told.card(run.folder.name, "merge")
     return card(run.folder, state_of(run.folder), run.recipe, run.view.name, "merge")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from luthier.data.rendering import Renderer
 from luthier.decoding.base import writing_with
-from luthier.federation.outcome import given_in
+from luthier.federation.outcome import read_given
 from luthier.inference.services import lab_with
 from luthier.model.loading import load_model
 from luthier.model.view import ModelView
@@ -75,7 +75,7 @@ def use_of(folder: Path, allow_code: bool, rows: str | None = None) -> Use:
 
     rows  rows to score, instead of the recipe's data.eval
     """
-    given = given_in(folder)
+    given = read_given(folder)
     if given is not None:
         return Use(given.recipe(rows), Path())
     merged = merged_in(folder)

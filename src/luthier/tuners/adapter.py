@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from luthier.kernels.linear import folded
 from luthier.method import Source, Traits
-from luthier.model.additions import bias_of, oriented, output_adapter, register
+from luthier.model.additions import bias_of, oriented, output_adapter
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.rng import Streams
@@ -22,7 +22,8 @@ from luthier.update import Modules, Update
 class Adapter(Tuner):
     """h' = h + B (A h) on the attention's and the MLP's output, before the residual; no bias, no non-linearity.
 
-    Both matrices start at N(0, init_std^2), so near the identity. Being linear it folds into the projection exactly.
+    Both matrices start at N(0, init_std^2), so the adapter starts near the identity. It is linear, so it folds into the
+    projection exactly.
     Cost: 4 R D numbers a block; activation gradients through all blocks.
     """
 
@@ -60,17 +61,11 @@ class AdapterTrainable(Trainable):
         streams = Streams(tuner.seed)
         for x, module in zip(places, layers, strict=True):
             generator = streams.torch("adapter", x.module)
-            a = torch.randn(tuner.rank, x.shape[0], generator=generator) * tuner.init_std
-            b = torch.randn(x.shape[0], tuner.rank, generator=generator) * tuner.init_std
-            self.a[x.module], self.b[x.module] = (
-                nn.Parameter(a.to(view.device)),
-                nn.Parameter(b.to(view.device)),
-            )
-            (get_a, undo_a), (get_b, undo_b) = (
-                register(module, "a", self.a[x.module]),
-                register(module, "b", self.b[x.module]),
-            )
-            self._undo += [undo_a, undo_b]
+            shapes = (tuner.rank, x.shape[0]), (x.shape[0], tuner.rank)
+            start = (torch.randn(shape, generator=generator) * tuner.init_std for shape in shapes)
+            a, b = (nn.Parameter(t.to(view.device)) for t in start)
+            self.a[x.module], self.b[x.module] = a, b
+            get_a, get_b = self.add_parameter(module, "a", a), self.add_parameter(module, "b", b)
             self.put(output_adapter(module, get_a, get_b))
 
     def groups(self) -> list[ParamGroup]:
@@ -78,7 +73,7 @@ class AdapterTrainable(Trainable):
 
     @torch.no_grad()
     def merged_weights(self) -> dict[str, Tensor]:
-        """Parameters by name with the adapters folded in."""
+        """Parameters by name, in their stored shapes, with the adapters folded in."""
         out: dict[str, Tensor] = {}
         for name in self.a:
             module = self.view.layer(name)

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from luthier.kernels.linear import stochastic_round
 from luthier.method import Facts, Method, Problem
-from luthier.model.additions import refuse_packed
+from luthier.model.adapters import Own
+from luthier.model.additions import refuse_packed, register
 from luthier.model.anatomy import Anatomy
 from luthier.model.undo import Change, Undo, Without, swapped
 from luthier.model.view import ModelView, probe_layout
@@ -22,6 +23,7 @@ from luthier.step.window import Clock, Window
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
 from luthier.update import Dense, Part, Replace, Update
+from luthier.update.binding import below
 
 if TYPE_CHECKING:
     from luthier.step.probe import Probe
@@ -97,6 +99,11 @@ class Tuner(Method):
         """
         raise NotImplementedError  # the seam: every tuner has its own
 
+    def refuse(self, facts: Facts) -> None:
+        """Raises RecipeError for the first problem that `check` finds, for `attach` without a recipe."""
+        for problem in self.check(facts):
+            raise RecipeError(f"tuner.{self.key()}.{problem.key}", problem.what, problem.remedy)
+
     def in_stage(self, number: int) -> Tuner:
         """The tuner for its `number`-th stage in a pipeline, from 0. Methods that draw weights anew for each stage change it."""
         return self
@@ -130,6 +137,7 @@ class Trainable:
         view.attached.append(self)
 
     def freeze_base(self) -> None:
+        """From now on, no parameter of the model needs a gradient."""
         for p in self._flags:
             p.requires_grad_(False)
 
@@ -151,6 +159,12 @@ class Trainable:
         self._withouts.append(change.without)
         self.writes.update(writes)
 
+    def add_parameter(self, module: nn.Module, name: str, value: nn.Parameter) -> Own:
+        """Put a trained parameter on a module of the model until `detach`; returns how to read it."""
+        read, undo = register(module, name, value)
+        self._undo.append(undo)
+        return read
+
     def base_view(self) -> AbstractContextManager[None]:
         """A scope in which the model computes as it did before this was attached; see `ModelView.without_update`.
 
@@ -164,13 +178,16 @@ class Trainable:
         return self.view.leaving_out(self, self._withouts)
 
     def groups(self) -> list[ParamGroup]:
+        """The trained tensors, grouped by learning rate and weight decay."""
         raise NotImplementedError  # the seam: every tuner has its own
 
     def parameters(self) -> Iterator[nn.Parameter]:
+        """All trained tensors."""
         for g in self.groups():
             yield from g.params
 
     def optimizer(self, groups: list[ParamGroup], default: Callable[[list[ParamGroup]], Optimizer]) -> Optimizer:
+        """The optimiser of these groups; `default` makes the run's."""
         return default(groups)
 
     def before_window(self, window: Window, probe: Probe) -> None:
@@ -196,6 +213,7 @@ class Trainable:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what `state_dict` of the same tuner on the same base returned."""
         for i, p in enumerate(self.parameters()):
             p.copy_(state[str(i)])
 
@@ -204,6 +222,7 @@ class Trainable:
         self.load_state_dict(state)
 
     def update(self) -> Update:
+        """What was trained so far, as a value on the CPU. Training goes on without changing it."""
         raise NotImplementedError  # the seam: every tuner has its own
 
     def detach(self) -> None:
@@ -253,21 +272,14 @@ class DenseTrainable(Trainable):
         self._stored = {n: view.weight(n).detach().clone() for n in names}
         self._moved: set[str] = set()
         self._masters: dict[str, nn.Parameter] = {}
-        self.put(Change(self._restore, self._stored_weights), names)
+        self.put(writes_to(view, self._stored), names)
         for n in names:
             p = view.weight(n)
             p.requires_grad_(True)
             self._masters[n] = p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
 
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for n, value in self._stored.items():
-            self.view.weight(n).copy_(value)
-
-    def _stored_weights(self) -> AbstractContextManager[None]:
-        return swapped([(self.view.weight(n), value) for n, value in self._stored.items()])
-
     def master(self, name: str) -> nn.Parameter:
+        """The tensor of this parameter that the optimiser changes: float32, and the weight itself if it is float32."""
         return self._masters[name]
 
     def groups(self) -> list[ParamGroup]:
@@ -320,7 +332,7 @@ class DenseTrainable(Trainable):
         """
         replaced = {*whole, *self.view.anatomy.task_head} & self._masters.keys()
         changes = {n: (m - self._stored[n].float()).cpu() for n, m in self._masters.items() if n not in replaced}
-        values = {n: m.detach().cpu().clone() for n, m in self._masters.items() if n in replaced}
+        values = copies({n: m for n, m in self._masters.items() if n in replaced})
         found: list[Part] = [Dense(changes)] if changes or not values else []
         return (*found, Replace(values)) if values else tuple(found)
 
@@ -334,11 +346,8 @@ class WithHead(Trainable):
     def __init__(self, inner: Trainable, names: list[str]) -> None:
         super().__init__(inner.view)
         self.inner = inner
-        self.steps_by_closure, self.reselects, self.reads_rows = (
-            inner.steps_by_closure,
-            inner.reselects,
-            inner.reads_rows,
-        )
+        self.steps_by_closure = inner.steps_by_closure
+        self.reselects, self.reads_rows = inner.reselects, inner.reads_rows
         self.attach_flops, self.attach_seconds = inner.attach_flops, inner.attach_seconds
         self.head = DenseTrainable(inner.view, names, freeze=False)
         self.own(inner)
@@ -372,25 +381,31 @@ class WithHead(Trainable):
         return inner | {f"head.{k}": t for k, t in self.head.state_dict().items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.inner.load_state_dict(_below("inner.", state))
-        self.head.load_state_dict(_below("head.", state))
+        self.inner.load_state_dict(below("inner.", state))
+        self.head.load_state_dict(below("head.", state))
 
     def continue_from(self, state: dict[str, Tensor]) -> None:
-        self.inner.continue_from(_below("inner.", state))
-        self.head.load_state_dict(_below("head.", state))
+        self.inner.continue_from(below("inner.", state))
+        self.head.load_state_dict(below("head.", state))
 
     def update(self) -> Update:
         return Update(self.base, (*self.inner.update().parts, *self.head.parts()))
 
 
+def writes_to(view: ModelView, stored: Mapping[str, Tensor]) -> Change:
+    """The change that training makes to these parameters, given the values they had before; undone, they have these again."""
+
+    @torch.no_grad()
+    def undo() -> None:
+        for name, value in stored.items():
+            view.weight(name).copy_(value)
+
+    return Change(undo, lambda: swapped([(view.weight(name), value) for name, value in stored.items()]))
+
+
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as they are now, for an update: training goes on without changing them."""
     return {n: t.detach().cpu().clone() for n, t in tensors.items()}
-
-
-def _below(start: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries under a prefix, without it."""
-    return {k.removeprefix(start): t for k, t in state.items() if k.startswith(start)}
 
 
 def with_head(trainable: Trainable, head: list[str]) -> Trainable:

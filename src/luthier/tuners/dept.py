@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.model.additions import register
 from luthier.model.inputs import patch_model, soft_prompt
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
@@ -22,7 +21,7 @@ from luthier.update import Prompt, Update
 
 
 def budget_rank(budget_length: int, length: int, width: int, max_length: int) -> int:
-    """Largest rank r with m d + (s + d) r <= l d; 0 where no rank fits."""
+    """Largest rank r with m d + (s + d) r <= l d; 0 or less where no rank fits."""
     return (budget_length - length) * width // (max_length + width)
 
 
@@ -72,7 +71,7 @@ class Dept(Tuner):
         problems = super().check(facts)
         if facts.model_config is not None:
             width = facts.model_config.get_text_config().hidden_size
-            if self.rank is None and budget_rank(self.budget_length, self.length, width, self.max_length) < 1:
+            if self.rank is None and self.rank_for(width) < 1:
                 problems.append(
                     Problem(
                         "length",
@@ -82,12 +81,15 @@ class Dept(Tuner):
                 )
         return problems
 
+    def rank_for(self, width: int) -> int:
+        """Rank of the offsets in a model of this width; below 1 if none fits into the budget."""
+        return budget_rank(self.budget_length, self.length, width, self.max_length) if self.rank is None else self.rank
+
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> DeptTrainable:
         view = as_view(model)
-        for problem in self.check(Facts(model_config=view.module.config)):
-            raise RecipeError(f"dept.{problem.key}", problem.what, problem.remedy)
+        self.refuse(Facts(model_config=view.module.config))
         return DeptTrainable(self, view)
 
 
@@ -99,11 +101,7 @@ class DeptTrainable(Trainable):
         start = self._start(view, streams)
         super().__init__(view)
         self.freeze_base()
-        rank = (
-            budget_rank(tuner.budget_length, tuner.length, width, tuner.max_length)
-            if tuner.rank is None
-            else tuner.rank
-        )
+        rank = tuner.rank_for(width)
         self.rank, self.scale = rank, scale(tuner.alpha, rank)
         self.vectors = nn.Parameter(start)
         limit = 1 / math.sqrt(rank) if rank else 0.0
@@ -111,7 +109,7 @@ class DeptTrainable(Trainable):
         self.a = nn.Parameter(a.to(view.device))
         self.b = nn.Parameter(torch.zeros(rank, width, device=view.device))
         for name, p in (("prompt", self.vectors), ("offset_a", self.a), ("offset_b", self.b)):
-            self._undo.append(register(view.embedding, name, p)[1])
+            self.add_parameter(view.embedding, name, p)
         hook = soft_prompt(lambda: self.vectors, self.offsets if rank else None)
         self.put(view.hook_inputs(hook))
         self.put(patch_model(view))
@@ -124,7 +122,9 @@ class DeptTrainable(Trainable):
         else:
             text = view.tokenizer(self.tuner.init_text, add_special_tokens=False)["input_ids"]
             if not text:
-                raise RecipeError("dept.init_text", f"{self.tuner.init_text!r} holds no token", "write some words")
+                raise RecipeError(
+                    "tuner.dept.init_text", f"{self.tuner.init_text!r} holds no token", "write some words"
+                )
             ids = torch.tensor((text * (m // len(text) + 1))[:m], dtype=torch.long)
         return table[ids.to(table.device)].clone()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from typing import ClassVar
 
 import numpy as np
@@ -15,11 +14,10 @@ from transformers import PreTrainedModel
 
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import refuse_packed
-from luthier.model.undo import Change, swapped
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.errors import LuthierError, RecipeError
-from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
+from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view, copies, writes_to
 from luthier.update import Replace, Seeds, Update
 from luthier.update.vectors import noise
 
@@ -42,18 +40,6 @@ def projected_gradient(loss_plus: float, loss_minus: float, epsilon: float) -> f
     return float(np.float32((float(loss_plus) - float(loss_minus)) / (2 * epsilon)))
 
 
-def aggregate(uploads: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """[K] float64: the weighted sum of the parties' accumulated scalars. Raises ValueError for one that cannot be used."""
-    total = torch.zeros(len(uploads[0]), dtype=torch.float64)
-    for i, (a, c) in enumerate(zip(uploads, weights, strict=True)):
-        if a.shape != total.shape:
-            raise ValueError(f"party {i}: {len(a)} scalars where {len(total)} seeds were agreed")
-        if not a.isfinite().all():
-            raise ValueError(f"party {i}: a scalar is not finite")
-        total.add_(a.double(), alpha=c / sum(weights))
-    return total
-
-
 def seed_probabilities(history: Sequence[Sequence[float]]) -> np.ndarray:
     """FedKSeed-Pro: softmax over seeds of their mean magnitude so far, scaled to [0, 1]. `history[j]` starts at [0.0]."""
     h = np.array([np.abs(np.clip(g, -HISTORY_CLIP, HISTORY_CLIP)).mean() for g in history])
@@ -61,16 +47,6 @@ def seed_probabilities(history: Sequence[Sequence[float]]) -> np.ndarray:
     p = np.exp(u - u.max())
     shares: np.ndarray = p / p.sum()
     return shares
-
-
-def rebuild(base: dict[str, Tensor], seeds: Sequence[int], scalars: Tensor, learning_rate: float) -> dict[str, Tensor]:
-    """w0 - learning_rate * sum_j scalars[j] z(seed_j), in float32; [name] in the agreed order."""
-    part = Seeds(
-        torch.as_tensor(seeds),
-        -learning_rate * scalars.double(),
-        {n: tuple(t.shape) for n, t in base.items()},
-    )
-    return {n: base[n].float() + d.to(base[n].device) for n, d in part.deltas()}
 
 
 # --- the client ---
@@ -89,7 +65,9 @@ class ZerothOrder(Optimizer):
             raise TypeError("FedKSeed needs losses: call step with a closure that returns one")
         lr = self.param_groups[0]["lr"]
         if lr != self.client.learning_rate:
-            raise LuthierError("fedkseed: its replay needs a constant learning rate")
+            raise LuthierError(
+                "tuner.fedkseed: its replay needs a constant learning rate; set lr_scheduler_type: constant"
+            )
         return self.client.zo_step(closure, lr)
 
 
@@ -145,7 +123,7 @@ class FedKSeed(Tuner):
 
 
 class FedKSeedTrainable(Trainable):
-    """Accumulated scalars, and the weights they stand for."""
+    """The accumulated scalars, and the weights that follow from them."""
 
     steps_by_closure = True
 
@@ -159,7 +137,7 @@ class FedKSeedTrainable(Trainable):
         head = view.anatomy.task_head  # last, so that the noise of all others is keyed as the update keys it
         self.names = [*(n for n in view.anatomy.parameters if n not in head), *head]
         self.start = {n: view.weight(n).detach().clone() for n in self.names}
-        self.put(Change(self._restore, self._stored_weights), self.names)
+        self.put(writes_to(view, self.start), self.names)
         low = any(t.dtype != torch.float32 for t in self.start.values())
         # In low precision a perturbation cannot be removed exactly: keep float32 weights and round once.
         self.masters = {n: t.float() for n, t in self.start.items()} if low else None
@@ -174,15 +152,20 @@ class FedKSeedTrainable(Trainable):
     def optimizer(self, groups: list[ParamGroup], default: Callable[[list[ParamGroup]], Optimizer]) -> Optimizer:
         settings = default([ParamGroup([nn.Parameter(torch.zeros(1))])]).defaults
         if settings["weight_decay"]:
-            raise RecipeError("fedkseed", f"weight_decay = {settings['weight_decay']} breaks the replay", "set it to 0")
+            raise RecipeError(
+                "tuner.fedkseed", f"weight_decay = {settings['weight_decay']} breaks the replay", "set it to 0"
+            )
         self.learning_rate = settings["lr"]
         return ZerothOrder([p for g in groups for p in g.params], self.learning_rate, self)
 
+    def _trained(self, name: str) -> Tensor:
+        """The tensor of this parameter that takes the steps."""
+        return self.view.weight(name) if self.masters is None else self.masters[name]
+
     def add_noise(self, index: int, scale: float) -> None:
-        """w += scale * z(seed)."""
+        """w += scale * z(seeds[index])."""
         for i, name in enumerate(self.names):
-            p = self.view.weight(name)
-            target = p if self.masters is None else self.masters[name]
+            p, target = self.view.weight(name), self._trained(name)
             target.add_(noise(int(self.seeds[index]), i, tuple(p.shape)).to(p.device), alpha=scale)
             if self.masters is not None:
                 p.copy_(target)
@@ -207,8 +190,7 @@ class FedKSeedTrainable(Trainable):
 
     def state_dict(self) -> dict[str, Tensor]:
         # The current weights too, not only the scalars: a resumed run must continue bit for bit.
-        weights = {n: (self.view.weight(n) if self.masters is None else self.masters[n]) for n in self.names}
-        out = {f"weight.{n}": t.detach() for n, t in weights.items()}
+        out = {f"weight.{n}": self._trained(n).detach() for n in self.names}
         index = torch.tensor([i for i, _ in self.observed], dtype=torch.int64)
         values = torch.tensor([g for _, g in self.observed], dtype=torch.float64)
         history = {"observed.index": index, "observed.value": values}
@@ -228,17 +210,5 @@ class FedKSeedTrainable(Trainable):
         used, head = self.scalars.nonzero().squeeze(1), self.view.anatomy.task_head
         shapes = {n: tuple(t.shape) for n, t in self.start.items() if n not in head}
         part = Seeds(torch.as_tensor(self.seeds)[used], -self.learning_rate * self.scalars[used], shapes)
-        learnt = {n: (self.view.weight(n) if self.masters is None else self.masters[n]) for n in head}
-        whole = Replace({n: t.detach().cpu().clone() for n, t in learnt.items()})  # a head is drawn anew at every load
+        whole = Replace(copies({n: self._trained(n) for n in head}))  # a head is drawn anew at every load
         return Update(self.base, (part, whole) if head else (part,))
-
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for n, t in self.start.items():
-            self.view.weight(n).copy_(t)
-
-    def _stored_weights(self) -> AbstractContextManager[None]:
-        return swapped([(self.view.weight(n), t) for n, t in self.start.items()])
-
-
-__all__ = ["FedKSeed", "aggregate", "projected_gradient", "rebuild", "seed_pool", "seed_probabilities"]

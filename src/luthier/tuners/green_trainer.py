@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -14,14 +14,13 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from luthier.method import Source, Traits
-from luthier.model.anatomy import Anatomy
+from luthier.model.anatomy import Anatomy, Linear
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.probe import Probe
-from luthier.step.window import Clock, Window
+from luthier.step.window import Window
 from luthier.support.errors import LuthierError, RecipeError
-from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view, by_decay
-from luthier.update import Update
+from luthier.tuners.base import DenseTrainable, ParamGroup, Tuner, as_view, by_decay
 
 # Places in a block, in the order of the forward pass; tensors of one place read the same activation.
 _NORM_IN, _QKV, _OUT, _NORM_MID, _UP, _DOWN, _NORM_END, _PLACES = 0, 1, 2, 3, 4, 5, 6, 7
@@ -133,7 +132,9 @@ def cost_model(anatomy: Anatomy, tokens: int, pairs: int, sequences: int) -> Cos
         elif re.search(r"(embed_positions|wpe|position_embeddings|token_type_embeddings|embeddings\.LayerNorm)", name):
             items.append(Item(name, 0, 0))
         else:
-            raise LuthierError(f"green-trainer does not know the place of {name} in the forward pass")
+            raise LuthierError(
+                f"green-trainer does not know the place of {name} in the forward pass; choose the tuner full"
+            )
     core = pairs * anatomy.num_heads * anatomy.head_dim
     attention = frozenset(i * _PLACES + 1 + _QKV for i in range(len(anatomy.blocks)))
     forward = sum(through.values()) + head + len(anatomy.blocks) * 2 * core
@@ -148,7 +149,8 @@ def _head_cost(anatomy: Anatomy, tokens: int, sequences: int) -> int:
     return sequences * sum(x.shape[0] * x.shape[1] for x in anatomy.linears if x.name in anatomy.task_head)
 
 
-def _place(anatomy: Anatomy, module: str, matrices: dict[str, Any]) -> tuple[int, str]:
+def _place(anatomy: Anatomy, module: str, matrices: dict[str, Linear]) -> tuple[int, str]:
+    """(level, part in an attention level) of a module in a block."""
     number, _, inner = module[len(anatomy.block_list) + 1 :].partition(".")
     start = int(number) * _PLACES + 1
     if module in matrices:
@@ -158,7 +160,7 @@ def _place(anatomy: Anatomy, module: str, matrices: dict[str, Any]) -> tuple[int
     for pattern, place in _NORMS:
         if re.search(pattern, inner):
             return start + place, inner[-6] if place == _QKV else ""
-    raise LuthierError(f"green-trainer does not know the place of {module} in the forward pass")
+    raise LuthierError(f"green-trainer does not know the place of {module} in the forward pass; choose the tuner full")
 
 
 def select(costs: CostModel, importance: dict[str, float], budget: float, resolution: int = 1000) -> list[str]:
@@ -201,7 +203,7 @@ def _subsets(parts: frozenset[str]) -> list[frozenset[str]]:
 def _knapsack(
     table: np.ndarray, items: list[Item], importance: dict[str, float], unit: float
 ) -> tuple[np.ndarray, list[tuple[str, int, np.ndarray]]]:
-    """Add 0/1 items; also, for each, where taking it paid."""
+    """(the table with these items, each taken or not; for each item its name, its weight, and where it was taken)."""
     table, steps = table.copy(), []
     for x in items:
         weight = int(np.ceil(x.weight_cost / unit))
@@ -215,6 +217,7 @@ def _knapsack(
 
 
 def _chosen(steps: list[tuple[str, int, np.ndarray]], slot: int) -> list[str]:
+    """The items that the best value at this slot is made of."""
     names = []
     for name, weight, took in reversed(steps):
         if took[slot]:
@@ -268,7 +271,7 @@ class GreenTrainer(Tuner):
     ) -> GreenTrainable:
         if self.reselect_every is None and total_steps is None:
             raise RecipeError(
-                "green-trainer.reselect_every", "is unset and the run has no known length", "set one of them"
+                "tuner.green-trainer.reselect_every", "is unset and the run has no known length", "set one of them"
             )
         return GreenTrainable(self, as_view(model), self.every(total_steps or 0))
 
@@ -283,23 +286,17 @@ class GreenTrainer(Tuner):
         return -(-total_steps // self.every(total_steps))
 
 
-class GreenTrainable(Trainable):
+class GreenTrainable(DenseTrainable):
     """All weights except a task head's, with masters. Only the selected ones train."""
 
     reselects = reads_rows = True
 
     def __init__(self, tuner: GreenTrainer, view: ModelView, every: int) -> None:
-        names = [n for n in view.anatomy.parameters if n not in view.anatomy.task_head]
-        self.dense = DenseTrainable(view, names, tuner.seed)
-        super().__init__(view)
+        super().__init__(view, [n for n in view.anatomy.parameters if n not in view.anatomy.task_head], tuner.seed)
         self.tuner, self.every = tuner, every
-        self.own(self.dense)
         self.selected: list[str] = []
         self.spent: dict[str, float] = {}
         self._make: Callable[[list[nn.Parameter]], Optimizer] | None = None
-
-    def groups(self) -> list[ParamGroup]:
-        return self.dense.groups()
 
     def optimizer(self, groups: list[ParamGroup], default: Callable[[list[ParamGroup]], Optimizer]) -> Optimizer:
         run = default(groups)
@@ -316,11 +313,8 @@ class GreenTrainable(Trainable):
     def before_window(self, window: Window, probe: Probe) -> None:
         if window.clock.step % self.every == 0:
             self.selected = self._select(window, probe)
-        self._apply()
-
-    def _apply(self) -> None:
         chosen = set(self.selected)
-        for name in self.dense.names:
+        for name in self.names:
             self.view.weight(name).requires_grad_(name in chosen)
 
     def _select(self, window: Window, probe: Probe) -> list[str]:
@@ -328,32 +322,26 @@ class GreenTrainable(Trainable):
         here = [sum(lengths), sum(n * n for n in lengths), len(lengths)]
         everywhere = window.total(torch.tensor(here, device=self.view.device))
         costs = cost_model(self.view.anatomy, *everywhere.tolist())
-        budget = self.tuner.flops_share * (costs.forward + costs.full_backward) - costs.forward
-        reachable = [
-            x.name for x in costs.items if costs.prefix(x.level, frozenset({x.part})) + x.weight_cost <= budget
-        ]
+        full = costs.forward + costs.full_backward
+        budget = self.tuner.flops_share * full - costs.forward
+        alone = {x.name: costs.backward([x.name]) for x in costs.items}
+        reachable = [name for name, cost in alone.items() if cost <= budget]
         if not reachable:
-            least = min(costs.prefix(x.level, frozenset({x.part})) + x.weight_cost for x in costs.items)
-            feasible = (costs.forward + least) / (costs.forward + costs.full_backward)
+            feasible = (costs.forward + min(alone.values())) / full
             raise LuthierError(
                 f"tuner.green-trainer.flops_share = {self.tuner.flops_share}: nothing can be trained; "
                 f"the smallest share that trains anything here is {feasible:.3f}"
             )
-        assert self._make is not None
         importance = self._importance(window, probe, reachable)
         if not any(v > 0 for v in importance.values()):
-            # A trial step that only overshoots says nothing about which tensor helps: keep the earlier choice.
+            # The trial step was too long to say which tensor helps: keep the earlier choice.
             if not self.selected:
                 raise LuthierError(
-                    "green-trainer: the trial step lowers the loss through no tensor; lower learning_rate"
+                    "tuner.green-trainer: the change of no tensor lowers the loss in the trial step; lower learning_rate"
                 )
             return self.selected
         chosen = select(costs, importance, budget, self.tuner.resolution)
-        full = costs.forward + costs.full_backward
-        self.spent = {
-            "flops_share": (costs.forward + costs.backward(chosen)) / full,
-            "tensors": float(len(chosen)),
-        }
+        self.spent = {"flops_share": (costs.forward + costs.backward(chosen)) / full, "tensors": float(len(chosen))}
         return chosen
 
     def _importance(self, window: Window, probe: Probe, names: list[str]) -> dict[str, float]:
@@ -362,26 +350,15 @@ class GreenTrainable(Trainable):
         seen = probe.trial_step(window, names, self._make)
         values = {n: -float((seen.changes[n].double() * seen.grads_after[n].double()).sum()) for n in names}
         if not np.isfinite(list(values.values())).all():
-            raise LuthierError("green-trainer: the trial step gave a value that is not finite; lower learning_rate")
+            raise LuthierError(
+                "tuner.green-trainer: the trial step gave a value that is not finite; lower learning_rate"
+            )
         return values
-
-    def after_backward(self) -> None:
-        self.dense.after_backward()
-
-    def after_step(self, clock: Clock | None = None) -> None:
-        self.dense.after_step(clock)
 
     def state_dict(self) -> dict[str, Tensor]:
         chosen = set(self.selected)
-        mask = torch.tensor([n in chosen for n in self.dense.names])
-        return self.dense.state_dict() | {"selected": mask}
+        return super().state_dict() | {"selected": torch.tensor([n in chosen for n in self.names])}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.dense.load_state_dict(state)
-        self.selected = [n for n, on in zip(self.dense.names, state["selected"].tolist(), strict=True) if on]
-
-    def update(self) -> Update:
-        return self.dense.update()
-
-
-__all__ = ["CostModel", "GreenTrainer", "Item", "cost_model", "select"]
+        super().load_state_dict(state)
+        self.selected = [n for n, on in zip(self.names, state["selected"].tolist(), strict=True) if on]

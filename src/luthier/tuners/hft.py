@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Literal
 
@@ -46,13 +47,14 @@ def categories(anatomy: Anatomy) -> Blocks:
             module = parameter.rpartition(".")[0]
             category, tensor = _category(module, roles.get(module))
             if category is None:
-                what = f"{parameter} is {tensor}, which halving by tensors cannot split"
-                raise RecipeError("hft.model", what, "choose full")
+                what = f"{parameter} is {tensor}, which hft cannot split"
+                raise RecipeError("model", what, "choose the tuner full")
             found[category].setdefault(tensor, []).append(parameter)
         missing = [c for c, tensors in found.items() if not tensors]
         if missing:
             seen = ", ".join(sorted({p.rpartition(".")[0].rpartition(".")[2] for p in mine}))
-            raise RecipeError("hft.model", f"block {index} has no {missing[0]}; found were {seen}", "choose full")
+            what = f"block {index} has no {missing[0]}, which hft halves; it has {seen}"
+            raise RecipeError("model", what, "choose the tuner full")
         out.append(found)
     return out
 
@@ -67,7 +69,7 @@ def _category(module: str, role: str | None) -> tuple[str | None, str]:
     if role in ("qkv", "gate_up"):
         return None, f"a fused projection ({name})"
     if role is not None:
-        return None, f"no projection that is known ({name})"
+        return None, f"a projection of an unknown kind ({name})"
     if name in ("q_norm", "k_norm"):
         return "attention", name[0]
     return "norms", module
@@ -129,7 +131,7 @@ def _by_model(
     anatomy: Anatomy, blocks: Blocks, fraction: float, balance: str, generator: np.random.Generator
 ) -> set[str]:
     groups = [ps for found in blocks for tensors in found.values() for ps in tensors.values()]
-    sizes = [sum(_size(anatomy, p) for p in ps) for ps in groups]
+    sizes = [sum(math.prod(anatomy.parameters[p]) for p in ps) for ps in groups]
     chosen: set[str] = set()
     left = fraction * sum(sizes)
     for i in generator.permutation(len(groups)):
@@ -138,10 +140,6 @@ def _by_model(
         chosen |= set(groups[i])
         left -= sizes[i]
     return chosen
-
-
-def _size(anatomy: Anatomy, parameter: str) -> int:
-    return int(np.prod(anatomy.parameters[parameter]))
 
 
 def half_reset(update: Update, trainable: Iterable[str]) -> Update:
@@ -255,5 +253,5 @@ class EpochTrainable(DenseTrainable):
         return super().state_dict() | {"epoch": torch.tensor(self.epoch)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        super().load_state_dict({k: v for k, v in state.items() if k != "epoch"})
+        super().load_state_dict(state)
         self.draw(int(state["epoch"]))

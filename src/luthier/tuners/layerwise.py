@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,13 +16,14 @@ from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import refuse_packed
 from luthier.model.anatomy import Anatomy
 from luthier.model.features import FeatureCache
-from luthier.model.undo import Change, Undo, swapped
+from luthier.model.undo import Undo
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import DenseTrainable, ParamGroup, Trainable, Tuner, as_view
 from luthier.update import Update
+from luthier.update.binding import overwrite
 
 Convention = Literal["contiguous", "head_gap"]
 
@@ -85,16 +86,15 @@ class Layerwise(Tuner):
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> LayerwiseTrainable:
         view = as_view(model)
-        for problem in self.check(Facts()):
-            raise RecipeError(f"layerwise.{problem.key}", problem.what, problem.remedy)
+        self.refuse(Facts())
         n = len(view.anatomy.blocks)
         if self.freeze_blocks >= n:
             raise RecipeError(
-                "layerwise.freeze_blocks", f"{self.freeze_blocks} of {n} blocks", f"at most {n - 1} can be frozen"
+                "tuner.layerwise.freeze_blocks", f"{self.freeze_blocks} of {n} blocks", f"at most {n - 1} can be frozen"
             )
         if self.reinit_blocks > n - self.freeze_blocks:
             raise RecipeError(
-                "layerwise.reinit_blocks", f"{self.reinit_blocks} of {n} blocks with {self.freeze_blocks} frozen",
+                "tuner.layerwise.reinit_blocks", f"{self.reinit_blocks} of {n} blocks with {self.freeze_blocks} frozen",
                 f"at most {n - self.freeze_blocks} are free",
             )  # fmt: skip
         if self.reinit_style == "zero_residual":
@@ -107,13 +107,13 @@ class Layerwise(Tuner):
             roles = {x.role for x in anatomy.block_linears if x.block == i}
             if not {"o", "down"} <= roles:
                 raise RecipeError(
-                    "layerwise.reinit_style", f"zero_residual, and block {i} has no attention or MLP output projection",
+                    "tuner.layerwise.reinit_style", f"zero_residual, and block {i} has no attention or MLP output projection",
                     "use normal",
                 )  # fmt: skip
 
 
 class LayerwiseTrainable(Trainable):
-    """Upper weights with masters, grouped by depth."""
+    """The upper weights with their masters, grouped by depth."""
 
     def __init__(self, tuner: Layerwise, view: ModelView) -> None:
         self.tuner, anatomy = tuner, view.anatomy
@@ -121,11 +121,8 @@ class LayerwiseTrainable(Trainable):
         fresh = new_weights(view, tuner.reinit_blocks, tuner.reinit_style, Streams(tuner.seed))
         super().__init__(view)
         self.frozen = {n for n in anatomy.parameters if tuner.freeze_blocks and anatomy.depth(n) <= tuner.freeze_blocks}
-        self.original = {n: view.weight(n).detach().clone() for n in reinitialised(anatomy, tuner.reinit_blocks)}
-        with torch.no_grad():
-            for name, value in fresh.items():
-                view.weight(name).copy_(value)
-        self.put(Change(self._restore, self._original_weights), self.original)
+        self.fresh = frozenset(fresh)
+        self.put(overwrite(view, fresh.items()), fresh)
         self.dense = DenseTrainable(view, [n for n in anatomy.parameters if n not in self.frozen], tuner.seed)
         self.own(self.dense)
         self._undo += [still(view.module, m) for m in frozen_modules(view, tuner.freeze_blocks)]
@@ -133,18 +130,9 @@ class LayerwiseTrainable(Trainable):
         if self.features is not None:
             self.put(self.features.install())
 
-    @torch.no_grad()
-    def _restore(self) -> None:
-        for name, value in self.original.items():
-            self.view.weight(name).copy_(value)
-
-    def _original_weights(self) -> AbstractContextManager[None]:
-        """What stood where new weights were drawn."""
-        return swapped([(self.view.weight(n), value) for n, value in self.original.items()])
-
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Rows of training come again; others would only fill the cache."""
+        """Keeps features in training only: its rows come again, others would only fill the cache."""
         if self.features is not None:
             self.features.active = name == "train"
         try:
@@ -154,7 +142,7 @@ class LayerwiseTrainable(Trainable):
                 self.features.active = False
 
     def groups(self) -> list[ParamGroup]:
-        """By depth, matrices apart from biases and norms; the head without decay of its weights."""
+        """One group of matrices and one of biases and norms for each depth. The head has no weight decay if rates decay."""
         anatomy, t, out = self.view.anatomy, self.tuner, []
         n = len(anatomy.blocks)
         for depth in range(n + 3):
@@ -180,7 +168,7 @@ class LayerwiseTrainable(Trainable):
 
     def update(self) -> Update:
         """Differences, and whole tensors for what did not start from the base."""
-        return Update(self.base, self.dense.parts(self.original))
+        return Update(self.base, self.dense.parts(self.fresh))
 
 
 def frozen_modules(view: ModelView, count: int) -> list[nn.Module]:
@@ -252,5 +240,5 @@ def neutral(view: ModelView, name: str) -> Tensor:
     own.fill_(float("nan"))
     view.module._init_weights(module)
     if not bool(own.isfinite().all()):
-        raise LuthierError(f"layerwise.reinit_blocks: how {name} starts is not known; set it to 0")
+        raise LuthierError(f"tuner.layerwise.reinit_blocks: how {name} starts is not known; set it to 0")
     return own.detach().cpu()

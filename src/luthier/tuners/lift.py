@@ -24,8 +24,8 @@ from luthier.step.window import Clock
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_dicts, as_view
-from luthier.tuners.sparse import SparseWeights, refuse_entries, top
-from luthier.update import Sparse, Update
+from luthier.tuners.sparse import SparseWeights, refuse_entries, target_matrices, top
+from luthier.update import Update
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,7 @@ class Lift(Tuner):
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> LiftTrainable:
         if total_steps is None and self.reselect_every:
-            raise RecipeError("lift", "needs the total number of steps", "set max_steps")
+            raise RecipeError("tuner.lift", "needs the total number of steps", "set max_steps")
         return LiftTrainable(self, as_view(model), total_steps or 0)
 
     def check_model(self, anatomy: Anatomy) -> None:
@@ -158,13 +158,11 @@ class Lift(Tuner):
 
     def matrices(self, anatomy: Anatomy) -> tuple[Linear, ...]:
         """The matrices that train. Raises RecipeError for a matrix that cannot."""
-        linears = anatomy.match(self.targets)
-        if anatomy.tied and any(x.module == anatomy.head for x in linears):
-            raise RecipeError("lift.targets", "the head is tied to the embeddings", "leave it out")
+        linears = target_matrices(self.key(), anatomy, self.targets)
         for x in linears:
             if any(side % self.block for side in x.shape):
                 what = f"{x.name} of {x.shape[0]} x {x.shape[1]} has no whole blocks of 4 x 4"
-                raise RecipeError("lift.block", what, "set it to 1")
+                raise RecipeError("tuner.lift.block", what, "set it to 1")
         return linears
 
     def every(self, total_steps: int) -> int:
@@ -197,13 +195,12 @@ class LiftTrainable(Trainable):
         self.attach_flops, self.attach_seconds = view.meter.total - before, time.perf_counter() - started
         # Dropped entries: positions (ascending), what the base holds there, and the difference training left.
         empty = torch.zeros(0, dtype=torch.long, device=view.device)
-        self.left = {n: (empty, s[:0].clone(), v.detach()[:0].clone()) for n, s, v in self._both()}
+        self.left = {
+            n: (empty, s[:0].clone(), torch.zeros(0, device=view.device)) for n, s in self.sparse.stored.items()
+        }
         self.put(Change(self._restore, self._without), self.sparse.values)
         self._optimizer: Optimizer | None = None
         self.overlap: dict[str, float] = {}
-
-    def _both(self) -> list[tuple[str, Tensor, Tensor]]:
-        return [(n, self.sparse.stored[n], v) for n, v in self.sparse.values.items()]
 
     @torch.no_grad()
     def _choose(self, linear: Linear) -> Tensor:
@@ -298,17 +295,9 @@ class LiftTrainable(Trainable):
 
     def update(self) -> Update:
         """Every entry ever trained."""
-        part = self.sparse.part()
-        indices, values = dict(part.indices), dict(part.values)
-        for name, (where, _, change) in self.left.items():
-            if len(where):
-                linear = self.sparse.linears[name]
-                row, column = self.sparse.at(name, where)
-                stored = column * linear.shape[0] + row if linear.transposed else where
-                both = torch.cat([indices[name], stored.cpu()])
-                order = both.argsort()
-                indices[name], values[name] = both[order], torch.cat([values[name], change.cpu()])[order]
-        return Update(self.base, (Sparse(indices, values, part.shapes),))
+        return Update(
+            self.base, (self.sparse.part({n: (where, change) for n, (where, _, change) in self.left.items()}),)
+        )
 
     @torch.no_grad()
     def _restore(self) -> None:

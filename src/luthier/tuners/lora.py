@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.method import Source, Traits
-from luthier.model.additions import low_rank_adapter, register
+from luthier.model.additions import low_rank_adapter
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
@@ -51,13 +51,12 @@ class Lora(Tuner):
 
 
 class LoraTrainable(Trainable):
-    """The attached factors, by parameter name."""
+    """a: parameter -> [R, in], b: parameter -> [out, R]; float32."""
 
     def __init__(self, tuner: Lora, view: ModelView) -> None:
         self.targets = view.anatomy.match(tuner.targets)
-        layers = [
-            view.layer(x.module, beside=True) for x in self.targets
-        ]  # refuse, if at all, before anything is changed
+        # This refuses, if at all, before anything is changed.
+        layers = [view.layer(x.module, beside=True) for x in self.targets]
         super().__init__(view)
         self.freeze_base()
         self.scale = tuner.alpha / tuner.rank
@@ -68,8 +67,7 @@ class LoraTrainable(Trainable):
             a = nn.Parameter(initial_a(x, tuner.rank, streams).to(view.device))
             b = nn.Parameter(torch.zeros(x.shape[0], tuner.rank, device=view.device))
             self.a[x.name], self.b[x.name] = a, b
-            (get_a, undo_a), (get_b, undo_b) = register(module, "a", a), register(module, "b", b)
-            self._undo += [undo_a, undo_b]
+            get_a, get_b = self.add_parameter(module, "a", a), self.add_parameter(module, "b", b)
             self.put(low_rank_adapter(module, get_a, get_b, self.scale, tuner.dropout))
         self.initial = {f"a.{n}": a.detach().clone() for n, a in self.a.items()}
 
@@ -77,11 +75,8 @@ class LoraTrainable(Trainable):
         return [ParamGroup([*self.a.values(), *self.b.values()])]
 
     def state_dict(self) -> dict[str, Tensor]:
-        a, b = (
-            {f"a.{n}": t.detach() for n, t in self.a.items()},
-            {f"b.{n}": t.detach() for n, t in self.b.items()},
-        )
-        return a | b | {f"initial.{n}": t for n, t in self.initial.items()}
+        out = {f"a.{n}": t.detach() for n, t in self.a.items()} | {f"b.{n}": t.detach() for n, t in self.b.items()}
+        return out | {f"initial.{n}": t for n, t in self.initial.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -93,7 +88,7 @@ class LoraTrainable(Trainable):
     def update(self) -> Update:
         transposed = frozenset(x.name for x in self.targets if x.transposed)
         part = LowRank(copies(self.a), copies(self.b), dict.fromkeys(self.a, self.scale), transposed)
-        return Update(self.base, (part,), Chart("lowrank", {n: t.cpu() for n, t in self.initial.items()}))
+        return Update(self.base, (part,), Chart({n: t.cpu() for n, t in self.initial.items()}))
 
 
 def initial_a(linear: Linear, rank: int, streams: Streams) -> Tensor:

@@ -16,7 +16,7 @@ from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
-from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
+from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view, copies
 from luthier.update import Update
 from luthier.update.compositions import PeftPart
 
@@ -68,8 +68,7 @@ class Peft(Tuner):
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> PeftTrainable:
-        for problem in self.check(Facts()):
-            raise RecipeError(f"tuner.peft.{problem.key}", problem.what, problem.remedy)
+        self.refuse(Facts())
         return PeftTrainable(self, as_view(model))
 
 
@@ -84,7 +83,7 @@ class PeftTrainable(Trainable):
         super().__init__(view)
         self.freeze_base()
         options: dict[str, Any] = {"target_modules": sorted(x.module for x in targets), **tuner.options}
-        if tuner.type == "IA3":  # it scales what the layers put out, but for those whose input it scales
+        if tuner.type == "IA3":  # it scales the input of these layers and the output of the others
             options.setdefault("feedforward_modules", sorted(x.module for x in targets if x.role == "down"))
         try:
             config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(tuner.type)](**options)
@@ -118,4 +117,4 @@ class PeftTrainable(Trainable):
 
         state = get_peft_model_state_dict(self.wrapped, save_embedding_layers=False)
         config = self.wrapped.peft_config["default"].to_dict()
-        return Update(self.base, (PeftPart(config, {n: t.detach().cpu().clone() for n, t in state.items()}),))
+        return Update(self.base, (PeftPart(config, copies(state)),))

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from luthier.kernels.linear import sparse_linear, stochastic_round
+from luthier.model.adapters import replaces_product
 from luthier.model.additions import bias_of, oriented, refuse_packed, register, replace_product
-from luthier.model.anatomy import Linear
-from luthier.model.hanging import replaces_product
+from luthier.model.anatomy import Anatomy, Linear
 from luthier.model.undo import Change, Undo, leaving_out
 from luthier.model.view import ModelView
-from luthier.support.errors import LuthierError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.update import Sparse
 
 Observe = Callable[[Tensor], None]
@@ -29,11 +29,20 @@ def refuse_entries(view: ModelView, linears: Sequence[Linear]) -> None:
             raise LuthierError(f"entries of {x.name} train already; detach that tuner first")
 
 
+def target_matrices(tuner: str, anatomy: Anatomy, targets: str | tuple[str, ...]) -> tuple[Linear, ...]:
+    """The matrices whose entries a tuner trains. Raises RecipeError for a head that is tied to the embeddings."""
+    linears = anatomy.match(targets)
+    if anatomy.tied and any(x.module == anatomy.head for x in linears):
+        raise RecipeError(f"tuner.{tuner}.targets", "the head is tied to the embeddings", "leave it out")
+    return linears
+
+
 class SparseWeights:
     """`values[name]` [K] float32 parameters at `indices[name]` [K], flat row-major over (out, in), int32 where that fits.
 
-    The layer's own weight always holds base + values, so a forward costs what it did; what was overwritten is kept, so
-    that detaching gives the stored bits back. `observe[name]` sees the dense gradient of its layer, once a backward.
+    The layer's own weight always holds base + values, so a forward pass costs as much as before. The overwritten values are
+    kept, so that detaching restores the stored bits. `observe[name]` gets the dense gradient of its layer in each backward
+    pass.
     """
 
     def __init__(self, view: ModelView, linears: Sequence[Linear], indices: dict[str, Tensor]) -> None:
@@ -65,19 +74,20 @@ class SparseWeights:
         return forward
 
     def _weight(self, name: str, unseen: bool = False) -> Tensor:
-        """[out, in], a view of what is stored.
+        """[out, in], a view of the stored weight.
 
-        unseen  autograd is not to count what is written there
+        unseen  autograd does not count what is written there
         """
         weight = oriented(self.view.layer(self.linears[name].module))
         return weight.data if unseen else weight.detach()
 
     def at(self, name: str, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, columns) of flat positions."""
         columns = self.linears[name].shape[1]
         return indices // columns, indices % columns
 
     def put(self, name: str, values: Tensor, indices: Tensor | None = None, unseen: bool = False) -> None:
-        """Write entries of the layer's weight; a flat view where the weight is stored as it is computed with."""
+        """Write entries of the layer's weight."""
         indices = self.indices[name] if indices is None else indices
         weight = self._weight(name, unseen)
         if weight.is_contiguous():
@@ -86,6 +96,7 @@ class SparseWeights:
             weight[self.at(name, indices)] = values
 
     def read(self, name: str, indices: Tensor | None = None) -> Tensor:
+        """Entries of the layer's weight."""
         indices, weight = self.indices[name] if indices is None else indices, self._weight(name)
         return weight.view(-1)[indices] if weight.is_contiguous() else weight[self.at(name, indices)]
 
@@ -98,7 +109,7 @@ class SparseWeights:
 
     @torch.no_grad()
     def move(self, name: str, slots: Tensor, indices: Tensor) -> None:
-        """Give the entries at `slots` new positions: the old ones get their base value back, the new start at 0."""
+        """Give the entries at `slots` new positions. The old positions get their base value back, the new entries start at 0."""
         self.put(name, self.stored[name][slots], self.indices[name][slots])
         self.stored[name][slots] = self.read(name, indices)
         self.indices[name][slots] = indices.to(self.indices[name].dtype)
@@ -106,7 +117,7 @@ class SparseWeights:
 
     @torch.no_grad()
     def load(self, indices: dict[str, Tensor], values: dict[str, Tensor], generator: torch.Generator) -> None:
-        """Take up saved positions and values; what was saved is not written to later."""
+        """Take over copies of saved positions and values."""
         for name in self.values:
             self.put(name, self.stored[name])
             self.indices[name] = indices[name].to(self.view.device, self._dtype(name), copy=True)
@@ -114,16 +125,21 @@ class SparseWeights:
             self.values[name].copy_(values[name])
         self.write(generator)
 
-    def part(self) -> Sparse:
-        """The trained entries, in each parameter's stored shape and sorted."""
+    def part(self, more: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> Sparse:
+        """The trained entries, in each parameter's stored shape and sorted.
+
+        more  name -> (positions, differences) of entries that trained before
+        """
         indices, values, shapes = {}, {}, {}
         for name, x in self.linears.items():
-            index = self.indices[name].long()
+            index, value = self.indices[name].long(), self.values[name].detach()
+            if more is not None and name in more:
+                index, value = torch.cat([index, more[name][0]]), torch.cat([value, more[name][1]])
             if x.transposed:
                 row, column = self.at(name, index)
                 index = column * x.shape[0] + row
             order = index.argsort()
-            indices[name], values[name] = index[order].cpu(), self.values[name].detach()[order].cpu()
+            indices[name], values[name] = index[order].cpu(), value[order].cpu()
             shapes[name] = tuple(self.view.weight(name).shape)
         return Sparse(indices, values, shapes)
 
@@ -131,8 +147,8 @@ class SparseWeights:
     def without(self, more: Mapping[str, tuple[Tensor, Tensor]] | None = None) -> Iterator[None]:
         """The base's entries in the layers, for the calls inside.
 
-        more  name -> (positions, what the base holds there), beside the entries that train
-        A backward from before finds what it saved: the writes are taken back, and autograd does not count them.
+        more  name -> (positions, what the base holds there) of entries that trained before
+        A backward pass of an earlier forward finds what it saved: the writes are taken back, and autograd does not count them.
         """
         base = {n: (self.indices[n].long(), value) for n, value in self.stored.items()}
         for n, (where, value) in (more or {}).items():
@@ -149,6 +165,7 @@ class SparseWeights:
 
     @torch.no_grad()
     def detach(self) -> None:
+        """Restore the base's entries, and remove everything from the layers."""
         for name in self.values:
             self.put(name, self.stored[name])
         for step in reversed(self.undo):
@@ -196,5 +213,5 @@ def _counted(values: np.ndarray, k: int) -> int:
 def top_magnitudes(gradient: Tensor, k: int) -> Tensor:
     """[k] positions of the largest magnitudes, as `top`; bfloat16 is counted by its bits, which is faster still."""
     size = gradient.detach().abs()
-    # Bits of numbers that are not negative stand in the order of the numbers.
+    # The bits of numbers that are not negative have the same order as the numbers.
     return top(size.view(torch.int16) if size.dtype == torch.bfloat16 else size, k)

@@ -23,8 +23,9 @@ from luthier.step.window import Clock, Window
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_dicts, as_view
-from luthier.tuners.sparse import SparseWeights, refuse_entries, top, top_magnitudes
+from luthier.tuners.sparse import SparseWeights, refuse_entries, target_matrices, top, top_magnitudes
 from luthier.update import Update
+from luthier.update.binding import below
 
 # --- the mathematics ---
 
@@ -116,7 +117,7 @@ def outer_top(rows: Tensor, columns: Tensor, active: Tensor, k: int) -> tuple[Te
 
 
 def unseen(beta: float, age: Tensor) -> Tensor:
-    """1 - beta^age; subtracted like that it loses five digits while an element is young."""
+    """1 - beta^age, without the five digits that the plain difference loses for a young element."""
     return -torch.expm1(age * math.log(beta)) if beta else torch.ones_like(age, dtype=torch.float32)
 
 
@@ -195,10 +196,10 @@ def everywhere(p: Tensor) -> Places:
 
 
 class Observed:
-    """What an open window has seen: candidate positions, and sums of their gradients over steps.
+    """What an open window has observed: candidate positions, and sums of their gradients over steps.
 
-    One piece of memory of each kind for all layers. Hundreds of small pieces, taken in the middle of a backward pass and
-    kept after it, would hold the heap apart around them: 0.1 GB of holes on a model of 135M.
+    All layers share one block of memory of each kind. Hundreds of small blocks, allocated in the middle of a backward pass
+    and kept after it, would fragment the heap: 0.1 GB of holes on a model of 135M.
     """
 
     def __init__(self, indices: dict[str, Tensor]) -> None:
@@ -228,7 +229,7 @@ class Observed:
         self._pieces[name][3].add_(flat[self.candidates(name)])
 
     def end_step(self, ranks: dist.ProcessGroup | None) -> None:
-        """The step's gradient is whole: add it and its square."""
+        """Add the gradient of the whole step and its square."""
         if ranks is not None:  # the loop scales losses for a mean over ranks
             dist.all_reduce(self._step, group=ranks)
             self._step /= dist.get_world_size()
@@ -300,21 +301,19 @@ class Spiel(Tuner):
 
     def with_budget(self, anatomy: Anatomy) -> list[tuple[Linear, int]]:
         """The matrices that train, and how many entries of each. Raises RecipeError where the numbers do not fit."""
-        linears = anatomy.match(self.targets)
-        if anatomy.tied and any(x.module == anatomy.head for x in linears):
-            raise RecipeError("spiel.targets", "the head is tied to the embeddings", "leave it out")
+        linears = target_matrices(self.key(), anatomy, self.targets)
         sizes = [x.shape[0] * x.shape[1] for x in linears]
         total = self.num_weights if self.num_weights is not None else int(self.density * anatomy.num_parameters)
         if not 0 < total <= sum(sizes):
             raise RecipeError(
-                "spiel.density",
+                "tuner.spiel.density",
                 f"asks for {total} entries of the {sum(sizes)} in the target matrices",
                 "choose fewer, or more targets",
             )
         chosen = [(x, k) for x, k in zip(linears, budgets(total, sizes), strict=True) if k > 0]
         if not chosen:
             raise RecipeError(
-                "spiel.density", f"{total} entries leave none for any of {len(linears)} matrices", "raise it"
+                "tuner.spiel.density", f"{total} entries leave none for any of {len(linears)} matrices", "raise it"
             )
         return chosen
 
@@ -322,9 +321,8 @@ class Spiel(Tuner):
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> SpielTrainable:
         if total_steps is None:
-            raise RecipeError("spiel", "needs the total number of steps", "set max_steps")
-        for problem in self.check(Facts()):
-            raise RecipeError(f"spiel.{problem.key}", problem.what, problem.remedy)
+            raise RecipeError("tuner.spiel", "needs the total number of steps", "set max_steps")
+        self.refuse(Facts())
         return SpielTrainable(self, as_view(model), total_steps)
 
 
@@ -456,19 +454,15 @@ class SpielTrainable(Trainable):
         return out | {"steps": torch.tensor(self._steps), "samples": torch.tensor(samples)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        def pick(head: str) -> dict[str, Tensor]:
-            return {k[len(head) :]: v for k, v in state.items() if k.startswith(head)}
-
         self._steps = int(state["steps"])
-        self.sparse.load(pick("indices."), pick("values."), self._rounding())
+        self.sparse.load(below("indices.", state), below("values.", state), self._rounding())
         self.observed = None
-        if candidates := pick("candidates."):
+        if candidates := below("candidates.", state):
             self.observed = Observed(self.sparse.indices)
             self.observed.samples = int(state["samples"])
-            s1, s2 = pick("s1."), pick("s2.")
             for n, at in candidates.items():
                 self.observed.choose(n, at)
-                for kept, saved in zip(self.observed.sums(n), (s1[n], s2[n]), strict=True):
+                for kept, saved in zip(self.observed.sums(n), (state[f"s1.{n}"], state[f"s2.{n}"]), strict=True):
                     kept.copy_(saved)
 
     def continue_from(self, state: dict[str, Tensor]) -> None:

@@ -23,7 +23,7 @@ class Order(IntEnum):
     STRUCTURE = 0  # what is removed
     DELTAS = 1  # what is added to the weights that are left
     TENSORS = 2  # what stands in a weight's place
-    LAYERS = 3  # what hangs on layers
+    LAYERS = 3  # what is put on layers
     INPUTS = 4  # what stands before the inputs
 
 
@@ -49,6 +49,11 @@ class Cut(NamedTuple):
 
 
 PEFT_PREFIX = "base_model.model."  # before peft's names of the base's modules
+# Options of peft's LoRA that compute something else than scale * B A.
+OTHER_LORAS = (
+    "use_dora", "use_rslora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "kasa_config", "monteclora_config",
+    "velora_config", "arrow_config", "layer_replication",
+)  # fmt: skip
 
 
 class PeftFolder(NamedTuple):
@@ -59,12 +64,16 @@ class PeftFolder(NamedTuple):
 
     @property
     def is_plain_lora(self) -> bool:
-        """True for factors whose product is the difference to the base."""
-        odd = self.config.get("use_dora") or self.config.get("use_rslora")
-        return self.config.get("peft_type") == "LORA" and not odd
+        """True for factors of matrices whose product alone is the difference to the base."""
+        odd = any(self.config.get(option) for option in OTHER_LORAS)
+        return (
+            self.config.get("peft_type") == "LORA"
+            and not odd
+            and all(which in ("A", "B") for _, which, _ in self.factors())
+        )
 
     def factors(self) -> Iterator[tuple[str, str, Tensor]]:
-        """(module, "A" or "B", tensor) of LoRA's factors."""
+        """(module, "A" or "B", tensor) of LoRA's factors; another letter or word for a tensor of another kind."""
         for key, t in self.tensors.items():
             module, _, which = key.removeprefix(PEFT_PREFIX).removesuffix(".weight").rpartition(".lora_")
             if module:
@@ -73,6 +82,11 @@ class PeftFolder(NamedTuple):
     def heads(self) -> dict[str, Tensor]:
         """Tensors saved beside the factors, by parameter."""
         return {k.removeprefix(PEFT_PREFIX): t for k, t in self.tensors.items() if ".lora_" not in k}
+
+
+def in_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter's configuration in JSON's types: peft keeps names of layers as sets."""
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
 
 
 def packed_problem(model: nn.Module, names: Iterable[str]) -> str | None:
@@ -103,9 +117,9 @@ class Part(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """The tensors for the file."""
 
-    @abstractmethod
     def header(self) -> dict[str, Any]:
         """What belongs to the tensors, in JSON's types."""
+        return {}
 
     @classmethod
     @abstractmethod
@@ -128,8 +142,8 @@ class Part(ABC):
         return ()
 
     def whole(self) -> Collection[str]:
-        """Parameters of which it holds a tensor as large as they are."""
-        return ()
+        """Parameters of which it holds a tensor as large as they are: one under the parameter's own name."""
+        return set(self.names()) & self.tensors().keys()
 
     def replaces(self) -> Collection[str]:
         """Parameters whose value before no longer matters."""
@@ -237,5 +251,5 @@ class Part(ABC):
 
     @classmethod
     def from_peft(cls, folder: PeftFolder) -> Part | None:
-        """What of such a folder is of this form."""
+        """The part of this form that such a folder holds; None if it holds none."""
         return None

@@ -1,9 +1,8 @@
-"""How parts are put into a model and taken out again, and how their tensors are checked and shortened."""
+"""How parts are put on a model and taken off again, and how their tensors are checked and shortened."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -97,18 +96,26 @@ def merge_deltas(part: Part, model: nn.Module) -> None:
         weight.copy_(weight.float() + delta.to(weight.device))
 
 
-def misfit(name: str, t: Tensor, shapes: Shapes) -> Iterator[str]:
-    """What keeps a tensor from being a value of this parameter, or a difference of one."""
-    if name not in shapes or tuple(t.shape) != tuple(shapes[name]):
-        yield f"{name} has shape {tuple(t.shape)}, the base {shapes.get(name, 'no such tensor')}"
-    elif not t.is_floating_point():
-        yield f"{name}: values of {t.dtype}, real numbers are wanted"
-    elif not t.isfinite().all():
-        yield f"{name}: a value is not finite"
+def other_shape(name: str, shape: Sequence[int], shapes: Shapes) -> str | None:
+    """A sentence if the base has no parameter of this name and shape."""
+    if name in shapes and tuple(shape) == tuple(shapes[name]):
+        return None
+    return f"{name} has shape {tuple(shape)}, the base {shapes.get(name, 'no such tensor')}"
+
+
+def misfits(tensors: Mapping[str, Tensor], shapes: Shapes) -> Iterator[str]:
+    """What keeps tensors from being values of these parameters, or differences of them; one sentence for each tensor."""
+    for name, t in tensors.items():
+        if wrong := other_shape(name, t.shape, shapes):
+            yield wrong
+        elif not t.is_floating_point():
+            yield f"{name}: values of {t.dtype}, real numbers are wanted"
+        elif not t.isfinite().all():
+            yield f"{name}: a value is not finite"
 
 
 def shortened(structure: Part, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of parameters, less what a structure takes out of them."""
+    """Tensors of parameters, without the entries that a structure removes."""
     cuts = {n: structure.cut(n) for n in tensors}
     return {n: t if (cut := cuts[n]) is None else cut.of(t) for n, t in tensors.items()}
 
@@ -119,10 +126,5 @@ def below(start: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def picked(by_name: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:
-    """What stands under these names."""
+    """The entries with these names."""
     return {n: by_name[n] for n in names}
-
-
-def size(shape: tuple[int, ...]) -> int:
-    """Numbers in a tensor of this shape."""
-    return math.prod(shape)

@@ -6,6 +6,7 @@ They are applied in order, and cannot be added or scaled.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -13,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from luthier.kernels.linear import folded
+from luthier.model.adapters import Fixed
 from luthier.model.additions import bias_of, oriented, output_adapter, refuse_packed
 from luthier.model.anatomy import Anatomy
-from luthier.model.hanging import Fixed
 from luthier.model.inputs import soft_prompt
 from luthier.model.peft_modules import PeftModules
 from luthier.model.undo import Change, together
 from luthier.support.errors import LuthierError
 from luthier.update import binding
-from luthier.update.base import Order, Part, PeftFolder, Shapes, packed_problem
+from luthier.update.base import Order, Part, PeftFolder, Shapes, in_json, packed_problem
 
 HEADS = ("score", "classifier")  # what transformers calls a classification head
 
@@ -37,25 +38,18 @@ class Replace(Part):
     def names(self) -> Collection[str]:
         return self.values.keys()
 
-    def whole(self) -> Collection[str]:
-        return self.values.keys()
-
     def replaces(self) -> Collection[str]:
         return self.values.keys()
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.values)
 
-    def header(self) -> dict[str, Any]:
-        return {}
-
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> Self:
         return cls(tensors)
 
     def problems(self, shapes: Shapes) -> Iterator[str]:
-        for name, t in self.values.items():
-            yield from binding.misfit(name, t, shapes)
+        return binding.misfits(self.values, shapes)
 
     def bind(self, view: Any, scale: float = 1.0) -> Change:
         self.refuse_scale(scale)
@@ -138,9 +132,6 @@ class Modules(Part):
     def tensors(self) -> dict[str, Tensor]:
         return {f"a.{n}": t for n, t in self.a.items()} | {f"b.{n}": t for n, t in self.b.items()}
 
-    def header(self) -> dict[str, Any]:
-        return {}
-
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> Self:
         return cls(binding.below("a.", tensors), binding.below("b.", tensors))
@@ -199,11 +190,20 @@ class Modules(Part):
         return Modules(a, b), None
 
 
-# Of a stranger's adapter configuration: its own kind, starts that would rewrite the base, code to import.
+# What is ignored in an adapter's configuration: its own kind, starts that would rewrite the base, code to import.
 NOT_TAKEN_UP = frozenset(
     {"peft_type", "auto_mapping", "peft_version", "init_lora_weights", "loftq_config", "eva_config", "corda_config",
      "megatron_config", "megatron_core", "runtime_config"}
 )  # fmt: skip
+
+
+@contextmanager
+def _pefts_errors() -> Iterator[None]:
+    """Turns errors of peft about an adapter into LuthierError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise LuthierError(f"this adapter cannot be put on the base ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ class PeftPart(Part):
         return dict(self.state)
 
     def header(self) -> dict[str, Any]:
-        return {"config": {k: sorted(v) if isinstance(v, set) else v for k, v in self.config.items()}}
+        return {"config": in_json(self.config)}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> Self:
@@ -242,27 +242,26 @@ class PeftPart(Part):
         return [x.module for x in anatomy.linears if f".{x.module}".endswith(ends)]
 
     def attach(self, module: nn.Module) -> PeftModules:
-        """peft's modules on this model, not to be trained. Raises LuthierError where configuration and tensors do not
-        fit each other.
+        """peft's modules on this model, not to be trained.
+
+        Raises LuthierError, with the model as it was, if configuration, tensors and model do not fit each other.
         """
         from peft import get_peft_model
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         known = {k: v for k, v in self.config.items() if k not in NOT_TAKEN_UP}
-        try:
+        with _pefts_errors():
             config = PEFT_TYPE_TO_CONFIG_MAPPING[self.config["peft_type"]](**known)
             placed = PeftModules(module, lambda model: get_peft_model(model, config))
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise LuthierError(f"this adapter cannot be put on the base ({error})") from error
         placed.freeze()
         try:
-            without_place = placed.take_up(self.state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            with _pefts_errors():
+                without_place = placed.take_up(self.state)
+            if without_place:
+                raise LuthierError(f"this adapter holds tensors the base has no place for: {without_place[0]}")
+        except LuthierError:
             placed.undo()
-            raise LuthierError(f"this adapter cannot be put on the base ({error})") from error
-        if without_place:
-            placed.undo()
-            raise LuthierError(f"this adapter holds tensors the base has no place for: {without_place[0]}")
+            raise
         return placed
 
     def bind(self, view: Any, scale: float = 1.0) -> Change:
@@ -281,7 +280,7 @@ class PeftPart(Part):
         return self, later
 
     def peft(self, others: Sequence[Part]) -> PeftFolder | None:
-        return None if others else PeftFolder(self.header()["config"] | {"inference_mode": True}, dict(self.state))
+        return None if others else PeftFolder(in_json(self.config) | {"inference_mode": True}, dict(self.state))
 
     @classmethod
     def from_peft(cls, folder: PeftFolder) -> Part | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from luthier.data.batch import collate
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import evaluating
 from luthier.support.errors import LuthierError
-from luthier.update.base import Part, PeftFolder
+from luthier.update.base import Part, PeftFolder, in_json
 from luthier.update.binding import below
 from luthier.update.forms import FORMS, restore
 from luthier.update.packing import Chart
@@ -54,7 +55,7 @@ def load(folder: str | Path) -> Update:
         parts: list[Part] = []
         for i, entry in enumerate(header["parts"]):
             parts.append(restore(entry["kind"], below(f"{i}.", tensors), entry["header"]))
-        chart = Chart(header["chart"], below("chart.", tensors)) if header.get("chart") else None
+        chart = Chart(below("chart.", tensors)) if header.get("chart") else None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise LuthierError(f"{folder / 'update.json'}: is not an update that luthier wrote ({error!r})") from error
     if (folder / "adapter_model.safetensors").exists():
@@ -90,13 +91,13 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
 
 
 def _save_ours(update: Update, folder: Path) -> None:
-    header: dict[str, Any] = {"format": 1, "base": update.base.model_dump(), "parts": [], "chart": None}
+    header: dict[str, Any] = {"format": 1, "base": update.base.model_dump(), "parts": [], "chart": False}
     tensors: dict[str, Tensor] = {}
     for i, part in enumerate(update.parts):
         header["parts"].append({"kind": part.kind, "header": part.header()})
         tensors |= {f"{i}.{k}": t.contiguous() for k, t in part.tensors().items()}
     if update.chart is not None:
-        header["chart"] = update.chart.form
+        header["chart"] = True
         tensors |= {f"chart.{k}": t.contiguous() for k, t in update.chart.initial.items()}
     if tensors:
         save_file(tensors, folder / "update.safetensors")
@@ -109,10 +110,9 @@ def _save_peft(shared: PeftFolder, name: str, folder: Path, view: Any) -> None:
     config = {**shared.config, "base_model_name_or_path": place or shared.config.get("base_model_name_or_path") or name}
     if view is not None and config.get("task_type") == "CAUSAL_LM" and not view.module.can_generate():
         config["task_type"] = None  # peft knows no task for encoders that fill gaps, and opens them without one
-    lists = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     tensors = {n: t.contiguous() for n, t in shared.tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(lists, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "adapter_config.json").write_text(json.dumps(in_json(config), indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _load_peft(folder: Path) -> list[Part]:
@@ -121,7 +121,7 @@ def _load_peft(folder: Path) -> list[Part]:
     shared = PeftFolder(_header(file), _tensors(folder / "adapter_model.safetensors"))
     try:
         found = [form.from_peft(shared) for form in FORMS.values()]
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError, re.error) as error:
         raise LuthierError(f"{file}: is no adapter configuration ({error!r})") from error
     return [part for part in found if part is not None]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,13 +17,13 @@ from luthier.update.vectors import LowRank
 
 @dataclass(frozen=True)
 class Chart:
-    """Which numbers two low-rank updates must share before their factors compare: initial tensors and order."""
+    """What two low-rank updates must share before their factors can be compared: the initial tensors and their order."""
 
-    form: str
     initial: Mapping[str, Tensor] = field(repr=False)  # "a.NAME" -> A0
 
     @property
     def digest(self) -> str:
+        """A hash of the initial tensors."""
         return tensor_hash(dict(self.initial))
 
 
@@ -34,11 +35,16 @@ class Packed(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """One factor tensor's place: key in the chart ("a.NAME" or "b.NAME"), layer, shape."""
+    """Where one factor tensor is: its key in the chart ("a.NAME" or "b.NAME"), its layer, its shape."""
 
     key: str
     layer: int
     shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Numbers in the tensor."""
+        return math.prod(self.shape)
 
 
 def layer_of(name: str) -> int:
@@ -56,24 +62,35 @@ def slots(shapes: Mapping[str, tuple[int, ...]]) -> list[Slot]:
 
 
 def widths(order: list[Slot]) -> dict[int, int]:
-    """Numbers a layer."""
+    """Numbers in each layer, by layer in ascending order."""
     out: dict[int, int] = {}
     for s in order:
-        out[s.layer] = out.get(s.layer, 0) + torch.Size(s.shape).numel()
+        out[s.layer] = out.get(s.layer, 0) + s.numel
     return out
+
+
+def places(order: list[Slot]) -> Iterator[tuple[Slot, int, slice]]:
+    """(slot, its row, its columns) in a packed update."""
+    wide = widths(order)
+    rows, filled = {layer: i for i, layer in enumerate(wide)}, dict.fromkeys(wide, 0)
+    for s in order:
+        start = filled[s.layer]
+        filled[s.layer] += s.numel
+        yield s, rows[s.layer], slice(start, start + s.numel)
+
+
+def size(order: list[Slot]) -> tuple[int, int]:
+    """(L, d) of a packed update: as many rows as layers, as wide as the widest."""
+    wide = widths(order)
+    return len(wide), max(wide.values())
 
 
 def kinds(shapes: Mapping[str, tuple[int, ...]]) -> Tensor:
     """[L, d] int8: 0 for a coordinate of an A, 1 for one of a B, -1 where a narrower layer is padded."""
     order = slots(shapes)
-    wide = widths(order)
-    out = torch.full((len(wide), max(wide.values())), -1, dtype=torch.int8)
-    at = dict.fromkeys(sorted(wide), 0)
-    rows = {layer: i for i, layer in enumerate(at)}
-    for s in order:
-        n = torch.Size(s.shape).numel()
-        out[rows[s.layer], at[s.layer] : at[s.layer] + n] = "ab".index(s.key[0])
-        at[s.layer] += n
+    out = torch.full(size(order), -1, dtype=torch.int8)
+    for s, row, columns in places(order):
+        out[row, columns] = "ab".index(s.key[0])
     return out
 
 
@@ -99,15 +116,10 @@ def pack(values: Mapping[str, Tensor]) -> Packed:
 
     Raises ValueError for a value that is not finite.
     """
-    per_layer: dict[int, list[Tensor]] = {}
-    for s in slots({k: tuple(t.shape) for k, t in values.items()}):
-        per_layer.setdefault(s.layer, []).append(values[s.key].reshape(-1))
-    rows = [torch.cat(parts) for _, parts in sorted(per_layer.items())]
-    width = max(len(r) for r in rows)
-    out = torch.zeros(len(rows), width)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, r in enumerate(rows):
-        out[i, : len(r)], mask[i, : len(r)] = r, True
+    order = slots({k: tuple(t.shape) for k, t in values.items()})
+    out, mask = torch.zeros(size(order)), torch.zeros(size(order), dtype=torch.bool)
+    for s, row, columns in places(order):
+        out[row, columns], mask[row, columns] = values[s.key].reshape(-1), True
     if not out.isfinite().all():
         raise ValueError("a value of this update is not finite")
     return Packed(out, mask)
@@ -116,14 +128,6 @@ def pack(values: Mapping[str, Tensor]) -> Packed:
 def unpack(rows: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The exact inverse of `pack`. Raises ValueError where [L, d] does not fit the shapes."""
     order = slots(shapes)
-    wide = widths(order)
-    layers = sorted(wide)
-    if tuple(rows.shape) != (len(layers), max(wide.values())):
-        raise ValueError(f"packed update is {tuple(rows.shape)}, these shapes need {(len(layers), max(wide.values()))}")
-    out: dict[str, Tensor] = {}
-    at = dict.fromkeys(layers, 0)
-    for s in order:
-        n = torch.Size(s.shape).numel()
-        out[s.key] = rows[layers.index(s.layer), at[s.layer] : at[s.layer] + n].reshape(s.shape).clone()
-        at[s.layer] += n
-    return out
+    if tuple(rows.shape) != size(order):
+        raise ValueError(f"packed update is {tuple(rows.shape)}, these shapes need {size(order)}")
+    return {s.key: rows[row, columns].reshape(s.shape).clone() for s, row, columns in places(order)}

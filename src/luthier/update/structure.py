@@ -112,7 +112,7 @@ class Structure(Part):
         return int(number), role_of(module), which
 
     def _roles(self, shapes: Shapes, block: int) -> dict[str, list[str]]:
-        """role -> names of a block's matrices."""
+        """Role -> names of a block's matrices."""
         found: dict[str, list[str]] = {}
         for name in shapes:
             at, role, which = self._place(name)
@@ -131,7 +131,7 @@ class Structure(Part):
         q, k = (self._width(shapes, found[role][0], rows=True) for role in "qk")
         return q // k
 
-    # --- what cannot be ---
+    # --- what cannot be removed ---
 
     def problems(self, shapes: Shapes) -> Iterator[str]:
         if self.head_dim < 1:
@@ -156,10 +156,10 @@ class Structure(Part):
         q, k, v = (self._width(shapes, found[role][0], rows=True) for role in "qkv")
         o = self._width(shapes, found["o"][0], rows=False)
         if q != o or k != v or q % self.head_dim or k % self.head_dim or q % k:
-            yield f"block {block}: q, k, v and o of widths {q}, {k}, {v}, {o} are no heads of {self.head_dim} each"
+            yield f"block {block}: q, k, v and o of widths {q}, {k}, {v}, {o} are not heads of {self.head_dim} each"
             return
         if odd := self._per_head(shapes, found["q"][0], {q, k, q // self.head_dim} - {self.head_dim}):
-            yield f"block {block}: {odd} counts heads too, and is not known how to be shortened"
+            yield f"block {block}: {odd} counts heads too, and luthier does not know how to shorten it"
             return
         heads, kv = self.heads.get(block, torch.tensor([], dtype=torch.int64)), self.kv_heads.get(block)
         total = q // self.head_dim
@@ -334,7 +334,9 @@ def _left_by_group(heads: Tensor, total: int, group: int) -> list[int]:
 def _joined(first: Tensor | None, then: Tensor | None) -> Tensor:
     """All removed places, where `then` counts what `first` left."""
     if first is None or then is None:
-        return first if first is not None else then  # type: ignore[return-value]
+        known = first if then is None else then
+        assert known is not None
+        return known
     reach = int(then.max()) + len(first) + 1 if len(then) else 0
     stays = torch.ones(max(reach, int(first.max()) + 1 if len(first) else 0), dtype=torch.bool)
     stays[first] = False
@@ -346,7 +348,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _set_features(layer: nn.Module) -> Change:
-    """Let a layer say the widths that its weight has."""
+    """Write the widths of a layer's weight into its attributes."""
     names = ("nx", "nf") if isinstance(layer, Conv1D) else ("out_features", "in_features")
     return _set_counts(layer, dict(zip(names, layer.weight.shape, strict=True)))  # type: ignore[arg-type]
 

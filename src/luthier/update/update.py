@@ -128,10 +128,7 @@ class Update:
 
     def dense(self) -> dict[str, Tensor]:
         """All differences at once, summed by name."""
-        total: dict[str, Tensor] = {}
-        for name, delta in self.deltas():
-            total[name] = total[name] + delta if name in total else delta
-        return total
+        return dict(self.sums())
 
     def to(self, form: str, *, rank: int | None = None, density: float | None = None) -> tuple[Update, float]:
         """Another form and its relative error (Frobenius norm of what is lost over that of the whole).

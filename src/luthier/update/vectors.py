@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from luthier.model.adapters import Fixed
 from luthier.model.additions import low_rank_adapter, refuse_packed
 from luthier.model.anatomy import Anatomy
-from luthier.model.hanging import Fixed
 from luthier.model.undo import Change, together
 from luthier.update import binding
 from luthier.update.base import PEFT_PREFIX, Order, Part, PeftFolder, Shapes
@@ -45,22 +45,15 @@ class Dense(Part):
     def names(self) -> Collection[str]:
         return self.changes.keys()
 
-    def whole(self) -> Collection[str]:
-        return self.changes.keys()
-
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.changes)
-
-    def header(self) -> dict[str, Any]:
-        return {}
 
     @classmethod
     def restore(cls, tensors: dict[str, Tensor], header: dict[str, Any]) -> Self:
         return cls(tensors)
 
     def problems(self, shapes: Shapes) -> Iterator[str]:
-        for name, t in self.changes.items():
-            yield from binding.misfit(name, t, shapes)
+        return binding.misfits(self.changes, shapes)
 
     def bind(self, view: Any, scale: float = 1.0) -> Change:
         return binding.add_to_weights(self, view, scale)
@@ -114,7 +107,7 @@ class Sparse(Part):
         if not 0 < density <= 1:
             raise ValueError(f"density = {density}: should lie in (0, 1]")
         counts = {n: max(1, int(t.numel() * density)) for n, t in full.items()}
-        indices = {n: t.abs().view(-1).topk(counts[n]).indices.sort().values for n, t in full.items()}
+        indices = {n: t.abs().reshape(-1).topk(counts[n]).indices.sort().values for n, t in full.items()}
         values = {n: full[n].reshape(-1)[i] for n, i in indices.items()}
         return cls(indices, values, {n: tuple(t.shape) for n, t in full.items()})
 
@@ -138,14 +131,14 @@ class Sparse(Part):
             return
         for name, index in self.indices.items():
             value = self.values[name]
-            if name not in shapes or tuple(self.shapes[name]) != tuple(shapes[name]):
-                yield f"{name} has shape {self.shapes[name]}, the base {shapes.get(name, 'no such tensor')}"
+            if wrong := binding.other_shape(name, self.shapes[name], shapes):
+                yield wrong
             elif value.shape != index.shape or index.dtype != torch.int64 or index.ndim != 1:
                 yield f"{name}: indices and values do not pair up"
             elif value.dtype != torch.float32:
                 yield f"{name}: values of {value.dtype}, torch.float32 is wanted"
-            elif len(index) and not (int(index.min()) >= 0 and int(index.max()) < binding.size(shapes[name])):
-                yield f"{name}: an index lies outside 0..{binding.size(shapes[name]) - 1}"
+            elif len(index) and not (int(index.min()) >= 0 and int(index.max()) < math.prod(shapes[name])):
+                yield f"{name}: an index lies outside 0..{math.prod(shapes[name]) - 1}"
             elif len(index.unique()) != len(index):
                 yield f"{name}: an index occurs twice"
             elif not value.isfinite().all():
@@ -370,9 +363,20 @@ class LowRank(Part):
         scale: dict[str, float] = {}
         for module, which, t in folder.factors():
             (a if which == "A" else b)[f"{module}.weight"] = t
-            rank = config["rank_pattern"].get(module, config["r"])
-            scale[f"{module}.weight"] = config["alpha_pattern"].get(module, config["lora_alpha"]) / rank
+            rank, alpha = (
+                _of_module(config, module, *keys) for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+            )
+            scale[f"{module}.weight"] = alpha / rank
         return cls(a, b, scale, frozenset(a) if config.get("fan_in_fan_out") else frozenset())
+
+
+def _of_module(config: Mapping[str, Any], module: str, patterns: str, default: str) -> float:
+    """A number of an adapter's configuration for one module, by peft's own rule for patterns of names."""
+    from peft.utils.other import get_pattern_key
+
+    by_name: dict[str, float] = config.get(patterns) or {}
+    found: float = by_name.get(get_pattern_key(list(by_name), module), config[default])
+    return found
 
 
 def noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
@@ -438,8 +442,8 @@ class Seeds(Part):
         elif not self.scalars.isfinite().all():
             yield "a scalar is not finite"
         for name, shape in self.shapes.items():
-            if tuple(shapes.get(name, ())) != tuple(shape):
-                yield f"{name} has shape {shape}, the base {shapes.get(name, 'no such tensor')}"
+            if wrong := binding.other_shape(name, shape, shapes):
+                yield wrong
 
     def bind(self, view: Any, scale: float = 1.0) -> Change:
         return binding.add_to_weights(self, view, scale)

@@ -53,7 +53,7 @@ def test_thresholds_are_arguments():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"tokens": None, "no_progress": "inputs depend on the position"}, "tokens were not looked for: inputs depend"),
+        ({"tokens": None, "untested": "inputs depend on the position"}, "tokens were not looked for: inputs depend"),
         ({"memory": None}, "no canaries were used"),
         ({"memory": MEMORY._replace(canaries=99)}, "99 canaries were planted; a verdict needs 100"),
         ({"membership": None}, "membership was not measured"),

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from luthier.collaboration.audit.membership import epsilon_low, membership
+from luthier.collaboration.audit.membership import area, epsilon_low, membership
 
 
 def responses(epsilon, count, seed=0):
@@ -35,6 +35,11 @@ def test_scores_that_tell_nothing_bound_nothing():
     found = membership(generator.normal(size=1000), generator.normal(size=1000))
     assert found.auc == pytest.approx(0.5, abs=0.03) and found.found < 0.03 and found.epsilon_low == 0.0
     assert not found.weak and membership(np.arange(499.0), np.arange(600.0)).weak
+
+
+def test_the_area_counts_pairs_and_half_of_the_ties():
+    """Of the six pairs (1, 2, 3 above 0, 2), four are in order and one is tied: 4.5 / 6."""
+    assert area(np.array([1.0, 2.0, 3.0]), np.array([0.0, 2.0])) == pytest.approx(4.5 / 6)
 
 
 def test_scores_that_tell_all_are_found():

@@ -1,4 +1,4 @@
-"""The contract of luthier's methods, over ours."""
+"""The contract of luthier's methods, for ours."""
 
 from luthier_focal import Focal
 

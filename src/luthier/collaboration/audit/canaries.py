@@ -17,6 +17,7 @@ from luthier.data.rendering import Renderer
 from luthier.inference.generation import generate, sampled
 from luthier.inference.scoring import row_scores
 from luthier.model.view import ModelView
+from luthier.support.errors import LuthierError
 from luthier.support.progress import OnProgress, no_progress
 from luthier.support.rng import Streams
 
@@ -62,7 +63,12 @@ class Memory(NamedTuple):
 
 
 def canaries(count: int, streams: Streams) -> tuple[list[Canary], list[Canary]]:
-    """(`count` to tune on, `count` controls): people with different names, equal in all else."""
+    """(`count` to tune on, `count` controls): people with different names, equal in all else.
+
+    Raises LuthierError for fewer than two: one canary has no spread, so nothing could be told from chance.
+    """
+    if count < 2:
+        raise LuthierError(f"canaries: {count}; use 2 or more, or 0 for no such audit")
     named = people(int(streams.at("canary-names").integers(2**31)), 2 * count)
     coin = streams.at("canary-halves").integers(2, size=count)
     planted, controls = [], []
@@ -145,6 +151,6 @@ def memory(
     )  # fmt: skip
 
 
-def rows_of(found: Sequence[Canary], renderer: Renderer) -> list[dict[str, Any]]:
+def planted_rows(found: Sequence[Canary], renderer: Renderer) -> list[dict[str, Any]]:
     """Training rows of canaries."""
     return [renderer.render(c.row(), f"canary:{i}") for i, c in enumerate(found)]

@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, Field
 
-from luthier.collaboration.audit import canaries as of_canaries
-from luthier.collaboration.audit import membership as of_members
+from luthier.collaboration.audit.canaries import FEW as FEW_CANARIES
 from luthier.collaboration.audit.canaries import Memory
+from luthier.collaboration.audit.membership import FEW as FEW_ROWS
 from luthier.collaboration.audit.membership import Membership
 from luthier.collaboration.audit.tokens import FALSE_POSITIVES, Found
 from luthier.collaboration.parties import Disclosure
@@ -29,12 +29,12 @@ LIMITS = Limits()
 
 
 class Leaks(NamedTuple):
-    """What was measured; None for an audit that was left out. `no_progress` says why tokens were not measured."""
+    """What was measured; None for an audit that was left out. `untested` says why tokens were not looked for."""
 
     tokens: list[Found] | None
     memory: Memory | None
     membership: Membership | None
-    no_progress: str = ""
+    untested: str = ""
 
 
 class Verdict(NamedTuple):
@@ -64,15 +64,13 @@ def judged(leaks: Leaks, limits: Limits = LIMITS, epsilon: float | None = None) 
                 f"epsilon is at least {m.epsilon_low:.2f}, but {epsilon:.2f} is claimed, so the claim is wrong"
             )
         if m.weak:
-            gaps.append(
-                f"membership: {m.members} tuned and {m.others} held-out rows; a bound needs {of_members.FEW} of each"
-            )
+            gaps.append(f"membership: {m.members} tuned and {m.others} held-out rows; a bound needs {FEW_ROWS} of each")
     return Verdict("fail" if failures else "unknown" if gaps else "pass", failures, gaps)
 
 
 def _tokens(leaks: Leaks, limits: Limits) -> tuple[list[str], list[str]]:
     if leaks.tokens is None:
-        return [], ["tokens were not looked for" + (f": {leaks.no_progress}" if leaks.no_progress else "")]
+        return [], ["tokens were not looked for" + (f": {leaks.untested}" if leaks.untested else "")]
     rate = FALSE_POSITIVES[0]
     worst = max(leaks.tokens, key=lambda f: f.recall.get(rate, 0.0))
     share = worst.recall.get(rate, 0.0)
@@ -95,7 +93,7 @@ def _memory(leaks: Leaks, limits: Limits) -> tuple[list[str], list[str]]:
             f"(at most {m.highest:.1f})"
         )
     if m.weak:
-        gaps.append(f"{m.canaries} canaries were planted; a verdict needs {of_canaries.FEW}")
+        gaps.append(f"{m.canaries} canaries were planted; a verdict needs {FEW_CANARIES}")
     return over, gaps
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
+from luthier.collaboration.audit.membership import area
 from luthier.data.batch import collate
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
@@ -193,4 +193,4 @@ def _scored(far: Tensor, true: frozenset[int]) -> tuple[dict[float, float], floa
     for rate in FALSE_POSITIVES:
         allowed = int(rate * len(others))
         recall[rate] = float((far[present] < others[allowed]).double().mean())
-    return recall, float(roc_auc_score(present.numpy(), -far.numpy()))
+    return recall, area(-far[present].numpy(), -far[~present].numpy())

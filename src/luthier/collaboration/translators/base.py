@@ -18,10 +18,10 @@ FLOOR = 1e-8  # smallest deviation
 class Pairs(NamedTuple):
     """Update vectors of the small and of the large model, tuned on the same rows.
 
-    x        [N, L_S, d_S] float32, from `collaboration.packing.pack`
+    x        [N, L_S, d_S] float32, from `luthier.update.packing.pack`
     y        [N, L_T, d_T] float32
     shadow   [N] int64: the shadow set of a pair; snapshots of one set share it
-    x_kinds  [L_S, d_S] int8, from `packing.kinds`: the factor that a coordinate belongs to, PADDED if none
+    x_kinds  [L_S, d_S] int8, from `luthier.update.packing.kinds`: the factor that a coordinate belongs to, PADDED if none
     y_kinds  [L_T, d_T] int8
     """
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from luthier.collaboration.agreement import Agreement
-from luthier.collaboration.base import Collaboration, Workshop
+from luthier.collaboration.base import Collaboration
 from luthier.collaboration.grad_transformer import shadow
 from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused, decode
@@ -57,9 +57,9 @@ class Bench:
         return view_of(layers=2 + number, seed=number)
 
     @property
-    def workshop(self) -> Workshop:
-        """A fresh one, of tiny models."""
-        return Workshop(Lab(models={r: partial(self.view, r) for r in self.method.roles}), self.shadows)
+    def lab(self) -> Lab:
+        """A new lab with tiny models."""
+        return Lab(models={r: partial(self.view, r) for r in self.method.roles}, shadowing=self.shadows)
 
     def shadows(self, sets: int, snapshots: int) -> list[dict[str, Tensor]]:
         """Both models' updates on sets of public rows."""
@@ -67,7 +67,7 @@ class Bench:
 
     def server(self, names: Sequence[str] = NAMES, journal: Journal | None = None) -> RoundServer:
         """Before anything has arrived."""
-        return self.method.server(self.contract, list(names), journal, self.workshop)
+        return self.method.server(self.contract, list(names), journal, self.lab)
 
     def client(self, name: str) -> Member:
         """A party with rows that go with its name."""
@@ -192,7 +192,7 @@ def test_a_client_leaves_its_model_as_it_was(collaborate: Example) -> None:
     (sent,) = party.handle(state)
     assert worn(view) == before
     party.moved(sent.message)
-    one.method.alone(NAMES[0], one.contract, one.workshop, rows_of_party(0))
+    one.method.alone(NAMES[0], one.contract, one.lab, rows_of_party(0))
     assert worn(view) == before
 
 
@@ -211,9 +211,13 @@ def test_a_server_killed_after_each_arrival_goes_on_to_the_same_bits(collaborate
     one, (expected, _, heard) = bench(collaborate), whole(collaborate)
     arrived = [s.message for s, _ in heard if s.message.header.sender != SERVER]
     server = one.server(journal=Journal(tmp_path, LIMIT))
-    for message in arrived:
+    for i, message in enumerate(arrived, 1):
         server.handle(message)
         server = one.server(journal=Journal(tmp_path, LIMIT))  # the one before is gone
+        answered = {m.header.sender for m in arrived[:i] if m.header.round == server.round}
+        assert server.finished or {s.to for s in server.begin()} == set(NAMES) - answered, (
+            "only the others are asked again"
+        )
     assert server.finished and {s.to for s in server.begin()} == set(NAMES)
     for name in NAMES:
         assert bits(server.outcome(name)) == bits(expected.outcome(name))
@@ -301,11 +305,11 @@ def test_another_model_or_contract_is_refused_on_the_clients_side(collaborate: E
 def test_what_a_client_has_alone_and_where_it_begins(collaborate: Example) -> None:
     """Alone it has an update of the model that it tunes; the first state is the one that `beginning` writes down."""
     one = bench(collaborate)
-    alone = one.method.alone(NAMES[0], one.contract, one.workshop, rows_of_party(0))
+    alone = one.method.alone(NAMES[0], one.contract, one.lab, rows_of_party(0))
     own = one.view(one.method.roles[0])
     assert alone.base.same_base(own.base) and any(t.abs().max() > 0 for t in alone.dense().values())
-    assert bits(alone) == bits(one.method.alone(NAMES[0], one.contract, one.workshop, rows_of_party(0)))
-    whole_set = one.method.centralised(one.contract, one.workshop, rows_of_party(0))
+    assert bits(alone) == bits(one.method.alone(NAMES[0], one.contract, one.lab, rows_of_party(0)))
+    whole_set = one.method.centralised(one.contract, one.lab, rows_of_party(0))
     assert whole_set.base.same_base(one.view(one.method.roles[-1]).base)
     first, begun = one.server().begin()[0].message.tensors(), one.method.beginning(one.contract)
     assert begun.keys() == first.keys() and all(torch.equal(begun[n], first[n]) for n in begun)

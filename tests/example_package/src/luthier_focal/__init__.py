@@ -1,4 +1,4 @@
-"""Focal loss, as somebody else would bring it to luthier."""
+"""Focal loss, as a package of its own adds it to luthier."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.method import Source, Traits
-from luthier.objectives.base import Forward, Objective, Term
+from luthier.objectives.base import Forward, Objective, Term, weighed
 
 
 def focal(nll: Tensor, gamma: float) -> Tensor:
@@ -16,7 +16,7 @@ def focal(nll: Tensor, gamma: float) -> Tensor:
 
 
 class Focal(Objective):
-    """Turn the loss of tokens that are right already down.
+    """Lower the loss of tokens that the model predicts well already.
 
     Cost: that of sft.
     """
@@ -24,8 +24,8 @@ class Focal(Objective):
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source("Focal Loss for Dense Object Detection", 2017, "arXiv:1708.02002", "eq. 4")
 
-    gamma: float = Field(2.0, ge=0)
+    gamma: float = Field(2.0, ge=0, allow_inf_nan=False)
     """Focusing strength; 0 is sft."""
 
     def loss(self, fwd: Forward) -> Mapping[str, Term]:
-        return {"loss": Term(focal(fwd.nll(), self.gamma).sum(), "tokens")}
+        return {"loss": Term(weighed(focal(fwd.nll(), self.gamma), fwd.batch).sum(), "tokens")}

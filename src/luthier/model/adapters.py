@@ -21,7 +21,7 @@ from luthier.kernels.linear import low_rank_linear
 from luthier.model.undo import Change
 from luthier.support.errors import LuthierError
 
-KEY = "luthier_hung"  # of a module's stacks, in its __dict__
+ADAPTERS = "luthier_adapters"  # the key of a module's stacks in its __dict__
 Forward = Callable[..., Any]
 
 
@@ -82,7 +82,7 @@ class Beside:
 
 @dataclass(frozen=True, eq=False)
 class Behind:
-    """Something around the forward with all that hangs on it so far.
+    """Something around the forward with everything that is on it so far.
 
     factors  the A and B of an adapter that multiplies the output by them
     """
@@ -91,7 +91,7 @@ class Behind:
     factors: tuple[Factor, Factor] | None = None
 
 
-Hung = Core | Beside | Behind
+Addition = Core | Beside | Behind
 
 
 class Stack:
@@ -100,34 +100,34 @@ class Stack:
     def __init__(self, module: nn.Module, method: str) -> None:
         self.module, self.method = module, method
         self.foreign: Forward | None = module.__dict__.get(method)  # another library's, which comes back in the end
-        self.hung: list[Hung] = []
-        self.left_out: list[Hung] = []  # for now; one that is left out twice stands here twice
+        self.additions: list[Addition] = []
+        self.left_out: list[Addition] = []  # for now; one that is left out twice stands here twice
 
     @property
-    def active(self) -> list[Hung]:
+    def active(self) -> list[Addition]:
         """What the module computes with, in the order it came."""
-        return [h for h in self.hung if h not in self.left_out]
+        return [x for x in self.additions if x not in self.left_out]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Stack:
-        return self  # it is that of the module it was made for, which `hang` looks at
+        return self  # it is that of the module it was made for, which `add_to` checks
 
-    def add(self, what: Hung) -> None:
-        if isinstance(what, Core) and any(isinstance(h, Core) for h in self.hung):
+    def add(self, what: Addition) -> None:
+        if isinstance(what, Core) and any(isinstance(x, Core) for x in self.additions):
             raise ValueError("this layer's product is computed in another way already")
-        self.hung.append(what)
+        self.additions.append(what)
         self._rebuild()
 
-    def remove(self, what: Hung) -> None:
-        self.hung.remove(what)
+    def remove(self, what: Addition) -> None:
+        self.additions.remove(what)
         self._rebuild()
-        if not self.hung:
-            stacks = self.module.__dict__[KEY]
+        if not self.additions:
+            stacks = self.module.__dict__[ADAPTERS]
             del stacks[self.method]
             if not stacks:
-                del self.module.__dict__[KEY]
+                del self.module.__dict__[ADAPTERS]
 
     @contextmanager
-    def without(self, what: Hung) -> Iterator[None]:
+    def without(self, what: Addition) -> Iterator[None]:
         """Compute as if this were not there."""
         self.left_out.append(what)
         self._rebuild()
@@ -145,24 +145,24 @@ class Stack:
         else:
             self.module.__dict__.pop(self.method, None)
 
-    def _composed(self, hung: Sequence[Hung]) -> Forward:
+    def _composed(self, additions: Sequence[Addition]) -> Forward:
         forward: Forward = self.foreign or getattr(type(self.module), self.method).__get__(self.module)
         plain = self.foreign is None and type(self.module).forward in (nn.Linear.forward, Conv1D.forward)
-        for core in [h for h in hung if isinstance(h, Core)]:
+        for core in [x for x in additions if isinstance(x, Core)]:
             forward, plain = core.wrap(forward), False
-        if beside := [h for h in hung if isinstance(h, Beside)]:
+        if beside := [x for x in additions if isinstance(x, Beside)]:
             forward = with_terms(self.module, forward, beside, plain and not is_packed(self.module.weight))  # type: ignore[arg-type]
-        for behind in [h for h in hung if isinstance(h, Behind)]:
+        for behind in [x for x in additions if isinstance(x, Behind)]:
             forward = behind.wrap(forward)
         return forward
 
 
-def hang(module: nn.Module, what: Hung, method: str = "forward") -> Change:
+def add_to(module: nn.Module, what: Addition, method: str = "forward") -> Change:
     """Add something to a module's method. It can be removed in any order.
 
     Raises ValueError for a second Core, LuthierError for a copy of a layer with adapters.
     """
-    stacks = module.__dict__.setdefault(KEY, {})
+    stacks = module.__dict__.setdefault(ADAPTERS, {})
     stack = stacks.get(method)
     if stack is None:
         stack = stacks[method] = Stack(module, method)
@@ -173,17 +173,17 @@ def hang(module: nn.Module, what: Hung, method: str = "forward") -> Change:
 
 
 def replaces_product(module: nn.Module) -> bool:
-    """True for a layer on which a Core hangs."""
-    stack = module.__dict__.get(KEY, {}).get("forward")
-    return stack is not None and any(isinstance(h, Core) for h in stack.hung)
+    """True for a layer with a Core."""
+    stack = module.__dict__.get(ADAPTERS, {}).get("forward")
+    return stack is not None and any(isinstance(x, Core) for x in stack.additions)
 
 
 def factors_of(module: nn.Module) -> list[tuple[Beside | Behind, Factor, Factor]]:
     """The adapters that a layer computes with, in order, with their A and B."""
-    stack = module.__dict__.get(KEY, {}).get("forward")
-    hung = [] if stack is None or stack.module is not module else stack.active
-    beside = [(h, h.a, h.b) for h in hung if isinstance(h, Beside)]
-    return [*beside, *((h, *h.factors) for h in hung if isinstance(h, Behind) and h.factors)]
+    stack = module.__dict__.get(ADAPTERS, {}).get("forward")
+    additions = [] if stack is None or stack.module is not module else stack.active
+    beside = [(x, x.a, x.b) for x in additions if isinstance(x, Beside)]
+    return [*beside, *((x, *x.factors) for x in additions if isinstance(x, Behind) and x.factors)]
 
 
 def with_terms(module: nn.Module, beneath: Forward, terms: Sequence[Beside], fused: bool) -> Forward:
