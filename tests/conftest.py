@@ -52,9 +52,10 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 # Files with the longest tests. Of the two processes of `make test` none should begin one of them at the end, alone.
 SLOW = (
-    "federation/test_network.py", "run/test_run.py", "cli/test_collaborate.py", "testing/test_contract.py",
-    "cli/test_compare.py", "training/test_equalities.py", "demos/test_private.py",
-    "test_docs.py", "tasks/test_cloze.py", "report/test_pages.py", "run/test_nested.py", "run/test_forecast.py",
+    "federation/test_network.py", "run/test_run.py", "run/test_two_processes.py", "cli/test_collaborate.py",
+    "testing/test_contract.py", "cli/test_compare.py", "training/test_equalities.py", "demos/test_private.py",
+    "evaluation/test_lm_eval.py", "test_docs.py", "tasks/test_cloze.py", "report/test_pages.py", "run/test_nested.py",
+    "run/test_forecast.py",
 )  # fmt: skip
 
 

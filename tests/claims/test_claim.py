@@ -1,12 +1,14 @@
 """Claims: read, measured with pauses, judged and recorded."""
 
 import json
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
+from helpers.claims import CLAIM
 from helpers.commands import luthier
 from luthier.claims import claim as claims
 from luthier.claims.claim import Claim, Condition, load, measured
@@ -14,16 +16,6 @@ from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.statistics import estimate
 
 ROOT = Path(__file__).parents[2]
-TEXT = """method: sft
-# A remark that stays.
-claim: The better arm is better
-source: nowhere
-tier: tiny
-arms: [base, better]
-seeds: 3
-conditions:
-  - {says: better less base, measure: m, arm: better, against: base, at_least: 0.5}
-"""
 EXPERIMENT = """
 from pathlib import Path
 from beside import SHIFT
@@ -38,7 +30,7 @@ def measure(arm, seed, say):
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "claims").mkdir()
-    (tmp_path / "claims/thing.yaml").write_text(TEXT)
+    (tmp_path / "claims/thing.yaml").write_text(CLAIM)
     (tmp_path / "claims/thing.py").write_text(EXPERIMENT)
     (tmp_path / "claims/beside.py").write_text("SHIFT = 1.0\n")
     return tmp_path
@@ -66,7 +58,20 @@ def test_a_claim_is_measured_once_and_recorded(folder):
     assert len(calls(folder)) == 12
 
 
-def test_seeds_side_by_side_give_the_same_and_what_is_stored_says_where_it_was_measured(folder):
+class OneThread(ThreadPoolExecutor):
+    """In place of processes, which take seconds to start."""
+
+    def __init__(self, processes, context, initializer, arguments):
+        super().__init__(1)
+
+
+@pytest.mark.parametrize(
+    "executor",
+    [OneThread, pytest.param(ProcessPoolExecutor, marks=pytest.mark.soak)],
+    ids=["thread", "processes"],
+)
+def test_seeds_side_by_side_give_the_same_and_what_is_stored_says_where_it_was_measured(executor, folder, monkeypatch):
+    monkeypatch.setattr(claims, "ProcessPoolExecutor", executor)
     done = luthier("claim", "thing", "--processes", "2", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)["thing"]
@@ -139,7 +144,7 @@ def test_all_conditions_must_hold():
     ],
 )
 def test_a_faulty_claim_is_refused_with_its_line(folder, old, new, words):
-    (folder / "claims/thing.yaml").write_text(TEXT.replace(old, new))
+    (folder / "claims/thing.yaml").write_text(CLAIM.replace(old, new))
     said = luthier("claim", "thing", cwd=folder)
     assert said.returncode == 2 and words in said.stderr, said.stderr
 

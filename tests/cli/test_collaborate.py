@@ -262,7 +262,7 @@ def test_a_shut_gate_keeps_the_message_back(agreed, monkeypatch):
 def test_one_shot_by_files(agreed, tmp_path):
     recipe(tmp_path, collaborate={"one-shot": {"privacy": {"epsilon": 0.5, "delta": 0.01}}})
     assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
-    for name in NAMES:
+    for name in NAMES[:2]:
         done = tune(tmp_path, name, "--held", f"{name}-held.jsonl")
         assert done.returncode == 0 and "epsilon 0.5" in done.stderr and "whether a row is there" in done.stderr, (
             done.stderr
@@ -270,9 +270,9 @@ def test_one_shot_by_files(agreed, tmp_path):
         assert "upper bound: epsilon 0.50, by accounting" in done.stderr
         low = float(re.search(r"epsilon is at least (\S+) with 95%", done.stderr)[1])
         assert low <= 0.5, "what the attack shows stays under what is accounted for"
-    done = luthier("collaborate", "translate", "c", *[f"{n}.message" for n in NAMES], cwd=tmp_path)
+    done = luthier("collaborate", "translate", "c", *[f"{n}.message" for n in NAMES[:2]], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    workspace, updates = Workspace(tmp_path / "c"), [load(tmp_path / "results" / n) for n in NAMES]
+    workspace, updates = Workspace(tmp_path / "c"), [load(tmp_path / "results" / n) for n in NAMES[:2]]
     assert updates[0].base.same_base(workspace.first.base) and len({u.digest() for u in updates}) == 1
     page = (tmp_path / "results/report.html").read_text()
     assert "How much each client counts" in page and "not shared" in page

@@ -1,10 +1,12 @@
 """`luthier compare` from the command line: whole, killed and continued, with failing and foreign arms."""
 
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,6 +14,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from helpers.commands import LUTHIER, luthier, rows, write
+from helpers.finished import finished
+from luthier.tuned.export import export
 
 HERE = ("--processes", "0")  # in this process, which has torch already
 KEYS = {"evaluate": [{"exact-match": {"rows": 4, "max_new_tokens": 4}}], "max_steps": 8, "output_dir": None}
@@ -101,16 +105,48 @@ def test_finished_runs_are_never_run_twice_and_more_seeds_add_only_theirs(compar
 def test_a_failed_arm_is_reported_and_the_others_go_on(compared, model_folder, tmp_path):
     arms = {"lora": {}, "wild": {"tuner": "full", "learning_rate": 1e30, "on_nan": "stop"}, "full": {"tuner": "full"}}
     path = plan(tmp_path, model_folder, arms)
-    done = luthier("compare", path, "search=null", *HERE, cwd=tmp_path)
+    words = ("compare", path, "search=null", "seeds=[0]")
+    done = luthier(*words, *HERE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "failed: wild" in done.stdout and "lower learning_rate" in done.stdout
     assert "wild" in (tmp_path / "runs/compare-c/report.html").read_text()
-    strict = luthier("compare", path, "search=null", "--strict", *HERE, cwd=tmp_path)
+    strict = luthier(*words, "--strict", *HERE, cwd=tmp_path)
     assert strict.returncode == 1 and events(strict) == []
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.soak)])
-def test_stopped_at_any_moment_it_goes_on(ending, model_folder, tmp_path):
+def assert_goes_on(path, said):
+    """A stopped comparison is judged as far as it is, and the same command does only what is left."""
+    seen, folder = said.count("\ndone "), path.parent
+    now = luthier("compare", path, "--so-far", cwd=folder)
+    assert not events(now) and "Not finished: lora has " in now.stdout, now.stderr
+    assert now.stdout.endswith("report.html\n")
+    last = luthier("compare", path, *HERE, cwd=folder)
+    assert last.returncode == 0, last.stderr
+    before = int(re.search(r"(\d+) done before", last.stderr).group(1))
+    assert seen <= before <= seen + 2 and len(events(last)) == 10 - before, last.stderr
+
+
+def test_ctrl_c_while_a_worker_trains_keeps_what_is_done(model_folder, tmp_path, monkeypatch):
+    from luthier.cli.progress import Bar
+
+    path, say, timers = plan(tmp_path, model_folder, {"lora": {}, "full": {"tuner": "full"}}), Bar.say, []
+
+    def saying(self, text):
+        say(self, text)
+        if text.startswith("done ") and not timers:
+            timers.append(threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)))
+            timers[0].start()
+
+    monkeypatch.setattr(Bar, "say", saying)
+    stopped = luthier("compare", path, "--processes", "1", cwd=tmp_path)
+    assert stopped.returncode == 130 and "continue with: luthier compare" in stopped.stderr, stopped.stderr
+    assert 1 <= len(events(stopped)) < 10
+    assert_goes_on(path, stopped.stderr)
+
+
+@pytest.mark.soak  # the same from outside; SIGKILL leaves workers that still save
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_from_outside_at_any_moment_it_goes_on(ending, model_folder, tmp_path):
     path = plan(tmp_path, model_folder, {"lora": {}, "full": {"tuner": "full"}})
     with (tmp_path / "err").open("w") as err:
         child = subprocess.Popen([*LUTHIER, "compare", str(path)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=err)
@@ -119,17 +155,8 @@ def test_stopped_at_any_moment_it_goes_on(ending, model_folder, tmp_path):
             time.sleep(0.05)
         child.send_signal(ending)
         code = child.wait(90)
-    said = (tmp_path / "err").read_text()
-    seen = said.count("\ndone ")
-    now = luthier("compare", path, "--so-far", cwd=tmp_path)
-    assert not events(now) and "Not finished: lora has " in now.stdout and now.stdout.endswith("report.html\n"), (
-        now.stderr
-    )
-    assert code == -9 if ending == signal.SIGKILL else code == 130 and "continue with: luthier compare" in said, said
-    last = luthier("compare", path, *HERE, cwd=tmp_path)
-    assert last.returncode == 0, last.stderr
-    before = int(re.search(r"(\d+) done before", last.stderr).group(1))
-    assert seen <= before <= seen + 2 and len(events(last)) == 10 - before, last.stderr
+    assert code == (-9 if ending == signal.SIGKILL else 130)
+    assert_goes_on(path, (tmp_path / "err").read_text())
 
 
 def test_a_dry_run_says_what_it_will_take(model_folder, tmp_path):
@@ -178,6 +205,27 @@ trainer.save_model(output)
 """
 
 
+def test_what_a_command_leaves_is_scored_as_a_run_is(model_folder, tmp_path):
+    """One command leaves a peft adapter, another a whole model: both are a finished run's, whose loss is known."""
+    run = finished(tmp_path / "run", model_folder, held=rows(8, 100))
+    export(run, "hf", tmp_path / "whole")
+    loss = json.loads((run / "run.json").read_text())["after"]["loss"]["value"]
+    copy = f"{sys.executable} -c 'import shutil, sys; shutil.copytree(*sys.argv[1:])'"
+    commands = {"adapter": f"{copy} {run} {{output}}", "whole": f"{copy} {tmp_path / 'whole'} {{output}}"}
+    arms = {"lora": {}, **{name: {"command": c, "like": "lora"} for name, c in commands.items()}}
+    done = luthier(
+        "compare", plan(tmp_path, model_folder, arms), "search=null", "seeds=[0]", "--json", *HERE, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    lora, *theirs = json.loads(done.stdout)["arms"]
+    for arm in theirs:
+        assert arm["levels"]["loss"]["value"]["value"] == pytest.approx(loss, rel=1e-5), arm["arm"]
+        assert arm["levels"]["loss"]["base"] == lora["levels"]["loss"]["base"] > loss
+        assert arm["spent"]["steps"] == lora["spent"]["steps"] and arm["spent"]["flops"] == pytest.approx(2e8, rel=0.1)
+        assert set(arm["levels"]) == set(lora["levels"])
+
+
+@pytest.mark.soak  # importing trl takes long; what a command leaves is tested above
 def test_an_arm_of_trls_is_trained_and_scored_on_the_same_rows(model_folder, tmp_path):
     pytest.importorskip("trl")
     command = f"{sys.executable} trl_arm.py {{model}} {{train}} {{output}} {{seed}} {{learning_rate}} {{steps}} {{batch_size}}"

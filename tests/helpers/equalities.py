@@ -1,5 +1,8 @@
 """Settings, rows and methods for tests of what must be equal; other processes import them as well."""
 
+import pytest
+import torch
+
 from helpers.cloze import cloze, with_soft
 from luthier.data.batch import IGNORE
 from luthier.objectives.caft import Caft
@@ -49,6 +52,8 @@ RESUMED = {
     "dept": Dept(budget_length=12, length=4, max_length=16),
 }
 
+STEPS = 60  # of `to_the_end`
+
 
 def rows():
     return rows_of((14, 6, 13, 15, 11, 8, 12, 9, 7, 10), answer=5)
@@ -77,3 +82,21 @@ def trained(name, accelerator=None, **changes):
     moved = [*trainable.parameters(), *([] if loop.extra is None else loop.extra.parameters())]
     weights = {str(i): p.detach().reshape(-1).tolist() for i, p in enumerate(moved)}
     return {"losses": losses, "weights": weights, "skipped": loop.progress.skipped}
+
+
+def to_the_end(name, folder):
+    """Train a case in this folder, with a checkpoint after every step, from its newest checkpoint on."""
+    view = view_of()
+    settings = SETTINGS.model_copy(update={"max_steps": STEPS, "save_steps": 1})
+    trainable = RESUMED[name].attach(view, total_steps=STEPS)
+    loop = Loop(view, rows(), trainable, Sft(), settings, folder=folder)
+    loop.run()
+    return loop
+
+
+def assert_equal(a, b):
+    assert a["losses"] == pytest.approx(b["losses"], abs=1e-5) and a["skipped"] == b["skipped"]
+    for name in a["weights"]:
+        torch.testing.assert_close(
+            torch.tensor(a["weights"][name]), torch.tensor(b["weights"][name]), atol=1e-5, rtol=0
+        )

@@ -13,7 +13,7 @@ from luthier.update.base import PEFT_PREFIX
 def finished(folder, model, **keys):
     """A short run; returns its folder."""
     path = write(folder, model, **{"max_steps": 3, "evaluate": [], **keys})
-    run(recipe.load_file(path), folder / "out", folder)
+    run(recipe.load_file(path), folder / "out", folder, forecast=False)
     return folder / "out"
 
 

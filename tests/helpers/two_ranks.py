@@ -1,4 +1,7 @@
-"""Run under torchrun by test_equalities: the same steps on two ranks, printed by the first."""
+"""Run under torchrun by test_two_processes: steps of the loop on two ranks, then a whole run by the command line.
+
+Arguments: the file that the first rank writes its steps to, and a recipe.
+"""
 
 import json
 import os
@@ -37,12 +40,22 @@ def resumed(accelerator: Accelerator, folder: Path) -> dict:
     return {"whole": losses, "parts": parts, "ranks": [r["cpu"].tolist() for r in ranks]}
 
 
+def command(recipe: Path) -> None:
+    """`luthier run` in both ranks."""
+    from luthier.cli import main as luthier
+
+    sys.argv = ["luthier", "run", str(recipe)]
+    luthier()
+    sys.stdout.flush()
+
+
 def main() -> None:
     accelerator = Accelerator(cpu=True)
     out = {name: trained(name, accelerator) for name in RANKS}
     out["resumed"] = resumed(accelerator, Path(sys.argv[1]).parent / "checkpoints")
     if accelerator.is_main_process:
         Path(sys.argv[1]).write_text(json.dumps(out))
+    command(Path(sys.argv[2]))
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)  # gloo's threads may hang at interpreter exit

@@ -7,6 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from helpers.claims import CLAIM
 from helpers.collaborations import TINY, recipe
 from helpers.commands import luthier, rows, write
 from luthier.claims import claim as claims
@@ -17,15 +18,6 @@ pytestmark = pytest.mark.skipif(
     shutil.which("chromedriver") is None, reason="no chromedriver (Debian: chromium-driver)"
 )
 MODES = {"wide": (1000, "light"), "phone": (390, "light"), "dark": (1000, "dark")}
-CLAIM = """method: sft
-claim: A <b>claim</b> with a bound
-source: nowhere
-tier: tiny
-arms: [base, better]
-seeds: 3
-conditions:
-  - {says: better less base, measure: m, arm: better, against: base, at_least: 0.5}
-"""
 HOSTILE = "<script>document.title='taken'</script><img src=x onerror=alert(1)> " + "long" * 40
 
 
@@ -35,16 +27,16 @@ def pages(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     bad = {"prompt": HOSTILE, "completion": HOSTILE}
     half = {"q-tuning": {"keep_rows": 0.5, "keep_tokens": 0.5}}
-    keys = {"max_steps": 4, "curate": [{"q-tuning-offline": {"keep_fraction": 0.5}}], "objective": half}
+    keys = {"max_steps": 2, "curate": [{"q-tuning-offline": {"keep_fraction": 0.5}}], "objective": half}
     for name in ("run", "curate", "compare"):
         (folder / name).mkdir()
     path = write(folder / "run", model_folder, train=[bad, *rows(23)], held=[bad, *rows(5, 100)], **keys)
     made = {"run": luthier("run", path, cwd=folder / "run")}
     path = write(folder / "curate", model_folder, train=[bad, *rows(23)], **keys)
     made["curate"] = luthier("curate", path, "--output-dir", "out", cwd=folder / "curate")
-    path = write(folder / "compare", model_folder, train=rows(60), held=[bad, *rows(7, 100)], max_steps=4, output_dir=None,
+    path = write(folder / "compare", model_folder, train=rows(60), held=[bad, *rows(3, 100)], max_steps=2, output_dir=None,
                  evaluate=[{"exact-match": {"rows": 4, "max_new_tokens": 4}}])  # fmt: skip
-    words = ("--vary", "tuner=lora,full,hft", "--seeds", "2", "--no-search", "--processes", "0", "--output-dir", "out")
+    words = ("--vary", "tuner=lora,full", "--seeds", "2", "--no-search", "--processes", "0", "--output-dir", "out")
     made["compare"] = luthier("compare", path, *words, cwd=folder / "compare")
     assert all(done.returncode == 0 for done in made.values()), [done.stderr for done in made.values()]
     (folder / "c.yaml").write_text(CLAIM)

@@ -64,7 +64,7 @@ def test_a_lora_run_opens_with_peft(finished, model_folder):
 
 
 def test_a_full_run_opens_with_transformers(model_folder, tmp_path):
-    recipe = write(tmp_path, model_folder, tuner="full", epochs=2)
+    recipe = write(tmp_path, model_folder, train=rows(8), tuner="full", evaluate=[])
     assert luthier("run", recipe, cwd=tmp_path).returncode == 0
     from luthier.tuned.open import open_run
 
@@ -101,9 +101,9 @@ def test_trackers_are_fed_and_never_stop_a_run(monkeypatch, model_folder, tmp_pa
     with pytest.raises(RecipeError, match="package of wandb is not installed"):
         tracking.check(["wandb"])
     monkeypatch.setattr(tracking, "check", lambda names: None)
-    path = write(tmp_path, model_folder, report_to=["good", "bad"])
-    done = run(recipes.load_file(path), tmp_path / "out", tmp_path)
-    assert done["state"] == "done" and [s for s, _ in seen] == list(range(1, 7))
+    path = write(tmp_path, model_folder, report_to=["good", "bad"], max_steps=2, evaluate=[])
+    done = run(recipes.load_file(path), tmp_path / "out", tmp_path, forecast=False)
+    assert done["state"] == "done" and [s for s, _ in seen] == [1, 2]
 
 
 def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(finished):
@@ -114,29 +114,48 @@ def test_a_finished_run_is_not_run_again_and_another_recipe_is_refused(finished)
     assert other.returncode == 2 and "holds the run of another recipe" in other.stderr
 
 
-def test_interrupted_twice_it_saves_and_goes_on_to_the_same_weights(model_folder, tmp_path):
+def test_interrupted_twice_it_saves_and_goes_on_to_the_same_weights(model_folder, tmp_path, monkeypatch):
+    """Ctrl-C in step 2 and SIGTERM in step 4: the step ends, and the command that the run names goes on."""
+    from luthier.cli.progress import Bar
     from luthier.update.files import load
 
-    recipes = {name: write(tmp_path / name, model_folder, epochs=40) for name in ("whole", "stopped")}
-    folder, words = tmp_path / "stopped", ["run", str(recipes["stopped"])]
-    log = folder / "out" / "log.jsonl"
-    for sent, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        before = log.read_text().count("\n") if log.exists() else 0
-        child = subprocess.Popen([*LUTHIER, *words], cwd=folder, stderr=subprocess.PIPE, text=True)
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > before + 5):
-            time.sleep(0.01)
-        child.send_signal(sent)
-        _, said = child.communicate(timeout=60)
-        assert child.returncode == code, said
-        assert "Traceback" not in said
+    keys = {"train": rows(8), "max_steps": 6, "evaluate": []}
+    recipes = {name: write(tmp_path / name, model_folder, **keys) for name in ("whole", "stopped")}
+    folder, words, sent = tmp_path / "stopped", ["run", recipes["stopped"]], {}
+
+    def step(self, entry, progress, total):
+        if entry["step"] in sent:
+            os.kill(os.getpid(), sent[entry["step"]])
+
+    monkeypatch.setattr(Bar, "step", step)
+    for at, number, code in ((2, signal.SIGINT, 130), (4, signal.SIGTERM, 143)):
+        sent.clear()
+        sent[at] = number
+        stopped = luthier(*words, cwd=folder)
+        assert stopped.returncode == code and f"stopped after step {at} of 6" in stopped.stderr, stopped.stderr
+        assert "Traceback" not in stopped.stderr
         assert json.loads((folder / "out/run.json").read_text())["state"] == "stopped"
-        words = told(said)
+        words = told(stopped.stderr)
+    sent.clear()
     for name, asked in (("whole", ["run", recipes["whole"]]), ("stopped", words)):
         done = luthier(*asked, cwd=tmp_path / name)
         assert done.returncode == 0, done.stderr
     ends = [load(tmp_path / name / "out").dense() for name in recipes]
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
+
+
+@pytest.mark.soak  # the same signals, from outside at any moment, to a process of its own
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_process_of_its_own_saves_and_ends_by_its_signal(number, code, model_folder, tmp_path):
+    recipe, log = write(tmp_path, model_folder, epochs=40, evaluate=[]), tmp_path / "out/log.jsonl"
+    child = subprocess.Popen([*LUTHIER, "run", str(recipe)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.01)
+    child.send_signal(number)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == code and "Traceback" not in said, said
+    assert json.loads((tmp_path / "out/run.json").read_text())["state"] == "stopped"
 
 
 def told(stderr):
@@ -145,24 +164,17 @@ def told(stderr):
     return shlex.split(line.removeprefix("continue with: luthier "))
 
 
-def test_after_fresh_the_command_names_the_new_folder(model_folder, tmp_path):
-    recipe = write(tmp_path, model_folder)
+def test_max_time_saves_and_after_fresh_the_command_names_the_new_folder(model_folder, tmp_path):
+    recipe = write(tmp_path, model_folder, train=rows(8), max_steps=2, evaluate=[])
     for fresh in ([], ["--fresh"]):
         stopped = luthier("run", recipe, *fresh, "--max-time", "0", cwd=tmp_path)
-        assert stopped.returncode == 0, stopped.stderr
+        assert stopped.returncode == 0 and "stopped after step 0 of 2" in stopped.stderr, stopped.stderr
     command = told(stopped.stderr)
     assert "--fresh" not in command and f"output_dir={tmp_path / 'out-2'}" in command
     done = luthier(*command, "--max-time", "2h", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     states = {f: json.loads((tmp_path / f / "run.json").read_text())["state"] for f in ("out", "out-2")}
     assert states == {"out": "stopped", "out-2": "done"}
-
-
-def test_max_time_saves_and_goes_on(model_folder, tmp_path):
-    recipe = write(tmp_path, model_folder, epochs=2)
-    first = luthier("run", recipe, "--max-time", "0", cwd=tmp_path)
-    assert first.returncode == 0 and "stopped after step 0 of 12" in first.stderr
-    assert luthier("run", recipe, cwd=tmp_path).returncode == 0
 
 
 def test_a_second_process_in_the_same_folder_is_refused(model_folder, tmp_path):
@@ -179,63 +191,66 @@ def test_a_second_process_in_the_same_folder_is_refused(model_folder, tmp_path):
 SPIEL = {"spiel": {"variant": "ma", "density": 0.05}}
 
 
-@pytest.mark.parametrize("tuner", ["full", "lora", "adapter", "layerwise", "hft", "green-trainer", SPIEL], ids=str)
-def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_path, monkeypatch):
-    train = [{"text": f"{'good' if i % 2 else 'poor'} thing {i}", "label": "yes" if i % 2 else "no"} for i in range(32)]
-    keys = {"task": "classification", "tuner": tuner, "epochs": 6, "evaluate": []}
-    recipe = write(tmp_path, model_folder, train=train, held=train[:8], **keys)
+def thing(i):
+    return {"text": f"{'good' if i % 2 else 'poor'} thing {i}", "label": "yes" if i % 2 else "no"}
+
+
+CLASSES = {"task": "classification", "epochs": 6, "evaluate": []}
+
+
+@pytest.mark.parametrize("tuner", ["full", "adapter", "layerwise", "hft", "green-trainer", SPIEL], ids=str)
+def test_classification_with_any_tuner_learns_its_head(tuner, model_folder, tmp_path):
+    from luthier.recipe import load_file
+    from luthier.run.execute import run
+
+    train = [thing(i) for i in range(24)]
+    path = write(tmp_path, model_folder, train=train, held=train[:8], tuner=tuner, **CLASSES)
+    done = run(load_file(path), tmp_path / "out", tmp_path, forecast=False)
+    assert done["after"]["loss"]["value"] < 0.5 * done["before"]["loss"]["value"]
+    assert done["classes"] == ["no", "yes"] and done["after"]["accuracy"]["value"] == 1
+
+
+def test_a_classifier_names_classes_and_is_scored_and_opened_by_others(model_folder, tmp_path, monkeypatch):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    from luthier.tuned.open import open_run
+
+    train = [thing(i) for i in range(24)]
+    recipe = write(tmp_path, model_folder, train=train, held=train[:8], **CLASSES)
     done = luthier("run", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    run = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert run["after"]["loss"]["value"] < 0.5 * run["before"]["loss"]["value"]
-    assert (
-        run["classes"] == ["no", "yes"] and run["after"]["accuracy"]["value"] == 1 == run["after"]["macro_f1"]["value"]
-    )
-    assert "accuracy" in (tmp_path / "out/report.html").read_text() and run["after"]["accuracy"]["rows"] == 8
+    after = json.loads((tmp_path / "out" / "run.json").read_text())["after"]
+    assert after["accuracy"]["value"] == 1 == after["macro_f1"]["value"] and after["accuracy"]["rows"] == 8
+    assert "accuracy" in (tmp_path / "out/report.html").read_text()
     samples = [json.loads(x) for x in (tmp_path / "out/samples.jsonl").read_text().splitlines()]
     assert [(s["prompt"], s["wanted"], s["after"]) for s in samples] == [
         (r["text"], r["label"], r["label"]) for r in train[:8]
     ]
-    named = json.loads(
-        luthier("generate", tmp_path / "out", "good thing 5", "poor thing 4", "--json", cwd=tmp_path).stdout
-    )
+    asked = ("generate", tmp_path / "out", "good thing 5", "poor thing 4")
+    named = json.loads(luthier(*asked, "--json", cwd=tmp_path).stdout)
     assert [x["answer"] for x in named] == ["yes", "no"] and all(0.5 < x["share"] <= 1 for x in named)
-    assert luthier("generate", tmp_path / "out", "good thing 5", cwd=tmp_path).stdout == "yes\n"
+    assert luthier(*asked, cwd=tmp_path).stdout == "yes\nno\n"
     refused = luthier("generate", tmp_path / "out", "good", "--base", cwd=tmp_path)
     assert refused.returncode == 2 and "has no trained head" in refused.stderr
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))  # measured anew
     said = luthier("evaluate", tmp_path / "out", "--json", cwd=tmp_path)  # the new head starts as it did
     assert said.returncode == 0, said.stderr
-    assert json.loads(said.stdout)["loss"] == pytest.approx(run["after"]["loss"]["value"], abs=1e-3)
-    if tuner == "lora":
-        from peft import PeftModel
-        from transformers import AutoModelForSequenceClassification
-
-        from luthier.tuned.open import open_run
-
-        tuned, ids = open_run(tmp_path / "out"), torch.tensor([[40, 41, 42, 43]])
-        with tuned.update.bind(tuned.view), torch.no_grad():
-            ours = tuned.view.module.eval()(input_ids=ids).logits
-        base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2, dtype=tuned.view.dtype)
-        base.config.pad_token_id = tuned.view.module.config.pad_token_id
-        theirs = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
-        with torch.no_grad():
-            torch.testing.assert_close(theirs(input_ids=ids).logits.float(), ours.float(), atol=1e-4, rtol=1e-3)
-
-
-def test_curated_rows_are_fewer(model_folder, tmp_path):
-    recipe = write(
-        tmp_path, model_folder, curate=[{"random": {"keep_fraction": 0.5}}, {"scdp": {"keep_fraction": 0.5}}]
-    )
-    done = luthier("run", recipe, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["census"]["rows"] == 6
+    assert json.loads(said.stdout)["loss"] == pytest.approx(after["loss"]["value"], abs=1e-3)
+    tuned, ids = open_run(tmp_path / "out"), torch.tensor([[40, 41, 42, 43]])
+    with tuned.update.bind(tuned.view), torch.no_grad():
+        ours = tuned.view.module.eval()(input_ids=ids).logits
+    base = AutoModelForSequenceClassification.from_pretrained(model_folder, num_labels=2, dtype=tuned.view.dtype)
+    base.config.pad_token_id = tuned.view.module.config.pad_token_id
+    theirs = PeftModel.from_pretrained(base, str(tmp_path / "out")).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits.float(), ours.float(), atol=1e-4, rtol=1e-3)
 
 
 def test_hostile_text_stays_text_in_the_report(model_folder, tmp_path):
     bad = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
     held = [{"prompt": bad, "completion": bad}]
-    recipe = write(tmp_path, model_folder, train=[*held, *rows(7)], held=held)
+    recipe = write(tmp_path, model_folder, train=[*held, *rows(3)], held=held, max_steps=1)
     done = luthier("run", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "out" / "report.html").read_text()
@@ -253,13 +268,16 @@ def test_no_traceback_without_debug(model_folder, tmp_path):
 
 
 def test_help_and_listing_load_no_torch(tmp_path):
+    commands = [["--help"], ["methods"], ["methods", "lora"], ["methods", "--json"], ["env", "--help"]]
     code = (
-        "import sys; sys.argv = ['luthier', *sys.argv[1:]]\nfrom luthier.cli import main\n"
-        "try: main()\nexcept SystemExit: pass\nprint('torch' in sys.modules, file=sys.stderr)"
+        "import sys\nfrom luthier.cli import main\n"
+        f"for words in {commands}:\n"
+        "    sys.argv = ['luthier', *words]\n"
+        "    try: main()\n    except SystemExit as done: assert not done.code, done.code\n"
+        "    print('torch' in sys.modules, file=sys.stderr)"
     )
-    for args in (["--help"], ["methods"], ["methods", "lora"], ["methods", "--json"], ["env", "--help"]):
-        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
-        assert done.stderr.strip().endswith("False"), (args, done.stderr)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.split() == ["False"] * len(commands), done.stderr
     listed = json.loads(luthier("methods", "--json", cwd=tmp_path).stdout)
     assert {"lora", "sft", "scdp", "lemo"} <= {m["name"] for m in listed}
     assert luthier("methods", "lroa", cwd=tmp_path).returncode == 2
@@ -305,26 +323,6 @@ def test_a_model_without_a_template_is_trained_on_plain_text(tmp_path):
     assert refused.returncode == 2 and "no chat template" in refused.stderr
 
 
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "luthier"]
-
-
-def test_two_processes_leave_one_run_equal_to_that_of_one(model_folder, tmp_path):
-    """The same recipe under torchrun: the first process writes and speaks, and the weights are the same."""
-    from safetensors.torch import load_file
-
-    keys = {"evaluate": [], "tokens_per_forward": 60, "adam_eps": 1e-5}
-    one, two = write(tmp_path / "one", model_folder, **keys), write(tmp_path / "two", model_folder, **keys)
-    assert luthier("run", one, cwd=tmp_path).returncode == 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*TWO, "run", str(two)], capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("report.html") == 1 and done.stderr.count("saved   ") == 1
-    weights = [load_file(tmp_path / x / "out/adapter_model.safetensors") for x in ("one", "two")]
-    assert all(torch.allclose(weights[0][n], weights[1][n], atol=1e-4) for n in weights[0])
-    log = (tmp_path / "two/out/log.jsonl").read_text().splitlines()
-    assert len(log) == 6
-
-
 def test_check_forecasts_and_the_run_says_how_far_off_it_was(finished):
     folder, done = finished
     run = json.loads((folder / "out/run.json").read_text())
@@ -350,7 +348,7 @@ class Other: pass
 
 def test_code_from_a_recipe_runs_only_where_the_command_line_allows_it(model_folder, tmp_path):
     sys.modules.pop("mine", None)  # another test's
-    recipe = write(tmp_path, model_folder, objective={"mine:Half": {"share": 0.25}})
+    recipe = write(tmp_path, model_folder, objective={"mine:Half": {"share": 0.25}}, max_steps=1, evaluate=[])
     (tmp_path / "mine.py").write_text(FOREIGN)
     refused = luthier("run", recipe, cwd=tmp_path)
     assert refused.returncode == 2 and "add --allow-code if you trust it" in refused.stderr
@@ -365,13 +363,18 @@ def test_code_from_a_recipe_runs_only_where_the_command_line_allows_it(model_fol
         ("mine:Other", "derive from Objective"), ("mine:Nobody", "cannot be imported"), ("no.such:Half", "cannot be imported"),
         ({"mine:Half": {"shar": 1}}, "did you mean share?"),
     ):  # fmt: skip
-        said = luthier("check", write(tmp_path, model_folder, objective=objective), "--allow-code", cwd=tmp_path)
+        words_of = ("check", write(tmp_path, model_folder, objective=objective), "--allow-code", "--no-forecast")
+        said = luthier(*words_of, cwd=tmp_path)
         assert said.returncode == 2 and words in said.stderr, said.stderr
 
 
-def test_a_models_own_code_is_not_run_unasked(model_folder, tmp_path):
+def test_a_models_own_code_is_not_run_unasked(model_folder, tmp_path, monkeypatch):
     import shutil
 
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -390,7 +393,7 @@ def test_a_models_own_code_is_not_run_unasked(model_folder, tmp_path):
     recipe = write(tmp_path / "a", str(folder), trust_remote_code=True)  # the key alone must not be enough
     said = luthier("check", recipe, cwd=tmp_path)
     assert said.returncode == 2 and "add --allow-code" in said.stderr and not marker.exists()
-    luthier("check", recipe, "--allow-code", cwd=tmp_path, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    luthier("check", recipe, "--allow-code", cwd=tmp_path)
     assert marker.exists()
 
 
@@ -401,7 +404,7 @@ STAGES = {"stages": [HEADS, {"name": "tune", "carry": "heads", **TUNE}]}
 
 
 def staged(folder, model, **more):
-    path = write(folder, model, pipeline={"stages": STAGES}, **more)
+    path = write(folder, model, **{"pipeline": {"stages": STAGES}, **more})
     values = YAML().load(path.read_text())
     for key in ("tuner", "batch_size", "learning_rate"):
         values.pop(key)
@@ -412,11 +415,12 @@ def staged(folder, model, **more):
 def test_stages_run_hand_on_and_are_taken_up_after_a_kill(model_folder, tmp_path):
     from safetensors.torch import load_file
 
-    done = luthier("run", staged(tmp_path / "a", model_folder), cwd=tmp_path)
+    keys = {"train": rows(12), "evaluate": []}
+    done = luthier("run", staged(tmp_path / "a", model_folder, **keys), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "stage   heads" in done.stderr and "stage   tune" in done.stderr
     for extra in (["--max-time", "0"], []):  # stopped at once, inside the first stage; then to the end
-        path = staged(tmp_path / "b", model_folder)
+        path = staged(tmp_path / "b", model_folder, **keys)
         again = luthier("run", path, *extra, cwd=tmp_path)
         assert again.returncode == 0, again.stderr
     assert (tmp_path / "b/out/heads/checkpoint-3/COMPLETE").exists()
@@ -429,11 +433,7 @@ def test_stages_with_other_tuners_leave_one_update_that_holds_them_all(model_fol
     stages = [
         {"name": f"s{i}", "tuner": t, "start": f"s{i - 1}" if i else "base", **BRISK} for i, t in enumerate(tuners)
     ]
-    path = write(tmp_path, model_folder, pipeline={"stages": {"stages": stages}})
-    values = YAML().load(path.read_text())
-    for key in ("tuner", "batch_size", "learning_rate"):
-        values.pop(key)
-    YAML().dump(values, path)
+    path = staged(tmp_path, model_folder, pipeline={"stages": {"stages": stages}}, evaluate=[])
     done = luthier("run", path, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     header = json.loads((tmp_path / "out/update.json").read_text())
@@ -477,10 +477,10 @@ def test_standing_still_is_said_once_with_the_place(capsys):
 
     from luthier.cli.progress import Watch
 
-    watch = Watch(Console(stderr=True, width=200), patience=0.2)
+    watch = Watch(Console(stderr=True, width=200), patience=0.05)
     watch.start()
     watch.at("rendering f.jsonl:7")
-    time.sleep(0.6)
+    time.sleep(0.2)
     watch.stop()
     assert capsys.readouterr().err.count("the last thing that started: rendering f.jsonl:7") == 1
 

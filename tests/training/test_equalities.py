@@ -1,7 +1,5 @@
-"""What must be equal: one batch of eight, eight of one, two processes; interrupted and uninterrupted."""
+"""What must be equal: one batch of eight and eight of one; interrupted and uninterrupted. Two processes: tests/run."""
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -12,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.equalities import CASES, RANKS, RESUMED, SETTINGS, rows, trained
+from helpers.equalities import CASES, RESUMED, SETTINGS, STEPS, assert_equal, rows, to_the_end, trained
 from luthier.objectives.sft import Sft
 from luthier.step.order import Order, micro_batches
 from luthier.support.errors import LuthierError
@@ -22,38 +20,9 @@ from luthier.training.loop import Interrupted, Loop
 from luthier.tuners.lora import Lora
 
 
-def assert_equal(a, b):
-    assert a["losses"] == pytest.approx(b["losses"], abs=1e-5) and a["skipped"] == b["skipped"]
-    for name in a["weights"]:
-        torch.testing.assert_close(
-            torch.tensor(a["weights"][name]), torch.tensor(b["weights"][name]), atol=1e-5, rtol=0
-        )
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_eight_of_one_equal_one_of_eight(name):
     assert_equal(trained(name, tokens_per_forward=10_000), trained(name, tokens_per_forward=1))
-
-
-def test_two_processes_equal_one(tmp_path):
-    target = tmp_path / "out.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = str(Path(__file__).parents[1] / "helpers/two_ranks.py")
-    for _ in range(2):  # gloo's rendezvous on a busy machine may stall: once more, then it is a failure
-        child = subprocess.Popen([*command, script, str(target)], env=env, start_new_session=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(100)
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)
-        if target.exists():
-            break
-    together = json.loads(target.read_text())
-    for name in RANKS:
-        assert_equal(trained(name), together[name])
-    assert together["sft-silent"]["skipped"] == 2
-    dropped = together["resumed"]
-    assert dropped["parts"] == dropped["whole"] and dropped["ranks"][0] != dropped["ranks"][1]
 
 
 def test_order_is_a_pure_function_of_seed_and_step():
@@ -176,44 +145,33 @@ def test_nan_stops_with_a_sentence_or_is_skipped():
 
 
 KILLED = """
-import sys, time
+import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
-from luthier.testing.models import view_of
-from helpers.equalities import RESUMED, SETTINGS, rows
-from luthier.objectives.sft import Sft
-from luthier.training.loop import Loop
-import torch
+from helpers.equalities import to_the_end
 
-view = view_of()
-settings = SETTINGS.model_copy(update={{"max_steps": 60, "save_steps": 1}})
-loop = Loop(view, rows(), RESUMED[{name!r}].attach(view, total_steps=60), Sft(), settings, folder=Path({folder!r}))
-loop.run()
-torch.save(loop.trainable.state_dict(), {target!r})
+to_the_end({name!r}, Path({folder!r}))
 """
+
+
+def last_step(folder):
+    newest = checkpoint.newest(folder)
+    return 0 if newest is None else int(newest.name.rpartition("-")[2])
 
 
 @pytest.mark.parametrize("name", ["spiel", *(pytest.param(n, marks=pytest.mark.soak) for n in ("lora", "full"))])
 def test_killed_by_sigkill_and_resumed_ends_on_the_same_weights(name, tmp_path):
-    def start(folder, target):
-        code = KILLED.format(tests=str(Path(__file__).parents[1]), name=name, folder=str(folder), target=str(target))
-        return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-    whole = start(tmp_path / "whole", tmp_path / "whole.pt")
-    folder, target = tmp_path / "killed", tmp_path / "killed.pt"
-    for wanted in (5, 20):
-        process = start(folder, target)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:
-            newest = checkpoint.newest(folder) if folder.exists() else None
-            if newest is not None and int(newest.name.split("-")[1]) >= wanted:
-                break
-            time.sleep(0.002)
-        assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert not target.exists()
-    last = start(folder, target)
-    assert last.wait(120) == 0 and whole.wait(120) == 0
-    a, b = torch.load(tmp_path / "whole.pt"), torch.load(target)
+    folder = tmp_path / "killed"
+    code = KILLED.format(tests=str(Path(__file__).parents[1]), name=name, folder=str(folder))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and last_step(folder) < 5:
+        time.sleep(0.002)
+    assert process.poll() is None, process.stderr.read().decode()[-2000:]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 5 <= last_step(folder) < STEPS, "it was killed in the middle"
+    again, whole = to_the_end(name, folder), to_the_end(name, tmp_path / "whole")
+    assert again.progress.resumed and not whole.progress.resumed
+    a, b = whole.trainable.state_dict(), again.trainable.state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from helpers.commands import luthier, write
+from helpers.commands import luthier, rows, write
+from helpers.finished import finished
 from luthier.support.errors import LuthierError
 from luthier.tuned.export import export, gguf_name, permuted
 from luthier.tuned.open import answers, open_run, scores
@@ -15,7 +16,7 @@ from luthier.tuned.open import answers, open_run, scores
 @pytest.fixture(scope="module", params=["lora", "full", "spiel"])
 def run_folder(request, model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    recipe = write(folder, model_folder, tuner=request.param, epochs=2)
+    recipe = write(folder, model_folder, train=rows(16), tuner=request.param)
     done = luthier("run", recipe, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "out"
@@ -57,41 +58,43 @@ def test_gguf_reads_back_as_the_run(run_folder, tmp_path):
 
 @pytest.mark.parametrize("to", ["peft", "gguf"])
 def test_weights_of_half_precision_are_exported_without_its_rounding(model_folder, tmp_path, to):
-    recipe = write(tmp_path / "r", model_folder, epochs=2, dtype="bfloat16", tuner={"lora": {"rank": 4, "alpha": 64}})
-    done = luthier("run", recipe, cwd=tmp_path / "r")
-    assert done.returncode == 0, done.stderr
-    assert open_run(tmp_path / "r/out").view.dtype == torch.bfloat16
-    assert export(tmp_path / "r/out", to, tmp_path / "x")["difference"] < 2e-3
+    run = finished(tmp_path / "r", model_folder, dtype="bfloat16", tuner={"lora": {"rank": 4, "alpha": 64}})
+    assert open_run(run).view.dtype == torch.bfloat16
+    assert export(run, to, tmp_path / "x")["difference"] < 2e-3
 
 
 @pytest.mark.parametrize("run_folder", ["lora"], indirect=True)  # whatever was tuned, files are read
-def test_what_was_measured_before_is_read_without_a_model(run_folder, tmp_path):
+def test_what_was_measured_before_is_read_without_a_model(run_folder, tmp_path, monkeypatch):
+    from luthier.tuned import open as opening
+
+    measured, scored = [], opening.scores
+    monkeypatch.setattr(opening, "scores", lambda *words: measured.append(words) or scored(*words))
+
+    def asked(*words):
+        done = luthier("evaluate", run_folder, "--json", *words, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    after = json.loads((run_folder / "run.json").read_text())["after"]
+    assert asked() == {n: m["value"] for n, m in after.items()} and measured == []
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"prompt": "say 5", "completion": "5 5"}) + "\n")
+    first, again = asked("--data", other), asked("--data", other)
+    assert first == again and len(measured) == 1 and first["loss"] != after["loss"]["value"]
+    other.write_text(json.dumps({"prompt": "say 6", "completion": "6 6"}) + "\n")
+    assert asked("--data", other) != first and len(measured) == 2
+
+
+@pytest.mark.parametrize("run_folder", ["lora"], indirect=True)
+def test_what_was_measured_before_is_read_without_torch(run_folder):
     import subprocess
     import sys
 
     code = (
         "import sys\nfrom luthier.cli import main\ntry: main()\nfinally: print('torch' in sys.modules, file=sys.stderr)"
     )
-
-    def asked(*words):
-        done = subprocess.run(
-            [sys.executable, "-c", code, "evaluate", str(run_folder), "--json", *words], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout), done.stderr.strip().splitlines()[-1]
-
-    after = json.loads((run_folder / "run.json").read_text())["after"]
-    assert asked() == ({n: m["value"] for n, m in after.items()}, "False")
-    other = tmp_path / "other.jsonl"
-    other.write_text(json.dumps({"prompt": "say 5", "completion": "5 5"}) + "\n")
-    first, again = asked("--data", str(other)), asked("--data", str(other))
-    assert (
-        first[0] == again[0]
-        and (first[1], again[1]) == ("True", "False")
-        and first[0]["loss"] != after["loss"]["value"]
-    )
-    other.write_text(json.dumps({"prompt": "say 6", "completion": "6 6"}) + "\n")
-    assert asked("--data", str(other))[1] == "True"
+    words = [sys.executable, "-c", code, "evaluate", str(run_folder)]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stderr == "False\n"
 
 
 def test_evaluate_and_generate_see_the_tuned_model(run_folder, tmp_path, monkeypatch):

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ruamel.yaml import YAML
 
 from luthier.method import registry
-from luthier.recipe.text import parse
+from luthier.method.building import Lines, validated
+from luthier.recipe.text import parse, read_text
 from luthier.support.cache import content_of, key_of
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import write_text
@@ -59,6 +60,11 @@ class Condition(BaseModel):
             raise ValueError("write at_least or at_most")
         return self
 
+    @property
+    def bound(self) -> float:
+        """The number that the mean is compared with."""
+        return float(self.at_least if self.at_least is not None else self.at_most or 0.0)
+
     def values(self, found: Mapping[str, Mapping[int, Mapping[str, float]]], seeds: Sequence[int]) -> list[float]:
         """The value of each seed."""
         out = []
@@ -69,9 +75,10 @@ class Condition(BaseModel):
 
     def outcome(self, e: Estimate) -> Outcome:
         """The verdict: held if the whole interval is on the right side of the bound, not held if it is on the wrong side."""
-        low, high = (e.low, e.high) if self.at_least is not None else (-e.high, -e.low)
-        bound = self.at_least if self.at_least is not None else -float(self.at_most or 0.0)
-        return "held" if low >= bound else "not held" if high < bound else "inconclusive"
+        right, wrong = (e.low >= self.bound, e.high < self.bound)
+        if self.at_most is not None:
+            right, wrong = (e.high <= self.bound, e.low > self.bound)
+        return "held" if right else "not held" if wrong else "inconclusive"
 
 
 class Claim(BaseModel):
@@ -80,14 +87,23 @@ class Claim(BaseModel):
     model_config = _STRICT
 
     method: str
+    """The name of the method that the claim is about."""
     claim: str
+    """The statement, in a sentence."""
     source: str
+    """Where the paper says it."""
     tier: Literal["tiny", "small", "gpu"]
+    """How much the measurement costs."""
     arms: tuple[str, ...] = Field(min_length=1)
+    """What is measured with each seed; the experiment knows these names."""
     seeds: int = Field(5, ge=2)
+    """Number of seeds, from 0 on."""
     data: str = "made by the experiment"
+    """The rows of the experiment."""
     conditions: tuple[Condition, ...] = Field(min_length=1)
+    """The claim holds if all of them do."""
     measured: dict[str, Any] | None = None
+    """The latest results, as `measured` returns them; None before the first measurement."""
 
     @model_validator(mode="after")
     def _known(self) -> Claim:
@@ -100,19 +116,14 @@ class Claim(BaseModel):
 
 def load(path: Path) -> Claim:
     """Read a claim from its file. Raises RecipeError with line and key."""
-    try:
-        values, lines = parse(path.read_text(encoding="utf-8"), str(path))
-        return Claim.model_validate(values)
-    except OSError as error:
-        known = (
-            ", ".join(names(path.parent)) or "none in this folder; claims are in a clone of luthier, so run it there"
+    if not path.exists():
+        elsewhere = "none in this folder; claims are in a clone of luthier, so run it there"
+        raise RecipeError(
+            str(path), "there is no such claim", f"known are {', '.join(names(path.parent)) or elsewhere}"
         )
-        raise RecipeError(str(path), "there is no such claim", f"known are {known}") from error
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = tuple(str(p) for p in first["loc"])
-        line = next((lines[where[:n]] for n in range(len(where), 0, -1) if where[:n] in lines), 1)
-        raise RecipeError(f"{path}:{line}: {'.'.join(where)}", first["msg"]) from None
+    values, lines = parse(read_text(path), str(path))
+    claim: Claim = validated(Claim, values, (), Lines(str(path), lines, frozenset()))
+    return claim
 
 
 def names(folder: Path = FOLDER) -> list[str]:
@@ -319,9 +330,8 @@ def evidence(folder: Path = FOLDER) -> str:
     ]
     for m in listed:
         claim = written.get(m["name"])
-        entry = have.get(m["name"]) or (
-            have.get(claim.method) if claim else None
-        )  # the method in the code may have another name
+        # The method may have another name in the code than in the list.
+        entry = have.get(m["name"]) or (have.get(claim.method) if claim else None)
         page = f"[{entry['kind']}](methods/{entry['name']}.md)" if entry else "no code yet"
         code = m.get("code", page)  # `code:` is given where the method has no key in recipes
         lines.append(f"| {m['name']} | {m['title']}, {m['year']}, {m['reference']} | {code} | {_told(claim)} |")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from luthier.claims.claim import Claim, Condition
 from luthier.report.curve import Range, interval_chart
 from luthier.report.page import template
 from luthier.support.environment import environment
@@ -16,11 +17,8 @@ from luthier.support.version import __version__
 TONES = {"held": "good", "not held": "bad"}
 
 
-def write_claims(target: Path, claims: Mapping[str, Any], command: str) -> Path:
-    """Write report.html.
-
-    claims  name -> Claim; measured claims are shown with their numbers
-    """
+def write_claims(target: Path, claims: Mapping[str, Claim], command: str) -> Path:
+    """Write the report. Claims without measurements are shown without numbers."""
     shown = [_shown(name, claim) for name, claim in claims.items()]
     target.parent.mkdir(parents=True, exist_ok=True)
     write_text(target, template("claims.html").render(
@@ -28,7 +26,7 @@ def write_claims(target: Path, claims: Mapping[str, Any], command: str) -> Path:
     return target
 
 
-def _shown(name: str, claim: Any) -> dict[str, Any]:
+def _shown(name: str, claim: Claim) -> dict[str, Any]:
     out = {"name": name, "claim": claim.claim, "source": claim.source, "data": claim.data, "tier": claim.tier,
            "arms": claim.arms, "verdict": "not measured", "tone": "", "conditions": [], "by_arm": []}  # fmt: skip
     m = claim.measured
@@ -37,7 +35,7 @@ def _shown(name: str, claim: Any) -> dict[str, Any]:
     conditions = [
         {
             **found, "tone": TONES.get(found["outcome"], ""), "bound": _bound(asked),
-            "svg": interval_chart([Range("", found["mean"], found["low"], found["high"], i)], found["says"], _at(asked)),
+            "svg": interval_chart([Range("", found["mean"], found["low"], found["high"], i)], found["says"], asked.bound),
         }
         for i, (found, asked) in enumerate(zip(m["conditions"], claim.conditions, strict=True))
     ]  # fmt: skip
@@ -51,9 +49,5 @@ def _shown(name: str, claim: Any) -> dict[str, Any]:
     return out | verdict | {"conditions": conditions, "measures": measures, "by_arm": values, "when": when}
 
 
-def _at(condition: Any) -> float:
-    return float(condition.at_least if condition.at_least is not None else condition.at_most)
-
-
-def _bound(condition: Any) -> str:
-    return f"at least {condition.at_least:g}" if condition.at_least is not None else f"at most {condition.at_most:g}"
+def _bound(condition: Condition) -> str:
+    return f"{'at most' if condition.at_least is None else 'at least'} {condition.bound:g}"

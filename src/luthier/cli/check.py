@@ -13,6 +13,7 @@ from rich.text import Text
 from luthier.data.reading import Tick, no_tick, on_hub
 from luthier.recipe import Recipe
 from luthier.report.token_view import SHOWN, tokens_of
+from luthier.run.evaluations import BUILTIN
 from luthier.run.forecast import NoForecast, resolved
 from luthier.run.ready import outline
 from luthier.run.rows import told
@@ -68,7 +69,8 @@ def destinations(recipe: Recipe, base: Path) -> list[str]:
     """Every place that this recipe would contact."""
     out = []
     model = recipe.model
-    if not (model.startswith("builtin:") or model.endswith(".gguf") or (base / model).exists() or Path(model).exists()):
+    here = model.startswith(BUILTIN) or model.endswith(".gguf") or (base / model).exists() or Path(model).exists()
+    if not here:
         out.append(f"model: the Hub, to download {model}")
     named = [("train", s.path) for s in recipe.data.sources] + [("eval", recipe.data.eval), ("pool", recipe.data.pool)]
     out += [f"data.{key}: the Hub, to download {source}" for key, source in named if source and on_hub(source)]

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from luthier.comparison.execute import Bench
 from luthier.comparison.judge import Standing
-from luthier.comparison.page import _arm, lead
-from luthier.comparison.plan import Comparison, _moved, _text, checked, load, varied
-from luthier.recipe.text import apply_overrides, parse
+from luthier.comparison.page import lead, shown
+from luthier.comparison.plan import Comparison, checked, load, moved, varied
+from luthier.recipe.text import apply_overrides, parse, read_text
 from luthier.support.errors import LuthierError, RecipeError
 
 
@@ -25,7 +25,7 @@ def planned(words: Sequence[str], vary: Sequence[str], options: dict[str, Any]) 
     if not files:
         raise RecipeError("command line", "names no recipe", "write luthier compare recipe.yaml --vary key=value,value")
     paths = [Path(f) for f in files]
-    trees = [parse(_text(p), str(p))[0] for p in paths]
+    trees = [parse(read_text(p), str(p))[0] for p in paths]
     options = {k: v for k, v in options.items() if v is not None}
     if "arms" in trees[0]:
         if len(files) > 1 or vary:
@@ -45,9 +45,8 @@ def planned(words: Sequence[str], vary: Sequence[str], options: dict[str, Any]) 
         raise RecipeError("command line", "--vary works with one recipe", "leave it out, or name one recipe")
     arms = {}
     for path, tree in zip(paths, trees, strict=True):
-        moved = _moved(tree, path.parent.resolve())
-        apply_overrides(moved, overrides)
-        arms[path.stem] = moved
+        arms[path.stem] = moved(tree, path.parent.resolve())
+        apply_overrides(arms[path.stem], overrides)
     return checked({"recipe": {}, "arms": arms, **options}, "command line"), Path(), "-".join(arms)
 
 
@@ -72,6 +71,12 @@ def seeds_from(text: str | None) -> list[int] | None:
         raise LuthierError(f"--seeds {text!r}: write how many, or 0,1,2") from error
 
 
+def nothing_compared(plan: Comparison, standings: Sequence[Standing]) -> bool:
+    """Whether the baseline, or every other arm, has no finished run."""
+    failed = {s.arm for s in standings if not s.seeds}
+    return plan.base_arm in failed or len(failed) >= len(plan.arms) - 1 > 0
+
+
 def show(bench: Bench, standings: Sequence[Standing]) -> None:
     """Print the standings as a table, and the result in words."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
@@ -80,7 +85,7 @@ def show(bench: Bench, standings: Sequence[Standing]) -> None:
     for column in ("arm", primary.replace("_", " "), "better by", "verdict", "rate", "work", "time", "memory"):
         table.add_column(column, overflow="fold")
     for s in standings:
-        a = _arm(s, primary)
+        a = shown(s, primary)
         table.add_row(
             a["name"], a["value"], a["better_by"], a["verdict"], a["rate"], a["flops"], a["seconds"], a["peak"]
         )

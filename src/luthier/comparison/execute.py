@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,15 @@ from luthier.training.loop import Interrupted, Loop
 
 @dataclass
 class Bench:
-    """A comparison that is ready to run: recipes on shared files, arms, and all paths."""
+    """A comparison that is ready to run.
+
+    base     the folder that paths in recipes are relative to
+    code     the folder whose Python modules recipes may name; None refuses all code
+    recipes  arm -> recipe
+    files    arm -> files of rows that all arms share
+    keep     keep the weights of every run
+    done     job name -> result of a finished run
+    """
 
     plan: Comparison
     folder: Path
@@ -64,13 +72,10 @@ class Bench:
         trial = job.purpose.startswith("trial-")
         held_out = files.valid if trial and files.valid is not None else files.eval
         more: dict[str, Any] = {
-            "learning_rate": job.learning_rate,
-            "output_dir": None,
-            "report_to": (),
-            "save_steps": None,
-        }
+            "learning_rate": job.learning_rate, "output_dir": None, "report_to": (), "save_steps": None,
+        }  # fmt: skip
         if recipe.pipeline is not None:
-            more = {**more, "learning_rate": recipe.learning_rate, "pace": self._pace(job, recipe)}
+            more |= {"learning_rate": recipe.learning_rate, "pace": self._pace(job, recipe)}
         elif job.steps is not None:
             more |= {"max_steps": job.steps, "epochs": 1.0}
         if job.purpose == "measure":
@@ -89,18 +94,16 @@ class Bench:
         return Pace(learning_rate=rate, length=length)
 
     def _choosing(self, recipe: Recipe) -> list[Evaluator]:
-        """Only the evaluators of the measure that chooses the learning rate."""
-        name = self.measure
-        wanted = [e for e in recipe.evaluators() if name in e.names()]
-        quiet = (
-            []
-            if "forgetting" not in recipe.task.always or any(isinstance(e, Forgetting) for e in wanted)
-            else [Forgetting(general=NONE, canaries=False)]
-        )
-        return [*wanted, *quiet]
+        """Only the evaluators of the measure that chooses the learning rate. Forgetting always measures, so it is given nothing
+        to measure."""
+        wanted = [e for e in recipe.evaluators() if self.measure in e.names()]
+        if "forgetting" in recipe.task.always and not any(isinstance(e, Forgetting) for e in wanted):
+            return [*wanted, Forgetting(general=NONE, canaries=False)]
+        return wanted
 
     @property
     def measure(self) -> str:
+        """The measure that chooses learning rates."""
         search = self.plan.search
         return (search.measure if search is not None else None) or self.plan.primary
 
@@ -113,7 +116,7 @@ class Bench:
         return self.folder / "arms" / slug(job.arm) / f"{job.purpose}-{what[:8]}"
 
     def request(self, job: Job, at_a_time: int) -> dict[str, Any]:
-        """The request for a worker; `side_by_side` workers share the machine."""
+        """The request for a worker; `at_a_time` workers share the cores."""
         keys = self.plan.arms[job.arm]
         more: dict[str, Any] = {"keep": self.keep, "judge": job.purpose != "measure", "nested": True}
         if isinstance(keys, Foreign):
@@ -168,10 +171,8 @@ class Bench:
         spent = state["spent"]
         flops = dict(spent["flops"] or {})
         once = flops.pop("curate", 0.0)
-        value = None
         measure = measures_of(place).get(self.measure) if job.purpose != "measure" else None
-        if measure is not None:
-            value = measure.value * (1 if measure.higher else -1)
+        value = None if measure is None else measure.value * (1 if measure.higher else -1)
         return Done(
             job, sum(flops.values()), spent["seconds"], state["steps"], state["row_tokens"], once, spent["curation_seconds"],
             state["update_bytes"], state["peak_memory_bytes"], state["evaluation_seconds"], value,
@@ -214,6 +215,7 @@ def ready(
 
 
 def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> None:
+    """Raises RecipeError if an arm cannot be compared with the first one."""
     one, other = recipe.task.key(), first.task.key()
     if one != other:
         raise RecipeError(f"arm {arm}: task", f"is {one}, another arm's is {other}", "compare one task")
@@ -234,6 +236,7 @@ def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> No
 
 
 def _arm(plan: Comparison, arm: str, recipe: Recipe, files: Files, base: Path) -> Arm:
+    """What planning needs to know about an arm, from its recipe and rows."""
     keys = plan.arms[arm]
     data = gather(files.put_into(recipe, files.eval), base).data
     if recipe.pipeline is not None and not isinstance(keys, Foreign):
@@ -281,7 +284,7 @@ def compare(bench: Bench, processes: int | None = None, dry: bool = False) -> li
                 _carry_out(bench, pool, 1, ("measure",))
                 _say_forecast(bench)
                 if not dry:
-                    _carry_out(bench, pool, _side_by_side(bench, processes))
+                    _carry_out(bench, pool, _runs_at_a_time(bench, processes))
     return judged(bench.plan, bench.results(), bench.done)
 
 
@@ -337,6 +340,7 @@ def _carry_out(bench: Bench, pool: Workers, count: int, purposes: tuple[str, ...
 
 
 def _say_forecast(bench: Bench) -> None:
+    """Say what a run may cost, and what is left to do."""
     budget, expected = budget_of(bench.plan, bench.arms, bench.done), forecast(bench.plan, bench.arms, bench.done)
     if budget is not None:
         shown = in_flops(budget[1]) if budget[0] == "flops" else f"{budget[1]:,.0f} {budget[0]}"
@@ -356,8 +360,8 @@ def _refuse_sharing(bench: Bench, asked: int | None) -> None:
         )
 
 
-def _side_by_side(bench: Bench, asked: int | None) -> int:
-    """How many runs go at the same time."""
+def _runs_at_a_time(bench: Bench, asked: int | None) -> int:
+    """The number of runs at the same time: one if the budget is in seconds, else as asked, or as cores and memory allow."""
     if bench.plan.budget is not None and bench.plan.budget.seconds is not None:
         return 1
     if asked is not None:
@@ -367,8 +371,3 @@ def _side_by_side(bench: Bench, asked: int | None) -> int:
     if peaks:
         bench.say(f"queue   {count} runs at a time (each at most {in_bytes(max(peaks))})")
     return count
-
-
-def failed_arms(standings: list[Standing]) -> Mapping[str, list[str]]:
-    """Arm -> errors, for arms without a finished run."""
-    return {s.arm: s.errors for s in standings if not s.seeds}

@@ -1,4 +1,4 @@
-"""Arms of other trainers: a command trains on the comparison's rows, and the same code scores it as every arm."""
+"""Arms of other trainers: a command trains on the comparison's rows, and its model is scored by the same code as every arm."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from luthier.evaluation.base import Exam
 from luthier.model.loading import Located, load_model
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
-from luthier.run import score_cache as kept
 from luthier.run.folder import RunFolder
 from luthier.run.ready import gather, make_ready
-from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole
 
+# Switches off what libraries would send.
 OPT_OUT = {
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    "DO_NOT_TRACK": "1",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "WANDB_MODE": "disabled",
-}
+    "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "FLWR_TELEMETRY_ENABLED": "0", "WANDB_MODE": "disabled",
+}  # fmt: skip
 WORDS = ("model", "train", "output", "seed", "learning_rate", "steps", "batch_size", "seconds")
 
 
@@ -43,7 +38,7 @@ def filled(command: str, values: Mapping[str, Any]) -> list[str]:
 
 
 def run_foreign(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> None:
-    """Train by the command, load what it left, score it; the folder then looks like a run's. A worker calls it.
+    """Train with the command, then load and score the model that it left. Afterwards the folder looks like that of a run.
 
     request  under "foreign": command, cwd, steps, seconds, flops_a_step
     Raises LuthierError if the command fails or leaves no model.
@@ -58,13 +53,11 @@ def run_foreign(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> Non
             "model": base, "train": recipe.data.train, "output": output, "seed": recipe.seed, "steps": asked["steps"],
             "learning_rate": recipe.learning_rate, "batch_size": recipe.batch_size, "seconds": asked["seconds"],
         }  # fmt: skip
-        place.note(state="running", command=filled(asked["command"], values))
-        seconds = 0.0
-        if not (folder / "trained").exists():
-            seconds = _train(filled(asked["command"], values), Path(asked["cwd"]), folder)
-            (folder / "trained").write_text(str(seconds), encoding="utf-8")
-        seconds = float((folder / "trained").read_text(encoding="utf-8"))
-        _score(recipe, folder, output, place, seconds, asked)
+        command, trained = filled(asked["command"], values), folder / "trained"
+        place.note(state="running", command=command)
+        if not trained.exists():
+            trained.write_text(str(_train(command, Path(asked["cwd"]), folder)), encoding="utf-8")
+        _score(recipe, folder, output, place, float(trained.read_text(encoding="utf-8")), asked)
 
 
 def _base_folder(recipe: Recipe, target: Path) -> Path:
@@ -78,12 +71,11 @@ def _base_folder(recipe: Recipe, target: Path) -> Path:
 
 
 def _train(command: list[str], cwd: Path, folder: Path) -> float:
+    """Run the command. Returns its seconds. What it prints goes to command.log."""
     started = time.perf_counter()
     with (folder / "command.log").open("w") as log:
         try:
-            done = subprocess.run(
-                command, cwd=cwd, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **_quiet()}
-            )
+            done = subprocess.run(command, cwd=cwd, stdout=log, stderr=subprocess.STDOUT, env={**OPT_OUT, **os.environ})
         except OSError as error:
             raise LuthierError(f"command: {command[0]} cannot be started ({error.strerror})") from error
     if done.returncode:
@@ -94,23 +86,14 @@ def _train(command: list[str], cwd: Path, folder: Path) -> float:
     return time.perf_counter() - started
 
 
-def _quiet() -> dict[str, str]:
-    return {k: v for k, v in OPT_OUT.items() if k not in os.environ}
-
-
 def _score(
     recipe: Recipe, folder: Path, output: Path, place: RunFolder, seconds: float, asked: Mapping[str, Any]
 ) -> None:
     ready = make_ready(recipe, folder, Path("."))
     before = ready.results()
     view = _left(ready.view, output, recipe)
-    held = ready.data.held
-    assert held is not None and ready.data.held_rows is not None
-    exam = Exam(view, ready.lab(), recipe.task, held.rows, ready.data.held_rows, recipe.codec)
     started = time.perf_counter()
-    evaluators = recipe.evaluators()
-    key = kept.exam_key(exam, evaluators, key_of(view.base.weights), held.digest + ready.data.held_rows.digest)
-    after = kept.kept(key, exam, evaluators)
+    after = ready.results(view=view)
     place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
     place.write("before.json", json.dumps(before.as_dict(), ensure_ascii=False))
     flops = None if asked["flops_a_step"] is None else {"train": asked["flops_a_step"] * asked["steps"]}

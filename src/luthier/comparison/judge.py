@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from luthier.comparison.plan import Comparison
-from luthier.comparison.steps import Done, over_budget, rates_tried
+from luthier.comparison.steps import Done, over_budget, rates_tried, runs_of
 from luthier.evaluation.measures import Measure
 from luthier.support.statistics import Estimate, Outcome, estimate, holm, verdict
 
@@ -53,11 +53,18 @@ def measures_of(folder: Path, which: str = "after") -> dict[str, Measure]:
 
 def matrix(runs: Sequence[Measure]) -> np.ndarray:
     """[S, R]: each row's part of a measure, one line for each seed, over the rows that all seeds share."""
-    shared = [k for k in runs[0].keys if all(k in set(m.keys) for m in runs)]
+    shared = _shared_keys(runs)
     return np.array([_in_order(m, shared) for m in runs])
 
 
+def _shared_keys(runs: Sequence[Measure]) -> list[str]:
+    """The keys of the rows that all runs measured, in the order of the first."""
+    shared = set(runs[0].keys).intersection(*(m.keys for m in runs))
+    return [k for k in runs[0].keys if k in shared]
+
+
 def _in_order(measure: Measure, keys: Sequence[str]) -> np.ndarray:
+    """[R]: the parts of these rows."""
     place = {k: i for i, k in enumerate(measure.keys)}
     return measure.pseudo_values()[[place[k] for k in keys]]
 
@@ -68,8 +75,7 @@ def difference(mine: Mapping[int, Measure], theirs: Mapping[int, Measure]) -> Es
     if not seeds:
         return None
     a, b = [mine[s] for s in seeds], [theirs[s] for s in seeds]
-    shared = set(a[0].keys).intersection(*(m.keys for m in (*a, *b)))
-    keys = [k for k in a[0].keys if k in shared]
+    keys = _shared_keys([*a, *b])
     if not keys:
         return None
     sign = 1.0 if a[0].higher else -1.0
@@ -84,22 +90,13 @@ def judged(plan: Comparison, results: Mapping[str, dict[int, Path]], done: Mappi
     found = {arm: {s: measures_of(f) for s, f in runs.items()} for arm, runs in results.items()}
     names = _shared_names(found)
     base = found.get(plan.base_arm, {})
-    untouched = _untouched(results)
+    of_base = _of_base(results)
     out = []
     for arm in (plan.base_arm, *(a for a in plan.arms if a != plan.base_arm)):
         runs = found.get(arm, {})
-        levels = {} if not runs else {n: _level(n, runs, base, arm == plan.base_arm, untouched, plan) for n in names}
-        out.append(
-            Standing(
-                arm,
-                sorted(runs),
-                levels,
-                _rate(done, arm),
-                _at_edge(done, arm),
-                _spent(done, arm),
-                _errors(plan, done, arm),
-            )
-        )
+        levels = {} if not runs else {n: _level(n, runs, base, arm == plan.base_arm, of_base, plan) for n in names}
+        rate, at_edge = _rate(done, arm), _at_edge(done, arm)
+        out.append(Standing(arm, sorted(runs), levels, rate, at_edge, _spent(done, arm), _errors(plan, done, arm)))
     return _adjusted(out, plan)
 
 
@@ -108,16 +105,15 @@ def _shared_names(found: Mapping[str, dict[int, dict[str, Measure]]]) -> list[st
     return [n for n in every[0] if all(n in m for m in every)] if every else []
 
 
-def _untouched(results: Mapping[str, dict[int, Path]]) -> dict[str, float]:
-    for runs in results.values():
-        for folder in runs.values():
-            return {n: m.value for n, m in measures_of(folder, "before").items()}
-    return {}
+def _of_base(results: Mapping[str, dict[int, Path]]) -> dict[str, float]:
+    """The measures of the base model, which are the same in every run."""
+    first = next((folder for runs in results.values() for folder in runs.values()), None)
+    return {} if first is None else {n: m.value for n, m in measures_of(first, "before").items()}
 
 
 def _level(
     name: str, runs: dict[int, dict[str, Measure]], base: dict[int, dict[str, Measure]], is_base: bool,
-    untouched: dict[str, float], plan: Comparison,
+    of_base: dict[str, float], plan: Comparison,
 ) -> Level:  # fmt: skip
     mine = {s: m[name] for s, m in runs.items()}
     first = next(iter(mine.values()))
@@ -127,7 +123,7 @@ def _level(
     margin = plan.margin if name == plan.primary else 0.0
     outcome = None if better is None else verdict(better, margin)
     by_seed = [m.value for m in ordered]
-    return Level(name, first.higher, first.unit, untouched.get(name), value, by_seed, better, None, outcome)
+    return Level(name, first.higher, first.unit, of_base.get(name), value, by_seed, better, None, outcome)
 
 
 def _adjusted(standings: list[Standing], plan: Comparison) -> list[Standing]:
@@ -145,12 +141,8 @@ def _adjusted(standings: list[Standing], plan: Comparison) -> list[Standing]:
     return standings
 
 
-def _mine(done: Mapping[str, Done], arm: str) -> list[Done]:
-    return [d for d in done.values() if d.job.arm == arm]
-
-
 def _rate(done: Mapping[str, Done], arm: str) -> float | None:
-    rates = {d.job.learning_rate for d in _mine(done, arm) if d.job.purpose.startswith("seed-")}
+    rates = {d.job.learning_rate for d in runs_of(done, arm) if d.job.purpose.startswith("seed-")}
     return rates.pop() if len(rates) == 1 else None
 
 
@@ -161,14 +153,14 @@ def _at_edge(done: Mapping[str, Done], arm: str) -> bool:
 
 def _errors(plan: Comparison, done: Mapping[str, Done], arm: str) -> list[str]:
     too_large = over_budget(plan, done, arm)
-    failed = [f"{d.job.purpose}: {d.error}" for d in _mine(done, arm) if d.error is not None]
+    failed = [f"{d.job.purpose}: {d.error}" for d in runs_of(done, arm) if d.error is not None]
     return failed if too_large is None else [too_large, *failed]
 
 
 def _spent(done: Mapping[str, Done], arm: str) -> dict[str, float]:
     """Means over the runs with seeds, and sums over the search for a learning rate."""
-    runs = [d for d in _mine(done, arm) if d.job.purpose.startswith("seed-") and d.error is None]
-    search = [d for d in _mine(done, arm) if not d.job.purpose.startswith("seed-")]
+    runs = [d for d in runs_of(done, arm) if d.job.purpose.startswith("seed-") and d.error is None]
+    search = [d for d in runs_of(done, arm) if not d.job.purpose.startswith("seed-")]
 
     def mean(pick: Callable[[Done], float]) -> float:
         return float(np.mean([pick(d) for d in runs])) if runs else math.nan

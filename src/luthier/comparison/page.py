@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import shlex
@@ -10,14 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from luthier.comparison.execute import Bench
 from luthier.comparison.judge import Level, Standing, as_dict, frontier
 from luthier.comparison.plan import Foreign
 from luthier.comparison.steps import budget_of
 from luthier.evaluation.base import Results
 from luthier.evaluation.measures import SIDE
+from luthier.recipe.text import as_yaml
 from luthier.report.curve import Point, Range, Series, interval_chart, line_chart, point_chart
 from luthier.report.page import gates_shown, template
 from luthier.support.environment import environment
@@ -48,12 +46,12 @@ def write_comparison(bench: Bench, standings: Sequence[Standing], command: Seque
         seeds=f"{len(plan.seeds)} seeds" if len(plan.seeds) > 1 else "one seed",
         primary=_name(plan.primary), better="higher" if primary and primary.higher else "lower",
         lead=lead(bench, standings), differences=_differences(finished, plan.primary),
-        arms=[_arm(s, plan.primary) for s in standings],
+        arms=[shown(s, plan.primary) for s in standings],
         how_sure=_how_sure(bench), failed=[{"name": s.arm, "why": "; ".join(s.errors)} for s in standings if s.errors],
         costs=_costs(finished, plan.primary, _unit(bench)), forgotten=_forgotten(finished), every=_every(finished, standings),
         curves=_curves(bench), gates=_gates(bench), samples=_samples(bench),
-        again=shlex.join(command), plan=_yaml(plan.model_dump(mode="json")),
-        recipes=[{"name": a, "text": _yaml(r.as_dict())} for a, r in bench.recipes.items()], env=environment(),
+        again=shlex.join(command), plan=as_yaml(plan.model_dump(mode="json")),
+        recipes=[{"name": a, "text": as_yaml(r.as_dict())} for a, r in bench.recipes.items()], env=environment(),
     )  # fmt: skip
     told = {"primary": plan.primary, "baseline": plan.base_arm, "arms": as_dict(standings)}
     write_text(bench.folder / "standings.json", json.dumps(told))
@@ -133,7 +131,8 @@ def _plain(level: Level) -> str:
     return f"{e.value:.4g} ({_short(low)} to {_short(high)})" if math.isfinite(e.low) else f"{e.value:.4g}"
 
 
-def _arm(s: Standing, primary: str) -> dict[str, str]:
+def shown(s: Standing, primary: str) -> dict[str, str]:
+    """An arm's row of the table, as texts."""
     level, spent = s.levels.get(primary), s.spent
     out = {
         "name": s.arm, "value": "failed" if level is None else _plain(level), "better_by": "", "verdict": "",
@@ -302,9 +301,3 @@ def _samples(bench: Bench) -> dict[str, Any] | None:
             }
         )
     return {"arms": list(by_key), "rows": rows}
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    text = io.StringIO()
-    YAML().dump(values, text)
-    return text.getvalue()

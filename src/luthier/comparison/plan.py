@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from luthier import recipe as recipes
+from luthier.method.building import FORM, Lines, validated
 from luthier.recipe import Recipe
-from luthier.recipe.text import apply_overrides, parse
+from luthier.recipe.text import apply_overrides, parse, read_text
 from luthier.support.errors import RecipeError
+from luthier.support.files import beside
 
 UNITS = ("flops", "tokens", "seconds", "bytes")
 _STRICT = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -82,6 +86,17 @@ class Foreign(BaseModel):
     """Where the search starts."""
 
 
+def _form(arm: Any) -> str:
+    """The form of an arm: one with a command is trained by another program."""
+    foreign = isinstance(arm, Foreign) or (isinstance(arm, Mapping) and "command" in arm)
+    return f"{FORM}command" if foreign else f"{FORM}keys"
+
+
+AnyArm = Annotated[
+    Annotated[dict[str, Any], Tag(f"{FORM}keys")] | Annotated[Foreign, Tag(f"{FORM}command")], Discriminator(_form)
+]
+
+
 class Comparison(BaseModel):
     """Arms, and how they are judged."""
 
@@ -91,7 +106,7 @@ class Comparison(BaseModel):
     """Version of these keys."""
     recipe: dict[str, Any]
     """What the arms share: a recipe, or the path of one."""
-    arms: dict[str, dict[str, Any] | Foreign]
+    arms: dict[str, AnyArm]
     """Name -> keys of the recipe that differ ("a.b" for nested keys), or a command."""
     baseline: str | None = None
     """The arm that others are compared with; the first by default."""
@@ -106,15 +121,6 @@ class Comparison(BaseModel):
     search: Search | None = Search()
     """null: every arm trains at its recipe's learning rate."""
 
-    @field_validator("arms", mode="before")
-    @classmethod
-    def _commands(cls, arms: Any) -> Any:
-        """An arm with a command is another trainer."""
-        if not isinstance(arms, dict):
-            return arms
-        foreign = {n for n, keys in arms.items() if isinstance(keys, dict) and "command" in keys}
-        return {n: Foreign.model_validate(k) if n in foreign else k for n, k in arms.items()}
-
     @property
     def base_arm(self) -> str:
         return self.baseline or next(iter(self.arms))
@@ -122,53 +128,35 @@ class Comparison(BaseModel):
 
 def load(path: Path) -> tuple[Comparison, Path]:
     """Read a comparison from a file. Returns it with the folder that its paths are relative to. Raises RecipeError."""
-    values, lines = parse(_text(path), str(path))
+    values, lines = parse(read_text(path), str(path))
     if isinstance(values.get("recipe"), str):
         inner = path.parent / values["recipe"]
-        values["recipe"] = parse(_text(inner), str(inner))[0]
+        values["recipe"] = parse(read_text(inner), str(inner))[0]
         if inner.parent.resolve() != path.parent.resolve():
-            values["recipe"] = _moved(values["recipe"], inner.parent.resolve())
+            values["recipe"] = moved(values["recipe"], inner.parent.resolve())
     if isinstance(values.get("seeds"), int):
         values["seeds"] = list(range(values["seeds"]))
     return checked(values, str(path), lines), path.parent
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(str(path), f"cannot be read ({error})", "check the path") from error
+def moved(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A recipe from another folder. Names of files and folders in it become paths that begin with this folder."""
 
+    def here(name: Any) -> Any:
+        return beside(folder, name) if isinstance(name, str) else name
 
-def _moved(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """A recipe from another folder, with absolute paths."""
     out, data = dict(recipe), dict(recipe.get("data") or {})
     for key in {"train", "eval", "pool"} & set(data):
-        data[key] = _beside(folder, data[key])
+        data[key] = here(data[key])
     if isinstance(data.get("train"), list):
-        data["train"] = [
-            {**s, "path": _beside(folder, s.get("path"))} if isinstance(s, dict) else s for s in data["train"]
-        ]
-    out |= {"model": _beside(folder, out["model"])} if "model" in out else {}
+        data["train"] = [{**s, "path": here(s.get("path"))} if isinstance(s, dict) else s for s in data["train"]]
+    out |= {"model": here(out["model"])} if "model" in out else {}
     return {**out, "data": data}
-
-
-def _beside(folder: Path, name: Any) -> Any:
-    """The absolute path of a file in a folder if it exists; else the name as it is."""
-    return str(folder / name) if isinstance(name, str) and (folder / name).exists() else name
 
 
 def checked(values: Mapping[str, Any], name: str, lines: Mapping[tuple[str, ...], int] | None = None) -> Comparison:
     """A comparison from plain values. Raises RecipeError with the line and key of the first fault."""
-    try:
-        plan = Comparison.model_validate(values)
-    except ValidationError as error:
-        first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        path = tuple(str(p) for p in first["loc"] if not str(p).startswith(("function-", "Foreign", "dict")))
-        line = next((lines[path[:n]] for n in range(len(path), 0, -1) if lines and path[:n] in lines), None)
-        where = f"{name}:{line}: {'.'.join(path)}" if line else f"{name}: {'.'.join(path)}"
-        message = {"extra_forbidden": "there is no such key", "missing": "is missing"}.get(first["type"], first["msg"])
-        raise RecipeError(where, message) from None
+    plan: Comparison = validated(Comparison, values, (), Lines(name, lines or {}, frozenset()))
     _consistent(plan, name)
     return plan
 
@@ -241,56 +229,30 @@ def slug(name: str) -> str:
 def recipe_of(plan: Comparison, arm: str, code: Path | None = None) -> Recipe:
     """The arm's recipe; for an arm with a command the shared recipe. Raises RecipeError with the arm's name."""
     keys = plan.arms[arm]
-    values = _copied(plan.recipe)
+    values = copy.deepcopy(plan.recipe)
     if not isinstance(keys, Foreign):
-        for key, value in keys.items():
-            _set(values, key, value)
-    try:
-        return recipes.load(_dumped(values), f"arm {arm}", code=code)
-    except RecipeError as error:
-        raise RecipeError(error.where, error.what, error.remedy) from None
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a.b = value, with the recipe's rules for names of methods."""
-    import json
-
-    if value is None:
-        apply_overrides(values, [f"{key}=null"])
-    else:
-        apply_overrides(values, [f"{key}={json.dumps(value)}"])
-
-
-def _copied(values: Any) -> Any:
-    if isinstance(values, Mapping):
-        return {k: _copied(v) for k, v in values.items()}
-    return [_copied(v) for v in values] if isinstance(values, list) else values
-
-
-def _dumped(values: Mapping[str, Any]) -> str:
-    import json
-
-    return json.dumps(values)
+        apply_overrides(values, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
+    return recipes.load(json.dumps(values), f"arm {arm}", code=code)
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:
-    """The same run under another seed: order, starts and every draw of its methods, of each stage's too."""
-    moved: dict[str, Any] = {"seed": seed}
+    """The recipe with another seed. The seeds of its methods, and of the stages of its pipeline, rise by the same number."""
+    changed: dict[str, Any] = {"seed": seed}
     for key, method in recipe.methods().items():
         if key in Recipe.model_fields:
-            moved[key] = _reseeded(method, seed)
-    return recipe.model_copy(update=moved)
+            changed[key] = _reseeded(method, seed)
+    return recipe.model_copy(update=changed)
 
 
 def _reseeded(settings: BaseModel, by: int) -> Any:
-    """Settings whose every seed is moved on, in lists and settings within them too."""
-    moved: dict[str, Any] = {}
+    """Settings with `by` added to every seed in them, also in lists and in settings that they hold."""
+    changed: dict[str, Any] = {}
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         if name == "seed":
-            moved[name] = value + by
+            changed[name] = value + by
         elif isinstance(value, BaseModel):
-            moved[name] = _reseeded(value, by)
+            changed[name] = _reseeded(value, by)
         elif isinstance(value, (list, tuple)) and value and all(isinstance(v, BaseModel) for v in value):
-            moved[name] = type(value)(_reseeded(v, by) for v in value)
-    return settings.model_copy(update=moved) if moved else settings
+            changed[name] = type(value)(_reseeded(v, by) for v in value)
+    return settings.model_copy(update=changed) if changed else settings

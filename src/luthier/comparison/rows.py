@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,21 +9,16 @@ import numpy as np
 
 from luthier.comparison.plan import Comparison, Foreign
 from luthier.data.reading import read
-from luthier.data.store import Row, Rows
+from luthier.data.store import Rows
 from luthier.recipe import Recipe
 from luthier.recipe.settings import DataSettings, RowSource
-from luthier.run.rows import training_rows
+from luthier.run.rows import training_rows, write_rows
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
-from luthier.support.files import replaced
 from luthier.support.rng import Streams
 
-DROPPED: dict[str, Any] = {
-    "columns": {},
-    "limit": None,
-    "train_split": "train",
-    "eval_split": "test",
-}  # done when the files were written
+# Settings of `data` that were used when the files were written, and must not be used again.
+DROPPED: dict[str, Any] = {"columns": {}, "limit": None, "train_split": "train", "eval_split": "test"}
 
 
 class Files(NamedTuple):
@@ -75,37 +68,25 @@ def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Row
     valid = None
     if search is not None and search.data is not None:
         chosen, _ = read(search.data, d.columns, base, "eval", shapes=recipe.task.shapes, on_bad=d.on_bad_row)
-        valid = _write(folder / f"valid-{key}.jsonl", chosen)
+        valid = write_rows(folder / f"valid-{key}.jsonl", chosen, d.carried)
     elif search is not None:
         if len(rows) < 2 * search.rows:
             what = f"{search.rows} of {len(rows)} rows to choose a learning rate would leave fewer rows to train on"
             raise RecipeError("search.rows", what, "lower it, or name other rows in search.data")
         drawn = np.sort(Streams(0).at("search").permutation(len(rows))[: search.rows])
-        valid, place = _write(folder / f"valid-{key}.jsonl", rows.take(drawn)), np.setdiff1d(place, drawn)
-    return Files(_train(d, rows, place, folder, key), valid, _write(folder / "eval.jsonl", held))
+        valid = write_rows(folder / f"valid-{key}.jsonl", rows.take(drawn), d.carried)
+        place = np.setdiff1d(place, drawn)
+    return Files(_train(d, rows, place, folder, key), valid, write_rows(folder / "eval.jsonl", held, d.carried))
 
 
 def _train(data: DataSettings, rows: Rows, place: np.ndarray, folder: Path, key: str) -> str | tuple[RowSource, ...]:
-    """Write these rows to a file; the rows of each source to a file of their own."""
+    """Write these rows to a file, or to one file for each source. `place` holds their numbers in `rows`."""
     if isinstance(data.train, str):
-        return str(_write(folder / f"train-{key}.jsonl", rows.take(place)))
+        return str(write_rows(folder / f"train-{key}.jsonl", rows.take(place), data.carried))
     ends = np.cumsum([0, *(part.table.num_rows for part in rows.parts)])
     out = []
     for i, (source, low, high) in enumerate(zip(data.train, ends[:-1], ends[1:], strict=True)):
         mine = rows.take(place[(place >= low) & (place < high)])
-        out.append(RowSource(path=str(_write(folder / f"train-{key}-{i}.jsonl", mine)), weight=source.weight))
+        file = write_rows(folder / f"train-{key}-{i}.jsonl", mine, data.carried)
+        out.append(RowSource(path=str(file), weight=source.weight))
     return tuple(out)
-
-
-def _write(path: Path, rows: Iterable[Row]) -> Path:
-    """Write one object in each line. A file that exists is complete."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row.values, ensure_ascii=False, default=_plain) + "\n")
-    return path.resolve()
-
-
-def _plain(value: Any) -> str:
-    return str(value)

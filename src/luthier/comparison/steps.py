@@ -32,7 +32,7 @@ class Job(NamedTuple):
 
 
 class StageCost(NamedTuple):
-    """What one stage of a pipeline took."""
+    """The cost of one stage of a pipeline."""
 
     flops: float
     seconds: float
@@ -42,12 +42,14 @@ class StageCost(NamedTuple):
 class Done(NamedTuple):
     """The result of a finished run.
 
-    flops, seconds  of training with selection; once: FLOPs and seconds before the first step (curation)
-    select_flops, select_seconds  the part of these that the choice of trained weights took
-    row_tokens      tokens of the rows that it got
-    value           the measure that chooses, with the sign that more is better; None if not measured
-    error           the reason of a failure; None if it did not fail
-    stages          of a pipeline: what each stage took, by name
+    flops, seconds                of training, with the choice of trained weights
+    select_flops, select_seconds  of that choice alone
+    once_flops, once_seconds      of curation, before the first step
+    row_tokens                    tokens of the rows that the run was given
+    value                         the measure that chooses the learning rate, with the sign that more is better; None if it
+                                  was not measured
+    error                         the reason of a failure; None if the run did not fail
+    stages                        the cost of each stage of a pipeline, by name
     """
 
     job: Job
@@ -85,7 +87,7 @@ def never(steps: int) -> int:
 
 
 class StagePlan(NamedTuple):
-    """A training stage of a pipeline: its own steps, and the tokens of the rows that one is given on average."""
+    """A training stage of a pipeline: its number of steps, and the mean number of tokens of a step's rows."""
 
     name: str
     steps: int
@@ -95,10 +97,10 @@ class StagePlan(NamedTuple):
 def cost_of(
     done: list[Done], unit: str, tokens_a_step: float, selections: Selections = never, stages: Sequence[StagePlan] = ()
 ) -> Cost:
-    """The cost of a step over average rows, from the runs so far. The longest run counts most.
+    """The cost of a step over average rows, computed from the longest run so far.
 
-    selections  how often a run of so many steps chooses weights; a choice costs nearly the same in every run
-    stages      of a pipeline: its steps are those of all stages, each stage's share of them as the pipeline has it
+    selections  number of steps -> how often such a run chooses weights; a choice costs nearly the same in every run
+    stages      of a pipeline; a step is then a step of all stages, in their shares
     Raises ValueError if there is no run.
     """
     runs = [d for d in done if d.error is None and d.steps]
@@ -117,7 +119,7 @@ def cost_of(
 
 
 def _cost_in_stages(known: Done, unit: str, stages: Sequence[StagePlan]) -> Cost:
-    """A step of all stages together; work that is no stage's training (labelling a pool) is done once."""
+    """The cost of a pipeline's step. Work between the stages, such as labelling a pool, is done once."""
     once = {"flops": known.once_flops, "seconds": known.once_seconds}[unit]
     trained = {s.name for s in stages}
     once += sum(getattr(c, unit) for name, c in known.stages.items() if name not in trained)
@@ -166,8 +168,9 @@ def best_rate(tried: Mapping[float, float]) -> float:
 class Arm(NamedTuple):
     """What planning needs to know about an arm.
 
-    tokens_a_step  mean over the rows that it gets; own_steps: as in its recipe
-    stages         of a pipeline; its own steps are theirs together, and its rate is the first one's
+    learning_rate  where the search begins; of a pipeline: that of its first stage
+    tokens_a_step  mean number of tokens of a step's rows
+    own_steps      number of steps in its recipe; of a pipeline: of all stages together
     """
 
     name: str
@@ -179,7 +182,7 @@ class Arm(NamedTuple):
     stages: tuple[StagePlan, ...] = ()
 
     def cost(self, done: list[Done], unit: str) -> Cost:
-        """What this arm costs, by its runs so far."""
+        """The cost of this arm, computed from its runs so far."""
         return cost_of(done, unit, self.tokens_a_step, self.selections, self.stages)
 
 
@@ -191,7 +194,8 @@ def next_jobs(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done
     return jobs
 
 
-def _mine(done: Mapping[str, Done], arm: str) -> list[Done]:
+def runs_of(done: Mapping[str, Done], arm: str) -> list[Done]:
+    """The finished runs of an arm."""
     return [d for d in done.values() if d.job.arm == arm]
 
 
@@ -200,17 +204,17 @@ def budget_of(plan: Comparison, arms: Mapping[str, Arm], done: Mapping[str, Done
     if plan.budget is not None:
         return plan.budget.unit, plan.budget.amount
     base = arms[plan.base_arm]
-    runs = [d for d in _mine(done, base.name) if d.job.purpose == "measure" and d.error is None]
+    runs = [d for d in runs_of(done, base.name) if d.job.purpose == "measure" and d.error is None]
     if not runs:
         return None
     return "flops", base.cost(runs, "flops").of(base.own_steps, base.selections)
 
 
 def over_budget(plan: Comparison, done: Mapping[str, Done], arm: str) -> str | None:
-    """Why an arm may not continue: its update, whose size is known after its first run, is larger than a budget in bytes."""
+    """The reason why an arm may not continue: its update is larger than the budget in bytes. None if it may."""
     if plan.budget is None or plan.budget.bytes is None:
         return None
-    size = max((d.update_bytes for d in _mine(done, arm) if d.error is None), default=0.0)
+    size = max((d.update_bytes for d in runs_of(done, arm) if d.error is None), default=0.0)
     if size <= plan.budget.bytes:
         return None
     return f"its update has {size:,.0f} bytes, the budget is {plan.budget.bytes:,.0f}"
@@ -231,7 +235,7 @@ def _of_arm(plan: Comparison, arms: Mapping[str, Arm], arm: Arm, done: Mapping[s
         return []
     if leader is not arm and done[f"{leader.name}/measure"].error is not None:
         return []
-    steps = partial(_steps, budget, leader, _mine(done, leader.name))
+    steps = partial(_steps, budget, leader, runs_of(done, leader.name))
     rate = arm.learning_rate
     if plan.search is not None:
         trials = _trials(arm, plan.search, done, steps(plan.search.share))
@@ -261,7 +265,7 @@ def _steps(budget: tuple[str, float], arm: Arm, done: list[Done], share: float) 
 
 def rates_tried(done: Mapping[str, Done], arm: str) -> dict[float, float]:
     """Rate -> value of an arm's finished trials. A failed trial has the worst value."""
-    trials = [d for d in _mine(done, arm) if d.job.purpose.startswith("trial-")]
+    trials = [d for d in runs_of(done, arm) if d.job.purpose.startswith("trial-")]
     return {d.job.learning_rate: -math.inf if d.value is None or d.error else d.value for d in trials}
 
 

@@ -17,7 +17,7 @@ from luthier.method.base import Method
 from luthier.method.kinds import KINDS
 from luthier.support.errors import RecipeError
 
-FORMS = ("one", "several")  # tags of values that a key accepts in two forms
+FORM = "form:"  # begins the tags of values that a key accepts in two forms
 OLD_SPELLINGS = {
     "model_name_or_path": "model", "base_model": "model", "dataset": "data.train", "train_file": "data.train",
     "cutoff_len": "data.max_length", "sequence_len": "data.max_length", "max_seq_length": "data.max_length",
@@ -37,12 +37,13 @@ class Lines:
         self.name, self.lines, self.overridden = name, lines, overridden
 
     def where(self, path: tuple[str, ...]) -> str:
-        """A key with its line in the file, or with the word that it comes from the command line."""
-        key = ".".join(path) or "recipe"
+        """The place of a key: its file and line, or the command line. An empty path is the whole file."""
+        key = ".".join(path)
         if any(path[: len(o)] == o for o in self.overridden):
             return f"command line: {key}"
         line = next((self.lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self.lines), None)
-        return f"{self.name}:{line}: {key}" if line is not None else f"{self.name}: {key}"
+        place = self.name if line is None else f"{self.name}:{line}"
+        return f"{place}: {key}" if key else place
 
 
 def build_methods(
@@ -90,7 +91,7 @@ def build_method(kind: str, value: Any, lines: Lines, path: tuple[str, ...], cod
                 build_methods(stage, (*path, name, "stages", str(i)), ("tuner", "objective"), lines, code)
     if kind == "collaborate" and fields.get("translator") is not None:
         fields["translator"] = build_method("translate", fields["translator"], lines, (*path, name, "translator"), code)
-    return validated(cls, fields, (*path, name), lines, list(cls.model_fields))
+    return validated(cls, fields, (*path, name), lines)
 
 
 def _foreign(kind: str, name: str, where: str, code: Path | None) -> Any:
@@ -118,18 +119,22 @@ def _of_kind(cls: Any, kind: str, where: str) -> None:
         )
 
 
-def validated(cls: Any, values: dict[str, Any], path: tuple[str, ...], lines: Lines, known: list[str]) -> Any:
-    """An instance of a pydantic class. Raises RecipeError for its first fault; `known` are the keys that it has."""
+def validated(cls: Any, values: Mapping[str, Any], path: tuple[str, ...], lines: Lines) -> Any:
+    """An instance of a model. Raises RecipeError with the place of the first fault.
+
+    path  the key of these values in the file
+    """
     try:
         return cls.model_validate(values)
     except ValidationError as error:
         # A misspelt key explains a missing one, so it is reported first.
         first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-        where = tuple(str(p) for p in first["loc"] if p not in FORMS and not str(p).startswith("function-"))
+        where = tuple(str(p) for p in first["loc"] if not str(p).startswith((FORM, "function-")))
         at = lines.where((*path, *where))
         if first["type"] == "extra_forbidden":
-            within = known if len(where) == 1 else list(_nested_fields(cls, where[:-1]))
-            raise RecipeError(at, "there is no such key", _nearest(where[-1], within)) from None
+            raise RecipeError(
+                at, "there is no such key", _nearest(where[-1], _nested_fields(cls, where[:-1]))
+            ) from None
         if first["type"] == "missing":
             raise RecipeError(at, "is missing", "add it") from None
         shown = json.dumps(first.get("input"), default=str)

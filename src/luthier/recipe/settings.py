@@ -16,6 +16,7 @@ from luthier.decoding.base import Decoder
 from luthier.decoding.greedy import Greedy
 from luthier.evaluation.base import Evaluator
 from luthier.method import Facts, Method
+from luthier.method.building import FORM
 from luthier.method.kinds import LISTED
 from luthier.method.registry import find, written
 from luthier.objectives.base import Objective
@@ -47,12 +48,13 @@ class RowSource(BaseModel):
 
 
 def _form(value: Any) -> str:
-    return "several" if isinstance(value, (list, tuple)) else "one"
+    return f"{FORM}several" if isinstance(value, (list, tuple)) else f"{FORM}one"
 
 
 # The form of a value decides how it is checked, so that an error is about this form only.
 Sources = Annotated[
-    Annotated[str, Tag("one")] | Annotated[tuple[RowSource, ...], Field(min_length=1), Tag("several")], Discriminator(_form)
+    Annotated[str, Tag(f"{FORM}one")] | Annotated[tuple[RowSource, ...], Field(min_length=1), Tag(f"{FORM}several")],
+    Discriminator(_form),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from luthier.support.errors import RecipeError
 
 MAX_BYTES = 1_000_000
 SECRETS = ("*token", "*api_key*", "*password*", "*secret*")
-NOT_SECRET = frozenset({"keep_tokens", "max_new_tokens"})
 
 
 def load(text: str, name: str = "recipe", overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
@@ -32,16 +32,27 @@ def load(text: str, name: str = "recipe", overrides: Sequence[str] = (), code: P
 
 
 def load_file(path: Path, overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
-    """A recipe from a file."""
+    """A recipe from a file. Raises RecipeError."""
+    return load(read_text(path), str(path), overrides, code)
+
+
+def read_text(path: Path) -> str:
+    """The text of a recipe's file, or of another short YAML file. Raises RecipeError if it cannot be read."""
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise RecipeError(str(path), f"is larger than {MAX_BYTES} bytes", "a recipe is a short file")
-        text = path.read_text(encoding="utf-8")
+            raise RecipeError(str(path), f"is larger than {MAX_BYTES} bytes", "write a short file")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(str(path), "is not UTF-8 text", "save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(str(path), f"cannot be read ({error.strerror})", "check the path") from error
-    return load(text, str(path), overrides, code)
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML text, which `parse` reads."""
+    text = io.StringIO()
+    YAML().dump(dict(values), text)
+    return text.getvalue()
 
 
 def parse(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
@@ -136,7 +147,7 @@ def build(values: Mapping[str, Any], lines: Lines, code: Path | None = None) -> 
         if (listed := out.get(kind)) is not None:
             listed = listed if isinstance(listed, list) else [listed]
             out[kind] = [build_method(kind, item, lines, (kind, str(i)), code) for i, item in enumerate(listed)]
-    recipe: Recipe = validated(Recipe, out, (), lines, list(Recipe.model_fields))
+    recipe: Recipe = validated(Recipe, out, (), lines)
     if recipe.trust_remote_code and code is None:
         raise RecipeError(
             lines.where(("trust_remote_code",)), "would run the model's own code", "add --allow-code if you trust it"
@@ -154,8 +165,11 @@ def build(values: Mapping[str, Any], lines: Lines, code: Path | None = None) -> 
 
 
 def _no_secrets(values: Any, path: tuple[str, ...], lines: Lines) -> None:
+    """Raises RecipeError for a key, at any depth, whose value should not be written into a run's folder."""
+    if isinstance(values, list):
+        values = {str(i): value for i, value in enumerate(values)}
     if isinstance(values, Mapping):
         for key, value in values.items():
-            if key not in NOT_SECRET and any(fnmatch.fnmatch(key.lower(), p) for p in SECRETS):
+            if any(fnmatch.fnmatch(key.lower(), p) for p in SECRETS):
                 raise RecipeError(lines.where((*path, key)), "looks like a secret", "set it in the environment instead")
             _no_secrets(value, (*path, key), lines)

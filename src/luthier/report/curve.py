@@ -32,7 +32,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def labelled(values: list[float]) -> list[tuple[float, str]]:
-    """Ticks with labels: as many digits as are needed to tell them apart, thousands as k, M, G, ..."""
+    """Ticks with labels. They have as many digits as are needed to tell them apart; thousands are written as k, M, G, ..."""
     step = min((b - a for a, b in pairwise(values)), default=abs(values[0]) or 1.0)
     power = min(6, int(math.log10(max(map(abs, values))) // 3)) if max(map(abs, values)) >= 1e4 else 0
     unit = 1000.0**power
@@ -41,8 +41,27 @@ def labelled(values: list[float]) -> list[tuple[float, str]]:
 
 
 def _axis(low: float, high: float, start: float, stop: float) -> Callable[[float], float]:
-    """Where a value stands: `low` at `start`, `high` at `stop`."""
+    """The function from a value to its place: `low` is at `start`, `high` at `stop`."""
     return lambda x: start + (x - low) / ((high - low) or 1.0) * (stop - start)
+
+
+def _frame(at_x: Callable[[float], float], at_y: Callable[[float], float], xs: list[float], ys: list[float], height: int,
+           title: str) -> list[str]:  # fmt: skip
+    """The beginning of a chart: a grid line and a label for each y, a label for each x."""
+    out = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">']
+    for y, said in labelled(ys):
+        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
+        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{said}</text>')
+    for x, said in labelled(xs):
+        out.append(f'<text x="{at_x(x):.1f}" y="{height - 14}" text-anchor="middle">{said}</text>')
+    return out
+
+
+def _axis_names(x_name: str, y_name: str, height: int) -> list[str]:
+    return [
+        f'<text x="{WIDTH - RIGHT}" y="{height - 2}" text-anchor="end">{escape(x_name)}</text>',
+        f'<text x="{LEFT}" y="{TOP - 1}" text-anchor="start">{escape(y_name)}</text>',
+    ]
 
 
 def line_chart(series: list[Series], x_name: str, title: str, from_zero: bool = True) -> Markup:
@@ -60,12 +79,7 @@ def line_chart(series: list[Series], x_name: str, title: str, from_zero: bool = 
     y1 = y1 if y1 > y0 else y0 + 1.0
     at_x = _axis(x0, x1, LEFT, WIDTH - RIGHT)
     at_y = _axis(y0, y1, HEIGHT - BOTTOM, TOP)
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)} by {escape(x_name)}">']
-    for y, said in labelled(ticks(y0, y1)):
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{said}</text>')
-    for x, said in labelled(ticks(x0, x1)):
-        out.append(f'<text x="{at_x(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{said}</text>')
+    out = _frame(at_x, at_y, ticks(x0, x1), ticks(y0, y1), HEIGHT, f"{title} by {x_name}")
     for i, s in enumerate(clean):
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in s.points)
         out.append(f'<polyline class="line{i % COLOURS}" points="{path}"/>')
@@ -136,12 +150,7 @@ def point_chart(points: list[Point], x_name: str, y_name: str, title: str) -> Ma
     (x0, x1), (y0, y1) = _span([p.x for p in clean]), _span([p.y for p in clean])
     at_x = _axis(x0, x1, LEFT, WIDTH - RIGHT)
     at_y = _axis(y0, y1, HEIGHT - BOTTOM, TOP)
-    out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
-    for y, said in labelled(ticks(y0, y1, 4)):
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{said}</text>')
-    for x, said in labelled(ticks(x0, x1, 4)):
-        out.append(f'<text x="{at_x(x):.1f}" y="{HEIGHT - 14}" text-anchor="middle">{said}</text>')
+    out = _frame(at_x, at_y, ticks(x0, x1, 4), ticks(y0, y1, 4), HEIGHT, title)
     best = sorted((p for p in clean if p.marked), key=lambda p: p.x)
     path = " ".join(f"{at_x(p.x):.1f},{at_y(p.y):.1f}" for p in best)
     out.append(f'<polyline class="edge" points="{path}"/>')
@@ -151,9 +160,7 @@ def point_chart(points: list[Point], x_name: str, y_name: str, title: str) -> Ma
         place = f'x="{at_x(p.x) + (-11 if right else 11):.1f}" text-anchor="{"end" if right else "start"}"'
         name = escape(p.name[:24]) + (" ★" if p.marked else "")
         out.append(f'<text class="name{c}" {place} y="{at_y(p.y) - 8:.1f}">{name}</text>')
-    out.append(f'<text x="{WIDTH - RIGHT}" y="{HEIGHT - 2}" text-anchor="end">{escape(x_name)}</text>')
-    out.append(f'<text x="{LEFT}" y="{TOP - 1}" text-anchor="start">{escape(y_name)}</text>')
-    return Markup("".join([*out, "</svg>"]))
+    return Markup("".join([*out, *_axis_names(x_name, y_name, HEIGHT), "</svg>"]))
 
 
 def plane_chart(points: list[tuple[float, float, bool]], x_name: str, y_name: str, title: str) -> Markup:
@@ -162,16 +169,7 @@ def plane_chart(points: list[tuple[float, float, bool]], x_name: str, y_name: st
     (x0, x1), (y0, y1) = _span([p[0] for p in points]), _span([p[1] for p in points])
     at_x = _axis(x0, x1, LEFT, WIDTH - RIGHT)
     at_y = _axis(y0, y1, height - BOTTOM, TOP)
-    out = [
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}: {escape(x_name)}, {escape(y_name)}">'
-    ]
-    for y, said in labelled(ticks(y0, y1, 4)):
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at_y(y):.1f}" y2="{at_y(y):.1f}"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{at_y(y) + 4:.1f}" text-anchor="end">{said}</text>')
-    for x, said in labelled(ticks(x0, x1, 6)):
-        out.append(f'<text x="{at_x(x):.1f}" y="{height - 16}" text-anchor="middle">{said}</text>')
+    out = _frame(at_x, at_y, ticks(x0, x1, 6), ticks(y0, y1, 4), height, f"{title}: {x_name}, {y_name}")
     for x, y, stayed in sorted(points, key=lambda p: p[2]):
         out.append(f'<circle class="{"stayed" if stayed else "gone"}" cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="3"/>')
-    out.append(f'<text x="{WIDTH - RIGHT}" y="{height - 3}" text-anchor="end">{escape(x_name)}</text>')
-    out.append(f'<text x="{LEFT}" y="{TOP - 1}" text-anchor="start">{escape(y_name)}</text>')
-    return Markup("".join([*out, "</svg>"]))
+    return Markup("".join([*out, *_axis_names(x_name, y_name, height), "</svg>"]))

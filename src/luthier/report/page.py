@@ -5,7 +5,6 @@ The report is one file that opens without a network. All texts of the user are e
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,12 +14,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
-from ruamel.yaml import YAML
 
 from luthier.data.table import DROP, Table
 from luthier.evaluation.measures import SIDE
 from luthier.inspection.base import Finding
 from luthier.recipe import Recipe
+from luthier.recipe.text import as_yaml
 from luthier.report import token_view
 from luthier.report.curve import Series, line_chart, plane_chart
 from luthier.support.files import write_text
@@ -71,8 +70,6 @@ def write_curation(folder: Path, name: str, recipe: Recipe, table: Table) -> Pat
 
     table  after the last step
     """
-    text = io.StringIO()
-    YAML().dump(recipe.as_dict(), text)
     decided = [json.loads(line) for line in _lines(folder / "decisions.jsonl")[:50_000]]
     examples = {title: [d for d in decided if d["decision"] == what][:SAMPLES] for what, title in DECIDED.items()}
     page = template("curate.html").render(
@@ -81,7 +78,7 @@ def write_curation(folder: Path, name: str, recipe: Recipe, table: Table) -> Pat
         after=len(table),
         changes=changes_in(table),
         planes=_planes(folder),
-        recipe=text.getvalue(),
+        recipe=as_yaml(recipe.as_dict()),
         examples=examples,
         version=__version__,
     )

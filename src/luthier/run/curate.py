@@ -14,7 +14,7 @@ from luthier.data.table import Table
 from luthier.recipe import Recipe
 from luthier.report.page import write_curation
 from luthier.run.ready import tokens_and_config, untouched
-from luthier.run.rows import Step, as_lines, curation_lab, kept_by, steps, training_rows
+from luthier.run.rows import CurateStep, as_lines, curation_lab, kept_by, steps, training_rows
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import whole
 
@@ -52,8 +52,8 @@ def curate(recipe: Recipe, base: Path, output: Path, tick: Tick = no_tick) -> di
     }  # fmt: skip
 
 
-def _lines(step: Step) -> Iterator[dict[str, Any]]:
-    """Yield what a step decided about rows, in their order; rows that it made come after the row that they were made from."""
+def _lines(step: CurateStep) -> Iterator[dict[str, Any]]:
+    """Yield what a step decided about rows, in their order. Rows that it made follow the row that they were made from."""
     after = step.after
     for number in in_family_order(after, step.before.live, len(step.before.entries)):
         if after.turn[number] == len(after.steps):
@@ -62,8 +62,12 @@ def _lines(step: Step) -> Iterator[dict[str, Any]]:
 
 
 def in_family_order(table: Table, seen: np.ndarray, first: int) -> Iterator[int]:
-    """Yield the numbers of the entries a step saw, each followed by those that it made from it (from number `first` on), and
-    at the end those that it made from none."""
+    """Yield the numbers of a step's entries: each entry that it saw, followed by the entries that it made from that one, and
+    at the end those that were made from none.
+
+    seen   numbers of the entries that the step saw
+    first  the number of the first entry that it made
+    """
     children: dict[int, list[int]] = {}
     for number in range(first, len(table.entries)):
         children.setdefault(int(table.parent[number]), []).append(number)

@@ -20,10 +20,11 @@ from luthier.integrations import tracking
 from luthier.integrations.tracking import Trackers
 from luthier.pipelines.base import Apply, Train, run_pipeline
 from luthier.recipe import Recipe
+from luthier.recipe.text import as_yaml
 from luthier.report import token_view
 from luthier.report.card import card
 from luthier.report.page import write_report
-from luthier.run.evaluations import remember
+from luthier.run.evaluations import BUILTIN, remember
 from luthier.run.folder import RunFolder, recipe_hash
 from luthier.run.forecast import NoForecast, disk_needed, miss, peak_memory, reset_peak_memory, resolved
 from luthier.run.nested import NestedRuns
@@ -56,8 +57,8 @@ def run(
     tick      called with (what is done, rows so far, the row at work) while rows are read and rendered
     keep      False: keep scores and log, but not the weights
     forecast  False: make no forecast of memory and time
-    nested    False: this is a nested run itself, and may have none of its own
-    judge     False: only measure what a step costs; evaluate the base model only, and keep nothing but the costs
+    judge     False: only measure what a step costs: evaluate the base model only, and keep nothing but the costs
+    nested    False: this is a nested run, which has no nested runs of its own
     Under `torchrun` or `accelerate launch`, every process calls this function; the first process writes and prints.
     Raises Interrupted after Ctrl-C, SIGTERM or max_seconds. Everything is saved first.
     """
@@ -93,7 +94,7 @@ def run(
 
 
 def whole_run(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> None:
-    """What a worker is asked for by default: a run as part of a comparison, or of another run."""
+    """Carry out a worker's request: a run of a comparison, or a nested run."""
     how = {name: request[name] for name in ("keep", "judge", "nested")}
     run(recipe, folder, Path(request["base"]), forecast=False, **how)
 
@@ -101,7 +102,7 @@ def whole_run(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> None:
 def _carry_out(
     ready: Ready, place: RunFolder, stop: StopRequest, on_step: Any, deadline: float | None, say: Say, keep: bool, judge: bool
 ) -> None:  # fmt: skip
-    """Measure, train, measure, and leave what is to be left."""
+    """Evaluate, train, evaluate, and write the results."""
     _tell_rows(ready, place, say)
     result = _before(ready, place, say, judge)
     train = _pipeline if ready.recipe.pipeline is not None else _train
@@ -113,7 +114,8 @@ def _carry_out(
 
 
 def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
-    place.write_yaml("recipe.yaml", recipe.as_dict())
+    """Write the recipe, the environment and the first state."""
+    place.write("recipe.yaml", as_yaml(recipe.as_dict()))
     place.write("env.txt", environment())
     place.note(
         state="running",
@@ -127,7 +129,7 @@ def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
 def _eval_file(recipe: Recipe, base: Path) -> str | None:
     """The path of the held-out rows, if they are on this machine."""
     source = recipe.data.eval
-    if source is None or source.startswith("builtin:"):
+    if source is None or source.startswith(BUILTIN):
         return source
     return str((base / source).resolve()) if (base / source).is_file() else None
 
@@ -137,7 +139,7 @@ def _with_forecast(
 ) -> Recipe:
     """Forecast memory, time and disk. Refuse what cannot fit, and decide on checkpointing if the recipe leaves it open.
 
-    Not for several processes: a miniature of one process's step would not be theirs.
+    Several processes get no forecast, because a miniature in one process does not have their steps.
     """
     if accelerator.num_processes > 1 or not forecast:
         left_open = recipe.gradient_checkpointing == "auto"
@@ -160,6 +162,7 @@ def _with_forecast(
 
 
 def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
+    """Say which rows there are, and note it in run.json."""
     census, data = ready.train.census, ready.data
     for step in data.kept:
         first, *counts = told(**step.brief)
@@ -174,9 +177,7 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
         say(f"source  {source['name']}: {source['rows']} rows, {source['share']:.1%} of the draws")
     place.note(
         base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
-        sources=ready.train.sources,
-        curated=[k.brief for k in data.kept],
-        classes=data.classes, pool_shared=data.pool_shared,
+        sources=ready.train.sources, curated=[k.brief for k in data.kept], classes=data.classes, pool_shared=data.pool_shared,
     )  # fmt: skip
     place.write("curation.json", json.dumps([k._asdict() for k in data.kept]))
 
@@ -196,10 +197,8 @@ def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Resu
 
 def shown(results: Results) -> str:
     """One line with the first few measures."""
-    names = [n for n in results.measures if n not in ("bits_per_byte", "canary_loss", "answer_tokens")]
-    return (
-        ", ".join(f"{n.replace('_', ' ')} {results.measures[n].value:.4g}" for n in names[:5]) or "nothing is measured"
-    )
+    names = [n for n in results.measures if n not in ("bits_per_byte", "canary_loss", "answer_tokens")][:5]
+    return ", ".join(f"{n.replace('_', ' ')} {results.measures[n].value:.4g}" for n in names) or "nothing is measured"
 
 
 @dataclass
@@ -235,15 +234,13 @@ def _train(
 
 def _weigh_tokens(ready: Ready, place: RunFolder, loop: Loop) -> None:
     """Note, before the first step, how the objective weighs the tokens of a few rows."""
-    tokens = token_view.load(place.path)
-    if not tokens:  # none are shown
+    recipe, tokens = ready.recipe, token_view.load(place.path)
+    known = not tokens or any("kept" in t for row in tokens for t in row)
+    if known or not recipe.task.token_losses or not ready.accelerator.is_main_process:
         return
-    known = any("kept" in t for row in tokens for t in row)
-    if ready.recipe.gradient_checkpointing:  # memory is short, and this look keeps all activations of a forward pass
+    if recipe.gradient_checkpointing:  # memory is short, and this look keeps all activations of a forward pass
         return
-    if known or not ready.recipe.task.token_losses or not ready.accelerator.is_main_process:
-        return
-    recipe, rows = ready.recipe, ready.first_rows(token_view.WINDOW)
+    rows = ready.first_rows(token_view.WINDOW)
     # No sum over ranks, because only the first one looks. The look does not change the state of the run's own objective.
     alone = Probe(loop.view, loop.objective.fresh(), loop.extra)
     token_view.note_weights(
@@ -280,7 +277,7 @@ def _pipeline(
 
 
 def _stage_note(outcome: Outcome) -> dict[str, Any]:
-    """What run.json keeps of a stage."""
+    """The costs and measures of a stage, for run.json."""
     p = outcome.progress
     return {
         "name": outcome.name, "steps": p.step, "tokens": p.tokens, "row_tokens": p.row_tokens, "seconds": p.seconds,
@@ -339,7 +336,8 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     )  # fmt: skip
     if keep:
         remember(place.path, None, {n: m.value for n, m in after.measures.items()})
-        _card(ready, place, "finetune" if whole else "adapter")
+        relation = "finetune" if whole else "adapter"
+        place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
     expected = place.state().get("forecast")
     if expected and not progress.resumed:
         off = miss(expected, peak, progress.seconds)
@@ -357,10 +355,6 @@ def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Traine
         peak_memory_bytes=peak, update_bytes=trained.update.num_bytes,
         **more,
     )  # fmt: skip
-
-
-def _card(ready: Ready, place: RunFolder, relation: str) -> None:
-    place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
 
 
 def _spent(ready: Ready, progress: Progress) -> dict[str, Any]:

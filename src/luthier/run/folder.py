@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import time
 from collections.abc import Callable, Iterator
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from ruamel.yaml import YAML
 
 from luthier.recipe import Recipe
 from luthier.support.errors import LuthierError
@@ -29,6 +28,10 @@ HOW = frozenset(
 )  # fmt: skip
 
 
+class FolderInUse(LuthierError):
+    """Another process is working in the folder of a run."""
+
+
 class RunFolder:
     """The folder of one run, with lock, log and state. If several processes work on one run, only the first one `writes`."""
 
@@ -37,7 +40,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Make sure that only one process works in the folder. Raises LuthierError if another process does."""
+        """Make sure that only one process works in the folder. Raises FolderInUse if another process does."""
         if not self.writes:
             yield
             return
@@ -46,7 +49,7 @@ class RunFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
-                raise LuthierError(
+                raise FolderInUse(
                     f"{self.path}: another process is working in this folder; wait for it, or use --fresh"
                 ) from error
             yield
@@ -75,14 +78,9 @@ class RunFolder:
         if self.writes:
             write_text(self.path / name, text)
 
-    def write_yaml(self, name: str, values: dict[str, Any]) -> None:
-        text = io.StringIO()
-        YAML().dump(values, text)
-        self.write(name, text.getvalue())
-
 
 def recipe_hash(recipe: Recipe) -> str:
-    """Equal for recipes with equal results. The keys of HOW may change when a run continues."""
+    """A hash that is equal for recipes with equal results. The keys of HOW may change when a run continues."""
     asked = {k: v for k, v in recipe.as_dict().items() if k not in HOW}
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
@@ -90,6 +88,9 @@ def recipe_hash(recipe: Recipe) -> str:
 def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
     """Choose the folder: output_dir, or the newest unfinished run of the same recipe, or a new folder.
 
+    name   the recipe's file name, which begins the names of new folders
+    fresh  True: always a new folder
+    base   the folder that output_dir is relative to
     Raises LuthierError if output_dir holds the run of another recipe.
     """
     mine = recipe_hash(recipe)
@@ -103,7 +104,7 @@ def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
         return _unused(path) if fresh and there else path
     runs = Path("runs")
     if not fresh:
-        for path in sorted(runs.glob(f"{name}-*"), reverse=True):
+        for path in sorted(runs.glob(f"{escape(name)}-*"), reverse=True):
             state = RunFolder(path).state()
             if state.get("recipe_hash") == mine and state.get("state") != "done":
                 return path

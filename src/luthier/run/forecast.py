@@ -42,7 +42,16 @@ PATIENCE = 20.0  # seconds after which one depth stops measuring
 
 @dataclass(frozen=True)
 class Forecast:
-    """The forecast for one run: peak memory of the process (or of the GPU) in bytes, and seconds of training."""
+    """The forecast for one run.
+
+    memory_bytes     peak memory of the process, or of the GPU
+    seconds          of training, without evaluation
+    weights          bytes of the model's weights
+    trained_state    bytes of trained weights, masters, optimiser state and gradients
+    activations      bytes that are kept for the backward pass
+    update           bytes of the update
+    trained_weights  number of trained weights
+    """
 
     memory_bytes: int
     seconds: float
@@ -55,10 +64,13 @@ class Forecast:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a stage took in a miniature: bytes, and seconds a token; and what the whole run's stage is to do.
+    """What one stage costs in a miniature, and how much work the stage of the whole run is.
 
-    tokens   that the whole stage is given
-    choices  of what trains, each of which takes attach_seconds
+    layers           of the miniature
+    peak             peak memory in bytes; the next four are bytes too
+    trained          number of trained weights
+    attach_seconds   for one choice of the weights that train
+    tokens, choices  of the whole stage: tokens of its rows, and how often it chooses the weights that train
     """
 
     layers: int
@@ -75,9 +87,9 @@ class Measured:
 
 
 def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, sets: Mapping[str, Prepared]) -> Forecast:
-    """Measure two miniatures and extrapolate. Takes seconds, and memory of a few layers.
+    """Measure two miniatures and extrapolate. This takes seconds, and the memory of a few layers.
 
-    sets  rendered rows by name; "train" at least
+    sets  rendered rows by name; "train" is required
     """
     depth = config.get_text_config().num_hidden_layers
     first, second = depths(config)
@@ -96,7 +108,7 @@ def forecast(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, sets: Map
 
 
 def grown(low: Measured, high: Measured, depth: int) -> Forecast:
-    """One stage of a model of this depth, from two miniatures."""
+    """The forecast for one stage of a model with this number of layers, extrapolated from two miniatures."""
 
     def at_depth(name: str) -> float:
         a: float = getattr(low, name)
@@ -192,7 +204,7 @@ def with_layers(config: PreTrainedConfig, layers: int) -> PreTrainedConfig:
 def measure(
     recipe: Recipe, config: PreTrainedConfig, tokenizer: Any, sets: Mapping[str, Prepared], layers: int
 ) -> list[Measured]:
-    """Train a miniature for a few steps: what each stage took, one where the recipe has no pipeline."""
+    """Train a miniature for a few steps. Returns what each stage cost: one stage if the recipe has no pipeline."""
     reset_peak_memory()
     view = _miniature(recipe, with_layers(config, layers), tokenizer)
     if recipe.pipeline is not None:
@@ -209,7 +221,7 @@ def measure(
 
 
 def _measured_stages(recipe: Recipe, view: ModelView, sets: Mapping[str, Prepared], layers: int) -> list[Measured]:
-    """The whole pipeline in small: few rows, few steps; each stage gets what the one before left."""
+    """Carry out the whole pipeline with few rows and few steps. Each stage gets what the stage before it left."""
     assert recipe.pipeline is not None
     draw, done, out = recipe.task.draw(view.tokenizer, recipe.seed), dict[str, Outcome](), []
     came: dict[str, Prepared] = dict(sets)
@@ -243,7 +255,7 @@ def _measured_stages(recipe: Recipe, view: ModelView, sets: Mapping[str, Prepare
 
 @contextmanager
 def _unheard() -> Iterator[None]:
-    """Warnings of a pipeline about few rows or a poor model are true of every miniature, and tell nothing."""
+    """Switch off luthier's warnings: every miniature has few rows and a poor model."""
     logger = logging.getLogger("luthier")
     before = logger.level
     logger.setLevel(logging.ERROR)
@@ -254,7 +266,7 @@ def _unheard() -> Iterator[None]:
 
 
 def _stepped(loop: Loop, layers: int, weights: int) -> Measured:
-    """What the first step keeps, and how long the others take."""
+    """Take the steps: the first one measures memory, the others time."""
     trainable, rows = loop.trainable, loop.rows
     started, seconds, tokens = time.perf_counter(), 0.0, 0
     with activations_of(loop.wrapped) as saved:
@@ -275,7 +287,7 @@ def _stepped(loop: Loop, layers: int, weights: int) -> Measured:
 
 
 def _quick(settings: TrainSettings, rows: Sequence[Any]) -> TrainSettings:
-    """The same, for a few steps without anything between them."""
+    """The settings for a few steps, without evaluations and checkpoints."""
     changed = {
         "shuffle": False, "max_steps": max(2, min(TIMED + 1, -(-len(rows) // settings.batch_size))), "eval_steps": None,
         "save_steps": None, "early_stopping_patience": None,

@@ -1,4 +1,4 @@
-"""Runs within a run: what a method learns by training, each carried out once, by the same queue as a comparison's."""
+"""Runs within a run, for methods that learn by training. Each is carried out once, by the queue that comparisons use."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from typing import Any
 from luthier import recipe as recipes
 from luthier.data.batch import WEIGHT
 from luthier.data.reading import on_hub
-from luthier.data.store import Rows
 from luthier.evaluation.measures import Measure
 from luthier.method.registry import modules_of
 from luthier.recipe import Recipe
 from luthier.run.folder import RunFolder
 from luthier.run.queue import Workers, side_by_side, workers
 from luthier.run.ready import located_model
-from luthier.run.rows import as_lines
+from luthier.run.rows import write_rows
 from luthier.step.lab import Nested
 from luthier.step.outcome import Outcome
 from luthier.step.progress import Progress
 from luthier.support.cache import cache_folder, content_of, key_of
 from luthier.support.errors import LuthierError
-from luthier.support.files import replaced
 from luthier.support.sources import code_key
 from luthier.training.loop import Interrupted
 from luthier.update.files import load
@@ -34,16 +32,16 @@ from luthier.update.files import load
 LEFT_OUT: dict[str, Any] = {
     "pipeline": None, "pace": {}, "curate": [], "collaborate": None, "report_to": [], "output_dir": None, "save_steps": None,
 }  # fmt: skip
-# Of its data, where rows are given: what was done when they were read.
+# Settings of `data` that were used when the given rows were read, and must not be used again.
 READ: dict[str, Any] = {"limit": None, "train_split": "train", "temperature": 1.0}
 
 
 class NestedRuns:
-    """Carries out nested runs of one recipe; those that were carried out before, by whichever run, are read.
+    """Carries out nested runs of one recipe. The results of runs that are in the cache are read.
 
     base       the folder that paths in the recipe are relative to
-    processes  runs side by side; 0: in this process; None: as cores and memory allow
-    stop  asked between two looks at the queue; where it says so, workers save and Interrupted is raised
+    stop       called while workers are busy; if it returns True, they save their state and Interrupted is raised
+    processes  runs at the same time; 0: in this process; None: as cores and memory allow
     """
 
     def __init__(
@@ -52,9 +50,9 @@ class NestedRuns:
         self.recipe, self.base, self.stop, self.processes = recipe, base.resolve(), stop, processes
 
     def __call__(self, runs: Sequence[Nested]) -> list[Outcome]:
-        """What each run left, in order. Raises RecipeError for one that cannot be, LuthierError where one fails."""
+        """The outcome of each run, in order. Raises RecipeError for a faulty recipe, LuthierError if a run fails."""
         places = [self._place(run) for run in runs]
-        # One of several equal runs is enough.
+        # Equal runs have the same folder, so each is carried out once.
         waiting = {place: run for place, run in zip(places, runs, strict=True) if not _finished(place)}
         if waiting:
             self._carry_out(waiting)
@@ -67,9 +65,8 @@ class NestedRuns:
         if values["pipeline"] is None:
             data["pool"] = None
         if run.rows is not None:
-            keep = (
-                [*data["keep"], WEIGHT] if run.rows.weights is not None and WEIGHT not in data["keep"] else data["keep"]
-            )
+            weighed = run.rows.weights is not None and WEIGHT not in data["keep"]
+            keep = [*data["keep"], WEIGHT] if weighed else data["keep"]
             data |= {**READ, "train": [{"path": str(train), "columns": {}}], "keep": keep}
         code = self.base if self._brings_code else None
         return recipes.load(json.dumps({**values, "data": data}), "nested run", code=code)
@@ -80,7 +77,7 @@ class NestedRuns:
 
     @cached_property
     def _model(self) -> str:
-        """Hash of the model's files; its id and revision where it comes from the Hub."""
+        """Hash of the model's files, or of its id and revision if it comes from the Hub."""
         located = located_model(self.recipe, self.base)
         path = Path(located.path)
         if not path.exists():
@@ -89,8 +86,10 @@ class NestedRuns:
         return key_of([(f.name, content_of(f)) for f in files])
 
     def _place(self, run: Nested) -> Path:
-        """Its folder in the cache, with its rows in it: other keys, rows, files, weights or code are another folder."""
-        rows = None if run.rows is None else (run.rows.digest, _weights(run.rows))
+        """The folder of a run in the cache. Other keys, rows, files, weights or code have another folder."""
+        rows = None
+        if run.rows is not None:
+            rows = (run.rows.digest, None if run.rows.weights is None else run.rows.weights.tolist())
         recipe = self.asked(run, Path("rows"))
         named = [s.path for s in recipe.data.sources if run.rows is None] + [recipe.data.eval, recipe.data.pool]
         files = [self._content(n) for n in named if n is not None]
@@ -104,7 +103,7 @@ class NestedRuns:
 
     def _carry_out(self, waiting: Mapping[Path, Nested]) -> None:
         """Carry out the first run alone: its memory decides how many fit in parallel."""
-        (first, *others), done = waiting.items(), 0
+        first, *others = waiting.items()
         try:
             most = (os.cpu_count() or 1) if self.processes is None else self.processes
             with workers(min(len(waiting), most)) as pool:
@@ -112,10 +111,9 @@ class NestedRuns:
                 self._collect(pool, waiting)
                 peak = RunFolder(first[0] / "run").state().get("peak_memory_bytes", 0)
                 count = side_by_side([peak] if peak else [], min(len(others), most))
-                while done < len(others) or pool.busy:
-                    while done < len(others) and pool.busy < count:
-                        self._submit(pool, *others[done], count)
-                        done += 1
+                while others or pool.busy:
+                    while others and pool.busy < count:
+                        self._submit(pool, *others.pop(0), count)
                     self._collect(pool, waiting)
         except KeyboardInterrupt:
             if not self.stop():
@@ -125,9 +123,8 @@ class NestedRuns:
     def _submit(self, pool: Workers, place: Path, run: Nested, count: int) -> None:
         place.mkdir(parents=True, exist_ok=True)
         train = place / "rows.jsonl"
-        if run.rows is not None and not train.exists():
-            with replaced(train) as temporary, temporary.open("w", encoding="utf-8") as file:
-                file.writelines(as_lines(run.rows, self.recipe.data.carried))
+        if run.rows is not None:
+            write_rows(train, run.rows, self.recipe.data.carried)
         request = {
             "recipe": self.asked(run, train).as_dict(), "name": "nested run", "folder": str(place / "run"),
             "base": str(self.base), "code": str(self.base) if self._brings_code else None,
@@ -143,16 +140,12 @@ class NestedRuns:
                 raise LuthierError(f"nested run with {dict(waiting[place].changes)}: {answer['error']}")
 
 
-def _weights(rows: Rows) -> list[float] | None:
-    return None if rows.weights is None else rows.weights.tolist()
-
-
 def _finished(place: Path) -> bool:
     return RunFolder(place / "run").state().get("state") == "done"
 
 
 def _outcome(place: Path, keep: bool) -> Outcome:
-    """What a finished run's folder says."""
+    """The outcome of a finished run, read from its folder."""
     folder = place / "run"
     state = RunFolder(folder).state()
     stored = json.loads((folder / "after.json").read_text(encoding="utf-8"))

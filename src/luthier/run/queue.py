@@ -1,4 +1,4 @@
-"""Workers in parallel: each thread owns a process. A worker that dies is replaced, and its job counts as failed."""
+"""Workers in parallel: each thread owns a process. A process that dies is replaced, and its request counts as failed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 from luthier.run.forecast import available_memory
 
 ROOM = 0.8  # share of the free memory that parallel runs may use
-END = 60.0  # seconds that a worker gets to save its state
-LOOK = 0.5  # seconds between two questions whether to stop
+END = 60.0  # seconds that a worker gets to save its state and end
+LOOK = 0.5  # seconds between two calls of `stop`
 
 
 class Workers:
@@ -31,6 +31,7 @@ class Workers:
         self._stopping = False
 
     def submit(self, tag: Any, request: dict[str, Any]) -> None:
+        """Hand in a request. `next` returns its answer with this tag."""
         if self.count:
             self._pending[self._threads.submit(self._ask, request)] = tag
             return
@@ -42,10 +43,14 @@ class Workers:
 
     @property
     def busy(self) -> int:
+        """The number of requests whose answers were not taken yet."""
         return len(self._pending)
 
     def next(self, stop: Callable[[], bool] = lambda: False) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """(tag, answer) of those that ended, once at least one has. Raises KeyboardInterrupt where `stop` says so."""
+        """Wait for at least one answer, and yield (tag, answer) of all that are there.
+
+        stop  called while nothing is there; if it returns True, KeyboardInterrupt is raised
+        """
         done: set[Future[dict[str, Any]]] = set()
         while not done:
             done, _ = wait(self._pending, LOOK, return_when=FIRST_COMPLETED)
@@ -90,11 +95,7 @@ class Workers:
         for process in self._all:
             if process.poll() is None:
                 process.terminate()
-        for process in self._all:
-            try:
-                process.wait(END)
-            except subprocess.TimeoutExpired:
-                process.kill()
+        self._end()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def close(self) -> None:
@@ -103,18 +104,29 @@ class Workers:
         for process in self._all:
             if process.stdin is not None:
                 process.stdin.close()
-            process.wait(END)
+        self._end()
+
+    def _end(self) -> None:
+        """Wait for all processes, and kill those that do not end."""
+        for process in self._all:
+            try:
+                process.wait(END)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def side_by_side(peaks: Sequence[float], most: int) -> int:
-    """Runs that cores and memory allow at a time, at most so many; one where nothing says what a run takes."""
+    """The number of runs at the same time that cores and memory allow, from 1 to `most`.
+
+    peaks  peak memory of earlier runs in bytes; if there are none, runs go one at a time
+    """
     fitting = int(ROOM * available_memory() / max(peaks)) if peaks else 1
     return max(1, min(os.cpu_count() or 1, fitting, most))
 
 
 @contextmanager
 def workers(count: int) -> Iterator[Workers]:
-    """Workers that are asked to save and end if anything interrupts."""
+    """Workers for a block of code. If the block raises an error, they are asked to save and end."""
     pool = Workers(count)
     try:
         yield pool

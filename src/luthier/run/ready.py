@@ -27,6 +27,7 @@ from luthier.run.rows import Data, prepare_rows
 from luthier.step.lab import Lab, Ledger, Runs
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
+from luthier.support.files import beside
 from luthier.tasks.base import Draw
 from luthier.training.loop import Loop
 
@@ -72,33 +73,27 @@ class Ready:
         )  # fmt: skip
         return writing_with(replace(lab, nested=self.nested, ledger=self.ledger), recipe.decode)
 
-    def results(self, update: str = "none") -> Results:
-        """The results of the model with the update of this digest, or of the base model. They are read from the cache if they
-        were measured before."""
-        held, recipe = self.data.held, self.recipe
+    def results(self, update: str = "none", view: ModelView | None = None) -> Results:
+        """The results of a model on the held-out rows. They are read from the cache if they were measured before.
+
+        update  the digest of the update that is on the model
+        view    another model than the run's own, without an update
+        """
+        held, recipe, view = self.data.held, self.recipe, view or self.view
         rows_held = () if held is None else held.rows
-        exam = Exam(self.view, self.lab(), recipe.task, rows_held, self.data.held_rows or (), recipe.codec)
-        head = (
-            str(recipe.seed) if self.view.anatomy.task_head else ""
-        )  # the head is drawn at random before it is trained
-        model = key_of(
-            self.view.base.weights,
-            self.view.base.tokenizer,
-            recipe.quantize,
-            recipe.compute,
-            recipe.decode,
-            head,
-            update,
-        )
+        exam = Exam(view, self.lab(), recipe.task, rows_held, self.data.held_rows or (), recipe.codec)
+        head = str(recipe.seed) if view.anatomy.task_head else ""  # the head is drawn at random before it is trained
+        base = view.base
+        model = key_of(base.weights, base.tokenizer, recipe.quantize, recipe.compute, recipe.decode, head, update)
         rows = "none" if held is None or self.data.held_rows is None else held.digest + self.data.held_rows.digest
-        evaluators, meter = recipe.evaluators(), self.view.meter
-        with meter.watching(self.view.module), meter.stage("evaluate"):
+        evaluators, meter = recipe.evaluators(), view.meter
+        with meter.watching(view.module), meter.stage("evaluate"):
             return score_cache.kept(score_cache.exam_key(exam, evaluators, model, rows), exam, evaluators)
 
 
 def located_model(recipe: Recipe, base: Path) -> Located:
     """Where the recipe's model is."""
-    located = locate(recipe.model if ":" in recipe.model else str(_beside(base, recipe.model)), recipe.revision)
+    located = locate(recipe.model if ":" in recipe.model else beside(base, recipe.model), recipe.revision)
     return located._replace(trust_code=recipe.trust_remote_code)
 
 
@@ -115,17 +110,8 @@ def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     return located, Renderer(tokenizer, recipe.data.system, plain), config
 
 
-def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
-    """What `check` looks at: rows, configuration, and the structure of a model without weights."""
-    _, renderer, config, data = gather(recipe, base, tick)
-    with torch.device("meta"):
-        anatomy = Anatomy(recipe.task.auto(config).from_config(config))
-    _check(recipe, config, data.train, None, anatomy=anatomy)
-    return Outline(renderer, config, data, anatomy)
-
-
 class Outline(NamedTuple):
-    """A recipe with its rows and its model, without weights."""
+    """The rows of a recipe and the structure of its model, without weights."""
 
     renderer: Renderer
     config: Any
@@ -133,9 +119,19 @@ class Outline(NamedTuple):
     anatomy: Anatomy
 
 
+def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
+    """Everything that `luthier check` looks at. Raises RecipeError."""
+    _, renderer, config, data = gather(recipe, base, tick)
+    with torch.device("meta"):
+        anatomy = Anatomy(recipe.task.auto(config).from_config(config))
+    _check(recipe, config, data.train, None, anatomy=anatomy)
+    return Outline(renderer, config, data, anatomy)
+
+
 def _check(
     recipe: Recipe, config: Any, train: Prepared, layout: str | None, processes: int = 1, anatomy: Anatomy | None = None
 ) -> None:
+    """Check the methods against what is known so far. Raises RecipeError for the first combination that cannot work."""
     total = Loop.length(train.rows, recipe) if train.rows else None
     known: dict[str, Any] = {
         "model_config": config, "total_steps": total, "num_rows": len(train.rows), "anatomy": anatomy,
@@ -200,8 +196,3 @@ def make_ready(
     if recipe.compute is not None:
         view.phases.append(partial(recipe.compute.patch, view))
     return Ready(recipe, folder, view, renderer, data, accelerator)
-
-
-def _beside(base: Path, name: str) -> Path | str:
-    """The path of a model beside the recipe, if it exists; else the name as it is."""
-    return base / name if (base / name).exists() else name

@@ -1,4 +1,4 @@
-"""What stands beside an update in a finished folder, for tools that know nothing of luthier."""
+"""Files beside the update in a finished folder, for tools that do not know luthier's forms: tokenizer and whole model."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from luthier.update import Update
 
 
 def is_whole(update: Update, view: ModelView) -> bool:
-    """True where most weights changed and the update can be merged, so that the whole model is worth leaving."""
+    """Whether most weights changed and the update can be merged. Only then is the whole model written."""
     touched = {n for part in update.parts for n in part.whole()}
     return 2 * len(touched) > len(view.anatomy.parameters) and update.refusal(view.module) is None
 
 
 def leave_model(update: Update, view: ModelView, tokenizer: Any, folder: Path) -> bool:
-    """Write the tokenizer, and the whole model where most weights changed; returns whether it was written.
+    """Write the tokenizer, and the whole model if most weights changed. Returns whether the model was written.
 
-    A whole model is made in place: afterwards the view is no longer the base.
+    The update is merged into the view's own weights, so afterwards the view is no longer the base model.
     """
     tokenizer.save_pretrained(folder)
     whole = is_whole(update, view)

@@ -31,6 +31,7 @@ from luthier.recipe.settings import DataSettings
 from luthier.step.lab import Lab, Runs
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import RecipeError
+from luthier.support.files import replaced
 from luthier.training.loop import Loop
 
 PLANE = 1000  # rows in the picture of a selection
@@ -194,7 +195,7 @@ def training_rows(
     return Rows.joined(found), skipped, mix
 
 
-class Step(NamedTuple):
+class CurateStep(NamedTuple):
     """One `curate` step: the table before it and the table after it."""
 
     name: str
@@ -202,11 +203,11 @@ class Step(NamedTuple):
     after: Table
 
 
-def steps(recipe: Recipe, table: Table, lab: Lab) -> Iterator[Step]:
-    """Carry out the steps in order; each works on the table that the step before it left.
+def steps(recipe: Recipe, table: Table, lab: Lab) -> Iterator[CurateStep]:
+    """Carry out the steps in order. Each works on the table that the step before it left.
 
-    Raises RecipeError for a step that leaves no row, loses rows without a decision, makes rows of no known shape, or changes
-    answers whose spans it leaves.
+    Raises RecipeError for a step that leaves no row, loses rows without a decision, makes rows of an unknown shape, or changes
+    an answer but not its spans.
     """
     for i, curator in enumerate(recipe.curate):
         where, before = f"curate.{i}.{curator.key()}", table.at(curator.key())
@@ -222,7 +223,7 @@ def steps(recipe: Recipe, table: Table, lab: Lab) -> Iterator[Step]:
         for number in range(len(before.entries), len(table.entries)):
             shape_of(table.entries[number], recipe.task.shapes)
             _refuse_lost_spans(where, table, number, recipe)
-        yield Step(curator.key(), before, table)
+        yield CurateStep(curator.key(), before, table)
 
 
 def _refuse_lost_spans(where: str, table: Table, number: int, recipe: Recipe) -> None:
@@ -250,7 +251,7 @@ def curated(recipe: Recipe, table: Table, lab: Lab) -> tuple[Table, list[Kept], 
     return table, kept, Cost(sum(lab.ledger.flops.values()), time.perf_counter() - started)
 
 
-def kept_by(step: Step) -> Kept:
+def kept_by(step: CurateStep) -> Kept:
     """A summary of a step's decisions. Rows that replace another row are counted in its place."""
     after = step.after
     now = (after.turn == len(after.steps)) & (after.decision <= DROP)
@@ -279,8 +280,17 @@ def encoded(rows: Rows, chain: Chain) -> Rows:
     return written(((r.key, as_json(Row(r.key, chain.encode(r.values)))) for r in rows), rows.on_disk)
 
 
+def write_rows(path: Path, rows: Rows, carried: Carried) -> Path:
+    """Write rows as lines of JSON unless the file exists: a file that exists is complete. Returns its whole path."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(as_lines(rows, carried))
+    return path.resolve()
+
+
 def as_lines(rows: Rows, carried: Carried) -> Iterator[str]:
-    """The rows' values as lines of JSON; where rows were weighed, "weight" is the curators' times the user's own.
+    """Yield the rows' values as lines of JSON. If curators weighed the rows, "weight" is their weight times the user's own.
 
     Raises RecipeError for a field of that name which means something else.
     """

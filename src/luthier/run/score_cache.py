@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from luthier.evaluation.base import Evaluator, Exam, Results, examine
 from luthier.support.cache import cache_folder, key_of
@@ -15,7 +16,8 @@ MODEL = ("luthier.model.loading", "luthier.update.files")  # code that decides w
 def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> str:
     """The key of an evaluation.
 
-    model  identifies the weights: base and update; rows: the rows and how they were rendered
+    model  a key of the weights: base model and update
+    rows   a key of the rows and how they were rendered
     """
     view, renderer = exam.view, exam.renderer
     asked = [(e.key(), e.content()) for e in evaluators]
@@ -28,19 +30,21 @@ def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> 
 
 def kept(key: str, exam: Exam, evaluators: list[Evaluator]) -> Results:
     """The results under this key. They are measured if the cache does not have them."""
-    file = cache_folder() / "scores" / f"{key}.json"
     found = read(key)
     if found is None:
         found = examine(exam, evaluators)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(found.as_dict(), ensure_ascii=False))
+        _file(key).parent.mkdir(parents=True, exist_ok=True)
+        write_text(_file(key), json.dumps(found.as_dict(), ensure_ascii=False))
     return found
 
 
 def read(key: str) -> Results | None:
     """The results in the cache; None if there are none, or if they are damaged."""
-    file = cache_folder() / "scores" / f"{key}.json"
     try:
-        return Results.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return Results.from_dict(json.loads(_file(key).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
+
+
+def _file(key: str) -> Path:
+    return cache_folder() / "scores" / f"{key}.json"

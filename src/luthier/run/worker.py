@@ -17,7 +17,7 @@ from typing import Any
 
 from luthier.support import machine
 
-LOCK_PATIENCE = 60.0  # seconds: a worker of a killed comparison may still be saving
+LOCK_PATIENCE = 60.0  # seconds to wait for another process in the same folder
 
 
 def main() -> None:
@@ -35,11 +35,11 @@ def main() -> None:
 
 
 def carried_out(request: dict[str, Any]) -> dict[str, Any]:
-    """{"state": "done"}, or "stopped", or "failed" with the reason.
+    """Carry out one request. Returns {"state": "done"}, or "stopped", or "failed" with the reason under "error".
 
-    request  recipe, name, folder, base, code and threads; "call" names a function (recipe, folder, request) in place of
-             `execute.whole_run`, which also asks for keep, judge and nested. It is named and not imported, since a run
-             may ask for workers itself
+    request  recipe, name, folder, base, code and threads; "call" is the name of the function (recipe, folder, request) that
+             does the work. By default this is `execute.whole_run`, which also reads keep, judge and nested. It is given
+             by name, because that module imports this one's queue.
     """
     import torch
 
@@ -65,14 +65,15 @@ def carried_out(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _patiently(request: dict[str, Any], folder: Path) -> None:
-    from luthier.support.errors import LuthierError
+    """Carry out the request, and wait for a worker of a killed comparison that is still saving in the folder."""
+    from luthier.run.folder import FolderInUse
 
     until = time.monotonic() + LOCK_PATIENCE
     while True:
         try:
             return _run(request, folder)
-        except LuthierError as error:
-            if "another process is working" not in str(error) or time.monotonic() > until:
+        except FolderInUse:
+            if time.monotonic() > until:
                 raise
             time.sleep(1.0)
 

@@ -40,6 +40,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def beside(folder: Path, name: str) -> str:
+    """The path of a file or folder in this folder if it exists; else the name as it is, for example a Hub id."""
+    return str(folder / name) if (folder / name).exists() else name
+
+
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """The same as `replaced` for a new folder."""

@@ -45,11 +45,14 @@ def save(
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint. Half-written ones are skipped."""
-    found = [
-        p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and (p / MARKER).exists()
-    ]
-    return max(found, key=lambda p: int(p.name.split("-")[1]), default=None)
+    """The newest complete checkpoint; None if there is none. Half-written ones are skipped."""
+    return next((p for p in reversed(_in_order(folder)) if (p / MARKER).exists()), None)
+
+
+def _in_order(folder: Path) -> list[Path]:
+    """All checkpoints by step, complete or not. Other names, such as checkpoint-3-copy, are a user's own."""
+    found = [p for p in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]))
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -72,9 +75,7 @@ def load(folder: Path) -> dict[str, Any]:
     return out
 
 
-def prune(folder: Path, keep: int, protect: str | None = None) -> None:
-    """Delete all checkpoints except the newest `keep`; `protect` names one more that stays."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    for path in found[:-keep]:
-        if path.name != protect:
-            shutil.rmtree(path)
+def prune(folder: Path, keep: int) -> None:
+    """Delete all checkpoints except the newest `keep`."""
+    for path in _in_order(folder)[:-keep]:
+        shutil.rmtree(path)

@@ -26,9 +26,10 @@ FORMS = ("hf", "peft", "gguf")
 
 
 def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dict[str, Any]:
-    """Write a finished run, a merge, or what a collaboration gave, in another form; returns where and how far off it is.
+    """Write a finished run, a merge, or the result of a collaboration in another form. Returns folder, form, and the
+    difference of logits after reading it back.
 
-    A 4-bit run is merged into the original weights.
+    An update of a run in 4 bits is merged into the original weights.
     Raises LuthierError if the form cannot hold the update, or if the export differs from the tuned model.
     """
     if to not in FORMS:

@@ -1,4 +1,4 @@
-"""What tuning did to a model, as one method of inspection answers it."""
+"""Look into finished runs with one method of inspection: what did tuning do to the model?"""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from luthier.tuned.members import members_of, refuse_unsuited
 
 
 def inspect(folders: Sequence[Path], method: Inspector | None = None, allow_code: bool = False) -> Finding:
-    """Look into finished runs, merges, results of a collaboration, or adapters, all of one base. A 4-bit base is loaded whole.
+    """Look into finished runs, merges, results of a collaboration, or adapters, all of one base. A base that a run held in 4 bits
+    is loaded with its original weights.
 
-    method      Norms where none is given
+    method      by default Norms
     allow_code  import the classes that the folders' recipes name
     Raises LuthierError for no folder, for one that is none of these, and for folders of different bases or tasks.
     """

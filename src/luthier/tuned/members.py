@@ -26,7 +26,7 @@ OURS, PEFT = "update.json", "adapter_config.json"
 class Members:
     """Updates in folders, by name.
 
-    use       how a model of their base is loaded and asked: as the first member says that does
+    use       how their base is loaded and asked, from the first member that says it
     asked_as  the name of that member
     """
 
@@ -35,13 +35,13 @@ class Members:
     asked_as: str
 
     def updates(self, base: Fingerprint) -> dict[str, Update]:
-        """Every update, read now. An adapter that peft alone wrote is taken for one of `base`."""
+        """Read every update. An adapter that peft alone wrote counts as one of `base`."""
         return {n: load(f) if (f / OURS).exists() else load_adapter(f, base) for n, f in self.folders.items()}
 
     def lab(self, quantize: bool = True) -> Lab:
-        """The services around the members' base. Raises LuthierError where a peft adapter belongs to another model.
+        """The services around the members' base. Raises LuthierError if a peft adapter belongs to another model.
 
-        quantize  False: the whole weights even where the recipe holds them in 4 bits
+        quantize  False: use the original weights even if the recipe holds them in 4 bits
         """
         lab = lab_of(self.use, quantize)
         for folder in self.folders.values():
@@ -51,9 +51,9 @@ class Members:
 
 
 def members_of(folders: Sequence[Path], allow_code: bool = False) -> Members:
-    """Folders of finished runs, merges, results of a collaboration and adapters.
+    """The members in folders of finished runs, merges, results of a collaboration and adapters.
 
-    Raises LuthierError for a folder that is none of these or comes twice, and where bases, tasks or classes differ.
+    Raises LuthierError for a folder that is none of these or is named twice, and if bases, tasks or classes differ.
     """
     named = _named(folders)
     uses = {name: use for name, folder in named.items() if (use := _use(folder, allow_code)) is not None}
@@ -71,7 +71,7 @@ def members_of(folders: Sequence[Path], allow_code: bool = False) -> Members:
 
 
 def refuse_unsuited(method: Method, use: Use, quantized: bool) -> None:
-    """Raises RecipeError where a method declares that it does not work on models of this sort.
+    """Raises RecipeError if a method declares that it does not work on models like this one.
 
     quantized  the model's weights are held in 4 bits
     """
@@ -81,7 +81,7 @@ def refuse_unsuited(method: Method, use: Use, quantized: bool) -> None:
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Path]:
-    """Folders by their own names, or by their whole paths where names are equal."""
+    """Folders by their names, or by their paths as given if names are equal."""
     places = [f.resolve() for f in folders]
     for folder, place in zip(folders, places, strict=True):
         if places.count(place) > 1:
@@ -100,7 +100,7 @@ def _use(folder: Path, allow_code: bool) -> Use | None:
 
 
 def _use_of_adapter(folder: Path) -> Use | None:
-    """As a peft adapter names its model; None for an update in a form of luthier's own."""
+    """How to load the model that a peft adapter names; None for an update in a form of luthier's own."""
     if not (folder / PEFT).exists():
         return None
     name, revision = adapter_base(folder)

@@ -1,4 +1,4 @@
-"""Several finished runs or adapters of one base become one folder, which is used as a run's is."""
+"""Merge several finished runs or adapters of one base into one folder, which is used like that of a run."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from luthier.tuned.merged import FILE, Merged, Source, merged_in
 from luthier.update import Update
 from luthier.update.files import load, save_update
 
-ROUNDING = 1e-6  # of the largest logit: what is left of factors that cancel out
+ROUNDING = 1e-6  # of the largest logit: rounding that is left if updates cancel out
 
 
 def merge(
     folders: Sequence[Path], output: Path, method: Merger | None = None, allow_code: bool = False
 ) -> dict[str, Any]:
-    """Merge the updates in these folders and write what a run leaves into a new one: update, tokenizer, model card, and the
-    whole model where most weights changed. Returns where it is, how it was made, and how far off it was when it was read back.
+    """Merge the updates in these folders. The new folder has what a run writes: update, tokenizer, model card, and the whole
+    model if most weights changed. Returns folder, method, members, and the difference of logits after reading it back.
 
-    folders     of finished runs, merges, results of a collaboration, or adapters; the model is asked as the first is
-    method      Linear, which takes their mean, where none is given
+    folders     finished runs, merges, results of a collaboration, or adapters; the model is asked as the first one is
+    method      by default Linear, which takes the mean
     allow_code  import the classes that the members' recipes name
-    Raises LuthierError, before any tensor is read, for fewer than two members, for members of different bases or tasks, for a
-    folder that is none, and for an output that exists; afterwards where the updates cannot be merged, or cancel out.
+    Raises LuthierError before any tensor is read: for fewer than two members, members of different bases or tasks, a folder
+    that is no member, or an output that exists. Raises it afterwards if the updates cannot be merged, or cancel out.
     """
     method = method or Linear()
     _refuse_taken(output)
@@ -79,9 +79,9 @@ def _record(method: Merger, members: Members, updates: Mapping[str, Update], res
 
 
 def _write(update: Update, lab: Lab, folder: Path, shown: Path) -> float:
-    """Save an update, read it back, and compare what both say; returns the difference.
+    """Save an update, read it back, and compare the logits of both. Returns the difference.
 
-    Raises LuthierError where it is too large, and where the update changes nothing.
+    Raises LuthierError if it is too large, or if the update changes nothing.
     """
     view, ids = lab.view(), probe.probe_of(lab.renderer.tokenizer)
     merged = _said(update, view, ids)

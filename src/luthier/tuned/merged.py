@@ -1,4 +1,4 @@
-"""What a merge leaves beside its update: which members, which method, and how the model is loaded and asked."""
+"""The record of a merge, beside its update: its members, its method, and how the model is loaded and asked."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class Merged(BaseModel, frozen=True, extra="forbid"):
     recipe: dict[str, Any]
     """That recipe."""
     recipe_folder: str
-    """What the paths within it are relative to."""
+    """The folder that its paths are relative to."""
     classes: tuple[str, ...] = ()
 
     def asked(self, folder: Path, allow_code: bool) -> Recipe:
-        """The recipe that the model is loaded and asked by."""
+        """The recipe that says how the model is loaded and asked."""
         code = Path(self.recipe_folder) if allow_code else None
         return recipes.load(json.dumps(self.recipe), str(folder / FILE), code=code)
 
@@ -76,7 +76,7 @@ class Merged(BaseModel, frozen=True, extra="forbid"):
 
 
 def merged_in(folder: Path) -> Merged | None:
-    """None for a folder that no merge left. Raises LuthierError for a record that cannot be read."""
+    """The record in a folder; None if no merge wrote the folder. Raises LuthierError for a record that cannot be read."""
     file = folder / FILE
     if not file.exists():
         return None

@@ -1,4 +1,4 @@
-"""A finished run, a merge, or what a collaboration gave, as something to use: load it, ask it, score it, export it."""
+"""Use a finished run, a merge or the result of a collaboration: load it, ask it, score it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from luthier.inference.services import lab_with
 from luthier.model.loading import load_model
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe, load_file
-from luthier.run.evaluations import remember
+from luthier.run.evaluations import BUILTIN, remember
 from luthier.run.ready import dtype_of, make_ready, tokens_and_config
 from luthier.step.lab import Lab
 from luthier.support.errors import LuthierError
@@ -34,9 +34,10 @@ class Use(NamedTuple):
 
 @dataclass(frozen=True)
 class Tuned:
-    """A recipe, its base model, and what was learnt. The recipe of a collaboration's result holds no rows.
+    """A recipe, its base model and the update. The recipe of a collaboration's result has no rows.
 
-    lab  the services around the base model
+    view  the base model
+    lab   the services around it
     """
 
     recipe: Recipe
@@ -70,7 +71,7 @@ def state_of(folder: Path) -> dict[str, Any]:
 
 
 def use_of(folder: Path, allow_code: bool, rows: str | None = None) -> Use:
-    """How the model in a folder is used. Raises LuthierError for a folder that does not say it.
+    """How the model in a folder is loaded and asked. Raises LuthierError for a folder that does not say it.
 
     rows  rows to score, instead of the recipe's data.eval
     """
@@ -97,7 +98,7 @@ def _scoring(recipe: Recipe, rows: str | None) -> Recipe:
 def lab_of(use: Use, quantize: bool = True) -> Lab:
     """The services around a base model. "base" is loaded when it is first asked for.
 
-    quantize  False: the whole weights even where the recipe holds them in 4 bits
+    quantize  False: use the original weights even if the recipe holds them in 4 bits
     """
     recipe = use.recipe
     located, renderer, config = tokens_and_config(recipe, use.base)
@@ -118,7 +119,7 @@ def lab_of(use: Use, quantize: bool = True) -> Lab:
 
 
 def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> Tuned:
-    """Load a finished run, a merge, or what a collaboration gave: its base model and its update.
+    """Load the base model and the update of a finished run, a merge, or the result of a collaboration.
 
     quantize  False: use the original weights even if the run held them in 4 bits
     Raises LuthierError for a folder that is none of these.
@@ -131,8 +132,9 @@ def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> T
 def answers(
     folder: Path, prompts: list[str], max_new_tokens: int, base_too: bool = False, allow_code: bool = False
 ) -> list[dict[str, Any]]:
-    """The tuned model's answer to each prompt, or the class of a text; with `base_too` also the answer of the base
-    model.
+    """The tuned model's answer to each prompt, or the class of each text.
+
+    base_too  add the answers of the base model
     """
     run = open_run(folder, allow_code)
     task, lab = run.recipe.task, run.lab
@@ -151,7 +153,7 @@ def answers(
 
 def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = False) -> dict[str, Any]:
     """Scores of the tuned model on rows: those of the recipe's data.eval, or `data`."""
-    rows = data if data is None or data.startswith("builtin:") else str((split_base / data).resolve())
+    rows = data if data is None or data.startswith(BUILTIN) else str((split_base / data).resolve())
     recipe, base, _ = use_of(folder, allow_code, rows)
     if recipe.data.eval is None:
         raise LuthierError(f"{folder}: the recipe names no held-out rows (data.eval); name rows with --data")

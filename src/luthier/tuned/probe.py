@@ -1,4 +1,4 @@
-"""What a model says to one sentence: how a model that was written is held against the one it was made from."""
+"""Compare a model that was written with the one that it was made from, by their logits for one sentence."""
 
 from __future__ import annotations
 
