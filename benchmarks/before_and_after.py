@@ -3,8 +3,8 @@
     git worktree add /tmp/before COMMIT
     python benchmarks/before_and_after.py /tmp/before [--rounds 2]
 
-Each tree runs its own scripts (steps.py, rows.py) on its own source. Ratios are paired step by step, so that a machine that
-slows down slows both. Bar: within 3% of before, or better.
+Each tree runs its own scripts (steps.py, rows.py, evaluation.py) on its own source. Ratios are paired step by step, so that a
+machine that slows down slows both. Bar: within 3% of before, or better.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from typing import Any
 
 from machine_note import machine_note
 
+from evaluation import task_in  # type: ignore[attr-defined]  # mypy finds tests/evaluation first
+
 HERE = Path(__file__).parent
 ARMS = ("lora", "spiel 5%", "hft", "full")
 ROW_STEPS = ("read", "render", "read again", "render again")
 ROWS = 10_000
+LOSS_ROWS = 600
 
 
 def inside(tree: Path) -> dict[str, str]:
@@ -113,10 +116,28 @@ def rows(trees: tuple[Path, Path], rounds: int) -> dict[str, float]:
     return {step: statistics.median(after / before for before, after in pairs) for step, pairs in taken.items()}
 
 
+def evaluation(trees: tuple[Path, Path], rounds: int) -> dict[str, float]:
+    """After over before, the median of rounds: a loss of held-out rows, and the choice among three answers."""
+    data = Path(os.environ.get("LUTHIER_DATA", HERE.parents[1] / "shared/data"))
+    taken: dict[str, list[list[float]]] = {"loss": [], "choice": []}
+    with tempfile.TemporaryDirectory() as folder:
+        task_in(Path(folder))
+        for i in range(rounds):
+            for name, words in {"loss": ("rows", str(LOSS_ROWS)), "choice": ("arm", "luthier", folder)}.items():
+                found = {}
+                for tree in trees if i % 2 else trees[::-1]:
+                    environment = {**inside(tree), "LUTHIER_DATA": str(data)}
+                    command = [sys.executable, str(tree / "benchmarks/evaluation.py"), *words]
+                    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+                    found[tree] = json.loads(done.stdout.splitlines()[-1])["seconds"]
+                taken[name].append([found[tree] for tree in trees])
+    return {name: statistics.median(after / before for before, after in pairs) for name, pairs in taken.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("before", type=Path)
-    parser.add_argument("--rounds", type=int, default=3, help="Of reading and rendering.")
+    parser.add_argument("--rounds", type=int, default=3, help="Of rows and of evaluation.")
     parser.add_argument("--steps", type=int, default=13, help="Of each arm, the first one not timed.")
     options = parser.parse_args()
     trees, started = (options.before.resolve(), HERE.parent.resolve()), time.time()
@@ -125,7 +146,11 @@ def main() -> None:
         results[name] = {k: round(v, 3) for k, v in steps(trees, name, options.steps).items()}
         print(f"{name:<10} {results[name]}", flush=True)
     results["rows"] = {k: round(v, 3) for k, v in rows(trees, options.rounds).items()}
-    print(f"rows       {results['rows']}  ({time.time() - started:.0f} s in all)", flush=True)
+    results["evaluation"] = {k: round(v, 3) for k, v in evaluation(trees, options.rounds).items()}
+    print(
+        f"rows       {results['rows']}\nevaluation {results['evaluation']}  ({time.time() - started:.0f} s in all)",
+        flush=True,
+    )
     (HERE / "results").mkdir(exist_ok=True)
     (HERE / "results/before_and_after.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
