@@ -26,8 +26,17 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever a library prints goes to standard error
     machine.prepare()
+    import torch
+
+    from luthier.support.environment import quiet
+    from luthier.training import loop  # noqa: F401 - with it comes most of what a run loads
+
+    quiet(False)
+    machine.settle()
     for line in sys.stdin:
-        answer = carried_out(json.loads(line))
+        request = json.loads(line)
+        torch.set_num_threads(request["threads"])
+        answer = carried_out(request)
         out.write(json.dumps(answer) + "\n")
         out.flush()
         if answer["state"] == "stopped":
@@ -39,17 +48,11 @@ def carried_out(request: dict[str, Any]) -> dict[str, Any]:
 
     request  recipe, name, folder, base, code and threads; "call" is the name of the function (recipe, folder, request) that
              does the work. By default this is `execute.whole_run`, which also reads keep, judge and nested. It is given
-             by name, because that module imports this one's queue.
+             by name, because that module imports this one's queue. `threads` is read by `main`
     """
-    import torch
-
-    from luthier.support.environment import quiet
     from luthier.support.errors import LuthierError
     from luthier.training.loop import Interrupted
 
-    quiet(False)
-    machine.settle()
-    torch.set_num_threads(request["threads"])
     folder = Path(request["folder"])
     try:
         _patiently(request, folder)
