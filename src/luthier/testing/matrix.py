@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from luthier.data.batch import IGNORE, Batch, collate
 from luthier.inference.session import Session, ways
 from luthier.model.view import ModelView
