@@ -101,6 +101,11 @@ class Anatomy:
         """Matrices inside blocks, by block then in module order."""
         return tuple(x for x in self.linears if x.block >= 0)
 
+    @cached_property
+    def stacked_experts(self) -> int:
+        """Number of weights in tensors that hold one matrix for each expert; they are no linear layers."""
+        return sum(math.prod(s) for n, s in self.parameters.items() if len(s) == 3 and "expert" in n)
+
     def attention(self, block: int) -> blocks.Attention | blocks.Unknown:
         """What the attention of this block computes, or why that is unknown."""
         return self._attentions[block]
@@ -138,6 +143,10 @@ class Anatomy:
         Raises LuthierError for a pattern that matches nothing, with the endings there are.
         """
         if targets == "all-linear":
+            if not self.block_linears:
+                raise LuthierError(
+                    'targets "all-linear": the blocks of this model have no linear layers; use tuner: full'
+                )
             return self.block_linears
         chosen: dict[str, Linear] = {}
         for pattern in [targets] if isinstance(targets, str) else targets:
@@ -165,9 +174,21 @@ class Anatomy:
         return n + 1 if after or ".pooler." in f".{parameter}" else 0
 
 
+# RoBERTa's kind: the table of positions begins with rows for padding, which no token uses.
+PADDED_POSITIONS = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+
+
 def max_positions(config: PreTrainedConfig) -> int:
     """The largest number of tokens that a model with this configuration reads; 2^30 if it sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    text = config.get_text_config()
+    rows = getattr(text, "max_position_embeddings", None)
+    if rows is None or rows < 1:  # XLNet writes -1
+        return 1 << 30
+    count: int = rows - (text.pad_token_id or 0) - 1 if text.model_type in PADDED_POSITIONS else rows
+    return count
 
 
 def role_of(inner: str) -> str:

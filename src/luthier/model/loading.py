@@ -18,9 +18,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from luthier.model.refusals import refuse_architecture
+from luthier.model.tail import brief
 from luthier.model.view import ModelView
 from luthier.support.cache import cache_folder, key_of, made
-from luthier.support.errors import RecipeError
+from luthier.support.errors import LuthierError, RecipeError
 
 BUILTIN = "builtin:smollm2-135m"
 
@@ -137,6 +139,7 @@ def load_model(
     Raises RecipeError if the model cannot be loaded.
     """
     extra: dict[str, Any] = named_classes(labels) if labels else {}
+    refuse_architecture(auto, load_config(located))
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     if quantize is not None:
         plain = load_model(located, auto, dtype, "cpu", labels, tokenizer, seed)
@@ -149,6 +152,8 @@ def load_model(
                 located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True,
                 trust_remote_code=located.trust_code, **extra,
             )  # fmt: skip
+    except ImportError as error:
+        raise RecipeError("model", f"{located.shown}: {brief(error)}", "install that package") from error
     except (OSError, ValueError) as error:
         raise _unreachable(located, error) from error
     model.config.use_cache = False
@@ -163,7 +168,12 @@ def load_model(
         # on, so layers before it would not be trained.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return ModelView.probed(model, tokenizer, name=located.shown, base=base)
+    try:
+        return ModelView.probed(model, tokenizer, name=located.shown, base=base)
+    except RecipeError:
+        raise
+    except LuthierError as error:
+        raise RecipeError("model", f"{located.shown}: {error}", "choose another model") from error
 
 
 def reads_both_ways(config: PreTrainedConfig) -> bool:

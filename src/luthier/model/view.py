@@ -22,6 +22,7 @@ from luthier.model.anatomy import Anatomy
 from luthier.model.fingerprint import Fingerprint, fingerprint
 from luthier.model.meter import Meter
 from luthier.model.peft_modules import listening_layer, parameter_of
+from luthier.model.refusals import NOT_AGAIN
 from luthier.model.tail import FAILURES, Tail, brief, class_logits, doors
 from luthier.model.undo import Change, Without, leaving_out
 from luthier.support.errors import LuthierError
@@ -304,8 +305,10 @@ class ModelView:
             tokens = {"input_ids": self._shape(batch.ids, batch)}
         else:
             tokens = {"inputs_embeds": self._shape(inputs.embeds, batch)}
-        if self.anatomy.reads_twice and inputs.embeds is None:
-            kwargs |= second_input(self.module, self.trunk, tokens["input_ids"])
+        if inputs.embeds is None:
+            kwargs |= more_inputs(self.module, self.trunk, tokens["input_ids"])
+        elif self.anatomy.reads_twice:
+            raise LuthierError(f"{type(self.module).__name__}: an encoder-decoder takes no vectors in place of tokens")
         kwargs["use_cache"] = False
         final: Tensor = self.trunk(**tokens, **accepted(self.trunk, kwargs, {"use_cache"})).last_hidden_state
         return final
@@ -321,6 +324,8 @@ class ModelView:
         def contexts() -> tuple[Any, Any]:  # of the forward, which is inside one already, and of the recomputation
             return nullcontext(), attention_implementation(self.module, self._attention_name())
 
+        if (name := type(self.module).__name__) in NOT_AGAIN:
+            raise LuthierError(f"gradient_checkpointing: {name} cannot compute a block twice; remove it")
         if self.module.supports_gradient_checkpointing:
             self.module.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
             return
@@ -411,11 +416,20 @@ def _checkpointed(block: nn.Module, contexts: Callable[[], tuple[Any, Any]], pla
     return forward
 
 
-def second_input(module: nn.Module, trunk: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """What the decoder of an encoder-decoder reads beside: the same text, one place later. BART's trunk makes it itself."""
-    for name in ("_shift_right", "prepare_decoder_input_ids_from_labels"):
-        if (shift := getattr(module, name, None) or getattr(trunk, name, None)) is not None:
-            return {"decoder_input_ids": shift(ids)}
+def more_inputs(module: nn.Module, trunk: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What a model's own call gives to its trunk beside the text.
+
+    The decoder of an encoder-decoder reads the same text, one place later (BART's trunk makes that itself). Longformer's
+    classification head looks everywhere from the first token.
+    """
+    if type(module).__name__ == "LongformerForSequenceClassification":
+        first = torch.zeros_like(ids)
+        first[:, 0] = 1
+        return {"global_attention_mask": first}
+    if getattr(module.config, "is_encoder_decoder", False):
+        for name in ("_shift_right", "prepare_decoder_input_ids_from_labels"):
+            if (shift := getattr(module, name, None) or getattr(trunk, name, None)) is not None:
+                return {"decoder_input_ids": shift(ids)}
     return {}
 
 

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 VOCABULARY, CLASSES = 97, 3
+TABLE = 128  # positions
 WORDS = 80  # ids from 3 up to this one are plain words in every architecture; marks of images and sounds come after it
 
 # What stands on the trunk.
@@ -67,7 +68,7 @@ _SMALL: dict[str, int] = {
     **dict.fromkeys((
         "max_position_embeddings", "n_positions", "context_length", "max_source_positions", "max_target_positions", "n_ctx",
         "seq_length", "max_seq_len", "original_max_position_embeddings", "max_sequence_length",
-    ), 128),
+    ), TABLE),
     "vocab_size": VOCABULARY, "vocab_size_per_layer_input": VOCABULARY,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "image_size": 16, "patch_size": 8, "projection_dim": 32,
 }  # fmt: skip
@@ -128,6 +129,7 @@ OWN: dict[str, dict[str, Any]] = {
     "luke": {"entity_vocab_size": 10, "entity_emb_size": 16},
     "mamba2": {"head_dim": 16, "chunk_size": 4},
     "ministral": {"head_dim": 8},
+    "mpnet": {"pad_token_id": 1},
     "mistral4": {"head_dim": 12, "mlp_layer_types": None},
     "nemotron": _GROUPED,
     "perceiver": {"d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 2, "num_self_attention_heads": 4},
@@ -168,7 +170,12 @@ def tiny_config(model_type: str, head: str = NEXT_TOKEN, **more: Any) -> tf.PreT
     if head == TEXT_CLASS:
         own["num_labels"] = CLASSES
     settings = _small(tf.CONFIG_MAPPING[model_type](), {**OWN.get(model_type, {}), **more})
-    if head == NEXT_TOKEN and settings.get("is_decoder") is False and "is_encoder_decoder" not in settings:
+    if (
+        head == NEXT_TOKEN
+        and settings.get("is_decoder") is False
+        and "is_decoder" not in more
+        and "is_encoder_decoder" not in settings
+    ):
         settings["is_decoder"] = True
     return tf.CONFIG_MAPPING[model_type](**{**settings, **own})
 

@@ -56,6 +56,8 @@ def peft_misreads(model: Any, shared: PeftFolder) -> bool:
     For models whose experts are stacked, peft takes names of other layers (gate_proj of a dense or a shared MLP) for those of the
     experts of an older version of transformers.
     """
+    if any(_endings(model, name) != 1 for name in shared.config.get("modules_to_save") or ()):
+        return True  # peft takes every module of a name that ends so
     try:
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:  # older versions take names as they are
@@ -72,6 +74,10 @@ def peft_misreads(model: Any, shared: PeftFolder) -> bool:
     except ValueError:
         return True
     return set(tensors) != set(shared.tensors)
+
+
+def _endings(model: Any, name: str) -> int:
+    return sum(n == name or n.endswith("." + name) for n, _ in model.named_modules())
 
 
 def load(folder: str | Path) -> Update:
