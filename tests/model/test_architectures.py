@@ -155,3 +155,14 @@ def test_full_tuning_trains_experts():
     view = ModelView.probed(tiny_model("mixtral"))
     trainable = Full().attach(view)
     assert any(p.ndim == 3 for g in trainable.groups() for p in g.params)
+
+
+@pytest.mark.parametrize("ids", [[5, 6, 0], [5, 0, 6], [0, 0], [7]])
+def test_a_decoder_classifies_by_the_token_that_transformers_takes(ids):
+    """Padding tokens at the end of a text are not read, as when the saved model is used."""
+    model = tiny_model("llama", TEXT_CLASS)
+    view = ModelView.probed(model)
+    batch = collate([{"ids": r, "labels": [-100] * len(r)} for r in ([8, 9], ids)])
+    with torch.no_grad():
+        found = view.class_logits(view.trace(batch).hidden[-1], batch)[1]
+        torch.testing.assert_close(found, model(input_ids=torch.tensor([ids])).logits[0], atol=1e-5, rtol=1e-5)

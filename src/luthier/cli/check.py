@@ -38,6 +38,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "sources": data.train.sources,
         "skipped": data.skipped,
         "pool_shared": data.pool_shared,
+        "head": data.head,
         "curated": [k.brief for k in data.kept],
         "matched": matched,
         "left_out": left_out,
@@ -112,6 +113,7 @@ def _about_data(result: dict[str, Any]) -> list[str]:
         out += [f"curate {first}", *counts]
     shared = result["pool_shared"]
     out += [f"pool: {shared:,} rows are left out, because they are also training rows"] if shared else []
+    out += [f"classification head: {result['head']}"] if result["head"] else []
     return out + [f"skipped {line}" for line in result["skipped"]]
 
 

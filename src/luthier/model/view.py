@@ -401,8 +401,22 @@ class ModelView:
 
     def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [S, C] through the model's own classification head, one sequence at a time."""
-        pairs = zip(hidden.split(list(batch.lengths)), batch.ids.split(list(batch.lengths)), strict=True)
+        lengths, ids = list(batch.lengths), batch.ids
+        if "score" in self.module._modules and not hasattr(self.trunk, "pooler"):  # a decoder's reads one token
+            at = _last_words(batch, self.module.config.get_text_config().pad_token_id)
+            lengths, ids, hidden = [1] * len(at), ids[at], hidden[at]
+        pairs = zip(hidden.split(lengths), ids.split(lengths), strict=True)
         return torch.stack([class_logits(self.module, self.trunk, h, ids) for h, ids in pairs]).float()
+
+
+def _last_words(batch: Batch, fill: int | None) -> Tensor:
+    """[S] places of the tokens that transformers' decoders classify by: the last that is not the padding token, or the first."""
+    if fill is None:
+        return batch.ends
+    places = torch.arange(batch.num_tokens, device=batch.ids.device)
+    words = places.where(batch.ids != fill, -1)
+    last = words.new_full((batch.num_sequences,), -1).scatter_reduce(0, batch.seq, words, "amax")
+    return torch.where(last < 0, batch.starts, last)
 
 
 def _checkpointed(block: nn.Module, contexts: Callable[[], tuple[Any, Any]], plain: Forward) -> Forward:

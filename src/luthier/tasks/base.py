@@ -86,6 +86,15 @@ class Task(Method):
         """
         return {}
 
+    def head(self, rows: Sequence[Row], names: Sequence[str], config: PreTrainedConfig) -> str:
+        """What becomes of the head in the model's files, for the user; empty if there is nothing to say.
+
+        rows    the training rows
+        names   of the classes, in order
+        config  as it is in the model's files
+        """
+        return ""
+
     def maker(
         self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
     ) -> RowMaker:

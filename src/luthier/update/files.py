@@ -58,6 +58,8 @@ def peft_misreads(model: Any, shared: PeftFolder) -> bool:
     """
     if any(_endings(model, name) != 1 for name in shared.config.get("modules_to_save") or ()):
         return True  # peft takes every module of a name that ends so
+    if shared.config.get("peft_type") != "LORA":
+        return False
     try:
         from peft.utils import transformers_weight_conversion as conversion
     except ImportError:  # older versions take names as they are
