@@ -31,14 +31,14 @@ def refuse_architecture(config: Any) -> None:
 
 def head_dim(config: Any) -> int:
     """The width of an attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def context_of(config: Any) -> int:
     """How many positions the file states. llama.cpp attends to all of them, so a sliding window is the most there can be."""
     window = getattr(config, "sliding_window", None)
     slides = window is not None and getattr(config, "use_sliding_window", True)
-    return min(config.max_position_embeddings, window) if slides else config.max_position_embeddings
+    return int(min(config.max_position_embeddings, window) if slides else config.max_position_embeddings)
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:

@@ -15,7 +15,8 @@ from luthier.tuned.sentencepiece import SPACE, Pieces
 # Text on which two tokenizers that differ usually show it.
 FIXED = (
     "The quick brown fox jumps over it.", "  two  spaces,\ttabs\n\n\nand lines \r\n", "12 345.6789 1,000,000 x2y3",
-    "don't WON'T we'll I'M", "naïve café déjà ﬁn ｆｕｌｌ ½ ﷽", "日本語 中文 한국어 русский العربية हिन्दी ไทย", "\U0001f999\U0001f680 \U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7",
+    "don't WON'T we'll I'M", "naïve café déjà ﬁn ｆｕｌｌ ½ ﷽", "日本語 中文 한국어 русский العربية हिन्दी ไทย",
+    "\U0001f999\U0001f680 \U0001f469\u200d\U0001f467 \U0001f1eb\U0001f1f7",
     "def f(x):\n    return {x: [1, 2]}  # <b>&amp;</b>\n", "https://a.b/c?d=e&f=%20 -- __init__ #$%^&*()", "ÀÉ aÁ \u200b\u00a0.",
 )  # fmt: skip
 NEVER = -1e6  # score of a piece that no pair is joined to
@@ -146,7 +147,7 @@ def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
 
     by_id = {i: t for t, i in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
-    tokens, types = [], []
+    tokens, types = list[str](), list[int]()
     for i in range(size):
         tokens.append(by_id.get(i, f"[PAD{i}]"))
         if i not in by_id:

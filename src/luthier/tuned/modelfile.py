@@ -75,7 +75,7 @@ def _cut_again(between: str, start_and_user: str, before_answer: str) -> tuple[s
 
 
 def _system(renderer: Renderer, start: str, single: str) -> str | None:
-    """What a system message with the text SYSTEM adds between the start and the first turn; None if the template puts it elsewhere."""
+    """What a system message with the text SYSTEM adds between the start and the first turn; None if it stands elsewhere."""
     try:
         text = _text(renderer, [{"role": "system", "content": SYSTEM}, {"role": "user", "content": USER}])
     except (ValueError, TypeError):
