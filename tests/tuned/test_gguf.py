@@ -9,6 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from helpers.finished import finished
 from luthier.data.rendering import Renderer
 from luthier.model.gguf_rope import divisors
+from luthier.model.loading import load_tokenizer, locate
 from luthier.model.pre_tokenizers import DIGIT, GPT2, LLAMA3, NAMES, cut_as, name_of, rules_of
 from luthier.support.errors import LuthierError
 from luthier.testing.models import byte_tokenizer, tiny
@@ -157,6 +158,16 @@ def test_the_rules_of_smollm_cut_digits_alone():
     cut_as(backend, "smollm")
     assert [t for t, _ in backend.pre_tokenizer.pre_tokenize_str("a 12")] == ["a", "Ġ", "1", "2"]
     assert NAMES["smollm"].cuts == (DIGIT, GPT2)
+
+
+def test_a_gguf_file_is_tokenised_as_it_says(tmp_path):
+    tokenizer = byte_tokenizer()
+    cut_as(tokenizer.backend_tokenizer, "smollm")
+    run = finished(tmp_path / "r", saved(tmp_path / "m", tokenizer))
+    export(run, "gguf", tmp_path / "g")
+    found = load_tokenizer(locate(str(tmp_path / "g" / "model.gguf")))
+    assert [t for t, _ in found.backend_tokenizer.pre_tokenizer.pre_tokenize_str("a 12")] == ["a", "Ġ", "1", "2"]
+    assert vocabulary_of(Renderer(found), len(found)).pre == "smollm"
 
 
 ROPES = {
