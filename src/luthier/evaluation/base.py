@@ -17,6 +17,7 @@ from luthier.data.codec import Chain
 from luthier.data.prepare import prepare
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
+from luthier.data.turns import until_answer
 from luthier.evaluation.measures import Measure, mean
 from luthier.inference.services import lab_around, lab_with
 from luthier.method import Method
@@ -131,7 +132,7 @@ class Exam:
 
     def prompt_ids(self, values: Mapping[str, Any]) -> list[int]:
         """The token ids of a row's prompt."""
-        return self.renderer.prompt_ids(self.codec.encode(values))
+        return self.renderer.prompt_ids(until_answer(self.codec.encode(values)))
 
     def replies(self, asked: Sequence[Mapping[str, Any]], max_new_tokens: int) -> list[Completion]:
         """Greedy answers to rows, in the form of the original rows."""
@@ -287,7 +288,8 @@ def conversation(row: Row, renderer: Renderer) -> str:
         raise LuthierError(
             f"{row.key}: has no prompt to answer; leave such evaluators out, or give prompt and completion"
         )
-    return json.dumps(renderer.messages(row.values)[:-1])
+    values = until_answer(row.values)
+    return json.dumps([renderer.messages(values)[:-1], values.get("tools")])
 
 
 def number_of(key: str) -> str:

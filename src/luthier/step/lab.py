@@ -38,11 +38,12 @@ class RowScore(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """An answer, whether the model ended it by itself, and its length in tokens."""
+    """An answer, whether the model ended it by itself, its length in tokens, and the thought that the model wrote before it."""
 
     text: str
     stopped: bool
     tokens: int
+    thought: str = ""
 
 
 class Continuation(NamedTuple):

@@ -1,0 +1,98 @@
+"""What a tokenizer does at the edges of a text: tokens around it, a space before it, tokens that end it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from luthier.support.cache import key_of
+
+PROBES = ("a", "the", "1", ".")  # short texts; a vocabulary has a token for one of them
+KNOWN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
+
+
+class Tokens:
+    """A tokenizer, asked for ids of bare texts.
+
+    first, last  ids that `tokenizer(text)` puts before and after those of the text: BOS by its post-processor, [CLS] and [SEP]
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def bare(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids without special tokens around them. One call for many texts: fast tokenizers work in threads."""
+        return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
+
+    @cached_property
+    def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        for text in PROBES:
+            bare, full = self.bare([text])[0], list(self.tokenizer(text)["input_ids"])
+            for i in range(len(full) - len(bare) + 1 if bare else 0):
+                if full[i : i + len(bare)] == bare:
+                    return tuple(full[:i]), tuple(full[i + len(bare) :])
+        return (), ()
+
+    @property
+    def first(self) -> tuple[int, ...]:
+        return self.frame[0]
+
+    @property
+    def last(self) -> tuple[int, ...]:
+        return self.frame[1]
+
+    @cached_property
+    def _newline(self) -> list[int]:
+        return self.bare(["\n"])[0]
+
+    @cached_property
+    def leads(self) -> bool:
+        """True if a text by itself gets a space before it, as SentencePiece does; the same text within a text gets none."""
+        alone, within = self.bare(["a", "\na"])
+        return within != [*self._newline, *alone]
+
+    def following(self, text: str) -> list[int]:
+        """Ids of a text that stands after other text."""
+        if not self.leads:
+            return self.bare([text])[0]
+        within, before = self.bare([f"\n{text}"])[0], self._newline
+        return within[len(before) :] if within[: len(before)] == before else self.bare([text])[0]
+
+
+def special_ids(tokenizer: Any) -> set[int]:
+    """Ids of tokens that stand for no text: the named ones, and all that were added as special."""
+    return {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
+
+
+def stop_ids(tokenizer: Any, given: Sequence[int] = (), tail: str = "") -> tuple[int, ...]:
+    """Tokens that end a turn: the end of text, those of the model's generation settings, and the marker of its template.
+
+    given  of the generation settings
+    tail   what the chat template writes after an answer
+    """
+    vocabulary = tokenizer.get_vocab()
+    # A model that names its ends may write the known ones within an answer.
+    found = set() if given else {vocabulary[t] for t in KNOWN_ENDS if t in vocabulary}
+    found |= {i for i in given if 0 <= i < len(tokenizer)}
+    if tokenizer.eos_token_id is not None:
+        found.add(tokenizer.eos_token_id)
+    special = special_ids(tokenizer)
+    texts = ((t, i) for t, i in tokenizer.get_added_vocab().items() if i in special and t in tail)
+    ends = sorted((tail.index(t), -len(t), i) for t, i in texts)
+    return tuple(sorted(found | {i for _, _, i in ends[:1]}))
+
+
+def tokenizer_key(tokenizer: Any) -> str:
+    """A key that changes with everything that decides a tokenizer's ids and its template."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        made = backend.to_str()
+    else:  # written in Python: its vocabulary, its class and the settings that it was made with
+        model = getattr(tokenizer, "sp_model", None)
+        made = key_of(
+            type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), sorted(map(repr, tokenizer.init_kwargs.items())),
+            b"" if model is None else model.serialized_model_proto(),
+        )  # fmt: skip
+    added = sorted((i, repr(t)) for i, t in tokenizer.added_tokens_decoder.items())
+    return key_of(made, added, tokenizer.chat_template, str(tokenizer.special_tokens_map))
