@@ -65,6 +65,11 @@ def unwrapped(text: str, wrap: Wrap) -> tuple[str, str]:
     return text, ""
 
 
+def without_thought(text: str, wrap: Wrap) -> str:
+    """A right answer without the thought that stands before it, if the template knows thoughts."""
+    return text.rpartition(wrap.closes)[2].lstrip() if wrap.closes and wrap.closes in text else text
+
+
 def _thought(text: str) -> str:
     text = text.strip()
     return next((text.removeprefix(o) for o in THOUGHTS if text.startswith(o)), text).strip()

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from luthier.data.answers import THOUGHTS, Wrap, closing_in, opened_in, unwrapped
+from luthier.data.answers import THOUGHTS, Wrap, closing_in, opened_in, unwrapped, without_thought
 from luthier.data.batch import IGNORE, front_of
 from luthier.data.reading import ANSWERED, answers_of, shape_in
 from luthier.data.tokens import Tokens, special_ids, stop_ids
@@ -139,6 +139,10 @@ class Renderer:
         return [Segment(self._lead(row) + row["prompt"], False, first), Segment(row["completion"], True, (), end)]
 
     def _conversation(self, row: Mapping[str, Any]) -> list[Segment]:
+        if self.tokenizer.chat_template is None:
+            raise Unrenderable(
+                "has messages, but this model has no chat template; write prompt and completion, or use a model with one"
+            )
         turns, tools = self.messages(row), self._tools(row)
         given = row.get("messages") or turns
         trained = [supervised(t) for t in given]
@@ -327,7 +331,7 @@ class Renderer:
         An answer that calls tools is the text that the template writes for the calls.
         """
         if shape_in(row, ANSWERED) != "messages":
-            return self.unwrapped(answers_of(row, ANSWERED)[0])[0]
+            return self._right(answers_of(row, ANSWERED)[0])
         turns = row["messages"]
         last = last_answer(turns)
         turn = turns[-1 if last is None else last]
@@ -335,11 +339,10 @@ class Renderer:
             segments = self.segments({**row, "messages": turns[: turns.index(turn) + 1]})
             written = self.tokens.bare([segments[-1].text])[0]
             return self.answer_text(written)[0].strip()
-        return self.unwrapped(content_text(turn.get("content")))[0]
+        return self._right(content_text(turn.get("content")))
 
-    def unwrapped(self, text: str) -> tuple[str, str]:
-        """(answer, thought): a text without what the template wraps around answers."""
-        return (text, "") if self.plain else unwrapped(text, self.wrap)
+    def _right(self, text: str) -> str:
+        return text if self.plain else without_thought(text, self.wrap)
 
     def answer_text(self, ids: Sequence[int]) -> tuple[str, str]:
         """(answer, thought) of the ids that a model wrote. The ids end at its stop token."""
