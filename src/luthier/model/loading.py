@@ -18,9 +18,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from luthier.model.pre_tokenizers import cut_as
 from luthier.model.view import ModelView
 from luthier.support.cache import cache_folder, key_of, made
 from luthier.support.errors import RecipeError
+from luthier.support.sources import code_key
 
 BUILTIN = "builtin:smollm2-135m"
 
@@ -74,7 +76,8 @@ def _converted(gguf: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise RecipeError("model", f"{gguf.name} needs the package gguf", "pip install 'luthier[gguf]'")
     stat = gguf.stat()
-    key = key_of(gguf.resolve(), stat.st_size, stat.st_mtime_ns)
+    code = code_key("luthier.model.pre_tokenizers")
+    key = key_of(gguf.resolve(), stat.st_size, stat.st_mtime_ns, code)
     folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
     if folder.is_dir():
         return folder
@@ -82,6 +85,7 @@ def _converted(gguf: Path) -> Path:
     source = {"gguf_file": gguf.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
+        _cut_as_said(tokenizer, gguf)
         model = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
         )
@@ -91,6 +95,16 @@ def _converted(gguf: Path) -> Path:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
+
+
+def _cut_as_said(tokenizer: Any, file: Path) -> None:
+    """Let the tokenizer cut text as the file says: transformers knows only some of llama.cpp's names, smollm not."""
+    import gguf
+
+    fields = gguf.GGUFReader(str(file)).fields
+    model, pre = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if pre is not None and model is not None and model.contents() == "gpt2":
+        cut_as(tokenizer.backend_tokenizer, pre.contents())
 
 
 def _check_header(gguf: Path, size: int) -> None:

@@ -50,6 +50,7 @@ class Task(Method):
     redraws        rows differ in every epoch, see `draw`
     shows_rows     every held-out row is a sample to show; else the generated answers are
     export_forms   forms that a tuned model can be exported to
+    pipeline_tag   transformers' and the Hub's name for what such a model does
     starter        the recipe's first lines on pages of methods: model, task, data; "pool_task"
                    and "pool_data" for pipelines that label data.pool
     """
@@ -63,6 +64,7 @@ class Task(Method):
     redraws: ClassVar[bool] = False
     shows_rows: ClassVar[bool] = False
     export_forms: ClassVar[tuple[str, ...]] = ("hf", "peft")
+    pipeline_tag: ClassVar[str]
     starter: ClassVar[Mapping[str, str]]
 
     @property

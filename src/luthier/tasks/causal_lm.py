@@ -35,6 +35,7 @@ class CausalLm(Task):
     always: ClassVar[tuple[str, ...]] = ("loss", "forgetting")
     spells: ClassVar[bool] = True
     export_forms: ClassVar[tuple[str, ...]] = ("hf", "peft", "gguf")
+    pipeline_tag: ClassVar[str] = "text-generation"
     starter: ClassVar[Mapping[str, str]] = {
         "model": "builtin:smollm2-135m",
         "task": "causal-lm",

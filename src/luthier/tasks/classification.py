@@ -61,6 +61,7 @@ class Classification(Task):
     unit: ClassVar[str] = "nats a row"
     token_losses: ClassVar[bool] = False
     shows_rows: ClassVar[bool] = True
+    pipeline_tag: ClassVar[str] = "text-classification"
     starter: ClassVar[Mapping[str, str]] = {
         "model": "builtin:smollm2-135m",
         "task": "classification",
