@@ -77,8 +77,9 @@ COMMAND = (
 # Thoughts: an empty one stands before the last answer, none before earlier ones; the prompt does not open it.
 QWEN3 = (
     "{% set ns = namespace(last=0) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}"
-    "{% endif %}{% endfor %}{% for m in messages %}{% if m['role'] == 'assistant' %}{% set said = m['content'] %}{% set why = '' %}"
-    "{% if m['reasoning_content'] is string %}{% set why = m['reasoning_content'] %}{% elif '</think>' in said %}"
+    "{% endif %}{% endfor %}{% for m in messages %}{% if m['role'] == 'assistant' %}{% set said = m['content'] %}"
+    "{% set why = '' %}{% if m['reasoning_content'] is string %}{% set why = m['reasoning_content'] %}"
+    "{% elif '</think>' in said %}"
     "{% set why = said.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
     "{% set said = said.split('</think>')[-1].lstrip('\\n') %}{% endif %}{{ '<|im_start|>assistant\\n' }}"
     "{% if loop.index0 > ns.last %}{{ '<think>\\n' + why + '\\n</think>\\n\\n' }}{% endif %}{{ said + '<|im_end|>\\n' }}"
@@ -112,7 +113,8 @@ CHANNELS = (
 # Calls as objects in tags, results as turns of the user.
 TOOLS = (
     "{% if tools %}{{ '<|im_start|>system\\n' }}{% for t in tools %}{{ t | tojson + '\\n' }}{% endfor %}"
-    "{{ '<|im_end|>\\n' }}{% endif %}{% for m in messages %}{% if m['role'] == 'tool' %}{{ '<|im_start|>user\\n<tool_response>' + m['content'] + "
+    "{{ '<|im_end|>\\n' }}{% endif %}{% for m in messages %}{% if m['role'] == 'tool' %}{{ '<|im_start|>user\\n<tool_response>' "
+    "+ m['content'] + "
     "'</tool_response><|im_end|>\\n' }}{% else %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['content'] %}{{ m['content'] }}"
     "{% endif %}{% for c in m['tool_calls'] %}{% set f = c['function'] %}{{ '<tool_call>\\n{\"name\": \"' + f['name'] + "
     "'\", \"arguments\": ' + f['arguments'] | tojson + '}\\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\\n' }}"

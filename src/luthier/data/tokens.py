@@ -8,6 +8,7 @@ from typing import Any
 
 from luthier.support.cache import key_of
 
+FRONTS = ("\n", "\t", ".", "0")  # stand before a text when it is tokenised as text that follows other text
 PROBES = ("a", "the", "1", ".")  # short texts; a vocabulary has a token for one of them
 KNOWN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
 
@@ -43,21 +44,23 @@ class Tokens:
         return self.frame[1]
 
     @cached_property
-    def _newline(self) -> list[int]:
-        return self.bare(["\n"])[0]
+    def _fronts(self) -> list[tuple[str, list[int]]]:
+        return list(zip(FRONTS, self.bare(FRONTS), strict=True))
 
     @cached_property
     def leads(self) -> bool:
         """True if a text by itself gets a space before it, as SentencePiece does; the same text within a text gets none."""
-        alone, within = self.bare(["a", "\na"])
-        return within != [*self._newline, *alone]
+        alone = self.bare(["a"])[0]
+        return all(self.bare([f"{front}a"])[0] != [*ids, *alone] for front, ids in self._fronts)
 
     def following(self, text: str) -> list[int]:
         """Ids of a text that stands after other text."""
-        if not self.leads:
-            return self.bare([text])[0]
-        within, before = self.bare([f"\n{text}"])[0], self._newline
-        return within[len(before) :] if within[: len(before)] == before else self.bare([text])[0]
+        if self.leads:
+            for front, ids in self._fronts:
+                within = self.bare([front + text])[0]
+                if within[: len(ids)] == ids:  # no token holds the front and the text
+                    return within[len(ids) :]
+        return self.bare([text])[0]
 
 
 def special_ids(tokenizer: Any) -> set[int]:
@@ -72,8 +75,8 @@ def stop_ids(tokenizer: Any, given: Sequence[int] = (), tail: str = "") -> tuple
     tail   what the chat template writes after an answer
     """
     vocabulary = tokenizer.get_vocab()
-    # A model that names its ends may write the known ones within an answer.
-    found = set() if given else {vocabulary[t] for t in KNOWN_ENDS if t in vocabulary}
+    # A model that names its ends may write <|end|> within an answer, after the message of another channel.
+    found = {vocabulary[t] for t in KNOWN_ENDS if t in vocabulary and not (given and t == "<|end|>")}
     found |= {i for i in given if 0 <= i < len(tokenizer)}
     if tokenizer.eos_token_id is not None:
         found.add(tokenizer.eos_token_id)
