@@ -17,7 +17,7 @@ from helpers.templates import (
     TOOLS,
     TOOLS_TEXT,
 )
-from helpers.tokenizers import TOKENIZERS, byte_level, sentencepiece
+from helpers.words import TOKENIZERS, byte_level, sentencepiece
 from luthier.data.batch import IGNORE
 from luthier.data.prepare import prepare
 from luthier.data.reading import answers_of, shape_of

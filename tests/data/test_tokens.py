@@ -4,7 +4,7 @@ import pytest
 from tokenizers import normalizers
 
 from helpers.templates import CHATML, MARKS, TEMPLATES
-from helpers.tokenizers import TOKENIZERS, byte_level, sentencepiece, slow_bytes
+from helpers.words import TOKENIZERS, byte_level, sentencepiece, slow_bytes
 from luthier.data.rendering import Renderer
 from luthier.data.tokens import Tokens, tokenizer_key
 
