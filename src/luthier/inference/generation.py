@@ -120,9 +120,8 @@ def sampled(
 def _cut(tokens: list[int], stops: frozenset[int], renderer: Renderer) -> Completion:
     end = next((i for i, t in enumerate(tokens) if t in stops), None)
     text, thought = renderer.answer_text(tokens[:end])
-    places = [text.find(s) for s in renderer.stop_strings if s and s in text]
-    text = text[: min(places)] if places else text
-    return Completion(text, end is not None or bool(places), len(tokens) if end is None else end, thought)
+    whole = Completion(text, end is not None, len(tokens) if end is None else end, thought)
+    return whole.up_to(renderer.stop_strings)
 
 
 @dataclass(frozen=True)
