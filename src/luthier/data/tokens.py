@@ -35,6 +35,11 @@ class Tokens:
                     return tuple(full[:i]), tuple(full[i + len(bare) :])
         return (), ()
 
+    @cached_property
+    def size(self) -> int:
+        """The number of tokens; a model may have scores for more."""
+        return len(self.tokenizer)
+
     @property
     def first(self) -> tuple[int, ...]:
         return self.frame[0]

@@ -107,8 +107,14 @@ def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     plain = {"auto": None, "chat": False, "plain": True}[recipe.data.template]
     if plain is False and tokenizer.chat_template is None:
         raise RecipeError("data.template", "this model has no chat template", "set data.template: plain")
-    ends = load_ends(located, config)
-    return located, Renderer(tokenizer, recipe.data.system, plain, ends.ids, ends.texts), config
+    ends, options = load_ends(located, config), recipe.data.template_options
+    if unread := [name for name in options if plain or name not in str(tokenizer.chat_template)]:
+        raise RecipeError(
+            f"data.template_options.{unread[0]}",
+            "the chat template reads no such variable",
+            "look at the model's template",
+        )
+    return located, Renderer(tokenizer, recipe.data.system, plain, ends.ids, ends.texts, options), config
 
 
 class Outline(NamedTuple):
