@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -280,15 +281,11 @@ class Renderer:
         return Segment(text, False, self.tokens.first if self.plain else ())
 
     def encoded(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
-        """Token ids of every segment of every row, from one call of the tokenizer."""
-        texts = []
-        for row in rows:
-            so_far = ""
-            for segment in row:
-                so_far += segment.text
-                texts.append(so_far)
-        fronts = iter(self.tokens.bare(texts))
-        return [self._pieces(row, [next(fronts) for _ in row]) for row in rows]
+        """Token ids of every segment of every row."""
+        texts = ["".join(s.text for s in row) for row in rows]
+        cuts = [list(accumulate(len(s.text) for s in row)) or [0] for row in rows]
+        found = zip(rows, self.tokens.fronts(texts, cuts), strict=True)
+        return [self._pieces(row, fronts[: len(row)]) for row, fronts in found]
 
     def _pieces(self, row: Sequence[Segment], fronts: Sequence[list[int]]) -> Encoded:
         """The segments' ids, from the ids of the texts up to the end of each segment."""
