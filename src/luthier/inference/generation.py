@@ -124,8 +124,9 @@ def sampled(
 
 def _cut(tokens: list[int], stops: frozenset[int], renderer: Renderer) -> Completion:
     end = next((i for i, t in enumerate(tokens) if t in stops), None)
-    text = renderer.tokenizer.decode(tokens[:end], skip_special_tokens=True)
-    return Completion(text, end is not None, len(tokens) if end is None else end)
+    text, thought = renderer.answer_text(tokens[:end])
+    whole = Completion(text, end is not None, len(tokens) if end is None else end, thought)
+    return whole.up_to(renderer.stop_strings)
 
 
 @dataclass(frozen=True)

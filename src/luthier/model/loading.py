@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -137,6 +138,38 @@ def load_config(located: Located) -> Any:
         return AutoConfig.from_pretrained(located.path, revision=located.revision, trust_remote_code=located.trust_code)
     except (OSError, ValueError) as error:
         raise _unreachable(located, error) from error
+
+
+class Ends(NamedTuple):
+    """What ends an answer besides the tokenizer's end token: token ids, and texts."""
+
+    ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+def ends_in(settings: Any, config: Any = None) -> Ends:
+    """The ends in a model's generation settings; without any, those that its configuration lists."""
+    ids = getattr(settings, "eos_token_id", None)
+    if ids is None and isinstance(getattr(config, "eos_token_id", None), list):
+        ids = config.eos_token_id
+    texts = getattr(settings, "stop_strings", None) or ()
+    return Ends(
+        tuple(ids if isinstance(ids, list) else [] if ids is None else [ids]),
+        (texts,) if isinstance(texts, str) else tuple(texts),
+    )
+
+
+def load_ends(located: Located, config: Any) -> Ends:
+    """The ends in the model's generation_config.json, if it has one. Nothing else of that file is used: greedy stays greedy."""
+    try:
+        settings = GenerationConfig.from_pretrained(located.path, revision=located.revision or "main")
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, OSError) and "JSON" not in str(error):  # there is none
+            return ends_in(None, config)
+        raise RecipeError(
+            "model", f"{located.shown}: generation_config.json cannot be read ({error})", "correct it"
+        ) from error
+    return ends_in(settings, config)
 
 
 def load_model(

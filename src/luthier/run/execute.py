@@ -37,6 +37,7 @@ from luthier.step.probe import Probe
 from luthier.step.progress import Progress, together
 from luthier.support.environment import environment
 from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.files import beside
 from luthier.support.progress import Say
 from luthier.support.units import in_bytes, in_time
 from luthier.support.version import __version__
@@ -123,6 +124,7 @@ def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
         luthier=__version__,
         recipe_folder=str(base.resolve()),
         eval_file=_eval_file(recipe, base),
+        model_files=_model_files(recipe, base),
     )
 
 
@@ -132,6 +134,12 @@ def _eval_file(recipe: Recipe, base: Path) -> str | None:
     if source is None or source.startswith(BUILTIN):
         return source
     return str((base / source).resolve()) if (base / source).is_file() else None
+
+
+def _model_files(recipe: Recipe, base: Path) -> str | None:
+    """The folder or file of the base model, if it is on this machine."""
+    path = Path(beside(base, recipe.model))
+    return str(path.resolve()) if ":" not in recipe.model and path.exists() else None
 
 
 def _with_forecast(
