@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from luthier.data.answers import Wrap, unwrapped, without_thought
 from luthier.data.batch import IGNORE, front_of
 from luthier.data.reading import ANSWERED, answers_of, shape_in
-from luthier.data.template import MARK, Template, Unrenderable
+from luthier.data.template import MARK, Template, Unrenderable, check_calls
 from luthier.data.tokens import Tokens, special_ids, stop_ids
 from luthier.data.turns import ASSISTANT, calls_of, content_text, last_answer, supervised, template_turn
 
@@ -122,6 +122,8 @@ class Renderer:
         trained = [supervised(t) for t in given]
         trained = [False] * (len(turns) - len(given)) + trained  # luthier's system message stands before
         pieces = template.pieces(turns, template.tools_in(row), self._stop_texts)
+        for text, turn in pieces:
+            check_calls(text, turns[turn] if turn is not None else {})
         out = [Segment(p.text, p.turn is not None and trained[p.turn]) for p in pieces]
         eos = self.tokenizer.eos_token_id
         if pieces[-1].turn == len(turns) - 1 and eos is not None and not pieces[-1].text.endswith(self._stop_texts):
@@ -132,6 +134,12 @@ class Renderer:
     def _stop_texts(self) -> tuple[str, ...]:
         texts = (self.tokenizer.decode([i]) for i in self.stop_ids)
         return tuple(t for t in texts if t.strip())
+
+    @cached_property
+    def _closing(self) -> str:
+        """What the chat template writes between an answer and its end token."""
+        tail = "" if self.plain else self.wrap.tail
+        return tail[: min((tail.index(s) for s in self._stop_texts if s in tail), default=len(tail))]
 
     def _lead(self, row: Mapping[str, Any]) -> str:
         system = row.get("system") or self.system
@@ -203,12 +211,13 @@ class Renderer:
         if shape_in(row, ANSWERED) != "messages":
             return self._right(answers_of(row, ANSWERED)[0])
         turns = row["messages"]
-        last = last_answer(turns)
-        turns = turns if last is None else turns[: last + 1]
+        at = last_answer(turns)
+        turns = turns if at is None else turns[: at + 1]
         turn = turns[-1]
         if calls_of(turn):
-            segments = self.segments({**row, "messages": turns})
-            written = self.tokens.bare([segments[-1].text])[0]
+            template, last = self._chat, {**row, "messages": turns}
+            pieces = template.pieces(self.messages(last), template.tools_in(last), self._stop_texts)
+            written = self.tokens.bare([next(p.text for p in reversed(pieces) if p.turn is not None)])[0]
             return self.answer_text(written)[0].strip()
         return self._right(content_text(turn.get("content")))
 
@@ -222,10 +231,9 @@ class Renderer:
         if self.plain or not self.wrap.is_text:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             wrap = Wrap() if self.plain else self.wrap
-            space = wrap.tail[: len(wrap.tail) - len(wrap.tail.lstrip())]
-            return str(text).removeprefix(wrap.lead).removesuffix(space), ""
+            return str(text).removeprefix(wrap.lead).removesuffix(self._closing), ""
         answer, thought = unwrapped(self.tokenizer.decode(ids, skip_special_tokens=False), self.wrap)
-        special = special_ids(self.tokenizer)
+        answer, special = answer.removesuffix(self._closing), special_ids(self.tokenizer)
         for mark in {self.tokenizer.decode([i]) for i in ids if i in special}:
             answer, thought = answer.replace(mark, ""), thought.replace(mark, "")
         return answer, thought

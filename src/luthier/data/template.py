@@ -98,7 +98,7 @@ class Template:
         opened = opened_in(before)
         closes = THOUGHTS.get(opened) or closing_in(self.source)
         try:
-            answer = self._answer_after(before, [ASKED, MARKED], after, None)
+            answer = self.answer_after(before, [ASKED, MARKED], after, None)
         except Unrenderable:  # without a thought, or in another place; each row is told so
             answer = MARK + after.partition(MARK)[2]
         lead, mark, tail = answer.partition(MARK)
@@ -121,19 +121,19 @@ class Template:
         if turns[-1]["role"] == ASSISTANT and len(turns) > 1:
             before = self.text(turns[:-1], True, tools)
             if not whole.startswith(before):
-                answer = self._answer_after(before, turns, whole, tools)
-                answer = answer[: self._end_of(answer, stops)]
+                answer = self.answer_after(before, turns, whole, tools)
+                answer = answer[: self.end_of(answer, turns[-1], stops)]
                 return [*_Cut(self, turns[:-1], before, True, tools, stops).pieces(), Piece(answer, len(turns) - 1)]
         return _Cut(self, turns, whole, False, tools, stops).pieces()
 
-    def _answer_after(self, before: str, turns: Sequence[Turn], whole: str, tools: Sequence[Any] | None) -> str:
+    def answer_after(self, before: str, turns: Sequence[Turn], whole: str, tools: Sequence[Any] | None) -> str:
         """The text of the last answer as it follows its prompt `before`; `whole` is the finished conversation.
 
         Raises Unrenderable for an answer that does not fit the prompt.
         """
         if whole.startswith(before):
             return whole[len(before) :]
-        same = self._edge(before, whole)
+        same = self.edge(before, whole)
         asked, written = before[same:], whole[same:]
         opened = opened_in(before)
         if opened:
@@ -142,7 +142,8 @@ class Template:
         if not asked[len(asked) - both :].strip() and not self._ends_in_mark(asked):
             raise Unrenderable(unplaced(len(turns), asked, written))
         closes = closing_in(self.source)
-        if closes and closes in asked and closes in written[both:]:
+        ahead = written[both : both + _begin_of(turns[-1], written[both:])]
+        if closes and asked.rstrip().endswith(closes) and closes in ahead:
             raise Unrenderable(
                 f"its last answer has a thought, but the prompt of the chat template ends in {asked[-40:]!r}, so the model is "
                 "asked for an answer without one; leave the thought out, or look for a variable of the template that allows "
@@ -173,7 +174,7 @@ class Template:
         space = "" if written[:1].isspace() else "\n\n"
         return f"{told}\n{closes}{space}{written}"
 
-    def _edge(self, a: str, b: str) -> int:
+    def edge(self, a: str, b: str) -> int:
         """The number of characters up to which two texts are equal, at most up to a mark that is equal in part."""
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
         for text in (a, b):
@@ -186,8 +187,12 @@ class Template:
     def _ends_in_mark(self, text: str) -> bool:
         return any(found.end() == len(text.rstrip()) for found in self._marks.finditer(text))
 
-    def _end_of(self, answer: str, stops: Sequence[str]) -> int:
+    def end_of(self, answer: str, turn: Turn, stops: Sequence[str]) -> int:
         """The position after the stop token: text that a template puts after it (a newline) does not belong to the answer."""
+        told = [str(turn.get("content", "")).strip(), *names_of(turn)[-1:]]
+        said = max((answer.rfind(t) + len(t) for t in told if t and t in answer), default=0)
+        if said and (end := stop_in(answer[said:], stops)):
+            return said + end
         tail = self.wrap.tail
         if tail and answer.endswith(tail) and (end := stop_in(tail, stops)):
             return len(answer) - len(tail) + end
@@ -233,12 +238,9 @@ class _Cut:
         done  where the answer before it ends
         """
         before = self._text(self.turns[:i], True) if i else None
-        after = self._text(self.turns[: i + 1], False)
-        said = after[len(before) :] if before and after.startswith(before) else None
-        if said is not None:
-            said = said[: self.template._end_of(said, self.stops)]
+        said = None if before is None else self._said(before, self.turns[: i + 1])
         ways: tuple[Callable[[], tuple[int, int] | None], ...] = (
-            lambda: self._stable(before, said), lambda: self._by_content(i, before), lambda: self._by_text(i, said, done),
+            lambda: self._stable(before, said), lambda: self._by_content(i, before), lambda: self._by_calls(i, before, said, done),
         )  # fmt: skip
         for way in ways:
             place = way()
@@ -246,8 +248,21 @@ class _Cut:
                 start, end = place
                 ends = self.whole.endswith(tuple(self.stops), start, end)
                 return start, end if ends else end + self.template.end_in(self.whole[end:], self.stops)
-        same = self.template._edge(before or "", self.whole)
-        raise Unrenderable(unplaced(i + 1, (before or "")[same:], self.whole[same:]))
+        if before is None or self.whole.startswith(before):
+            raise Unrenderable(
+                f"the chat template writes the answer of turn {i + 1} in another form once other turns follow it, so it is not "
+                "clear which text the model is trained on; let rows end in this turn, or set data.template: plain"
+            )
+        same = self.template.edge(before, self.whole)
+        raise Unrenderable(unplaced(i + 1, before[same:], self.whole[same:]))
+
+    def _said(self, before: str, turns: Sequence[Turn]) -> str | None:
+        """The last turn's answer with its end token, as it is written when no turn follows."""
+        try:
+            said = self.template.answer_after(before, turns, self._text(turns, False), self.tools)
+        except Unrenderable:  # as the last turn it would not fit its prompt; as an earlier one it needs not
+            return None
+        return said[: self.template.end_of(said, turns[-1], self.stops)]
 
     def _text(self, turns: Sequence[Turn], generate: bool) -> str:
         return self.template.text(turns, generate, self.tools)
@@ -261,7 +276,7 @@ class _Cut:
     def _by_content(self, i: int, before: str | None) -> tuple[int, int] | None:
         """For a template that writes this turn in another way once others follow it (it may leave a thought out)."""
         try:
-            marked = self._text_with([*self.turns[:i], MARKED, *self.turns[i + 1 :]])
+            marked = self._text([*self.turns[:i], MARKED, *self.turns[i + 1 :]], self.generate)
         except Unrenderable:  # results of tools may only follow calls
             return None
         at = marked.find(MARK)
@@ -272,15 +287,32 @@ class _Cut:
         if before is not None and len(before) <= at and whole.startswith(before):
             start = len(before)
         end = len(whole) - len(rest)
+        if self._holds_results(i, whole[start:end]):
+            return None
         return start, end + self.template.end_in(rest, self.stops)
 
-    def _text_with(self, turns: Sequence[Turn]) -> str:
-        return self._text(turns, self.generate)
+    def _by_calls(self, i: int, before: str | None, said: str | None, done: int) -> tuple[int, int] | None:
+        """For calls of tools, which no other content can replace where their results follow.
 
-    def _by_text(self, i: int, said: str | None, done: int) -> tuple[int, int] | None:
-        """For calls of tools: the text that follows their own prompt, found again after the answer before it."""
-        at = self.whole.find(said, done) if said and self.turns[i].get("tool_calls") else -1
-        return (at, at + len(said)) if said and at >= 0 else None
+        The text that follows their own prompt is found again after the answer before it, or ends after the name of the last call.
+        """
+        names = names_of(self.turns[i])
+        if not names:
+            return None
+        at = self.whole.find(said, done) if said else -1
+        if said and at >= 0:
+            return at, at + len(said)
+        if before is None or not self.whole.startswith(before):
+            return None
+        named = self.whole.find(names[-1], len(before)) + len(names[-1])
+        end = stop_in(self.whole[named:], self.stops)
+        found = named >= len(before) + len(names[-1]) and end > 0
+        return (len(before), named + end) if found and not self._holds_results(i, self.whole[len(before) : named + end]) else None
+
+    def _holds_results(self, i: int, text: str) -> bool:
+        """True if a text holds the result of a call of turn i, which the model does not write."""
+        results = takewhile(lambda t: t["role"] == "tool", self.turns[i + 1 :])
+        return any(str(t.get("content", "")).strip() in text for t in results if str(t.get("content", "")).strip())
 
 
 def stop_in(tail: str, stops: Sequence[str]) -> int:
@@ -292,6 +324,27 @@ def stop_in(tail: str, stops: Sequence[str]) -> int:
     while end and (more := [len(s) for s in stops if tail.startswith(s, end)]):
         end += max(more)
     return end
+
+
+def names_of(turn: Turn) -> list[str]:
+    """The names of the functions that a turn calls."""
+    return [str(call["function"]["name"]) for call in turn.get("tool_calls", ())]
+
+
+def _begin_of(turn: Turn, text: str) -> int:
+    """Where what a turn says or calls begins in a text; its length if it is not there."""
+    told = [str(turn.get("content", "")).strip(), *names_of(turn)[:1]]
+    return min((text.index(t) for t in told if t and t in text), default=len(text))
+
+
+def check_calls(text: str, turn: Turn) -> None:
+    """Raises Unrenderable for a turn with a call that the template did not write in its text."""
+    for name in names_of(turn):
+        if name not in text:
+            raise Unrenderable(
+                f"calls {name}, but the model's chat template writes no such call (some write one call a turn, "
+                "or the call's id in place of its name); write the turn as the template expects it, or the calls as content"
+            )
 
 
 def unplaced(number: int, asked: str, written: str) -> str:
