@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 from luthier.data.answers import Wrap, unwrapped, without_thought
 from luthier.data.batch import IGNORE, front_of
 from luthier.data.reading import ANSWERED, answers_of, shape_in
-from luthier.data.template import MARK, Template, Unrenderable, check_calls
+from luthier.data.template import Template, Unrenderable, check_calls
 from luthier.data.tokens import Tokens, special_ids, stop_ids
 from luthier.data.turns import ASSISTANT, calls_of, content_text, last_answer, supervised, template_turn
 
 __all__ = ["Encoded", "Renderer", "Segment", "Unrenderable", "special_ids", "stop_ids"]
-
 
 
 @dataclass(frozen=True)
@@ -132,7 +131,10 @@ class Renderer:
 
     @cached_property
     def _stop_texts(self) -> tuple[str, ...]:
-        texts = (self.tokenizer.decode([i]) for i in self.stop_ids)
+        added = (
+            self.tokenizer.added_tokens_decoder
+        )  # decoding may write the marks of SentencePiece within them as spaces
+        texts = (str(added[i]) if i in added else self.tokenizer.decode([i]) for i in self.stop_ids)
         return tuple(t for t in texts if t.strip())
 
     @cached_property

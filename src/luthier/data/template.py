@@ -17,7 +17,7 @@ from luthier.support.errors import LuthierError
 
 MARK = "\ue000"  # a character for private use, which no template writes
 MARKED = {"role": ASSISTANT, "content": MARK}
-ASKED = {"role": "user", "content": "x"}
+ASKED = {"role": "user", "content": "\ue001"}
 Turn = Mapping[str, Any]
 
 
@@ -43,7 +43,7 @@ class Template:
         self.source = str(tokenizer.chat_template)
 
     def text(self, turns: Sequence[Turn], generate: bool, tools: Sequence[Any] | None = None) -> str:
-        """What the template writes; with `generate`, up to where an answer begins. Raises Unrenderable with the template's reason."""
+        """What the template writes; with `generate`, up to where an answer begins. Raises Unrenderable with its own reason."""
         first, special = None, any("tool_calls" in t or "content" not in t for t in turns)
         for form in FORMS if special else FORMS[:1]:
             try:
@@ -117,14 +117,16 @@ class Template:
         conversation differently: a thought that only the prompt opens, a system text that stands before the last question.
         stops  texts of the tokens that end an answer
         """
-        whole = self.text(turns, False, tools)
-        if turns[-1]["role"] == ASSISTANT and len(turns) > 1:
-            before = self.text(turns[:-1], True, tools)
+        count = len(turns)
+        finished = _Cut(self, turns, tools, stops, False, {})
+        if turns[-1]["role"] == ASSISTANT and count > 1:
+            before, whole = finished.upto(count - 1, True), finished.whole
             if not whole.startswith(before):
                 answer = self.answer_after(before, turns, whole, tools)
                 answer = answer[: self.end_of(answer, turns[-1], stops)]
-                return [*_Cut(self, turns[:-1], before, True, tools, stops).pieces(), Piece(answer, len(turns) - 1)]
-        return _Cut(self, turns, whole, False, tools, stops).pieces()
+                asked = _Cut(self, turns[:-1], tools, stops, True, finished.known)
+                return [*asked.pieces(), Piece(answer, count - 1)]
+        return finished.pieces()
 
     def answer_after(self, before: str, turns: Sequence[Turn], whole: str, tools: Sequence[Any] | None) -> str:
         """The text of the last answer as it follows its prompt `before`; `whole` is the finished conversation.
@@ -151,7 +153,8 @@ class Template:
             )
         marked = self.text([*turns[:-1], MARKED], False, tools)
         lead = marked[same : max(same, marked.find(MARK))]
-        if not marked.startswith(whole[:same]) or self._marks.sub("", lead[_overlap(asked, lead) :]).strip():
+        lead = self._marks.sub("", lead[_overlap(asked, lead) :]).strip()
+        if not marked.startswith(whole[:same]) or (lead and any(c in lead for c in map(_content, turns[:-1]) if c)):
             raise Unrenderable(unplaced(len(turns), asked, written))
         return written[both:]
 
@@ -189,7 +192,7 @@ class Template:
 
     def end_of(self, answer: str, turn: Turn, stops: Sequence[str]) -> int:
         """The position after the stop token: text that a template puts after it (a newline) does not belong to the answer."""
-        told = [str(turn.get("content", "")).strip(), *names_of(turn)[-1:]]
+        told = [_content(turn), *names_of(turn)[-1:]]
         said = max((answer.rfind(t) + len(t) for t in told if t and t in answer), default=0)
         if said and (end := stop_in(answer[said:], stops)):
             return said + end
@@ -208,17 +211,25 @@ class Template:
 
 
 class _Cut:
-    """One conversation in one text, for finding the answers in it.
+    """Finds the answers in the text that the template writes for a conversation.
 
-    whole     what the template writes for all turns; `generate`: with the beginning of another answer
+    generate  the text ends with the beginning of another answer
+    known     texts of the first turns, by their number and `generate`
     """
 
     def __init__(
-        self, template: Template, turns: Sequence[Turn], whole: str, generate: bool, tools: Sequence[Any] | None,
-        stops: Sequence[str],
+        self, template: Template, turns: Sequence[Turn], tools: Sequence[Any] | None, stops: Sequence[str], generate: bool,
+        known: dict[tuple[int, bool], str],
     ) -> None:  # fmt: skip
-        self.template, self.turns, self.whole, self.generate = template, turns, whole, generate
-        self.tools, self.stops = tools, stops
+        self.template, self.turns, self.tools, self.stops = template, turns, tools, stops
+        self.generate, self.known = generate, known
+        self.whole = self.upto(len(turns), generate)
+
+    def upto(self, count: int, generate: bool) -> str:
+        """What the template writes for the first turns."""
+        if (count, generate) not in self.known:
+            self.known[count, generate] = self.template.text(self.turns[:count], generate, self.tools)
+        return self.known[count, generate]
 
     def pieces(self) -> list[Piece]:
         out, done = list[Piece](), 0
@@ -237,10 +248,11 @@ class _Cut:
 
         done  where the answer before it ends
         """
-        before = self._text(self.turns[:i], True) if i else None
-        said = None if before is None else self._said(before, self.turns[: i + 1])
+        before = self.upto(i, True) if i else None
+        said = None if before is None else self._said(before, i)
         ways: tuple[Callable[[], tuple[int, int] | None], ...] = (
-            lambda: self._stable(before, said), lambda: self._by_content(i, before), lambda: self._by_calls(i, before, said, done),
+            lambda: self._stable(before, said), lambda: self._by_content(i, before),
+            lambda: self._by_calls(i, before, said, done),
         )  # fmt: skip
         for way in ways:
             place = way()
@@ -256,16 +268,14 @@ class _Cut:
         same = self.template.edge(before, self.whole)
         raise Unrenderable(unplaced(i + 1, before[same:], self.whole[same:]))
 
-    def _said(self, before: str, turns: Sequence[Turn]) -> str | None:
-        """The last turn's answer with its end token, as it is written when no turn follows."""
+    def _said(self, before: str, i: int) -> str | None:
+        """The answer of turn i with its end token, as it is written when no turn follows."""
+        turns = self.turns[: i + 1]
         try:
-            said = self.template.answer_after(before, turns, self._text(turns, False), self.tools)
+            said = self.template.answer_after(before, turns, self.upto(i + 1, False), self.tools)
         except Unrenderable:  # as the last turn it would not fit its prompt; as an earlier one it needs not
             return None
         return said[: self.template.end_of(said, turns[-1], self.stops)]
-
-    def _text(self, turns: Sequence[Turn], generate: bool) -> str:
-        return self.template.text(turns, generate, self.tools)
 
     def _stable(self, before: str | None, said: str | None) -> tuple[int, int] | None:
         """The usual way: the prompt stands at the beginning of the whole, and the answer follows it."""
@@ -276,7 +286,8 @@ class _Cut:
     def _by_content(self, i: int, before: str | None) -> tuple[int, int] | None:
         """For a template that writes this turn in another way once others follow it (it may leave a thought out)."""
         try:
-            marked = self._text([*self.turns[:i], MARKED, *self.turns[i + 1 :]], self.generate)
+            turns = [*self.turns[:i], MARKED, *self.turns[i + 1 :]]
+            marked = self.template.text(turns, self.generate, self.tools)
         except Unrenderable:  # results of tools may only follow calls
             return None
         at = marked.find(MARK)
@@ -307,12 +318,16 @@ class _Cut:
         named = self.whole.find(names[-1], len(before)) + len(names[-1])
         end = stop_in(self.whole[named:], self.stops)
         found = named >= len(before) + len(names[-1]) and end > 0
-        return (len(before), named + end) if found and not self._holds_results(i, self.whole[len(before) : named + end]) else None
+        return (
+            (len(before), named + end)
+            if found and not self._holds_results(i, self.whole[len(before) : named + end])
+            else None
+        )
 
     def _holds_results(self, i: int, text: str) -> bool:
         """True if a text holds the result of a call of turn i, which the model does not write."""
         results = takewhile(lambda t: t["role"] == "tool", self.turns[i + 1 :])
-        return any(str(t.get("content", "")).strip() in text for t in results if str(t.get("content", "")).strip())
+        return any(c in text for c in map(_content, results) if c)
 
 
 def stop_in(tail: str, stops: Sequence[str]) -> int:
@@ -331,9 +346,13 @@ def names_of(turn: Turn) -> list[str]:
     return [str(call["function"]["name"]) for call in turn.get("tool_calls", ())]
 
 
+def _content(turn: Turn) -> str:
+    return str(turn.get("content", "")).strip()
+
+
 def _begin_of(turn: Turn, text: str) -> int:
     """Where what a turn says or calls begins in a text; its length if it is not there."""
-    told = [str(turn.get("content", "")).strip(), *names_of(turn)[:1]]
+    told = [_content(turn), *names_of(turn)[:1]]
     return min((text.index(t) for t in told if t and t in text), default=len(text))
 
 
