@@ -1,4 +1,4 @@
-"""The generated documentation: `python -m luthier.cli.docs` writes docs/methods/, docs/api.md and docs/evidence.md."""
+"""The generated pages and the recipe's schema: `python -m luthier.cli.docs` writes them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from luthier.claims import claim as claims
 from luthier.cli.listing import examples_of, starter
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
+from luthier.recipe import schema
 
 FOLDER = Path(__file__).parents[3] / "docs" / "methods"
 TUNER = """```python
@@ -313,6 +314,8 @@ def pages() -> dict[str, str]:
 
 
 def main() -> None:
+    """Write the pages, and the recipe's schema."""
+    schema.main()
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER.parent / "api.md").write_text(api(), encoding="utf-8")
     (FOLDER.parent / "evidence.md").write_text(claims.evidence(FOLDER.parents[1] / "claims"), encoding="utf-8")

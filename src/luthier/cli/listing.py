@@ -1,4 +1,4 @@
-"""Tables of methods, a method's page in the terminal, and the recipe's schema."""
+"""Tables of methods, and a method's page in the terminal."""
 
 from __future__ import annotations
 
@@ -79,32 +79,6 @@ def command_line(entry: dict[str, Any]) -> str:
 def examples_of(entry: dict[str, Any]) -> dict[str, Any]:
     """A value for each required field: its own example, or a placeholder to fill in."""
     return {n: f.get("example", "FILL IN") for n, f in entry["fields"].items() if f["required"]}
-
-
-def recipe_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe. Methods are {name: {fields}} or a name."""
-    from luthier.recipe import Recipe
-
-    schema = Recipe.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for kind in (k for k in KINDS if k in schema["properties"]):  # translators are fields of a protocol
-        options: list[dict[str, Any]] = [{"type": "string", "enum": manifest.names(kind)}]
-        for name in manifest.names(kind):
-            fields = manifest.find(kind, name).model_json_schema()  # type: ignore[attr-defined]
-            schema.setdefault("$defs", {}).update(fields.pop("$defs", {}))
-            options.append(
-                {
-                    "type": "object",
-                    "properties": {name: fields},
-                    "required": [name],
-                    "additionalProperties": False,
-                }
-            )
-        one = {"anyOf": options}
-        about = schema["properties"][kind].get("description", "")
-        several = {"anyOf": [*options, {"type": "array", "items": one}]}
-        schema["properties"][kind] = {**(several if kind in LISTED else one), "description": about}
-    return schema
 
 
 def flowing(text: str) -> str:

@@ -500,7 +500,7 @@ def methods(
 @app.command()
 def schema() -> None:
     """The recipe's JSON Schema, for editors."""
-    from luthier.cli.listing import recipe_schema
+    from luthier.recipe.schema import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=1))
 

@@ -83,7 +83,7 @@ def names(kind: str) -> list[str]:
 def is_new(kind: str, name: str) -> bool:
     """True if the room exports the module of this method, but the stored list does not have it yet."""
     exports: dict[str, str] = importlib.import_module(KINDS[kind].package).EXPORTS
-    return name.replace("-", "_") in exports.values() and name not in names(kind)
+    return name.replace("-", "_") in exports.values() and name.replace("_", "-") not in names(kind)
 
 
 def listed() -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""Read a recipe from YAML and the command line. Every error is one sentence with line, key, value and remedy."""
+"""Read a recipe from YAML and the command line. Every error is one sentence with line, key, value and remedy.
+
+Keys, names and plain values are checked first, without torch, so that a typo is found at once.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import fnmatch
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -14,8 +17,11 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from luthier.method.building import Lines, build_method, build_methods, validated
 from luthier.method.kinds import LISTED, SINGLE
-from luthier.recipe.settings import Recipe
+from luthier.recipe import spelling
 from luthier.support.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.recipe.whole import Recipe
 
 MAX_BYTES = 1_000_000
 SECRETS = ("*token", "*api_key*", "*password*", "*secret*")
@@ -139,9 +145,12 @@ def _value(text: str, key: str) -> Any:
 
 
 def build(values: Mapping[str, Any], lines: Lines, code: Path | None = None) -> Recipe:
-    """Check all keys and values, methods first. Raises RecipeError."""
+    """Check all keys and values. Raises RecipeError."""
     out = dict(values)
     _no_secrets(out, (), lines)
+    spelling.check(out, lines)
+    from luthier.recipe.whole import Recipe  # brings torch
+
     build_methods(out, (), SINGLE, lines, code)
     for kind in LISTED:
         if (listed := out.get(kind)) is not None:

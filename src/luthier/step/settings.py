@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -24,8 +27,8 @@ class TrainSettings(BaseModel):
     """Rows in each optimiser step, over all processes."""
     tokens_per_forward: int = Field(1024, ge=1)
     """Largest number of tokens in one forward pass; a longer row goes alone. A lower value saves memory, with the same result."""
-    lr_scheduler_type: str = "linear"
-    """Name of a schedule of transformers (linear, cosine, constant, constant_with_warmup, ...)."""
+    lr_scheduler_type: Schedule = "linear"
+    """The schedule of the learning rate, under transformers' names; those that need more than the warm-up are not among them."""
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
