@@ -7,10 +7,11 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from helpers.commands import luthier
+from helpers.commands import luthier, write
 from luthier.method import registry
 from luthier.method.kinds import kind_called
 from luthier.support.version import __version__
@@ -66,11 +67,70 @@ def test_ctrl_c_ends_a_command_with_130(tmp_path, monkeypatch):
     assert done.returncode == 130 and done.stderr.strip() == "luthier: interrupted"
 
 
-def test_a_fault_of_ours_leaves_its_traceback(tmp_path, monkeypatch):
+def test_a_fault_of_ours_leaves_its_traceback_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "listed", lambda: 1 / 0)
-    done = luthier("methods", cwd=tmp_path)
-    assert done.returncode == 1 and "this is a bug in luthier; the traceback is in luthier-error.txt" in done.stderr
-    assert "ZeroDivisionError" in (tmp_path / "luthier-error.txt").read_text()
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    here = tmp_path / "here"
+    here.mkdir()
+    done = luthier("methods", cwd=here)
+    assert done.returncode == 1 and "this is a bug in luthier; the traceback is in" in done.stderr
+    (file,) = (tmp_path / "cache/errors").iterdir()
+    assert str(file) in done.stderr and "ZeroDivisionError" in file.read_text() and not list(here.iterdir())
+
+
+def test_a_fault_of_ours_in_a_run_leaves_its_traceback_there(model_folder, tmp_path, monkeypatch):
+    from luthier.run import execute
+
+    monkeypatch.setattr(execute, "admit", lambda *_: 1 / 0)
+    done = luthier("run", write(tmp_path, model_folder), cwd=tmp_path)
+    (file,) = (tmp_path / "out").glob("error-*.txt")
+    assert done.returncode == 1 and str(file) in done.stderr and "in <lambda>" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    "words", [("-h",), ("run", "-h"), ("collaborate", "-h"), ("collaborate", "tune", "-h")], ids=" ".join
+)
+def test_h_is_help(words, tmp_path):
+    done = luthier(*words, cwd=tmp_path)
+    assert done.returncode == 0 and "Usage: luthier" in done.stdout and done.stderr == ""
+
+
+def test_a_key_of_the_recipe_that_is_written_as_an_option_is_explained(tmp_path):
+    for words in (("--learning_rate", "1e-4"), ("--learning-rate=1e-4",)):
+        done = luthier("run", "r.yaml", *words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.endswith(" Keys of the recipe are set without dashes: learning_rate=1e-4\n")
+    done = luthier("run", "r.yaml", "--data.limit", "3", cwd=tmp_path)
+    assert done.stderr.endswith("data.limit=3\n")
+    for words in (("run", "r.yaml", "--nosuch"), ("methods", "--model", "x")):
+        assert "without dashes" not in luthier(*words, cwd=tmp_path).stderr
+
+
+def test_a_method_that_is_misspelt_is_named(tmp_path):
+    done = luthier("methods", "lroa", cwd=tmp_path)
+    assert done.returncode == 2 and "there is no method or kind called 'lroa'; did you mean lora?" in done.stderr
+    assert "did you mean objective?" in luthier("methods", "Objectives", cwd=tmp_path).stderr
+
+
+def test_a_starter_says_where_its_schema_is(tmp_path):
+    first, *_ = luthier("methods", "lora", cwd=tmp_path).stdout.partition("luthier: 1")[0].splitlines()[-1:]
+    assert first.startswith("# yaml-language-server: $schema=")
+    assert json.loads(Path(first.partition("=")[2]).read_text()) == json.loads(luthier("schema", cwd=tmp_path).stdout)
+
+
+def test_the_environment_is_json_too(tmp_path):
+    told = json.loads(luthier("env", "--json", cwd=tmp_path).stdout)
+    assert told["luthier"] == __version__ and {"python", "torch", "transformers"} <= told.keys()
+
+
+def test_luthier_log_writes_what_is_done_to_standard_error(model_folder, tmp_path):
+    recipe = write(tmp_path, model_folder, evaluate=[], max_steps=1)
+    refused = luthier("check", recipe, cwd=tmp_path, LUTHIER_LOG="loud")
+    assert refused.returncode == 2
+    assert refused.stderr == "luthier: LUTHIER_LOG='loud': write debug, info, warning or error\n"
+    done = luthier("run", recipe, cwd=tmp_path, LUTHIER_LOG="info")
+    assert done.returncode == 0
+    assert any(" INFO luthier.run.execute: saved " in line for line in done.stderr.splitlines()), done.stderr
 
 
 def test_methods_of_a_kind_by_its_key_or_its_folder(tmp_path):

@@ -212,10 +212,9 @@ def page(entry: dict[str, Any]) -> str:
     lines += ["", f"Tasks: {', '.join(traits['tasks'])}. Layouts: {', '.join(traits['layouts'])}."]
     if traits["claims"]:
         lines.append(f"No other method in the recipe may use: {', '.join(traits['claims'])}.")
-    written_out = entry["kind"] == "pipeline" and examples_of(entry)  # the stages are the reader's own
     if command is not None:
         lines += ["", "## On the command line", "", f"    {starter(entry)}"]
-    elif not written_out:
+    else:
         lines += ["", "## In a recipe", "", "```yaml", starter(entry), "```"]
     lines_of_use = use(entry)
     if lines_of_use is not None:

@@ -226,13 +226,16 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", name).strip("-.") or "arm"
 
 
-def recipe_of(plan: Comparison, arm: str, code: Path | None = None) -> Recipe:
-    """The arm's recipe; for an arm with a command the shared recipe. Raises RecipeError with the arm's name."""
+def recipe_of(plan: Comparison, arm: str, code: Path | None = None, base: Path | None = None) -> Recipe:
+    """The arm's recipe; for an arm with a command the shared recipe. Raises RecipeError with the arm's name.
+
+    base  the folder that paths in the recipe are relative to; None: the working directory
+    """
     keys = plan.arms[arm]
     values = copy.deepcopy(plan.recipe)
     if not isinstance(keys, Foreign):
         apply_overrides(values, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
-    return recipes.load(json.dumps(values), f"arm {arm}", code=code)
+    return recipes.load(json.dumps(values), f"arm {arm}", code=code, base=base)
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:

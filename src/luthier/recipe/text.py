@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,19 +28,36 @@ MAX_BYTES = 1_000_000
 SECRETS = ("*token", "*api_key*", "*password*", "*secret*")
 
 
-def load(text: str, name: str = "recipe", overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
+def load(
+    text: str, name: str = "recipe", overrides: Sequence[str] = (), code: Path | None = None, base: Path | None = None
+) -> Recipe:
     """A recipe from YAML text and `a.b=value` overrides. Raises RecipeError.
 
     code  the folder whose Python modules the recipe may name (module:Class); None refuses all code
+    base  the folder that paths in the recipe are relative to; None: the working directory
     """
     values, lines = parse(text, name)
     changed = apply_overrides(values, overrides)
-    return build(values, Lines(name, lines, changed), code)
+    return build(values, Lines(name, lines, changed), code, base)
 
 
 def load_file(path: Path, overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
     """A recipe from a file. Raises RecipeError."""
-    return load(read_text(path), str(path), overrides, code)
+    return load(read_text(path), str(path), overrides, code, folder_of(path))
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that paths in a recipe's file are relative to: its own.
+
+    A run's folder holds a copy of the recipe, `recipe.yaml`; its paths are still relative to where the recipe came from.
+    """
+    run = path.with_name("run.json")
+    if path.name != "recipe.yaml" or not run.is_file():
+        return path.parent
+    try:
+        return Path(json.loads(run.read_text(encoding="utf-8"))["recipe_folder"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(str(run), "does not say where the recipe came from", f"move {path.name} elsewhere") from error
 
 
 def read_text(path: Path) -> str:
@@ -144,7 +162,7 @@ def _value(text: str, key: str) -> Any:
         raise RecipeError(f"command line: {key}", f"{text!r} is not YAML", "quote it") from error
 
 
-def build(values: Mapping[str, Any], lines: Lines, code: Path | None = None) -> Recipe:
+def build(values: Mapping[str, Any], lines: Lines, code: Path | None = None, base: Path | None = None) -> Recipe:
     """Check all keys and values. Raises RecipeError."""
     out = dict(values)
     _no_secrets(out, (), lines)
@@ -155,7 +173,8 @@ def build(values: Mapping[str, Any], lines: Lines, code: Path | None = None) -> 
     for kind in LISTED:
         if (listed := out.get(kind)) is not None:
             listed = listed if isinstance(listed, list) else [listed]
-            out[kind] = [build_method(kind, item, lines, (kind, str(i)), code) for i, item in enumerate(listed)]
+            built = (build_method(kind, item, lines, (kind, str(i)), code) for i, item in enumerate(listed))
+            out[kind] = [method.beside(base) for method in built]
     recipe: Recipe = validated(Recipe, out, (), lines)
     if recipe.trust_remote_code and code is None:
         raise RecipeError(

@@ -82,7 +82,7 @@ class Recipe(RunSettings):
         quantized = self.quantize is not None
         return Facts(
             task=self.task.key(), batch_size=self.batch_size, settings=self, others=others, quantized=quantized,
-            redraws=self.task.redraws, **more,
+            redraws=self.task.redraws, kept=frozenset(self.data.carried.fields), **more,
         )  # fmt: skip
 
     def check_methods(self, facts: Facts | None = None) -> None:
@@ -91,7 +91,7 @@ class Recipe(RunSettings):
         owners: dict[str, str] = {}
         for key, method in {"task": self.task, **self.methods(), **self.listed()}.items():
             for problem in method.check(facts):
-                raise RecipeError(f"{key}.{method.key()}.{problem.key}", problem.what, problem.remedy)
+                raise RecipeError(f"{key}.{method.key()}.{problem.key}".rstrip("."), problem.what, problem.remedy)
             for claim in method.traits.claims:
                 if claim in owners:
                     raise RecipeError(
@@ -100,6 +100,12 @@ class Recipe(RunSettings):
                         "choose one",
                     )
                 owners[claim] = method.key()
+        head = facts.anatomy is None or facts.anatomy.task_head
+        if self.pipeline is None and not self.tuner.changes_model and not head:
+            what = "changes nothing of this model, so the run would end with the base model"
+            raise RecipeError(
+                f"tuner.{self.tuner.key()}", what, "choose another tuner, or use it in a stage of a pipeline"
+            )
 
     def check_unread(self) -> None:
         """Raises RecipeError for a key that was set but that this run would not read."""
@@ -109,19 +115,17 @@ class Recipe(RunSettings):
             stages = {"tuner", "objective", "compute", *TrainSettings.model_fields} - {"seed", "tokens_per_forward"}
             for key in sorted(set_in(self) & stages):
                 raise RecipeError(key, f"is not read beside pipeline {self.pipeline.key()}", "set it in the stages")
+        for key, what, remedy in self.unread():
+            raise RecipeError(key, what, remedy)
         self._check_fields()
         hub = [any(on_hub(s.path) for s in self.data.sources), on_hub(self.data.eval or "")]
         single, held = isinstance(self.data.train, str), self.data.eval is not None
         unread_pool = self.data.pool and not self.task.pool_shapes
-        during = ("needs evaluations during training", "set eval_steps")
         rows = ("has no rows to evaluate on", "set data.eval")
         asks = self.pipeline is not None and "pool" in self.pipeline.traits.needs
         rules = [
             ("data.pool", asks and not self.data.pool, "is missing, and the pipeline labels its rows", "name rows"),
-            ("epochs", {"epochs", "max_steps"} <= set_in(self), "is not read beside max_steps", "set one of the two"),
             ("eval_steps", self.eval_steps and not held, *rows),
-            ("early_stopping_patience", self.early_stopping_patience and not self.eval_steps, *during),
-            ("load_best", not self.load_best and not self.eval_steps, *during),
             ("evaluate", not held and not all(e.own_rows for e in self.evaluate), *rows),
             ("pace", self.pace != Pace() and self.pipeline is None, "is read by pipelines only", "set max_steps"),
             ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),

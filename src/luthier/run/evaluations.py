@@ -14,15 +14,15 @@ FILE = "evaluations.json"
 BUILTIN = "builtin:"
 
 
-def known(folder: Path, data: str | None) -> dict[str, float] | None:
-    """The values by measure of an earlier evaluation of the same weights on the same data; None if there is none."""
-    key = _key(folder, data)
+def known(folder: Path, data: str | None, base_too: bool = True) -> dict[str, Any] | None:
+    """The measures of an earlier evaluation of the same weights on the same data; None if there is none."""
+    key = _key(folder, data, base_too)
     return None if key is None else _read(folder).get(key)
 
 
-def remember(folder: Path, data: str | None, values: dict[str, float]) -> None:
-    """Store the values beside the run."""
-    key = _key(folder, data)
+def remember(folder: Path, data: str | None, base_too: bool, values: dict[str, Any]) -> None:
+    """Store measures, as `measures.beside` gives them, beside the run."""
+    key = _key(folder, data, base_too)
     if key is not None:
         write_text(folder / FILE, json.dumps({**_read(folder), key: values}))
 
@@ -35,7 +35,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _key(folder: Path, data: str | None) -> str | None:
+def _key(folder: Path, data: str | None, base_too: bool) -> str | None:
     """The key of an evaluation; None if the run is not finished, or its rows are not in a file."""
     try:
         state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -48,7 +48,7 @@ def _key(folder: Path, data: str | None) -> str | None:
     except (OSError, ValueError, KeyError):
         return None
     code = code_key("luthier.run.ready", *_modules("evaluation"), *_modules("tasks"))
-    return key_of(state.get("update_digest"), files, content, recipe, code)
+    return key_of(state.get("update_digest"), files, content, recipe, code, base_too)
 
 
 def _modules(room: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -62,3 +63,15 @@ class TrainSettings(BaseModel):
     forecast says that memory would not be enough."""
     torch_compile: bool = False
     """Compile every block; useful in long runs on GPUs. Needs a C++ compiler."""
+
+    def unread(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (key, why, what to do) for each key that was set but that training would not read."""
+        own = {n: getattr(self, n) != f.default for n, f in type(self).model_fields.items()}
+        if own["epochs"] and own["max_steps"]:
+            yield "epochs", "is not read beside max_steps", "set one of the two"
+        if self.lr_scheduler_type == "constant" and own["warmup_fraction"] and self.warmup_fraction:
+            yield "warmup_fraction", "is not read by lr_scheduler_type constant", "set constant_with_warmup"
+        if self.early_stopping_patience and not self.eval_steps:
+            yield "early_stopping_patience", "needs evaluations during training", "set eval_steps"
+        if not self.load_best and not self.eval_steps:
+            yield "load_best", "needs evaluations during training", "set eval_steps"

@@ -63,6 +63,11 @@ class Peft(Tuner):
         start = self.options.get("init_lora_weights", True)
         if start not in STARTS:
             found.append(Problem("options.init_lora_weights", f"{start!r} rewrites the base", "use true or gaussian"))
+        if not found:
+            try:
+                PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)](**{"target_modules": "all-linear", **self.options})
+            except (ValueError, TypeError) as error:
+                found.append(Problem("options", str(error).splitlines()[0], "see peft's documentation"))
         return found
 
     def attach(
