@@ -8,6 +8,7 @@ import torch
 from luthier.data.rendering import Renderer
 from luthier.evaluation import Calibration, Loss, Rouge
 from luthier.run.score_cache import exam_key, kept, read
+from luthier.testing.models import TEMPLATE, byte_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,17 @@ def test_the_key_changes_with_all_that_went_in(exam):
         key(), key(model="n"), key(rows="s"), key(evaluators=[Calibration()]), key(replace(exam, lab=replace(exam.lab, seed=1))),
         key(replace(exam, lab=replace(exam.lab, text=said))), key(evaluators=[Rouge(rows=2)]), key(evaluators=[Rouge(rows=3)]),
     ]  # fmt: skip
+    tokenizer = exam.renderer.tokenizer
+    for other in (
+        Renderer(tokenizer, ends=(5,)),
+        Renderer(tokenizer, stop_strings=("\n",)),
+        Renderer(byte_tokenizer(TEMPLATE + " ")),
+    ):
+        keys.append(key(replace(exam, lab=replace(exam.lab, text=other))))
+    config, theta = exam.view.module.config, exam.view.module.config.rms_norm_eps
+    config.rms_norm_eps = 0.5
+    keys.append(key())
+    config.rms_norm_eps = theta
     before = exam.view.module.dtype
     exam.view.module.to(torch.bfloat16)
     keys.append(key())

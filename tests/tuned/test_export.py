@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.commands import luthier, rows, write
 from helpers.finished import finished
 from luthier.support.errors import LuthierError
-from luthier.tuned.export import export, gguf_name, permuted
+from luthier.tuned.export import export
+from luthier.tuned.gguf_file import gguf_name, permuted
 from luthier.tuned.open import answers, open_run, scores
 
 
@@ -146,9 +147,9 @@ def test_a_spoilt_export_is_noticed_and_removed(run_folder, tmp_path, monkeypatc
 
 
 def test_names_and_rotary_order():
-    assert gguf_name("model.layers.12.self_attn.q_proj.weight") == "blk.12.attn_q.weight"
-    with pytest.raises(LuthierError, match="no place in a Llama GGUF"):
-        gguf_name("model.layers.0.experts.weight")
+    assert gguf_name("model.layers.12.self_attn.q_proj.weight", "llama", 13) == "blk.12.attn_q.weight"
+    with pytest.raises(LuthierError, match="no place in a llama file"):
+        gguf_name("model.layers.0.experts.weight", "llama", 1)
     import numpy as np
 
     w = np.arange(8)[:, None]

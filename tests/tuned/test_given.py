@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_it_is_exported_with_a_card(folder, workspace, update, tmp_path):
     for card, relation, library in ((folder, "adapter", "peft"), (tmp_path / "hf", "merge", "transformers")):
         found = front(card)
         assert found["base_model_relation"] == relation and found["library_name"] == library
-        assert found["base_model"] == workspace.first.name and "one-shot" in found["tags"]
+        assert found["base_model"] == Path(workspace.first.name).name and "one-shot" in found["tags"]
         assert workspace.contract.digest[:16] in (card / "README.md").read_text()
 
 
@@ -113,5 +114,5 @@ def test_a_damaged_file_is_named(folder, text):
 
 def test_a_model_that_is_not_at_hand_is_named_in_the_card_all_the_same(workspace, update, tmp_path):
     folder = write_outcome(workspace, "model", update, tmp_path / "g", NAME, model_here=False)
-    assert front(folder)["base_model"] == workspace.first.name
+    assert front(folder)["base_model"] == Path(workspace.first.name).name
     assert load(folder).digest() == update.digest()

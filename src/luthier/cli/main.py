@@ -441,7 +441,7 @@ def evaluate(
 def export(
     folder: RunPath,
     output: Annotated[Path, typer.Argument(help="A new folder.")],
-    to: Annotated[str, typer.Option(help="hf (merged folder), peft (adapter), gguf (Llama-type models).")] = "hf",
+    to: Annotated[str, typer.Option(help="hf (merged folder), peft (adapter), gguf (Llama, Mistral, Qwen).")] = "hf",
     push: Annotated[
         str | None, typer.Option(help="Upload it to this Hub id (org/name), as a private repository.")
     ] = None,

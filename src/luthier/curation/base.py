@@ -12,6 +12,7 @@ from luthier.data.codec import Chain, Codec
 from luthier.data.reading import answers_of, shape_in
 from luthier.data.store import Row
 from luthier.data.table import Table
+from luthier.data.turns import content_text
 from luthier.inference.services import lab_around
 from luthier.method import Method
 from luthier.step.lab import Lab
@@ -115,7 +116,7 @@ def text_of(row: Row) -> str:
     """A row's words: all turns, or prompt and answer, or its text, joined by a space. `answers_of` gives the answers alone."""
     values, shape = row.values, shape_in(row.values)
     if shape == "messages":
-        return " ".join(turn["content"] for turn in values["messages"])
+        return " ".join(content_text(turn.get("content")) for turn in values["messages"])
     if shape == "prompt and completion":
         return f"{values['prompt']} {values['completion']}"
     return str(values["text"] if shape is not None else values["prompt"])  # a row may be a question alone

@@ -11,8 +11,10 @@ from pydantic import Field
 from luthier.curation.base import Chooser, Selection, kept_count
 from luthier.data.quadrants import NLL_CLAMP, choose_rows, named
 from luthier.data.store import Row, Rows
+from luthier.data.tokens import tokenizer_key
 from luthier.kernels.head import TokenScores
 from luthier.method import Source, Traits
+from luthier.model.fingerprint import configured
 from luthier.step.lab import Lab, Ledger
 from luthier.support.cache import cache_folder, key_of
 from luthier.support.errors import RecipeError
@@ -75,7 +77,10 @@ def _plane(rows: Sequence[Row], lab: Lab) -> tuple[np.ndarray, float]:
     if not (isinstance(rows, Rows) and rows.on_disk):
         return scored(rows, lab)
     view, renderer = lab.view(), lab.renderer
-    asked = (view.base.weights, view.base.tokenizer, str(view.dtype), renderer.system, renderer.plain)
+    asked = (
+        view.base.weights, tokenizer_key(renderer.tokenizer), configured(view.module.config), str(view.dtype), renderer.system,
+        renderer.plain, renderer.stop_ids, sorted(renderer.options.items()),
+    )  # fmt: skip
     file = (
         cache_folder() / "planes" / f"{key_of(rows.digest, asked, code_key(__name__, 'luthier.inference.scoring'))}.npz"
     )

@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from luthier.data import rendering, store
-from luthier.data.batch import IGNORE, WEIGHT, front_of, predicted
+from luthier.data.batch import IGNORE, WEIGHT, predicted
 from luthier.data.columns import Carried, Column, Survey
 from luthier.data.mixture import Mix, Mixture
 from luthier.data.reading import NOTHING, Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.data.spans import placed
 from luthier.data.store import Row, Rows, TokenRows
+from luthier.data.tokens import tokenizer_key
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
 from luthier.support.sources import code_key
@@ -105,8 +106,8 @@ class AnswerRows:
 
     def made(self, rows: Sequence[Row], renderer: Renderer) -> list[dict[str, Any]]:
         segments = [_segments(r, renderer) for r in rows]
-        pieces = renderer.encode(segments)
-        return [renderer.training_row(s, p, r.key) for r, s, p in zip(rows, segments, pieces, strict=True)]
+        found = zip(rows, segments, renderer.encoded(segments), strict=True)
+        return [{**renderer.training_row(s, e.pieces, r.key), "moved": e.moved} for r, s, e in found]
 
     def supervised(self, item: Mapping[str, Any]) -> int:
         return sum(predicted(item))
@@ -118,12 +119,8 @@ class AnswerRows:
 def _segments(row: Row, renderer: Renderer) -> list[rendering.Segment]:
     try:
         return renderer.segments(row.values)
-    except ValueError as error:
+    except rendering.Unrenderable as error:
         raise RecipeError(row.key, str(error)) from error
-    except Exception as error:
-        if type(error).__module__.startswith("jinja2"):  # raised by the template, e.g. for the order of roles
-            raise RecipeError(row.key, f"the chat template refuses it ({error})") from error
-        raise
 
 
 ANSWERS = AnswerRows()
@@ -149,7 +146,9 @@ def prepare(
             "tokens",
             rows.digest,
             [part.prefix for part in rows.parts],  # the same rows in another file have other keys
-            _tokenizer_key(renderer),
+            tokenizer_key(renderer.tokenizer),
+            renderer.stop_ids,
+            sorted(renderer.options.items()),
             renderer.system,
             renderer.plain,
             fit,
@@ -169,11 +168,6 @@ def prepare(
     if mix is not None and len(done):
         done.mixture = Mixture.of(done.keys, mix)
     return Prepared(done, census, made.notes["digest"])
-
-
-def _tokenizer_key(renderer: Renderer) -> str:
-    t = renderer.tokenizer
-    return key_of(t.backend_tokenizer.to_str(), t.chat_template, str(t.special_tokens_map), renderer.stop_ids)
 
 
 def _refuse_long(census: Census, fit: Fit, seen: int) -> None:
@@ -313,22 +307,13 @@ class _Preparation:
             census.doubled_bos += bos is not None and ids[:2] == [bos, bos]
             if self.maker.answers:
                 census.without_stop += supervised[-1] not in self.renderer.stop_ids
+                census.prompt_no_prefix += item["moved"]
             content = array("i", ids).tobytes()
             self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
             self.digest.update(b"%d " % len(ids) + content + array("i", labels).tobytes())
             self.digest.update(repr(item.get("row")).encode())
             for c in self.columns.all:
                 self.digest.update(repr(item[c.level][c.name]).encode())
-        if self.maker.answers and items:
-            self._count_moved_edges(items)
-
-    def _count_moved_edges(self, items: list[dict[str, Any]]) -> None:
-        """Rows whose prompt would have other ids if prompt and answer were tokenised in one piece."""
-        t = self.renderer.tokenizer
-        whole = t(t.batch_decode([x["ids"] for x in items]), add_special_tokens=False)["input_ids"]
-        for item, other in zip(items, whole, strict=True):
-            front = front_of(item["labels"])
-            self.census.prompt_no_prefix += other[:front] != item["ids"][:front]
 
 
 def shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from luthier.data import store
+from luthier.data import store, turns
 from luthier.data.builtin import people as people_set
 from luthier.data.builtin import requests as demo_requests
 from luthier.data.columns import Carried, Survey
@@ -327,7 +327,7 @@ def answers_of(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> lis
     """The texts that a row trains on: the turns of its assistant, its completion, or its text."""
     shape = shape_in(values, shapes)
     if shape == "messages":
-        return [turn["content"] for turn in values["messages"] if turn["role"] == "assistant"]
+        return [turns.content_text(turn.get("content")) for turn in values["messages"] if turns.supervised(turn)]
     return [] if shape is None else [values["completion" if shape == "prompt and completion" else "text"]]
 
 
@@ -342,31 +342,16 @@ def shape_of(row: Row, shapes: Sequence[str]) -> str:
 
 
 def _check_types(row: Row, shape: str) -> None:
+    values = row.values
     for field in SHAPES[shape]:
-        value = row.values[field]
+        value = values[field]
         if field == "messages":
-            _check_messages(row.key, value)
+            turns.check_messages(row.key, values)
         elif field == "label":
             if not isinstance(value, (str, int)) or isinstance(value, bool):
                 raise RecipeError(row.key, f"label is {value!r}", "a label is text or a whole number")
         elif not isinstance(value, str):
             raise RecipeError(row.key, f"{field} is {type(value).__name__} {str(value)[:40]!r}", "it should be text")
-
-
-def _check_messages(key: str, messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise RecipeError(key, "messages is not a list of turns", 'write [{"role": "user", "content": ...}, ...]')
-    for i, turn in enumerate(messages):
-        if (
-            not isinstance(turn, dict)
-            or not isinstance(turn.get("role"), str)
-            or not isinstance(turn.get("content"), str)
-        ):
-            raise RecipeError(
-                key,
-                f"turn {i + 1} has no role and content as text",
-                'write {"role": "user", "content": "..."}',
-            )
 
 
 def _listed(names: Iterable[str]) -> str:

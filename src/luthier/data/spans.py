@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from luthier.data.columns import Span
-from luthier.data.reading import shape_in
-from luthier.data.rendering import Renderer, Segment
+from luthier.data.reading import ANSWERED, answers_of, shape_in
+from luthier.data.rendering import MARK, Renderer, Segment
 from luthier.support.errors import RecipeError
-
-MARK = "\ue000"  # a character for private use, which no template writes
 
 
 def covering(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int] | None:
@@ -40,26 +38,28 @@ def placed(
     if not given:
         return []
     if segments is None:
-        answer, text, at, before = values["text"], values["text"], 0, 0
-        ids, special = pieces[0], True
+        answer, text, at = values["text"], values["text"], 0
+        found = renderer.tokenizer(text, return_offsets_mapping=True)
+        ids, offsets, before = found["input_ids"], found["offset_mapping"], 0
+        written = list(pieces[0])
     else:
         which = max(i for i, s in enumerate(segments) if s.supervised)
-        answer, text, at = renderer.answer(values), segments[which].text, _begin(renderer, key, values, which)
-        before, ids, special = sum(map(len, pieces[:which])), pieces[which], False
+        segment, ahead = segments[which], "".join(s.text for s in segments[:which])
+        answer, text, at = answers_of(values, ANSWERED)[-1], segment.text, _begin(renderer, key, values, which)
         if text[at : at + len(answer)] != answer:
             raise RecipeError(
                 key,
                 "has spans, but the chat template changes its answer's text",
                 "mark spans in the text that the template writes",
             )
-    found = renderer.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    added = len(ids) - len(found["input_ids"])  # a first token that the renderer adds
-    if list(ids[added:]) != found["input_ids"]:
+        written = list(pieces[which][len(segment.before) : len(pieces[which]) - len(segment.after)])
+        ids, offsets = _offsets(renderer, ahead, text, len(written))
+        before = sum(map(len, pieces[:which])) + len(segment.before)
+    if ids != written:
         raise RecipeError(key, "has spans, but its text is trained on within a prompt", "leave out data.spans")
-    before += added
     out = []
     for start, end, kind in given:
-        tokens = covering(found["offset_mapping"], at + start, at + end)
+        tokens = covering(offsets, at + start, at + end)
         if not 0 <= start < end <= len(answer) or tokens is None:
             raise RecipeError(
                 key, f"has the span [{start}, {end}], its answer has {len(answer)} characters",
@@ -67,6 +67,20 @@ def placed(
             )  # fmt: skip
         out.append((before + tokens[0], before + tokens[1], kind))
     return out
+
+
+def _offsets(renderer: Renderer, ahead: str, text: str, count: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """The last `count` ids of a text that stands after other text, and the characters of the text that each one holds.
+
+    If a token would cross the edge, they are those of the text alone, as in rendering.
+    """
+    whole = renderer.tokenizer(ahead + text, add_special_tokens=False, return_offsets_mapping=True)
+    places = whole["offset_mapping"][len(whole["input_ids"]) - count :]
+    if not places or places[0][0] < len(ahead):
+        whole, ahead = renderer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True), ""
+        places = whole["offset_mapping"]
+        return list(whole["input_ids"]), [(a, b) for a, b in places]
+    return list(whole["input_ids"][-count:]), [(a - len(ahead), b - len(ahead)) for a, b in places]
 
 
 def _begin(renderer: Renderer, key: str, values: Mapping[str, Any], which: int) -> int:

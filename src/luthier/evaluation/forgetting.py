@@ -69,9 +69,9 @@ class Forgetting(Evaluator):
     def _text(self, exam: Exam) -> list[Measure]:
         found = built_in("general") if self.general == BUILTIN else texts_of(Path(self.general))
         texts = [r["text"] for r in found]
-        ids = exam.renderer.tokenizer(texts, add_special_tokens=False)["input_ids"]
-        cut = [i[: self.max_tokens] for i in ids]
-        rows = [
+        tokens = exam.renderer.tokens
+        cut = [[*tokens.first, *i][: self.max_tokens] for i in tokens.bare(texts)]
+        rows: list[dict[str, Any]] = [
             {"ids": i, "labels": [IGNORE, *i[1:]], "key": f"general:{n}", "token": {"prompt": [0] * len(i)}}
             for n, i in enumerate(cut, 1)
             if len(i) > 1

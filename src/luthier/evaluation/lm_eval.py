@@ -142,16 +142,17 @@ def _asked(exam: Exam) -> Any:
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
             if add_special_tokens is False:
                 return list(self.tokenizer(string, add_special_tokens=False)["input_ids"])
-            return exam.renderer.encode([[Segment(string, False)]])[0][0]
+            return exam.renderer.encode([[exam.renderer.bare(string)]])[0][0]
 
         def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-            return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+            before, after = exam.renderer.encode([[exam.renderer.bare(context), Segment(continuation, True)]])[0]
+            return before, after
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             turns = exam.renderer.messages({"messages": chat_history})
             text: str = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
+                continue_final_message=not add_generation_prompt, **exam.renderer.options,
             )  # fmt: skip
             return text
 

@@ -118,7 +118,7 @@ def change(before: Measure, after: Measure) -> Estimate | None:
     return estimate(parts[None, :]) if np.isfinite(parts).all() else None
 
 
-def beside(after: Measure, before: Measure | None = None) -> dict[str, Any]:
+def beside_base(after: Measure, before: Measure | None = None) -> dict[str, Any]:
     """A measure with its interval, beside the base model's value and the change. What is not known is None."""
     ends = interval(after) or (None, None)
     out = {**after.brief(), "low": ends[0], "high": ends[1], "base": None, "change": None}

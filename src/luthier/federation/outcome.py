@@ -13,7 +13,7 @@ from luthier.model.fingerprint import Fingerprint
 from luthier.model.loading import locate
 from luthier.recipe import Recipe
 from luthier.recipe.settings import DataSettings
-from luthier.report.card import front
+from luthier.report.card import UNSAID, base_of, front
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import write_text
 from luthier.update import Update
@@ -42,15 +42,16 @@ class Given(BaseModel, frozen=True, extra="forbid"):
 
     def card(self, name: str, relation: str, peft: bool = False) -> str:
         """The model card."""
+        base = base_of(self.model, self.base.name)
         lines = [
-            *front(self.model, self.base.name, relation, peft, (self.protocol,)),
+            *front(base, name, relation, peft, (self.protocol,)),
             "",
             f"# {name}",
             "",
             f"Given by luthier's {self.protocol}: several parties tuned together, and none showed its rows to another. For "
-            f"{self.base.name} (weights {self.base.weights[:16]}), under the contract {self.contract[:16]}.",
+            f"{base.name} (weights {self.base.weights[:16]}), under the contract {self.contract[:16]}.",
             "",
-            "The licence is the base model's; read it before you share this.",
+            UNSAID,
             "",
         ]
         return "\n".join(lines)

@@ -12,6 +12,7 @@ from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
 from luthier.inference.generation import Generation
 from luthier.inference.scoring import USUAL, Scoring
+from luthier.model.loading import ends_in
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.outcome import RenderedRows
@@ -34,4 +35,6 @@ def lab_with(
 
 def lab_around(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> Lab:
     """A lab around a plain transformers model, for a method in your own loop."""
-    return lab_with(Renderer(tokenizer), {"base": partial(ModelView.probed, model, tokenizer)}, seed=seed)
+    ends = ends_in(getattr(model, "generation_config", None), model.config)
+    renderer = Renderer(tokenizer, ends=ends.ids, stop_strings=ends.texts)
+    return lab_with(renderer, {"base": partial(ModelView.probed, model, tokenizer)}, seed=seed)

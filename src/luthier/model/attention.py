@@ -95,15 +95,19 @@ def _scattered(out: Tensor, x: Tensor, bins: _Bins) -> None:
     out.index_copy_(0, bins.tokens, rows.index_select(0, bins.where))
 
 
-def _softmax(scores: Tensor, bins: _Bins, scale: float) -> Tensor:
-    """[S * H_kv, G * L, L] scores -> probabilities in their dtype, taken in float32."""
+def _probabilities(q: Tensor, k: Tensor, bins: _Bins) -> Tensor:
+    """[S * H_kv, G * L, d] queries, scaled, and [S * H_kv, L, d] keys -> [S * H_kv, G * L, L] in their dtype.
+
+    torch's softmax adds up in float32 whatever the dtype, so the scores are looked through once.
+    """
     s, width = bins.source.shape
-    shaped = scores.float().view(s, -1, width, width).mul_(scale)  # [S, H, L, L]
-    return shaped.masked_fill_(bins.blocked, float("-inf")).softmax(-1).to(scores.dtype).view_as(scores)
+    scores = torch.bmm(q, k.transpose(1, 2))
+    shaped = scores.view(s, -1, width, width)  # [S, H, L, L]
+    return shaped.masked_fill_(bins.blocked, float("-inf")).softmax(-1).view_as(scores)
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Attention of short sequences that keeps its probabilities; [1, H, T, d] in, [1, T, H, d] out."""
+    """Attention of short sequences that keeps its probabilities; [1, H, T, d] in, [1, T, H, d_v] out."""
 
     @staticmethod
     def forward(
@@ -111,11 +115,11 @@ class _ShortAttention(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:  # fmt: skip
         groups = query.shape[1] // key.shape[1]
-        out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])  # [T, H, d]
+        out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, H, d_v]
         kept, ctx.bins = [], _bins(lengths, causal, window, query.device)
         for bins in ctx.bins:
             q, k, v = (_gathered(x, bins, g) for x, g in ((query, groups), (key, 1), (value, 1)))
-            p = _softmax(torch.bmm(q, k.transpose(1, 2)), bins, scale)
+            p = _probabilities(q * scale, k, bins)
             _scattered(out, torch.bmm(p, v), bins)
             kept.append(p)
         ctx.save_for_backward(query, key, value, *kept)
@@ -131,11 +135,10 @@ class _ShortAttention(torch.autograd.Function):
             q, k, v = (_gathered(x, bins, g) for x, g in ((query, ctx.groups), (key, 1), (value, 1)))
             g = _gathered(grad, bins, ctx.groups) * _rows(bins, ctx.groups, query.shape[1])
             _scattered(gv, torch.bmm(p.transpose(1, 2), g), bins)
-            gp = torch.bmm(g, v.transpose(1, 2)).float()  # [S * H_kv, G * L, L]
-            pf = p.float()
-            gs = gp.sub_((gp * pf).sum(-1, keepdim=True)).mul_(pf).mul_(ctx.scale).to(p.dtype)
-            _scattered(gq, torch.bmm(gs, k), bins)
-            _scattered(gk, torch.bmm(gs.transpose(1, 2), q), bins)
+            gp = torch.bmm(g, v.transpose(1, 2))  # [S * H_kv, G * L, L]
+            gs = torch.ops.aten._softmax_backward_data(gp, p, -1, p.dtype)
+            _scattered(gq, torch.bmm(gs, k).mul_(ctx.scale), bins)
+            _scattered(gk, torch.bmm(gs.transpose(1, 2), q * ctx.scale), bins)
         return (*(g.transpose(0, 1).unsqueeze(0) for g in (gq, gk, gv)), None, None, None, None)
 
 

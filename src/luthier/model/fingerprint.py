@@ -34,6 +34,12 @@ def tensor_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
+def configured(config: Any) -> str:
+    """A text that changes with every setting of a model's configuration, but not with the place or the program that saved it."""
+    left_out = ("_name_or_path", "transformers_version", "use_cache", "torch_dtype", "dtype", "id2label", "label2id")
+    return json.dumps({k: v for k, v in config.to_dict().items() if k not in left_out}, sort_keys=True, default=str)
+
+
 def fingerprint(model: nn.Module, tokenizer: Any, name: str, without: Collection[str] = ()) -> Fingerprint:
     """Hash a model and its tokenizer; about a second for each 500 MB.
 

@@ -14,13 +14,19 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
+from luthier.model.pre_tokenizers import cut_as
+from luthier.model.refusals import refuse_architecture
+from luthier.model.tail import brief
 from luthier.model.view import ModelView
 from luthier.support.cache import cache_folder, key_of, made
-from luthier.support.errors import RecipeError
+from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.sources import code_key
 
 BUILTIN = "builtin:smollm2-135m"
 
@@ -74,7 +80,8 @@ def _converted(gguf: Path) -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise RecipeError("model", f"{gguf.name} needs the package gguf", "pip install 'luthier[gguf]'")
     stat = gguf.stat()
-    key = key_of(gguf.resolve(), stat.st_size, stat.st_mtime_ns)
+    code = code_key("luthier.model.pre_tokenizers")
+    key = key_of(gguf.resolve(), stat.st_size, stat.st_mtime_ns, code)
     folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
     if folder.is_dir():
         return folder
@@ -82,6 +89,7 @@ def _converted(gguf: Path) -> Path:
     source = {"gguf_file": gguf.name, "local_files_only": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
+        _cut_as_said(tokenizer, gguf)
         model = AutoModelForCausalLM.from_pretrained(
             str(gguf.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
         )
@@ -91,6 +99,16 @@ def _converted(gguf: Path) -> Path:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return folder
+
+
+def _cut_as_said(tokenizer: Any, file: Path) -> None:
+    """Let the tokenizer cut text as the file says: transformers knows only some of llama.cpp's names, smollm not."""
+    import gguf
+
+    fields = gguf.GGUFReader(str(file)).fields
+    model, pre = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    if pre is not None and model is not None and model.contents() == "gpt2":
+        cut_as(tokenizer.backend_tokenizer, pre.contents())
 
 
 def _check_header(gguf: Path, size: int) -> None:
@@ -122,6 +140,38 @@ def load_config(located: Located) -> Any:
         raise _unreachable(located, error) from error
 
 
+class Ends(NamedTuple):
+    """What ends an answer besides the tokenizer's end token: token ids, and texts."""
+
+    ids: tuple[int, ...] = ()
+    texts: tuple[str, ...] = ()
+
+
+def ends_in(settings: Any, config: Any = None) -> Ends:
+    """The ends in a model's generation settings; without any, those that its configuration lists."""
+    ids = getattr(settings, "eos_token_id", None)
+    if ids is None and isinstance(getattr(config, "eos_token_id", None), list):
+        ids = config.eos_token_id
+    texts = getattr(settings, "stop_strings", None) or ()
+    return Ends(
+        tuple(ids if isinstance(ids, list) else [] if ids is None else [ids]),
+        (texts,) if isinstance(texts, str) else tuple(texts),
+    )
+
+
+def load_ends(located: Located, config: Any) -> Ends:
+    """The ends in the model's generation_config.json, if it has one. Nothing else of that file is used: greedy stays greedy."""
+    try:
+        settings = GenerationConfig.from_pretrained(located.path, revision=located.revision or "main")
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, OSError) and "JSON" not in str(error):  # there is none
+            return ends_in(None, config)
+        raise RecipeError(
+            "model", f"{located.shown}: generation_config.json cannot be read ({error})", "correct it"
+        ) from error
+    return ends_in(settings, config)
+
+
 def load_model(
     located: Located, auto: Any = AutoModelForCausalLM, dtype: torch.dtype | None = None, device: str | None = None,
     labels: Sequence[str] = (), tokenizer: Any = None, seed: int = 0, quantize: str | None = None,
@@ -137,6 +187,13 @@ def load_model(
     Raises RecipeError if the model cannot be loaded.
     """
     extra: dict[str, Any] = named_classes(labels) if labels else {}
+    config = load_config(located)
+    refuse_architecture(auto, config)
+    theirs = class_names(config)
+    redrawn = bool(labels) and has_class_head(config) and list(labels) != theirs
+    redrawn = redrawn and not (are_numbers(theirs) and len(labels) == len(theirs))
+    if redrawn:
+        extra["ignore_mismatched_sizes"] = True
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     if quantize is not None:
         plain = load_model(located, auto, dtype, "cpu", labels, tokenizer, seed)
@@ -149,6 +206,10 @@ def load_model(
                 located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True,
                 trust_remote_code=located.trust_code, **extra,
             )  # fmt: skip
+            if redrawn:
+                _redraw_head(model)
+    except ImportError as error:
+        raise RecipeError("model", f"{located.shown}: {brief(error)}", "install that package") from error
     except (OSError, ValueError) as error:
         raise _unreachable(located, error) from error
     model.config.use_cache = False
@@ -163,12 +224,45 @@ def load_model(
         # on, so layers before it would not be trained.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return ModelView.probed(model, tokenizer, name=located.shown, base=base)
+    try:
+        return ModelView.probed(model, tokenizer, name=located.shown, base=base)
+    except RecipeError:
+        raise
+    except LuthierError as error:
+        raise RecipeError("model", f"{located.shown}: {error}", "choose another model") from error
+
+
+@torch.no_grad()
+def _redraw_head(model: PreTrainedModel) -> None:
+    """Draw the classification head anew, as transformers draws one that is not in the file."""
+    trunk = set(model.base_model.modules())
+    for module in model.modules():
+        if module not in trunk and module is not model:
+            marked: list[Any] = [module, *module.parameters(recurse=False)]
+            for part in marked:
+                part._is_hf_initialized = False
+            model._init_weights(module)
 
 
 def reads_both_ways(config: PreTrainedConfig) -> bool:
     """Whether this is the configuration of an encoder, which also sees later tokens and can fill gaps."""
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
+def has_class_head(config: PreTrainedConfig) -> bool:
+    """Whether the model's files hold a classification head."""
+    return any(n.endswith("ForSequenceClassification") for n in config.architectures or ())
+
+
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """The names of the classes in a configuration, by index."""
+    names: dict[Any, str] = dict(config.id2label or {})
+    return [names[i] for i in range(len(names))]
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """True for the names that transformers gives to classes without one."""
+    return list(names) == [f"LABEL_{i}" for i in range(len(names))]
 
 
 def named_classes(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:

@@ -54,7 +54,7 @@ class Distill(Objective):
 
     recipe_lines: ClassVar[tuple[str, ...]] = (
         "task: classification",
-        "data: {train: train.jsonl, eval: test.jsonl, keep: [soft]}  # rows of text, label and soft: a probability for each class",
+        "data: {train: train.jsonl, eval: test.jsonl, keep: [soft]}  # rows of text, label and soft (a list of probabilities)",
         "objective: distill",
     )
 

@@ -12,6 +12,7 @@ from luthier.support.sources import ROOT, code_key
 
 FILE = "evaluations.json"
 BUILTIN = "builtin:"
+WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
 def known(folder: Path, data: str | None, base_too: bool = True) -> dict[str, Any] | None:
@@ -21,7 +22,7 @@ def known(folder: Path, data: str | None, base_too: bool = True) -> dict[str, An
 
 
 def remember(folder: Path, data: str | None, base_too: bool, values: dict[str, Any]) -> None:
-    """Store measures, as `measures.beside` gives them, beside the run."""
+    """Store measures, as `measures.beside_base` gives them, beside the run."""
     key = _key(folder, data, base_too)
     if key is not None:
         write_text(folder / FILE, json.dumps({**_read(folder), key: values}))
@@ -45,10 +46,25 @@ def _key(folder: Path, data: str | None, base_too: bool) -> str | None:
         content = source if source.startswith(BUILTIN) else content_of(Path(source))
         recipe = content_of(folder / "recipe.yaml")
         files = [content_of(f) for f in sorted(folder.glob("*.safetensors"))]
+        model = _files_of(state.get("model_files"))
     except (OSError, ValueError, KeyError):
         return None
     code = code_key("luthier.run.ready", *_modules("evaluation"), *_modules("tasks"))
-    return key_of(state.get("update_digest"), files, content, recipe, code, base_too)
+    return key_of(state.get("update_digest"), files, model, content, recipe, code, base_too)
+
+
+def _files_of(place: str | None) -> list[tuple[str, object]]:
+    """The files of a base model on this machine: the content of settings and tokenizer, size and time of weights."""
+    if place is None:
+        return []
+    path = Path(place)
+    files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
+    return [(f.name, _stamp(f) if f.suffix in WEIGHTS else content_of(f)) for f in files]
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def _modules(room: str) -> list[str]:

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from luthier.data.reading import Tick, no_tick
 from luthier.evaluation.base import Results
-from luthier.evaluation.measures import beside
+from luthier.evaluation.measures import beside_base
 from luthier.integrations.tracking import Trackers
 from luthier.pipelines.base import Apply, Train, run_pipeline
 from luthier.recipe import Recipe
@@ -37,6 +37,7 @@ from luthier.step.probe import Probe
 from luthier.step.progress import Progress, together
 from luthier.support.environment import environment
 from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.files import beside
 from luthier.support.progress import Say
 from luthier.support.units import in_bytes, in_time
 from luthier.support.version import __version__
@@ -135,6 +136,7 @@ def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
         luthier=__version__,
         recipe_folder=str(base.resolve()),
         eval_file=_eval_file(recipe, base),
+        model_files=_model_files(recipe, base),
     )
 
 
@@ -144,6 +146,12 @@ def _eval_file(recipe: Recipe, base: Path) -> str | None:
     if source is None or source.startswith(BUILTIN):
         return source
     return str((base / source).resolve()) if (base / source).is_file() else None
+
+
+def _model_files(recipe: Recipe, base: Path) -> str | None:
+    """The folder or file of the base model, if it is on this machine."""
+    path = Path(beside(base, recipe.model))
+    return str(path.resolve()) if ":" not in recipe.model and path.exists() else None
 
 
 def _tell_forecast(admitted: Admitted, place: RunFolder, say: Say, asked: bool) -> None:
@@ -171,6 +179,8 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
         say(f"skipped {len(data.skipped)} rows that cannot be read; the first one: {data.skipped[0]}")
     if data.pool_shared:
         say(f"pool    {data.pool_shared} rows are left out, because they are also training rows")
+    if data.head:
+        say(f"head    {data.head}")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
     for source in ready.train.sources:
         say(f"source  {source['name']}: {source['rows']} rows, {source['share']:.1%} of the draws")
@@ -334,7 +344,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
         reload_difference=worst, update_digest=digest, gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
     )  # fmt: skip
     if keep:
-        remember(place.path, None, True, {n: beside(m, before.measures.get(n)) for n, m in after.measures.items()})
+        remember(place.path, None, True, {n: beside_base(m, before.measures.get(n)) for n, m in after.measures.items()})
         relation = "finetune" if whole else "adapter"
         place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
     expected = place.state().get("forecast")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from luthier.data.tokens import tokenizer_key
 from luthier.evaluation.base import Evaluator, Exam, Results, examine
+from luthier.model.fingerprint import configured
 from luthier.support.cache import cache_folder, key_of
 from luthier.support.files import write_text
 from luthier.support.sources import code_key
@@ -22,7 +24,11 @@ def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> 
     view, renderer = exam.view, exam.renderer
     asked = [(e.key(), e.content()) for e in evaluators]
     machine = (str(view.dtype), view.device.type, view.layout)
-    texts = (renderer.system, renderer.plain, renderer.tokenizer.chat_template)
+    texts = (
+        renderer.system, renderer.plain, tokenizer_key(renderer.tokenizer), renderer.stop_ids, renderer.stop_strings,
+        sorted(renderer.options.items()),
+        configured(view.module.config),
+    )  # fmt: skip
     code = code_key("luthier.evaluation.base", *MODEL, *sorted({type(m).__module__ for m in (exam.task, *evaluators)}))
     task = (exam.task.key(), exam.task.model_dump_json())
     return key_of(model, rows, asked, machine, texts, task, exam.lab.seed, exam.codec.name, code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -38,11 +38,17 @@ class RowScore(NamedTuple):
 
 
 class Completion(NamedTuple):
-    """An answer, whether the model ended it by itself, and its length in tokens."""
+    """An answer, whether the model ended it by itself, its length in tokens, and the thought that the model wrote before it."""
 
     text: str
     stopped: bool
     tokens: int
+    thought: str = ""
+
+    def up_to(self, stops: Iterable[str]) -> Completion:
+        """The answer before the first of these texts in it, which end it; the whole answer if it holds none."""
+        places = [self.text.index(s) for s in stops if s and s in self.text]
+        return self._replace(text=self.text[: min(places)], stopped=True) if places else self
 
 
 class Continuation(NamedTuple):

@@ -11,11 +11,12 @@ from luthier.data.prepare import ANSWERS, RowMaker
 from luthier.data.reading import ANSWERED, shape_in
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
+from luthier.data.turns import last_answer
 from luthier.method import Source, Traits
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
-from luthier.tasks.base import Task
+from luthier.tasks.base import Task, refuse_later_tokens
 
 
 class CausalLm(Task):
@@ -34,6 +35,7 @@ class CausalLm(Task):
     always: ClassVar[tuple[str, ...]] = ("loss", "forgetting")
     spells: ClassVar[bool] = True
     export_forms: ClassVar[tuple[str, ...]] = ("hf", "peft", "gguf")
+    pipeline_tag: ClassVar[str] = "text-generation"
     starter: ClassVar[Mapping[str, str]] = {
         "model": "builtin:smollm2-135m",
         "task": "causal-lm",
@@ -42,6 +44,9 @@ class CausalLm(Task):
 
     def auto(self, config: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM
+
+    def check_view(self, view: ModelView) -> None:
+        refuse_later_tokens(view)
 
     def maker(
         self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
@@ -52,10 +57,14 @@ class CausalLm(Task):
         if shape_in(row.values, self.shapes) == "text":
             return "", row.values["text"]
         turns = renderer.messages(row.values)
-        if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        last = last_answer(turns)
+        if not last:
             raise RecipeError(row.key, "does not end in an answer to a question", "let an assistant's turn be its last")
-        return turns[-2]["content"], turns[-1]["content"]
+        return turns[last - 1].get("content", ""), renderer.answer(row.values)
 
     def replies(self, view: ModelView, lab: Lab, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:
         ids = [lab.renderer.prompt_ids({"prompt": p}) for p in prompts]
-        return [{"answer": a.text, "stopped": a.stopped} for a in lab.generator(view, ids, max_new_tokens)]
+        return [
+            {"answer": a.text, "stopped": a.stopped, **({"thought": a.thought} if a.thought else {})}
+            for a in lab.generator(view, ids, max_new_tokens)
+        ]

@@ -80,6 +80,7 @@ class MaskedLm(Task):
     unit: ClassVar[str] = "nats a masked token"
     redraws: ClassVar[bool] = True
     shows_rows: ClassVar[bool] = True
+    pipeline_tag: ClassVar[str] = "fill-mask"
     starter: ClassVar[Mapping[str, str]] = {
         "model": "google-bert/bert-base-uncased",
         "task": "masked-lm",

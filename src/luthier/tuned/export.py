@@ -8,18 +8,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from luthier.data.rendering import Renderer
 from luthier.federation.outcome import read_given
-from luthier.report.card import card
+from luthier.report.card import base_of, card
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole
+from luthier.tuned import llama_cpp
+from luthier.tuned.gguf_file import read_back, refuse_architecture, write
+from luthier.tuned.gguf_vocabulary import FIXED, vocabulary_of
 from luthier.tuned.merged import merged_in
+from luthier.tuned.modelfile import modelfile
 from luthier.tuned.open import Tuned, open_run, state_of
 from luthier.tuned.probe import TOLERANCE, difference, logits, probe_of
+from luthier.tuned.vllm import refused_by_vllm
 
 Writer = Callable[[Tuned, Path, str], nn.Module]
 FORMS = ("hf", "peft", "gguf")
@@ -48,9 +54,9 @@ def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dic
     with run.update.bind(run.view):
         tuned = logits(run.view.module, probe)
     base = logits(run.view.module, probe)
-    write: Writer = {"hf": _hf, "peft": _peft, "gguf": _gguf}[to]
+    writer: Writer = {"hf": _hf, "peft": _peft, "gguf": _gguf}[to]
     with whole(output) as half:
-        written = logits(write(run, half, output.name), probe)
+        written = logits(writer(run, half, output.name), probe)
         off = difference(written, tuned)
         if off > TOLERANCE[torch.float16 if to == "gguf" else run.view.dtype]:
             raise LuthierError(
@@ -58,7 +64,17 @@ def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dic
             )
         if difference(written, base) == 0.0:
             raise LuthierError(f"{output}: the export equals the base model; nothing was exported")
-    return {"folder": str(output), "form": to, "difference": off}
+    more = {"vllm": _vllm(output)} if to == "peft" else {}
+    return {"folder": str(output), "form": to, "difference": off, **more}
+
+
+def _vllm(folder: Path) -> str:
+    """ "loads", or why vLLM refuses an adapter."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        names = list(file.keys())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    why = refused_by_vllm(config, names)
+    return "loads" if why is None else f"refuses it: {why}; export with --to hf"
 
 
 def push_to_hub(folder: Path, name: str) -> str:
@@ -89,7 +105,9 @@ def _peft(run: Tuned, output: Path, name: str) -> nn.Module:
 
     files = [run.folder / n for n in ("adapter_config.json", "adapter_model.safetensors")]
     if not all(f.exists() for f in files):
-        raise LuthierError(f"{run.folder}: holds no low-rank adapter, and peft supports no other form; use --to hf")
+        raise LuthierError(
+            f"{run.folder}: holds no low-rank adapter that peft would read as it was trained; use --to hf"
+        )
     for file in (*files, run.folder / "README.md"):
         shutil.copy(file, output / file.name)
     return PeftModel.from_pretrained(run.view.module, str(output))
@@ -103,6 +121,12 @@ def _hf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
     return found
 
 
+def _base(run: Tuned) -> dict[str, str]:
+    """What is known of the base model, for a file's general metadata."""
+    licence = base_of(run.recipe.model, run.view.name).licence
+    return {} if licence is None else {"license": licence}
+
+
 def _card(run: Tuned) -> str:
     told = read_given(run.folder) or merged_in(run.folder)
     if told is not None:
@@ -110,100 +134,30 @@ def _card(run: Tuned) -> str:
     return card(run.folder, state_of(run.folder), run.recipe, run.view.name, "merge")
 
 
-# --- GGUF, Llama-type models ---
-
-_NAMES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
-
-
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of a Llama parameter. Raises LuthierError if it has none."""
-    fixed = {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    if name in fixed:
-        return fixed[name]
-    number, _, rest = name.removeprefix("model.layers.").partition(".")
-    inner, _, kind = rest.rpartition(".")
-    if not number.isdigit() or inner not in _NAMES:
-        raise LuthierError(f"export: {name} has no place in a Llama GGUF")
-    return f"blk.{number}.{_NAMES[inner]}.{kind}"
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp's order of rotary rows: [heads, 2, d / 2] -> [heads, d / 2, 2]."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
-
-
 def _gguf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
-    import gguf
-
     config = run.view.module.config  # merging writes the sizes of a smaller model into it
-    if config.model_type != "llama":
-        raise LuthierError(
-            f"export --to gguf: {config.model_type} models are not supported, only llama-type ones; use --to hf"
-        )
-    model = _merged(run)
+    refuse_architecture(config)
+    vocabulary = vocabulary_of(run.renderer, config.vocab_size, (*FIXED, *_conversations(run.renderer)))
     file = output / "model.gguf"
-    writer = gguf.GGUFWriter(str(file), "llama")
-    writer.add_name(name)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(run.view.anatomy.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    _add_tokenizer(writer, run.renderer.tokenizer, config.vocab_size)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for parameter, p in model.named_parameters():
-        value = p.detach().float().cpu().numpy()
-        role = parameter.split(".")[-2]
-        value = permuted(value, heads[role]) if role in heads else value
-        writer.add_tensor(gguf_name(parameter), value.astype(np.float16 if p.ndim > 1 else np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write(file, _merged(run), vocabulary, name, _base(run))
     (output / "README.md").write_text(_card(run), encoding="utf-8")
-    stops = "\n".join(f'PARAMETER stop "{run.renderer.tokenizer.decode([i])}"' for i in run.renderer.stop_ids)
-    (output / "Modelfile").write_text(f"FROM ./model.gguf\n{stops}\n", encoding="utf-8")
-    return AutoModelForCausalLM.from_pretrained(
-        str(output), gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
-    )
-
-
-def _add_tokenizer(writer: Any, tokenizer: Any, vocab_size: int) -> None:
-    import gguf
-
-    raw = json.loads(tokenizer.backend_tokenizer.to_str())
-    if raw["model"]["type"] != "BPE":
-        raise LuthierError(
-            f"export --to gguf: {raw['model']['type']} tokenizers are not supported, only byte-level BPE"
+    (output / "Modelfile").write_text(modelfile(run.renderer, file.name), encoding="utf-8")
+    model = read_back(file, config)
+    if llama_cpp.installed():
+        texts = (*FIXED, *_conversations(run.renderer))
+        prompts = [run.renderer.prompt_ids({"prompt": text}) for text in FIXED[:3]]
+        llama_cpp.compare(
+            file, run.renderer.tokenizer, texts, prompts, lambda ids: logits(model, ids), TOLERANCE[torch.float16]
         )
-    by_id = {i: t for t, i in tokenizer.get_vocab().items()}
-    special = {t["id"] for t in raw["added_tokens"]}
-    tokens = [by_id.get(i, f"[PAD{i}]") for i in range(vocab_size)]
-    control, normal, unused = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL, gguf.TokenType.UNUSED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list(tokens)
-    writer.add_token_types([control if i in special else normal if i in by_id else unused for i in range(vocab_size)])
-    merges = raw["model"]["merges"]
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    if tokenizer.bos_token_id is not None:
-        writer.add_bos_token_id(tokenizer.bos_token_id)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    return model
+
+
+def _conversations(renderer: Renderer) -> list[str]:
+    """Prompts as the model's own template writes them."""
+    if renderer.plain:
+        return []
+    turns = [[{"role": "user", "content": text}] for text in FIXED]
+    said: list[str] = [
+        renderer.tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns
+    ]
+    return said

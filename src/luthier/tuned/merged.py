@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from luthier import recipe as recipes
 from luthier.model.fingerprint import Fingerprint
 from luthier.recipe import Recipe
-from luthier.report.card import front
+from luthier.report.card import UNSAID, base_of, front
 from luthier.support.errors import LuthierError
 from luthier.support.version import __version__
 
@@ -50,19 +50,20 @@ class Merged(BaseModel, frozen=True, extra="forbid"):
     def card(self, name: str, relation: str, peft: bool = False) -> str:
         """The model card."""
         (merger,) = self.method
+        base = base_of(self.recipe["model"], self.base.name)
         lines = [
-            *front(self.recipe["model"], self.base.name, relation, peft, (merger.rpartition(":")[2],)),
+            *front(base, name, relation, peft, (merger.rpartition(":")[2],)),
             "",
             f"# {name}",
             "",
-            f"Merged by luthier {__version__} from {len(self.members)} updates of {self.base.name} "
+            f"Merged by luthier {__version__} from {len(self.members)} updates of {base.name} "
             f"(weights {self.base.weights[:16]}) by {merger}. It is asked as {self.asked_as} is.",
             "",
             "| member | digest of its update |",
             "|---|---|",
             *(f"| {m.name} | {m.update[:16]} |" for m in self.members),
             "",
-            "The licence is the base model's; read it before you share this.",
+            UNSAID,
             "",
             "<details><summary>How it was merged</summary>",
             "",

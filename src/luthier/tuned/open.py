@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from luthier.data.rendering import Renderer
 from luthier.decoding.base import writing_with
-from luthier.evaluation.measures import beside
+from luthier.evaluation.measures import beside_base
 from luthier.federation.outcome import read_given
 from luthier.inference.services import lab_with
 from luthier.model.loading import load_model
@@ -185,7 +185,7 @@ class Conversation:
 def scores(
     folder: Path, data: str | None, split_base: Path, allow_code: bool = False, base_too: bool = True
 ) -> dict[str, dict[str, Any]]:
-    """Scores of the tuned model on rows, as `measures.beside` gives them: rows of the recipe's data.eval, or `data`.
+    """Scores of the tuned model on rows, as `measures.beside_base` gives them: rows of the recipe's data.eval, or `data`.
 
     base_too  score the base model on them too, unless it was scored before
     """
@@ -198,6 +198,6 @@ def scores(
     before = ready.results().measures if base_too else {}
     with update.bind(ready.view):
         after = ready.results(update.digest()).measures
-    found = {name: beside(m, before.get(name)) for name, m in after.items()}
+    found = {name: beside_base(m, before.get(name)) for name, m in after.items()}
     remember(folder, data, base_too, found)
     return found
