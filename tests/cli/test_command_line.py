@@ -123,12 +123,17 @@ def test_the_environment_is_json_too(tmp_path):
     assert told["luthier"] == __version__ and {"python", "torch", "transformers"} <= told.keys()
 
 
-def test_luthier_log_writes_what_is_done_to_standard_error(model_folder, tmp_path):
+def test_luthier_log_writes_what_is_done_to_standard_error(model_folder, tmp_path, monkeypatch):
     recipe = write(tmp_path, model_folder, evaluate=[], max_steps=1)
-    refused = luthier("check", recipe, cwd=tmp_path, LUTHIER_LOG="loud")
+    monkeypatch.setenv("LUTHIER_LOG", "loud")
+    refused = luthier("check", recipe, cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr == "luthier: LUTHIER_LOG='loud': write debug, info, warning or error\n"
-    done = luthier("run", recipe, cwd=tmp_path, LUTHIER_LOG="info")
+    monkeypatch.setenv("LUTHIER_LOG", "info")
+    ours = logging.getLogger("luthier")
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr(ours, "level", ours.level)
+    done = luthier("run", recipe, cwd=tmp_path)
     assert done.returncode == 0
     assert any(" INFO luthier.run.execute: saved " in line for line in done.stderr.splitlines()), done.stderr
 
@@ -156,3 +161,40 @@ def test_a_message_about_a_package_that_luthier_does_not_use_is_left_out(caplog)
     log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
     log.warning("another message")
     assert caplog.messages == ["another message"]
+
+
+def test_claims_that_are_not_here_are_said_to_be_in_a_clone(tmp_path):
+    for words in (("--tier", "tiny"), ("no-such-claim",)):
+        done = luthier("claim", *words, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == ""
+        assert "claims are in the folder claims of a clone of luthier" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_bar_moves_in_a_terminal():
+    """Its process has a pseudo-terminal, and is told of three steps."""
+    import os
+    import pty
+
+    code = (
+        "import time\nfrom types import SimpleNamespace\nfrom luthier.cli.progress import Bar\n"
+        "with Bar() as bar:\n"
+        "    for step in (1, 2, 3):\n"
+        "        bar.step({'step': step, 'loss': 0.5}, SimpleNamespace(tokens=9, seconds=1.0, step=step), 3)\n"
+        "        time.sleep(0.2)\n"
+    )
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.DEVNULL) as process:
+        os.close(theirs)
+        seen = b""
+        try:
+            while part := os.read(ours, 4096):
+                seen += part
+        except OSError:  # the other end is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    assert all(f"{step}/3".encode() in seen for step in (1, 2, 3)), seen
+
+
+def test_completion_is_an_option(tmp_path):
+    assert "--install-completion" in luthier("--help", cwd=tmp_path).stdout

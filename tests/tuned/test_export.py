@@ -102,7 +102,9 @@ def test_evaluate_and_generate_see_the_tuned_model(run_folder, tmp_path, monkeyp
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))  # measured anew, not read back
     after = json.loads((run_folder / "run.json").read_text())["after"]
     again = scores(run_folder, None, run_folder)
-    assert again == {n: pytest.approx(m["value"], rel=1e-4) for n, m in after.items()}
+    assert {n: m["value"] for n, m in again.items()} == {
+        n: pytest.approx(m["value"], rel=1e-4) for n, m in after.items()
+    }
     samples = [json.loads(line) for line in (run_folder / "samples.jsonl").read_text().splitlines()]
     said = answers(run_folder, [s["prompt"] for s in samples], 6, base_too=True)
     assert [s["answer"] for s in said] == [s["after"] for s in samples]

@@ -214,6 +214,7 @@ def compare(
     output_dir: Annotated[Path | None, typer.Option(help="Folder; runs/compare-NAME by default.")] = None,
     processes: Annotated[int | None, typer.Option(min=0, help="Runs at the same time; 0: in this process.")] = None,
     search: Annotated[bool, typer.Option(help="Search each arm's learning rate.")] = True,
+    search_rows: Annotated[int | None, typer.Option(min=10, help="Training rows set aside for it; 100 by default.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only forecast the comparison, from a few steps of each arm.")] = False,
     so_far: Annotated[bool, typer.Option("--so-far", help="Judge the runs that are finished; train nothing.")] = False,
     retry: Annotated[bool, typer.Option(help="Try failed runs again.")] = False,
@@ -236,8 +237,7 @@ def compare(
         "seeds": ours.seeds_from(seeds), "budget": ours.budget_from(budget), "baseline": baseline, "primary": primary,
     }  # fmt: skip
     plan, base, name = ours.planned(words, vary or [], options)
-    if not search:
-        plan = plan.model_copy(update={"search": None})
+    plan = plan.model_copy(update={"search": ours.searching(plan.search, search, search_rows)})
     folder = output_dir or Path("runs") / f"compare-{name}"
     with Bar() as bar:
         bench = ready(plan, folder, base, base if allow_code else None, bar.say, keep)

@@ -125,7 +125,7 @@ def beside_base(after: Measure, before: Measure | None = None) -> dict[str, Any]
     if before is not None:
         by = change(before, after)
         out["base"] = before.value
-        out["change"] = None if by is None else {"value": by.value, "low": by.low, "high": by.high}
+        out["change"] = None if by is None else {"value": after.value - before.value, "low": by.low, "high": by.high}
     return out
 
 

@@ -6,7 +6,7 @@ The report is one file that opens without a network. All texts of the user are e
 from __future__ import annotations
 
 import json
-import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def write_report(folder: Path) -> Path:
         samples=_chosen(samples),
         counts=_counts(samples),
         rendered=_tokens(folder),
-        again=f"luthier run {os.path.join(folder, 'recipe.yaml')} --fresh",
+        again=f"luthier run {shlex.quote(str(folder.resolve() / 'recipe.yaml'))} --fresh",
     )
     target = folder / "report.html"
     write_text(target, page)

@@ -21,7 +21,7 @@ def known(folder: Path, data: str | None, base_too: bool = True) -> dict[str, An
     return None if key is None else _read(folder).get(key)
 
 
-def remember(folder: Path, data: str | None, base_too: bool, values: dict[str, Any]) -> None:
+def remember(folder: Path, data: str | None, values: dict[str, Any], base_too: bool = True) -> None:
     """Store measures, as `measures.beside_base` gives them, beside the run."""
     key = _key(folder, data, base_too)
     if key is not None:

@@ -338,13 +338,14 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
     place.write("samples.jsonl", _samples(before, after))
     place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
+    compared = {n: beside_base(m, before.measures.get(n)) for n, m in after.measures.items()}
     whole = keep and leave_model(trained.update, ready.view, ready.renderer.tokenizer, place.path)
     _note_spent(
-        ready, place, before, trained, peak, evaluation_seconds=evaluation, kept=keep, after=after.brief(),
+        ready, place, before, trained, peak, evaluation_seconds=evaluation, kept=keep, after=after.brief(), compared=compared,
         reload_difference=worst, update_digest=digest, gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
     )  # fmt: skip
     if keep:
-        remember(place.path, None, True, {n: beside_base(m, before.measures.get(n)) for n, m in after.measures.items()})
+        remember(place.path, None, compared)
         relation = "finetune" if whole else "adapter"
         place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
     expected = place.state().get("forecast")

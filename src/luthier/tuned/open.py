@@ -199,5 +199,5 @@ def scores(
     with update.bind(ready.view):
         after = ready.results(update.digest()).measures
     found = {name: beside_base(m, before.get(name)) for name, m in after.items()}
-    remember(folder, data, base_too, found)
+    remember(folder, data, found, base_too)
     return found
