@@ -90,7 +90,7 @@ def run(
             ready.tick, ready.nested = tick, runs
             _carry_out(ready, place, stop, on_step, deadline, say, keep, judge)
         except Interrupted:
-            place.note(state="stopped", signal=stop.signal)
+            place.note(state="stopped", signal=stop.signal, seconds=place.seconds())
             raise
         accelerator.wait_for_everyone()
         return place.state()
@@ -337,7 +337,7 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     place.write("before.json", json.dumps(before.as_dict(), ensure_ascii=False))
     place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
     place.write("samples.jsonl", _samples(before, after))
-    place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
+    _write_as_trainer(place, after, progress.step)
     compared = {n: beside_base(m, before.measures.get(n)) for n, m in after.measures.items()}
     whole = keep and leave_model(trained.update, ready.view, ready.renderer.tokenizer, place.path)
     _note_spent(
@@ -356,13 +356,25 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     write_report(place.path)
 
 
+def _write_as_trainer(place: RunFolder, after: Results, step: int) -> None:
+    """Write scores and the log under the names of Trainer's files, for tools that read those."""
+    scores = json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1)
+    place.write("all_results.json", scores)
+    place.write("eval_results.json", scores)
+    file = place.path / "log.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    history = [json.loads(line) for line in lines]
+    place.write("trainer_state.json", json.dumps({"global_step": step, "log_history": history}, indent=1))
+
+
 def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Trained, peak: int, **more: Any) -> None:
     """Note what a run cost. This marks the run as finished."""
     p = trained.progress
     place.note(
         state="done", steps=p.step, skipped_steps=p.skipped, tokens=p.tokens, train_seconds=p.seconds,
         row_tokens=p.row_tokens, spent=_spent(ready, p), trained_weights=trained.weights, before=before.brief(),
-        peak_memory_bytes=peak, update_bytes=trained.update.num_bytes,
+        peak_memory_bytes=peak, update_bytes=trained.update.num_bytes, seconds=place.seconds(),
+        finished=time.strftime("%Y-%m-%d %H:%M"),
         **more,
     )  # fmt: skip
 

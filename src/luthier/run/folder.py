@@ -37,7 +37,7 @@ class RunFolder:
     """The folder of one run, with lock, log and state. If several processes work on one run, only the first one `writes`."""
 
     def __init__(self, path: Path, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+        self.path, self.writes, self._opened = path, writes, time.monotonic()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -69,6 +69,10 @@ class RunFolder:
             return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         except ValueError as error:
             raise LuthierError(f"{file}: is damaged ({error}); use --fresh to start in a new folder") from error
+
+    def seconds(self) -> float:
+        """Seconds of work in this folder: those noted by processes before this one, and its own."""
+        return float(self.state().get("seconds", 0.0)) + time.monotonic() - self._opened
 
     def note(self, **more: Any) -> None:
         """Merge values into run.json in one atomic write."""
