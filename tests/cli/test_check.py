@@ -34,6 +34,8 @@ REFUSED = [
         {"tuner": "fedkseed", "lr_scheduler_type": "constant", "warmup_fraction": 0, "max_grad_norm": 0.5},
         "tuner.fedkseed.max_grad_norm: is not read by fedkseed, whose steps take no gradient; remove it",
     ),
+    ({"data": {"train": "train.jsonl", "system": "Be brief."}, "task": "classification"}, "data.system: is not read by rows"),
+    ({"data": {"train": "texts.jsonl", "system": "Be brief."}}, "data.system: is not read by rows of plain text"),
     ({"output_dir": "taken"}, "taken holds the run of another recipe"),
 ]  # fmt: skip
 
@@ -43,6 +45,7 @@ def test_check_and_run_refuse_the_same_in_the_same_words(keys, says, model_folde
     classes = [{"text": f"row {i}", "label": ["a", "b"][i % 2]} for i in range(8)]
     train = classes if keys.get("task") else rows(8)
     (tmp_path / "taken").mkdir()
+    (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "taken/run.json").write_text('{"recipe_hash": "another"}')
     path = write(tmp_path, model_folder, train=train, held=train[:2], evaluate=[], **keys)
     if "pipeline" in keys:
