@@ -60,14 +60,21 @@ OWN = {
         "update/test_compositions.py",
         "update/test_binding.py",
     ),
-    "update/structure.py": ("update/test_structure.py",),
+    "update/structure.py": ("update/test_structure.py", "update/test_binding.py"),
     "update/update.py": (
         "update/test_update.py",
         "update/test_parts.py",
         "update/test_then.py",
         "update/test_following.py",
+        "update/test_binding.py",
     ),
-    "update/vectors.py": ("update/test_parts.py", "update/test_update.py", "update/test_structure.py"),
+    "update/vectors.py": (
+        "update/test_parts.py",
+        "update/test_update.py",
+        "update/test_structure.py",
+        "update/test_vectors.py",
+        "update/test_binding.py",
+    ),
 }
 
 
