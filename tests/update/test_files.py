@@ -1,7 +1,7 @@
 """Updates on disk: where they are written, what peft would read otherwise, what is checked when they are read again."""
 
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -104,14 +104,18 @@ def test_what_peft_would_misread_is_written_as_ours(tmp_path, monkeypatch):
 
 
 class Said:
-    """A view whose states are given: of the live model, of the base, of the reloaded update."""
+    """A view whose states are given: of the live model, of the base, of the reloaded update. `heads`: its task head's values."""
 
-    def __init__(self, live, base, reloaded, dtype):
+    def __init__(self, live, base, reloaded, dtype, heads=None):
         self.device, self.dtype, self.module = "cpu", dtype, nn.Identity()
+        self.heads, self.anatomy = heads, SimpleNamespace(task_head=["score.weight"] if heads else [])
         self.states, self.now = {"live": live, "base": base, "reloaded": reloaded}, "live"
 
     def trace(self, batch):
         return SimpleNamespace(hidden=[None, torch.tensor(self.states[self.now])])
+
+    def weight(self, name):
+        return nn.Parameter(torch.tensor([[self.heads[self.now]]]))
 
     def detach(self):
         self.now = "base"
@@ -147,6 +151,16 @@ def test_the_reloaded_update_is_the_live_one_up_to_rounding(live, base, reloaded
     else:
         assert verify_update(tmp_path, view.detach, view, row) == pytest.approx(worst, rel=1e-2)
     assert view.now == "base"
+
+
+@pytest.mark.parametrize(("reloaded", "words"), [(0.5, None), (0.6, "what was saved is not what was trained")])
+def test_a_task_head_is_compared_too(reloaded, words, monkeypatch, tmp_path):
+    same = [1.0, 2.0]
+    view = Said(same, same, same, torch.float32, {"live": 0.5, "base": 0.25, "reloaded": reloaded})
+    monkeypatch.setattr(files, "load", lambda folder: view)
+    row = {"ids": [1, 2], "labels": [1, 2], "key": "the first"}
+    with pytest.raises(LuthierError, match=words) if words else nullcontext():
+        assert verify_update(tmp_path, view.detach, view, row) == 0.0
 
 
 def test_the_model_that_was_trained_is_not_the_base(monkeypatch, tmp_path):

@@ -195,7 +195,7 @@ def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapp
     batch = collate([row]).to(view.device)
 
     def seen() -> Tensor:
-        head = [view.weight(n).detach().float().flatten() for n in view.anatomy.task_head]
+        head = [view.weight(n).float().flatten() for n in view.anatomy.task_head]
         return torch.cat([view.trace(batch).hidden[-1].float().flatten(), *head])
 
     with evaluating(view.module):
