@@ -28,6 +28,7 @@ CASES = [
     ("lr_scheduler_type: linera", "lr_scheduler_type: is 'linera'; it can be linear, "),
     ("lr_scheduler_type: reduce_lr_on_plateau", "lr_scheduler_type: is 'reduce_lr_on_plateau'; it can be linear, "),
     ("dtype: float16", "dtype: is 'float16'; it can be auto, bfloat16 or float32; did you mean bfloat16?"),
+    ("luthier: 'NO'", "luthier: is 'NO'; it can be 1"),
     ("epochs: three", 'epochs: "three": input should be a valid number'),
     (STAGES.format("tuner: lroa"), "pipeline.stages.stages.0.tuner.lroa: there is no tuner called 'lroa'; did you mean lora?"),
     (STAGES.format("lerning_rate: 1"), "stages.0.lerning_rate: there is no such key; did you mean learning_rate?"),

@@ -169,7 +169,7 @@ def test_what_a_collaboration_gave_is_a_member(copies, model_folder, tmp_path):
     assert open_run(tmp_path / "m").renderer.system == "Count." and open_run(tmp_path / "same").renderer.system is None
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "say 3", "completion": "3 3"}\n')
-    assert scores(tmp_path / "m", str(rows), tmp_path)["loss"] > 0  # it holds no rows, and takes ours
+    assert scores(tmp_path / "m", str(rows), tmp_path)["loss"]["value"] > 0  # it holds no rows, and takes ours
 
 
 # --- refusals ---

@@ -152,7 +152,8 @@ def _told(cls: Any, error: Any, where: tuple[str, ...]) -> tuple[str, str]:
     if error["type"] in ("model_type", "model_attributes_type"):
         return not_keys(given, where[-1] if where else "", _nested_fields(cls, where))
     if error["type"] == "literal_error" and isinstance(given, str):
-        return not_one_of(given, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+        expected = error["ctx"]["expected"]  # "'a', 'b' or 'c'", or numbers: "1"
+        return not_one_of(given, re.findall(r"'([^']*)'", expected) or [expected])
     shown = json.dumps(given, default=str)
     return f"{shown[:80]}: {error['msg'][0].lower()}{error['msg'][1:]}", ""
 
