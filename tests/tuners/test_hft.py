@@ -331,3 +331,19 @@ def test_half_reset_keeps_a_task_head_that_is_in_the_plan():
     kinds = {p.kind: p for p in half_reset(update, plan).parts}
     assert torch.equal(kinds["replace"].values["score.weight"], view.weight("score.weight"))
     assert [p.kind for p in half_reset(update, plan - {"score.weight"}).parts] == ["dense"]
+
+
+def test_a_block_without_a_category_is_refused_with_the_names_of_what_it_has():
+    anatomy = SimpleNamespace(
+        linears=[SimpleNamespace(module="b.0.q_proj", role="q"), SimpleNamespace(module="b.0.mlp.up", role="up")],
+        blocks=["b.0"],
+        parameters={"b.0.q_proj.weight": (2, 2), "b.0.mlp.up.weight": (2, 2), "b.0.mlp.up.bias": (2,)},
+    )
+    with pytest.raises(LuthierError, match="block 0 has no norms, which hft halves; it has q_proj, up;"):
+        categories(anatomy)
+
+
+def test_what_cannot_be_halved_is_known_without_weights():
+    Hft().check_model(Anatomy(tiny()))
+    with pytest.raises(LuthierError, match="is a fused projection"):
+        Hft().check_model(Anatomy(tiny("gpt2")))

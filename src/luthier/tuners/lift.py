@@ -139,7 +139,7 @@ class Lift(Tuner):
             problems.append(
                 Problem("weight_decay", f"weight_decay = {decay} would act on entries alone", "set it to 0")
             )
-        if facts.total_steps is not None and self.reselect_every >= facts.total_steps:
+        if facts.total_steps is not None and self.reselect_every > facts.total_steps:
             log.info(
                 "lift: %d steps are fewer than reselect_every; entries are chosen every fifth of the run",
                 facts.total_steps,
@@ -285,7 +285,8 @@ class LiftTrainable(Trainable):
             if len(state[f"values.{n}"]) != len(self.sparse.values[n]):
                 found, here = len(state[f"values.{n}"]), len(self.sparse.values[n])
                 raise LuthierError(f"lift: the checkpoint trains {found} entries of {n}, the recipe {here}")
-            self.sparse.put(n, self.sparse.stored[n])  # the first choice's, untouched
+            self.sparse.put(n, self.left[n][1], self.left[n][0])  # whatever trained here before
+            self.sparse.put(n, self.sparse.stored[n])
             self.sparse.indices[n] = state[f"indices.{n}"].to(device, self.sparse.indices[n].dtype)
             self.sparse.values[n].copy_(state[f"values.{n}"])
             self.sparse.stored[n] = state[f"stored.{n}"].to(device)
