@@ -9,7 +9,7 @@ import torch
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
-from luthier.support.errors import RecipeError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.fedkseed import FedKSeed, projected_gradient, seed_pool, seed_probabilities
@@ -133,7 +133,9 @@ def test_7_pro_probabilities():
 def test_the_pool_is_distinct_and_agreed():
     seeds = seed_pool(4096, 7)
     assert len(set(seeds.tolist())) == 4096 and seeds.min() >= 1 and seeds.max() < 10**11
-    assert np.array_equal(seeds, np.random.default_rng(7).integers(1, 10**11, size=4096)), "the first draw has no seed twice"
+    assert np.array_equal(seeds, np.random.default_rng(7).integers(1, 10**11, size=4096)), (
+        "the first draw has no seed twice"
+    )
     assert np.array_equal(seeds, seed_pool(4096, 7)) and not np.array_equal(seeds, seed_pool(4096, 8))
 
 
@@ -200,3 +202,19 @@ def test_dropout_is_off_in_loops_of_ones_own_too():
     view.module.train()
     FedKSeed(num_seeds=4).attach(view)
     assert not any(m.training for m in view.module.modules())
+
+
+def test_one_tensor_in_low_precision_is_enough_for_float32_weights_beside_all():
+    view, name = view_of(), "model.layers.1.mlp.up_proj.weight"
+    view.layer(name.removesuffix(".weight")).to(torch.bfloat16)
+    masters = FedKSeed(num_seeds=4).attach(view).masters
+    assert masters.keys() == view.anatomy.parameters.keys()
+    assert all(t.dtype == torch.float32 for t in masters.values())
+
+
+def test_a_packed_model_is_refused_before_anything_changes():
+    view, wants = view_of(), view_of().weight("lm_head.weight").requires_grad
+    view.layer("model.layers.0.mlp.up_proj").weight = torch.nn.Parameter(torch.zeros(8, 1).byte(), requires_grad=False)
+    with pytest.raises(LuthierError, match=r"fedkseed: model\.layers\.0\.mlp\.up_proj\.weight is quantised"):
+        FedKSeed(num_seeds=4).attach(view)
+    assert not view.attached and view.weight("lm_head.weight").requires_grad == wants

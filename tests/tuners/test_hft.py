@@ -16,6 +16,7 @@ from luthier.testing.models import labelled_rows, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.full import Full
 from luthier.tuners.hft import Hft, categories, counts, draw_plan, half_reset
+from luthier.update import Update
 
 SETTINGS = TrainSettings(max_steps=20, batch_size=4, learning_rate=1e-3, weight_decay=0.1)
 
@@ -145,8 +146,10 @@ def test_6_half_reset():
         half_reset(update, ["no.such.weight"])
     from luthier.tuners.adapter import Adapter
 
-    with pytest.raises(TypeError, match="whole tensors"):
-        half_reset(Adapter(rank=2).attach(view_of()).update(), ())
+    other = Adapter(rank=2).attach(view_of()).update()
+    for parts in (other.parts, (*update.parts, *other.parts)):
+        with pytest.raises(TypeError, match="whole tensors"):
+            half_reset(Update(update.base, parts), ())
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.75])

@@ -252,12 +252,12 @@ def test_bad_input(caplog):
 
 def test_what_is_said_of_numbers_that_do_not_fit_is_said_only_then(caplog):
     with caplog.at_level(logging.INFO, "luthier"):
-        for steps, filter_rank in ((200, 32), (199, 33)):
+        for steps, filter_rank in ((200, 16), (199, 17)):
             caplog.clear()
-            tuner = Lift(filter_rank=filter_rank, targets=("layers.0.self_attn.q_proj",))  # 32 x 32
+            tuner = Lift(filter_rank=filter_rank, targets=("layers.0.self_attn.k_proj",))  # 16 x 32
             tuner.check(Facts(total_steps=steps))
             tuner.attach(view_of(), total_steps=steps)
-            assert [r.levelname for r in caplog.records] == ([] if filter_rank == 32 else ["INFO", "WARNING"])
+            assert [r.levelname for r in caplog.records] == ([] if filter_rank == 16 else ["INFO", "WARNING"])
 
 
 def test_without_a_length_it_chooses_once():
@@ -271,10 +271,22 @@ def test_a_matrix_without_whole_blocks_is_refused_without_weights():
         Lift(block=4, targets=("lm_head",)).check_model(anatomy)
 
 
-def test_the_seconds_of_the_first_choice_are_those_it_took():
-    view, start = view_of(), time.perf_counter()
-    trainable = Lift(density=0.1).attach(view, total_steps=10)
-    assert 0 < trainable.attach_seconds < time.perf_counter() - start
+def test_the_work_of_the_first_choice_is_its_own_and_a_whole_rank_needs_none():
+    """14 m n^2 + 8 n^3 for the decomposition of a matrix of 32 x 16, and 2 m n r for the product."""
+    for filter_rank, flops in ((3, 14 * 32 * 16**2 + 8 * 16**3 + 2 * 16 * 32 * 3), (16, 0), (20, 0)):
+        view, start = view_of(), time.perf_counter()
+        view.meter.charge(1000.0)
+        trainable = Lift(filter_rank=filter_rank, targets=("layers.0.self_attn.k_proj",)).attach(view, total_steps=10)
+        assert trainable.attach_flops == flops
+        assert 0 < trainable.attach_seconds < time.perf_counter() - start
+
+
+def test_a_second_one_on_the_same_entries_is_refused_before_anything_changes():
+    view = view_of()
+    first = Lift().attach(view, total_steps=10)
+    with pytest.raises(LuthierError, match="train already"):
+        Lift().attach(view, total_steps=10)
+    assert view.attached == [first]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -285,6 +297,7 @@ def test_a_state_is_taken_over_whatever_was_trained_meanwhile(dtype):
     for _ in range(3):
         loop.step()
     state = {k: t.clone() for k, t in loop.trainable.state_dict().items()}
+    assert state["steps"] == 3 and not any(t.requires_grad for t in loop.trainable.state_dict().values())
     weights = {n: view.weight(n).detach().clone() for n in view.anatomy.parameters}
     for _ in range(4):
         loop.step()

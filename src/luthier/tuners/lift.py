@@ -180,12 +180,7 @@ class LiftTrainable(Trainable):
     def __init__(self, tuner: Lift, view: ModelView, total_steps: int) -> None:
         self.tuner, self.view, self._streams, self._steps = tuner, view, Streams(tuner.seed), 0
         self.every = tuner.every(total_steps)
-        linears, seen = [], set()
-        for x in tuner.matrices(view.anatomy):
-            weight = view.weight(x.name)
-            if id(weight) not in seen:  # a shared matrix is one
-                linears.append(x)
-                seen.add(id(weight))
+        linears = tuner.matrices(view.anatomy)
         refuse_entries(view, linears)
         before, started = view.meter.total, time.perf_counter()
         chosen = {x.name: self._choose(x) for x in linears}
@@ -206,12 +201,12 @@ class LiftTrainable(Trainable):
     def _choose(self, linear: Linear) -> Tensor:
         """[k] positions over (out, in), from the current weight."""
         t, shape = self.tuner, linear.shape
-        weight = self.view.weight(linear.name).detach()
+        weight = self.view.weight(linear.name)
         weight = weight.T if linear.transposed else weight
         if not bool(weight.isfinite().all()):
             raise LuthierError(f"lift: {linear.name} holds values that are not finite; look at the base model")
         k = num_entries(shape, t.rank, t.density)
-        rank = min(t.filter_rank or max(1, round(k / sum(shape))), min(shape))
+        rank = t.filter_rank or max(1, round(k / sum(shape)))
         if t.filter_rank and t.filter_rank > min(shape):
             log.warning("lift: filter_rank %d is cut to %d for %s", t.filter_rank, min(shape), linear.name)
         seed = int(self._streams.at("lift-svd", linear.module, self._steps).integers(1 << 31))
