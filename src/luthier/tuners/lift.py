@@ -201,7 +201,7 @@ class LiftTrainable(Trainable):
     def _choose(self, linear: Linear) -> Tensor:
         """[k] positions over (out, in), from the current weight."""
         t, shape = self.tuner, linear.shape
-        weight = self.view.weight(linear.name)
+        weight: Tensor = self.view.weight(linear.name)
         weight = weight.T if linear.transposed else weight
         if not bool(weight.isfinite().all()):
             raise LuthierError(f"lift: {linear.name} holds values that are not finite; look at the base model")
