@@ -9,7 +9,7 @@ import torch
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
-from luthier.support.errors import RecipeError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.fedkseed import FedKSeed, projected_gradient, seed_pool, seed_probabilities
@@ -119,6 +119,7 @@ def test_7_pro_probabilities():
     p = seed_probabilities([[0.0, *generator.normal(scale=500, size=5)] for _ in range(64)])
     assert p.max() / p.min() <= math.e + 1e-9
     assert abs(p.sum() - 1) < 1e-12
+    assert np.all(seed_probabilities([[3.0], [-3.0]]) == 0.5), "equal magnitudes, equal shares"
     far = np.exp([0.0, 1 / 3, 1.0]) / np.exp([0.0, 1 / 3, 1.0]).sum()  # magnitudes 1, 2 and 4, scaled to [0, 1]
     np.testing.assert_allclose(seed_probabilities([[1.0], [-3.0, 1.0], [4.0, -4.0]]), far, rtol=1e-9)
     _, trainable, _ = client(0, num_seeds=4)
@@ -132,6 +133,9 @@ def test_7_pro_probabilities():
 def test_the_pool_is_distinct_and_agreed():
     seeds = seed_pool(4096, 7)
     assert len(set(seeds.tolist())) == 4096 and seeds.min() >= 1 and seeds.max() < 10**11
+    assert np.array_equal(seeds, np.random.default_rng(7).integers(1, 10**11, size=4096)), (
+        "the first draw has no seed twice"
+    )
     assert np.array_equal(seeds, seed_pool(4096, 7)) and not np.array_equal(seeds, seed_pool(4096, 8))
 
 
@@ -183,10 +187,34 @@ def test_bad_input():
         Loop(view, rows_of(), FedKSeed().attach(view), Sft(), SETTINGS.model_copy(update={"weight_decay": 0.1}))
 
 
-def test_a_loss_that_is_not_finite_is_skipped():
+@pytest.mark.parametrize("losses", [(math.nan, math.nan), (math.nan, 1.0), (1.0, math.inf)])
+def test_a_loss_that_is_not_finite_is_skipped(losses):
     view, trainable, _ = client(0)
-    trainable.learning_rate = 1e-3
+    trainable.learning_rate, left = 1e-3, iter(losses)
     with torch.no_grad():
-        assert math.isnan(trainable.zo_step(lambda: float("nan"), 1e-3))
+        assert math.isnan(trainable.zo_step(lambda: next(left), 1e-3))
     assert float(trainable.scalars.abs().sum()) == 0 and not trainable.observed
     assert max(float((view.weight(n) - t).abs().max()) for n, t in trainable.start.items()) <= 5e-7
+
+
+def test_dropout_is_off_in_loops_of_ones_own_too():
+    view = view_of()
+    view.module.train()
+    FedKSeed(num_seeds=4).attach(view)
+    assert not any(m.training for m in view.module.modules())
+
+
+def test_one_tensor_in_low_precision_is_enough_for_float32_weights_beside_all():
+    view, name = view_of(), "model.layers.1.mlp.up_proj.weight"
+    view.layer(name.removesuffix(".weight")).to(torch.bfloat16)
+    masters = FedKSeed(num_seeds=4).attach(view).masters
+    assert masters.keys() == view.anatomy.parameters.keys()
+    assert all(t.dtype == torch.float32 for t in masters.values())
+
+
+def test_a_packed_model_is_refused_before_anything_changes():
+    view, wants = view_of(), view_of().weight("lm_head.weight").requires_grad
+    view.layer("model.layers.0.mlp.up_proj").weight = torch.nn.Parameter(torch.zeros(8, 1).byte(), requires_grad=False)
+    with pytest.raises(LuthierError, match=r"fedkseed: model\.layers\.0\.mlp\.up_proj\.weight is quantised"):
+        FedKSeed(num_seeds=4).attach(view)
+    assert not view.attached and view.weight("lm_head.weight").requires_grad == wants

@@ -1,6 +1,7 @@
 """The exact checks of the sheet; numbers in names are the sheet's."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.sft import Sft
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
-from luthier.support.errors import LuthierError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, labelled_rows, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners import green_trainer
@@ -491,3 +492,52 @@ def test_it_says_how_often_it_selects(every, steps):
     for _ in range(steps):
         loop.step()
     assert len(seen) == tuner.selections(steps)
+
+
+def two_levels(*items):
+    """Items at the first level, below a matrix of 10 multiply-adds that their gradients pass through."""
+    return CostModel(tuple(Item(n, 1, c) for n, c in items), {1: 0, 2: 10}, 1, frozenset(), 0, 100)
+
+
+def test_nothing_chosen_costs_nothing_and_what_does_not_help_is_not_chosen():
+    costs = two_levels(("a", 5), ("b", 5), ("c", 5))
+    assert costs.backward([]) == 0 and costs.backward(["a"]) == 15
+    assert select(costs, {"a": 1.0, "b": 0.0}, 1000.0) == ["a"], "of c nothing is known"
+
+
+def test_a_tensor_whose_cost_is_the_whole_budget_is_chosen():
+    assert select(two_levels(("a", 0), ("b", 5)), {"a": 1.0, "b": 2.0}, 10.0) == ["a"]
+
+
+def test_costs_are_counted_in_parts_of_the_budget():
+    """Units of 200: three, five and eight of the ten units that there are."""
+    costs = CostModel((Item("a", 1, 600), Item("b", 1, 1000), Item("c", 1, 1500)), {1: 0}, 1, frozenset(), 0, 100)
+    chosen = select(costs, {"a": 1.0, "b": 1.0, "c": 1.5}, 2000.0, resolution=10)
+    assert sorted(chosen) == ["a", "b"]
+
+
+def test_it_selects_three_times_a_run_unless_the_recipe_says_when():
+    assert [GreenTrainer().every(n) for n in (2, 9, 13)] == [1, 3, 4]
+    assert GreenTrainer(reselect_every=2).attach(view_of()).every == 2
+    with pytest.raises(RecipeError, match="is unset and the run has no known length"):
+        GreenTrainer().attach(view_of())
+
+
+def test_one_value_that_is_not_finite_is_enough_to_stop():
+    trainable, _ = run_of(view_of())
+    seen = SimpleNamespace(changes={"a": torch.ones(1), "b": torch.ones(1)},
+                           grads_after={"a": torch.ones(1), "b": torch.tensor([float("nan")])})  # fmt: skip
+    probe = SimpleNamespace(trial_step=lambda *words: seen)
+    assert trainable._importance(None, probe, ["a"]) == {"a": -1.0}
+    with pytest.raises(LuthierError, match="not finite"):
+        trainable._importance(None, probe, ["a", "b"])
+
+
+def test_a_state_holds_the_masters_and_what_is_selected():
+    (first, _), (second, _) = run_of(view_of()), run_of(view_of())
+    first.selected = [first.names[1], first.names[3]]
+    with torch.no_grad():
+        first.master(first.names[1]).add_(0.5)
+    second.load_state_dict({k: t.clone() for k, t in first.state_dict().items()})
+    assert second.selected == first.selected
+    assert all(torch.equal(first.master(n), second.master(n)) for n in first.names)

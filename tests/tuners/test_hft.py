@@ -16,6 +16,7 @@ from luthier.testing.models import labelled_rows, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.full import Full
 from luthier.tuners.hft import Hft, categories, counts, draw_plan, half_reset
+from luthier.update import Update
 
 SETTINGS = TrainSettings(max_steps=20, batch_size=4, learning_rate=1e-3, weight_decay=0.1)
 
@@ -145,8 +146,10 @@ def test_6_half_reset():
         half_reset(update, ["no.such.weight"])
     from luthier.tuners.adapter import Adapter
 
-    with pytest.raises(TypeError, match="whole tensors"):
-        half_reset(Adapter(rank=2).attach(view_of()).update(), ())
+    other = Adapter(rank=2).attach(view_of()).update()
+    for parts in (other.parts, (*update.parts, *other.parts)):
+        with pytest.raises(TypeError, match="whole tensors"):
+            half_reset(Update(update.base, parts), ())
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.75])
@@ -331,3 +334,19 @@ def test_half_reset_keeps_a_task_head_that_is_in_the_plan():
     kinds = {p.kind: p for p in half_reset(update, plan).parts}
     assert torch.equal(kinds["replace"].values["score.weight"], view.weight("score.weight"))
     assert [p.kind for p in half_reset(update, plan - {"score.weight"}).parts] == ["dense"]
+
+
+def test_a_block_without_a_category_is_refused_with_the_names_of_what_it_has():
+    anatomy = SimpleNamespace(
+        linears=[SimpleNamespace(module="b.0.q_proj", role="q"), SimpleNamespace(module="b.0.mlp.up", role="up")],
+        blocks=["b.0"],
+        parameters={"b.0.q_proj.weight": (2, 2), "b.0.mlp.up.weight": (2, 2), "b.0.mlp.up.bias": (2,)},
+    )
+    with pytest.raises(LuthierError, match="block 0 has no norms, which hft halves; it has q_proj, up;"):
+        categories(anatomy)
+
+
+def test_what_cannot_be_halved_is_known_without_weights():
+    Hft().check_model(Anatomy(tiny()))
+    with pytest.raises(LuthierError, match="is a fused projection"):
+        Hft().check_model(Anatomy(tiny("gpt2")))

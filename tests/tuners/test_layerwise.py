@@ -1,6 +1,7 @@
 """The exact checks of biomed-stability's sheet; numbers in names are the sheet's."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from luthier.model.view import ModelView
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.rng import Streams
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.base import default_optimizer
-from luthier.tuners.layerwise import Layerwise, rate_factor, reinitialised
+from luthier.tuners.layerwise import Layerwise, new_weights, rate_factor, reinitialised
 
 
 def test_1_decay_table():
@@ -333,3 +335,50 @@ def test_4_features_are_known_by_tokens_and_positions_and_kept_in_training_only(
     hiding = Facts(task="masked-lm", redraws=True)
     assert [p.key for p in Layerwise(cache_features=True, freeze_blocks=1).check(hiding)] == ["cache_features"]
     assert not Layerwise(freeze_blocks=1).check(hiding)
+
+
+def test_all_blocks_that_are_not_frozen_can_start_anew():
+    trainable = Layerwise(freeze_blocks=1, reinit_blocks=2).attach(view_of())
+    assert {n.split(".")[2] for n in trainable.fresh} == {"1", "2"}
+
+
+def test_a_state_is_taken_over():
+    first, second = (Layerwise(freeze_blocks=1).attach(view_of()) for _ in range(2))
+    with torch.no_grad():
+        for p in first.parameters():
+            p.add_(0.5)
+    second.load_state_dict({k: t.clone() for k, t in first.state_dict().items()})
+    assert all(torch.equal(p, q) for p, q in zip(first.parameters(), second.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_taken_off_what_was_frozen_follows_the_models_mode_again(training):
+    view = view_of()
+    trainable = Layerwise(freeze_blocks=1).attach(view)
+    view.module.train(training)
+    assert not view.block(0).training
+    trainable.detach()
+    assert all(m.training == training for m in view.module.modules())
+    view.module.train(not training)
+    assert view.block(0).training != training
+
+
+def test_with_zero_residual_the_two_output_projections_are_zero_and_no_other_matrix():
+    view = view_of()
+    fresh = new_weights(view, 1, "zero_residual", Streams(0))
+    zero = {n.split(".")[-2] for n, t in fresh.items() if t.ndim > 1 and not t.any()}
+    assert zero == {"o_proj", "down_proj"} and sum(t.ndim > 1 for t in fresh.values()) == 7
+
+
+def test_where_the_configuration_names_no_spread_it_is_two_hundredths():
+    view = view_of()
+    view.module.config.get_text_config = SimpleNamespace
+    drawn = torch.cat([t.flatten() for t in new_weights(view, 2, "normal", Streams(0)).values() if t.ndim > 1])
+    assert float(drawn.std()) == pytest.approx(0.02, rel=0.02)
+
+
+def test_a_vector_that_the_architecture_does_not_start_is_refused():
+    model = tiny()
+    model.model.layers[2].register_parameter("odd", torch.nn.Parameter(torch.ones(3)))
+    with pytest.raises(LuthierError, match=r"how model\.layers\.2\.odd starts is not known"):
+        Layerwise(reinit_blocks=1).attach(ModelView(model))

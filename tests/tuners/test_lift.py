@@ -1,6 +1,7 @@
 """The exact checks of the sheet; numbers in names are the sheet's. 3 is in test_lift_oracle.py, 8 and 9 are claims."""
 
 import logging
+import time
 
 import pytest
 import torch
@@ -28,13 +29,14 @@ def test_1_every_mask_has_the_numbers_of_a_lora(rank):
         index = sparse.indices[n]
         assert len(index.unique()) == len(index) == min(rank * sum(x.shape), x.shape[0] * x.shape[1])
         assert int(index.max()) < x.shape[0] * x.shape[1]
-    assert num_entries((40, 50), None, 0.05) == 100
+    assert num_entries((40, 50), None, 0.05) == 100 and num_entries((2, 3), None, 0.01) == 1
 
 
 def test_2_full_rank_is_plain_magnitude_and_rank_one_is_the_outer_product():
     g = torch.Generator().manual_seed(0)
     w = torch.randn(20, 30, generator=g)
     assert torch.equal(principal(low_rank(w, 20), 50), w.abs().reshape(-1).topk(50).indices.sort().values)
+    assert torch.equal(low_rank(w, 20), w)
     u, v = torch.randn(20, generator=g), torch.randn(30, generator=g)
     noisy = torch.outer(u, v) + 1e-3 * torch.randn(20, 30, generator=g)
     wanted = torch.outer(u, v).abs().reshape(-1).topk(30).indices.sort().values
@@ -246,3 +248,59 @@ def test_bad_input(caplog):
         one.load_state_dict(other.state_dict())
     with pytest.raises(RecipeError, match="tied to the embeddings"):
         Lift(targets=("lm_head", "q_proj")).attach(tiny(tie_word_embeddings=True), total_steps=10)
+
+
+def test_what_is_said_of_numbers_that_do_not_fit_is_said_only_then(caplog):
+    with caplog.at_level(logging.INFO, "luthier"):
+        for steps, filter_rank in ((200, 16), (199, 17)):
+            caplog.clear()
+            tuner = Lift(filter_rank=filter_rank, targets=("layers.0.self_attn.k_proj",))  # 16 x 32
+            tuner.check(Facts(total_steps=steps))
+            tuner.attach(view_of(), total_steps=steps)
+            assert [r.levelname for r in caplog.records] == ([] if filter_rank == 16 else ["INFO", "WARNING"])
+
+
+def test_without_a_length_it_chooses_once():
+    assert Lift(reselect_every=0).attach(view_of()).every == 0
+
+
+def test_a_matrix_without_whole_blocks_is_refused_without_weights():
+    anatomy = view_of().anatomy
+    Lift(targets=("lm_head",)).check_model(anatomy)
+    with pytest.raises(RecipeError, match=r"lm_head\.weight of 97 x 32 has no whole blocks"):
+        Lift(block=4, targets=("lm_head",)).check_model(anatomy)
+
+
+def test_the_work_of_the_first_choice_is_its_own_and_a_whole_rank_needs_none():
+    """14 m n^2 + 8 n^3 for the decomposition of a matrix of 32 x 16, and 2 m n r for the product."""
+    for filter_rank, flops in ((3, 14 * 32 * 16**2 + 8 * 16**3 + 2 * 16 * 32 * 3), (16, 0), (20, 0)):
+        view, start = view_of(), time.perf_counter()
+        view.meter.charge(1000.0)
+        trainable = Lift(filter_rank=filter_rank, targets=("layers.0.self_attn.k_proj",)).attach(view, total_steps=10)
+        assert trainable.attach_flops == flops
+        assert 0 < trainable.attach_seconds < time.perf_counter() - start
+
+
+def test_a_second_one_on_the_same_entries_is_refused_before_anything_changes():
+    view = view_of()
+    first = Lift().attach(view, total_steps=10)
+    with pytest.raises(LuthierError, match="train already"):
+        Lift().attach(view, total_steps=10)
+    assert view.attached == [first]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_is_taken_over_whatever_was_trained_meanwhile(dtype):
+    view = view_of()
+    view.module.to(dtype)
+    loop = loop_of(Lift(density=0.1, reselect_every=2), view, max_steps=15, learning_rate=1e-2, warmup_fraction=0.0)
+    for _ in range(3):
+        loop.step()
+    state = {k: t.clone() for k, t in loop.trainable.state_dict().items()}
+    assert state["steps"] == 3 and not any(t.requires_grad for t in loop.trainable.state_dict().values())
+    weights = {n: view.weight(n).detach().clone() for n in view.anatomy.parameters}
+    for _ in range(4):
+        loop.step()
+    loop.trainable.load_state_dict(state)
+    assert all(torch.equal(view.weight(n), w) for n, w in weights.items())
+    assert all(torch.equal(t, state[k]) for k, t in loop.trainable.state_dict().items())

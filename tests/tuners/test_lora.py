@@ -10,7 +10,7 @@ from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
-from luthier.tuners import Lora
+from luthier.tuners import Lora, Peft
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "lfm2"])
@@ -202,3 +202,12 @@ def test_a_second_one_stands_beside_the_first():
     second = Lora(rank=2, seed=1).attach(view)
     torch.testing.assert_close(view.trace(batch).hidden[-1], before, atol=1e-6, rtol=1e-6)
     assert len(second.a) == len(second.targets)
+
+
+def test_beside_the_weight_of_a_dora_adapter_it_is_refused():
+    """Its norms are those of the weight, and would not see what stands beside."""
+    view = view_of()
+    first = Peft(options={"r": 2, "use_dora": True}, targets=("layers.0.mlp.up_proj",)).attach(view)
+    with pytest.raises(LuthierError, match=r"layers\.0\.mlp\.up_proj has a DoRA adapter"):
+        Lora(rank=2).attach(view)
+    assert view.attached == [first]

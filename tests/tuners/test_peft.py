@@ -108,6 +108,7 @@ def test_two_of_pefts_adapters_are_refused_and_the_first_stays():
     for second in (Peft(type="IA3"), Peft(options={"r": 2})):
         with pytest.raises(LuthierError, match="is on this model already, and two do not stack; detach it first"):
             second.attach(view)
+        assert view.attached == [first] and all(p.requires_grad for p in first.parameters())
     assert torch.equal(view.trace(batch).hidden[-1], live)
 
 
@@ -169,6 +170,7 @@ def test_wrong_options_are_named():
     assert [p.key for p in Peft(options={"rang": 4}).check(Facts())] == ["options.rang"]
     with pytest.raises(RecipeError, match=r"tuner\.peft\.options"):
         Peft(options={"r": 0}).attach(view)
+    assert not view.attached and all(p.requires_grad for p in view.module.parameters())
     assert [n for n, _ in view.module.named_parameters()] == [n for n, _ in tiny().named_parameters()]
 
 
@@ -188,3 +190,14 @@ def test_a_hostile_adapter_is_refused_by_name():
         with pytest.raises(LuthierError, match=words), Update(view.base, (broken,)).bind(view):
             pass
         is_the_base(view, tiny(), [True] * len(list(tiny().parameters())))
+
+
+def test_a_state_is_numbers_and_gives_parameters_back():
+    first, second = (Peft(options={"r": 2}, seed=s).attach(view_of()) for s in (0, 1))
+    with torch.no_grad():
+        for p in first.parameters():
+            p.add_(0.5)
+    state = {k: t.clone() for k, t in first.state_dict().items()}
+    second.load_state_dict(state)
+    assert len(state) == len(second.named) == 2 * 21, "A and B of seven matrices in three blocks"
+    assert all(torch.equal(p, state[n]) for n, p in second.named.items())

@@ -8,9 +8,17 @@ import torch
 from luthier.data.batch import collate
 from luthier.objectives.base import Forward
 from luthier.objectives.sft import Sft
-from luthier.support.errors import LuthierError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import rows_of, tiny, view_of
-from luthier.tuners.sparse import SparseWeights, in_numpy, in_torch, refuse_entries, top, top_magnitudes
+from luthier.tuners.sparse import (
+    SparseWeights,
+    in_numpy,
+    in_torch,
+    refuse_entries,
+    target_matrices,
+    top,
+    top_magnitudes,
+)
 
 
 def sparse_view(kind="llama", share=0.1, dtype=torch.float32):
@@ -203,3 +211,31 @@ def test_the_largest_of_what_wants_a_gradient():
     assert top(values, 1).tolist() == [2] and top_magnitudes(values, 2).tolist() == [1, 2]
     half = values.detach().bfloat16().requires_grad_()
     assert top(half, 1).tolist() == [2] and top_magnitudes(half, 2).tolist() == [1, 2]
+
+
+def test_only_a_head_that_is_tied_is_refused():
+    tied, own = view_of(tie_word_embeddings=True).anatomy, view_of().anatomy
+    for targets in (("lm_head",), ("lm_head", "q_proj")):
+        with pytest.raises(RecipeError, match="tied to the embeddings"):
+            target_matrices("spiel", tied, targets)
+        assert target_matrices("spiel", own, targets)[-1].module == "lm_head"
+    assert len(target_matrices("spiel", tied, ("q_proj",))) == 3
+
+
+@pytest.mark.parametrize(("kind", "transposed"), [("llama", False), ("gpt2", True)])
+def test_a_part_holds_what_trained_before_too_in_stored_order(kind, transposed):
+    view = view_of(kind)
+    (x, other) = (x for x in view.anatomy.block_linears if x.role == "up" and x.block < 2)
+    rows, columns = x.shape
+    sparse = SparseWeights(view, [x, other], {x.name: torch.tensor([columns + 2, 1]), other.name: torch.tensor([4])})
+    with torch.no_grad():
+        sparse.values[x.name].copy_(torch.tensor([1.0, 2.0]))
+    part = sparse.part({x.name: (torch.tensor([3]), torch.tensor([5.0]))})
+    # (row, column) -> difference: (1, 2) 1, (0, 1) 2 and, from before, (0, 3) 5
+    wanted = (
+        [(1, 2.0), (3, 5.0), (columns + 2, 1.0)]
+        if not transposed
+        else [(rows, 2.0), (2 * rows + 1, 1.0), (3 * rows, 5.0)]
+    )
+    assert list(zip(part.indices[x.name].tolist(), part.values[x.name].tolist(), strict=True)) == wanted
+    assert len(part.indices[other.name]) == 1

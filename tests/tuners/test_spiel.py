@@ -19,6 +19,7 @@ from luthier.tuners.spiel import (
     SparseSM3,
     Spiel,
     budgets,
+    everywhere,
     exchange,
     is_event,
     is_observed,
@@ -476,3 +477,23 @@ def test_bytes_an_entry_are_the_sheets_with_ages_in_two(variant, inside, between
         grads()  # the loop frees them after the step
         state = [t for s in loop.optimizer.state.values() for k, t in s.items() if k not in ("row", "column")]
         assert held_bytes(trainable, state) == each * entries
+
+
+def test_where_fewer_come_than_were_dropped_those_leave_that_changed_least():
+    slots, incoming = exchange(
+        torch.tensor([1, 2, 3]), torch.tensor([-0.5, 0.1, 4.0]), torch.tensor([9]), torch.ones(1), 2
+    )
+    assert slots.tolist() == [1] and incoming.tolist() == [9]
+
+
+def test_a_head_of_one_row_has_one_row():
+    rows, columns, shape = everywhere(torch.zeros(1, 3))
+    assert (rows.tolist(), columns.tolist(), shape) == ([0, 0, 0], [0, 1, 2], (1, 3))
+
+
+def test_a_state_is_numbers_without_a_window_of_no_samples_and_the_base_comes_back():
+    view, trainable, _, _ = trained(3)  # the first window is steps 1 and 2
+    state = trainable.state_dict()
+    assert int(state["samples"]) == 0 and not any(t.requires_grad for t in state.values())
+    trainable.detach()
+    assert all(torch.equal(p, tiny().get_parameter(n)) for n, p in view.module.named_parameters())

@@ -154,7 +154,6 @@ class Trainable:
         self._undo: list[Undo] = []
         self._withouts: list[Without] = []  # of the changes to the model, in their order
         self.writes: set[str] = set()  # names of parameters whose values it changes
-        self._owned = False
         view.attached.append(self)
 
     def freeze_base(self) -> None:
@@ -168,7 +167,6 @@ class Trainable:
         if attached.index(inner) < attached.index(self):
             self._flags |= inner._flags
         attached.remove(inner)
-        inner._owned = True
         self.put(Change(inner.detach, inner.base_view), inner.writes)
 
     def put(self, change: Change, writes: Iterable[str] = ()) -> None:
@@ -251,18 +249,18 @@ class Trainable:
 
         Raises LuthierError, before it changes anything, if a later change wrote over the same weights.
         """
-        if not self._owned:
-            self.view.refuse_out_of_turn(self)
+        self.view.refuse_out_of_turn(self)
         if self.phase in self.view.phases:
             self.view.phases.remove(self.phase)
         for step in reversed(self._undo):
             step()
         self._undo.clear()
-        if not self._owned:
-            self._give_back_flags()
+        self._give_back_flags()
 
     def _give_back_flags(self) -> None:
-        """Restore which tensors need a gradient, except for tensors that a later change still uses."""
+        """Restore which tensors need a gradient, except for tensors that a later change still uses. A part of another leaves it
+        to that one.
+        """
         attached = self.view.attached
         if self not in attached:
             return

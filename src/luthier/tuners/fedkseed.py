@@ -44,7 +44,7 @@ def seed_probabilities(history: Sequence[Sequence[float]]) -> np.ndarray:
     """FedKSeed-Pro: softmax over seeds of their mean magnitude so far, scaled to [0, 1]. `history[j]` starts at [0.0]."""
     h = np.array([np.abs(np.clip(g, -HISTORY_CLIP, HISTORY_CLIP)).mean() for g in history])
     u = (h - h.min()) / (h.max() - h.min() + 1e-10)
-    p = np.exp(u - u.max())
+    p = np.exp(u)
     shares: np.ndarray = p / p.sum()
     return shares
 

@@ -227,7 +227,7 @@ class EpochTrainable(DenseTrainable):
         fixed = tuner.plan(view.anatomy)
         every = {p for found in inside for tensors in found.values() for ps in tensors.values() for p in ps}
         super().__init__(view, [n for n in view.anatomy.parameters if n in every or n in fixed], tuner.seed)
-        self.tuner, self.epoch = tuner, -1
+        self.tuner = tuner
         self._optimizer: Optimizer | None = None
         self.draw(0)
 

@@ -139,7 +139,7 @@ class Lift(Tuner):
             problems.append(
                 Problem("weight_decay", f"weight_decay = {decay} would act on entries alone", "set it to 0")
             )
-        if facts.total_steps is not None and self.reselect_every >= facts.total_steps:
+        if facts.total_steps is not None and self.reselect_every > facts.total_steps:
             log.info(
                 "lift: %d steps are fewer than reselect_every; entries are chosen every fifth of the run",
                 facts.total_steps,
@@ -180,12 +180,7 @@ class LiftTrainable(Trainable):
     def __init__(self, tuner: Lift, view: ModelView, total_steps: int) -> None:
         self.tuner, self.view, self._streams, self._steps = tuner, view, Streams(tuner.seed), 0
         self.every = tuner.every(total_steps)
-        linears, seen = [], set()
-        for x in tuner.matrices(view.anatomy):
-            weight = view.weight(x.name)
-            if id(weight) not in seen:  # a shared matrix is one
-                linears.append(x)
-                seen.add(id(weight))
+        linears = tuner.matrices(view.anatomy)
         refuse_entries(view, linears)
         before, started = view.meter.total, time.perf_counter()
         chosen = {x.name: self._choose(x) for x in linears}
@@ -206,12 +201,12 @@ class LiftTrainable(Trainable):
     def _choose(self, linear: Linear) -> Tensor:
         """[k] positions over (out, in), from the current weight."""
         t, shape = self.tuner, linear.shape
-        weight = self.view.weight(linear.name).detach()
+        weight: Tensor = self.view.weight(linear.name)
         weight = weight.T if linear.transposed else weight
         if not bool(weight.isfinite().all()):
             raise LuthierError(f"lift: {linear.name} holds values that are not finite; look at the base model")
         k = num_entries(shape, t.rank, t.density)
-        rank = min(t.filter_rank or max(1, round(k / sum(shape))), min(shape))
+        rank = t.filter_rank or max(1, round(k / sum(shape)))
         if t.filter_rank and t.filter_rank > min(shape):
             log.warning("lift: filter_rank %d is cut to %d for %s", t.filter_rank, min(shape), linear.name)
         seed = int(self._streams.at("lift-svd", linear.module, self._steps).integers(1 << 31))
@@ -285,7 +280,8 @@ class LiftTrainable(Trainable):
             if len(state[f"values.{n}"]) != len(self.sparse.values[n]):
                 found, here = len(state[f"values.{n}"]), len(self.sparse.values[n])
                 raise LuthierError(f"lift: the checkpoint trains {found} entries of {n}, the recipe {here}")
-            self.sparse.put(n, self.sparse.stored[n])  # the first choice's, untouched
+            self.sparse.put(n, self.left[n][1], self.left[n][0])  # whatever trained here before
+            self.sparse.put(n, self.sparse.stored[n])
             self.sparse.indices[n] = state[f"indices.{n}"].to(device, self.sparse.indices[n].dtype)
             self.sparse.values[n].copy_(state[f"values.{n}"])
             self.sparse.stored[n] = state[f"stored.{n}"].to(device)
