@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
@@ -20,13 +24,25 @@ from transformers import (
     PreTrainedModel,
 )
 
+from luthier.model.anatomy import Anatomy
 from luthier.model.pre_tokenizers import cut_as
+from luthier.model.quantised import as_plain, cast, four_bit, is_packed_file, ready_to_train, refuse_method, unpacking
 from luthier.model.refusals import refuse_architecture
 from luthier.model.tail import brief
 from luthier.model.view import ModelView
+from luthier.model.weights import (
+    dtypes_in,
+    refuse_damaged,
+    refuse_incomplete,
+    training_dtype,
+    weight_files,
+    without_cache,
+)
 from luthier.support.cache import cache_folder, key_of, made
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.sources import code_key
+
+log = logging.getLogger(__name__)
 
 BUILTIN = "builtin:smollm2-135m"
 
@@ -174,62 +190,106 @@ def load_ends(located: Located, config: Any) -> Ends:
 
 def load_model(
     located: Located, auto: Any = AutoModelForCausalLM, dtype: torch.dtype | None = None, device: str | None = None,
-    labels: Sequence[str] = (), tokenizer: Any = None, seed: int = 0, quantize: str | None = None,
+    labels: Sequence[str] = (), tokenizer: Any = None, seed: int = 0, quantize: str | None = None, unpack: bool = False,
 ) -> ModelView:  # fmt: skip
-    """Load weights (safetensors only) and find the layout.
+    """Load weights and find the layout. safetensors are read, and pickles (.bin) that hold nothing but tensors.
 
     auto    the Auto class of transformers that loads it; a task names its own
-    dtype   None takes the file's
+    dtype   None takes the file's, and float32 for float16, which is too narrow to train in
     device  None takes a GPU where there is one
     labels  names of the classes, in the order of the head's outputs; none: those of the file
     seed    for weights that are not in the file: a new classification head
     quantize  "nf4": linear layers in 4 bits; the view's fingerprint is that of the original weights
-    Raises RecipeError if the model cannot be loaded.
+    unpack  turn a checkpoint that is quantised into plain weights; the view's fingerprint is that of the packed ones
+    Raises RecipeError if the model cannot be loaded, or if its files lack a weight.
     """
-    extra: dict[str, Any] = named_classes(labels) if labels else {}
     config = load_config(located)
     refuse_architecture(auto, config)
+    refuse_method(config, located.shown, quantize, located.path)
+    extra: dict[str, Any] = {**(named_classes(labels) if labels else {}), **unpacking(config)}
     theirs = class_names(config)
     redrawn = bool(labels) and has_class_head(config) and list(labels) != theirs
     redrawn = redrawn and not (are_numbers(theirs) and len(labels) == len(theirs))
-    if redrawn:
-        extra["ignore_mismatched_sizes"] = True
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
+    packed = quantize is not None or is_packed_file(config)
     if quantize is not None:
         plain = load_model(located, auto, dtype, "cpu", labels, tokenizer, seed)
-        base, extra = plain.base, {**extra, **_four_bit(plain.dtype), "device_map": {"": device}}
+        base, extra = plain.base, {**extra, **four_bit(plain.dtype)}
         del plain
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = auto.from_pretrained(
-                located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True,
-                trust_remote_code=located.trust_code, **extra,
-            )  # fmt: skip
-            if redrawn:
-                _redraw_head(model)
-    except ImportError as error:
-        raise RecipeError("model", f"{located.shown}: {brief(error)}", "install that package") from error
-    except (OSError, ValueError) as error:
-        raise _unreachable(located, error) from error
-    model.config.use_cache = False
+    if packed:
+        extra["device_map"] = {"": device}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wanted = dtype or _dtype_of(located, config)
+        model, report = _read(located, auto, wanted, extra)
+        if is_packed_file(config) and isinstance(wanted, torch.dtype):
+            cast(model, wanted)
+        if redrawn:
+            _redraw_head(model)
+    if unpacking(config):
+        as_plain(model)
+    without_cache(model)
     if model.config.pad_token_id is None and tokenizer is not None:
         model.config.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
-    if quantize is None:
+    if not packed:
         model.to(device)
-    for module in model.modules():
-        # On some CPUs, bitsandbytes repacks a weight at its first call without gradients. A repacked layer passes no gradient
-        # on, so layers before it would not be trained.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    ready_to_train(model)
     try:
+        drawn = Anatomy(model).task_head if redrawn or not has_class_head(config) else ()
+        refuse_incomplete(model, report, drawn, located.shown)
+        if unpack and is_packed_file(config):
+            base = ModelView(model, tokenizer, name=located.shown).base
+            model = model.dequantize()
+            as_plain(model)
         return ModelView.probed(model, tokenizer, name=located.shown, base=base)
     except RecipeError:
         raise
     except LuthierError as error:
         raise RecipeError("model", f"{located.shown}: {error}", "choose another model") from error
+
+
+def _read(located: Located, auto: Any, dtype: torch.dtype | str, extra: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """(model, what transformers says of loading it)."""
+    folder = Path(located.path)
+    how = {
+        "revision": located.revision, "dtype": dtype, "trust_remote_code": located.trust_code,
+        "output_loading_info": True, "ignore_mismatched_sizes": True, "weights_only": True, **extra,
+    }  # fmt: skip
+    safe = refuse_damaged(folder).safe if folder.is_dir() else True
+    try:
+        try:
+            found: tuple[PreTrainedModel, Any] = auto.from_pretrained(located.path, use_safetensors=safe, **how)
+        except OSError as error:
+            if folder.is_dir() or "safetensors" not in str(error):
+                raise
+            found = auto.from_pretrained(located.path, use_safetensors=False, **how)  # the Hub has only .bin files
+        return found
+    except ImportError as error:
+        raise RecipeError("model", f"{located.shown}: {brief(error)}", "install that package") from error
+    except UnpicklingError as error:
+        what = f"{located.shown}: holds a pickle that is damaged, or that would run code when it is read"
+        raise RecipeError("model", what, "take a checkpoint in safetensors") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, EOFError) as error:
+        stored = try_to_load_from_cache(located.path, "config.json", revision=located.revision)
+        if isinstance(stored, str) and not folder.is_dir():  # from the Hub: name the file, if one is damaged
+            refuse_damaged(Path(stored).parent)
+        raise _unreachable(located, error) from error
+
+
+def _dtype_of(located: Located, config: PreTrainedConfig) -> torch.dtype | str:
+    """The dtype to load a checkpoint in if the recipe leaves it open."""
+    stated, folder = getattr(config.get_text_config(), "dtype", None) or config.dtype, Path(located.path)
+    stored = dtypes_in(weight_files(folder)) if stated is None and folder.is_dir() else ()
+    found = training_dtype(stated, stored, is_packed_file(config))
+    if found is None:
+        return "auto"
+    log.warning(
+        "%s: is stored in %s, and is loaded in %s, which is wide enough to train in; set dtype to choose another",
+        located.shown, "several dtypes" if stated is None and len(stored) > 1 else "float16", str(found).partition(".")[2],
+    )  # fmt: skip
+    return found
 
 
 @torch.no_grad()
@@ -268,19 +328,6 @@ def are_numbers(names: Sequence[str]) -> bool:
 def named_classes(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:
     """The classes, as a configuration stores them."""
     return {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
-
-
-def _four_bit(compute: torch.dtype) -> dict[str, Any]:
-    """Keywords of `from_pretrained` for linear layers in 4 bits."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError("quantize", "needs the package bitsandbytes", "pip install 'luthier[quant]'")
-    from transformers import BitsAndBytesConfig
-
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-        )
-    }
 
 
 def _unreachable(located: Located, error: Exception) -> RecipeError:

@@ -188,10 +188,10 @@ class Recipe(TrainSettings):
     def facts(self, **more: Any) -> Facts:
         """What methods may know before weights are loaded."""
         others = tuple(self.methods().values())
-        quantized = self.quantize is not None
+        known = {"quantized": self.quantize is not None, **more}
         return Facts(
-            task=self.task.key(), batch_size=self.batch_size, settings=self, others=others, quantized=quantized,
-            redraws=self.task.redraws, **more,
+            task=self.task.key(), batch_size=self.batch_size, settings=self, others=others, redraws=self.task.redraws,
+            **known,
         )  # fmt: skip
 
     def check_methods(self, facts: Facts | None = None) -> None:

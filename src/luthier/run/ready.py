@@ -20,8 +20,10 @@ from luthier.inference.scoring import mean_loss
 from luthier.inference.services import lab_with
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import Located, load_config, load_ends, load_model, load_tokenizer, locate, named_classes
+from luthier.model.quantised import is_packed_file, refuse_method
 from luthier.model.refusals import refuse_architecture
 from luthier.model.view import ModelView
+from luthier.model.weights import refuse_damaged
 from luthier.recipe import Recipe
 from luthier.run import score_cache
 from luthier.run.rows import Data, prepare_rows
@@ -106,6 +108,9 @@ def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     config = load_config(located)
     refuse_architecture(recipe.task.auto(config), config)
+    refuse_method(config, located.shown, recipe.quantize, located.path)
+    if Path(located.path).is_dir():
+        refuse_damaged(Path(located.path))
     plain = {"auto": None, "chat": False, "plain": True}[recipe.data.template]
     if plain is False and tokenizer.chat_template is None:
         raise RecipeError("data.template", "this model has no chat template", "set data.template: plain")
@@ -144,6 +149,7 @@ def _check(
     total = Loop.length(train.rows, recipe) if train.rows else None
     known: dict[str, Any] = {
         "model_config": config, "total_steps": total, "num_rows": len(train.rows), "anatomy": anatomy,
+        "quantized": recipe.quantize is not None or is_packed_file(config),
     }  # fmt: skip
     recipe.check_methods(recipe.facts(**known, layout=layout, num_processes=processes))
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from luthier.data.rendering import Renderer
 from luthier.federation.outcome import read_given
+from luthier.model.weights import save
 from luthier.report.card import base_of, card
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole
@@ -114,7 +115,7 @@ def _peft(run: Tuned, output: Path, name: str) -> nn.Module:
 
 
 def _hf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
-    _merged(run).save_pretrained(output)
+    save(_merged(run), output)
     run.renderer.tokenizer.save_pretrained(output)
     (output / "README.md").write_text(_card(run), encoding="utf-8")
     found: PreTrainedModel = run.recipe.task.auto(run.view.module.config).from_pretrained(output, dtype=run.view.dtype)
