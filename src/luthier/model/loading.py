@@ -234,7 +234,7 @@ def load_model(
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
     if not packed:
-        model.to(device)
+        model.to(device)  # type: ignore[arg-type]
     ready_to_train(model)
     try:
         drawn = Anatomy(model).task_head if redrawn or not has_class_head(config) else ()

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, FineGrainedFP8Config, Mxfp4Config, PreTrainedConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
+from transformers.utils.quantization_config import Mxfp4Config
 
 from luthier.support.errors import RecipeError
 
@@ -110,7 +111,8 @@ def ready_to_train(model: PreTrainedModel) -> None:
     for module in model.modules():
         # On some CPUs, bitsandbytes repacks a weight at its first call without gradients. A repacked layer passes no gradient
         # on, so layers before it would not be trained.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-        if getattr(module, "compute_dtype", None) == torch.float16:  # many files say so; it overflows in training
-            module.compute_dtype = torch.bfloat16
+        layer: Any = module
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+        if getattr(layer, "compute_dtype", None) == torch.float16:  # many files say so; it overflows in training
+            layer.compute_dtype = torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -104,9 +105,10 @@ def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     """(where the model is, renderer, configuration)."""
     located = located_model(recipe, base)
     tokenizer = load_tokenizer(located)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
     config = load_config(located)
+    size = getattr(config.get_text_config(), "vocab_size", None) or math.inf
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:  # the model has no embedding for it
+        tokenizer.pad_token_id = tokenizer.eos_token_id
     refuse_architecture(recipe.task.auto(config), config)
     refuse_method(config, located.shown, recipe.quantize, located.path)
     if Path(located.path).is_dir():
