@@ -54,7 +54,9 @@ def test_a_token_without_an_embedding_is_found_by_check_with_its_row(where, tmp_
     bad = rows(5)
     bad[3]["completion"] = "is <two>"
     refused = luthier("check", write(tmp_path, str(folder), **{where: bad}), cwd=tmp_path)
-    wanted = "token '<two>' has id 261, and the model embeds 260 tokens; use the model's own tokenizer, or enlarge the model"
+    wanted = (
+        "token '<two>' has id 261, and the model embeds 260 tokens; use the model's own tokenizer, or enlarge the model"
+    )
     assert refused.returncode == 2 and wanted in " ".join(refused.stderr.split())
     name = {"train": "train.jsonl:4", "held": "eval.jsonl:4"}[where]
     assert name in refused.stderr
@@ -91,7 +93,9 @@ def test_a_padding_token_without_an_embedding_is_not_used(tmp_path):
 
 
 def test_the_first_row_with_an_id_beyond_is_named():
-    items = [{"key": k, "ids": ids, "labels": ids, "row": {}} for k, ids in (("a", [1, 2]), ("b", []), ("c", [3, 9, 8]))]
+    items = [
+        {"key": k, "ids": ids, "labels": ids, "row": {}} for k, ids in (("a", [1, 2]), ("b", []), ("c", [3, 9, 8]))
+    ]
     import pyarrow as pa
 
     both = pa.Table.from_batches([token_batch(items[:2]), token_batch(items[2:])])
