@@ -36,7 +36,8 @@ def converted(gguf: Path) -> Path:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
         _cut_as_said(tokenizer, gguf)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        auto: Any = AutoModelForCausalLM
+        model, report = auto.from_pretrained(
             str(gguf.parent),
             config=_config(gguf),
             quantization_config=GgufConfig(dequantize=True),

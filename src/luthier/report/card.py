@@ -88,19 +88,20 @@ def front(
         )
         for s in scores
     ]  # fmt: skip
+    licence, name_of_licence = _licence_keys(base.licence)
     data = ModelCardData(
-        base_model=base.name, base_model_relation=relation, **_licence_keys(base.licence),
+        base_model=base.name, base_model_relation=relation, license=licence, license_name=name_of_licence,
         library_name="peft" if peft else "transformers", pipeline_tag=task, tags=["luthier", *tags],
         datasets=list(datasets) or None, model_name=name if results else None, eval_results=results or None,
     )  # fmt: skip
     return ["---", *data.to_yaml().splitlines(), "---"]
 
 
-def _licence_keys(licence: str | None) -> dict[str, str]:
-    """A licence as the Hub takes it: one of its own names, or "other" with a name."""
+def _licence_keys(licence: str | None) -> tuple[str | None, str | None]:
+    """A licence as the Hub takes it: (one of its own names, None), or ("other", a name)."""
     if licence is None or licence in LICENCES:
-        return {} if licence is None else {"license": licence}
-    return {"license": "other", "license_name": re.sub(r"[^a-z0-9.+-]+", "-", licence.lower()).strip("-") or "unnamed"}
+        return licence, None
+    return "other", re.sub(r"[^a-z0-9.+-]+", "-", licence.lower()).strip("-") or "unnamed"
 
 
 def loading(name: str, relation: str, peft: bool, task: str | None) -> list[str]:
