@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from luthier.model.adapter_folder import config_in, is_adapter, merged, place_of_base
 from luthier.model.anatomy import Anatomy
 from luthier.model.gguf_files import converted
 from luthier.model.quantised import as_plain, cast, four_bit, is_packed_file, ready_to_train, refuse_method, unpacking
@@ -50,13 +51,15 @@ class Located(NamedTuple):
     revision: str | None
     shown: str
     trust_code: bool = False  # may transformers run Python that comes with the model?
+    adapter: str | None = None  # a folder of peft's whose LoRA is merged into the weights
 
 
 def locate(name: str, revision: str | None = None) -> Located:
     """Find a model by name without loading it.
 
-    name  a folder; a .gguf file (dequantised once into the cache, and said so in its name); "builtin:smollm2-135m";
-          or a Hub id, optionally with @revision. A folder wins over a Hub id of the same name.
+    name  a folder, also one of an adapter of peft's, which is merged into its base; a .gguf file (dequantised once into the
+          cache, and said so in its name); "builtin:smollm2-135m"; or a Hub id, optionally with @revision. A folder wins over
+          a Hub id of the same name.
     Raises RecipeError for a name that is none of these.
     """
     if name == BUILTIN:
@@ -67,6 +70,11 @@ def locate(name: str, revision: str | None = None) -> Located:
             raise RecipeError("model", f"{name}: there is no such file", "give the path of a .gguf file")
         return Located(str(converted(path)), None, f"{path.name} (dequantised)")
     if path.is_dir():
+        if is_adapter(path):
+            base = locate(place_of_base(path, found := config_in(path)), found.get("revision"))
+            if base.adapter is not None:
+                raise RecipeError("model", f"{name}: its base, {base.shown}, is an adapter too", "merge that one first")
+            return base._replace(shown=name, adapter=name)
         if not (path / "config.json").is_file():
             raise RecipeError("model", f"{name}: this folder has no config.json", "give a folder saved by transformers")
         return Located(name, None, name)
@@ -88,10 +96,11 @@ def _builtin_gguf() -> Path:
 
 
 def load_tokenizer(located: Located) -> Any:
-    """The model's own tokenizer."""
+    """The model's own tokenizer; the adapter's, if it brings one."""
+    own = located.adapter is not None and (Path(located.adapter) / "tokenizer_config.json").is_file()
     try:
         return AutoTokenizer.from_pretrained(
-            located.path, revision=located.revision, trust_remote_code=located.trust_code
+            located.adapter if own else located.path, revision=located.revision, trust_remote_code=located.trust_code
         )
     except (OSError, ValueError) as error:
         raise _unreachable(located, error) from error
@@ -155,6 +164,7 @@ def load_model(
     config = load_config(located)
     refuse_architecture(auto, config)
     refuse_method(config, located.shown, quantize, located.path)
+    refuse_merging(located, config, quantize)
     extra: dict[str, Any] = {**(named_classes(labels) if labels else {}), **unpacking(config)}
     theirs = class_names(config)
     redrawn = bool(labels) and has_class_head(config) and list(labels) != theirs
@@ -188,6 +198,8 @@ def load_model(
     try:
         drawn = Anatomy(model).task_head if redrawn or not has_class_head(config) else ()
         refuse_incomplete(model, report, drawn, located.shown)
+        if located.adapter is not None:
+            model = merged(model, Path(located.adapter))
         if unpack and is_packed_file(config):
             base = ModelView(model, tokenizer, name=located.shown).base
             model = model.dequantize()
@@ -197,6 +209,15 @@ def load_model(
         raise
     except LuthierError as error:
         raise RecipeError("model", f"{located.shown}: {error}", "choose another model") from error
+
+
+def refuse_merging(located: Located, config: Any, quantize: str | None) -> None:
+    """Raises RecipeError for an adapter that would have to be merged into packed weights."""
+    if located.adapter is not None and (quantize is not None or is_packed_file(config)):
+        raise RecipeError(
+            "model", f"{located.shown}: an adapter cannot be merged into packed weights",
+            f"set model to its base ({located.path}), and start to the adapter, which then stays beside the weights",
+        )  # fmt: skip
 
 
 def _read(located: Located, auto: Any, dtype: torch.dtype | str, extra: dict[str, Any]) -> tuple[PreTrainedModel, Any]:

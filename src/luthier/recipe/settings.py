@@ -132,6 +132,8 @@ class Recipe(TrainSettings):
     """Revision of a Hub model: a branch, a tag or a commit."""
     trust_remote_code: bool = False
     """Run the model's own Python code; also needs --allow-code on the command line."""
+    start: str | None = None
+    """A LoRA adapter of the model to go on from: a folder of peft's or of a finished run. The result holds both."""
     task: SerializeAsAny[Task] = CausalLm()
     """What a row is."""
     data: DataSettings
@@ -233,6 +235,13 @@ class Recipe(TrainSettings):
             ("load_best", not self.load_best and not self.eval_steps, *during),
             ("evaluate", not held and not all(e.own_rows for e in self.evaluate), *rows),
             ("pace", self.pace != Pace() and self.pipeline is None, "is read by pipelines only", "set max_steps"),
+            (
+                "start",
+                self.start and self.pipeline is not None,
+                "is not read beside a pipeline",
+                "set model to the adapter",
+            ),
+            ("start", self.start and self.collaborate is not None, "is not read beside collaborate", "set model to it"),
             ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
             ("data.pool", unread_pool, f"is not read by task {self.task.key()}", "remove it"),
             ("data.temperature", "temperature" in data and single, "mixes several sources", "list them in data.train"),
