@@ -48,7 +48,7 @@ class Vector(nn.Module):
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
-        self.vector = nn.Parameter(embedding.weight.detach().float().mean(0))
+        self.vector = nn.Parameter(embedding.weight.float().mean(0))
 
 
 class MaskedThought(Objective):
