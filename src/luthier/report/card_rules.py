@@ -22,14 +22,15 @@ RELATIONS = ("adapter", "finetune", "merge", "quantized")
 
 def faults(card: str) -> list[str]:
     """What the Hub would refuse in a model card, each as a few words; empty if it takes the card."""
-    import yaml
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
 
     parts = re.match(r"\A---\r?\n(.*?)\r?\n---(\r?\n|\Z)", card, re.DOTALL)
     if parts is None:
         return ["it has no front matter between two lines ---"]
     try:
-        data = yaml.safe_load(parts[1])
-    except yaml.YAMLError as error:
+        data = YAML(typ="safe").load(parts[1])
+    except YAMLError as error:
         return [f"its front matter is no YAML ({str(error).splitlines()[0]})"]
     if not isinstance(data, dict):
         return ["its front matter holds no keys"]
