@@ -15,7 +15,7 @@ from helpers.commands import luthier, write
 from helpers.finished import finished
 from luthier.model.loading import load_config, load_model, load_tokenizer, locate
 from luthier.model.quantised import refuse_method
-from luthier.model.weights import FOUND, save
+from luthier.model.weights import FOUND, refuse_damaged, save
 from luthier.support.errors import RecipeError
 from luthier.testing.architectures import NEXT_TOKEN, tiny_model
 from luthier.testing.models import byte_tokenizer, tiny
@@ -95,6 +95,11 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(zipped, folder, tmp_path
     torch.save({"a": Harmful()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     with pytest.raises(RecipeError, match=r"would run code when it is read.*; take a checkpoint in safetensors"):
         opened(folder)
+    if zipped:  # found before it is read, so by check too
+        with pytest.raises(
+            RecipeError, match=r"pytorch_model.bin: is a pickle that would run code when it is read \(posix.mkdir\)"
+        ):
+            refuse_damaged(folder)
     assert not (tmp_path / "made by a pickle").exists()
 
 

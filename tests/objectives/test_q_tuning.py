@@ -380,7 +380,8 @@ def test_up_to_five_rows_are_named_and_one_number_that_is_not_finite_is_enough()
     batch = batch_of((5,) * 7)
     values = torch.tensor([[1.0, float("nan")], [1.0, 2.0], *[[float("inf"), 1.0]] * 5])
     assert (
-        _bad_rows([batch], [values]) == "0, 2, 3, 4, 5" and _bad_rows([batch], [torch.ones_like(values)]) == "on another process"
+        _bad_rows([batch], [values]) == "0, 2, 3, 4, 5"
+        and _bad_rows([batch], [torch.ones_like(values)]) == "on another process"
     )
 
 

@@ -102,5 +102,6 @@ def test_the_first_row_with_an_id_beyond_is_named():
     found = TokenRows(both)
     assert found.beyond(8) == ("c", 9) and found.beyond(3) == ("c", 3) and found.beyond(2) == ("a", 2)
     assert found.beyond(10) is None and TokenRows(both.slice(1, 1)).beyond(1) is None
+    assert TokenRows(both.combine_chunks()).beyond(3) == ("c", 3)
     assert TokenRows(both.slice(2)).beyond(9) == ("c", 9)
     assert torch.tensor(found[2]["ids"]).max() == 9
