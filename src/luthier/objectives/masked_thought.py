@@ -83,6 +83,10 @@ class MaskedThought(Objective):
     seed: int = Field(0, ge=0)
     """Seed for the choice of tokens and words."""
 
+    @property
+    def trains_beside(self) -> bool:
+        return self.random_share < 1 and self.max_rate > 0
+
     def extend(self, view: ModelView, carried: Mapping[str, Tensor] | None = None) -> nn.Module | None:
         return Vector(view.embedding).to(view.device) if self.random_share < 1 and self.max_rate else None
 
