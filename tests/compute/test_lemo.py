@@ -495,7 +495,7 @@ def test_packed_weights_of_an_mlp_are_refused():
 def test_a_quantised_mlp_is_refused_before_it_is_loaded():
     assert Lemo().check(Facts(quantized=True)) == []
     assert [p.what for p in Lemo(mlp_prune_fraction=0.5).check(Facts(quantized=True))] == [
-        "its backward reads weights, which quantize packs"
+        "its backward reads weights, and this model's are packed"
     ]
 
 

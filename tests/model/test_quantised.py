@@ -132,7 +132,7 @@ def test_check_refuses_tuners_that_move_weights(model_folder, tmp_path):
     recipe = write(tmp_path, model_folder, quantize="nf4", tuner="full")
     refused = luthier("check", recipe, cwd=tmp_path)
     assert refused.returncode == 2
-    assert "full reads or writes the weights themselves, which quantize packs; remove quantize" in refused.stderr
+    assert "full reads or writes the weights themselves, and this model's are packed in 4 or 8 bits" in refused.stderr
 
 
 def test_without_the_package_the_recipe_says_what_to_install(model_folder, monkeypatch):

@@ -177,6 +177,7 @@ def test_a_push_happens_only_when_asked_and_says_what_went_wrong(monkeypatch, tm
             calls.append((repo_id, folder_path))
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     assert push_to_hub(tmp_path, "me/mine") == "https://huggingface.co/me/mine"
     assert calls == [("me/mine", True), ("me/mine", str(tmp_path))]
     with pytest.raises(LuthierError, match=r"--push no/token: Token is required; .* log in with `hf auth login`"):

@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from helpers.finished import finished
 from luthier.data.rendering import Renderer
 from luthier.model.gguf_rope import divisors
-from luthier.model.loading import load_tokenizer, locate
+from luthier.model.loading import load_config, load_model, load_tokenizer, locate
 from luthier.model.pre_tokenizers import DIGIT, GPT2, LLAMA3, NAMES, cut_as, name_of, rules_of
 from luthier.support.errors import LuthierError
 from luthier.testing.models import byte_tokenizer, tiny
@@ -17,6 +17,7 @@ from luthier.tuned import llama_cpp
 from luthier.tuned.export import export
 from luthier.tuned.gguf_vocabulary import vocabulary_of
 from luthier.tuned.modelfile import modelfile
+from luthier.tuned.probe import difference
 
 PIECES = [
     "▁a",
@@ -242,3 +243,59 @@ def test_the_modelfile_says_the_template_in_ollamas_language():
 def test_llama_cpp_itself_agrees(tmp_path):
     run = finished(tmp_path / "r", saved(tmp_path / "m", sentencepiece()))
     export(run, "gguf", tmp_path / "g")  # compares ids and answers in llama.cpp
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_a_gguf_file_is_opened_with_its_scaled_rotary_embeddings(tmp_path, kind):
+    rope = {
+        "rope_theta": 500000.0,
+        **ROPES[kind],
+    }  # as Llama 3 has it: its slowest frequency is divided by the whole factor
+    run = finished(
+        tmp_path / "r", saved(tmp_path / "m", byte_tokenizer(), rope_parameters=rope), tuner="full", dtype="float32"
+    )
+    export(run, "gguf", tmp_path / "g")
+    config = load_config(locate(str(tmp_path / "g" / "model.gguf")))
+    assert {k: config.rope_parameters[k] for k in rope} == pytest.approx(rope)
+    ids = torch.arange(40, 60)[None].repeat(1, 5)  # 100 positions: beyond the first 64
+    found = load_model(locate(str(tmp_path / "g" / "model.gguf")), dtype=torch.float32, device="cpu").module
+    own = tf.AutoModelForCausalLM.from_pretrained(run)
+    with torch.no_grad():
+        assert difference(found(ids).logits, own(ids).logits) < 0.02
+
+
+def written(folder, pre, **more):
+    """A GGUF file with another name for how it cuts text."""
+    run = finished(folder / "r", saved(folder / "m", byte_tokenizer(), **more))
+    export(run, "gguf", folder / "g")
+    file = folder / "g" / "model.gguf"
+    data, name = file.read_bytes(), b"tokenizer.ggml.pre"
+    assert data.count(name) == 1
+    at = data.index(name) + len(name) + 4  # behind the type of the value: the length of the text, and the text
+    assert data[at + 8 : at + 13] == b"gpt-2" and len(pre) == 5
+    file.write_bytes(data[: at + 8] + pre + data[at + 13 :])
+    return file
+
+
+@pytest.mark.parametrize("pre, said", [(b"nobod", True), (b"qwen2", False)])
+def test_an_unknown_way_of_cutting_text_is_said(tmp_path, caplog, pre, said):
+    file = written(tmp_path, pre)
+    with caplog.at_level("WARNING", logger="luthier"):
+        locate(str(file))
+    assert ("cuts text as 'nobod', which luthier does not know" in caplog.text) is said
+
+
+def test_a_head_width_of_its_own_is_read_from_a_gguf_file(tmp_path):
+    run = finished(tmp_path / "r", saved(tmp_path / "m", byte_tokenizer(), "qwen3", head_dim=16))
+    export(run, "gguf", tmp_path / "g")
+    assert load_config(locate(str(tmp_path / "g" / "model.gguf"))).head_dim == 16
+
+
+def test_unigram_tokenizers_are_refused_by_name():
+    made = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁a", -1.0), ("b", -2.0)], unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer = tf.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<unk>")
+    with pytest.raises(
+        LuthierError, match="export --to gguf: Unigram tokenizers are not supported, only .*; use --to hf"
+    ):
+        vocabulary_of(Renderer(tokenizer), len(tokenizer))

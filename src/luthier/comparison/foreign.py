@@ -13,6 +13,7 @@ from typing import Any
 
 from luthier.model.loading import Located, load_model
 from luthier.model.view import ModelView
+from luthier.model.weights import save
 from luthier.recipe import Recipe
 from luthier.run.folder import RunFolder
 from luthier.run.ready import gather, make_ready
@@ -65,7 +66,7 @@ def _base_folder(recipe: Recipe, target: Path) -> Path:
     if not (target / "config.json").exists():
         ready = make_ready(recipe, target, Path("."), gather(recipe, Path(".")))
         with whole(target) as temporary:
-            ready.view.module.save_pretrained(temporary)
+            save(ready.view.module, temporary)
             ready.renderer.tokenizer.save_pretrained(temporary)
     return target.resolve()
 

@@ -150,7 +150,7 @@ def moved(recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
         data[key] = here(data[key])
     if isinstance(data.get("train"), list):
         data["train"] = [{**s, "path": here(s.get("path"))} if isinstance(s, dict) else s for s in data["train"]]
-    out |= {"model": here(out["model"])} if "model" in out else {}
+    out |= {key: here(out[key]) for key in ("model", "start") if key in out}
     return {**out, "data": data}
 
 

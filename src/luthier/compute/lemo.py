@@ -169,7 +169,7 @@ class Lemo(Compute):
             )
         if self.mlp_prune_fraction and facts.quantized:
             problems.append(
-                Problem("mlp_prune_fraction", "its backward reads weights, which quantize packs", "set it to 0")
+                Problem("mlp_prune_fraction", "its backward reads weights, and this model's are packed", "set it to 0")
             )
         return problems + ([] if facts.anatomy is None else self._not_known(facts.anatomy))
 

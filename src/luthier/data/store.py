@@ -270,6 +270,18 @@ class TokenRows(Sequence[dict[str, Any]]):
         found: list[str] = self._columns["key"].to_pylist()
         return found
 
+    def beyond(self, size: int) -> tuple[str, int] | None:
+        """(key, id) of the first token whose id is not below `size`, with its row; None if there is none."""
+        done = 0
+        for chunk in self._columns["ids"].chunks:
+            ids = chunk.flatten().to_numpy()
+            if (found := np.flatnonzero(ids >= size)).size:
+                ends = np.cumsum(chunk.value_lengths().to_numpy())
+                at = done + int(np.searchsorted(ends, found[0], side="right"))
+                return self._columns["key"][at].as_py(), int(ids[found[0]])
+            done += len(chunk)
+        return None
+
     def text(self, key: str, name: str) -> str:
         """A text column of the row with this key. Raises LuthierError if there is none."""
         if self._places is None:

@@ -164,8 +164,9 @@ class Method(BaseModel):
         if facts.layout is not None and facts.layout not in self.traits.layouts:
             problems.append(Problem("layout", f"{self.key()} cannot use the {facts.layout} layout"))
         if facts.quantized and Need.PLAIN_WEIGHTS in self.traits.needs:
-            what = f"{self.key()} reads or writes the weights themselves, which quantize packs"
-            problems.append(Problem("quantize", what, "remove quantize, or choose lora, peft, adapter or dept"))
+            what = f"{self.key()} reads or writes the weights themselves, and this model's are packed in 4 or 8 bits"
+            remedy = "take plain weights (without quantize), or choose lora, peft, adapter or dept"
+            problems.append(Problem("quantize", what, remedy))
         if facts.quantized and Need.JVP in self.traits.needs:
             what = f"{self.key()} takes forward-mode derivatives, which packed weights do not have"
             problems.append(Problem("quantize", what, "remove quantize"))

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import importlib.util
-import struct
+import logging
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from luthier.model.pre_tokenizers import cut_as
+from luthier.model.adapter_folder import config_in, is_adapter, merged, place_of_base
+from luthier.model.anatomy import Anatomy
+from luthier.model.gguf_files import converted
+from luthier.model.quantised import as_plain, cast, four_bit, is_packed_file, ready_to_train, refuse_method, unpacking
 from luthier.model.refusals import refuse_architecture
 from luthier.model.tail import brief
 from luthier.model.view import ModelView
-from luthier.support.cache import cache_folder, key_of, made
+from luthier.model.weights import (
+    dtypes_in,
+    refuse_damaged,
+    refuse_incomplete,
+    training_dtype,
+    weight_files,
+    without_cache,
+)
 from luthier.support.errors import LuthierError, RecipeError
-from luthier.support.sources import code_key
+
+log = logging.getLogger(__name__)
 
 BUILTIN = "builtin:smollm2-135m"
 
@@ -38,23 +51,30 @@ class Located(NamedTuple):
     revision: str | None
     shown: str
     trust_code: bool = False  # may transformers run Python that comes with the model?
+    adapter: str | None = None  # a folder of peft's whose LoRA is merged into the weights
 
 
 def locate(name: str, revision: str | None = None) -> Located:
     """Find a model by name without loading it.
 
-    name  a folder; a .gguf file (dequantised once into the cache, and said so in its name); "builtin:smollm2-135m";
-          or a Hub id, optionally with @revision. A folder wins over a Hub id of the same name.
+    name  a folder, also one of an adapter of peft's, which is merged into its base; a .gguf file (dequantised once into the
+          cache, and said so in its name); "builtin:smollm2-135m"; or a Hub id, optionally with @revision. A folder wins over
+          a Hub id of the same name.
     Raises RecipeError for a name that is none of these.
     """
     if name == BUILTIN:
-        return Located(str(_converted(_builtin_gguf())), None, "SmolLM2-135M-Instruct (dequantised from its Q4_1 GGUF)")
+        return Located(str(converted(_builtin_gguf())), None, "SmolLM2-135M-Instruct (dequantised from its Q4_1 GGUF)")
     path = Path(name)
     if name.endswith(".gguf"):
         if not path.is_file():
             raise RecipeError("model", f"{name}: there is no such file", "give the path of a .gguf file")
-        return Located(str(_converted(path)), None, f"{path.name} (dequantised)")
+        return Located(str(converted(path)), None, f"{path.name} (dequantised)")
     if path.is_dir():
+        if is_adapter(path):
+            base = locate(place_of_base(path, found := config_in(path)), found.get("revision"))
+            if base.adapter is not None:
+                raise RecipeError("model", f"{name}: its base, {base.shown}, is an adapter too", "merge that one first")
+            return base._replace(shown=name, adapter=name)
         if not (path / "config.json").is_file():
             raise RecipeError("model", f"{name}: this folder has no config.json", "give a folder saved by transformers")
         return Located(name, None, name)
@@ -75,58 +95,12 @@ def _builtin_gguf() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
-def _converted(gguf: Path) -> Path:
-    """A plain bf16 folder made from a GGUF file, kept in the cache: 0.2 s to load instead of 13 s."""
-    if importlib.util.find_spec("gguf") is None:
-        raise RecipeError("model", f"{gguf.name} needs the package gguf", "pip install 'luthier[gguf]'")
-    stat = gguf.stat()
-    code = code_key("luthier.model.pre_tokenizers")
-    key = key_of(gguf.resolve(), stat.st_size, stat.st_mtime_ns, code)
-    folder = cache_folder() / "gguf" / f"{gguf.stem}-{key}"
-    if folder.is_dir():
-        return folder
-    _check_header(gguf, stat.st_size)
-    source = {"gguf_file": gguf.name, "local_files_only": True}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
-        _cut_as_said(tokenizer, gguf)
-        model = AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16, **source
-        )
-    except (ValueError, OSError, LookupError, RuntimeError, TypeError, OverflowError, EOFError, struct.error) as error:
-        raise RecipeError("model", f"{gguf}: cannot be read as GGUF ({error})", "download the file again") from error
-    with made(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-    return folder
-
-
-def _cut_as_said(tokenizer: Any, file: Path) -> None:
-    """Let the tokenizer cut text as the file says: transformers knows only some of llama.cpp's names, smollm not."""
-    import gguf
-
-    fields = gguf.GGUFReader(str(file)).fields
-    model, pre = (fields.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
-    if pre is not None and model is not None and model.contents() == "gpt2":
-        cut_as(tokenizer.backend_tokenizer, pre.contents())
-
-
-def _check_header(gguf: Path, size: int) -> None:
-    """Magic, version and counts, before a reader allocates by them."""
-    with gguf.open("rb") as file:
-        head = file.read(24)
-    plausible = len(head) == 24 and head[:4] == b"GGUF"
-    version, tensors, entries = struct.unpack("<IQQ", head[4:]) if plausible else (0, 0, 0)
-    # A tensor's description takes at least 24 bytes, a metadata entry at least 13.
-    if version not in (2, 3) or tensors * 24 + entries * 13 > size:
-        raise RecipeError("model", f"{gguf}: cannot be read as GGUF (its header is damaged)", "download the file again")
-
-
 def load_tokenizer(located: Located) -> Any:
-    """The model's own tokenizer."""
+    """The model's own tokenizer; the adapter's, if it brings one."""
+    own = located.adapter is not None and (Path(located.adapter) / "tokenizer_config.json").is_file()
     try:
         return AutoTokenizer.from_pretrained(
-            located.path, revision=located.revision, trust_remote_code=located.trust_code
+            located.adapter if own else located.path, revision=located.revision, trust_remote_code=located.trust_code
         )
     except (OSError, ValueError) as error:
         raise _unreachable(located, error) from error
@@ -174,62 +148,118 @@ def load_ends(located: Located, config: Any) -> Ends:
 
 def load_model(
     located: Located, auto: Any = AutoModelForCausalLM, dtype: torch.dtype | None = None, device: str | None = None,
-    labels: Sequence[str] = (), tokenizer: Any = None, seed: int = 0, quantize: str | None = None,
+    labels: Sequence[str] = (), tokenizer: Any = None, seed: int = 0, quantize: str | None = None, unpack: bool = False,
 ) -> ModelView:  # fmt: skip
-    """Load weights (safetensors only) and find the layout.
+    """Load weights and find the layout. safetensors are read, and pickles (.bin) that hold nothing but tensors.
 
     auto    the Auto class of transformers that loads it; a task names its own
-    dtype   None takes the file's
+    dtype   None takes the file's, and float32 for float16, which is too narrow to train in
     device  None takes a GPU where there is one
     labels  names of the classes, in the order of the head's outputs; none: those of the file
     seed    for weights that are not in the file: a new classification head
     quantize  "nf4": linear layers in 4 bits; the view's fingerprint is that of the original weights
-    Raises RecipeError if the model cannot be loaded.
+    unpack  turn a checkpoint that is quantised into plain weights; the view's fingerprint is that of the packed ones
+    Raises RecipeError if the model cannot be loaded, or if its files lack a weight.
     """
-    extra: dict[str, Any] = named_classes(labels) if labels else {}
     config = load_config(located)
     refuse_architecture(auto, config)
+    refuse_method(config, located.shown, quantize, located.path)
+    refuse_merging(located, config, quantize)
+    extra: dict[str, Any] = {**(named_classes(labels) if labels else {}), **unpacking(config)}
     theirs = class_names(config)
     redrawn = bool(labels) and has_class_head(config) and list(labels) != theirs
     redrawn = redrawn and not (are_numbers(theirs) and len(labels) == len(theirs))
-    if redrawn:
-        extra["ignore_mismatched_sizes"] = True
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
+    packed = quantize is not None or is_packed_file(config)
     if quantize is not None:
         plain = load_model(located, auto, dtype, "cpu", labels, tokenizer, seed)
-        base, extra = plain.base, {**extra, **_four_bit(plain.dtype), "device_map": {"": device}}
+        base, extra = plain.base, {**extra, **four_bit(plain.dtype)}
         del plain
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = auto.from_pretrained(
-                located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True,
-                trust_remote_code=located.trust_code, **extra,
-            )  # fmt: skip
-            if redrawn:
-                _redraw_head(model)
-    except ImportError as error:
-        raise RecipeError("model", f"{located.shown}: {brief(error)}", "install that package") from error
-    except (OSError, ValueError) as error:
-        raise _unreachable(located, error) from error
-    model.config.use_cache = False
+    if packed:
+        extra["device_map"] = {"": device}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wanted = dtype or _dtype_of(located, config)
+        model, report = _read(located, auto, wanted, extra)
+        if is_packed_file(config) and isinstance(wanted, torch.dtype):
+            cast(model, wanted)
+        if redrawn:
+            _redraw_head(model)
+    if unpacking(config):
+        as_plain(model)
+    without_cache(model)
     if model.config.pad_token_id is None and tokenizer is not None:
         model.config.pad_token_id = (
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
-    if quantize is None:
-        model.to(device)
-    for module in model.modules():
-        # On some CPUs, bitsandbytes repacks a weight at its first call without gradients. A repacked layer passes no gradient
-        # on, so layers before it would not be trained.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    if not packed:
+        model.to(device)  # type: ignore[arg-type]
+    ready_to_train(model)
     try:
+        drawn = Anatomy(model).task_head if redrawn or not has_class_head(config) else ()
+        refuse_incomplete(model, report, drawn, located.shown)
+        if located.adapter is not None:
+            model = merged(model, Path(located.adapter))
+        if unpack and is_packed_file(config):
+            base = ModelView(model, tokenizer, name=located.shown).base
+            model = model.dequantize()
+            as_plain(model)
         return ModelView.probed(model, tokenizer, name=located.shown, base=base)
     except RecipeError:
         raise
     except LuthierError as error:
         raise RecipeError("model", f"{located.shown}: {error}", "choose another model") from error
+
+
+def refuse_merging(located: Located, config: Any, quantize: str | None) -> None:
+    """Raises RecipeError for an adapter that would have to be merged into packed weights."""
+    if located.adapter is not None and (quantize is not None or is_packed_file(config)):
+        raise RecipeError(
+            "model", f"{located.shown}: an adapter cannot be merged into packed weights",
+            f"set model to its base ({located.path}), and start to the adapter, which then stays beside the weights",
+        )  # fmt: skip
+
+
+def _read(located: Located, auto: Any, dtype: torch.dtype | str, extra: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+    """(model, what transformers says of loading it)."""
+    folder = Path(located.path)
+    how = {
+        "revision": located.revision, "dtype": dtype, "trust_remote_code": located.trust_code,
+        "output_loading_info": True, "ignore_mismatched_sizes": True, "weights_only": True, **extra,
+    }  # fmt: skip
+    safe = refuse_damaged(folder).safe if folder.is_dir() else True
+    try:
+        try:
+            found: tuple[PreTrainedModel, Any] = auto.from_pretrained(located.path, use_safetensors=safe, **how)
+        except OSError as error:
+            if folder.is_dir() or "safetensors" not in str(error):
+                raise
+            found = auto.from_pretrained(located.path, use_safetensors=False, **how)  # the Hub has only .bin files
+        return found
+    except ImportError as error:
+        raise RecipeError("model", f"{located.shown}: {brief(error)}", "install that package") from error
+    except UnpicklingError as error:
+        what = f"{located.shown}: holds a pickle that is damaged, or that would run code when it is read"
+        raise RecipeError("model", what, "take a checkpoint in safetensors") from error
+    except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, EOFError) as error:
+        stored = try_to_load_from_cache(located.path, "config.json", revision=located.revision)
+        if isinstance(stored, str) and not folder.is_dir():  # from the Hub: name the file, if one is damaged
+            refuse_damaged(Path(stored).parent)
+        raise _unreachable(located, error) from error
+
+
+def _dtype_of(located: Located, config: PreTrainedConfig) -> torch.dtype | str:
+    """The dtype to load a checkpoint in if the recipe leaves it open."""
+    stated, folder = getattr(config.get_text_config(), "dtype", None) or config.dtype, Path(located.path)
+    stored = dtypes_in(weight_files(folder)) if stated is None and folder.is_dir() else ()
+    found = training_dtype(stated, stored, is_packed_file(config))
+    if found is None:
+        return "auto"
+    log.warning(
+        "%s: is stored in %s, and is loaded in %s, which is wide enough to train in; set dtype to choose another",
+        located.shown, "several dtypes" if stated is None and len(stored) > 1 else "float16", str(found).partition(".")[2],
+    )  # fmt: skip
+    return found
 
 
 @torch.no_grad()
@@ -268,19 +298,6 @@ def are_numbers(names: Sequence[str]) -> bool:
 def named_classes(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:
     """The classes, as a configuration stores them."""
     return {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
-
-
-def _four_bit(compute: torch.dtype) -> dict[str, Any]:
-    """Keywords of `from_pretrained` for linear layers in 4 bits."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError("quantize", "needs the package bitsandbytes", "pip install 'luthier[quant]'")
-    from transformers import BitsAndBytesConfig
-
-    return {
-        "quantization_config": BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
-        )
-    }
 
 
 def _unreachable(located: Located, error: Exception) -> RecipeError:

@@ -46,6 +46,33 @@ NOT_AGAIN = (
 )
 
 
+_FILES = (
+    "",
+    "## Files",
+    "",
+    "`luthier check` tests the files of a folder before anything is loaded, and names a file that is missing, cut short or",
+    "damaged.",
+    "",
+    "| what | how it is taken |",
+    "|---|---|",
+    "| safetensors, whole or in shards | read; weights that the model lacks a place for are said, missing ones are refused |",
+    "| pytorch_model.bin, whole or in shards | read, if it holds nothing but tensors; a pickle that runs code is refused |",
+    "| float16 | loaded in float32, which holds its values exactly; `dtype: bfloat16` takes half the memory |",
+    "| several dtypes, and none in config.json | loaded in float32 |",
+    "| bitsandbytes, 4 or 8 bits | stays packed, beside it bfloat16 for float16; lora, peft, adapter and dept train on top, and "
+    "`export` merges into the numbers that the bits stand for |",
+    "| FP8, MXFP4 | become plain weights in the dtype of config.json; every tuner works |",
+    "| GPTQ, AWQ, HQQ, compressed-tensors, MLX and all others | refused by name; take the model they were made from |",
+    "| .gguf | dequantised once, with its rotary scaling; an unknown way of cutting text is said |",
+    "| a LoRA adapter of peft's as `model` | merged into its base, which is found by its base_model_name_or_path |",
+    "| a LoRA adapter as `start` | stays beside the weights; the result is one adapter that holds both |",
+    "| adapters with biases, aLoRA, other types than LoRA | refused by name |",
+    "| generation_config.json | its end tokens and stop strings end answers; it is kept in what is saved |",
+    "| more embeddings than tokens | trained and kept as they are |",
+    "| more tokens than embeddings | refused if a row has such a token, with the row and the token |",
+)
+
+
 def page() -> str:
     """The page of the docs."""
     lines = [
@@ -70,6 +97,7 @@ def page() -> str:
         "Experts of mixtures (Mixtral, OLMoE, GPT-OSS, Qwen3-MoE, DeepSeek) are stacked in one tensor for each block, so",
         "they are no linear layers: `all-linear` leaves them out, and `luthier check` says how many weights they are. The",
         "tuner `full` trains them.",
+        *_FILES,
     ]
     return "\n".join(lines) + "\n"
 

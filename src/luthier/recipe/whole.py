@@ -79,10 +79,10 @@ class Recipe(RunSettings):
     def facts(self, **more: Any) -> Facts:
         """What methods may know before weights are loaded."""
         others = tuple(self.methods().values())
-        quantized = self.quantize is not None
+        known = {"quantized": self.quantize is not None, **more}
         return Facts(
-            task=self.task.key(), batch_size=self.batch_size, settings=self, others=others, quantized=quantized,
-            redraws=self.task.redraws, kept=frozenset(self.data.carried.fields), **more,
+            task=self.task.key(), batch_size=self.batch_size, settings=self, others=others, redraws=self.task.redraws,
+            kept=frozenset(self.data.carried.fields), **known,
         )  # fmt: skip
 
     def check_methods(self, facts: Facts | None = None) -> None:
@@ -127,6 +127,8 @@ class Recipe(RunSettings):
             ("data.pool", asks and not self.data.pool, "is missing, and the pipeline labels its rows", "name rows"),
             ("eval_steps", self.eval_steps and not held, *rows),
             ("evaluate", not held and not all(e.own_rows for e in self.evaluate), *rows),
+            ("start", self.start and self.pipeline is not None, "is not read beside a pipeline", "set model to it"),
+            ("start", self.start and self.collaborate is not None, "is not read beside collaborate", "set model to it"),
             ("pace", self.pace != Pace() and self.pipeline is None, "is read by pipelines only", "set max_steps"),
             ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
             ("data.pool", unread_pool, f"is not read by task {self.task.key()}", "remove it"),

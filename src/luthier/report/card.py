@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from luthier.data.reading import on_hub
 from luthier.recipe import Recipe
+from luthier.report.card_rules import LICENCES
 
 BUILTIN = {"builtin:smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -87,12 +88,20 @@ def front(
         )
         for s in scores
     ]  # fmt: skip
+    licence, name_of_licence = _licence_keys(base.licence)
     data = ModelCardData(
-        base_model=base.name, base_model_relation=relation, license=base.licence,
+        base_model=base.name, base_model_relation=relation, license=licence, license_name=name_of_licence,
         library_name="peft" if peft else "transformers", pipeline_tag=task, tags=["luthier", *tags],
         datasets=list(datasets) or None, model_name=name if results else None, eval_results=results or None,
     )  # fmt: skip
     return ["---", *data.to_yaml().splitlines(), "---"]
+
+
+def _licence_keys(licence: str | None) -> tuple[str | None, str | None]:
+    """A licence as the Hub takes it: (one of its own names, None), or ("other", a name)."""
+    if licence is None or licence in LICENCES:
+        return licence, None
+    return "other", re.sub(r"[^a-z0-9.+-]+", "-", licence.lower()).strip("-") or "unnamed"
 
 
 def loading(name: str, relation: str, peft: bool, task: str | None) -> list[str]:

@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,33 @@ def _carry_out(
 ) -> None:  # fmt: skip
     """Evaluate, train, evaluate, and write the results."""
     _tell_rows(ready, place, say)
-    result = _before(ready, place, say, judge)
-    train = _pipeline if ready.recipe.pipeline is not None else _train
-    trained = train(ready, place, stop, on_step, deadline, say)
-    if judge:
-        _finish(ready, place, result, trained, say, keep)
-    else:
+    with contextlib.ExitStack() as under:
+        if ready.start is not None:
+            say(f"start   {ready.recipe.start}")
+            under.enter_context(ready.start.bind(ready.view))
+        result = _before(ready, place, say, judge)
+        train = _pipeline if ready.recipe.pipeline is not None else _train
+        trained = train(ready, place, stop, on_step, deadline, say)
+        if ready.start is not None:
+            trained = _over(ready.start, trained, under)
+        if judge:
+            _finish(ready, place, result, trained, say, keep)
+            return
         _note_spent(ready, place, result, trained, peak_memory(), evaluation_seconds=result.seconds, kept=False)
+
+
+def _over(start: Update, trained: Trained, under: contextlib.ExitStack) -> Trained:
+    """The result of training over an update, as one update of the base. Raises LuthierError if there is none."""
+    try:
+        update = start.then(trained.update)
+    except TypeError as error:
+        raise LuthierError(f"start: {error}; set model to the adapter, which merges it") from error
+
+    def detach() -> None:
+        trained.detach()
+        under.close()
+
+    return replace(trained, update=update, detach=detach)
 
 
 def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
@@ -193,7 +213,7 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
 
 def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Results:
     """Evaluate the base model."""
-    results = ready.results()
+    results = ready.results("none" if ready.start is None else ready.start.digest())
     say(f"before  {shown(results)}")
     if show_tokens and place.writes and not (place.path / "tokens.json").exists():
         rows = ready.first_rows(token_view.SHOWN)

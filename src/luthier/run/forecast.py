@@ -26,7 +26,9 @@ from transformers import PreTrainedConfig
 from luthier.data.prepare import Prepared
 from luthier.data.rendering import Renderer
 from luthier.inference.services import lab_with
+from luthier.model.quantised import is_packed_file
 from luthier.model.view import ModelView
+from luthier.model.weights import training_dtype, without_cache
 from luthier.pipelines.base import Apply, applied, started, trained
 from luthier.recipe import Recipe
 from luthier.run.rows import tokens_a_step
@@ -147,7 +149,7 @@ def resolved(
     the tuner refuses the model whatever its number of layers.
     """
     left_open = recipe.gradient_checkpointing == "auto"
-    if recipe.quantize is not None:
+    if recipe.quantize is not None or is_packed_file(config):
         off = {"gradient_checkpointing": False} if left_open else {}
         return recipe.model_copy(update=off), NoForecast("random weights cannot be quantised like the model's")
     plain = recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
@@ -330,11 +332,12 @@ def _quick(settings: TrainSettings, rows: Sequence[Any]) -> TrainSettings:
 
 
 def _miniature(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> ModelView:
-    dtype = config.dtype if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
+    stated = training_dtype(config.dtype, (), False) or config.dtype
+    dtype = stated if recipe.dtype == "auto" else getattr(torch, recipe.dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.random.fork_rng(), torch.device(device):
         model = recipe.task.auto(config).from_config(config, dtype=dtype or torch.float32)
-    model.config.use_cache = False
+    without_cache(model)
     model.config.pad_token_id = tokenizer.pad_token_id
     return ModelView.probed(model, tokenizer)
 

@@ -17,7 +17,7 @@ from luthier.method.registry import modules_of
 from luthier.recipe import Recipe
 from luthier.run.folder import RunFolder
 from luthier.run.queue import Workers, side_by_side, workers
-from luthier.run.ready import located_model
+from luthier.run.ready import located_model, start_folder
 from luthier.run.rows import write_rows
 from luthier.step.lab import Nested
 from luthier.step.outcome import Outcome
@@ -79,11 +79,11 @@ class NestedRuns:
     def _model(self) -> str:
         """Hash of the model's files, or of its id and revision if it comes from the Hub."""
         located = located_model(self.recipe, self.base)
-        path = Path(located.path)
-        if not path.exists():
-            return key_of(located.path, located.revision)
-        files = [path] if path.is_file() else sorted(f for f in path.iterdir() if f.is_file())
-        return key_of([(f.name, content_of(f)) for f in files])
+        start = start_folder(self.recipe, self.base)
+        places = [Path(p) for p in (located.path, located.adapter, start) if p is not None and Path(p).exists()]
+        key = "" if Path(located.path).exists() else key_of(located.path, located.revision)
+        files = [f for p in places for f in ([p] if p.is_file() else sorted(f for f in p.iterdir() if f.is_file()))]
+        return key_of(key, [(f.name, content_of(f)) for f in files])
 
     def _place(self, run: Nested) -> Path:
         """The folder of a run in the cache. Other keys, rows, files, weights or code have another folder."""

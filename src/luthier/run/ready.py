@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,20 +20,35 @@ from luthier.evaluation.base import Exam, Results
 from luthier.inference.scoring import mean_loss
 from luthier.inference.services import lab_with
 from luthier.integrations import tracking
+from luthier.model.adapter_folder import CONFIG, config_in
 from luthier.model.anatomy import Anatomy
-from luthier.model.loading import Located, load_config, load_ends, load_model, load_tokenizer, locate, named_classes
+from luthier.model.loading import (
+    Located,
+    load_config,
+    load_ends,
+    load_model,
+    load_tokenizer,
+    locate,
+    named_classes,
+    refuse_merging,
+)
+from luthier.model.quantised import is_packed_file, refuse_method
 from luthier.model.refusals import refuse_architecture
 from luthier.model.view import ModelView
+from luthier.model.weights import refuse_damaged
 from luthier.recipe import Recipe
 from luthier.run import score_cache
 from luthier.run.forecast import Forecast, NoForecast, resolved
 from luthier.run.rows import Data, prepare_rows
 from luthier.step.lab import Lab, Ledger, Runs
 from luthier.support.cache import key_of
-from luthier.support.errors import RecipeError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import beside
 from luthier.tasks.base import Draw
 from luthier.training.loop import Loop
+from luthier.update import Update
+from luthier.update.base import OTHER_LORAS
+from luthier.update.files import load, load_adapter
 
 
 @dataclass
@@ -45,6 +61,7 @@ class Ready:
     renderer: Renderer
     data: Data
     accelerator: Accelerator
+    start: Update | None = None
     tick: Tick = no_tick
     nested: Runs | None = None
     ledger: Ledger = field(default_factory=Ledger)
@@ -100,14 +117,48 @@ def located_model(recipe: Recipe, base: Path) -> Located:
     return located._replace(trust_code=recipe.trust_remote_code)
 
 
+def start_folder(recipe: Recipe, base: Path) -> Path | None:
+    """The folder of the adapter that the recipe starts from. Raises RecipeError for one that cannot be taken up."""
+    if recipe.start is None:
+        return None
+    folder = Path(beside(base, recipe.start))
+    if not (folder / CONFIG).is_file():
+        what = f"{recipe.start}: holds no adapter ({CONFIG})"
+        raise RecipeError("start", what, "give a folder of peft's, or of a finished run with lora")
+    config = config_in(folder)
+    if odd := next((o for o in OTHER_LORAS if config.get(o)), None):
+        what = f"{recipe.start}: is a LoRA with {odd}, on which nothing can be trained as it stands"
+        raise RecipeError("start", what, "set model to this folder: it is merged then")
+    return folder
+
+
+def started_from(recipe: Recipe, base: Path, view: ModelView) -> Update | None:
+    """The update that the recipe starts from. Raises RecipeError if it belongs to another model."""
+    folder = start_folder(recipe, base)
+    if folder is None:
+        return None
+    try:
+        found = load(folder) if (folder / "update.json").is_file() else load_adapter(folder, view.base)
+        found.refuse_misfit(view)
+    except LuthierError as error:
+        raise RecipeError("start", f"{recipe.start}: {error}", "name the model that it was trained on") from error
+    return Update(found.base, found.parts)  # its chart says where its own training began
+
+
 def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     """(where the model is, renderer, configuration)."""
     located = located_model(recipe, base)
     tokenizer = load_tokenizer(located)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
     config = load_config(located)
+    size = getattr(config.get_text_config(), "vocab_size", None) or math.inf
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= size:  # the model has no embedding for it
+        tokenizer.pad_token_id = tokenizer.eos_token_id
     refuse_architecture(recipe.task.auto(config), config)
+    refuse_method(config, located.shown, recipe.quantize, located.path)
+    refuse_merging(located, config, recipe.quantize)
+    start_folder(recipe, base)
+    if Path(located.path).is_dir():
+        refuse_damaged(Path(located.path))
     plain = {"auto": None, "chat": False, "plain": True}[recipe.data.template]
     if plain is False and tokenizer.chat_template is None:
         raise RecipeError("data.template", "this model has no chat template", "set data.template: plain")
@@ -170,6 +221,7 @@ def _check(
     total = Loop.length(train.rows, recipe) if train.rows else None
     known: dict[str, Any] = {
         "model_config": config, "total_steps": total, "num_rows": len(train.rows), "anatomy": anatomy,
+        "quantized": recipe.quantize is not None or is_packed_file(config),
     }  # fmt: skip
     recipe.check_methods(recipe.facts(**known, layout=layout, num_processes=processes))
 
@@ -227,7 +279,8 @@ def make_ready(
         seed=recipe.seed, quantize=recipe.quantize,
     )  # fmt: skip
     recipe.task.check_view(view)
+    start = started_from(recipe, base, view)
     _check(recipe, config, data.train, view.layout, accelerator.num_processes, view.anatomy)
     if recipe.compute is not None:
         view.phases.append(partial(recipe.compute.patch, view))
-    return Ready(recipe, folder, view, renderer, data, accelerator)
+    return Ready(recipe, folder, view, renderer, data, accelerator, start)

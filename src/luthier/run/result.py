@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.model.view import ModelView
+from luthier.model.weights import save
 from luthier.update import Update
 
 
@@ -24,5 +25,5 @@ def leave_model(update: Update, view: ModelView, tokenizer: Any, folder: Path) -
     whole = is_whole(update, view)
     if whole:
         update.merge_into(view.module)
-        view.module.save_pretrained(folder)
+        save(view.module, folder)
     return whole

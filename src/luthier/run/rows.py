@@ -138,9 +138,12 @@ def prepare_rows(
         pool = prepare(
             encoded(new, chain), renderer, **{**fit, "maker": task.maker(renderer, config, labels, labelled=False)}
         )
+    train = prepare(rows, renderer, **fit, carried=d.carried, mix=mix)
+    held_out = prepare(encoded(held, chain), renderer, **fit) if held is not None else None
+    refuse_unknown_tokens([train, held_out, pool], renderer.tokenizer, config)
     return Data(
-        prepare(rows, renderer, **fit, carried=d.carried, mix=mix),
-        prepare(encoded(held, chain), renderer, **fit) if held is not None else None,
+        train,
+        held_out,
         held,
         labels,
         pool,
@@ -150,6 +153,20 @@ def prepare_rows(
         shared,
         task.head(rows, [str(n) for n in labels], config),
     )
+
+
+def refuse_unknown_tokens(sets: Sequence[Prepared | None], tokenizer: Any, config: Any) -> None:
+    """Raises RecipeError for the first token of these rows that the model has no embedding for."""
+    size = getattr(config.get_text_config(), "vocab_size", None)
+    if size is None or max(tokenizer.get_vocab().values(), default=0) < size:
+        return
+    for rows in sets:
+        if rows is not None and (found := rows.rows.beyond(size)) is not None:
+            key, token = found
+            raise RecipeError(
+                key, f"token {tokenizer.convert_ids_to_tokens(token)!r} has id {token}, and the model embeds {size} tokens",
+                "use the model's own tokenizer, or enlarge the model with resize_token_embeddings and save it",
+            )  # fmt: skip
 
 
 def curation_lab(

@@ -15,14 +15,17 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetens
 
 
 def without_missing_kernels() -> None:
-    """Leave out the one message of bitsandbytes that a package which luthier does not use is missing. It comes at its import."""
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    if _used not in log.filters:
-        log.addFilter(_used)
+    """Leave out two messages of bitsandbytes: at its import, that a package which luthier does not use is missing; and at every
+    call of a layer in 8 bits, that it rounds its input.
+    """
+    for name in ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions"):
+        log = logging.getLogger(name)
+        if _used not in log.filters:
+            log.addFilter(_used)
 
 
 def _used(record: logging.LogRecord) -> bool:
-    return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
+    return not str(record.msg).startswith(("Failed to load CPU gemm_4bit_forward", "MatMul8bitLt: inputs will be cast"))
 
 
 LEVELS = ("debug", "info", "warning", "error")

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 
 from luthier.data.rendering import Renderer
 from luthier.federation.outcome import read_given
+from luthier.model.weights import save
 from luthier.report.card import base_of, card
+from luthier.report.card_rules import faults
 from luthier.support.errors import LuthierError
 from luthier.support.files import whole
 from luthier.tuned import llama_cpp
@@ -78,10 +80,18 @@ def _vllm(folder: Path) -> str:
 
 
 def push_to_hub(folder: Path, name: str) -> str:
-    """Upload an export to a Hub id, as a private repository. Returns its address."""
+    """Upload an export to a Hub id, as a private repository. Returns its address.
+
+    Raises LuthierError, before anything is sent, for a model card that the Hub would refuse.
+    """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+    file = folder / "README.md"
+    if not file.is_file():
+        raise LuthierError(f"--push {name}: {folder}: there is no model card (README.md); write one")
+    if found := faults(file.read_text(encoding="utf-8")):
+        raise LuthierError(f"--push {name}: {file}: the Hub refuses it: {'; '.join(found)}; correct it")
     try:
         api = HfApi()
         url = api.create_repo(name, private=True, exist_ok=True)
@@ -114,7 +124,7 @@ def _peft(run: Tuned, output: Path, name: str) -> nn.Module:
 
 
 def _hf(run: Tuned, output: Path, name: str) -> PreTrainedModel:
-    _merged(run).save_pretrained(output)
+    save(_merged(run), output)
     run.renderer.tokenizer.save_pretrained(output)
     (output / "README.md").write_text(_card(run), encoding="utf-8")
     found: PreTrainedModel = run.recipe.task.auto(run.view.module.config).from_pretrained(output, dtype=run.view.dtype)

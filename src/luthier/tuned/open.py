@@ -107,7 +107,7 @@ def lab_of(use: Use, quantize: bool = True) -> Lab:
     def view() -> ModelView:
         found = load_model(
             located, recipe.task.auto(config), dtype_of(recipe), tokenizer=renderer.tokenizer, labels=use.classes,
-            seed=recipe.seed, quantize=recipe.quantize if quantize else None,
+            seed=recipe.seed, quantize=recipe.quantize if quantize else None, unpack=not quantize,
         )  # fmt: skip
         if recipe.compute is not None:
             found.phases.append(partial(recipe.compute.patch, found))
