@@ -1,0 +1,356 @@
+"""The forms in which people keep rows, and how each becomes one of luthier's shapes. Forms that no task reads are known by name.
+
+A form is recognised by its fields. A mapping (`data.columns`) wins over what the fields look like: a form that uses mapped fields
+comes before one that does not. A row keeps the fields of one shape only, so reading, rendering and evaluation cannot choose
+differently.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Values = Mapping[str, Any]
+MESSAGES, PAIR, LABELLED, TEXT = "messages", "prompt and completion", "text and label", "text"
+SHAPES = {  # the fields of each shape; luthier's rows have one shape
+    MESSAGES: ("messages",),
+    PAIR: ("prompt", "completion"),
+    LABELLED: ("text", "label"),
+    TEXT: ("text",),
+}
+SHAPE_FIELDS = frozenset({"messages", "prompt", "completion", "text"})  # two shapes are told apart by these
+ROLES = {  # the names of speakers in ShareGPT files
+    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "bot": "assistant", "bard": "assistant", "bing": "assistant", "claude": "assistant", "system": "system", "tool": "tool",
+    "observation": "tool", "function_response": "tool", "ipython": "tool", "function_call": "function_call",
+}  # fmt: skip
+
+
+class Form(NamedTuple):
+    """One way to write rows.
+
+    name      for messages
+    fields    a row of this form has all of these
+    shape     what it is read as
+    convert   its values with the fields of the shape; raises ValueError for values that do not fit
+    optional  fields that it reads as well
+    fits      a test of the values, besides their names
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    shape: str
+    convert: Callable[[Values], dict[str, Any]]
+    optional: tuple[str, ...] = ()
+    fits: Callable[[Values], bool] = lambda values: True
+
+
+class Unread(NamedTuple):
+    """A known form that no task reads.
+
+    name    for messages
+    tells   fields that only this form has
+    fields  a row of this form has all of these
+    remedy  what a user can do instead
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    tells: tuple[str, ...]
+    remedy: str
+    fits: Callable[[Values], bool] = lambda values: True
+
+
+# --- conversions ---
+
+
+def _same(values: Values) -> dict[str, Any]:
+    return dict(values)
+
+
+def decoded(value: Any, kind: str) -> Any:
+    """The value, or what its JSON text holds: cells of CSV and Parquet files hold lists as text. Raises ValueError."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{kind} is a text that is not JSON ({error})") from error
+
+
+def _messages(values: Values) -> dict[str, Any]:
+    return {**values, "messages": decoded(values["messages"], "messages")}
+
+
+def _is_turns(value: Any) -> bool:
+    """True for a list of turns; the text of one counts too."""
+    if isinstance(value, str):
+        return value.lstrip().startswith("[{")
+    return isinstance(value, list) and bool(value) and all(isinstance(t, dict) for t in value)
+
+
+def _talk(values: Values) -> dict[str, Any]:
+    """TRL's conversational prompt and completion: one conversation in which only the completion is trained on."""
+    prompt, completion = (decoded(values[n], n) or [] for n in ("prompt", "completion"))
+    before = [{**t, "weight": 0} if isinstance(t, dict) and t.get("role") == "assistant" else t for t in prompt]
+    rest = {n: v for n, v in values.items() if n not in ("prompt", "completion")}
+    return {**rest, "messages": [*before, *completion]}
+
+
+def _joined(*parts: Any) -> Any:
+    """The texts that are not empty, a blank line between them; a value that is no text stays as it is, to be refused."""
+    given = [p for p in parts if p is not None and p != ""]
+    if not all(isinstance(p, str) for p in given):
+        return next(p for p in given if not isinstance(p, str))
+    return "\n\n".join(given)
+
+
+def _asked(question: str, answer: str, *more: str) -> Callable[[Values], dict[str, Any]]:
+    """A conversion of an instruction, further texts of the question, and its answer."""
+
+    def convert(values: Values) -> dict[str, Any]:
+        gone = {question, answer, *more, "history"}
+        out = {n: v for n, v in values.items() if n not in gone}
+        prompt = _joined(values[question], *(values.get(n) for n in more))
+        earlier = decoded(values.get("history"), "history")
+        if "history" not in values:
+            return {**out, "prompt": prompt, "completion": values[answer]}
+        turns: list[dict[str, Any]] = []
+        for pair in earlier or []:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise ValueError("history is not a list of [question, answer]")
+            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        last = [{"role": "user", "content": prompt}, {"role": "assistant", "content": values[answer]}]
+        return {**out, "messages": [*turns, *last]}
+
+    return convert
+
+
+def _sharegpt(field: str) -> Callable[[Values], dict[str, Any]]:
+    """A conversion of turns as {"from", "value"}, or as {"role", "content"}."""
+
+    def convert(values: Values) -> dict[str, Any]:
+        turns = decoded(values[field], field)
+        if not isinstance(turns, list):
+            raise ValueError(f"{field} is not a list of turns")
+        out = {n: v for n, v in values.items() if n != field}
+        return {**out, "messages": [_turn(t, i) for i, t in enumerate(turns, start=1)]}
+
+    return convert
+
+
+def _turn(turn: Any, number: int) -> Any:
+    if not isinstance(turn, dict) or "from" not in turn:
+        return turn
+    more = {n: v for n, v in turn.items() if n not in ("from", "value", "text")}
+    said = turn.get("value", turn.get("text"))
+    role = ROLES.get(str(turn["from"]).lower())
+    if role is None:
+        raise ValueError(f"turn {number} is from {turn['from']!r}; it should be one of {', '.join(sorted(ROLES))}")
+    if role != "function_call":
+        return {**more, "role": role, "content": said}
+    calls = decoded(said, f"the call of turn {number}")
+    return {**more, "role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+
+
+# --- what is known ---
+
+FORMS = (
+    Form("messages", ("messages",), MESSAGES, _messages, ("tools", "functions", "system")),
+    Form(
+        "conversational prompt and completion", ("prompt", "completion"), MESSAGES, _talk, ("tools", "system"),
+        lambda v: _is_turns(v["prompt"]) and _is_turns(v["completion"]),
+    ),
+    Form("ShareGPT", ("conversations",), MESSAGES, _sharegpt("conversations"), ("tools", "system")),
+    Form(
+        "ShareGPT", ("conversation",), MESSAGES, _sharegpt("conversation"), ("tools", "system"),
+        lambda v: _is_turns(v["conversation"]),
+    ),
+    Form("prompt and completion", ("prompt", "completion"), PAIR, _same, ("system",)),
+    Form(
+        "Alpaca", ("instruction", "output"), MESSAGES, _asked("instruction", "output", "input"),
+        ("input", "history", "system"), lambda v: "history" in v,
+    ),
+    Form("Alpaca", ("instruction", "output"), PAIR, _asked("instruction", "output", "input"), ("input", "system")),
+    Form(
+        "Dolly", ("instruction", "response"), PAIR, _asked("instruction", "response", "context", "input"),
+        ("context", "input", "system"),
+    ),
+    Form("text and label", ("text", "label"), LABELLED, _same),
+    Form("text", ("text",), TEXT, _same),
+)  # fmt: skip
+
+_TRAIN = "luthier trains on answers alone"
+UNREAD = (
+    Unread(
+        "OpenAI's preference form", ("input", "preferred_output", "non_preferred_output"),
+        ("preferred_output", "non_preferred_output"), f"{_TRAIN}: write messages that end in the preferred answer",
+    ),
+    Unread(
+        "preference data", ("chosen", "rejected"), ("chosen", "rejected"),
+        f"{_TRAIN}: data.columns: {{completion: chosen}} with a prompt, or {{messages: chosen}} for conversations",
+    ),
+    Unread(
+        "unpaired preference data", ("prompt", "completion", "label"), ("label",),
+        f"{_TRAIN}: keep the rows whose label is true, and leave out label",
+        lambda v: isinstance(v["label"], bool),
+    ),
+    Unread(
+        "stepwise supervision", ("prompt", "completions", "labels"), ("completions", "labels"),
+        f"{_TRAIN}: join the right steps into one completion",
+    ),
+    Unread(
+        "token tagging", ("tokens",), ("tokens", "ner_tags", "pos_tags", "tags", "labels"),
+        "no task of luthier labels single tokens; write the labels as an answer, or a label for the whole text",
+        lambda v: any(n in v for n in ("ner_tags", "pos_tags", "chunk_tags", "tags", "labels", "upos")),
+    ),
+    Unread(
+        "text pairs with a label", ("label",), (),
+        "join the two texts in one column, and name it with data.columns: {text: ...}",
+        lambda v: "text" not in v and any(a in v and b in v for a, b in TEXT_PAIRS),
+    ),
+    Unread(
+        "images or sound beside text", (), ("images", "image", "audio", "videos"), "luthier trains on text; leave the column out",
+        lambda v: any(v.get(n) for n in ("images", "image", "audio", "videos")),
+    ),
+)  # fmt: skip
+TEXT_PAIRS = (
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+    ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"),
+)  # fmt: skip
+# Names of questions and answers in files of no known form: they become a proposal.
+QUESTIONS = (
+    "prompt",
+    "question",
+    "query",
+    "instruction",
+    "input",
+    "inputs",
+    "problem",
+    "source",
+    "document",
+    "article",
+)
+ANSWERS = (
+    "completion",
+    "answer",
+    "response",
+    "output",
+    "target",
+    "targets",
+    "solution",
+    "summary",
+    "highlights",
+    "reply",
+)
+TEXTS = ("sentence", "content", "review", "comment", "tweet", "document", "body", "question", "text")
+CLASSES = ("label", "labels", "category", "class", "intent", "sentiment", "target", "label_text")
+
+
+class Found(NamedTuple):
+    """The form of a row.
+
+    form    as FORMS describes it
+    unused  fields that the row has as well and that are left out, because they belong to other forms
+    """
+
+    form: Form
+    unused: tuple[str, ...]
+
+    @property
+    def told(self) -> str:
+        """The form for a reader."""
+        read = "" if self.form.name == self.form.shape else f" (read as {self.form.shape})"
+        unused = f"; not read: {', '.join(self.unused)}" if self.unused else ""
+        return f"{self.form.name}{read}{unused}"
+
+
+class Known(NamedTuple):
+    """What fits the names of a row's fields: forms that no task reads, and forms in the order in which they are tried."""
+
+    unread: tuple[Unread, ...]
+    forms: tuple[Found, ...]
+
+
+class Finder:
+    """Finds the form of rows and gives them the fields of one shape.
+
+    shapes  that the task reads
+    mapped  fields that `data.columns` names: the form that uses most of them wins, then the first of FORMS
+    kept    fields that the recipe keeps: they stay, unless they would change the shape of the row
+    """
+
+    def __init__(self, shapes: Sequence[str], mapped: Collection[str] = (), kept: Collection[str] = ()) -> None:
+        self.shapes, self.mapped, self.kept = tuple(shapes), frozenset(mapped), frozenset(kept)
+        self._known: dict[tuple[str, ...], Known] = {}  # by the names of fields, which are few
+
+    def read(self, values: Values) -> tuple[Found, dict[str, Any]]:
+        """(form, values with the fields of its shape). Raises ValueError with a reason, LookupError for an unknown form."""
+        names = tuple(values)
+        known = self._known.get(names)
+        if known is None:
+            if len(self._known) > 1000:  # rows with names of their own: nothing to remember
+                self._known.clear()
+            known = self._known[names] = self._of(values)
+        for unread in known.unread:
+            if unread.fits(values):
+                raise ValueError(f"is {unread.name}, which no task here reads; {unread.remedy}")
+        found = next((f for f in known.forms if f.form.fits(values)), None)
+        if found is None:
+            raise LookupError
+        return found, {n: v for n, v in found.form.convert(values).items() if n not in found.unused}
+
+    def _of(self, names: Collection[str]) -> Known:
+        own = {n for form in FORMS for n in form.fields}
+        unread = tuple(u for u in UNREAD if all(n in names for n in u.fields))
+        forms = [f for f in FORMS if f.shape in self.shapes and all(n in names for n in f.fields)]
+        forms.sort(
+            key=lambda f: -sum(n in self.mapped for n in f.fields)
+        )  # stable: the order of FORMS decides the rest
+        said = bool(self.mapped & own)  # the user says what to read
+        tells = {n for u in unread for n in u.tells} if said else set()
+        return Known(() if said else unread, tuple(Found(f, self._unused(f, names, tells)) for f in forms))
+
+    def _unused(self, form: Form, names: Collection[str], tells: Collection[str]) -> tuple[str, ...]:
+        own = {*form.fields, *form.optional, *SHAPES[form.shape]}
+        others = {n for f in FORMS for n in f.fields if n != "label"} | set(tells)
+        return tuple(sorted(n for n in names if n in others - own and (n not in self.kept or n in SHAPE_FIELDS)))
+
+
+def proposal(values: Values, shapes: Sequence[str]) -> str:
+    """A mapping that would give these values one of the shapes; an empty text if the names of the fields say nothing."""
+    texts = {n for n, v in values.items() if isinstance(v, str)}
+    if PAIR in shapes:
+        question = next((n for n in QUESTIONS if n in texts), None)
+        answer = next((n for n in ANSWERS if n in texts and n != question), None)
+        if question and answer:
+            return f"data.columns: {{prompt: {question}, completion: {answer}}}"
+    if LABELLED in shapes:
+        label = next((n for n in CLASSES if n in values), None)
+        text = next((n for n in (*TEXTS, *QUESTIONS) if n in texts and n != label), None)
+        if text and label:
+            return f"data.columns: {{text: {text}, label: {label}}}"
+    return ""
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without keys whose value is null, at any depth: columnar files give every object the keys of all others."""
+    if isinstance(value, dict):
+        return {n: without_nulls(v) for n, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def at_path(values: Values, path: str) -> Any:
+    """A field of a row, or a value within one: translation.en, answers.text.0. Raises KeyError if there is none."""
+    if path in values:
+        return values[path]
+    here: Any = values
+    for step in path.split("."):
+        if isinstance(here, Mapping) and step in here:
+            here = here[step]
+        elif isinstance(here, list) and step.isdigit() and int(step) < len(here):
+            here = here[int(step)]
+        else:
+            raise KeyError(path)
+    return here
