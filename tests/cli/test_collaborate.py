@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -143,7 +144,7 @@ def test_shadow_runs_that_were_stopped_or_killed_go_on(agreed, tmp_path, monkeyp
             worker.kill()
 
     with pytest.raises(LuthierError, match="a process that made shadow sets was killed"):
-        _side_by_side(workspace.path, range(3, 12), 1, kill)
+        _side_by_side(workspace.path, range(3, 12), os.cpu_count() or 1, kill)  # a thread each, as in this process
     half = shadow_files(tmp_path)
     assert 4 <= len(half) < 12
     said = []

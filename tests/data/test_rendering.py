@@ -17,7 +17,7 @@ from helpers.templates import (
     TOOLS,
     TOOLS_TEXT,
 )
-from helpers.tokenizers import TOKENIZERS, byte_level, sentencepiece
+from helpers.words import TOKENIZERS, byte_level, sentencepiece, slow_bytes
 from luthier.data.batch import IGNORE
 from luthier.data.prepare import prepare
 from luthier.data.reading import answers_of, shape_of
@@ -288,3 +288,20 @@ def test_content_in_parts_is_their_text():
 def test_turns_that_cannot_be_rendered_are_refused_by_name(values, told):
     with pytest.raises(RecipeError, match=f"f:1: {told}"):
         shape_of(Row("f:1", values), ("messages",))
+
+
+def test_options_of_the_template_hold_in_training_and_in_use():
+    renderer = Renderer(byte_level(QWEN3), options={"enable_thinking": False})
+    item, start = renderer.render({"messages": TALK}, "k"), renderer.prompt_ids({"messages": TALK})
+    assert start == own(renderer.tokenizer, TALK[:3], True, enable_thinking=False) == item["ids"][: len(start)]
+    assert renderer.tokenizer.decode(start).endswith("<think>\n\n</think>\n\n")
+    assert [renderer.tokenizer.decode(ids) for ids in supervised(item)][-1] == "four<|im_end|>"
+    rows = [Row("f:1", {"messages": TALK})]
+    made = [prepare(rows, r, max_length=99).digest for r in (renderer, Renderer(byte_level(QWEN3)))]
+    assert made[0] != made[1]
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_no_text():
+    for tokenizer in (byte_level(CHATML), slow_bytes(CHATML)):
+        ids = tokenizer("four", add_special_tokens=False)["input_ids"]
+        assert Renderer(tokenizer).answer_text([ids[0], 399, *ids[1:], 399]) == ("four", "")

@@ -1,10 +1,12 @@
 """What ends an answer, and what a tokenizer's key changes with."""
 
+import random
+
 import pytest
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 
 from helpers.templates import CHATML, MARKS, TEMPLATES
-from helpers.tokenizers import TOKENIZERS, byte_level, sentencepiece, slow_bytes
+from helpers.words import TOKENIZERS, byte_level, sentencepiece, slow_bytes
 from luthier.data.rendering import Renderer
 from luthier.data.tokens import Tokens, tokenizer_key
 
@@ -56,3 +58,32 @@ def test_the_key_changes_with_all_that_decides_ids():
     assert len({tokenizer_key(t) for t in made}) == len(made)
     assert tokenizer_key(byte_level()) == tokenizer_key(byte_level())
     assert tokenizer_key(slow_bytes()) == tokenizer_key(slow_bytes())
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_the_ids_up_to_a_cut_are_those_of_the_text_up_to_it(kind):
+    """At random cuts of random texts, also within tokens and where an added token takes the space before it."""
+    tokenizer, rng = TOKENIZERS[kind](), random.Random(3)
+    if kind != "slow-bytes":
+        tokenizer.add_tokens([AddedToken("<|left|>", lstrip=True, rstrip=True), AddedToken("fine", single_word=True)])
+    words = [
+        *MARKS[:6],
+        "<|left|>",
+        " ",
+        "  ",
+        "\n",
+        "hello",
+        " there",
+        "the answer",
+        "fine",
+        "—",
+        "a",
+        "<",
+        "|>",
+        "[INST]",
+    ]
+    texts = ["".join(rng.choices(words, k=12)) for _ in range(40)]
+    cuts = [[*sorted(rng.randrange(1, len(t)) for _ in range(4)), len(t)] for t in texts]
+    found = Tokens(tokenizer).fronts(texts, cuts)
+    for text, row, fronts in zip(texts, cuts, found, strict=True):
+        assert fronts == [tokenizer(text[:c], add_special_tokens=False)["input_ids"] for c in row], text

@@ -53,3 +53,11 @@ def test_results_survive_their_plain_form(exam_of):
     results = examine(exam_of(ROWS, {"a": "1", "b": "x", "c": "3"}), [ExactMatch()])
     again = type(results).from_dict(results.as_dict())
     assert again.samples == results.samples and again.brief() == results.brief()
+
+
+def test_a_text_of_stop_ends_an_answer(exam_of):
+    exam = exam_of(ROWS, {"a": "1\n\nmore", "b": "2 END", "c": "3"})
+    results = examine(exam, [ExactMatch(stop=("END", "\n\n"))])
+    assert results.measures["exact_match"].value == 1
+    assert [s.answer for s in results.samples] == ["1", "2 ", "3"]
+    assert examine(exam, [ExactMatch()]).measures["exact_match"].stats[:, 0].tolist() == [0, 0, 1]

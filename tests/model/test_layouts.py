@@ -144,8 +144,7 @@ def test_collate_shifts_once():
 
 
 def test_soft_caps_and_scales_of_the_head_are_honoured():
-    view, batch = view_of("gemma3"), batch_of((9,))
-    view.module.config.final_logit_softcapping = 0.5
+    view, batch = view_of("gemma3", final_logit_softcapping=0.5), batch_of((9,))
     own = view.module(input_ids=batch.ids.unsqueeze(0)).logits[0].float()
     ours = Forward(batch, view).logits(torch.arange(9))
     torch.testing.assert_close(ours, own, atol=1e-5, rtol=0)

@@ -9,9 +9,11 @@ from luthier.inference.generation import generate
 from luthier.inference.services import lab_around
 from luthier.model.loading import Ends, load_config, load_ends, locate
 from luthier.model.view import ModelView
+from luthier.recipe import load
 from luthier.run.evaluations import known, remember
+from luthier.run.ready import tokens_and_config
 from luthier.support.errors import RecipeError
-from luthier.testing.models import byte_tokenizer, tiny
+from luthier.testing.models import TEMPLATE, byte_tokenizer, tiny
 
 
 @pytest.fixture
@@ -36,6 +38,17 @@ def test_ends_come_from_the_generation_settings(folder):
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 4]}))
     located = locate(str(folder))
     assert load_ends(located, load_config(located)) == Ends((3, 4))
+
+
+def test_an_option_that_the_template_does_not_read_is_refused(folder):
+    byte_tokenizer().save_pretrained(folder)
+    asked = f"model: {folder}\ndata: {{train: x.jsonl, template_options: {{enable_thinking: false}}}}\n"
+    with pytest.raises(
+        RecipeError, match="data.template_options.enable_thinking: the chat template reads no such variable"
+    ):
+        tokens_and_config(load(asked, "r"), folder)
+    byte_tokenizer(TEMPLATE + "{{ enable_thinking }}").save_pretrained(folder)
+    assert tokens_and_config(load(asked, "r"), folder)[1].options == {"enable_thinking": False}
 
 
 def test_damaged_settings_are_named(folder):

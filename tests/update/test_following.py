@@ -95,7 +95,7 @@ def test_in_place_every_difference_is_in_the_weights():
     with update.bind(view):
         beside = states(view)
     with update.in_place(view):
-        torch.testing.assert_close(states(view), beside, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(states(view), beside, atol=5e-6, rtol=5e-6)  # another order of sums in float32
         assert not any("forward" in vars(m) for m in view.module.modules())
 
 

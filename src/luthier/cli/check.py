@@ -38,10 +38,12 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "sources": data.train.sources,
         "skipped": data.skipped,
         "pool_shared": data.pool_shared,
+        "head": data.head,
         "curated": [k.brief for k in data.kept],
         "matched": matched,
         "left_out": left_out,
         "weights": anatomy.num_parameters,
+        "experts_left_out": anatomy.stacked_experts if matched else 0,
         "forecast": None if isinstance(expected, NoForecast) else asdict(expected),
         "no_forecast": expected.reason if isinstance(expected, NoForecast) else None,
         "destinations": destinations(recipe, base),
@@ -111,6 +113,7 @@ def _about_data(result: dict[str, Any]) -> list[str]:
         out += [f"curate {first}", *counts]
     shared = result["pool_shared"]
     out += [f"pool: {shared:,} rows are left out, because they are also training rows"] if shared else []
+    out += [f"classification head: {result['head']}"] if result["head"] else []
     return out + [f"skipped {line}" for line in result["skipped"]]
 
 
@@ -118,6 +121,11 @@ def _about_model(result: dict[str, Any]) -> list[str]:
     out = [f"target {pattern}: {count} layers" for pattern, count in result["matched"].items()]
     if result["left_out"]:
         out.append(f"linear layers left out: {', '.join(result['left_out'])}")
+    if experts := result["experts_left_out"]:
+        share = experts / result["weights"]
+        out.append(
+            f"experts left out: {experts:,} weights ({share:.0%}) are stacked in one tensor a block; tuner full trains them"
+        )
     f = result["forecast"]
     if f is None:
         return [*out, f"weights: {result['weights']:,}", f"no forecast: {result['no_forecast']}"]

@@ -12,6 +12,7 @@ from luthier.claims import claim as claims
 from luthier.cli.listing import examples_of, starter
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
+from luthier.model import refusals
 
 FOLDER = Path(__file__).parents[3] / "docs" / "methods"
 TUNER = """```python
@@ -316,6 +317,7 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER.parent / "api.md").write_text(api(), encoding="utf-8")
     (FOLDER.parent / "evidence.md").write_text(claims.evidence(FOLDER.parents[1] / "claims"), encoding="utf-8")
+    (FOLDER.parent / "models.md").write_text(refusals.page(), encoding="utf-8")
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
 

@@ -114,6 +114,7 @@ def _left(base: ModelView, output: Path, recipe: Recipe) -> ModelView:
         base.widen()  # in low precision, merging would lose the adapter to rounding
         merged = PeftModel.from_pretrained(base.module, str(output)).merge_and_unload().to(dtype)
         view = ModelView(merged, base.tokenizer, base.layout, base.name)
+        view.singly = base.singly
         view.module.eval()
         return view
     if (output / "config.json").exists():

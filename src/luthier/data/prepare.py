@@ -148,6 +148,7 @@ def prepare(
             [part.prefix for part in rows.parts],  # the same rows in another file have other keys
             tokenizer_key(renderer.tokenizer),
             renderer.stop_ids,
+            sorted(renderer.options.items()),
             renderer.system,
             renderer.plain,
             fit,

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -64,15 +65,17 @@ class Renderer:
                   where the tokenizer has one
     ends          ids that end an answer, from the model's generation settings
     stop_strings  texts that end an answer, from the same place
+    options       variables of the chat template, such as enable_thinking
     """
 
     def __init__(
         self, tokenizer: Any, system: str | None = None, plain: bool | None = None, ends: Sequence[int] = (),
-        stop_strings: Sequence[str] = (),
+        stop_strings: Sequence[str] = (), options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
         self.tokenizer, self.system = tokenizer, system
         self.plain = (tokenizer.chat_template is None) if plain is None else plain
         self.ends, self.stop_strings = tuple(ends), tuple(stop_strings)
+        self.options = dict(options or {})
         self.tokens = Tokens(tokenizer)
 
     @cached_property
@@ -116,7 +119,11 @@ class Renderer:
         for form in FORMS if any("tool_calls" in t or "content" not in t for t in turns) else FORMS[:1]:
             try:
                 text: str = self.tokenizer.apply_chat_template(
-                    [form(t) for t in turns], tools=tools, tokenize=False, add_generation_prompt=generate
+                    [form(t) for t in turns],
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **self.options,
                 )
             except (TemplateError, TypeError, ValueError) as error:
                 first = first or error
@@ -274,15 +281,11 @@ class Renderer:
         return Segment(text, False, self.tokens.first if self.plain else ())
 
     def encoded(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
-        """Token ids of every segment of every row, from one call of the tokenizer."""
-        texts = []
-        for row in rows:
-            so_far = ""
-            for segment in row:
-                so_far += segment.text
-                texts.append(so_far)
-        fronts = iter(self.tokens.bare(texts))
-        return [self._pieces(row, [next(fronts) for _ in row]) for row in rows]
+        """Token ids of every segment of every row."""
+        texts = ["".join(s.text for s in row) for row in rows]
+        cuts = [list(accumulate(len(s.text) for s in row)) or [0] for row in rows]
+        found = zip(rows, self.tokens.fronts(texts, cuts), strict=True)
+        return [self._pieces(row, fronts[: len(row)]) for row, fronts in found]
 
     def _pieces(self, row: Sequence[Segment], fronts: Sequence[list[int]]) -> Encoded:
         """The segments' ids, from the ids of the texts up to the end of each segment."""
@@ -347,7 +350,7 @@ class Renderer:
     def answer_text(self, ids: Sequence[int]) -> tuple[str, str]:
         """(answer, thought) of the ids that a model wrote. The ids end at its stop token."""
         end = next((n for n, i in enumerate(ids) if i in self.stop_ids), len(ids))
-        ids = list(ids[:end])
+        ids = [i for i in ids[:end] if i < self.tokens.size]  # a model whose vocabulary is padded may write others
         if self.plain or not self.wrap.is_text:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             wrap = Wrap() if self.plain else self.wrap

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from luthier.support.cache import key_of
 
 FRONTS = ("\n", "\t", ".", "0")  # stand before a text when it is tokenised as text that follows other text
 PROBES = ("a", "the", "1", ".")  # short texts; a vocabulary has a token for one of them
 KNOWN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "</s>")
+
+
+class _Near(NamedTuple):
+    """A cut in a text: where the last added token before it stands, as a character and in ids, and where the cut is in ids."""
+
+    number: int
+    cut: int
+    start: int
+    first: int
+    end: int
 
 
 class Tokens:
@@ -26,6 +38,48 @@ class Tokens:
         """Ids without special tokens around them. One call for many texts: fast tokenizers work in threads."""
         return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]) if texts else []
 
+    def fronts(self, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+        """For each text, the ids of the text up to each of its cuts, which are in order and end with its length.
+
+        They are those of each such text by itself. Added tokens split a text, so what stands before one changes nothing after it:
+        up to a cut, only the text from the last added token on is tokenised again, and compared.
+        """
+        if not texts:
+            return []
+        encoded = self.tokenizer(list(texts), add_special_tokens=False)
+        wholes = encoded["input_ids"]
+        near = self._near(encoded, texts, cuts) if encoded.is_fast else {}
+        again = self.bare([texts[n][start:cut] for n, cut, start, _, _ in near.values()])
+        found = {
+            place: wholes[n][:end]
+            for (place, (n, _, _, first, end)), ids in zip(near.items(), again, strict=True)
+            if wholes[n][first:end] == ids
+        }
+        left = [(n, c) for n, row in enumerate(cuts) for c in row[:-1] if (n, c) not in found]
+        found |= zip(left, self.bare([texts[n][:c] for n, c in left]), strict=True)
+        return [[*(found[n, c] for c in row[:-1]), list(wholes[n])] for n, row in enumerate(cuts)]
+
+    def _near(self, encoded: Any, texts: Sequence[str], cuts: Sequence[Sequence[int]]) -> dict[tuple[int, int], _Near]:
+        """For each (number of the text, cut) after an added token: where this token stands and where the cut is, in ids."""
+        (pattern, added), out = self._added, {}
+        for n, (text, row) in enumerate(zip(texts, cuts, strict=True)):
+            starts = [m.start() for m in pattern.finditer(text)] if pattern is not None else []
+            for cut in row[:-1]:
+                at = bisect_left(starts, cut) - 1
+                if at < 0:
+                    continue
+                first, end = encoded.char_to_token(n, starts[at]), encoded.char_to_token(n, cut)
+                if first is not None and end is not None and encoded["input_ids"][n][first] in added:
+                    out[n, cut] = _Near(n, cut, starts[at], first, end)
+        return out
+
+    @cached_property
+    def _added(self) -> tuple[re.Pattern[str] | None, frozenset[int]]:
+        """A pattern of the added tokens, and their ids."""
+        words = self.tokenizer.get_added_vocab()
+        pattern = "|".join(map(re.escape, sorted(filter(None, words), key=len, reverse=True)))
+        return (re.compile(pattern) if pattern else None), frozenset(words.values())
+
     @cached_property
     def frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         for text in PROBES:
@@ -34,6 +88,11 @@ class Tokens:
                 if full[i : i + len(bare)] == bare:
                     return tuple(full[:i]), tuple(full[i + len(bare) :])
         return (), ()
+
+    @cached_property
+    def size(self) -> int:
+        """The number of tokens; a model may have scores for more."""
+        return len(self.tokenizer)
 
     @property
     def first(self) -> tuple[int, ...]:

@@ -120,15 +120,17 @@ class Exam:
             found[before] = known._replace(references=references)
         return list(found.values())
 
-    def answers(self, questions: Sequence[Question], max_new_tokens: int) -> list[Completion]:
-        """Greedy answers. A question is never answered twice with the same length."""
+    def answers(self, questions: Sequence[Question], max_new_tokens: int, stop: Sequence[str] = ()) -> list[Completion]:
+        """Greedy answers, up to the first of the texts in `stop`. A question is never answered twice with the same length."""
         missing = [q for q in questions if (q.key, max_new_tokens) not in self._answers]
         if missing:
             replies = self.replies([q.row.values for q in missing], max_new_tokens)
             for q, done in zip(missing, replies, strict=True):
                 self._answers[q.key, max_new_tokens] = done
-                self.asked.setdefault(q.key, (q, done))
-        return [self._answers[q.key, max_new_tokens] for q in questions]
+        out = [self._answers[q.key, max_new_tokens].up_to(stop) for q in questions]
+        for q, done in zip(questions, out, strict=True):
+            self.asked.setdefault(q.key, (q, done))
+        return out
 
     def prompt_ids(self, values: Mapping[str, Any]) -> list[int]:
         """The token ids of a row's prompt."""
@@ -214,11 +216,13 @@ class Answering(Evaluator):
     """Number of distinct prompts of data.eval to answer, from the first."""
     max_new_tokens: int = Field(64, ge=1)
     """Largest number of tokens in an answer."""
+    stop: tuple[str, ...] = Field((), examples=[["\n\n"]])
+    """Texts that end an answer: it is cut before the first of them. The model's end tokens and stop strings always end it."""
 
     def replies(self, exam: Exam) -> tuple[list[Question], list[str]]:
         """(questions, what the model answered)."""
         questions = exam.questions(self.rows)
-        return questions, [a.text for a in exam.answers(questions, self.max_new_tokens)]
+        return questions, [a.text for a in exam.answers(questions, self.max_new_tokens, self.stop)]
 
 
 class Results(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +15,8 @@ from luthier.evaluation.text import equal_json
 from luthier.method import Source, Traits
 from luthier.support.errors import LuthierError
 
+TAGGED = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)  # Hermes, Qwen
+MARKED = re.compile(r"^\s*(\[TOOL_CALLS\]|<\|python_tag\|>)\s*")  # Mistral, Llama
 LEFT_OUT = ""  # among the accepted values of an argument: the argument may be left out
 
 
@@ -36,21 +39,23 @@ class Judged(NamedTuple):
 
 
 def calls_of(text: str, name_key: str, arguments_key: str | None) -> list[Call] | None:
-    """The calls in a text: a JSON object, or a list of them. None if the text is neither.
+    """The calls in a text: a JSON object, a list of them, or objects in the marks of a chat template. None for other texts.
 
     arguments_key  None: an object's other keys are its arguments
     """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+    tagged = TAGGED.findall(text)
+    found = [_value(t) for t in tagged or [MARKED.sub("", text, count=1)]]
+    if any(v is None for v in found):
         return None
+    value = found if tagged else found[0]
     items = value if isinstance(value, list) else [value]
     out = []
     for item in items:
         if not isinstance(item, dict) or not isinstance(item.get(name_key), str):
             return None
         rest = {k: v for k, v in item.items() if k != name_key}
-        arguments = rest if arguments_key is None else item.get(arguments_key, {})
+        given = "parameters" if arguments_key == "arguments" and "arguments" not in item else arguments_key
+        arguments = rest if given is None else item.get(given, {})
         if isinstance(arguments, str):  # some interfaces write arguments as text
             try:
                 arguments = json.loads(arguments)
@@ -60,6 +65,14 @@ def calls_of(text: str, name_key: str, arguments_key: str | None) -> list[Call] 
             return None
         out.append(Call(item[name_key], arguments))
     return out
+
+
+def _value(text: str) -> Any:
+    """The value of a JSON text; None for other texts."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def accepted_calls(row: Row, column: str) -> list[Call]:
@@ -119,9 +132,10 @@ def judge(said: Sequence[Call] | None, wanted: Sequence[Call], listed: bool = Fa
 class FunctionCalls(Answering):
     """Generated calls compared with the right ones: the name, the arguments, the order, and all of these together.
 
-    A right call is the answer itself (JSON, one call or a list), or the row's column `accepted_column`: a list of
-    {name: {argument: [accepted values]}}, as in the Berkeley leaderboard, where "" among the values means that the
-    argument may be left out. An answer that is not JSON is wrong in everything. Made-up arguments and calls are wrong.
+    A right call is the answer itself (JSON, one call or a list, or a turn's `tool_calls` as the chat template writes them), or
+    the row's column `accepted_column`: a list of {name: {argument: [accepted values]}}, as in the Berkeley leaderboard, where
+    "" among the values means that the argument may be left out. An answer that is not JSON is wrong in everything.
+    Made-up arguments and calls are wrong.
     Cost: one generated answer for each question.
     """
 

@@ -44,7 +44,7 @@ class Knowledge(Answering):
 
     def evaluate(self, exam: Exam) -> list[Measure]:
         questions = [q for q in exam.questions(self.rows) if _kind(q) in self.kinds]
-        replies = [a.text for a in exam.answers(questions, self.max_new_tokens)]
+        replies = [a.text for a in exam.answers(questions, self.max_new_tokens, self.stop)]
         out = []
         for kind in self.kinds:
             mine = [(q, a) for q, a in zip(questions, replies, strict=True) if _kind(q) == kind]

@@ -155,7 +155,7 @@ def _asked(exam: Exam) -> Any:
             turns = exam.renderer.messages({"messages": chat_history})
             text: str = self.tokenizer.apply_chat_template(
                 turns, tokenize=False, add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
+                continue_final_message=not add_generation_prompt, **exam.renderer.options,
             )  # fmt: skip
             return text
 

@@ -13,6 +13,7 @@ from luthier.evaluation.base import Answering, Exam, Question
 from luthier.evaluation.measures import Measure, mean
 from luthier.inference.generation import sampled
 from luthier.method import Facts, Problem, Source, Traits
+from luthier.step.lab import Completion
 from luthier.support.errors import LuthierError
 from luthier.support.sandbox import Limits, execute_all
 
@@ -86,7 +87,7 @@ class PassAtK(Answering):
     def evaluate(self, exam: Exam) -> list[Measure]:
         questions = exam.questions(self.rows)
         if self.samples == 1:
-            answers = [[a.text] for a in exam.answers(questions, self.max_new_tokens)]
+            answers = [[a.text] for a in exam.answers(questions, self.max_new_tokens, self.stop)]
         else:
             answers = self._drawn(exam, questions)
         programs = []
@@ -108,4 +109,5 @@ class PassAtK(Answering):
         drawn = sampled(
             exam.view, prompts, exam.renderer, self.max_new_tokens, self.samples, self.temperature, exam.streams, keys
         )
-        return [[exam.codec.decode(q.row.values, a) for a in some] for q, some in zip(questions, drawn, strict=True)]
+        whole = [[exam.codec.decode(q.row.values, a) for a in some] for q, some in zip(questions, drawn, strict=True)]
+        return [[Completion(a, True, 0).up_to(self.stop).text for a in some] for some in whole]

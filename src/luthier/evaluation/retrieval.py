@@ -230,7 +230,7 @@ class Retrieval(Answering):
     ) -> list[Completion]:
         asked = [self.asked(q.prompt, c.text) for q, c in zip(questions, contexts, strict=True)]
         rows = [{"prompt": text, "completion": q.references[0]} for q, text in zip(questions, asked, strict=True)]
-        replies = exam.replies(rows, self.max_new_tokens)
+        replies = [r.up_to(self.stop) for r in exam.replies(rows, self.max_new_tokens)]
         for q, text, reply in zip(questions, asked, replies, strict=True):
             key = q.key if condition == "retrieved" else f"{q.key}:{condition}"
             exam.asked.setdefault(key, (q._replace(key=key, prompt=text), reply))

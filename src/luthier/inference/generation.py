@@ -10,7 +10,7 @@ from torch import Tensor
 
 from luthier.data.reading import Tick, no_tick
 from luthier.data.rendering import Renderer
-from luthier.inference.session import Session
+from luthier.inference.session import Session, ways
 from luthier.model.view import ModelView
 from luthier.step.lab import Completion
 from luthier.support.rng import Streams
@@ -37,7 +37,8 @@ def generate(
     """
     fill, stops = renderer.tokenizer.pad_token_id or 0, frozenset(renderer.stop_ids)
     done: dict[int, Completion] = {}
-    for part in batches([len(p) for p in prompts], max_new_tokens):
+    lengths = [len(p) for p in prompts]
+    for part in batches(lengths, max_new_tokens, padding=not prompts or ways(view).padding):
         where = f"prompts {len(done) + 1} to {len(done) + len(part)}"
 
         def ended(count: int, before: int = len(done), where: str = where) -> None:
@@ -50,11 +51,15 @@ def generate(
     return [done[i] for i in range(len(prompts))]
 
 
-def batches(lengths: Sequence[int], more: int) -> Iterator[list[int]]:
-    """Positions, longest first, in batches of at most ROWS rows and about TOKENS tokens, answers of `more` included."""
+def batches(lengths: Sequence[int], more: int, padding: bool = True) -> Iterator[list[int]]:
+    """Positions, longest first, in batches of at most ROWS rows and about TOKENS tokens, answers of `more` included.
+
+    padding  prompts of different lengths may stand in one batch
+    """
     part: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if part and (len(part) == ROWS or (len(part) + 1) * (lengths[part[0]] + more) > TOKENS):
+        full = len(part) == ROWS or (len(part) + 1) * (lengths[part[0]] + more) > TOKENS if part else False
+        if part and (full or not (padding or lengths[i] == lengths[part[0]])):
             yield part
             part = []
         part.append(i)
@@ -120,9 +125,8 @@ def sampled(
 def _cut(tokens: list[int], stops: frozenset[int], renderer: Renderer) -> Completion:
     end = next((i for i, t in enumerate(tokens) if t in stops), None)
     text, thought = renderer.answer_text(tokens[:end])
-    places = [text.find(s) for s in renderer.stop_strings if s and s in text]
-    text = text[: min(places)] if places else text
-    return Completion(text, end is not None or bool(places), len(tokens) if end is None else end, thought)
+    whole = Completion(text, end is not None, len(tokens) if end is None else end, thought)
+    return whole.up_to(renderer.stop_strings)
 
 
 @dataclass(frozen=True)

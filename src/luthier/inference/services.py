@@ -35,6 +35,6 @@ def lab_with(
 
 def lab_around(model: PreTrainedModel, tokenizer: Any, seed: int = 0) -> Lab:
     """A lab around a plain transformers model, for a method in your own loop."""
-    ends = ends_in(model.generation_config, model.config)
+    ends = ends_in(getattr(model, "generation_config", None), model.config)
     renderer = Renderer(tokenizer, ends=ends.ids, stop_strings=ends.texts)
     return lab_with(renderer, {"base": partial(ModelView.probed, model, tokenizer)}, seed=seed)

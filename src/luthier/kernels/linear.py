@@ -17,6 +17,12 @@ from torch import Tensor
 from luthier.kernels.plain import is_plain
 
 
+def _shaped(out: Tensor, x: Tensor) -> Tensor:
+    """[T, out] -> [..., out] like x [..., in]. Not as a view, which a model could not write into (Falcon's rotary code does)."""
+    shaped: Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1]))
+    return shaped
+
+
 class _LowRank(torch.autograd.Function):
     """x W^T + b + scale (x A^T) B^T; W frozen, A and B float32 masters computed with in x's dtype."""
 
@@ -32,7 +38,7 @@ class _LowRank(torch.autograd.Function):
             out += bias
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
-        return out.view(*x.shape[:-1], -1)
+        return _shaped(out, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -76,7 +82,7 @@ class _Sparse(torch.autograd.Function):
         out = torch.addmm(bias, flat, weight.T) if bias is not None else flat @ weight.T
         ctx.save_for_backward(x, weight, indices)
         ctx.observe = observe
-        return out.view(*x.shape[:-1], -1)
+        return _shaped(out, x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -174,6 +174,11 @@ def add_to(module: nn.Module, what: Addition, method: str = "forward") -> Change
     return Change(partial(stack.remove, what), partial(stack.without, what))
 
 
+def around(module: nn.Module, wrap: Callable[[Forward], Forward], method: str = "forward") -> Change:
+    """Wrap a method of a module; `wrap` gets the method with everything that is on it so far."""
+    return add_to(module, Behind(wrap), method)
+
+
 def replaces_product(module: nn.Module) -> bool:
     """True for a layer with a Core."""
     stack = module.__dict__.get(ADAPTERS, {}).get("forward")

@@ -17,6 +17,7 @@ from luthier.model.adapters import (
     Forward,
     Own,
     add_to,
+    around,
     bias_of,
     is_packed,
     oriented,
@@ -57,11 +58,6 @@ def register(module: nn.Module, name: str, value: nn.Parameter) -> tuple[Own, Un
 def replace_product(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Change:
     """Compute the layer's own product in another way. Adapters beside and behind it stay."""
     return add_to(module, Core(lambda beneath: forward))
-
-
-def around(module: nn.Module, wrap: Callable[[Forward], Forward], method: str = "forward") -> Change:
-    """Wrap a method of a module; `wrap` gets the method with everything that is on it so far."""
-    return add_to(module, Behind(wrap), method)
 
 
 def low_rank_adapter(module: nn.Module, a: Factor, b: Factor, scale: float, dropout: float = 0.0) -> Change:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -53,17 +54,21 @@ class Anatomy:
     def __init__(self, model: PreTrainedModel) -> None:
         modules = dict(model.named_modules())
         self._modules = modules
+        self.reads_twice = bool(getattr(model.config, "is_encoder_decoder", False))
         self.block_list = _find_block_list(model)
+        self.encoder_list = _beside_decoder(model, self.block_list) if self.reads_twice else None
         self.blocks = tuple(f"{self.block_list}.{i}" for i in range(len(modules[self.block_list])))
-        self.trunk = _name_of(model, model.base_model)
-        self.embedding = _name_of(model, model.get_input_embeddings())
+        self.trunk = _trunk_name(model)
+        self.embedding = _name_of(model, _embedding(model))
         head = model.get_output_embeddings()
         self.head = None if head is None else _name_of(model, head)
-        self.tied = head is not None and head.weight is model.get_input_embeddings().weight
+        self.tied = head is not None and head.weight is _embedding(model).weight
         self.final_norm = _final_norm(model, self.block_list)
-        config = model.config.get_text_config()
+        config = _text_config(model)
+        if layers := getattr(config, "per_layer_config", None):  # layers of different sizes: the first one's
+            config = layers[0]
         self.hidden_size: int = config.hidden_size
-        self.num_heads: int = config.num_attention_heads
+        self.num_heads: int = getattr(config, "num_attention_heads", None) or 1  # a state space has none
         self.num_kv_heads: int = getattr(config, "num_key_value_heads", None) or self.num_heads
         self.head_dim: int = getattr(config, "head_dim", None) or self.hidden_size // self.num_heads
         self.linears = tuple(self._linears(modules))
@@ -71,13 +76,17 @@ class Anatomy:
         self.parameters = {n: logical.get(n, tuple(p.shape)) for n, p in model.named_parameters()}
 
     def _linears(self, modules: dict[str, nn.Module]) -> Iterable[Linear]:
-        for name, module in modules.items():
-            if not isinstance(module, (nn.Linear, Conv1D)):
+        found = {n: m for n, m in modules.items() if isinstance(m, (nn.Linear, Conv1D))}
+        uses = Counter(id(m.weight) for m in found.values())
+        for name, module in found.items():
+            # One weight of several layers cannot have the difference of one of them.
+            if uses[id(module.weight)] > 1 or _other_product(name, module, modules):
                 continue
             block, role = -1, "head" if name == self.head else "other"
-            if name.startswith(self.block_list + "."):
-                number, _, inner = name[len(self.block_list) + 1 :].partition(".")
-                block, role = int(number), role_of(inner)
+            for stack in (self.block_list, self.encoder_list):
+                if stack is not None and name.startswith(stack + "."):
+                    number, _, inner = name[len(stack) + 1 :].partition(".")
+                    block, role = int(number), role_of(inner)
             yield Linear(name, role, block, sizes_of(module), isinstance(module, Conv1D))
 
     @cached_property
@@ -91,6 +100,11 @@ class Anatomy:
     def block_linears(self) -> tuple[Linear, ...]:
         """Matrices inside blocks, by block then in module order."""
         return tuple(x for x in self.linears if x.block >= 0)
+
+    @cached_property
+    def stacked_experts(self) -> int:
+        """Number of weights in tensors that hold one matrix for each expert; they are no linear layers."""
+        return sum(math.prod(s) for n, s in self.parameters.items() if len(s) == 3 and "expert" in n)
 
     def attention(self, block: int) -> blocks.Attention | blocks.Unknown:
         """What the attention of this block computes, or why that is unknown."""
@@ -129,6 +143,10 @@ class Anatomy:
         Raises LuthierError for a pattern that matches nothing, with the endings there are.
         """
         if targets == "all-linear":
+            if not self.block_linears:
+                raise LuthierError(
+                    'targets "all-linear": the blocks of this model have no linear layers; use tuner: full'
+                )
             return self.block_linears
         chosen: dict[str, Linear] = {}
         for pattern in [targets] if isinstance(targets, str) else targets:
@@ -156,9 +174,21 @@ class Anatomy:
         return n + 1 if after or ".pooler." in f".{parameter}" else 0
 
 
+# RoBERTa's kind: the table of positions begins with rows for padding, which no token uses.
+PADDED_POSITIONS = frozenset({
+    "camembert", "data2vec-text", "esm", "ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta",
+    "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+})  # fmt: skip
+
+
 def max_positions(config: PreTrainedConfig) -> int:
     """The largest number of tokens that a model with this configuration reads; 2^30 if it sets no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    text = config.get_text_config()
+    rows = getattr(text, "max_position_embeddings", None)
+    if rows is None or rows < 1:  # XLNet writes -1
+        return 1 << 30
+    count: int = rows - (text.pad_token_id or 0) - 1 if text.model_type in PADDED_POSITIONS else rows
+    return count
 
 
 def role_of(inner: str) -> str:
@@ -166,14 +196,68 @@ def role_of(inner: str) -> str:
     return next((role for pattern, role in _ROLES if re.search(pattern, inner)), "other")
 
 
+_OTHER_SENSES = re.compile(r"vision|visual|image|audio|speech|qformer|perceiver|patch")
+# A state space's own kernels read these weights without calling the layers.
+_READ_BY_KERNELS = ("x_proj", "dt_proj", "out_proj")
+
+
+def _other_product(name: str, module: nn.Module, modules: dict[str, nn.Module]) -> bool:
+    """True for a linear layer that computes something else than x W^T, or whose weight is used without calling it."""
+    cls = type(module)
+    if cls.forward not in (nn.Linear.forward, Conv1D.forward) and cls.__module__.startswith("transformers.models."):
+        return not cls.__name__.startswith("Falcon")  # its layer adds the bias in another place
+    parent, _, last = name.rpartition(".")
+    return last in _READ_BY_KERNELS and "conv1d" in modules[parent]._modules
+
+
 def _find_block_list(model: PreTrainedModel) -> str:
-    depth = model.config.get_text_config().num_hidden_layers
-    lists: list[str] = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
+    """The list of the text's blocks: as long as the configuration says, or the largest that there is."""
+    lists: dict[str, nn.ModuleList] = {
+        n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
+    }
+    text: dict[str, nn.ModuleList] = {n: m for n, m in lists.items() if not _OTHER_SENSES.search(n)}
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    fitting = [n for n, m in text.items() if len(m) == depth and not any(n.startswith(o + ".") for o in text)]
+    if fitting:  # of an encoder-decoder: the decoder, whose states its head reads
+        return min(fitting, key=lambda n: ("decoder" not in n.split("."), n.count(".")))
+    if not text:
+        raise LuthierError(f"{type(model).__name__}: it has no list of blocks; this architecture is not supported")
+    return max(text, key=lambda n: sum(p.numel() for p in text[n].parameters()))
+
+
+def _text_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The part of the configuration that describes the blocks."""
+    twice = getattr(model.config, "is_encoder_decoder", False)
+    return model.config.get_text_config(decoder=True) if twice else model.config.get_text_config()
+
+
+def _beside_decoder(model: PreTrainedModel, block_list: str) -> str | None:
+    """The encoder's list of blocks, as long as the decoder's."""
+    names = {n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    other = ".".join("encoder" if part == "decoder" else part for part in block_list.split("."))
+    return other if other in names and other != block_list else None
+
+
+def _trunk_name(model: PreTrainedModel) -> str:
+    """What the head stands on: what transformers says, or the one model inside that is no head."""
+    if model.base_model is not model:
+        return _name_of(model, model.base_model)
+    inner = [n for n, m in model.named_children() if isinstance(m, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else ""
+
+
+def _embedding(model: PreTrainedModel) -> nn.Module:
+    """The table of token embeddings."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        table = None
+    if not isinstance(getattr(table, "weight", None), Tensor):
         raise LuthierError(
-            f"{type(model).__name__}: no list of {depth} blocks found; this architecture is not supported"
+            f"{type(model).__name__}: it has no table of token embeddings; this architecture is not supported"
         )
-    return min(lists, key=lambda n: n.count("."))
+    assert isinstance(table, nn.Module)
+    return table
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:

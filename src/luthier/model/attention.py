@@ -107,7 +107,7 @@ def _probabilities(q: Tensor, k: Tensor, bins: _Bins) -> Tensor:
 
 
 class _ShortAttention(torch.autograd.Function):
-    """Attention of short sequences that keeps its probabilities; [1, H, T, d] in, [1, T, H, d] out."""
+    """Attention of short sequences that keeps its probabilities; [1, H, T, d] in, [1, T, H, d_v] out."""
 
     @staticmethod
     def forward(
@@ -115,7 +115,7 @@ class _ShortAttention(torch.autograd.Function):
         window: int | None,
     ) -> Tensor:  # fmt: skip
         groups = query.shape[1] // key.shape[1]
-        out = query.new_empty(query.shape[2], query.shape[1], query.shape[3])  # [T, H, d]
+        out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])  # [T, H, d_v]
         kept, ctx.bins = [], _bins(lengths, causal, window, query.device)
         for bins in ctx.bins:
             q, k, v = (_gathered(x, bins, g) for x, g in ((query, groups), (key, 1), (value, 1)))

@@ -17,12 +17,15 @@ from transformers import (
     GenerationConfig,
     GgufConfig,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 
 from luthier.model.pre_tokenizers import cut_as
+from luthier.model.refusals import refuse_architecture
+from luthier.model.tail import brief
 from luthier.model.view import ModelView
 from luthier.support.cache import cache_folder, key_of, made
-from luthier.support.errors import RecipeError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.sources import code_key
 
 BUILTIN = "builtin:smollm2-135m"
@@ -184,6 +187,13 @@ def load_model(
     Raises RecipeError if the model cannot be loaded.
     """
     extra: dict[str, Any] = named_classes(labels) if labels else {}
+    config = load_config(located)
+    refuse_architecture(auto, config)
+    theirs = class_names(config)
+    redrawn = bool(labels) and has_class_head(config) and list(labels) != theirs
+    redrawn = redrawn and not (are_numbers(theirs) and len(labels) == len(theirs))
+    if redrawn:
+        extra["ignore_mismatched_sizes"] = True
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     if quantize is not None:
         plain = load_model(located, auto, dtype, "cpu", labels, tokenizer, seed)
@@ -196,6 +206,10 @@ def load_model(
                 located.path, revision=located.revision, dtype=dtype or "auto", use_safetensors=True,
                 trust_remote_code=located.trust_code, **extra,
             )  # fmt: skip
+            if redrawn:
+                _redraw_head(model)
+    except ImportError as error:
+        raise RecipeError("model", f"{located.shown}: {brief(error)}", "install that package") from error
     except (OSError, ValueError) as error:
         raise _unreachable(located, error) from error
     model.config.use_cache = False
@@ -210,12 +224,45 @@ def load_model(
         # on, so layers before it would not be trained.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return ModelView.probed(model, tokenizer, name=located.shown, base=base)
+    try:
+        return ModelView.probed(model, tokenizer, name=located.shown, base=base)
+    except RecipeError:
+        raise
+    except LuthierError as error:
+        raise RecipeError("model", f"{located.shown}: {error}", "choose another model") from error
+
+
+@torch.no_grad()
+def _redraw_head(model: PreTrainedModel) -> None:
+    """Draw the classification head anew, as transformers draws one that is not in the file."""
+    trunk = set(model.base_model.modules())
+    for module in model.modules():
+        if module not in trunk and module is not model:
+            marked: list[Any] = [module, *module.parameters(recurse=False)]
+            for part in marked:
+                part._is_hf_initialized = False
+            model._init_weights(module)
 
 
 def reads_both_ways(config: PreTrainedConfig) -> bool:
     """Whether this is the configuration of an encoder, which also sees later tokens and can fill gaps."""
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+
+
+def has_class_head(config: PreTrainedConfig) -> bool:
+    """Whether the model's files hold a classification head."""
+    return any(n.endswith("ForSequenceClassification") for n in config.architectures or ())
+
+
+def class_names(config: PreTrainedConfig) -> list[str]:
+    """The names of the classes in a configuration, by index."""
+    names: dict[Any, str] = dict(config.id2label or {})
+    return [names[i] for i in range(len(names))]
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """True for the names that transformers gives to classes without one."""
+    return list(names) == [f"LABEL_{i}" for i in range(len(names))]
 
 
 def named_classes(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:

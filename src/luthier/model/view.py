@@ -11,15 +11,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from luthier.data.batch import Batch, pad, unpad
+from luthier.data.batch import IGNORE, Batch, collate, pad, unpad
 from luthier.kernels.plain import is_plain
 from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention function
+from luthier.model.adapters import Forward, around
 from luthier.model.anatomy import Anatomy
 from luthier.model.fingerprint import Fingerprint, fingerprint
 from luthier.model.meter import Meter
 from luthier.model.peft_modules import listening_layer, parameter_of
+from luthier.model.refusals import NOT_AGAIN
+from luthier.model.tail import FAILURES, Tail, brief, class_logits, doors
 from luthier.model.undo import Change, Without, leaving_out
 from luthier.support.errors import LuthierError
 
@@ -51,10 +55,6 @@ class Inputs(NamedTuple):
     source: Tensor | None  # [T] index in T' of every original token; None where nothing was inserted
 
 
-# What stands between trunk and vocabulary in masked-LM heads: one module (BERT, ELECTRA, ModernBERT), or a matrix, an
-# activation and a norm (RoBERTa, DistilBERT).
-TRANSFORMS = ("cls.predictions.transform", "generator_predictions", "head")
-DENSE_AND_NORM = (("lm_head.dense", "lm_head.layer_norm"), ("vocab_transform", "vocab_layer_norm"))
 InputHook = Callable[[Inputs, "ModelView"], Inputs]
 Phase = Callable[[str], AbstractContextManager[Any]]  # entered around forwards of this phase
 
@@ -72,6 +72,7 @@ class ModelView:
     """A model with its tokenizer, anatomy and layout.
 
     layout        "flat": one row of T tokens, attention inside each sequence only; "padded": a rectangle
+    singly        run the sequences of a padded batch one after another, because this model lets them see their padding
     phases        entered around forwards, with their purpose: "train", "score" or "generate"
     input_hooks   applied in order to the inputs of every trunk call (soft prompts, offsets)
     base          the fingerprint, where these are not the base's own weights: a quantised copy
@@ -88,13 +89,18 @@ class ModelView:
         self.phases: list[Phase] = []
         self.meter = Meter()
         self._base = base
+        self.singly = False
+        self.ways: Any = None  # how it writes, once luthier.inference has tried
+        self.first_position = first_position(module)
+        self._tail: Tail | None = None
+        self.width: int | None = None  # of the trunk's result, once that is known
         self._native_attention: str = module.config._attn_implementation
 
     @classmethod
     def probed(cls, module: PreTrainedModel, tokenizer: Any = None, **more: Any) -> ModelView:
         """A view in the layout that suits the model, which a trial finds; arguments as for the class."""
         view = cls(module, tokenizer, **more)
-        view.layout, _ = probe_layout(view)
+        probe(view)
         return view
 
     @property
@@ -123,7 +129,7 @@ class ModelView:
 
     @property
     def trunk(self) -> nn.Module:
-        return self.module.base_model
+        return self.module.get_submodule(self.anatomy.trunk)
 
     def weight(self, name: str) -> nn.Parameter:
         """A base parameter by its canonical name, whatever peft put around its layer."""
@@ -250,32 +256,61 @@ class ModelView:
         finally:
             for handle in handles:
                 handle.remove()
-        trace.hidden = {k: self._to_original(self._flatten(v, inputs.batch), inputs) for k, v in trace.hidden.items()}
+        flat = (lambda v: v) if self.singly else partial(self._flatten, batch=inputs.batch)
+        trace.hidden = {k: self._to_original(flat(v), inputs) for k, v in trace.hidden.items()}
         trace.hidden[-1] = self._to_original(self._flatten(final, inputs.batch), inputs)
         return trace
 
     def _keep(
         self, trace: Trace, layer: int, is_last: bool, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        trace.hidden[layer] = args[0] if args else kwargs["hidden_states"]
+        state = args[0] if args else kwargs["hidden_states"]
+        if not self.singly and layer in trace.hidden:
+            raise LuthierError(
+                f"{type(self.module).__name__}: it runs block {layer} several times, so states between blocks have no number"
+            )
+        assert trace.inputs is not None
+        if self.singly:  # sequences come one after another
+            earlier = trace.hidden.get(layer)
+            state = state[0] if earlier is None else torch.cat([earlier, state[0]])
+        trace.hidden[layer] = state
         if is_last:
             trace.block_kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
 
     def _call_trunk(self, inputs: Inputs) -> Tensor:
+        """[1, T, D] or [S, L, D]."""
+        batch = inputs.batch
+        with attention_implementation(self.module, self._attention_name()):
+            if self.layout == "flat":
+                places = (batch.pos + self.first_position).unsqueeze(0)
+                return self._run(inputs, {"sequence_lengths": batch.lengths, "position_ids": places})
+            if not self.singly:
+                mask: dict[str, Any] = {"attention_mask": pad(torch.ones_like(batch.ids), batch)}
+                if not batch.contiguous:  # else the model's own positions are right, whatever they start from
+                    mask["position_ids"] = pad(batch.pos + self.first_position, batch)
+                return self._run(inputs, mask)
+            parts = zip(batch.lengths, *(x.split(list(batch.lengths)) for x in (batch.ids, batch.pos)), strict=True)
+            embeds = [None] * batch.num_sequences if inputs.embeds is None else inputs.embeds.split(list(batch.lengths))
+            found = []
+            for (n, ids, pos), part in zip(parts, embeds, strict=True):
+                given: dict[str, Any] = {} if batch.contiguous else {"position_ids": (pos + self.first_position)[None]}
+                one = Batch(ids, torch.full_like(ids, IGNORE), torch.zeros_like(ids), pos, (n,))
+                found.append(self._run(Inputs(one, part, None), given)[0])
+            return pad(torch.cat(found), batch)
+
+    def _run(self, inputs: Inputs, kwargs: dict[str, Any]) -> Tensor:
+        """The trunk's result for inputs in the layout's shape."""
         batch = inputs.batch
         if inputs.embeds is None:
             tokens = {"input_ids": self._shape(batch.ids, batch)}
         else:
             tokens = {"inputs_embeds": self._shape(inputs.embeds, batch)}
-        kwargs: dict[str, Any] = {"use_cache": False}
-        if self.layout == "flat":
-            kwargs |= {"sequence_lengths": batch.lengths, "position_ids": batch.pos.unsqueeze(0)}
-        else:
-            kwargs["attention_mask"] = pad(torch.ones_like(batch.ids), batch)
-            if not batch.contiguous:  # else the model's own positions are right, whatever they start from
-                kwargs["position_ids"] = pad(batch.pos, batch)
-        with attention_implementation(self.module, self._attention_name()):
-            final: Tensor = self.trunk(**tokens, **accepted(self.trunk, kwargs, {"use_cache"})).last_hidden_state
+        if inputs.embeds is None:
+            kwargs |= more_inputs(self.module, self.trunk, tokens["input_ids"])
+        elif self.anatomy.reads_twice:
+            raise LuthierError(f"{type(self.module).__name__}: an encoder-decoder takes no vectors in place of tokens")
+        kwargs["use_cache"] = False
+        final: Tensor = self.trunk(**tokens, **accepted(self.trunk, kwargs, {"use_cache"})).last_hidden_state
         return final
 
     def _attention_name(self) -> str:
@@ -289,7 +324,13 @@ class ModelView:
         def contexts() -> tuple[Any, Any]:  # of the forward, which is inside one already, and of the recomputation
             return nullcontext(), attention_implementation(self.module, self._attention_name())
 
-        self.module.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+        if (name := type(self.module).__name__) in NOT_AGAIN:
+            raise LuthierError(f"gradient_checkpointing: {name} cannot compute a block twice; remove it")
+        if self.module.supports_gradient_checkpointing:
+            self.module.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+            return
+        for index in range(len(self.anatomy.blocks)):
+            around(self.block(index), partial(_checkpointed, self.block(index), contexts))
 
     def _shape(self, values: Tensor, batch: Batch) -> Tensor:
         """[T, ...] -> [1, T, ...] or [S, L, ...]."""
@@ -307,6 +348,8 @@ class ModelView:
         assert trace.inputs is not None
         if trace.inputs.source is not None:
             raise ValueError("an extra block cannot follow inserted soft-prompt tokens")
+        if self.singly:
+            raise LuthierError(f"{type(self.module).__name__}: an extra block cannot follow sequences that run singly")
         with attention_implementation(self.module, self._attention_name()):
             out = block(self._shape(hidden, trace.inputs.batch), **trace.block_kwargs)
         return self._flatten(out[0] if isinstance(out, tuple) else out, trace.inputs.batch)
@@ -326,35 +369,29 @@ class ModelView:
         assert self.anatomy.head is not None
         return getattr(self.module.get_submodule(self.anatomy.head), "bias", None)
 
+    def tail(self) -> Tail:
+        """What the model's own code does around its vocabulary matrix. It is found out at the first call."""
+        if self._tail is None:
+            assert self.anatomy.head is not None, "this model has no language-model head"
+            with evaluating(self.module):
+                self._tail = Tail(
+                    self.module, self.anatomy.trunk, self.anatomy.head, self.width or self.anatomy.hidden_size
+                )
+        return self._tail
+
     def head_transform(self) -> Callable[[Tensor], Tensor] | None:
         """What the model does to its logits outside the head matrix: a scale, a soft cap."""
-        config = self.module.config.get_text_config()
-        cap = getattr(config, "final_logit_softcapping", None)
-        scale = float(getattr(config, "logit_scale", None) or 1) / float(getattr(config, "logits_scaling", None) or 1)
-        if cap is None and scale == 1.0:
-            return None
-        return lambda z: z * scale if cap is None else torch.tanh(z * scale / cap) * cap
+        return self.tail().after
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, V] float32."""
+        z = nn.functional.linear(self.head_input(hidden), self.head_weight, self.head_bias).float()
+        transform = self.head_transform()
+        return z if transform is None else transform(z)
 
     def head_input(self, hidden: Tensor) -> Tensor:
         """[N, D] -> [N, D]: the modules between the trunk and the vocabulary matrix (a masked-LM transform)."""
-        transformed: Tensor
-        for name in TRANSFORMS:
-            part = self._part(name)
-            if part is not None and name != self.anatomy.head:
-                transformed = part(hidden)
-                return transformed
-        for name, norm in DENSE_AND_NORM:
-            dense, after = self._part(name), self._part(norm)
-            if dense is not None and after is not None:
-                transformed = after(getattr(self.module, "activation", nn.functional.gelu)(dense(hidden)))
-                return transformed
-        return hidden
-
-    def _part(self, name: str) -> nn.Module | None:
-        try:
-            return self.module.get_submodule(name)
-        except AttributeError:
-            return None
+        return self.tail().before(hidden)
 
     @property
     def classes(self) -> list[str]:
@@ -363,20 +400,59 @@ class ModelView:
         return [names[i] for i in range(len(names))]
 
     def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """[T, D] -> [S, C] through the model's own classification head."""
-        parts = dict(self.module.named_children())
-        logits: Tensor
-        if "score" in parts:  # decoders: a matrix over the last token
-            logits = parts["score"](hidden[batch.ends])
-        else:
-            first = hidden[batch.starts].unsqueeze(1)  # encoders read their first token
-            pooler = getattr(self.trunk, "pooler", None)
-            logits = parts["classifier"](first if pooler is None else self._dropout(pooler(first)))
-        return logits.float()
+        """[T, D] -> [S, C] through the model's own classification head, one sequence at a time."""
+        lengths, ids = list(batch.lengths), batch.ids
+        if "score" in self.module._modules and not hasattr(self.trunk, "pooler"):  # a decoder's reads one token
+            at = _last_words(batch, self.module.config.get_text_config().pad_token_id)
+            lengths, ids, hidden = [1] * len(at), ids[at], hidden[at]
+        pairs = zip(hidden.split(lengths), ids.split(lengths), strict=True)
+        return torch.stack([class_logits(self.module, self.trunk, h, ids) for h, ids in pairs]).float()
 
-    def _dropout(self, pooled: Tensor) -> Tensor:
-        drop = getattr(self.module, "dropout", None)
-        return pooled if drop is None else drop(pooled)
+
+def _last_words(batch: Batch, fill: int | None) -> Tensor:
+    """[S] places of the tokens that transformers' decoders classify by: the last that is not the padding token, or the first."""
+    if fill is None:
+        return batch.ends
+    places = torch.arange(batch.num_tokens, device=batch.ids.device)
+    words = places.where(batch.ids != fill, -1)
+    last = words.new_full((batch.num_sequences,), -1).scatter_reduce(0, batch.seq, words, "amax")
+    return torch.where(last < 0, batch.starts, last)
+
+
+def _checkpointed(block: nn.Module, contexts: Callable[[], tuple[Any, Any]], plain: Forward) -> Forward:
+    """The block's forward, computed again in the backward pass, for models whose own code cannot do that."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not (block.training and torch.is_grad_enabled()):
+            return plain(*args, **kwargs)
+        return checkpoint(plain, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    return forward
+
+
+def more_inputs(module: nn.Module, trunk: nn.Module, ids: Tensor) -> dict[str, Tensor]:
+    """What a model's own call gives to its trunk beside the text.
+
+    The decoder of an encoder-decoder reads the same text, one place later (BART's trunk makes that itself). Longformer's
+    classification head looks everywhere from the first token.
+    """
+    if type(module).__name__ == "LongformerForSequenceClassification":
+        first = torch.zeros_like(ids)
+        first[:, 0] = 1
+        return {"global_attention_mask": first}
+    if getattr(module.config, "is_encoder_decoder", False):
+        for name in ("_shift_right", "prepare_decoder_input_ids_from_labels"):
+            if (shift := getattr(module, name, None) or getattr(trunk, name, None)) is not None:
+                return {"decoder_input_ids": shift(ids)}
+    return {}
+
+
+def first_position(module: nn.Module) -> int:
+    """The number of the first token's position: RoBERTa's table of positions has a row for padding, and begins after it."""
+    for name, table in module.named_modules():
+        if name.rpartition(".")[2] in ("position_embeddings", "embed_positions") and isinstance(table, nn.Embedding):
+            return 0 if table.padding_idx is None or type(table) is not nn.Embedding else table.padding_idx + 1
+    return 0
 
 
 def accepted(trunk: nn.Module, given: Mapping[str, Any], optional: Collection[str]) -> dict[str, Any]:
@@ -434,31 +510,104 @@ def _modes_kept(module: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
-@torch.no_grad()
+class Own(NamedTuple):
+    """What a model's own call gives for one sequence alone."""
+
+    hidden: Tensor  # [L, D], from the trunk
+    logits: Tensor | None  # [L, V] or [C]
+
+
 def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
-    """("flat" or "padded", largest relative difference): run two short sequences together and alone.
+    """("flat" or "padded", largest relative difference of flat); see `probe`."""
+    return probe(view, tolerance)
+
+
+@torch.no_grad()
+def probe(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
+    """Find the view's layout: run two short sequences together and alone. Returns it, and the difference of "flat".
 
     The tolerance is for float32 and grows with the rounding of lower precisions. A model whose sequences see each
-    other when laid end to end (convolutions, state spaces, own positions) gets the padded layout.
+    other when laid end to end (convolutions, state spaces, own positions) gets the padded layout. One that lets a sequence see
+    its padding runs them singly.
+    Raises LuthierError where luthier's hidden states or logits are not those of the model's own call.
     """
-    device, vocabulary = view.device, view.embedding.num_embeddings
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(5, vocabulary, (13,), generator=generator).to(device)
-    lengths = (6, 7)
-    seq = torch.tensor([0] * 6 + [1] * 7, device=device)
-    pos = torch.tensor([*range(6), *range(7)], device=device)
-    both = Batch(ids=ids, labels=torch.full_like(ids, -100), seq=seq, pos=pos, lengths=lengths)
-    before = view.layout
+    generator, lengths = torch.Generator().manual_seed(0), (6, 7)
+    ids = torch.randint(5, view.embedding.weight.shape[0], (13,), generator=generator).to(view.device)
+    ends = getattr(view.module.config, "eos_token_id", None)
+    if view.anatomy.reads_twice and isinstance(ends, int):  # its classification head looks for the end token
+        ids[5], ids[12] = ends, ends
+    both = collate([{"ids": part.tolist(), "labels": [IGNORE] * len(part)} for part in ids.split(lengths)])
+    both = both.to(view.device)
+    limit = tolerance * max(1.0, torch.finfo(view.dtype).eps / torch.finfo(torch.float32).eps / 4)
+    with evaluating(view.module):  # the model as any caller would run it is the reference
+        alone = [own_run(view, part) for part in ids.split(lengths)]
+        _check_tail(view, alone, both)
+        single = torch.cat([own.hidden for own in alone]).float()
+        flat, _ = _off(view, "flat", both, single)
+        why, off = "", flat
+        for layout, singly in () if flat <= limit else (("padded", False), ("padded", True)):
+            view.layout, view.singly = layout, singly
+            off, why = _off(view, layout, both, single)
+            if off <= limit:
+                break
+    if not off <= limit:  # also if it is NaN
+        raise LuthierError(
+            f"{type(view.module).__name__}: {why or f'its states differ from its own call by {off:.2g}'}"
+        )
+    view.layout = "flat" if flat <= limit else "padded"
+    return view.layout, flat
+
+
+def own_run(view: ModelView, ids: Tensor) -> Own:
+    """The model's own call on one sequence [L]. Raises LuthierError where it cannot be run on text alone."""
+    seen: list[Any] = []
+    handles = [d.register_forward_hook(lambda module, args, out: seen.append(out)) for d in doors(view.trunk)]
+    name = type(view.module).__name__
     try:
-        with evaluating(view.module):  # the model as any caller would run it is the reference
-            view.layout = "flat"
-            flat = view.trace(both).hidden[-1].float()
-            alone = [view.trunk(input_ids=part.unsqueeze(0)).last_hidden_state[0] for part in ids.split(lengths)]
-            single = torch.cat(alone).float()
-    except (ValueError, TypeError, RuntimeError):  # the model does not pass our arguments on: it must pad
-        return "padded", float("inf")
+        out = view.module(input_ids=ids.unsqueeze(0))
+    except FAILURES as error:
+        raise LuthierError(f"{name}: its own code does not run on a short text ({brief(error)})") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen:
+        raise LuthierError(f"{name}: its own code does not call {type(view.trunk).__name__} as its trunk")
+    hidden = seen[-1].last_hidden_state if hasattr(seen[-1], "last_hidden_state") else seen[-1][0]
+    logits = getattr(out, "logits", None)
+    return Own(hidden[0], None if logits is None else logits[0].float())
+
+
+def _off(view: ModelView, layout: str, both: Batch, single: Tensor) -> tuple[float, str]:
+    """(largest relative difference from the sequences alone, why the layout cannot be run)."""
+    before, view.layout = view.layout, layout
+    try:
+        together = view.trace(both).hidden[-1].float()
+    except FAILURES as error:  # the model does not pass our arguments on
+        return float("inf"), f"luthier's call of its trunk fails ({brief(error)})"
     finally:
         view.layout = before
-    difference = float((flat - single).abs().max() / single.abs().max().clamp_min(1e-9))
-    limit = tolerance * max(1.0, torch.finfo(view.dtype).eps / torch.finfo(torch.float32).eps / 4)
-    return ("flat" if difference <= limit else "padded"), difference
+    return float((together - single).abs().max() / single.abs().max().clamp_min(1e-9)), ""
+
+
+# Largest accepted difference between luthier's logits and the model's own, relative to the largest of these.
+HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+def _check_tail(view: ModelView, alone: Sequence[Own], both: Batch) -> None:
+    """Raises LuthierError where luthier's logits are not the model's own."""
+    view.width = alone[0].hidden.shape[-1]
+    if alone[0].hidden.shape[0] != both.lengths[0]:
+        raise LuthierError(f"{type(view.module).__name__}: its trunk gives fewer states than there are tokens")
+    if view.anatomy.head is None and not view.anatomy.task_head:
+        return
+    for i, own in enumerate(alone):
+        if view.anatomy.head is None:
+            ours = view.class_logits(own.hidden, both.select(torch.tensor([i])))[0]
+        else:
+            ours = view.head_logits(own.hidden)
+        assert own.logits is not None
+        known = ours.shape == own.logits.shape
+        off = float((ours - own.logits).abs().max() / own.logits.abs().max().clamp_min(1e-9)) if known else float("inf")
+        if not off <= HEAD_TOLERANCE[view.dtype]:  # also if it is NaN
+            name = type(view.module).__name__
+            raise LuthierError(f"{name}: it has a head that luthier does not know (logits differ by {off:.2g})")

@@ -84,6 +84,8 @@ class DataSettings(BaseModel):
     """A system message for rows that have none, in training and in use."""
     template: Literal["auto", "chat", "plain"] = "auto"
     """"auto": the model's chat template if it has one; "plain": plain text."""
+    template_options: dict[str, Any] = Field(default_factory=dict, examples=[{"enable_thinking": False}])
+    """Variables of the chat template; a model that is served elsewhere needs the same ones."""
     max_length: int | None = Field(None, ge=2)
     """Longest row in tokens; null: the model's limit."""
     on_long: Literal["refuse", "drop", "trim_prompt", "trim_end"] = "refuse"

@@ -180,6 +180,8 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
         say(f"skipped {len(data.skipped)} rows that cannot be read; the first one: {data.skipped[0]}")
     if data.pool_shared:
         say(f"pool    {data.pool_shared} rows are left out, because they are also training rows")
+    if data.head:
+        say(f"head    {data.head}")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
     for source in ready.train.sources:
         say(f"source  {source['name']}: {source['rows']} rows, {source['share']:.1%} of the draws")

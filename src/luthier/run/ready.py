@@ -20,6 +20,7 @@ from luthier.inference.scoring import mean_loss
 from luthier.inference.services import lab_with
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import Located, load_config, load_ends, load_model, load_tokenizer, locate, named_classes
+from luthier.model.refusals import refuse_architecture
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.run import score_cache
@@ -104,11 +105,18 @@ def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     config = load_config(located)
+    refuse_architecture(recipe.task.auto(config), config)
     plain = {"auto": None, "chat": False, "plain": True}[recipe.data.template]
     if plain is False and tokenizer.chat_template is None:
         raise RecipeError("data.template", "this model has no chat template", "set data.template: plain")
-    ends = load_ends(located, config)
-    return located, Renderer(tokenizer, recipe.data.system, plain, ends.ids, ends.texts), config
+    ends, options = load_ends(located, config), recipe.data.template_options
+    if unread := [name for name in options if plain or name not in str(tokenizer.chat_template)]:
+        raise RecipeError(
+            f"data.template_options.{unread[0]}",
+            "the chat template reads no such variable",
+            "look at the model's template",
+        )
+    return located, Renderer(tokenizer, recipe.data.system, plain, ends.ids, ends.texts, options), config
 
 
 class Outline(NamedTuple):

@@ -49,6 +49,7 @@ class Data(NamedTuple):
     kept: list[Kept]
     curation: Cost
     pool_shared: int = 0  # rows left out of the pool because they are also training rows
+    head: str = ""  # what becomes of the head in the model's files
 
     @property
     def classes(self) -> list[str]:
@@ -145,6 +146,7 @@ def prepare_rows(
         kept,
         cost,
         shared,
+        task.head(rows, [str(n) for n in labels], config),
     )
 
 

@@ -94,24 +94,21 @@ class Forward:
         hidden = self.hidden() if hidden is None else hidden
         if rows is None:
             return self._class_logits(hidden)
-        picked = self.view.head_input(hidden[rows])
-        self.view.meter.head(picked, self.view.head_weight, False)
-        return self._transformed(nn.functional.linear(picked, self.view.head_weight, self.view.head_bias))
-
-    def _transformed(self, z: Tensor) -> Tensor:
-        """float32 logits of the head's product."""
-        transform = self.view.head_transform()
-        return z.float() if transform is None else transform(z.float())
+        self.view.meter.head(hidden[rows], self.view.head_weight, False)
+        return self.view.head_logits(hidden[rows])
 
     def _class_logits(self, hidden: Tensor) -> Tensor:
         """[S, C]: the vocabulary's scores of the label words at the answer slot, or the classification head's."""
         if "slot" not in self.batch.row:
             return self.view.class_logits(hidden, self.batch)
         words = self.batch.row["words"][0]  # [C]; a task has one set of label words
-        picked = self.view.head_input(hidden[self.batch.starts + self.batch.row["slot"]])  # [S, D]
+        at = hidden[self.batch.starts + self.batch.row["slot"]]  # [S, D]
+        if self.view.head_transform() is not None:  # it may differ from word to word
+            return self.view.head_logits(at)[:, words]
+        picked = self.view.head_input(at)
         bias = self.view.head_bias
         bias = None if bias is None else bias[words]
-        return self._transformed(nn.functional.linear(picked, self.view.head_weight[words], bias))
+        return nn.functional.linear(picked, self.view.head_weight[words], bias).float()
 
 
 def sequence_sum(values: Tensor, batch: Batch) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -44,6 +44,11 @@ class Completion(NamedTuple):
     stopped: bool
     tokens: int
     thought: str = ""
+
+    def up_to(self, stops: Iterable[str]) -> Completion:
+        """The answer before the first of these texts in it, which end it; the whole answer if it holds none."""
+        places = [self.text.index(s) for s in stops if s and s in self.text]
+        return self._replace(text=self.text[: min(places)], stopped=True) if places else self
 
 
 class Continuation(NamedTuple):

@@ -18,7 +18,7 @@ from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.kernels.head import CHUNK
 from luthier.method import Method
-from luthier.model.view import ModelView, evaluating
+from luthier.model.view import HEAD_TOLERANCE, ModelView, evaluating
 from luthier.step.forward import Forward, sequence_sum
 from luthier.step.lab import Choices, Lab, RowScore
 from luthier.support.errors import RecipeError
@@ -26,8 +26,10 @@ from luthier.support.errors import RecipeError
 Rendered = Mapping[str, Any]  # a training row, as `collate` takes it
 # (training row, epoch) -> this epoch's version of the row; epoch None: the version that is always scored
 Draw = Callable[[Rendered, int | None], Rendered]
-# Largest accepted difference between luthier's logits and the model's own, relative to the largest of these.
-HEAD_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.02}
+
+
+# Largest accepted difference of states, relative to the largest, with and without later tokens.
+LATER_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
 
 
 class Shown(NamedTuple):
@@ -86,6 +88,15 @@ class Task(Method):
         """
         return {}
 
+    def head(self, rows: Sequence[Row], names: Sequence[str], config: PreTrainedConfig) -> str:
+        """What becomes of the head in the model's files, for the user; empty if there is nothing to say.
+
+        rows    the training rows
+        names   of the classes, in order
+        config  as it is in the model's files
+        """
+        return ""
+
     def maker(
         self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
     ) -> RowMaker:
@@ -130,7 +141,7 @@ class Task(Method):
 @torch.no_grad()
 def refuse_unknown_head(view: ModelView) -> None:
     """Raises RecipeError if luthier's computation of the head does not give the model's own logits."""
-    ids = torch.arange(5, 12, device=view.device) % view.embedding.num_embeddings
+    ids = torch.arange(5, 12, device=view.device) % view.embedding.weight.shape[0]
     with evaluating(view.module):
         batch = collate([{"ids": ids.tolist(), "labels": [IGNORE] * len(ids)}]).to(view.device)
         ours = Forward(batch, view).logits(torch.arange(len(ids), device=view.device))  # [T, V]
@@ -140,6 +151,20 @@ def refuse_unknown_head(view: ModelView) -> None:
         raise RecipeError(
             "model", f"{type(view.module).__name__} has a head that luthier does not know (logits differ by {off:.2g})",
             "choose another model, such as BERT, RoBERTa, DistilBERT, ELECTRA or ModernBERT",
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def refuse_later_tokens(view: ModelView) -> None:
+    """Raises RecipeError for a model that sees the tokens after the one it is at: it would learn to copy them."""
+    rows = [{"ids": ids, "labels": [IGNORE] * len(ids)} for ids in ([5, 6, 7, 8, 9], [5, 6, 7])]
+    with evaluating(view.module):
+        whole, part = (view.trace(collate([r]).to(view.device)).hidden[-1].float() for r in rows)
+    off = float((whole[:3] - part).abs().max() / part.abs().max().clamp_min(1e-9))
+    if off > LATER_TOLERANCE[view.dtype]:
+        raise RecipeError(
+            "model", f"{type(view.module).__name__} sees the tokens that it should predict (is it an encoder?)",
+            "choose a decoder, or task: masked-lm; a BERT that was trained as a decoder has is_decoder: true in config.json",
         )  # fmt: skip
 
 

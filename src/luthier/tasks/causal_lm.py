@@ -16,7 +16,7 @@ from luthier.method import Source, Traits
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.support.errors import RecipeError
-from luthier.tasks.base import Task
+from luthier.tasks.base import Task, refuse_later_tokens
 
 
 class CausalLm(Task):
@@ -44,6 +44,9 @@ class CausalLm(Task):
 
     def auto(self, config: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM
+
+    def check_view(self, view: ModelView) -> None:
+        refuse_later_tokens(view)
 
     def maker(
         self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True

@@ -105,7 +105,9 @@ def _peft(run: Tuned, output: Path, name: str) -> nn.Module:
 
     files = [run.folder / n for n in ("adapter_config.json", "adapter_model.safetensors")]
     if not all(f.exists() for f in files):
-        raise LuthierError(f"{run.folder}: holds no low-rank adapter, and peft supports no other form; use --to hf")
+        raise LuthierError(
+            f"{run.folder}: holds no low-rank adapter that peft would read as it was trained; use --to hf"
+        )
     for file in (*files, run.folder / "README.md"):
         shutil.copy(file, output / file.name)
     return PeftModel.from_pretrained(run.view.module, str(output))

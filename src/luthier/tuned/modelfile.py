@@ -91,7 +91,7 @@ def _text(renderer: Renderer, turns: list[dict[str, str]]) -> str:
 
     try:
         text: str = renderer.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=turns[-1]["role"] == "user"
+            turns, tokenize=False, add_generation_prompt=turns[-1]["role"] == "user", **renderer.options
         )
     except jinja2.TemplateError as error:
         raise ValueError(str(error)) from error

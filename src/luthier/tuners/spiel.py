@@ -428,8 +428,10 @@ class SpielTrainable(Trainable):
                 self.sparse.move(name, slots, incoming)
             return
         seen = self.observed
-        if seen is None or name not in seen.chosen:
+        if seen is None:
             raise LuthierError("spiel: an event came without observed gradients; call before_window each step")
+        if name not in seen.chosen:  # no row has used this layer: an expert that no token went to
+            return
         candidates, (s1, s2), n = seen.candidates(name), seen.sums(name), seen.samples
         slots, incoming = exchange(indices, values.detach(), candidates, s1.abs(), quota)
         self.sparse.move(name, slots, incoming)

@@ -24,7 +24,10 @@ from luthier.support.errors import LuthierError
 from luthier.update import binding
 from luthier.update.base import Order, Part, PeftFolder, Shapes, in_json, packed_problem
 
-HEADS = ("score", "classifier")  # what transformers calls a classification head
+# What transformers calls a classification head, or a part of one.
+HEADS = (
+    "score", "classifier", "classification_head", "pre_classifier", "pooler", "head", "dense", "sequence_summary", "logits_proj",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,14 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}  # 
 
 
 def save_update(update: Update, folder: Path, view: Any = None) -> None:
-    """Write an update. One that peft's folder can hold opens with `PeftModel.from_pretrained`; its chart is kept beside it."""
+    """Write an update. One that peft's folder can hold opens with `PeftModel.from_pretrained`; its chart is kept beside it.
+
+    view  what it was trained on; it tells whether peft would read the folder as it was meant
+    """
     folder.mkdir(parents=True, exist_ok=True)
     shared = _peft_folder(update)
+    if shared is not None and view is not None and peft_misreads(view.module, shared):
+        shared = None
     if shared is not None:
         _save_peft(shared, update.base.name, folder, view)
     _save_ours(update if shared is None else Update(update.base, (), update.chart), folder)
@@ -43,6 +48,38 @@ def _peft_folder(update: Update) -> PeftFolder | None:
         if found is not None:
             return found
     return None
+
+
+def peft_misreads(model: Any, shared: PeftFolder) -> bool:
+    """True where peft would put this adapter on other layers than its own, or leave it out without a word.
+
+    For models whose experts are stacked, peft takes names of other layers (gate_proj of a dense or a shared MLP) for those of the
+    experts of an older version of transformers.
+    """
+    if any(_endings(model, name) != 1 for name in shared.config.get("modules_to_save") or ()):
+        return True  # peft takes every module of a name that ends so
+    if shared.config.get("peft_type") != "LORA":
+        return False
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # older versions take names as they are
+        return False
+    from peft import LoraConfig
+
+    targets = set(shared.config["target_modules"])
+    read = LoraConfig(r=shared.config["r"], target_modules=list(targets))
+    try:
+        conversion.convert_peft_config_for_transformers(read, model, None)
+        if set(read.target_modules or ()) != targets:
+            return True
+        tensors = conversion.convert_peft_adapter_state_dict_for_transformers(model, read, dict(shared.tensors))
+    except ValueError:
+        return True
+    return set(tensors) != set(shared.tensors)
+
+
+def _endings(model: Any, name: str) -> int:
+    return sum(n == name or n.endswith("." + name) for n, _ in model.named_modules())
 
 
 def load(folder: str | Path) -> Update:

@@ -1,0 +1,100 @@
+"""A classification head that is in the model's files: matched by the names of its classes, or drawn anew and said."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from helpers.commands import luthier
+from luthier.data.store import Row
+from luthier.model.loading import load_config, load_model, locate
+from luthier.support.errors import RecipeError
+from luthier.tasks.classification import Classification
+from luthier.testing.models import byte_tokenizer, tiny
+
+NAMES = ["bad", "fine", "good"]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """A folder with a head of three named classes."""
+    folder = tmp_path_factory.mktemp("three")
+    names = {"id2label": dict(enumerate(NAMES)), "label2id": {n: i for i, n in enumerate(NAMES)}}
+    model = tiny("llama-classifier", vocab_size=260, layers=2, max_position_embeddings=64, num_labels=3, **names)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def rows(*labels):
+    return [Row(f"rows:{i}", {"text": f"text {i}", "label": label}) for i, label in enumerate(labels)]
+
+
+def told(folder, *labels):
+    """(names of the classes, what is said about the head, the loaded head)."""
+    config, task, read = load_config(locate(str(folder))), Classification(), rows(*labels)
+    names = [str(n) for n in task.labels(read, None, config.label2id)]
+    view = load_model(locate(str(folder)), AutoModelForSequenceClassification, labels=names)
+    assert view.classes == names
+    return names, task.head(read, names, config), view.module.score.weight.detach()
+
+
+def test_rows_with_two_of_three_classes_keep_the_head(three):
+    own = AutoModelForSequenceClassification.from_pretrained(three).score.weight
+    names, said, head = told(three, "good", "bad", "good")
+    assert names == NAMES and torch.equal(head, own)
+    assert said == "the model's own, with all its classes; no row has fine"
+    assert Classification().labels(rows("good", "bad"), None, dict(zip(NAMES, range(3), strict=True)))["good"] == 2
+    assert told(three, *NAMES)[1] == "the model's own"
+
+
+@pytest.mark.parametrize("labels", [("ham", "spam"), ("eggs", "ham", "spam"), ("bad", "fine", "great")])
+def test_rows_with_other_classes_get_a_new_head(three, labels):
+    own = AutoModelForSequenceClassification.from_pretrained(three).score.weight
+    names, said, head = told(three, *labels)
+    assert names == list(labels) and said == "a new one, because the model's has other classes: bad, fine, good"
+    assert not torch.isin(head, own).any() and 0.01 < head.std() < 0.03 and torch.equal(head, told(three, *labels)[2])
+
+
+def test_classes_without_names_get_those_of_the_rows(tmp_path):
+    model = tiny("llama-classifier", vocab_size=260, num_labels=2)
+    model.save_pretrained(tmp_path)
+    names, said, head = told(tmp_path, "spam", "ham")
+    assert names == ["ham", "spam"] and torch.equal(head, model.score.weight)
+    assert said == "the model's own; its classes have no names, so they get those of the rows: ham, spam"
+    assert told(tmp_path, "a", "b", "c")[1].startswith("a new one")
+
+
+def test_a_model_without_a_head_says_nothing(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    config = load_config(locate(str(tmp_path)))
+    assert Classification().head(rows("a", "b"), ["a", "b"], config) == ""
+
+
+def test_check_and_run_say_what_becomes_of_the_head_and_train(three, tmp_path):
+    (tmp_path / "train.jsonl").write_text(
+        "".join(json.dumps({"text": f"text {i}", "label": NAMES[i % 2]}) + "\n" for i in range(4))
+    )
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {three}\ntask: classification\ndata: {{train: train.jsonl}}\ntuner: {{lora: {{rank: 2}}}}\n"
+        "max_steps: 1\nbatch_size: 2\n"
+    )
+    said = "the model's own, with all its classes; no row has good"
+    checked, ran = (luthier(c, tmp_path / "recipe.yaml", cwd=tmp_path) for c in ("check", "run"))
+    assert (checked.returncode, ran.returncode) == (0, 0), checked.stderr + ran.stderr
+    assert f"classification head: {said}" in " ".join(checked.stdout.split())
+    assert said in " ".join((ran.stdout + ran.stderr).split())
+
+
+def test_a_text_that_is_too_long_is_refused_or_cut_before_the_run(three):
+    from luthier.data.prepare import prepare
+    from luthier.data.rendering import Renderer
+
+    long = [Row("rows:1", {"text": "word " * 30, "label": "bad"})]
+    maker = Classification().maker(Renderer(byte_tokenizer()), load_config(locate(str(three))), {"bad": 0})
+    with pytest.raises(RecipeError, match="data.max_length: 1 of 1 rows are longer than 64 tokens"):
+        prepare(long, Renderer(byte_tokenizer()), max_length=64, maker=maker)
+    for how in ("trim_end", "trim_prompt"):
+        (cut,) = prepare(long, Renderer(byte_tokenizer()), max_length=64, on_long=how, maker=maker).rows
+        assert len(cut["ids"]) == 64
