@@ -1,7 +1,7 @@
 """Open files, folders, globs and Hub data sets as sequences of raw rows.
 
-Damaged content costs one sentence and little memory: a line has a limit, and a Parquet file says how much it would unpack before
-anything is unpacked (`luthier.data.parquet`).
+Damaged content costs one sentence and little memory: a line or an item has a limit, and what a Parquet or Arrow file would
+unpack to is known before anything is unpacked (`luthier.data.parquet`, `luthier.data.arrow`).
 """
 
 from __future__ import annotations
@@ -9,18 +9,20 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 
-from luthier.data.parquet import refuse_oversized
+from luthier.data import arrow, parquet
 from luthier.support.cache import content_of
 from luthier.support.errors import RecipeError
 
@@ -28,7 +30,7 @@ Raw = Iterator[tuple[int, "dict[str, Any] | RecipeError"]]
 PACKED = (".gz", ".zst")
 PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 SUFFIXES = (*PLAIN, *(a + b for a in PLAIN for b in PACKED), ".parquet", ".arrow")
-LONGEST = 1 << 27  # bytes of a line: more is taken for damage
+LONGEST = 1 << 25  # bytes of a line or an item of a list: more is taken for damage
 BATCH = 1024  # rows of a Parquet or Arrow file in memory
 HUB = "hf://datasets/"
 SPLITS = {  # names of splits in names of files, as the library datasets knows them
@@ -36,6 +38,7 @@ SPLITS = {  # names of splits in names of files, as the library datasets knows t
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # files about a data set
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 
 
@@ -139,9 +142,12 @@ def _folder(path: Path, key: str, part: str) -> list[Opened]:
         if gone := [n for n in names if not n or not (path / n).is_file()]:
             raise RecipeError(key, f"{path} names the file {gone[0]!r}, which is not there", "copy the folder again")
         return [_file(path / n, key) for n in names]
-    found = [p for p in sorted(path.iterdir()) if p.is_file() and p.name[0] not in "._" and suffix_of(p.name)]
+    inside = [p for p in sorted(path.iterdir()) if p.name[0] not in "._"]
+    found = [p for p in inside if p.is_file() and p.name not in ABOUT and suffix_of(p.name)]
     if not found and (path / "data").is_dir():  # a data set's repository
         return _folder(path / "data", key, part)
+    if not found and (splits := {SPLIT_OF[p.name]: p for p in inside if p.is_dir() and p.name in SPLIT_OF}):
+        return _folder(splits[_split(part, list(splits), path, key)], key, part)
     if not found:
         raise RecipeError(key, f"the folder {path} holds no file that luthier reads", "name a file, or a glob")
     by_split: dict[str | None, list[Path]] = {}
@@ -232,50 +238,63 @@ def _hub_address(source: str, key: str, part: str) -> list[Opened]:
 
 def stream_of(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked if its name says that it is packed."""
-    if path.suffix == ".gz":
+    packed = path.suffix.lower()
+    if packed == ".gz":
         return gzip.open(path, "rb")
-    if path.suffix == ".zst":
+    if packed == ".zst":
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd", buffer_size=1 << 16))
     return path.open("rb")
 
 
-DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error, pa.ArrowException)
+@contextmanager
+def _whole(path: Path, last: Callable[[], str]) -> Iterator[None]:
+    """Raise RecipeError with the last line or item for a packed file that is cut off or damaged."""
+    packed = path.suffix.lower()
+    try:
+        yield
+    except (
+        EOFError,
+        zlib.error,
+        OSError,
+        pa.ArrowException,
+    ) as error:  # pyarrow raises OSError for a cut zstandard file
+        if packed not in PACKED:
+            raise
+        kind = {".gz": "gzip", ".zst": "zstandard"}[packed]
+        what = f"is no whole {kind} file after {last()} ({first_line(error)})"
+        raise RecipeError(str(path), what, "copy it again, or unpack it") from error
 
 
-def _no_whole(path: Path, number: int, error: Exception, what: str = "line") -> RecipeError:
-    kind = {".gz": "gzip ", ".zst": "zstandard "}.get(path.suffix, "")
-    return RecipeError(
-        str(path), f"is no whole {kind}file after {what} {number} ({first_line(error)})", "copy it again, or unpack it"
-    )
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of a file, from 1. Raises RecipeError for a line without an end, or if the file is damaged."""
+    number = 0
+    with stream_of(path) as file, _whole(path, lambda: f"line {number}"):
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            if len(line) > LONGEST:
+                raise RecipeError(f"{path}:{number}", f"is longer than {LONGEST >> 20} MiB", "write one row a line")
+            yield number, line
 
 
 def jsonl(path: Path) -> Raw:
-    number = 0
-    with stream_of(path) as file:
-        try:
-            while line := file.readline(LONGEST + 1):
-                number += 1
-                if len(line) > LONGEST:
-                    what = f"is longer than {LONGEST >> 20} MiB without an end of line"
-                    raise RecipeError(f"{path}:{number}", what, "write one object a line")
-                if line.strip():
-                    yield number, _object(line, f"{path}:{number}")
-        except DAMAGED as error:
-            raise _no_whole(path, number, error) from error
-        except OSError as error:  # pyarrow raises it for a cut zstandard file
-            if path.suffix not in PACKED:
-                raise
-            raise _no_whole(path, number, error) from error
+    """An object a line."""
+    for number, line in _lines(path):
+        if line.strip():
+            yield number, _object(line, f"{path}:{number}")
 
 
 def _object(line: bytes, where: str) -> dict[str, Any] | RecipeError:
     try:
         value = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        return RecipeError(where, f"is not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8")
+        return _no_text(error, where)
     except (ValueError, RecursionError) as error:
         return RecipeError(where, f"is not JSON ({error})", "write one object a line")
     return value if isinstance(value, dict) else _no_object(value, where)
+
+
+def _no_text(error: UnicodeDecodeError, where: str) -> RecipeError:
+    return RecipeError(where, f"is not UTF-8 text ({error.reason} at byte {error.start})", "save the file as UTF-8")
 
 
 def _no_object(value: Any, where: str) -> RecipeError:
@@ -283,17 +302,16 @@ def _no_object(value: Any, where: str) -> RecipeError:
     return RecipeError(where, what, 'write {"prompt": ..., "completion": ...}')
 
 
-def _json(path: Path) -> Raw:
-    """Items of a list, one at a time; or the lines of a file that holds an object a line under this name."""
-    with stream_of(path) as file:
-        try:
-            head = file.read(1024)
-        except (*DAMAGED, OSError) as error:
-            raise _no_whole(path, 0, error, "item") from error
-    start = head.removeprefix(BOM_UTF8).lstrip()[:1]
+def _json(path: Path, lines: bool = False) -> Raw:
+    """The items of a list, one at a time, or an object a line: files of both kinds have both names, .json and .jsonl.
+
+    lines  the name says that it holds an object a line
+    """
+    with stream_of(path) as file, _whole(path, lambda: "line 0"):
+        start = file.read(1024).removeprefix(BOM_UTF8).lstrip()[:1]
     if start == b"[":
-        yield from _items(path, len(BOM_UTF8) if head.startswith(BOM_UTF8) else 0)
-    elif start == b"{" and _one_a_line(path):
+        yield from _items(path)
+    elif lines or (start == b"{" and _one_a_line(path)):
         yield from jsonl(path)
     else:
         what = "holds one object" if start == b"{" else f"starts with {start!r}"
@@ -309,61 +327,87 @@ def _one_a_line(path: Path) -> bool:
     )
 
 
-def _items(path: Path, begin: int) -> Raw:
+class _Metered:
+    """A stream whose reader may take LONGEST bytes, until it is given them again. Raises ValueError when they are used up."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.taken = file, 0
+
+    def read(self, count: int = -1) -> bytes:
+        if self.taken > LONGEST:
+            raise ValueError(f"an item is longer than {LONGEST >> 20} MiB")
+        data = self.file.read(count)
+        self.taken += len(data)
+        return data
+
+
+def _items(path: Path) -> Raw:
     import ijson
 
     number = 0
-    with stream_of(path) as file:
-        file.read(begin)
+    with stream_of(path) as file, _whole(path, lambda: f"item {number}"):
+        metered = _Metered(file)
+        if file.read(len(BOM_UTF8)) != BOM_UTF8:
+            file.seek(0)
         try:
-            for number, value in enumerate(ijson.items(file, "item", use_float=True), start=1):
+            for number, value in enumerate(ijson.items(metered, "item", use_float=True), start=1):
+                metered.taken = 0
                 yield number, value if isinstance(value, dict) else _no_object(value, f"{path}: item {number}")
-        except (ijson.JSONError, UnicodeDecodeError) as error:
+        except (ijson.JSONError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
             what = f"is not JSON after item {number} ({first_line(error)})"
             raise RecipeError(str(path), what, "write a list of objects") from error
-        except DAMAGED as error:
-            raise _no_whole(path, number, error, "item") from error
 
 
 def _csv(path: Path, tabs: bool = False) -> Raw:
-    """Rows of a CSV or TSV file. The header decides the delimiter: a comma, else a semicolon, else a tab."""
+    """Rows of a CSV or TSV file. The header decides the delimiter: a comma, a semicolon or a tab."""
     csv.field_size_limit(LONGEST)  # of the process; the default, 131,072 characters, is shorter than a long document
-    with io.TextIOWrapper(stream_of(path), encoding="utf-8-sig", newline="") as file:
-        reader: Any = None
+    lines = _texts(path)
+    header = next(lines, "")
+    delimiter = "\t" if tabs else max(",;\t", key=header.count)
+    quoting = csv.QUOTE_NONE if delimiter == "\t" and _bare_quotes(path) else csv.QUOTE_MINIMAL
+    reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        names = next(reader, [])
+        _check_header(path, names)
+        for row in reader:
+            if row and len(row) != len(names):
+                what = f"has {len(row)} fields, the header has {len(names)}"
+                where = f"{path}:{reader.line_num}"
+                yield reader.line_num, RecipeError(where, what, "put fields that hold a delimiter into quotes")
+            elif row:
+                yield reader.line_num, dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        what = f"is not {'TSV' if tabs else 'CSV'} ({error})"
+        raise RecipeError(f"{path}:{reader.line_num}", what, 'write a quote in a quoted field twice: ""') from error
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The lines of a text file; they may end in a carriage return alone. Raises RecipeError with the line of other bytes."""
+    for number, line in _lines(path):
         try:
-            header = file.readline(LONGEST)
-            file.seek(0)
-            reader = csv.reader(file, delimiter=_delimiter(header, tabs), strict=True)
-            names = next(reader, [])
-            _check_header(path, names)
-            for row in reader:
-                if not row:
-                    continue
-                if len(row) != len(names):
-                    what = f"has {len(row)} fields, the header has {len(names)}"
-                    yield (
-                        reader.line_num,
-                        RecipeError(f"{path}:{reader.line_num}", what, "quote fields with a delimiter"),
-                    )
-                else:
-                    yield reader.line_num, dict(zip(names, row, strict=True))
-        except csv.Error as error:
-            kind = "TSV" if tabs else "CSV"
-            raise RecipeError(
-                f"{path}:{reader.line_num}", f"is not {kind} ({error})", 'write a quote in a quoted field twice: ""'
-            ) from error
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise RecipeError(str(path), f"is not UTF-8 text ({error.reason})", "save it as UTF-8") from error
-        except DAMAGED as error:
-            raise _no_whole(path, reader.line_num if reader else 0, error) from error
-        except OSError as error:
-            if path.suffix not in PACKED:
-                raise
-            raise _no_whole(path, reader.line_num if reader else 0, error) from error
+            raise _no_text(error, f"{path}:{number}") from error
+        yield from re.findall(r"[^\r]*\r\n?|[^\r]+", text) if "\r" in text else (text,)
 
 
-def _delimiter(header: str, tabs: bool) -> str:
-    return "\t" if tabs else next((d for d in ",;\t" if d in header), ",")
+def _bare_quotes(path: Path) -> bool:
+    """True for a file in which a quote is a character like others.
+
+    Then every line has as many tabs as the header, and some field begins with a quote that it does not end with.
+    """
+    tabs, bare = -1, False
+    for line in _texts(path):
+        text = line.rstrip("\r\n")
+        if not text:
+            continue
+        tabs = text.count("\t") if tabs < 0 else tabs
+        if text.count("\t") != tabs:
+            return False
+        if '"' in text:
+            quoted = [f for f in text.split("\t") if f.startswith('"')]
+            bare = bare or any(len(f) < 2 or f[-1] != '"' or '"' in f[1:-1].replace('""', "") for f in quoted)
+    return bare
 
 
 def _check_header(path: Path, names: Sequence[str]) -> None:
@@ -376,7 +420,7 @@ def _parquet(path: Path) -> Raw:
     import pyarrow.parquet
 
     try:
-        refuse_oversized(path)
+        parquet.refuse_oversized(path)
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
         names, number = _class_names(file.schema_arrow), 0
         for batch in file.iter_batches(batch_size=BATCH):
@@ -385,12 +429,15 @@ def _parquet(path: Path) -> Raw:
                 number += 1
                 yield number, with_names(row, names)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise RecipeError(str(path), f"is not a Parquet file, or damaged ({first_line(error)})", "copy it again") from error
+        raise RecipeError(
+            str(path), f"is not a Parquet file, or damaged ({first_line(error)})", "copy it again"
+        ) from error
 
 
 def _arrow(path: Path) -> Raw:
     """Rows of an Arrow file, as datasets.save_to_disk writes it (a stream), or with the footer of a file."""
     try:
+        arrow.refuse_oversized(path)
         with pa.memory_map(str(path)) as source:
             footed = source.read(6) == b"ARROW1"
             source.seek(0)
@@ -404,11 +451,14 @@ def _arrow(path: Path) -> Raw:
                         number += 1
                         yield number, with_names(row, names)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise RecipeError(str(path), f"is not an Arrow file, or damaged ({first_line(error)})", "copy it again") from error
+        raise RecipeError(
+            str(path), f"is not an Arrow file, or damaged ({first_line(error)})", "copy it again"
+        ) from error
 
 
+_json_lines = partial(_json, lines=True)
 READERS: dict[str, Callable[[Path], Raw]] = {
-    ".jsonl": jsonl, ".ndjson": jsonl, ".json": _json, ".csv": _csv, ".tsv": partial(_csv, tabs=True),
+    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": partial(_csv, tabs=True),
     ".parquet": _parquet, ".arrow": _arrow,
 }  # fmt: skip
 

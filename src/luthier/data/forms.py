@@ -20,11 +20,13 @@ SHAPES = {  # the fields of each shape; luthier's rows have one shape
     TEXT: ("text",),
 }
 SHAPE_FIELDS = frozenset({"messages", "prompt", "completion", "text"})  # two shapes are told apart by these
-ROLES = {  # the names of speakers in ShareGPT files
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "bot": "assistant", "bard": "assistant", "bing": "assistant", "claude": "assistant", "system": "system", "tool": "tool",
-    "observation": "tool", "function_response": "tool", "ipython": "tool", "function_call": "function_call",
+ROLES = {  # other names of roles, as files have them
+    "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
+    "model": "assistant", "bot": "assistant", "chatbot": "assistant", "bard": "assistant", "bing": "assistant",
+    "claude": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
+    "ipython": "tool", "function_call": "function_call",
 }  # fmt: skip
+TURN = {"messages.role": "role", "messages.content": "content"}  # names in data.columns for the fields of a turn
 
 
 class Form(NamedTuple):
@@ -50,15 +52,16 @@ class Unread(NamedTuple):
     """A known form that no task reads.
 
     name    for messages
-    tells   fields that only this form has
     fields  a row of this form has all of these
+    tells   fields that only this form has
     remedy  what a user can do instead
+    fits    a test of the values, besides their names
     """
 
     name: str
     fields: tuple[str, ...]
     tells: tuple[str, ...]
-    remedy: str
+    remedy: Callable[[Values], str]
     fits: Callable[[Values], bool] = lambda values: True
 
 
@@ -67,6 +70,20 @@ class Unread(NamedTuple):
 
 def _same(values: Values) -> dict[str, Any]:
     return dict(values)
+
+
+def _labelled(values: Values) -> dict[str, Any]:
+    """Labels that are true or false become these words; 1.0, as some tools write whole numbers, becomes 1."""
+    label = values["label"]
+    if isinstance(label, bool):
+        label = "true" if label else "false"
+    elif isinstance(label, float) and label.is_integer():
+        label = int(label)
+    elif isinstance(label, list):
+        raise ValueError(f"has several labels ({str(label)[:40]}), and luthier's classification chooses one")
+    elif label == "":
+        raise ValueError("has an empty label")
+    return {**values, "label": label}
 
 
 def decoded(value: Any, kind: str) -> Any:
@@ -80,7 +97,15 @@ def decoded(value: Any, kind: str) -> Any:
 
 
 def _messages(values: Values) -> dict[str, Any]:
-    return {**values, "messages": decoded(values["messages"], "messages")}
+    turns = decoded(values["messages"], "messages")
+    return {**values, "messages": [_in_roles(t) for t in turns] if isinstance(turns, list) else turns}
+
+
+def _in_roles(turn: Any) -> Any:
+    """A turn with the usual name of its role, where it has another one that is known: human, model."""
+    role = turn.get("role") if isinstance(turn, dict) else None
+    usual = ROLES.get(role.lower(), role) if isinstance(role, str) else role
+    return turn if role == usual or usual == "function_call" else {**turn, "role": usual}
 
 
 def _is_turns(value: Any) -> bool:
@@ -93,9 +118,9 @@ def _is_turns(value: Any) -> bool:
 def _talk(values: Values) -> dict[str, Any]:
     """TRL's conversational prompt and completion: one conversation in which only the completion is trained on."""
     prompt, completion = (decoded(values[n], n) or [] for n in ("prompt", "completion"))
-    before = [{**t, "weight": 0} if isinstance(t, dict) and t.get("role") == "assistant" else t for t in prompt]
+    before = [{**t, "weight": 0} if t.get("role") == "assistant" else t for t in map(_in_roles, prompt)]
     rest = {n: v for n, v in values.items() if n not in ("prompt", "completion")}
-    return {**rest, "messages": [*before, *completion]}
+    return {**rest, "messages": [*before, *map(_in_roles, completion)]}
 
 
 def _joined(*parts: Any) -> Any:
@@ -127,31 +152,51 @@ def _asked(question: str, answer: str, *more: str) -> Callable[[Values], dict[st
     return convert
 
 
-def _sharegpt(field: str) -> Callable[[Values], dict[str, Any]]:
-    """A conversion of turns as {"from", "value"}, or as {"role", "content"}."""
+def _talked(field: str) -> Callable[[Values], dict[str, Any]]:
+    """A conversion of turns as {"from", "value"}, {"role", "content"} or {"input", "output"}."""
 
     def convert(values: Values) -> dict[str, Any]:
         turns = decoded(values[field], field)
         if not isinstance(turns, list):
             raise ValueError(f"{field} is not a list of turns")
         out = {n: v for n, v in values.items() if n != field}
-        return {**out, "messages": [_turn(t, i) for i, t in enumerate(turns, start=1)]}
+        return {**out, "messages": [t for i, turn in enumerate(turns, start=1) for t in _turns(turn, i)]}
 
     return convert
 
 
-def _turn(turn: Any, number: int) -> Any:
-    if not isinstance(turn, dict) or "from" not in turn:
-        return turn
+def _turns(turn: Any, number: int) -> list[Any]:
+    """The turns that an item of a conversation holds: one, or a question with its answer."""
+    if not isinstance(turn, dict):
+        return [turn]
+    if "input" in turn and "output" in turn:
+        return [{"role": "user", "content": turn["input"]}, {"role": "assistant", "content": turn["output"]}]
+    if "from" not in turn:
+        return [_in_roles(turn)]
     more = {n: v for n, v in turn.items() if n not in ("from", "value", "text")}
     said = turn.get("value", turn.get("text"))
     role = ROLES.get(str(turn["from"]).lower())
     if role is None:
         raise ValueError(f"turn {number} is from {turn['from']!r}; it should be one of {', '.join(sorted(ROLES))}")
     if role != "function_call":
-        return {**more, "role": role, "content": said}
+        return [{**more, "role": role, "content": said}]
     calls = decoded(said, f"the call of turn {number}")
-    return {**more, "role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return [{**more, "role": "assistant", "content": None, "tool_calls": calls if isinstance(calls, list) else [calls]}]
+
+
+def _contents(values: Values) -> dict[str, Any]:
+    """Gemini's form: turns with parts, and a system instruction beside them."""
+    out = {n: v for n, v in values.items() if n not in ("contents", "systemInstruction", "system_instruction")}
+    instruction = values.get("systemInstruction") or values.get("system_instruction")
+    listed = decoded(values["contents"], "contents")
+    told = [{**instruction, "role": "system"}] if isinstance(instruction, dict) else []
+    return {**out, "messages": [_of_parts(t) for t in [*told, *listed]]}
+
+
+def _of_parts(turn: Any) -> Any:
+    if not isinstance(turn, dict) or not isinstance(turn.get("parts"), list):
+        return turn
+    return _in_roles({"role": turn.get("role", "user"), "content": turn["parts"]})
 
 
 # --- what is known ---
@@ -162,11 +207,12 @@ FORMS = (
         "conversational prompt and completion", ("prompt", "completion"), MESSAGES, _talk, ("tools", "system"),
         lambda v: _is_turns(v["prompt"]) and _is_turns(v["completion"]),
     ),
-    Form("ShareGPT", ("conversations",), MESSAGES, _sharegpt("conversations"), ("tools", "system")),
+    Form("ShareGPT", ("conversations",), MESSAGES, _talked("conversations"), ("tools", "system")),
     Form(
-        "ShareGPT", ("conversation",), MESSAGES, _sharegpt("conversation"), ("tools", "system"),
+        "ShareGPT", ("conversation",), MESSAGES, _talked("conversation"), ("tools", "system"),
         lambda v: _is_turns(v["conversation"]),
     ),
+    Form("Gemini", ("contents",), MESSAGES, _contents, (), lambda v: _is_turns(v["contents"])),
     Form("prompt and completion", ("prompt", "completion"), PAIR, _same, ("system",)),
     Form(
         "Alpaca", ("instruction", "output"), MESSAGES, _asked("instruction", "output", "input"),
@@ -177,73 +223,100 @@ FORMS = (
         "Dolly", ("instruction", "response"), PAIR, _asked("instruction", "response", "context", "input"),
         ("context", "input", "system"),
     ),
-    Form("text and label", ("text", "label"), LABELLED, _same),
+    Form(
+        "ms-swift", ("query", "response"), MESSAGES, _asked("query", "response"), ("history", "system"),
+        lambda v: "history" in v,
+    ),
+    Form("ms-swift", ("query", "response"), PAIR, _asked("query", "response"), ("system",)),
+    Form("text and label", ("text", "label"), LABELLED, _labelled),
     Form("text", ("text",), TEXT, _same),
 )  # fmt: skip
 
 _TRAIN = "luthier trains on answers alone"
+_TAGS = ("ner_tags", "pos_tags", "chunk_tags", "upos", "tags", "labels")
+_MEDIA = ("images", "image", "audio", "videos")
+
+
+def _chosen(values: Values) -> str:
+    """How to train on the answers that were preferred."""
+    if "messages" in values:
+        mapping = "{messages: messages}"
+    elif not _is_turns(values["chosen"]):
+        mapping = "{completion: chosen}" if "prompt" in values else "{text: chosen}"
+    elif "prompt" in values and _is_turns(values["prompt"]):
+        mapping = "{completion: chosen}"
+    else:  # whole conversations, perhaps with their first question beside them
+        mapping = "{messages: chosen}"
+    which = "messages" if "messages" in values else "answers that were chosen"
+    return f"{_TRAIN}: to train on the {which}, set data.columns: {mapping}"
+
+
+def _says_whether(value: Any) -> bool:
+    """True for a label that says whether an answer is good, not which class a text has."""
+    return isinstance(value, bool) or str(value).strip().lower() in ("true", "false")
+
+
+def _has_shape(values: Values) -> bool:
+    return any(all(n in values for n in fields) for fields in SHAPES.values())
+
+
+def _always(remedy: str) -> Callable[[Values], str]:
+    return lambda values: remedy
+
+
 UNREAD = (
     Unread(
         "OpenAI's preference form", ("input", "preferred_output", "non_preferred_output"),
-        ("preferred_output", "non_preferred_output"), f"{_TRAIN}: write messages that end in the preferred answer",
+        ("preferred_output", "non_preferred_output"), _always(f"{_TRAIN}: write messages that end in the preferred answer"),
     ),
-    Unread(
-        "preference data", ("chosen", "rejected"), ("chosen", "rejected"),
-        f"{_TRAIN}: data.columns: {{completion: chosen}} with a prompt, or {{messages: chosen}} for conversations",
-    ),
+    Unread("preference data", ("chosen", "rejected"), ("chosen", "rejected"), _chosen),
     Unread(
         "unpaired preference data", ("prompt", "completion", "label"), ("label",),
-        f"{_TRAIN}: keep the rows whose label is true, and leave out label",
-        lambda v: isinstance(v["label"], bool),
+        _always(
+            f"{_TRAIN}: keep the rows whose label is true and leave out label; or, to train on all of them, set "
+            "data.columns: {prompt: prompt, completion: completion}"
+        ),
+        lambda v: _says_whether(v["label"]),
     ),
     Unread(
         "stepwise supervision", ("prompt", "completions", "labels"), ("completions", "labels"),
-        f"{_TRAIN}: join the right steps into one completion",
+        _always(f"{_TRAIN}: join the right steps into one completion"),
     ),
     Unread(
-        "token tagging", ("tokens",), ("tokens", "ner_tags", "pos_tags", "tags", "labels"),
-        "no task of luthier labels single tokens; write the labels as an answer, or a label for the whole text",
-        lambda v: any(n in v for n in ("ner_tags", "pos_tags", "chunk_tags", "tags", "labels", "upos")),
+        "token tagging", ("tokens",), _TAGS,
+        _always("no task of luthier labels single tokens; write the tags as an answer, or a label for the whole text"),
+        lambda v: any(n in v for n in _TAGS) and not _has_shape(v),
+    ),
+    Unread(
+        "axolotl's segments", ("segments",), ("segments",),
+        _always("write prompt and completion, or messages with weight 0 for turns that are not trained on"),
+        lambda v: not _has_shape(v),
     ),
     Unread(
         "text pairs with a label", ("label",), (),
-        "join the two texts in one column, and name it with data.columns: {text: ...}",
+        _always("join the two texts in a column named text, or name one of them with data.columns: {text: ...}"),
         lambda v: "text" not in v and any(a in v and b in v for a, b in TEXT_PAIRS),
     ),
     Unread(
-        "images or sound beside text", (), ("images", "image", "audio", "videos"), "luthier trains on text; leave the column out",
-        lambda v: any(v.get(n) for n in ("images", "image", "audio", "videos")),
+        "prompts without answers", ("prompt",), (), _always("add a completion; luthier makes no answers of its own to train on"),
+        lambda v: set(v) <= {"prompt", "id", "system", "tools", "source", "prompt_id"},
+    ),
+    Unread(
+        "images or sound beside text", (), _MEDIA, _always("luthier trains on text; leave the column out"),
+        lambda v: any(v.get(n) for n in _MEDIA),
     ),
 )  # fmt: skip
 TEXT_PAIRS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
-    ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"),
+    ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"), ("sentence_A", "sentence_B"),
 )  # fmt: skip
 # Names of questions and answers in files of no known form: they become a proposal.
 QUESTIONS = (
-    "prompt",
-    "question",
-    "query",
-    "instruction",
-    "input",
-    "inputs",
-    "problem",
-    "source",
-    "document",
-    "article",
-)
+    "prompt", "question", "query", "instruction", "input", "inputs", "problem", "source", "document", "article",
+)  # fmt: skip
 ANSWERS = (
-    "completion",
-    "answer",
-    "response",
-    "output",
-    "target",
-    "targets",
-    "solution",
-    "summary",
-    "highlights",
-    "reply",
-)
+    "completion", "answer", "response", "output", "target", "targets", "solution", "summary", "highlights", "reply",
+)  # fmt: skip
 TEXTS = ("sentence", "content", "review", "comment", "tweet", "document", "body", "question", "text")
 CLASSES = ("label", "labels", "category", "class", "intent", "sentiment", "target", "label_text")
 
@@ -251,19 +324,21 @@ CLASSES = ("label", "labels", "category", "class", "intent", "sentiment", "targe
 class Found(NamedTuple):
     """The form of a row.
 
-    form    as FORMS describes it
-    unused  fields that the row has as well and that are left out, because they belong to other forms
+    form      as FORMS describes it
+    left_out  fields of the row that would change its shape, and are therefore taken out of it
+    unread    all fields of the row that belong to other forms and are not read
     """
 
     form: Form
-    unused: tuple[str, ...]
+    left_out: tuple[str, ...]
+    unread: tuple[str, ...]
 
     @property
     def told(self) -> str:
         """The form for a reader."""
         read = "" if self.form.name == self.form.shape else f" (read as {self.form.shape})"
-        unused = f"; not read: {', '.join(self.unused)}" if self.unused else ""
-        return f"{self.form.name}{read}{unused}"
+        unread = f"; not read: {', '.join(self.unread)}" if self.unread else ""
+        return f"{self.form.name}{read}{unread}"
 
 
 class Known(NamedTuple):
@@ -276,13 +351,18 @@ class Known(NamedTuple):
 class Finder:
     """Finds the form of rows and gives them the fields of one shape.
 
-    shapes  that the task reads
-    mapped  fields that `data.columns` names: the form that uses most of them wins, then the first of FORMS
-    kept    fields that the recipe keeps: they stay, unless they would change the shape of the row
+    shapes   that the task reads
+    columns  as `data.columns`: the form that uses most of its fields wins, then the first of FORMS
+    kept     fields that the recipe keeps: they stay, unless they would change the shape of the row
     """
 
-    def __init__(self, shapes: Sequence[str], mapped: Collection[str] = (), kept: Collection[str] = ()) -> None:
-        self.shapes, self.mapped, self.kept = tuple(shapes), frozenset(mapped), frozenset(kept)
+    def __init__(
+        self, shapes: Sequence[str], columns: Mapping[str, str] | None = None, kept: Collection[str] = ()
+    ) -> None:
+        columns = columns or {}
+        self.shapes, self.kept = tuple(shapes), frozenset(kept)
+        self.mapped = frozenset(n.partition(".")[0] for n in columns)
+        self.sources = frozenset(columns.values())
         self._known: dict[tuple[str, ...], Known] = {}  # by the names of fields, which are few
 
     def read(self, values: Values) -> tuple[Found, dict[str, Any]]:
@@ -295,27 +375,33 @@ class Finder:
             known = self._known[names] = self._of(values)
         for unread in known.unread:
             if unread.fits(values):
-                raise ValueError(f"is {unread.name}, which no task here reads; {unread.remedy}")
+                raise ValueError(f"is {unread.name}, which no task here reads; {unread.remedy(values)}")
         found = next((f for f in known.forms if f.form.fits(values)), None)
         if found is None:
             raise LookupError
-        return found, {n: v for n, v in found.form.convert(values).items() if n not in found.unused}
+        return found, {n: v for n, v in found.form.convert(values).items() if n not in found.left_out}
 
     def _of(self, names: Collection[str]) -> Known:
         own = {n for form in FORMS for n in form.fields}
         unread = tuple(u for u in UNREAD if all(n in names for n in u.fields))
         forms = [f for f in FORMS if f.shape in self.shapes and all(n in names for n in f.fields)]
-        forms.sort(
-            key=lambda f: -sum(n in self.mapped for n in f.fields)
-        )  # stable: the order of FORMS decides the rest
+        # A stable order: that of FORMS decides the rest.
+        forms.sort(key=lambda f: -sum(n in self.mapped for n in f.fields))
         said = bool(self.mapped & own)  # the user says what to read
         tells = {n for u in unread for n in u.tells} if said else set()
-        return Known(() if said else unread, tuple(Found(f, self._unused(f, names, tells)) for f in forms))
+        return Known(() if said else unread, tuple(self._found(f, names, tells) for f in forms))
 
-    def _unused(self, form: Form, names: Collection[str], tells: Collection[str]) -> tuple[str, ...]:
+    def _found(self, form: Form, names: Collection[str], tells: Collection[str]) -> Found:
         own = {*form.fields, *form.optional, *SHAPES[form.shape]}
-        others = {n for f in FORMS for n in f.fields if n != "label"} | set(tells)
-        return tuple(sorted(n for n in names if n in others - own and (n not in self.kept or n in SHAPE_FIELDS)))
+        of_others = {n for f in FORMS for n in f.fields if n != "label"} | set(tells)
+        others = of_others.intersection(names) - own
+        left_out = {n for n in others if n in SHAPE_FIELDS and (n not in self.kept or self._reshapes(n, form.shape))}
+        return Found(form, tuple(sorted(left_out)), tuple(sorted(others - self.sources - (self.kept - left_out))))
+
+    def _reshapes(self, name: str, shape: str) -> bool:
+        """True if rows of this shape would have another one with this field."""
+        fields = {*SHAPES[shape], name}
+        return next(s for s in self.shapes if fields.issuperset(SHAPES[s])) != shape
 
 
 def proposal(values: Values, shapes: Sequence[str]) -> str:
@@ -354,3 +440,30 @@ def at_path(values: Values, path: str) -> Any:
         else:
             raise KeyError(path)
     return here
+
+
+def renamed(values: Values, columns: Mapping[str, str]) -> dict[str, Any]:
+    """The values with luthier's names beside the file's, as `data.columns` says.
+
+    Raises KeyError with the key of `columns` that names no field.
+    """
+    out = dict(values)
+    for ours, theirs in columns.items():
+        if ours in TURN:
+            continue
+        try:
+            out[ours] = at_path(values, theirs)
+        except KeyError:
+            raise KeyError(ours) from None
+    names = {TURN[n]: theirs for n, theirs in columns.items() if n in TURN}
+    if names and isinstance(out.get("messages"), (str, list)):
+        out["messages"] = [_with_names(t, names) for t in decoded(out["messages"], "messages") or []]
+    return out
+
+
+def _with_names(turn: Any, names: Mapping[str, str]) -> Any:
+    """A turn with luthier's names of its fields."""
+    if not isinstance(turn, dict):
+        return turn
+    rest = {n: v for n, v in turn.items() if n not in names.values()}
+    return {**rest, **{ours: turn[theirs] for ours, theirs in names.items() if theirs in turn}}

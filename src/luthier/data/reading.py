@@ -14,7 +14,7 @@ from luthier.data.builtin import people as people_set
 from luthier.data.builtin import requests as demo_requests
 from luthier.data.columns import Carried, Survey
 from luthier.data.files import Opened, Raw, has_splits, on_hub
-from luthier.data.forms import SHAPES, Finder, Found, at_path, proposal, without_nulls
+from luthier.data.forms import SHAPES, Finder, Found, proposal, renamed, without_nulls
 from luthier.data.store import Part, Row, Rows
 from luthier.support.cache import content_of, key_of
 from luthier.support.errors import RecipeError
@@ -138,14 +138,22 @@ class _Reading:
             yield number, text
 
     def _row(self, key: str, values: dict[str, Any]) -> tuple[Found, Row, str]:
-        """(form, row with the fields of its shape, shape)."""
-        values = _renamed(values, self.columns, key)
+        """(form, row with the fields of its shape, shape). A field that is null counts as missing."""
         try:
-            found, read_as = self.finder.read(values)
+            named = renamed(values, self.columns)
+        except KeyError as error:
+            ours = error.args[0]
+            what = f"has no field {self.columns[ours]!r}, which data.columns.{ours} names; it has {_listed(values)}"
+            raise RecipeError(key, what) from None
+        except ValueError as error:
+            raise RecipeError(key, str(error)) from error
+        given = {n: v for n, v in named.items() if v is not None}
+        try:
+            found, read_as = self.finder.read(given)
         except ValueError as error:
             raise RecipeError(key, str(error)) from error
         except LookupError:
-            raise _unknown(key, values, self.shapes) from None
+            raise _unknown(key, named, self.shapes) from None
         if self.file.columnar:
             read_as = {n: without_nulls(v) if n in NESTED else v for n, v in read_as.items()}
         row = Row(key, read_as)
@@ -242,18 +250,6 @@ def objects_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise RecipeError(str(path), f"cannot be read ({error})", "check the path") from error
 
 
-def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> dict[str, Any]:
-    out = dict(values)
-    for ours, theirs in columns.items():
-        try:
-            out[ours] = at_path(values, theirs)
-        except KeyError:
-            raise RecipeError(
-                key, f"has no field {theirs!r}, which data.columns.{ours} names; it has {_listed(values)}"
-            ) from None
-    return out
-
-
 def shape_in(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> str | None:
     """The first of these shapes whose fields the values have; None if there is none."""
     return next((name for name in shapes if all(field in values for field in SHAPES[name])), None)
@@ -296,5 +292,6 @@ def _check_types(row: Row, shape: str) -> None:
             raise RecipeError(row.key, f"{field} is {type(value).__name__} {str(value)[:40]!r}", "it should be text")
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(map(str, names))) or "no fields"
+def _listed(values: Mapping[str, Any]) -> str:
+    names = (f"{n} (null)" if v is None else str(n) for n, v in values.items())
+    return ", ".join(sorted(names)) or "no fields"
