@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, cast
 
 import pyarrow as pa
 
@@ -240,7 +240,7 @@ def stream_of(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked if its name says that it is packed."""
     packed = path.suffix.lower()
     if packed == ".gz":
-        return gzip.open(path, "rb")
+        return cast(IO[bytes], gzip.open(path, "rb"))
     if packed == ".zst":
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd", buffer_size=1 << 16))
     return path.open("rb")
@@ -364,7 +364,7 @@ def _csv(path: Path, tabs: bool = False) -> Raw:
     lines = _texts(path)
     header = next(lines, "")
     delimiter = "\t" if tabs else max(",;\t", key=header.count)
-    quoting = csv.QUOTE_NONE if delimiter == "\t" and _bare_quotes(path) else csv.QUOTE_MINIMAL
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" and _bare_quotes(path) else csv.QUOTE_MINIMAL
     reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         names = next(reader, [])

@@ -237,6 +237,12 @@ _TAGS = ("ner_tags", "pos_tags", "chunk_tags", "upos", "tags", "labels")
 _MEDIA = ("images", "image", "audio", "videos")
 
 
+TEXT_PAIRS: tuple[tuple[str, str], ...] = (
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+    ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"), ("sentence_A", "sentence_B"),
+)  # fmt: skip
+
+
 def _chosen(values: Values) -> str:
     """How to train on the answers that were preferred."""
     if "messages" in values:
@@ -306,10 +312,6 @@ UNREAD = (
         lambda v: any(v.get(n) for n in _MEDIA),
     ),
 )  # fmt: skip
-TEXT_PAIRS = (
-    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
-    ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"), ("sentence_A", "sentence_B"),
-)  # fmt: skip
 # Names of questions and answers in files of no known form: they become a proposal.
 QUESTIONS = (
     "prompt", "question", "query", "instruction", "input", "inputs", "problem", "source", "document", "article",
@@ -325,7 +327,7 @@ class Found(NamedTuple):
     """The form of a row.
 
     form      as FORMS describes it
-    left_out  fields of the row that would change its shape, and are therefore taken out of it
+    left_out  fields of the row that would make it another form, and are therefore taken out of it
     unread    all fields of the row that belong to other forms and are not read
     """
 
@@ -395,8 +397,14 @@ class Finder:
         own = {*form.fields, *form.optional, *SHAPES[form.shape]}
         of_others = {n for f in FORMS for n in f.fields if n != "label"} | set(tells)
         others = of_others.intersection(names) - own
-        left_out = {n for n in others if n in SHAPE_FIELDS and (n not in self.kept or self._reshapes(n, form.shape))}
+        left_out = {n for n in others if self._must_go(n, form.shape, tells)}
         return Found(form, tuple(sorted(left_out)), tuple(sorted(others - self.sources - (self.kept - left_out))))
+
+    def _must_go(self, name: str, shape: str, tells: Collection[str]) -> bool:
+        """True for a field that would make the row another form when it is read again; a kept field, another shape."""
+        if name in self.kept:
+            return name in SHAPE_FIELDS and self._reshapes(name, shape)
+        return name in SHAPE_FIELDS or name in tells
 
     def _reshapes(self, name: str, shape: str) -> bool:
         """True if rows of this shape would have another one with this field."""

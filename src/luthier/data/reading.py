@@ -263,6 +263,23 @@ def answers_of(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> lis
     return [] if shape is None else [values["completion" if shape == "prompt and completion" else "text"]]
 
 
+def told_in(values: Mapping[str, Any]) -> list[str]:
+    """The texts of `answers_of`, with a turn's thoughts and calls: what is empty here teaches nothing but the end token."""
+    if shape_in(values, ANSWERED) == "messages":
+        return [turns.told_by(turn) for turn in values["messages"] if turns.supervised(turn)]
+    return answers_of(values, ANSWERED)
+
+
+def words_of(values: Mapping[str, Any]) -> str:
+    """A row's words: all turns, or prompt and answer, or its text, joined by a space. `answers_of` gives the answers alone."""
+    shape = shape_in(values)
+    if shape == "messages":
+        return " ".join(turns.content_text(turn.get("content")) for turn in values["messages"])
+    if shape == "prompt and completion":
+        return f"{values['prompt']} {values['completion']}"
+    return str(values["text"] if shape is not None else values["prompt"])  # a row may be a question alone
+
+
 def shape_of(row: Row, shapes: Sequence[str]) -> str:
     """The shape of a row. Raises RecipeError with the fields found and the fields expected."""
     values, name = row.values, shape_in(row.values, shapes)

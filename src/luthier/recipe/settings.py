@@ -11,7 +11,7 @@ from luthier.compute.base import Compute
 from luthier.curation.base import Curator, chain_of
 from luthier.data.codec import Chain
 from luthier.data.columns import RESERVED, Carried
-from luthier.data.reading import on_hub
+from luthier.data.reading import has_splits
 from luthier.decoding.base import Decoder
 from luthier.decoding.greedy import Greedy
 from luthier.evaluation.base import Evaluator
@@ -42,7 +42,7 @@ class RowSource(BaseModel):
     columns: dict[str, str] | None = None
     """luthier's name -> the file's name; null: data.columns."""
     split: str | None = None
-    """Split of a Hub data set; null: data.train_split."""
+    """Split of a Hub data set, or of a folder with several; null: data.train_split."""
     limit: int | None = Field(None, ge=1)
     """Use only its first rows; null: data.limit."""
 
@@ -58,14 +58,26 @@ Sources = Annotated[
 ]  # fmt: skip
 
 
+def _held_form(value: Any) -> str:
+    return f"{FORM}share" if isinstance(value, (int, float)) else f"{FORM}source"
+
+
+Held = Annotated[
+    Annotated[str | None, Tag(f"{FORM}source")]
+    | Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), Tag(f"{FORM}share")],
+    Discriminator(_held_form),
+]  # fmt: skip
+
+
 class DataSettings(BaseModel):
     """Which rows are used, and how they become tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     train: Sources
-    """A .jsonl (or .jsonl.gz), .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests;
-    or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; text files may be packed as .gz or .zst), a folder, a glob, a Hub id
+    (org/name:configuration), or builtin:requests; or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]. Paths are
+    relative to the recipe's folder."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """How several sources are mixed: the share of a source is proportional to (weight * rows)^(1 / temperature)."""
     keep: tuple[str, ...] = ()
@@ -74,12 +86,15 @@ class DataSettings(BaseModel):
     """A field of the training rows with [[start, end, label], ...] in characters of the answer, which becomes spans of tokens."""
     fill: dict[str, Any] = Field(default_factory=dict)
     """Kept field -> its value in rows that lack it; without one such a row is refused."""
-    eval: str | None = None
-    """Held-out rows, of the same kind."""
+    eval: Held = None
+    """Held-out rows, of the same kind: a file or another source; or a share of the training rows that is set apart: 0.1."""
+    eval_by: str | None = Field(None, examples=["document"])
+    """With a share in `eval`: a field of the rows; rows with equal values of it stay together, in training or held out."""
     pool: str | None = None
     """Rows without labels, for pipelines that make their own."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """luthier's name -> the file's name: {prompt: question, completion: answer}."""
+    """luthier's name -> the file's name, or a path within a field: {prompt: question, completion: answers.text.0}. The names of
+    turns too: {messages: dialogue, messages.role: speaker, messages.content: line}."""
     system: str | None = None
     """A system message for rows that have none, in training and in use."""
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -95,9 +110,9 @@ class DataSettings(BaseModel):
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """What to do about rows that cannot be read: stop at the first, or leave them out, counted and listed."""
     train_split: str = "train"
-    """Split of a Hub data set that is trained on."""
+    """Split that is trained on, of a Hub data set or of a folder with several."""
     eval_split: str = "test"
-    """Split of a Hub data set that is held out."""
+    """Split that is held out, of a Hub data set or of a folder with several."""
     limit: int | None = Field(None, ge=1)
     """Use only the first rows (of each source), to try something."""
 
@@ -219,8 +234,13 @@ class Recipe(TrainSettings):
             for key in sorted(set_in(self) & stages):
                 raise RecipeError(key, f"is not read beside pipeline {self.pipeline.key()}", "set it in the stages")
         self._check_fields()
-        hub = [any(on_hub(s.path) for s in self.data.sources), on_hub(self.data.eval or "")]
-        single, held = isinstance(self.data.train, str), self.data.eval is not None
+        held_in = self.data.eval if isinstance(self.data.eval, str) else ""
+        splits = [any(has_splits(s.path) for s in self.data.sources), bool(held_in) and has_splits(held_in)]
+        single, held, share = (
+            isinstance(self.data.train, str),
+            self.data.eval is not None,
+            isinstance(self.data.eval, float),
+        )
         unread_pool = self.data.pool and not self.task.pool_shapes
         during = ("needs evaluations during training", "set eval_steps")
         rows = ("has no rows to evaluate on", "set data.eval")
@@ -236,8 +256,24 @@ class Recipe(TrainSettings):
             ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
             ("data.pool", unread_pool, f"is not read by task {self.task.key()}", "remove it"),
             ("data.temperature", "temperature" in data and single, "mixes several sources", "list them in data.train"),
-            ("data.train_split", "train_split" in data and not hub[0], "is for Hub data sets", "remove it"),
-            ("data.eval_split", "eval_split" in data and not hub[1], "is for Hub data sets", "remove it"),
+            (
+                "data.train_split",
+                "train_split" in data and not splits[0],
+                "is for Hub data sets and folders",
+                "remove it",
+            ),
+            (
+                "data.eval_split",
+                "eval_split" in data and not splits[1],
+                "is for Hub data sets and folders",
+                "remove it",
+            ),
+            (
+                "data.eval_by",
+                self.data.eval_by and not share,
+                "is read with a share in data.eval only",
+                "write eval: 0.1",
+            ),
             ("revision", self.revision and self.model.count("/") != 1, "is for Hub models", "remove it"),
         ]
         for key, wrong, what, remedy in rules:
