@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from luthier.inspection import Norms
-from luthier.inspection.base import BAR, GAP, LETTER, OUTSIDE, WIDTH, bars, in_order, layer_of
+from luthier.inspection.base import BAR, GAP, LETTER, OUTSIDE, WIDTH, Finding, bars, in_order, layer_of
 from luthier.support.errors import LuthierError
 from luthier.testing.models import view_of
 from luthier.update import Dense, LowRank, Prompt, Update
@@ -66,3 +66,12 @@ def test_bars_of_nothing_of_zeros_and_of_infinite_numbers():
     assert [w for *_, w in parts_of(bars([("a", 0.0)], "t", str, "k"))[0]] == [0.0]
     widths = [w for *_, w in parts_of(bars([("a", float("inf")), ("b", 2.0), ("c", 1.0)], "t", str, "k"))[0]]
     assert widths == [WIDTH, WIDTH, WIDTH / 2]
+
+
+def test_bars_shorter_than_one_are_to_scale():
+    widths = [w for *_, w in parts_of(bars([("a", 0.25), ("b", 0.125)], "t", str, "k"))[0]]
+    assert widths == [WIDTH, WIDTH / 2]
+
+
+def test_cells_are_short_numbers_and_words_as_they_are():
+    assert [Finding.shown(v) for v in (0.123456, 7, "block 1")] == ["0.1235", "7", "block 1"]

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from luthier.kernels.linear import stochastic_round
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.testing.models import rows_of, tiny, view_of
@@ -35,16 +34,6 @@ def test_float32_is_plain_adamw_with_decay_on_matrices_only():
     theirs = dict(model.named_parameters())
     for n, p in view.module.named_parameters():
         torch.testing.assert_close(p, theirs[n], atol=1e-5, rtol=1e-5)  # of steps of 1e-3
-
-
-def test_stochastic_rounding_keeps_the_expected_value():
-    """Of a change of a hundredth of a bf16 step, which rounding to nearest would lose."""
-    generator = torch.Generator().manual_seed(0)
-    master = torch.full((200_000,), 1.0) + 2**-7 / 100
-    rounded = stochastic_round(master, torch.bfloat16, generator).float()
-    assert set(rounded.unique().tolist()) == {1.0, 1.0 + 2**-7}
-    assert float((rounded - 1).mean()) == pytest.approx(2**-7 / 100, rel=0.1)
-    assert float((master.to(torch.bfloat16).float() - 1).abs().max()) == 0.0
 
 
 def test_in_bf16_weights_follow_their_masters_in_the_mean():

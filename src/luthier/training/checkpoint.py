@@ -26,10 +26,8 @@ def save(
     final, temporary = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file(
-        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-        temporary / "trainable.safetensors",
-    )
+    apart = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}  # two names may share memory
+    save_file(apart, temporary / "trainable.safetensors")
     torch.save(optimizer, temporary / "optimizer.pt")
     torch.save(scheduler, temporary / "scheduler.pt")
     torch.save(rng, temporary / "rng_state.pth")
