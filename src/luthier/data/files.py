@@ -252,12 +252,8 @@ def _whole(path: Path, last: Callable[[], str]) -> Iterator[None]:
     packed = path.suffix.lower()
     try:
         yield
-    except (
-        EOFError,
-        zlib.error,
-        OSError,
-        pa.ArrowException,
-    ) as error:  # pyarrow raises OSError for a cut zstandard file
+    # pyarrow raises OSError for a cut zstandard file.
+    except (EOFError, zlib.error, OSError, pa.ArrowException) as error:
         if packed not in PACKED:
             raise
         kind = {".gz": "gzip", ".zst": "zstandard"}[packed]
@@ -279,7 +275,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def jsonl(path: Path) -> Raw:
     """An object a line."""
     for number, line in _lines(path):
-        if line.strip():
+        if (line.removeprefix(BOM_UTF8) if number == 1 else line).strip():
             yield number, _object(line, f"{path}:{number}")
 
 
@@ -328,15 +324,18 @@ def _one_a_line(path: Path) -> bool:
 
 
 class _Metered:
-    """A stream whose reader may take LONGEST bytes, until it is given them again. Raises ValueError when they are used up."""
+    """A stream that gives LONGEST bytes, until `taken` is set to 0 again. Raises ValueError if it is asked for more.
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.taken = file, 0
+    begun  bytes of the file that were read before
+    """
+
+    def __init__(self, file: IO[bytes], begun: bytes) -> None:
+        self.file, self.begun, self.taken = file, begun, 0
 
     def read(self, count: int = -1) -> bytes:
         if self.taken > LONGEST:
             raise ValueError(f"an item is longer than {LONGEST >> 20} MiB")
-        data = self.file.read(count)
+        data, self.begun = (self.begun, b"") if self.begun and count else (self.file.read(count), self.begun)
         self.taken += len(data)
         return data
 
@@ -346,9 +345,7 @@ def _items(path: Path) -> Raw:
 
     number = 0
     with stream_of(path) as file, _whole(path, lambda: f"item {number}"):
-        metered = _Metered(file)
-        if file.read(len(BOM_UTF8)) != BOM_UTF8:
-            file.seek(0)
+        metered = _Metered(file, file.read(len(BOM_UTF8)).removeprefix(BOM_UTF8))
         try:
             for number, value in enumerate(ijson.items(metered, "item", use_float=True), start=1):
                 metered.taken = 0

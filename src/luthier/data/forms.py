@@ -299,16 +299,16 @@ UNREAD = (
         lambda v: not _has_shape(v),
     ),
     Unread(
-        "text pairs with a label", ("label",), (),
+        "a pair of texts with a label", ("label",), (),
         _always("join the two texts in a column named text, or name one of them with data.columns: {text: ...}"),
         lambda v: "text" not in v and any(a in v and b in v for a, b in TEXT_PAIRS),
     ),
     Unread(
-        "prompts without answers", ("prompt",), (), _always("add a completion; luthier makes no answers of its own to train on"),
+        "a prompt without an answer", ("prompt",), (), _always("add a completion"),
         lambda v: set(v) <= {"prompt", "id", "system", "tools", "source", "prompt_id"},
     ),
     Unread(
-        "images or sound beside text", (), _MEDIA, _always("luthier trains on text; leave the column out"),
+        "text with images or sound", (), _MEDIA, _always("luthier trains on text; leave the column out"),
         lambda v: any(v.get(n) for n in _MEDIA),
     ),
 )  # fmt: skip

@@ -98,7 +98,9 @@ class Shared(NamedTuple):
 
     def __str__(self) -> str:
         them = "is a training row" if self.rows == 1 else "are training rows"
-        return f"{self.rows:,} of {self.of:,} held-out rows {them} too; the first one: {self.first[0]} is {self.first[1]}"
+        return (
+            f"{self.rows:,} of {self.of:,} held-out rows {them} too; the first one: {self.first[0]} is {self.first[1]}"
+        )
 
 
 def shared(train: Rows, held: Rows) -> Shared | None:
