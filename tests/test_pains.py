@@ -278,7 +278,7 @@ def test_pain_10_memory_that_ends_keeps_the_steps_and_names_the_keys(tmp_path):
     loop = Loop(view, rows_of(), trainable, Greedy(), settings, folder=tmp_path)
     with pytest.raises(LuthierError, match=r"out of memory in step 3.* 64 tokens.*lower tokens_per_forward"):
         loop.run()
-    assert checkpoint.newest(tmp_path).name == "checkpoint-2"
+    assert checkpoint.newest(tmp_path)[0].name == "checkpoint-2"
     done.append(True)
     assert loop.run().step == 4
     broken = Loop(view_of(), rows_of(), Lora().attach(view_of()), Sft(), settings)
@@ -315,7 +315,7 @@ def test_pain_11_resume_walks_back_to_a_whole_checkpoint(tmp_path):
     settings = TrainSettings(max_steps=6, batch_size=4, save_steps=2, save_limit=3)
     Loop(view, rows_of(), Lora(rank=4).attach(view), Sft(), settings, folder=tmp_path, data_hash="a").run()
     (tmp_path / "checkpoint-6" / "COMPLETE").unlink()  # as a power cut leaves it
-    assert checkpoint.newest(tmp_path).name == "checkpoint-4"
+    assert checkpoint.newest(tmp_path)[0].name == "checkpoint-4"
     again = view_of()
     loop = Loop(again, rows_of(), Lora(rank=4).attach(again), Sft(), settings, folder=tmp_path, data_hash="a")
     assert loop.resume() and loop.progress.step == 4

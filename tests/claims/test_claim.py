@@ -162,7 +162,9 @@ def test_what_is_not_there_is_said(folder):
         claims.run("thing")
     with pytest.raises(RecipeError, match="there is no such claim; known are thing"):
         load(folder / "claims/none.yaml")
-    with pytest.raises(RecipeError, match="known are none in this folder; claims are in a clone of luthier"):
+    with pytest.raises(
+        RecipeError, match="there is no such claim; claims are in the folder claims of a clone of luthier"
+    ):
         load(folder / "elsewhere/none.yaml")
 
 

@@ -74,7 +74,7 @@ def test_models_that_would_read_rows_otherwise_are_refused(change, template, wor
 
 @pytest.mark.parametrize(
     "words",
-    ["objective=caft", "dtype=bfloat16", "data.limit=5", "save_steps=3", "curate=[{random: {keep_fraction: 0.5}}]"],
+    ["objective=q-tuning", "dtype=bfloat16", "data.limit=5", "save_steps=3", "curate=[{random: {keep_fraction: 0.5}}]"],
 )
 def test_keys_that_no_party_would_hear_of_are_refused(words, agreed, tmp_path):
     done = luthier("collaborate", "contract", agreed / "r.yaml", tmp_path / "c", words, cwd=tmp_path)

@@ -7,10 +7,11 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from helpers.commands import luthier
+from helpers.commands import luthier, write
 from luthier.method import registry
 from luthier.method.kinds import kind_called
 from luthier.support.version import __version__
@@ -66,11 +67,75 @@ def test_ctrl_c_ends_a_command_with_130(tmp_path, monkeypatch):
     assert done.returncode == 130 and done.stderr.strip() == "luthier: interrupted"
 
 
-def test_a_fault_of_ours_leaves_its_traceback(tmp_path, monkeypatch):
+def test_a_fault_of_ours_leaves_its_traceback_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "listed", lambda: 1 / 0)
-    done = luthier("methods", cwd=tmp_path)
-    assert done.returncode == 1 and "this is a bug in luthier; the traceback is in luthier-error.txt" in done.stderr
-    assert "ZeroDivisionError" in (tmp_path / "luthier-error.txt").read_text()
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    here = tmp_path / "here"
+    here.mkdir()
+    done = luthier("methods", cwd=here)
+    assert done.returncode == 1 and "this is a bug in luthier; the traceback is in" in done.stderr
+    (file,) = (tmp_path / "cache/errors").iterdir()
+    assert str(file) in done.stderr and "ZeroDivisionError" in file.read_text() and not list(here.iterdir())
+
+
+def test_a_fault_of_ours_in_a_run_leaves_its_traceback_there(model_folder, tmp_path, monkeypatch):
+    from luthier.run import execute
+
+    monkeypatch.setattr(execute, "admit", lambda *_: 1 / 0)
+    done = luthier("run", write(tmp_path, model_folder), cwd=tmp_path)
+    (file,) = (tmp_path / "out").glob("error-*.txt")
+    assert done.returncode == 1 and str(file) in done.stderr and "in <lambda>" in file.read_text()
+
+
+@pytest.mark.parametrize(
+    "words", [("-h",), ("run", "-h"), ("collaborate", "-h"), ("collaborate", "tune", "-h")], ids=" ".join
+)
+def test_h_is_help(words, tmp_path):
+    done = luthier(*words, cwd=tmp_path)
+    assert done.returncode == 0 and "Usage: luthier" in done.stdout and done.stderr == ""
+
+
+def test_a_key_of_the_recipe_that_is_written_as_an_option_is_explained(tmp_path):
+    for words in (("--learning_rate", "1e-4"), ("--learning-rate=1e-4",)):
+        done = luthier("run", "r.yaml", *words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.endswith(" Keys of the recipe are set without dashes: learning_rate=1e-4\n")
+    done = luthier("run", "r.yaml", "--data.limit", "3", cwd=tmp_path)
+    assert done.stderr.endswith("data.limit=3\n")
+    for words in (("run", "r.yaml", "--nosuch"), ("methods", "--model", "x")):
+        assert "without dashes" not in luthier(*words, cwd=tmp_path).stderr
+
+
+def test_a_method_that_is_misspelt_is_named(tmp_path):
+    done = luthier("methods", "lroa", cwd=tmp_path)
+    assert done.returncode == 2 and "there is no method or kind called 'lroa'; did you mean lora?" in done.stderr
+    assert "did you mean objective?" in luthier("methods", "Objectives", cwd=tmp_path).stderr
+
+
+def test_a_starter_says_where_its_schema_is(tmp_path):
+    first, *_ = luthier("methods", "lora", cwd=tmp_path).stdout.partition("luthier: 1")[0].splitlines()[-1:]
+    assert first.startswith("# yaml-language-server: $schema=")
+    assert json.loads(Path(first.partition("=")[2]).read_text()) == json.loads(luthier("schema", cwd=tmp_path).stdout)
+
+
+def test_the_environment_is_json_too(tmp_path):
+    told = json.loads(luthier("env", "--json", cwd=tmp_path).stdout)
+    assert told["luthier"] == __version__ and {"python", "torch", "transformers"} <= told.keys()
+
+
+def test_luthier_log_writes_what_is_done_to_standard_error(model_folder, tmp_path, monkeypatch):
+    recipe = write(tmp_path, model_folder, evaluate=[], max_steps=1)
+    monkeypatch.setenv("LUTHIER_LOG", "loud")
+    refused = luthier("check", recipe, cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr == "luthier: LUTHIER_LOG='loud': write debug, info, warning or error\n"
+    monkeypatch.setenv("LUTHIER_LOG", "info")
+    ours = logging.getLogger("luthier")
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr(ours, "level", ours.level)
+    done = luthier("run", recipe, cwd=tmp_path)
+    assert done.returncode == 0
+    assert any(" INFO luthier.run.execute: saved " in line for line in done.stderr.splitlines()), done.stderr
 
 
 def test_methods_of_a_kind_by_its_key_or_its_folder(tmp_path):
@@ -96,3 +161,40 @@ def test_a_message_about_a_package_that_luthier_does_not_use_is_left_out(caplog)
     log.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no kernels")
     log.warning("another message")
     assert caplog.messages == ["another message"]
+
+
+def test_claims_that_are_not_here_are_said_to_be_in_a_clone(tmp_path):
+    for words in (("--tier", "tiny"), ("no-such-claim",)):
+        done = luthier("claim", *words, cwd=tmp_path)
+        assert done.returncode == 2 and done.stdout == ""
+        assert "claims are in the folder claims of a clone of luthier" in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_the_bar_moves_in_a_terminal():
+    """Its process has a pseudo-terminal, and is told of three steps."""
+    import os
+    import pty
+
+    code = (
+        "import time\nfrom types import SimpleNamespace\nfrom luthier.cli.progress import Bar\n"
+        "with Bar() as bar:\n"
+        "    for step in (1, 2, 3):\n"
+        "        bar.step({'step': step, 'loss': 0.5}, SimpleNamespace(tokens=9, seconds=1.0, step=step), 3)\n"
+        "        time.sleep(0.2)\n"
+    )
+    ours, theirs = pty.openpty()
+    with subprocess.Popen([sys.executable, "-c", code], stderr=theirs, stdout=subprocess.DEVNULL) as process:
+        os.close(theirs)
+        seen = b""
+        try:
+            while part := os.read(ours, 4096):
+                seen += part
+        except OSError:  # the other end is closed
+            pass
+    os.close(ours)
+    assert process.returncode == 0
+    assert all(f"{step}/3".encode() in seen for step in (1, 2, 3)), seen
+
+
+def test_completion_is_an_option(tmp_path):
+    assert "--install-completion" in luthier("--help", cwd=tmp_path).stdout

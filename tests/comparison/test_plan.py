@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from luthier.cli.compare import budget_from, planned, seeds_from
-from luthier.comparison.plan import load, recipe_of, slug, varied, with_seed
+from luthier.cli.compare import budget_from, planned, searching, seeds_from
+from luthier.comparison.plan import Search, load, recipe_of, slug, varied, with_seed
 from luthier.support.errors import LuthierError, RecipeError
 
 BASE = {"model": "a/b", "data": {"train": "t.jsonl", "eval": "e.jsonl"}}
@@ -40,6 +40,8 @@ def test_vary_makes_an_arm_a_value_and_every_combination():
     assert recipe_of(plan, "spiel 0.001").tuner.density == 0.05
     named = varied(BASE, ["tuner={lora: {rank: 4}},{lora: {rank: 8}}"])
     assert list(named.arms) == ["lora rank=4", "lora rank=8"] and recipe_of(named, "lora rank=8").tuner.rank == 8
+    own = varied({**BASE, "tuner": {"lora": {"rank": 4}}}, ["tuner=lora,full"])
+    assert list(own.arms) == ["lora", "full"] and recipe_of(own, "lora").tuner.rank == 4
     lists = varied(BASE, ["curate=[],[random: {keep_fraction: 0.5}]"])
     assert list(lists.arms) == ["none", "random keep_fraction=0.5"] and len(recipe_of(lists, "none").curate) == 0
 
@@ -115,3 +117,12 @@ def test_a_seed_reaches_every_methods_own_draws():
 
 def test_names_become_folders():
     assert slug("spiel density=0.05 / x") == "spiel-density=0.05-x" and slug("../..") == "arm"
+
+
+def test_rows_of_the_search_are_an_option():
+    assert searching(Search(trials=2), True, 12) == Search(trials=2, rows=12)
+    assert searching(Search(), False, None) is None and searching(Search(), True, None) == Search()
+    with pytest.raises(LuthierError, match="--search-rows 12: is not read without a search"):
+        searching(Search(), False, 12)
+    with pytest.raises(LuthierError, match=r"--search-rows 12: is not read beside search\.data"):
+        searching(Search(data="x.jsonl"), True, 12)

@@ -452,6 +452,19 @@ def test_pruning_beside_a_tuner_that_trains_mlps_is_refused():
     assert Lemo().check(Facts(others=(Full(),))) == []
 
 
+def test_an_adapter_on_one_layer_of_an_mlp_is_refused_and_a_lemo_that_leaves_nothing_out_changes_nothing():
+    view = view_of(layers=6)
+    trainable = Lora(rank=2, targets=("up_proj",)).attach(view)
+    with pytest.raises(LuthierError, match="trained or quantised"), Lemo(mlp_prune_fraction=0.5).patch(view, "train"):
+        pass
+    trainable.detach()
+    view.layout = "padded"
+    with Lemo(keep_fraction=1.0).patch(view, "train"):
+        assert not any("forward" in vars(m) for m in view.module.modules())
+    with pytest.raises(LuthierError, match="needs the padded layout"), Lemo(keep_fraction=0.5).patch(view, "train"):
+        pass
+
+
 def test_one_neuron_stays_however_many_are_pruned():
     batch = batch_of((9, 7))
     _, grads, _ = nll_and_grads(stirred("llama"), batch, Lemo(keep_fraction=1.0, mlp_prune_fraction=0.999))

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,22 @@ def test_rows_without_a_target_are_counted_but_never_kept(base):
     assert np.isnan(chosen.score[[0, 5, 11]]).all()
     with pytest.raises(RecipeError, match="no row has a supervised token"):
         QTuningOffline(keep_fraction=0.5).select(bare, base)
+
+
+def test_the_count_is_exact_where_some_rows_have_no_target(base):
+    """15 of 25, of which 22 can be scored: int(15 / 22 * 22) is 14. All of twelve, of which nine can be scored: nine."""
+    bare = [Row(f"b:{i}", {"messages": [{"role": "user", "content": f"say {i}"}]}) for i in range(3)]
+    assert len(QTuningOffline(keep_fraction=0.6).select([*some(22), *bare], base).keep) == 15
+    assert QTuningOffline(keep_fraction=1.0).select([*bare, *some(9)], base).keep.tolist() == list(range(3, 12))
+
+
+def test_progress_is_told_with_the_first_row_of_each_part(base, monkeypatch):
+    from luthier.curation import q_tuning_offline
+
+    monkeypatch.setattr(q_tuning_offline, "PART", 5)
+    said = []
+    scored(some(12), replace(base, tick=lambda *what: said.append(what)))
+    assert said == [("curating", 0, "f:0"), ("curating", 5, "f:5"), ("curating", 10, "f:10")]
 
 
 def test_scoring_is_cut_into_parts_and_forwards_and_counted_once(base, monkeypatch):

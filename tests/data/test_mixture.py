@@ -156,7 +156,7 @@ def test_sources_are_read_with_their_own_settings_and_named_by_file_and_line(tmp
         ("train: [{path: a.jsonl, weight: 0}]", r"data\.train\.0\.weight: 0: input should be greater than 0"),
         ("train: []", r"data\.train: \[\]: "),
         ("train: 3", r"data\.train: 3: input should be a valid string"),
-        ("train: [a.jsonl]", r"data\.train\.0: \"a\.jsonl\": "),
+        ("train: [a.jsonl]", r"data\.train\.0: is 'a\.jsonl', where keys belong; write \{path: a\.jsonl\}"),
         ("train: a.jsonl, temperature: 2", r"data\.temperature: mixes several sources; list them in data\.train"),
     ],
 )

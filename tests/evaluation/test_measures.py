@@ -4,10 +4,20 @@ import numpy as np
 import pytest
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
+from scipy import stats
 from sklearn.metrics import f1_score
 
 from luthier.evaluation.calibration import binned
-from luthier.evaluation.measures import AGGREGATES, Measure, corpus_statistics, mean, ratio
+from luthier.evaluation.measures import (
+    AGGREGATES,
+    Measure,
+    beside_base,
+    change,
+    corpus_statistics,
+    interval,
+    mean,
+    ratio,
+)
 
 SAID = ["the cat sat on the mat", "a b c d e", "nothing in common", "the dog ran"]
 REFERENCES = [("the cat sat on a mat", "on the mat sat a cat"), ("a b c d e",), ("zzz yyy",), ("a dog ran fast",)]
@@ -86,3 +96,33 @@ def test_a_measure_survives_its_plain_form():
 
 def test_of_no_rows_nothing_is_known():
     assert np.isnan(mean("m", [], ()).value)
+
+
+def test_the_interval_of_a_mean_is_students_and_of_answers_wilsons():
+    values = [1.0, 2.0, 4.0]
+    half = stats.t.ppf(0.975, 2) * np.std(values, ddof=1) / np.sqrt(3)
+    assert interval(mean("m", values, keys(3))) == pytest.approx((7 / 3 - half, 7 / 3 + half))
+    found = stats.binomtest(3, 4).proportion_ci(method="wilson")
+    assert interval(mean("m", [1, 1, 0, 1], keys(4))) == pytest.approx((found.low, found.high))
+    assert interval(mean("m", [1.0], keys(1))) is None and interval(mean("m", [1.0, np.inf], keys(2))) is None
+
+
+def test_a_change_is_paired_by_row():
+    before, after = mean("m", [1.0, 5.0, 9.0], keys(3)), mean("m", [0.5, 4.0, 8.5], keys(3))
+    by = change(before, after)
+    paired = stats.ttest_rel([0.5, 4.0, 8.5], [1.0, 5.0, 9.0]).confidence_interval()
+    assert (by.value, by.low, by.high) == pytest.approx((-2 / 3, paired.low, paired.high))
+    assert change(before, mean("m", [0.5, 4.0, 8.5], ("x", "y", "z"))) is None
+    assert change(mean("m", [1.0], keys(1)), mean("m", [2.0], keys(1))) is None
+    told = beside_base(after, before)
+    assert (told["value"], told["base"], told["rows"]) == (pytest.approx(13 / 3), 5.0, 3)
+    assert told["change"] == pytest.approx({"value": -2 / 3, "low": paired.low, "high": paired.high})
+    assert told["low"] == pytest.approx(interval(after)[0])
+    alone = beside_base(after)
+    assert (alone["base"], alone["change"]) == (None, None)
+
+
+def test_the_change_of_a_ratio_is_the_difference_of_its_values():
+    tokens, nats = np.array([3.0, 1.0, 8.0]), np.array([[6.0, 5.0, 9.0], [2.0, 1.0, 3.0]])
+    before, after = (ratio("loss", n, tokens, keys(3)) for n in nats)
+    assert beside_base(after, before)["change"]["value"] == pytest.approx((6 - 20) / 12)

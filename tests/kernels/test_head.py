@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 
-from luthier.kernels.head import CHUNK, CPU_ROWS, recomputes, token_nll, token_scores
+from luthier.kernels.head import CHUNK, CPU_ROWS, _blocks, recomputes, token_nll, token_scores
 from luthier.kernels.plain import is_plain, plain_operations
 
 ROWS = [0, 1, CPU_ROWS + 3, 2 * CHUNK + CPU_ROWS + 5]
@@ -101,6 +101,30 @@ def test_losses_and_entropies_of_all_chunks(rows, biased, transform):
     torch.testing.assert_close(found.nll.double(), -p.gather(1, labels[:, None]).squeeze(1).log(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found.entropy.double(), -(p * p.log()).sum(-1), atol=1e-5, rtol=1e-5)
     assert found.nll.dtype == found.entropy.dtype == torch.float32
+
+
+def test_the_gradient_of_a_frozen_head_is_all_that_is_kept_and_chunks_share_their_memory():
+    hidden, weight, labels = parts(CHUNK + 5)
+    assert [len(token_nll(hidden, w, labels).grad_fn.saved_tensors) for w in (weight.detach(), weight)] == [1, 3]
+    assert [len(token_nll(hidden.detach(), weight, labels).grad_fn.saved_tensors)] == [3]
+    for rows in (3, 2 * CHUNK):
+        block, wide = _blocks(torch.zeros(rows, 16, dtype=torch.bfloat16), weight)
+        assert (block.shape, wide.shape) == ((min(CHUNK, rows), 50), (CPU_ROWS, 50))
+        assert (block.dtype, wide.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize(("plain", "times"), [(False, 2), (True, 1)])
+def test_with_a_transform_logits_are_computed_again_unless_ordinary_operations_are_asked_for(plain, times):
+    hidden, weight, labels = parts(2 * CHUNK + 5)
+    seen = []
+
+    def noted(z):
+        seen.append(len(z))
+        return capped(z)
+
+    with plain_operations() if plain else contextlib.nullcontext():
+        token_nll(hidden, weight, labels, None, noted).sum().backward()
+    assert sorted(seen) == sorted([CHUNK, CHUNK, 5] * times)
 
 
 def test_a_token_without_probability_adds_nothing_to_the_entropy():

@@ -36,13 +36,14 @@ ROOMS = (
 ELSEWHERE = ("data/quadrants.py",)  # what methods compute with, in another room
 # Tests of a module that are not called after it; those of any other are test_NAME.py in whichever folder.
 OWN = {
-    "curation/base.py": ("run/test_curate.py", "curation/test_proof.py"),
+    "curation/base.py": ("curation/test_curator.py", "run/test_curate.py", "curation/test_proof.py"),
     "data/quadrants.py": ("objectives/test_q_tuning.py", "curation/test_q_tuning_offline.py"),
     "inspection/base.py": ("inspection/test_inspectors.py", "inspection/test_norms.py"),
     "kernels/linear.py": ("kernels/test_linear_layers.py",),
     "kernels/plain.py": ("kernels/test_head.py",),
     "training/loop.py": ("training/test_equalities.py", "training/test_skipped.py", "training/test_state.py"),
-    "pipelines/base.py": ("pipelines/test_base.py", "pipelines/test_list.py"),
+    "pipelines/stages.py": ("pipelines/test_stages.py", "pipelines/test_base.py"),
+    "pipelines/base.py": ("pipelines/test_base.py", "pipelines/test_list.py", "pipelines/test_stages.py"),
     "tuners/base.py": ("tuners/test_trainable.py", "tuners/test_full.py", "tuners/test_task_head.py"),
     "update/base.py": ("update/test_parts.py", "update/test_update.py"),
     "update/binding.py": ("update/test_parts.py", "update/test_update.py", "update/test_following.py"),

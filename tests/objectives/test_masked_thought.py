@@ -215,6 +215,11 @@ def test_a_row_without_a_question_is_named():
     row["labels"], row["token"] = list(row["ids"]), {"prompt": [0] * 10}
     with pytest.raises(LuthierError, match="row 0 has no question"):
         planned(MaskedThought(), [row])
+    with pytest.raises(LuthierError, match="row b has no question"):
+        planned(
+            MaskedThought(),
+            [{**row, "key": "a", "token": {"prompt": [1] * 5 + [0] * 5}}, *({**row, "key": k} for k in "bc")],
+        )
     bare = {**row, "token": {}}  # nothing says what was asked: the first token, which nothing predicts, is no question
     with pytest.raises(LuthierError, match="row 0 has no question"):
         planned(MaskedThought(), [bare])

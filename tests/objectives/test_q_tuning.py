@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from luthier.data.batch import IGNORE, collate
-from luthier.data.quadrants import choose_rows, kept_share, named
+from luthier.data.quadrants import Rows, _scaled, choose_rows, kept_share, named
 from luthier.kernels.head import token_scores
 from luthier.method import Facts
 from luthier.objectives.base import Clock, Forward, Window
-from luthier.objectives.q_tuning import QTuning, keep_tokens, neighbour_score
+from luthier.objectives.q_tuning import QTuning, _bad_rows, keep_tokens, neighbour_score
 from luthier.objectives.sft import Sft
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
@@ -245,6 +245,8 @@ def test_rows_without_a_target_are_left_out_and_the_others_chosen_as_if_they_wer
     kept = planned(collate([silent, *rows]), QTuning(keep_rows=0.5), view)
     assert kept.keys == planned(collate(rows), QTuning(keep_rows=0.5), view).keys and len(kept.keys) == 4
     none = Window([collate([silent])], Clock(0, 10))
+    two = Window([collate([silent])], Clock(0, 10), gather=lambda x: torch.cat([x, x]), rank=1)
+    assert QTuning().plan(two, Probe(view, QTuning())) == (two, {"tokens": 0.0, "sequences": 0.0})
     assert QTuning().plan(none, Probe(view, QTuning())) == (none, {"tokens": 0.0, "sequences": 0.0})
 
 
@@ -372,6 +374,29 @@ def test_bad_input():
             QTuning(**fields)
     assert QTuning().check(Facts(batch_size=1))[0].key == "keep_rows"
     assert not QTuning(keep_rows=1.0).check(Facts(batch_size=1)) and not QTuning().check(Facts(batch_size=2))
+
+
+def test_up_to_five_rows_are_named_and_one_number_that_is_not_finite_is_enough():
+    batch = batch_of((5,) * 7)
+    values = torch.tensor([[1.0, float("nan")], [1.0, 2.0], *[[float("inf"), 1.0]] * 5])
+    assert (
+        _bad_rows([batch], [values]) == "0, 2, 3, 4, 5"
+        and _bad_rows([batch], [torch.ones_like(values)]) == "on another process"
+    )
+
+
+def test_the_share_that_filled_up_is_reported():
+    objective, batch = QTuning(), batch_of((5,) * 4)
+    rows = Rows(np.array([0, 1, 3, 2]), np.zeros(4, dtype=bool), np.array([True, False, False, False]), 0.25)
+    objective._note(rows, [batch.select(torch.tensor([0, 1]))], [batch])
+    assert objective.report() == {"q_tuning/alpha": 0.25, "q_tuning/topped_up": 0.25, "q_tuning/kept_tokens": 0.5}
+
+
+def test_values_are_scaled_to_0_and_1_and_equal_ones_to_0():
+    assert (
+        _scaled(np.array([3.0, 1.0, 2.0])).tolist() == [1.0, 0.0, 0.5]
+        and _scaled(np.full(3, 7.0)).tolist() == [0.0] * 3
+    )
 
 
 def test_a_loss_that_is_not_finite_names_its_row():

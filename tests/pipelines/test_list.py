@@ -326,6 +326,19 @@ def test_a_small_pool_and_a_teacher_of_one_class_are_warned_of(caplog):
     assert caplog.messages == ["labels-1: the teacher gives class 1 to 16 of 16 rows"]
 
 
+def test_a_class_that_gets_exactly_the_share_is_not_warned_of(caplog):
+    def labelled(most):
+        return [{"row": {"soft": torch.tensor([0.2, 0.8] if i < most else [0.6, 0.4])}} for i in range(20)]
+
+    stage = Apply("labels-1", inputs=("teacher-1",))
+    with caplog.at_level(logging.WARNING):
+        List(unlabelled_batch=4)._tell(stage, labelled(19), 20)
+    assert caplog.messages == []
+    with caplog.at_level(logging.WARNING):
+        List(unlabelled_batch=4)._tell(stage, labelled(20), 20)
+    assert caplog.messages == ["labels-1: the teacher gives class 1 to 20 of 20 rows"]
+
+
 def lines(file, rows):
     file.write_text("".join(json.dumps(r) + "\n" for r in rows))
 

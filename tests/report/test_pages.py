@@ -168,6 +168,18 @@ def test_the_comparison_alone_answers_five_questions(browser, pages):
     assert told["arms"][0]["arm"] == told["baseline"]
 
 
+@pytest.mark.parametrize("name", ["run", "compare"])
+def test_scores_and_verdicts_are_within_a_phones_window(browser, pages, name):
+    opened(browser, pages[name], "phone")
+    cells = browser.execute_script(
+        "return [...document.querySelectorAll('.stack td')].filter(e => e.innerText)"
+        ".map(e => [e.dataset.label, e.getBoundingClientRect().right, getComputedStyle(e, '::before').content])"
+    )
+    assert {"run": "after", "compare": "verdict"}[name] in {label for label, _, _ in cells}
+    assert [label for label, right, _ in cells if right > 390] == []
+    assert all(shown != "none" for _, _, shown in cells), "each value has its column's name before it"
+
+
 def test_pictures_for_the_card(pages):
     folder = pages["run"].parent
     for _ in range(2):  # again: the card names them once

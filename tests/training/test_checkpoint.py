@@ -70,7 +70,8 @@ def test_the_newest_complete_one_is_found_by_its_number(tmp_path):
     half = saved(tmp_path, 11)
     (half / MARKER).unlink()
     saved(tmp_path, 12).rename(tmp_path / "checkpoint-12-mine")
-    assert checkpoint.newest(tmp_path) == tmp_path / "checkpoint-10"
+    path, found = checkpoint.newest(tmp_path)
+    assert path == tmp_path / "checkpoint-10" and found["state"] == {"step": 10}
 
 
 def test_all_but_the_newest_are_deleted_and_a_users_own_stay(tmp_path):
@@ -89,8 +90,10 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path, name, damage):
         (path / name).write_bytes((path / name).read_bytes()[:5])
     else:
         (path / name).unlink()
-    with pytest.raises(LuthierError, match=rf"{name}: cannot be read as a checkpoint .* delete checkpoint-3 to go on"):
-        checkpoint.load(path)
+    with pytest.raises(LuthierError, match=rf"{name}: cannot be read as a checkpoint .*; use --fresh to start over"):
+        checkpoint.newest(tmp_path)
+    before = saved(tmp_path, 2)
+    assert checkpoint.newest(tmp_path)[0] == before
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

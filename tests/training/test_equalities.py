@@ -89,8 +89,29 @@ def test_other_rows_and_damaged_checkpoints_are_refused_and_half_written_ones_pa
     again.resume()
     assert again.progress.step == 1
     (tmp_path / "checkpoint-1" / "optimizer.pt").write_bytes(b"garbage")
-    with pytest.raises(LuthierError, match=r"optimizer\.pt: cannot be read as a checkpoint"):
+    with pytest.raises(
+        LuthierError, match=r"optimizer\.pt: cannot be read as a checkpoint .*; use --fresh to start over"
+    ):
         make().resume()
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one_and_says_so(tmp_path, caplog):
+    def make():
+        view = view_of()
+        settings = SETTINGS.model_copy(update={"save_limit": 3})
+        return Loop(view, rows(), Lora(rank=2).attach(view), Sft(), settings, folder=tmp_path)
+
+    loop = make()
+    for _ in range(3):
+        loop.step()
+        loop.save()
+    (tmp_path / "checkpoint-3" / checkpoint.MARKER).unlink()
+    (tmp_path / "checkpoint-2" / "trainable.safetensors").write_bytes(b"garbage")
+    again = make()
+    assert again.resume() and again.progress.step == 1
+    unfinished, damaged = (r.getMessage() for r in caplog.records if r.name == "luthier.training.checkpoint")
+    assert unfinished == f"{tmp_path / 'checkpoint-3'} is unfinished, so training goes on from the one before"
+    assert "checkpoint-2/trainable.safetensors: cannot be read" in damaged and "goes on from the one before" in damaged
 
 
 def test_a_malicious_checkpoint_runs_nothing(tmp_path):
@@ -155,8 +176,7 @@ to_the_end({name!r}, Path({folder!r}))
 
 
 def last_step(folder):
-    newest = checkpoint.newest(folder)
-    return 0 if newest is None else int(newest.name.rpartition("-")[2])
+    return max((int(p.parent.name.split("-")[1]) for p in folder.glob(f"checkpoint-*/{checkpoint.MARKER}")), default=0)
 
 
 @pytest.mark.parametrize("name", ["spiel", *(pytest.param(n, marks=pytest.mark.soak) for n in ("lora", "full"))])

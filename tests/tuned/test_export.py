@@ -77,11 +77,11 @@ def test_what_was_measured_before_is_read_without_a_model(run_folder, tmp_path, 
         return json.loads(done.stdout)
 
     after = json.loads((run_folder / "run.json").read_text())["after"]
-    assert asked() == {n: m["value"] for n, m in after.items()} and measured == []
+    assert {n: m["value"] for n, m in asked().items()} == {n: m["value"] for n, m in after.items()} and measured == []
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"prompt": "say 5", "completion": "5 5"}) + "\n")
     first, again = asked("--data", other), asked("--data", other)
-    assert first == again and len(measured) == 1 and first["loss"] != after["loss"]["value"]
+    assert first == again and len(measured) == 1 and first["loss"]["value"] != after["loss"]["value"]
     other.write_text(json.dumps({"prompt": "say 6", "completion": "6 6"}) + "\n")
     assert asked("--data", other) != first and len(measured) == 2
 
@@ -102,7 +102,9 @@ def test_evaluate_and_generate_see_the_tuned_model(run_folder, tmp_path, monkeyp
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))  # measured anew, not read back
     after = json.loads((run_folder / "run.json").read_text())["after"]
     again = scores(run_folder, None, run_folder)
-    assert again == {n: pytest.approx(m["value"], rel=1e-4) for n, m in after.items()}
+    assert {n: m["value"] for n, m in again.items()} == {
+        n: pytest.approx(m["value"], rel=1e-4) for n, m in after.items()
+    }
     samples = [json.loads(line) for line in (run_folder / "samples.jsonl").read_text().splitlines()]
     said = answers(run_folder, [s["prompt"] for s in samples], 6, base_too=True)
     assert [s["answer"] for s in said] == [s["after"] for s in samples]

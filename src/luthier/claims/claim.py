@@ -38,6 +38,7 @@ from luthier.support.statistics import Estimate, Outcome, estimate
 
 TIERS = {"tiny": 120.0, "small": 1800.0, "gpu": math.inf}  # seconds a claim may take
 FOLDER = Path("claims")
+WHERE = "claims are in the folder claims of a clone of luthier, so run this there, or name that folder with --folder"
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -117,17 +118,22 @@ class Claim(BaseModel):
 def load(path: Path) -> Claim:
     """Read a claim from its file. Raises RecipeError with line and key."""
     if not path.exists():
-        elsewhere = "none in this folder; claims are in a clone of luthier, so run it there"
-        raise RecipeError(
-            str(path), "there is no such claim", f"known are {', '.join(names(path.parent)) or elsewhere}"
-        )
+        known = ", ".join(_named(path.parent))
+        raise RecipeError(str(path), "there is no such claim", f"known are {known}" if known else WHERE)
     values, lines = parse(read_text(path), str(path))
     claim: Claim = validated(Claim, values, (), Lines(str(path), lines, frozenset()))
     return claim
 
 
 def names(folder: Path = FOLDER) -> list[str]:
-    """The names of all claims in a folder."""
+    """The names of all claims in a folder. Raises LuthierError if there is none."""
+    found = _named(folder)
+    if not found:
+        raise LuthierError(f"--folder {folder}: holds no claims; {WHERE}")
+    return found
+
+
+def _named(folder: Path) -> list[str]:
     return sorted(p.stem for p in folder.glob("*.yaml") if p.stem != "methods")
 
 

@@ -14,8 +14,9 @@ from luthier.data.reading import Tick, no_tick, on_hub
 from luthier.recipe import Recipe
 from luthier.report.token_view import SHOWN, tokens_of
 from luthier.run.evaluations import BUILTIN
-from luthier.run.forecast import NoForecast, resolved
-from luthier.run.ready import outline
+from luthier.run.folder import choose_folder
+from luthier.run.forecast import Forecast, NoForecast, refuse_full_disk
+from luthier.run.ready import admit
 from luthier.run.rows import told, told_about
 from luthier.support.units import in_bytes, in_time
 
@@ -25,10 +26,13 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
 
     measure  forecast memory and time with a small copy of the model
     """
-    renderer, config, data, anatomy = outline(recipe, base, tick)
+    folder = choose_folder(recipe, "run", False, base)
+    decided, gathered, anatomy, expected = admit(recipe, base, tick, measure=measure)
+    renderer, config, data = gathered.renderer, gathered.config, gathered.data
     train, held = data.train, data.held
     matched, left_out = matched_modules(recipe, anatomy)
-    expected = resolved(recipe, config, renderer.tokenizer, data.sets())[1] if measure else NoForecast("not asked for")
+    if isinstance(expected, Forecast):
+        refuse_full_disk(decided, expected, folder)
     draw = recipe.task.draw(renderer.tokenizer, recipe.seed)
     shown = [row if draw is None else draw(row, None) for row in train.rows[:SHOWN]]
     return {

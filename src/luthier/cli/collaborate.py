@@ -9,12 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.cli.shared import Debug, Json, Overrides, RecipePath, load
+from luthier.cli.shared import HELP, Debug, Json, Overrides, RecipePath, load
 from luthier.support.environment import quiet
 from luthier.support.errors import LuthierError
 
 app = typer.Typer(
-    no_args_is_help=True, help="Tune together without sharing rows. Each role in a protocol has a command."
+    no_args_is_help=True,
+    context_settings=HELP,
+    help="Tune together without sharing rows. Each role in a protocol has a command.",
 )
 
 Folder = Annotated[Path, typer.Argument(help="The collaboration's folder.")]

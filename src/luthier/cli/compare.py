@@ -13,7 +13,7 @@ from rich.table import Table
 from luthier.comparison.execute import Bench
 from luthier.comparison.judge import Standing
 from luthier.comparison.page import lead, shown
-from luthier.comparison.plan import Comparison, checked, load, moved, varied
+from luthier.comparison.plan import Comparison, Search, checked, load, moved, varied
 from luthier.recipe.text import apply_overrides, parse, read_text
 from luthier.support.errors import LuthierError, RecipeError
 
@@ -59,6 +59,17 @@ def budget_from(text: str | None) -> dict[str, float] | None:
         return {unit: float(amount)}
     except ValueError as error:
         raise LuthierError(f"--budget {text!r}: write flops=1e13, tokens=100000, seconds=60 or bytes=1e6") from error
+
+
+def searching(planned: Search | None, wanted: bool, rows: int | None) -> Search | None:
+    """The search for learning rates, after the options --search and --search-rows."""
+    if rows is None:
+        return planned if wanted else None
+    if not wanted or planned is None:
+        raise LuthierError(f"--search-rows {rows}: is not read without a search; leave out one of the two")
+    if planned.data is not None:
+        raise LuthierError(f"--search-rows {rows}: is not read beside search.data; leave out one of the two")
+    return planned.model_copy(update={"rows": rows})
 
 
 def seeds_from(text: str | None) -> list[int] | None:

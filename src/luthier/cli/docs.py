@@ -1,4 +1,4 @@
-"""The generated documentation: `python -m luthier.cli.docs` writes docs/methods/, docs/api.md and docs/evidence.md."""
+"""The generated pages and the recipe's schema: `python -m luthier.cli.docs` writes them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from luthier.cli.listing import examples_of, starter
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
 from luthier.model import refusals
+from luthier.recipe import schema
 
 FOLDER = Path(__file__).parents[3] / "docs" / "methods"
 TUNER = """```python
@@ -212,10 +213,9 @@ def page(entry: dict[str, Any]) -> str:
     lines += ["", f"Tasks: {', '.join(traits['tasks'])}. Layouts: {', '.join(traits['layouts'])}."]
     if traits["claims"]:
         lines.append(f"No other method in the recipe may use: {', '.join(traits['claims'])}.")
-    written_out = entry["kind"] == "pipeline" and examples_of(entry)  # the stages are the reader's own
     if command is not None:
         lines += ["", "## On the command line", "", f"    {starter(entry)}"]
-    elif not written_out:
+    else:
         lines += ["", "## In a recipe", "", "```yaml", starter(entry), "```"]
     lines_of_use = use(entry)
     if lines_of_use is not None:
@@ -314,6 +314,8 @@ def pages() -> dict[str, str]:
 
 
 def main() -> None:
+    """Write the pages, and the recipe's schema."""
+    schema.main()
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER.parent / "api.md").write_text(api(), encoding="utf-8")
     (FOLDER.parent / "evidence.md").write_text(claims.evidence(FOLDER.parents[1] / "claims"), encoding="utf-8")

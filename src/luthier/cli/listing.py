@@ -1,9 +1,11 @@
-"""Tables of methods, a method's page in the terminal, and the recipe's schema."""
+"""Tables of methods, and a method's page in the terminal."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +14,7 @@ from rich.table import Table
 from luthier.method import Facts
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS, LISTED
+from luthier.recipe.schema import FILE
 
 
 def table_of_methods(entries: list[dict[str, Any]]) -> None:
@@ -40,7 +43,31 @@ def one_method(entry: dict[str, Any]) -> None:
     for name, f in entry["fields"].items():
         table.add_row(name, str(f["default"]), f["about"])
     console.print(table)
-    console.print("\n" + starter(entry), markup=False)
+    editors = [] if KINDS[entry["kind"]].command else [editor_line()]
+    console.print("\n".join(["", *editors, starter(entry)]), markup=False, soft_wrap=True)
+
+
+def table_of_measures(measures: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print measures with their 95% intervals, beside the base model's."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    with_base = any(m["base"] is not None for m in measures.values())
+    for column in (
+        "measure",
+        *(("base",) if with_base else ()),
+        "tuned",
+        "95%",
+        *(("change",) if with_base else ()),
+        "over",
+    ):
+        table.add_column(column, overflow="fold")
+    for name, m in measures.items():
+        change = m["change"]
+        by = "" if change is None else f"{change['value']:+.4g} ({change['low']:+.3g} to {change['high']:+.3g})"
+        ends = "" if m["low"] is None else f"{m['low']:.4g} to {m['high']:.4g}"
+        base = "" if m["base"] is None else f"{m['base']:.4f}"
+        row = [name, *((base,) if with_base else ()), f"{m['value']:.4f}", ends, *((by,) if with_base else ())]
+        table.add_row(*row, f"{m['rows']:,} rows, {m['unit']}")
+    Console(highlight=False, width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def starter(entry: dict[str, Any]) -> str:
@@ -50,23 +77,32 @@ def starter(entry: dict[str, Any]) -> str:
     tasks, usual = entry["traits"]["tasks"], Facts().task
     task = usual if usual in tasks else tasks[0]
     first = {m["name"]: m["starter"] for m in manifest.read() if m["kind"] == "task"}[task]
+    if entry.get("recipe_lines"):
+        return "\n".join(["luthier: 1", f"model: {first['model']}", *entry["recipe_lines"]])
     is_task = entry["kind"] == "task"
     if "pool" in entry["traits"]["needs"]:
         first = {**first, "task": first["pool_task"], "data": first["pool_data"]}
     asked = [] if usual in tasks and not is_task else [f"task: {first['task']}"]
     lines = ["luthier: 1", f"model: {first['model']}", *asked, f"data: {first['data']}"]
-    if is_task:
-        return "\n".join(lines)
+    return "\n".join(lines if is_task else [*lines, *_method_lines(entry)])
+
+
+def _method_lines(entry: dict[str, Any]) -> list[str]:
+    """The lines of a recipe that name a method, and those that it needs beside."""
     required = ", ".join(f"{n}: {json.dumps(x)}" for n, x in examples_of(entry).items())
     method = f"{{{entry['name']}: {{{required}}}}}" if required else entry["name"]
     if entry["kind"] == "translate":
-        return "\n".join([*lines, f"collaborate: {{grad-transformer: {{translator: {method}}}}}"])
-    if entry["name"] == "seed-rounds":
-        lines.append("tuner: fedkseed")
+        return [f"collaborate: {{grad-transformer: {{translator: {method}}}}}"]
+    lines = ["tuner: fedkseed"] if entry["name"] == "seed-rounds" else []
     lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] in LISTED else f"{entry['kind']}: {method}")
     if "closure" in entry["traits"]["needs"] or entry["name"] == "seed-rounds":
         lines += ["lr_scheduler_type: constant", "warmup_fraction: 0.0"]
-    return "\n".join(lines)
+    return lines
+
+
+def editor_line() -> str:
+    """The first line of a recipe, which tells editors (the YAML language server) where the schema is."""
+    return f"# yaml-language-server: $schema={FILE}"
 
 
 def command_line(entry: dict[str, Any]) -> str:
@@ -77,34 +113,8 @@ def command_line(entry: dict[str, Any]) -> str:
 
 
 def examples_of(entry: dict[str, Any]) -> dict[str, Any]:
-    """A value for each required field: its own example, or a placeholder to fill in."""
-    return {n: f.get("example", "FILL IN") for n, f in entry["fields"].items() if f["required"]}
-
-
-def recipe_schema() -> dict[str, Any]:
-    """JSON Schema of a recipe. Methods are {name: {fields}} or a name."""
-    from luthier.recipe import Recipe
-
-    schema = Recipe.model_json_schema()
-    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
-    for kind in (k for k in KINDS if k in schema["properties"]):  # translators are fields of a protocol
-        options: list[dict[str, Any]] = [{"type": "string", "enum": manifest.names(kind)}]
-        for name in manifest.names(kind):
-            fields = manifest.find(kind, name).model_json_schema()  # type: ignore[attr-defined]
-            schema.setdefault("$defs", {}).update(fields.pop("$defs", {}))
-            options.append(
-                {
-                    "type": "object",
-                    "properties": {name: fields},
-                    "required": [name],
-                    "additionalProperties": False,
-                }
-            )
-        one = {"anyOf": options}
-        about = schema["properties"][kind].get("description", "")
-        several = {"anyOf": [*options, {"type": "array", "items": one}]}
-        schema["properties"][kind] = {**(several if kind in LISTED else one), "description": about}
-    return schema
+    """A value for each required field: its own example."""
+    return {n: f["example"] for n, f in entry["fields"].items() if f["required"]}
 
 
 def flowing(text: str) -> str:

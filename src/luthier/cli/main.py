@@ -6,11 +6,13 @@ import json
 import os
 import shlex
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 from luthier.support import machine
+from luthier.support.cache import cache_folder
 from luthier.support.version import __version__
 
 machine.prepare()
@@ -23,6 +25,7 @@ import typer  # noqa: E402
 
 from luthier.cli.collaborate import app as collaborate  # noqa: E402
 from luthier.cli.shared import (  # noqa: E402
+    HELP,
     AllowCode,
     AllowOurs,
     Debug,
@@ -30,6 +33,8 @@ from luthier.cli.shared import (  # noqa: E402
     Json,
     Overrides,
     RecipePath,
+    folder_of,
+    hint,
     load,
     method_named,
 )
@@ -37,9 +42,11 @@ from luthier.support.environment import quiet  # noqa: E402
 from luthier.support.errors import LuthierError  # noqa: E402
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    context_settings=HELP,
+    epilog="Environment: LUTHIER_LOG=debug, info, warning or error writes what luthier does to standard error; "
+    "LUTHIER_CACHE names the folder of the cache.",
 )
 
 Fresh = Annotated[bool, typer.Option(help="Work in a new folder, even if a run could be continued.")]
@@ -83,14 +90,25 @@ def main() -> None:
         _fail(*_told(error), debug)
 
 
+class Fault(Exception):
+    """An unexpected error in the work on a folder, which gets the traceback."""
+
+    def __init__(self, error: Exception, folder: Path) -> None:
+        super().__init__(str(error))
+        self.error, self.folder = error, folder
+
+
 def _told(error: Exception) -> tuple[str, int]:
-    """(message, exit code) for an unexpected error. The traceback goes to a file."""
+    """(message, exit code) for an unexpected error. The traceback goes to a file, in the run's folder or in the cache."""
     if isinstance(error, Mistake):
-        return error.format_message(), 2
+        return error.format_message() + hint(error, sys.argv[1:]), 2
     if type(error).__name__ == "Interrupted":  # of training.loop, which would load torch
         return str(error), 130
-    file = Path("luthier-error.txt")
-    file.write_text(traceback.format_exc(), encoding="utf-8")
+    folder = error.folder if isinstance(error, Fault) else cache_folder() / "errors"
+    error = error.error if isinstance(error, Fault) else error
+    file = folder / f"error-{time.strftime('%Y%m%d-%H%M%S')}.txt"
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     return f"{type(error).__name__}: {error} (this is a bug in luthier; the traceback is in {file})", 1
 
 
@@ -120,7 +138,7 @@ def run(
 ) -> None:  # fmt: skip
     """Tune a model as a recipe says, with scores before and after and a report."""
     name = "run" if str(recipe) == "-" else recipe.stem
-    _carry_out(load(recipe, overrides, allow_code), name, recipe.parent, fresh, max_time, as_json, debug)
+    _carry_out(load(recipe, overrides, allow_code), name, folder_of(recipe), fresh, max_time, as_json, debug)
 
 
 app.command("train", hidden=True)(run)  # another name, which other tools use
@@ -147,6 +165,10 @@ def _carry_out(
                 bar.say(f"{stopped}; the state is saved in {folder}")
                 bar.say(f"continue with: {_again(sys.argv[1:], folder)}")
             raise SystemExit(_code(folder)) from stopped
+        except (LuthierError, OSError):
+            raise
+        except Exception as error:
+            raise Fault(error, folder) from error
     if first:
         print(json.dumps(result) if as_json else folder / "report.html")
 
@@ -192,6 +214,7 @@ def compare(
     output_dir: Annotated[Path | None, typer.Option(help="Folder; runs/compare-NAME by default.")] = None,
     processes: Annotated[int | None, typer.Option(min=0, help="Runs at the same time; 0: in this process.")] = None,
     search: Annotated[bool, typer.Option(help="Search each arm's learning rate.")] = True,
+    search_rows: Annotated[int | None, typer.Option(min=10, help="Training rows set aside for it; 100 by default.")] = None,
     dry_run: Annotated[bool, typer.Option(help="Only forecast the comparison, from a few steps of each arm.")] = False,
     so_far: Annotated[bool, typer.Option("--so-far", help="Judge the runs that are finished; train nothing.")] = False,
     retry: Annotated[bool, typer.Option(help="Try failed runs again.")] = False,
@@ -214,8 +237,7 @@ def compare(
         "seeds": ours.seeds_from(seeds), "budget": ours.budget_from(budget), "baseline": baseline, "primary": primary,
     }  # fmt: skip
     plan, base, name = ours.planned(words, vary or [], options)
-    if not search:
-        plan = plan.model_copy(update={"search": None})
+    plan = plan.model_copy(update={"search": ours.searching(plan.search, search, search_rows)})
     folder = output_dir or Path("runs") / f"compare-{name}"
     with Bar() as bar:
         bench = ready(plan, folder, base, base if allow_code else None, bar.say, keep)
@@ -258,7 +280,7 @@ def curate(
     from luthier.run.rows import told
 
     with Bar() as bar:
-        result = change(loaded, recipe.parent, output_dir or Path("runs") / f"curate-{recipe.stem}", bar.tick)
+        result = change(loaded, folder_of(recipe), output_dir or Path("runs") / f"curate-{recipe.stem}", bar.tick)
     if as_json:
         print(json.dumps(result))
         return
@@ -332,7 +354,7 @@ def check(
     from luthier.cli.progress import Bar
 
     with Bar() as bar:
-        result = check_recipe(loaded, recipe.parent, bar.tick, forecast)
+        result = check_recipe(loaded, folder_of(recipe), bar.tick, forecast)
     if as_json:
         print(json.dumps(result))
     else:
@@ -345,18 +367,41 @@ RunPath = Annotated[Path, typer.Argument(help="The folder of a finished run, or 
 @app.command()
 def generate(
     folder: RunPath,
-    prompts: Annotated[list[str], typer.Argument(help="What to ask.")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(help="What to ask; without it, every line of standard input.", show_default=False),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer too.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Talk with it: each line is a turn that sees the earlier ones.")
+    ] = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0, help="Draw the answers; 0 takes the likeliest tokens. By default as in the recipe."),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Draw from the likeliest tokens with this probability together.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed gives other draws.")] = None,
     as_json: Json = False,
     allow_code: AllowCode = False,
     debug: Debug = False,
 ) -> None:
-    """Ask a tuned model."""
+    """Ask a tuned model: prompts in the command, lines of standard input, or a conversation."""
+    from luthier.cli import asking
+
+    if chat and (prompts or base):
+        raise LuthierError("--chat: reads standard input and asks the tuned model only; leave out prompts and --base")
+    changes = asking.changes(temperature, top_p, seed)
     quiet(debug)
     from luthier.tuned.open import answers
 
-    result = answers(folder, prompts, max_new_tokens, base, allow_code)
+    if chat or (prompts is None and sys.stdin.isatty()):
+        asking.converse(folder, max_new_tokens, allow_code, changes, as_json)
+        return
+    asked = asking.lines(prompts)
+    result = answers(folder, asked, max_new_tokens, base, allow_code, **changes)
     if as_json:
         print(json.dumps(result))
         return
@@ -370,24 +415,26 @@ def generate(
 def evaluate(
     folder: RunPath,
     data: Annotated[str | None, typer.Option(help="Rows to score; those of the recipe's data.eval by default.")] = None,
+    base: Annotated[bool, typer.Option(help="Score the base model beside it.")] = True,
     as_json: Json = False,
     allow_code: AllowCode = False,
     debug: Debug = False,
 ) -> None:
-    """Score a tuned model on held-out rows."""
+    """Score a tuned model on held-out rows, with 95% intervals and the base model beside it."""
     from luthier.run.evaluations import known
 
-    result = known(folder, data)
+    result = known(folder, data, base)
     if result is None:
         quiet(debug)
         from luthier.tuned.open import scores
 
-        result = scores(folder, data, Path("."), allow_code)
+        result = scores(folder, data, Path("."), allow_code, base)
     if as_json:
         print(json.dumps(result))
     else:
-        for key, value in result.items():
-            print(f"{key}: {value:.4f}")
+        from luthier.cli.listing import table_of_measures
+
+        table_of_measures(result)
 
 
 @app.command()
@@ -484,10 +531,10 @@ def methods(
     if kind is not None:
         entries = [e for e in every if e["kind"] == kind.key]
     if not entries:
-        known = ", ".join(sorted({e["name"] for e in every}))
-        raise LuthierError(
-            f"there is no method or kind called {name!r}; there are {known}; kinds are {', '.join(KINDS)}"
-        )
+        from luthier.method.building import nearest
+
+        close = nearest(str(name), [*KINDS, *sorted({e["name"] for e in every})])
+        raise LuthierError(f"there is no method or kind called {name!r}; {close}; kinds are {', '.join(KINDS)}")
     if as_json:
         print(json.dumps(entries))
     elif name is None or kind is not None:
@@ -500,14 +547,18 @@ def methods(
 @app.command()
 def schema() -> None:
     """The recipe's JSON Schema, for editors."""
-    from luthier.cli.listing import recipe_schema
+    from luthier.recipe.schema import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=1))
 
 
 @app.command()
-def env() -> None:
+def env(as_json: Json = False) -> None:
     """Versions and machine, to paste into a bug report."""
     from luthier.support.environment import environment
 
-    print(environment(), end="")
+    text = environment()
+    print(
+        json.dumps(dict(line.split(" ", 1) for line in text.splitlines())) if as_json else text,
+        end="\n" if as_json else "",
+    )

@@ -48,6 +48,9 @@ class Bar:
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
+        self._terminal = (
+            sys.stderr.isatty()
+        )  # asked now: while a bar is drawn, rich puts an object of its own in this place
         self._progress: Progress | None = None
         self._task: Any = None
         self._last, self._stage, self._stage_began = 0.0, "", 0.0
@@ -89,7 +92,7 @@ class Bar:
         self._watch.at(f"step {int(entry['step']) + 1}")
         rate = progress.tokens / max(progress.seconds, 1e-9)
         loss = self._loss = entry.get("loss", self._loss)  # a skipped step has no loss
-        if sys.stderr.isatty():
+        if self._terminal:
             self._draw(entry, rate, loss, total)
         elif time.monotonic() - self._last >= EVERY or entry["step"] == total:
             self._last = time.monotonic()

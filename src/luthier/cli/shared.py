@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,13 +26,40 @@ AllowOurs = Annotated[
 Debug = Annotated[bool, typer.Option(help="Show tracebacks and what libraries say.")]
 
 
-def load(path: Path, overrides: list[str] | None, allow_code: bool = False) -> Any:
-    from luthier import recipe
+HELP = {"help_option_names": ["-h", "--help"]}
+OF_RECIPES = ("run", "train", "check", "curate", "compare")  # commands that take keys of a recipe
 
-    code = path.parent if allow_code else None
+
+def hint(error: Any, words: Sequence[str]) -> str:
+    """What to write instead of an option that is a recipe's key; else an empty text."""
+    option = str(getattr(error, "option_name", ""))
+    key = option.lstrip("-").replace("-", "_")
+    if not option.startswith("--") or words[:1] not in [[c] for c in OF_RECIPES]:
+        return ""
+    from luthier.recipe.schema import stored
+
+    if key.split(".")[0] not in stored()["properties"]:
+        return ""
+    at = next((i for i, w in enumerate(words) if w.split("=")[0] == option), None)
+    value = "VALUE" if at is None else words[at].partition("=")[2] or next(iter(words[at + 1 : at + 2]), "VALUE")
+    return f" Keys of the recipe are set without dashes: {key}={value}"
+
+
+def load(path: Path, overrides: list[str] | None, allow_code: bool = False) -> Any:
+    from luthier.recipe import text
+
+    base = folder_of(path)
+    code = base if allow_code else None
     if str(path) == "-":
-        return recipe.load(sys.stdin.read(), "standard input", overrides or [], code)
-    return recipe.load_file(path, overrides or [], code)
+        return text.load(sys.stdin.read(), "standard input", overrides or [], code, base)
+    return text.load_file(path, overrides or [], code)
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that paths in this recipe are relative to."""
+    from luthier.recipe import text
+
+    return text.folder_of(path)
 
 
 def method_named(kind: str, name: str, fields: list[str] | None, allow_code: bool = False) -> Any:

@@ -21,7 +21,7 @@ from luthier.pipelines.base import Pace, planned
 from luthier.recipe import Recipe
 from luthier.run.folder import RunFolder
 from luthier.run.queue import Workers, side_by_side, workers
-from luthier.run.ready import gather
+from luthier.run.ready import admit
 from luthier.run.rows import Data, tokens_a_step
 from luthier.support.cache import key_of
 from luthier.support.errors import LuthierError, RecipeError
@@ -204,7 +204,7 @@ def ready(
     plan: Comparison, folder: Path, base: Path, code: Path | None = None, say: Say = lambda _: None, keep: bool = False
 ) -> Bench:
     """Check every arm and write the shared rows. Raises RecipeError with the arm's name before any training."""
-    recipes = {arm: recipe_of(plan, arm, code) for arm in plan.arms}
+    recipes = {arm: recipe_of(plan, arm, code, base) for arm in plan.arms}
     first = next(iter(recipes.values()))
     for arm, recipe in recipes.items():
         _comparable(arm, recipe, first, plan)
@@ -238,7 +238,7 @@ def _comparable(arm: str, recipe: Recipe, first: Recipe, plan: Comparison) -> No
 def _arm(plan: Comparison, arm: str, recipe: Recipe, files: Files, base: Path) -> Arm:
     """What planning needs to know about an arm, from its recipe and rows."""
     keys = plan.arms[arm]
-    data = gather(files.put_into(recipe, files.eval), base).data
+    data = admit(files.put_into(recipe, files.eval), base, measure=False).gathered.data
     if recipe.pipeline is not None and not isinstance(keys, Foreign):
         return _in_stages(arm, recipe, data)
     own, a_step = Loop.length(data.train.rows, recipe), tokens_a_step(data.train, recipe)

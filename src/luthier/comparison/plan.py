@@ -189,20 +189,31 @@ def _consistent(plan: Comparison, name: str) -> None:
 
 
 def varied(base: Mapping[str, Any], vary: Sequence[str], **more: Any) -> Comparison:
-    """`--vary a.b=x,y`: one arm for each value. Several --vary give all combinations."""
+    """`--vary a.b=x,y`: one arm for each value. Several --vary give all combinations.
+
+    A method that the recipe names with fields keeps them in the arm of its name.
+    """
     axes = []
     for item in vary:
         key, equals, text = item.partition("=")
         if not equals:
             raise RecipeError("command line", f"--vary {item!r} names no values", "write --vary key=value,value")
         values = parse(f"v: [{text}]", "command line: --vary")[0]["v"]
-        axes.append([(key, v) for v in values])
+        axes.append([(key, _own(base, key, v)) for v in values])
     called = [_names([v for _, v in axis]) for axis in axes]
     arms = {
         " ".join(names): dict(combination)
         for names, combination in zip(itertools.product(*called), itertools.product(*axes), strict=True)
     }
     return checked({"recipe": dict(base), "arms": arms, **more}, "command line")
+
+
+def _own(base: Mapping[str, Any], key: str, value: Any) -> Any:
+    """The recipe's own value of this key, with its fields, if `value` is only the method's name."""
+    at: Any = base
+    for part in key.split("."):
+        at = at.get(part) if isinstance(at, Mapping) else None
+    return at if isinstance(at, Mapping) and isinstance(value, str) and list(at) == [value] else value
 
 
 def _names(values: list[Any]) -> list[str]:
@@ -226,13 +237,16 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", name).strip("-.") or "arm"
 
 
-def recipe_of(plan: Comparison, arm: str, code: Path | None = None) -> Recipe:
-    """The arm's recipe; for an arm with a command the shared recipe. Raises RecipeError with the arm's name."""
+def recipe_of(plan: Comparison, arm: str, code: Path | None = None, base: Path | None = None) -> Recipe:
+    """The arm's recipe; for an arm with a command the shared recipe. Raises RecipeError with the arm's name.
+
+    base  the folder that paths in the recipe are relative to; None: the working directory
+    """
     keys = plan.arms[arm]
     values = copy.deepcopy(plan.recipe)
     if not isinstance(keys, Foreign):
         apply_overrides(values, [f"{key}={json.dumps(value)}" for key, value in keys.items()])
-    return recipes.load(json.dumps(values), f"arm {arm}", code=code)
+    return recipes.load(json.dumps(values), f"arm {arm}", code=code, base=base)
 
 
 def with_seed(recipe: Recipe, seed: int) -> Recipe:

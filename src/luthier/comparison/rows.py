@@ -72,7 +72,11 @@ def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Row
     elif search is not None:
         if len(rows) < 2 * search.rows:
             what = f"{search.rows} of {len(rows)} rows to choose a learning rate would leave fewer rows to train on"
-            raise RecipeError("search.rows", what, "lower it, or name other rows in search.data")
+            raise RecipeError(
+                "search.rows",
+                what,
+                "use --search-rows (search: {rows: ...} in a file of arms), --no-search, or name other rows in search.data",
+            )
         drawn = np.sort(Streams(0).at("search").permutation(len(rows))[: search.rows])
         valid = write_rows(folder / f"valid-{key}.jsonl", rows.take(drawn), d.carried)
         place = np.setdiff1d(place, drawn)

@@ -102,7 +102,7 @@ class _PrunedMlp(torch.autograd.Function):
             z = gated.detach().requires_grad_()
             act = ctx.activation.forward(z)  # past its hooks: this is not a forward pass of the model
             (g_gate,) = torch.autograd.grad(act, z, inner * raised)
-        return g_gate @ gate[neurons] + (inner * act.detach()) @ up[neurons], None, None, None, None, None
+        return g_gate @ gate[neurons] + (inner * act) @ up[neurons], None, None, None, None, None
 
 
 def pruned_mlp(x: Tensor, gate: nn.Linear, up: nn.Linear, down: nn.Linear, activation: nn.Module, keep: int) -> Tensor:

@@ -102,7 +102,7 @@ def scored(rows: Sequence[Row], lab: Lab) -> tuple[np.ndarray, float]:
             lab.tick("curating", start, part[0].key)
             rendered = [lab.renderer.render(r.values, r.key) for r in part]
             out += [_means(found) for found in lab.scorer.tokens(view, rendered)]
-    return np.array(out).reshape(-1, 2), spent.flops["curate"]
+    return np.array(out).reshape(len(rows), 2), spent.flops["curate"]
 
 
 def _means(found: TokenScores) -> tuple[float, float]:

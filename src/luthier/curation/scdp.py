@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -108,6 +108,7 @@ class Scdp(Chooser):
     Cost: one TF-IDF pass and a few sparse products; no model.
     """
 
+    packages: ClassVar[Mapping[str, str]] = {"sklearn": "select"}
     source: ClassVar[Source] = Source(
         "Swift Cross-Dataset Pruning: Enhancing Fine-Tuning Efficiency in NLU",
         2025,

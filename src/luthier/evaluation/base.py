@@ -257,7 +257,9 @@ def examine(exam: Exam, evaluators: Sequence[Evaluator]) -> Results:
     found = {measure.name: measure for evaluator in evaluators for measure in evaluator.evaluate(exam)}
     if exam.asked:
         keys, done = tuple(exam.asked), [c for _, c in exam.asked.values()]
-        found["stopped"] = mean("stopped", [c.stopped for c in done], keys, unit="answers that ended by themselves")
+        found["stopped"] = mean(
+            "stopped", [c.stopped for c in done], keys, unit="share of answers that ended by themselves"
+        )
         found["answer_tokens"] = mean("answer_tokens", [c.tokens for c in done], keys, unit="tokens")
     return Results(found, _samples(exam, found), time.perf_counter() - started)
 

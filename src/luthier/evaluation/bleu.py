@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from luthier.evaluation.base import Answering, Exam
@@ -16,6 +17,7 @@ class Bleu(Answering):
     too. Needs the extra `eval`. Cost: one generated answer for each question.
     """
 
+    packages: ClassVar[Mapping[str, str]] = {"sacrebleu": "eval"}
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source("A Call for Clarity in Reporting BLEU Scores", 2018, "arXiv:1804.08771")
 

@@ -40,9 +40,10 @@ class Forgetting(Evaluator):
     )
 
     own_rows: ClassVar[bool] = True
+    paths: ClassVar[tuple[str, ...]] = ("general",)
 
     general: str = BUILTIN
-    """"builtin", "none", or a .jsonl file of {"text": ...} rows, relative to where luthier is called."""
+    """"builtin", "none", or a .jsonl file of {"text": ...} rows, relative to the recipe's folder."""
     canaries: bool = True
     """Ask the built-in questions."""
     max_tokens: int = Field(256, ge=2)
@@ -71,7 +72,9 @@ class Forgetting(Evaluator):
         tokens = exam.renderer.tokens
         cut = [[*tokens.first, *i][: self.max_tokens] for i in tokens.bare(texts)]
         rows: list[dict[str, Any]] = [
-            {"ids": i, "labels": [IGNORE, *i[1:]], "key": f"general:{n}"} for n, i in enumerate(cut, 1) if len(i) > 1
+            {"ids": i, "labels": [IGNORE, *i[1:]], "key": f"general:{n}", "token": {"prompt": [0] * len(i)}}
+            for n, i in enumerate(cut, 1)
+            if len(i) > 1
         ]
         scored, keys = exam.losses(rows), tuple(r["key"] for r in rows)
         nats, over = [s.total for s in scored], [s.over for s in scored]

@@ -7,7 +7,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -38,6 +37,8 @@ class LmEval(Evaluator):
     )
     own_rows: ClassVar[bool] = True
 
+    packages: ClassVar[Mapping[str, str]] = {"lm_eval": "lm-eval"}
+    paths: ClassVar[tuple[str, ...]] = ("folder",)
     tasks: tuple[str, ...] = Field(min_length=1, examples=[["hellaswag"]])
     """Names of tasks or groups."""
     metrics: tuple[str, ...] = ("acc", "acc_norm", "exact_match")
@@ -47,7 +48,7 @@ class LmEval(Evaluator):
     limit: int | None = Field(None, ge=1)
     """Number of questions of each task, from the first; null: all."""
     folder: str | None = None
-    """A folder with your own tasks (.yaml), relative to where luthier is called; needs --allow-code."""
+    """A folder with your own tasks (.yaml), relative to the recipe's folder; needs --allow-code."""
 
     def names(self) -> tuple[str, ...]:
         return tuple(f"{task}_{metric}" for task in self.tasks for metric in self.metrics)
@@ -58,13 +59,9 @@ class LmEval(Evaluator):
 
     def check(self, facts: Facts) -> list[Problem]:
         problems = super().check(facts)
-        if find_spec("lm_eval") is None:
-            problems.append(Problem("tasks", "needs a package that is not installed", "pip install 'luthier[lm-eval]'"))
         if self.folder is not None and not Path(self.folder).is_dir():
             problems.append(
-                Problem(
-                    "folder", f"there is no folder {self.folder}", "the path is relative to where luthier is called"
-                )
+                Problem("folder", f"there is no folder {self.folder}", "the path is relative to the recipe's folder")
             )
         return problems
 

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from luthier.support.statistics import Estimate, estimate, wilson
+
 BINS = 10  # of calibration
 SIDE = ("answer_tokens", "stopped")  # these describe answers but do not judge them
 
@@ -90,6 +92,41 @@ def mean(name: str, values: Any, keys: tuple[str, ...], **more: Any) -> Measure:
 def ratio(name: str, above: Any, below: Any, keys: tuple[str, ...], **more: Any) -> Measure:
     """A sum over rows divided by another: nats by tokens."""
     return Measure(name, np.stack([above, below], 1).astype(np.float64), keys, aggregate="ratio", **more)
+
+
+# --- how sure ---
+
+
+def interval(measure: Measure) -> tuple[float, float] | None:
+    """The 95% interval of a measure for other rows of the same kind; None if there are too few rows to know."""
+    if len(measure.keys) < 2:
+        return None
+    if measure.aggregate == "mean" and set(np.unique(measure.stats)) <= {0.0, 1.0}:
+        return wilson(float(measure.stats.sum()), len(measure.keys))
+    parts = measure.pseudo_values()
+    if not np.isfinite(parts).all():
+        return None
+    found = estimate(parts[None, :])
+    return found.low, found.high
+
+
+def change(before: Measure, after: Measure) -> Estimate | None:
+    """How much a measure changed, row by row, with a 95% interval; None for other rows, or if no interval is known."""
+    if before.keys != after.keys or len(after.keys) < 2:
+        return None
+    parts = after.pseudo_values() - before.pseudo_values()
+    return estimate(parts[None, :]) if np.isfinite(parts).all() else None
+
+
+def beside_base(after: Measure, before: Measure | None = None) -> dict[str, Any]:
+    """A measure with its interval, beside the base model's value and the change. What is not known is None."""
+    ends = interval(after) or (None, None)
+    out = {**after.brief(), "low": ends[0], "high": ends[1], "base": None, "change": None}
+    if before is not None:
+        by = change(before, after)
+        out["base"] = before.value
+        out["change"] = None if by is None else {"value": after.value - before.value, "low": by.low, "high": by.high}
+    return out
 
 
 # --- how rows become one number ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -115,13 +115,15 @@ class Retrieval(Answering):
     Cost: one answer for each question and condition; prompts of up to context_words words.
     """
 
+    packages: ClassVar[Mapping[str, str]] = {"sklearn": "select"}
+    paths: ClassVar[tuple[str, ...]] = ("corpus",)
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "Fine-Tuning or Fine-Failing? Debunking Performance Myths in Large Language Models", 2024, "arXiv:2406.11201"
     )
 
     corpus: str = Field(examples=["passages.jsonl"])
-    """A .jsonl file of {"doc_id": ..., "text": ...}, relative to where luthier is called."""
+    """A .jsonl file of {"doc_id": ..., "text": ...}; the path is relative to the recipe's folder."""
     rows: int = Field(200, ge=1)
     """Number of distinct questions of data.eval, from the first; fewer than 50 are always inconclusive."""
     conditions: tuple[Condition, ...] = ("retrieved", "oracle", "closed", "adversarial")
@@ -160,7 +162,7 @@ class Retrieval(Answering):
             problems.append(Problem("overlap_words", what, "lower it"))
         if not Path(self.corpus).is_file():
             problems.append(
-                Problem("corpus", f"there is no file {self.corpus}", "the path is relative to where luthier is called")
+                Problem("corpus", f"there is no file {self.corpus}", "the path is relative to the recipe's folder")
             )
         return problems
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 from luthier.evaluation.base import Answering, Exam
@@ -17,6 +18,7 @@ class Rouge(Answering):
     Needs the extra `eval`. Cost: one generated answer for each question.
     """
 
+    packages: ClassVar[Mapping[str, str]] = {"rouge_score": "eval"}
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"causal-lm"}))
     source: ClassVar[Source] = Source(
         "ROUGE: A Package for Automatic Evaluation of Summaries", 2004, "https://aclanthology.org/W04-1013"

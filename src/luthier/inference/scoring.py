@@ -93,7 +93,9 @@ def continuations(
     rows, lasts = [], []
     for number, members in enumerate(groups.values()):
         before, after = pairs[members[0]]
-        rows.append({"ids": [*before, *after], "labels": [IGNORE] * len(before) + list(after), "key": str(number)})
+        prompt = [1] * len(before) + [0] * len(after)
+        labels = [IGNORE] * len(before) + list(after)
+        rows.append({"ids": [*before, *after], "labels": labels, "key": str(number), "token": {"prompt": prompt}})
         lasts.append([pairs[i][1][-1] for i in members])
     found = _in_order(view, rows, tokens_per_forward, lambda fwd: _continued(fwd, lasts), tick)
     out: dict[int, Continuation] = {}

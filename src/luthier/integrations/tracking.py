@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from luthier.method.building import nearest
 from luthier.support.errors import RecipeError
 
 log = logging.getLogger(__name__)
@@ -27,8 +28,8 @@ def check(names: Sequence[str]) -> None:
 
     for name in names:
         if name != "none" and name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise RecipeError("report_to", f"there is no tracker {name!r}", f"known are none, {known}")
+            remedy = nearest(name, ["none", *INTEGRATION_TO_CALLBACK])
+            raise RecipeError("report_to", f"there is no tracker {name!r}", remedy)
         if name != "none" and name not in get_available_reporting_integrations():
             raise RecipeError("report_to", f"the package of {name} is not installed", f"pip install {name}")
 

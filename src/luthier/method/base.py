@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, ClassVar, NamedTuple
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -102,6 +105,7 @@ class Facts:
     quantized: bool = False
     anatomy: Any = None  # model.anatomy.Anatomy, once there is one
     redraws: bool = False  # rows differ in every epoch (masks)
+    kept: frozenset[str] | None = None  # fields of rows that reach the objective
 
 
 class Problem(NamedTuple):
@@ -119,6 +123,11 @@ class Method(BaseModel):
 
     traits: ClassVar[Traits] = Traits()
     source: ClassVar[Source | None] = None
+    packages: ClassVar[Mapping[str, str]] = {}  # module that it imports -> the extra of luthier that installs it
+    paths: ClassVar[tuple[str, ...]] = ()  # fields that name files or folders
+    recipe_lines: ClassVar[
+        tuple[str, ...]
+    ] = ()  # of a recipe to start from, below its model; () if naming the method is enough
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -131,9 +140,24 @@ class Method(BaseModel):
         """The name in a recipe: that of the module, with hyphens."""
         return cls.__module__.rpartition(".")[2].strip("_").replace("_", "-")
 
+    def beside(self, folder: Path | None) -> Self:
+        """The method with the files that it names taken from this folder, if they are there."""
+        named = {n: getattr(self, n) for n in self.paths}
+        there = {n: folder / v for n, v in named.items() if folder is not None and v and (folder / v).exists()}
+        return self.model_copy(update={n: str(path.resolve()) for n, path in there.items()}) if there else self
+
+    @property
+    def trains_beside(self) -> bool:
+        """Whether it brings modules of its own that train beside the model."""
+        return False
+
     def check(self, facts: Facts) -> list[Problem]:
         """Problems that can be seen without weights."""
         problems = []
+        for module, extra in self.packages.items():
+            if find_spec(module) is None:
+                what = f"{self.key()} needs the package {module}, which is not installed"
+                problems.append(Problem("", what, f"pip install 'luthier[{extra}]'"))
         if facts.task not in self.traits.tasks:
             known = ", ".join(sorted(self.traits.tasks))
             problems.append(Problem("task", f"{self.key()} does not work on {facts.task}", f"it works on {known}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,23 +68,11 @@ def build_method(kind: str, value: Any, lines: Lines, path: tuple[str, ...], cod
     """An instance from a name ("lora"), a name with fields ({lora: {rank: 8}}), "module:Class", or an instance."""
     if isinstance(value, Method):
         return value
-    if isinstance(value, str):
-        value = {value: {}}
-    if not isinstance(value, Mapping) or len(value) != 1:
-        remedy = f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}"
-        raise RecipeError(lines.where(path), f"is {value!r}", remedy)
-    ((name, fields),) = value.items()
-    if fields is not None and not isinstance(fields, Mapping):
-        raise RecipeError(lines.where((*path, name)), f"holds {fields!r}", "write its fields as keys")
+    name, fields = named(kind, value, lines, path)
     cls: Any = _foreign(kind, name, lines.where((*path, name)), code) if ":" in name else None
     if cls is None:
-        if name not in registry.names(kind):
-            raise RecipeError(
-                lines.where((*path, name)), f"there is no {KINDS[kind].what} called {name!r}", _known(kind, name)
-            )
         cls = registry.find(kind, name)
         _of_kind(cls, kind, lines.where((*path, name)))
-    fields = dict(fields or {})
     if kind == "pipeline" and isinstance(fields.get("stages"), list):  # methods within a method
         fields["stages"] = [dict(s) if isinstance(s, Mapping) else s for s in fields["stages"]]
         for i, stage in enumerate(fields["stages"]):
@@ -92,6 +81,25 @@ def build_method(kind: str, value: Any, lines: Lines, path: tuple[str, ...], cod
     if kind == "collaborate" and fields.get("translator") is not None:
         fields["translator"] = build_method("translate", fields["translator"], lines, (*path, name, "translator"), code)
     return validated(cls, fields, (*path, name), lines)
+
+
+def named(kind: str, value: Any, lines: Lines, path: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """(name, fields) of a method, as a recipe writes it. Imports no method.
+
+    Raises RecipeError for another form, or a name that no method of luthier or of a package has. A name with a colon is code.
+    """
+    if isinstance(value, str):
+        value = {value: {}}
+    if not isinstance(value, Mapping) or len(value) != 1:
+        remedy = f"write {kind}: NAME, or {kind}: {{NAME: {{field: value}}}}"
+        raise RecipeError(lines.where(path), f"is {value!r}", remedy)
+    ((name, fields),) = value.items()
+    where = lines.where((*path, name))
+    if fields is not None and not isinstance(fields, Mapping):
+        raise RecipeError(where, f"holds {fields!r}", "write its fields as keys")
+    if ":" not in name and name not in registry.names(kind):
+        raise RecipeError(where, f"there is no {KINDS[kind].what} called {name!r}", _known(kind, name))
+    return name, dict(fields or {})
 
 
 def _foreign(kind: str, name: str, where: str, code: Path | None) -> Any:
@@ -131,15 +139,43 @@ def validated(cls: Any, values: Mapping[str, Any], path: tuple[str, ...], lines:
         first = min(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
         where = tuple(str(p) for p in first["loc"] if not str(p).startswith((FORM, "function-")))
         at = lines.where((*path, *where))
-        if first["type"] == "extra_forbidden":
-            raise RecipeError(
-                at, "there is no such key", _nearest(where[-1], _nested_fields(cls, where[:-1]))
-            ) from None
-        if first["type"] == "missing":
-            raise RecipeError(at, "is missing", "add it") from None
-        shown = json.dumps(first.get("input"), default=str)
-        message = first["msg"][0].lower() + first["msg"][1:]
-        raise RecipeError(at, f"{shown[:80]}: {message}") from None
+        raise RecipeError(at, *_told(cls, first, where)) from None
+
+
+def _told(cls: Any, error: Any, where: tuple[str, ...]) -> tuple[str, str]:
+    """(what is wrong, what to do) for an error of pydantic at a key."""
+    given = error.get("input")
+    if error["type"] == "extra_forbidden":
+        return no_such_key(where[-1], _nested_fields(cls, where[:-1]))
+    if error["type"] == "missing":
+        return MISSING
+    if error["type"] in ("model_type", "model_attributes_type"):
+        return not_keys(given, where[-1] if where else "", _nested_fields(cls, where))
+    if error["type"] == "literal_error" and isinstance(given, str):
+        return not_one_of(given, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    shown = json.dumps(given, default=str)
+    return f"{shown[:80]}: {error['msg'][0].lower()}{error['msg'][1:]}", ""
+
+
+MISSING = ("is missing", "add it")
+
+
+def no_such_key(key: str, known: Sequence[str]) -> tuple[str, str]:
+    """(what is wrong, what to do) for a key that there is not."""
+    return "there is no such key", nearest(key, known)
+
+
+def not_one_of(value: str, known: Sequence[str]) -> tuple[str, str]:
+    """(what is wrong, what to do) for a text that is none of those which a key accepts."""
+    close = _close(value, known)
+    words = " or ".join(filter(None, [", ".join(known[:-1]), known[-1]]))
+    return f"is {value!r}; it can be {words}", f"did you mean {close}?" if close else "choose one"
+
+
+def not_keys(value: Any, key: str, fields: Sequence[str]) -> tuple[str, str]:
+    """(what is wrong, what to do) for a plain value where keys belong."""
+    first = f"{{{fields[0]}: {value if isinstance(value, (str, int, float)) else '...'}}}" if fields else "{...}"
+    return f"is {value!r}, where keys belong", f"write {first}" if not key or key.isdigit() else f"write {key}: {first}"
 
 
 def _nested_fields(cls: Any, where: tuple[str, ...]) -> Sequence[str]:
@@ -160,11 +196,22 @@ def _known(kind: str, name: str) -> str:
     """What to do about a name that no method of a kind has."""
     if registry.is_new(kind, name):
         return "its class is in EXPORTS but not in the list of methods; run make docs"
-    return _nearest(name, registry.names(kind))
+    return nearest(name, registry.names(kind))
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """What to do about a name that there is not: the one that was meant, or all that there are."""
     if name in OLD_SPELLINGS:
         return f"its name here is {OLD_SPELLINGS[name]}"
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+    close = _close(name, known)
+    return f"did you mean {close}?" if close else f"known are {', '.join(sorted(known))}"
+
+
+def _close(name: str, known: Sequence[str]) -> str | None:
+    """The name that is most like this one, whatever its case and its hyphens; None if none is."""
+    plain = {_plain(k): k for k in known}
+    return next((plain[k] for k in difflib.get_close_matches(_plain(name), list(plain), n=1)), None)
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("_", "-")

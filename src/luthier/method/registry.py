@@ -83,7 +83,7 @@ def names(kind: str) -> list[str]:
 def is_new(kind: str, name: str) -> bool:
     """True if the room exports the module of this method, but the stored list does not have it yet."""
     exports: dict[str, str] = importlib.import_module(KINDS[kind].package).EXPORTS
-    return name.replace("-", "_") in exports.values() and name not in names(kind)
+    return name.replace("-", "_") in exports.values() and name.replace("_", "-") not in names(kind)
 
 
 def listed() -> list[dict[str, Any]]:
@@ -151,7 +151,8 @@ def _entry(kind: str, key: str, cls: Any) -> dict[str, Any]:
     }
     source = None if cls.source is None else cls.source._asdict()
     traits = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in cls.traits._asdict().items()}
-    more = {"starter": dict(cls.starter)} if hasattr(cls, "starter") else {}
+    more: dict[str, Any] = {"starter": dict(cls.starter)} if hasattr(cls, "starter") else {}
+    more |= {"recipe_lines": list(cls.recipe_lines)} if cls.recipe_lines else {}
     return {
         "name": key, "kind": kind, "class": cls.__name__, "module": cls.__module__, "summary": doc.split("\n")[0],
         "doc": doc, "fields": fields, "source": source, "traits": traits, **more,

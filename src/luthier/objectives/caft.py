@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.data.batch import IGNORE, Batch
-from luthier.method import Source, Traits
+from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.additions import bare_copy, refuse_packed
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Term, Window, count, weighed
@@ -97,6 +97,15 @@ class Caft(Objective):
         "official code",
     )
 
+    recipe_lines: ClassVar[tuple[str, ...]] = (
+        "data: {train: builtin:requests, eval: builtin:requests}",
+        "pipeline:",
+        "  stages:",
+        "    stages:",
+        "      - {name: heads, tuner: frozen, objective: {caft: {stage: heads}}, learning_rate: 5e-4}",
+        "      - {name: tune, objective: caft, carry: heads}",
+    )
+
     stage: Literal["heads", "tune"] = "tune"
     """What trains: the heads, or the model with them."""
     ahead: int = Field(5, ge=2)
@@ -111,6 +120,19 @@ class Caft(Objective):
     """What the heads read."""
     allow_untrained_heads: bool = False
     """Allow tuning with heads that no first stage has trained."""
+
+    @property
+    def trains_beside(self) -> bool:
+        return self.stage == "heads"
+
+    def check(self, facts: Facts) -> list[Problem]:
+        problems, settings = super().check(facts), facts.settings
+        alone = settings is not None and getattr(settings, "carry", None) is None
+        if self.stage == "tune" and alone and not self.allow_untrained_heads:
+            what = "tune, with heads that no stage before has trained"
+            remedy = "train them in a stage before (pipeline: stages, with carry), or set allow_untrained_heads: true"
+            problems.append(Problem("stage", what, remedy))
+        return problems
 
     def extend(self, view: ModelView, carried: Mapping[str, Tensor] | None = None) -> nn.Module | None:
         heads = Heads(view, self.ahead - 1)

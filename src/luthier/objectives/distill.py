@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field, PrivateAttr
 from torch import Tensor
 
-from luthier.method import Source, Traits
+from luthier.method import Facts, Problem, Source, Traits
 from luthier.objectives.base import Forward, Objective, Term, Window, weighed_rows
 from luthier.step.probe import Probe
 from luthier.support.errors import LuthierError
@@ -52,6 +52,12 @@ class Distill(Objective):
         "official code",
     )
 
+    recipe_lines: ClassVar[tuple[str, ...]] = (
+        "task: classification",
+        "data: {train: train.jsonl, eval: test.jsonl, keep: [soft]}  # rows of text, label and soft (a list of probabilities)",
+        "objective: distill",
+    )
+
     warmup_share: float = Field(0.6, ge=0, le=1)
     """Share of the steps before rows are weighted."""
     reweight: bool = True
@@ -62,6 +68,14 @@ class Distill(Objective):
     """During the warm-up, rows whose largest soft label is not above this have weight 0."""
 
     _report: dict[str, float] = PrivateAttr(default_factory=dict)
+
+    def check(self, facts: Facts) -> list[Problem]:
+        problems = super().check(facts)
+        if facts.kept is not None and "soft" not in facts.kept:
+            what = "the rows have no soft labels"
+            remedy = "give each row a list of probabilities, one for each class, and name it in data.keep: [soft]"
+            problems.append(Problem("", what, f"{remedy}; or use pipeline: list, which makes them"))
+        return problems
 
     def reweights(self, step: int, total: int) -> bool:
         """True for 0-based steps past the warm-up; the comparison is strict, as in the official code."""

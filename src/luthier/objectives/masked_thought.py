@@ -48,7 +48,7 @@ class Vector(nn.Module):
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
-        self.vector = nn.Parameter(embedding.weight.detach().float().mean(0))
+        self.vector = nn.Parameter(embedding.weight.float().mean(0))
 
 
 class MaskedThought(Objective):
@@ -82,6 +82,10 @@ class MaskedThought(Objective):
     """"all": every solution token is a target; "clean": not the replaced ones."""
     seed: int = Field(0, ge=0)
     """Seed for the choice of tokens and words."""
+
+    @property
+    def trains_beside(self) -> bool:
+        return self.random_share < 1 and self.max_rate > 0
 
     def extend(self, view: ModelView, carried: Mapping[str, Tensor] | None = None) -> nn.Module | None:
         return Vector(view.embedding).to(view.device) if self.random_share < 1 and self.max_rate else None

@@ -87,7 +87,8 @@ class QTuning(Objective):
         local = torch.cat([*per_row, torch.zeros(0, 2, device=device)])  # [S_local, 2]
         sizes = window.gather(torch.tensor([len(local)], device=device)).tolist()
         everything = window.gather(_padded(local, max(sizes)))  # ranks hold different numbers of rows
-        pooled = torch.cat([part[:n] for part, n in zip(everything.split(max(max(sizes), 1)), sizes, strict=True)])
+        by_rank = everything.view(len(sizes), max(sizes), 2)
+        pooled = torch.cat([part[:n] for part, n in zip(by_rank, sizes, strict=True)])
         if not pooled.isfinite().all():
             raise LuthierError(
                 f"q-tuning: a row's loss is not finite: {_bad_rows(micro, per_row)}; lower learning_rate"

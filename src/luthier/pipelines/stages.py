@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, SerializeAsAny, model_validator
 
@@ -42,7 +42,16 @@ class Stages(Pipeline):
     Cost: the sum of its stages.
     """
 
-    stages: list[Stage] = Field(min_length=1)
+    recipe_lines: ClassVar[tuple[str, ...]] = (
+        "data: {train: builtin:requests, eval: builtin:requests}",
+        "pipeline:",
+        "  stages:",
+        "    stages:",
+        "      - {name: first, tuner: full, learning_rate: 1e-5, epochs: 0.5}",
+        "      - {name: second, start: first, tuner: lora, learning_rate: 1e-3}",
+    )
+
+    stages: list[Stage] = Field(min_length=1, examples=[[{"name": "first"}]])
     """The stages, in order."""
 
     @model_validator(mode="after")
@@ -66,10 +75,18 @@ class Stages(Pipeline):
             mine = replace(facts, settings=stage, batch_size=stage.batch_size, others=(stage.tuner, stage.objective))
             for key in ("tuner", "objective"):
                 for p in getattr(stage, key).check(mine):
-                    found.append(Problem(f"stages.{i}.{key}.{p.key}", p.what, p.remedy))
-            if facts.quantized and _another(stage, seen) and _moves(stage.tuner) and _learnt(stage.start, seen):
+                    found.append(Problem(f"stages.{i}.{key}.{p.key}".rstrip("."), p.what, p.remedy))
+            found += [Problem(f"stages.{i}.{key}", what, remedy) for key, what, remedy in stage.unread()]
+            if stage.carry is not None and not seen[stage.carry].objective.trains_beside:
+                what = f"{stage.carry!r} trains no modules beside the model, so there is nothing to carry"
+                found.append(Problem(f"stages.{i}.carry", what, "remove it, or name another stage"))
+            if facts.quantized and _another(stage, seen) and stage.tuner.changes_model and _learnt(stage.start, seen):
                 what = f"{stage.name} goes on from another tuner's update, which cannot be written into packed weights"
                 found.append(Problem(f"stages.{i}.start", what, "keep the tuner, start from base, or remove quantize"))
+        head = facts.anatomy is None or facts.anatomy.task_head
+        if not head and not _learnt(self.stages[-1].name, seen):
+            what = "the last stage changes nothing of the model, so the run would end with the base model"
+            found.append(Problem(f"stages.{len(self.stages) - 1}.tuner", what, "choose another tuner"))
         return found
 
     def next(self, done: Mapping[str, Outcome]) -> Train | Apply | None:
@@ -91,9 +108,4 @@ def _another(stage: Stage, seen: Mapping[str, Stage]) -> bool:
 
 def _learnt(name: str, seen: Mapping[str, Stage]) -> bool:
     """True if this stage, or one that it continues from, changed the model."""
-    return name != "base" and (_moves(seen[name].tuner) or _learnt(seen[name].start, seen))
-
-
-def _moves(tuner: Tuner) -> bool:
-    """True for a tuner that changes the model."""
-    return bool(tuner.traits.claims)
+    return name != "base" and (seen[name].tuner.changes_model or _learnt(seen[name].start, seen))

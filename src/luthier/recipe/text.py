@@ -1,12 +1,16 @@
-"""Read a recipe from YAML and the command line. Every error is one sentence with line, key, value and remedy."""
+"""Read a recipe from YAML and the command line. Every error is one sentence with line, key, value and remedy.
+
+Keys, names and plain values are checked first, without torch, so that a typo is found at once.
+"""
 
 from __future__ import annotations
 
 import fnmatch
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
@@ -14,26 +18,46 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from luthier.method.building import Lines, build_method, build_methods, validated
 from luthier.method.kinds import LISTED, SINGLE
-from luthier.recipe.settings import Recipe
+from luthier.recipe import spelling
 from luthier.support.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.recipe.whole import Recipe
 
 MAX_BYTES = 1_000_000
 SECRETS = ("*token", "*api_key*", "*password*", "*secret*")
 
 
-def load(text: str, name: str = "recipe", overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
+def load(
+    text: str, name: str = "recipe", overrides: Sequence[str] = (), code: Path | None = None, base: Path | None = None
+) -> Recipe:
     """A recipe from YAML text and `a.b=value` overrides. Raises RecipeError.
 
     code  the folder whose Python modules the recipe may name (module:Class); None refuses all code
+    base  the folder that paths in the recipe are relative to; None: the working directory
     """
     values, lines = parse(text, name)
     changed = apply_overrides(values, overrides)
-    return build(values, Lines(name, lines, changed), code)
+    return build(values, Lines(name, lines, changed), code, base)
 
 
 def load_file(path: Path, overrides: Sequence[str] = (), code: Path | None = None) -> Recipe:
     """A recipe from a file. Raises RecipeError."""
-    return load(read_text(path), str(path), overrides, code)
+    return load(read_text(path), str(path), overrides, code, folder_of(path))
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that paths in a recipe's file are relative to: its own.
+
+    A run's folder holds a copy of the recipe, `recipe.yaml`; its paths are still relative to where the recipe came from.
+    """
+    run = path.with_name("run.json")
+    if path.name != "recipe.yaml" or not run.is_file():
+        return path.parent
+    try:
+        return Path(json.loads(run.read_text(encoding="utf-8"))["recipe_folder"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise RecipeError(str(run), "does not say where the recipe came from", f"move {path.name} elsewhere") from error
 
 
 def read_text(path: Path) -> str:
@@ -138,15 +162,19 @@ def _value(text: str, key: str) -> Any:
         raise RecipeError(f"command line: {key}", f"{text!r} is not YAML", "quote it") from error
 
 
-def build(values: Mapping[str, Any], lines: Lines, code: Path | None = None) -> Recipe:
-    """Check all keys and values, methods first. Raises RecipeError."""
+def build(values: Mapping[str, Any], lines: Lines, code: Path | None = None, base: Path | None = None) -> Recipe:
+    """Check all keys and values. Raises RecipeError."""
     out = dict(values)
     _no_secrets(out, (), lines)
+    spelling.check(out, lines)
+    from luthier.recipe.whole import Recipe  # brings torch
+
     build_methods(out, (), SINGLE, lines, code)
     for kind in LISTED:
         if (listed := out.get(kind)) is not None:
             listed = listed if isinstance(listed, list) else [listed]
-            out[kind] = [build_method(kind, item, lines, (kind, str(i)), code) for i, item in enumerate(listed)]
+            built = (build_method(kind, item, lines, (kind, str(i)), code) for i, item in enumerate(listed))
+            out[kind] = [method.beside(base) for method in built]
     recipe: Recipe = validated(Recipe, out, (), lines)
     if recipe.trust_remote_code and code is None:
         raise RecipeError(

@@ -11,6 +11,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 640, 220, 56, 12, 12, 34
 COLOURS = 8  # series with different looks
+DOTS = 60  # points of a line that show their values, at most
 
 
 class Series(NamedTuple):
@@ -58,10 +59,9 @@ def _frame(at_x: Callable[[float], float], at_y: Callable[[float], float], xs: l
 
 
 def _axis_names(x_name: str, y_name: str, height: int) -> list[str]:
-    return [
-        f'<text x="{WIDTH - RIGHT}" y="{height - 2}" text-anchor="end">{escape(x_name)}</text>',
-        f'<text x="{LEFT}" y="{TOP - 1}" text-anchor="start">{escape(y_name)}</text>',
-    ]
+    """The names at the ends of the axes. A chart whose title names its values needs no y_name."""
+    out = [f'<text x="{WIDTH - RIGHT}" y="{height - 2}" text-anchor="end">{escape(x_name)}</text>']
+    return [*out, f'<text x="{LEFT}" y="{TOP - 1}" text-anchor="start">{escape(y_name)}</text>'] if y_name else out
 
 
 def line_chart(series: list[Series], x_name: str, title: str, from_zero: bool = True) -> Markup:
@@ -83,10 +83,14 @@ def line_chart(series: list[Series], x_name: str, title: str, from_zero: bool = 
     for i, s in enumerate(clean):
         path = " ".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in s.points)
         out.append(f'<polyline class="line{i % COLOURS}" points="{path}"/>')
+        for x, y in s.points[:: math.ceil(len(s.points) / DOTS) or 1]:
+            place = f'cx="{at_x(x):.1f}" cy="{at_y(y):.1f}"'
+            said = escape(f"{s.name}, {x_name} {x:g}: {y:.4g}")
+            out.append(f'<circle class="dot name{i % COLOURS}" {place} r="6"><title>{said}</title></circle>')
         if len(clean) > 1:
             place = f'x="{WIDTH - RIGHT}" y="{TOP + 12 + 16 * i}" text-anchor="end"'
             out.append(f'<text class="name{i % COLOURS}" {place}>{escape(s.name)}</text>')
-    return Markup("".join([*out, "</svg>"]))
+    return Markup("".join([*out, *_axis_names(x_name, "", HEIGHT), "</svg>"]))
 
 
 class Range(NamedTuple):

@@ -6,7 +6,7 @@ The report is one file that opens without a network. All texts of the user are e
 from __future__ import annotations
 
 import json
-import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,25 @@ from luthier.data.table import DROP, Table
 from luthier.evaluation.measures import SIDE
 from luthier.inspection.base import Finding
 from luthier.recipe import Recipe
-from luthier.recipe.text import as_yaml
+from luthier.recipe.text import as_yaml, parse
 from luthier.report import token_view
 from luthier.report.curve import Series, line_chart, plane_chart
 from luthier.support.files import write_text
-from luthier.support.statistics import wilson
-from luthier.support.units import in_flops
+from luthier.support.units import in_flops, in_time
 from luthier.support.version import __version__
 
 SAMPLES = 12
 CHANGED = 5  # rows that are shown before and after a change
 CELL = 500  # characters of a field
 DECIDED = {"keep": "kept", "drop": "left out", "rewrite": "rewritten", "split": "split"}
+ABOUT = {  # measures whose names do not say what they are
+    "general_loss": "on general text that is not about the task; a rise means that something was forgotten",
+    "canaries": "right answers to plain questions, such as capitals and sums, which the base model knows",
+    "canary_loss": "on the answers to the plain questions; a rise means that something was forgotten",
+    "stopped": "the others were cut at the largest number of tokens",
+}
+TONES = {"better": "good", "worse": "bad", "no clear change": ""}
+WAYS = ("pipeline", "tuner", "objective", "compute")  # keys of a recipe that say how it trains
 NEAR_ONE = 0.05  # weights within this of 1 are plain cross-entropy, up to rounding
 
 
@@ -50,7 +57,9 @@ def write_report(folder: Path) -> Path:
         recipe=(folder / "recipe.yaml").read_text(encoding="utf-8"),
         env=(folder / "env.txt").read_text(encoding="utf-8"),
         name=folder.name,
-        charts=_charts(log, loss_unit(run)),
+        charts=_charts(log, run),
+        headline=headline(run),
+        method=_method(parse((folder / "recipe.yaml").read_text(encoding="utf-8"), "recipe.yaml")[0]),
         facts=_facts(run),
         planes=_planes(folder),
         scores=_scores(run),
@@ -58,7 +67,7 @@ def write_report(folder: Path) -> Path:
         samples=_chosen(samples),
         counts=_counts(samples),
         rendered=_tokens(folder),
-        again=f"luthier run {os.path.join(folder, 'recipe.yaml')} --fresh",
+        again=f"luthier run {shlex.quote(str(folder.resolve() / 'recipe.yaml'))} --fresh",
     )
     target = folder / "report.html"
     write_text(target, page)
@@ -136,13 +145,13 @@ def loss_unit(run: Mapping[str, Any]) -> str:
     return str(((run.get("after") or {}).get("loss") or {}).get("unit", "nats a token"))
 
 
-def _charts(log: list[dict[str, float]], unit: str) -> list[dict[str, Any]]:
+def _charts(log: list[dict[str, float]], run: Mapping[str, Any]) -> list[dict[str, Any]]:
     steps = [e for e in log if "loss" in e]
     loss = [Series("training loss", [(e["step"], e["loss"]) for e in steps])]
-    held = [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
+    held = _held_out(log, run)
     if held:
         loss.append(Series("held-out loss", held))
-    charts = [(f"Loss, {unit}", loss)]
+    charts = [(f"Loss, {loss_unit(run)}", loss)]
     if any("grad_norm" in e for e in steps):
         charts.append(
             (
@@ -154,6 +163,15 @@ def _charts(log: list[dict[str, float]], unit: str) -> list[dict[str, Any]]:
         ("Tokens a second", [Series("tokens a second", [(e["step"], e["tokens_per_second"]) for e in steps])])
     )
     return [{"title": t, "svg": line_chart(s, "step", t)} for t, s in charts if any(x.points for x in s)]
+
+
+def _held_out(log: Sequence[Mapping[str, float]], run: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """Steps with the loss on held-out rows: before training and in it, or before and after it."""
+    before, after = (run.get(when) or {} for when in ("before", "after"))
+    seen = [(e["step"], e["eval_loss"]) for e in log if "eval_loss" in e]
+    if "loss" not in before or "loss" not in after:
+        return seen
+    return [(0.0, before["loss"]["value"]), *(seen or [(float(run["steps"]), after["loss"]["value"])])]
 
 
 def _planes(folder: Path) -> list[dict[str, Any]]:
@@ -174,6 +192,7 @@ def _planes(folder: Path) -> list[dict[str, Any]]:
 def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     census = run.get("census", {})
     out = [
+        *([("Finished", f"{run['finished']}, after {in_time(run['seconds'])} in all")] if "finished" in run else []),
         ("Base model", run["base"]["name"]),
         ("Base fingerprint", run["base"]["weights"][:16]),
         (
@@ -229,15 +248,65 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
     return out
 
 
+def _method(recipe: Mapping[str, Any]) -> str:
+    """What trained, in words."""
+    named = {k: next(iter(v)) if isinstance(v, Mapping) else v for k, v in recipe.items() if k in WAYS and v}
+    if "pipeline" in named:
+        return f"pipeline {named['pipeline']}"
+    return ", ".join(f"{key} {name}" for key, name in named.items())
+
+
+def headline(run: Mapping[str, Any]) -> list[dict[str, str]]:
+    """How much the first measure changed and how sure that is, then every measure that became worse."""
+    judged = {n: m for n, m in (run.get("compared") or {}).items() if m["change"] is not None and n not in SIDE}
+    first = next(iter(judged), None)
+    out = []
+    for name, m in judged.items():
+        verdict = verdict_on(m)
+        if name != first and verdict != "worse":
+            continue
+        by, word = m["change"], "rose" if m["change"]["value"] > 0 else "fell"
+        sure = f"95% interval of the change {by['low']:+.3g} to {by['high']:+.3g}, over {m['rows']:,} rows"
+        went = f"{word} from {m['base']:.4g} to {m['value']:.4g}" if by["value"] else f"stayed at {m['value']:.4g}"
+        text = f"{name.replace('_', ' ').capitalize()} {went}: {verdict} ({sure})."
+        out.append({"text": text, "tone": TONES[verdict]})
+    return out
+
+
+def verdict_on(measure: Mapping[str, Any]) -> str:
+    """Whether a change is certain: its whole interval must be on one side of zero."""
+    change, sign = measure["change"], 1 if measure["higher"] else -1
+    low, high = sorted((sign * change["low"], sign * change["high"]))
+    return "better" if low > 0 else "worse" if high < 0 else "no clear change"
+
+
 def _scores(run: Mapping[str, Any]) -> list[dict[str, str]]:
-    before, after = run.get("before") or {}, run.get("after") or {}
+    before, after, compared = run.get("before") or {}, run.get("after") or {}, run.get("compared") or {}
     return [
         {
-            "name": name.replace("_", " "), "unit": m["unit"], "rows": f"{m['rows']:,}", "before": _value(before[name]),
-            "after": _value(m), "better": "" if name in SIDE else "higher" if m["higher"] else "lower",
+            "name": name.replace("_", " "), "unit": m["unit"], "rows": f"{m['rows']:,}", "before": _level(before[name]),
+            "after": _value(compared.get(name, m)), "about": ABOUT.get(name, ""),
+            "better": "" if name in SIDE else "higher" if m["higher"] else "lower",
+            **_changed(name, compared.get(name)),
         }
         for name, m in after.items()
     ]  # fmt: skip
+
+
+def _changed(name: str, measure: Mapping[str, Any] | None) -> dict[str, str]:
+    """The change of a measure with its interval, and what it means."""
+    if measure is None or measure["change"] is None:
+        return {"change": "", "verdict": "", "tone": ""}
+    by = measure["change"]
+    verdict = "" if name in SIDE else verdict_on(measure)
+    unit = 100 if _is_share(measure) else 1
+    shown = [f"{unit * by[k]:+.3g}" for k in ("value", "low", "high")]
+    points = " points" if unit == 100 else ""
+    return {
+        "change": f"{shown[0]}{points} ({shown[1]} to {shown[2]})",
+        "verdict": verdict,
+        "tone": TONES.get(verdict, ""),
+    }
 
 
 def gates_shown(gates: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -253,13 +322,20 @@ def gates_shown(gates: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
+def _is_share(measure: Mapping[str, Any]) -> bool:
+    return str(measure["unit"]).startswith("share of")
+
+
+def _level(measure: Mapping[str, Any]) -> str:
+    return f"{measure['value']:.1%}" if _is_share(measure) else f"{measure['value']:.4g}"
+
+
 def _value(measure: Mapping[str, Any]) -> str:
-    """A share with its interval; other values alone."""
-    value, rows = measure["value"], measure["rows"]
-    if not measure["unit"].startswith("share of") or not rows:
-        return f"{value:.4g}"
-    low, high = wilson(value * rows, rows)
-    return f"{value:.1%} ({low:.0%} to {high:.0%})"
+    """A level with its interval, where one is known."""
+    if measure.get("low") is None:
+        return _level(measure)
+    ends = [f"{measure[k]:.0%}" if _is_share(measure) else f"{measure[k]:.4g}" for k in ("low", "high")]
+    return f"{_level(measure)} ({ends[0]} to {ends[1]})"
 
 
 def _chosen(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:

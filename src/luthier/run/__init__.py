@@ -2,5 +2,5 @@
 
 from luthier.support.lazy import lazy
 
-EXPORTS = {"gather": "ready", "make_ready": "ready", "outline": "ready", "run": "execute"}
+EXPORTS = {"admit": "ready", "gather": "ready", "make_ready": "ready", "run": "execute"}
 __getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

@@ -15,15 +15,15 @@ BUILTIN = "builtin:"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 
 
-def known(folder: Path, data: str | None) -> dict[str, float] | None:
-    """The values by measure of an earlier evaluation of the same weights on the same data; None if there is none."""
-    key = _key(folder, data)
+def known(folder: Path, data: str | None, base_too: bool = True) -> dict[str, Any] | None:
+    """The measures of an earlier evaluation of the same weights on the same data; None if there is none."""
+    key = _key(folder, data, base_too)
     return None if key is None else _read(folder).get(key)
 
 
-def remember(folder: Path, data: str | None, values: dict[str, float]) -> None:
-    """Store the values beside the run."""
-    key = _key(folder, data)
+def remember(folder: Path, data: str | None, values: dict[str, Any], base_too: bool = True) -> None:
+    """Store measures, as `measures.beside_base` gives them, beside the run."""
+    key = _key(folder, data, base_too)
     if key is not None:
         write_text(folder / FILE, json.dumps({**_read(folder), key: values}))
 
@@ -36,7 +36,7 @@ def _read(folder: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _key(folder: Path, data: str | None) -> str | None:
+def _key(folder: Path, data: str | None, base_too: bool) -> str | None:
     """The key of an evaluation; None if the run is not finished, or its rows are not in a file."""
     try:
         state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
@@ -50,7 +50,7 @@ def _key(folder: Path, data: str | None) -> str | None:
     except (OSError, ValueError, KeyError):
         return None
     code = code_key("luthier.run.ready", *_modules("evaluation"), *_modules("tasks"))
-    return key_of(state.get("update_digest"), files, model, content, recipe, code)
+    return key_of(state.get("update_digest"), files, model, content, recipe, code, base_too)
 
 
 def _files_of(place: str | None) -> list[tuple[str, object]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from luthier.data.reading import Tick, no_tick
 from luthier.evaluation.base import Results
-from luthier.integrations import tracking
+from luthier.evaluation.measures import beside_base
 from luthier.integrations.tracking import Trackers
 from luthier.pipelines.base import Apply, Train, run_pipeline
 from luthier.recipe import Recipe
@@ -26,9 +26,9 @@ from luthier.report.card import card
 from luthier.report.page import write_report
 from luthier.run.evaluations import BUILTIN, remember
 from luthier.run.folder import RunFolder, recipe_hash
-from luthier.run.forecast import NoForecast, disk_needed, miss, peak_memory, reset_peak_memory, resolved
+from luthier.run.forecast import NoForecast, miss, peak_memory, refuse_full_disk, reset_peak_memory
 from luthier.run.nested import NestedRuns
-from luthier.run.ready import Gathered, Ready, gather, make_ready
+from luthier.run.ready import Admitted, Ready, admit, make_ready
 from luthier.run.result import leave_model
 from luthier.run.rows import told, told_about
 from luthier.run.stopping import StopRequest
@@ -45,6 +45,8 @@ from luthier.training.loop import Interrupted, Loop
 from luthier.tuners.base import with_head
 from luthier.update import Update
 from luthier.update.files import save_update, verify_update
+
+log = logging.getLogger(__name__)
 
 
 def run(
@@ -69,6 +71,7 @@ def run(
     place, started = RunFolder(folder, writes=accelerator.is_main_process), time.monotonic()
     if not accelerator.is_main_process:
         say, on_step = (lambda _: None), None
+    say = _logged(say)
     with place.locked(), StopRequest().listening() as stop:
         before = place.state()
         if before.get("state") == "done":
@@ -76,22 +79,31 @@ def run(
             return before
         reset_peak_memory()  # this process may have done other work before: a worker carries out one run after another
         _begin(place, recipe, base)
-        tracking.check(recipe.report_to)
         say(f"model   {recipe.model}")
         deadline = None if max_seconds is None else started + max_seconds
         # Several processes would each start the same nested runs.
         runs = NestedRuns(recipe, base, stop) if nested and accelerator.num_processes == 1 else None
         try:
-            gathered = gather(recipe, base, tick, accelerator.num_processes, runs)
-            recipe = _with_forecast(recipe, gathered, accelerator, place, say, forecast)
-            ready = make_ready(recipe, folder, base, gathered, accelerator)
+            admitted = admit(recipe, base, tick, accelerator.num_processes, runs, forecast)
+            _tell_forecast(admitted, place, say, forecast and accelerator.num_processes == 1)
+            ready = make_ready(admitted.recipe, folder, base, admitted.gathered, accelerator)
             ready.tick, ready.nested = tick, runs
             _carry_out(ready, place, stop, on_step, deadline, say, keep, judge)
         except Interrupted:
-            place.note(state="stopped", signal=stop.signal)
+            place.note(state="stopped", signal=stop.signal, seconds=place.seconds())
             raise
         accelerator.wait_for_everyone()
         return place.state()
+
+
+def _logged(say: Say) -> Say:
+    """Write every line into the log of this module, too (LUTHIER_LOG)."""
+
+    def both(text: str) -> None:
+        log.info(text)
+        say(text)
+
+    return both
 
 
 def whole_run(recipe: Recipe, folder: Path, request: Mapping[str, Any]) -> None:
@@ -144,31 +156,18 @@ def _model_files(recipe: Recipe, base: Path) -> str | None:
     return str(path.resolve()) if ":" not in recipe.model and path.exists() else None
 
 
-def _with_forecast(
-    recipe: Recipe, gathered: Gathered, accelerator: Accelerator, place: RunFolder, say: Say, forecast: bool
-) -> Recipe:
-    """Forecast memory, time and disk. Refuse what cannot fit, and decide on checkpointing if the recipe leaves it open.
-
-    Several processes get no forecast, because a miniature in one process does not have their steps.
-    """
-    if accelerator.num_processes > 1 or not forecast:
-        left_open = recipe.gradient_checkpointing == "auto"
-        return recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
-    recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.sets())
+def _tell_forecast(admitted: Admitted, place: RunFolder, say: Say, asked: bool) -> None:
+    """Say and note the forecast. Raises LuthierError if the disk has too little room."""
+    expected = admitted.forecast
     if isinstance(expected, NoForecast):
-        say(f"expect  no forecast ({expected.reason})")
-        return recipe
+        if asked:
+            say(f"expect  no forecast ({expected.reason})")
+        return
     place.note(forecast=asdict(expected))
     say(f"expect  {in_bytes(expected.memory_bytes)} of memory, {in_time(expected.seconds)} of training")
-    if recipe.gradient_checkpointing:
+    if admitted.recipe.gradient_checkpointing:
         say("memory  is short, so activations are computed again in the backward pass (gradient_checkpointing)")
-    need, free = disk_needed(recipe, expected), shutil.disk_usage(place.path).free
-    if need > free:
-        raise LuthierError(
-            f"output_dir: {place.path} needs about {in_bytes(need)}, {in_bytes(free)} are free; "
-            "choose a folder on another disk, or lower save_limit"
-        )
-    return recipe
+    refuse_full_disk(admitted.recipe, expected, place.path)
 
 
 def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
@@ -343,14 +342,15 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     place.write("before.json", json.dumps(before.as_dict(), ensure_ascii=False))
     place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
     place.write("samples.jsonl", _samples(before, after))
-    place.write("all_results.json", json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1))
+    _write_as_trainer(place, after, progress.step)
+    compared = {n: beside_base(m, before.measures.get(n)) for n, m in after.measures.items()}
     whole = keep and leave_model(trained.update, ready.view, ready.renderer.tokenizer, place.path)
     _note_spent(
-        ready, place, before, trained, peak, evaluation_seconds=evaluation, kept=keep, after=after.brief(),
+        ready, place, before, trained, peak, evaluation_seconds=evaluation, kept=keep, after=after.brief(), compared=compared,
         reload_difference=worst, update_digest=digest, gates=[{**g._asdict(), "change": g.change._asdict()} for g in gates],
     )  # fmt: skip
     if keep:
-        remember(place.path, None, {n: m.value for n, m in after.measures.items()})
+        remember(place.path, None, compared)
         relation = "finetune" if whole else "adapter"
         place.write("README.md", card(place.path, place.state(), ready.recipe, ready.view.name, relation))
     expected = place.state().get("forecast")
@@ -361,13 +361,25 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     write_report(place.path)
 
 
+def _write_as_trainer(place: RunFolder, after: Results, step: int) -> None:
+    """Write scores and the log under the names of Trainer's files, for tools that read those."""
+    scores = json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1)
+    place.write("all_results.json", scores)
+    place.write("eval_results.json", scores)
+    file = place.path / "log.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    history = [json.loads(line) for line in lines]
+    place.write("trainer_state.json", json.dumps({"global_step": step, "log_history": history}, indent=1))
+
+
 def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Trained, peak: int, **more: Any) -> None:
     """Note what a run cost. This marks the run as finished."""
     p = trained.progress
     place.note(
         state="done", steps=p.step, skipped_steps=p.skipped, tokens=p.tokens, train_seconds=p.seconds,
         row_tokens=p.row_tokens, spent=_spent(ready, p), trained_weights=trained.weights, before=before.brief(),
-        peak_memory_bytes=peak, update_bytes=trained.update.num_bytes,
+        peak_memory_bytes=peak, update_bytes=trained.update.num_bytes, seconds=place.seconds(),
+        finished=time.strftime("%Y-%m-%d %H:%M"),
         **more,
     )  # fmt: skip
 

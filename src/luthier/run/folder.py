@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from luthier.recipe import Recipe
+from luthier.recipe.text import parse
 from luthier.support.errors import LuthierError
 from luthier.support.files import write_text
 
@@ -36,7 +37,7 @@ class RunFolder:
     """The folder of one run, with lock, log and state. If several processes work on one run, only the first one `writes`."""
 
     def __init__(self, path: Path, writes: bool = True) -> None:
-        self.path, self.writes = path, writes
+        self.path, self.writes, self._opened = path, writes, time.monotonic()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -69,6 +70,10 @@ class RunFolder:
         except ValueError as error:
             raise LuthierError(f"{file}: is damaged ({error}); use --fresh to start in a new folder") from error
 
+    def seconds(self) -> float:
+        """Seconds of work in this folder: those noted by processes before this one, and its own."""
+        return float(self.state().get("seconds", 0.0)) + time.monotonic() - self._opened
+
     def note(self, **more: Any) -> None:
         """Merge values into run.json in one atomic write."""
         self.write("run.json", json.dumps({**self.state(), **more}, indent=1))
@@ -85,6 +90,29 @@ def recipe_hash(recipe: Recipe) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
+def differences(folder: Path, recipe: Recipe) -> list[str]:
+    """Each key whose value differs from that in the recipe of the run in this folder."""
+    file = folder / "recipe.yaml"
+    if not file.is_file():
+        return []
+    there = _flat(parse(file.read_text(encoding="utf-8"), str(file))[0])
+    here = _flat(json.loads(json.dumps(recipe.as_dict())))
+    return [
+        f"{key} is {json.dumps(there.get(key))} there, {json.dumps(here.get(key))} here"
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key) and key.partition(".")[0] not in HOW
+    ]
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested keys as "a.b". Lists stay whole."""
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{above}{key}"
+        out |= _flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return out
+
+
 def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
     """Choose the folder: output_dir, or the newest unfinished run of the same recipe, or a new folder.
 
@@ -98,8 +126,10 @@ def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
         path = base / recipe.output_dir
         there = RunFolder(path).state()
         if there and there.get("recipe_hash") != mine and not fresh:
+            told = "; ".join(differences(path, recipe))
             raise LuthierError(
-                f"output_dir: {path} holds the run of another recipe; choose another folder, or use --fresh"
+                f"output_dir: {path} holds the run of another recipe{f' ({told})' if told else ''}; "
+                "choose another folder, or use --fresh"
             )
         return _unused(path) if fresh and there else path
     runs = Path("runs")

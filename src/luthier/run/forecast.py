@@ -10,6 +10,7 @@ import copy
 import ctypes
 import gc
 import logging
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,8 +32,9 @@ from luthier.recipe import Recipe
 from luthier.run.rows import tokens_a_step
 from luthier.step.outcome import Outcome
 from luthier.step.settings import TrainSettings
-from luthier.support.errors import LuthierError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
+from luthier.support.units import in_bytes
 from luthier.training.loop import Loop
 from luthier.tuners.base import Trainable, with_head
 
@@ -141,7 +143,8 @@ def resolved(
     """The recipe with gradient_checkpointing decided, and its forecast. Checkpointing is on only if memory would not be enough.
 
     If the recipe does not work on the small models, it may still run: some models cannot be cut, and few layers may have too
-    few weights for a setting. Then there is no forecast, the reason is given, and "auto" means off.
+    few weights for a setting. Then there is no forecast, the reason is given, and "auto" means off. Raises RecipeError if
+    the tuner refuses the model whatever its number of layers.
     """
     left_open = recipe.gradient_checkpointing == "auto"
     if recipe.quantize is not None:
@@ -153,6 +156,8 @@ def resolved(
         if left_open and expected.memory_bytes > available_memory():
             saving = recipe.model_copy(update={"gradient_checkpointing": True})
             return saving, forecast(saving, config, tokenizer, sets)
+    except Refused as refused:
+        raise refused.error from None
     except (LuthierError, ValueError, RuntimeError, LookupError, AttributeError, TypeError) as error:
         return plain, NoForecast(str(error).splitlines()[0] if str(error) else type(error).__name__)
     return plain, expected
@@ -170,6 +175,17 @@ def available_memory() -> int:
 def disk_needed(recipe: Recipe, expected: Forecast) -> int:
     """Bytes that a run may write: its checkpoints, the best one, a half-written one, and the update with a merged model."""
     return (recipe.save_limit + 2) * expected.trained_state + 2 * expected.update + expected.weights
+
+
+def refuse_full_disk(recipe: Recipe, expected: Forecast, folder: Path) -> None:
+    """Raises LuthierError if the disk of this folder has too little room for the run."""
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    need, free = disk_needed(recipe, expected), shutil.disk_usage(there).free
+    if need > free:
+        raise LuthierError(
+            f"output_dir: {folder} needs about {in_bytes(need)}, {in_bytes(free)} are free; "
+            "choose a folder on another disk, or lower save_limit"
+        )
 
 
 def miss(expected: dict[str, Any], memory_bytes: int, seconds: float) -> dict[str, float]:
@@ -213,11 +229,29 @@ def measure(
     data = sets["train"]
     total, rows = Loop.length(data.rows, recipe), _few(data, recipe.batch_size, recipe.seed)
     weights = _bytes(view.module.parameters())
-    trainable = with_head(recipe.tuner.attach(view, None, total), view.anatomy.task_head)
+    trainable = with_head(_attached(recipe, view, total), view.anatomy.task_head)
     draw = recipe.task.draw(tokenizer, recipe.seed)
     loop = Loop(view, rows, trainable, recipe.objective, _quick(recipe, rows), compute=recipe.compute, draw=draw)
     found = _stepped(loop, layers, weights)
     return [replace(found, tokens=tokens_a_step(data, recipe) * total, choices=recipe.tuner.selections(total))]
+
+
+class Refused(Exception):
+    """The tuner refuses the miniature for a reason that holds for the model too."""
+
+    def __init__(self, error: RecipeError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _attached(recipe: Recipe, view: ModelView, total: int) -> Trainable:
+    """The tuner on the miniature. Raises Refused unless the miniature is only too small for it."""
+    try:
+        return recipe.tuner.attach(view, None, total)
+    except RecipeError as error:
+        if recipe.tuner.check(recipe.facts(model_config=view.module.config, anatomy=view.anatomy, total_steps=total)):
+            raise
+        raise Refused(error) from error
 
 
 def _measured_stages(recipe: Recipe, view: ModelView, sets: Mapping[str, Prepared], layers: int) -> list[Measured]:

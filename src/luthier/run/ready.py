@@ -18,12 +18,14 @@ from luthier.decoding.base import writing_with
 from luthier.evaluation.base import Exam, Results
 from luthier.inference.scoring import mean_loss
 from luthier.inference.services import lab_with
+from luthier.integrations import tracking
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import Located, load_config, load_ends, load_model, load_tokenizer, locate, named_classes
 from luthier.model.refusals import refuse_architecture
 from luthier.model.view import ModelView
 from luthier.recipe import Recipe
 from luthier.run import score_cache
+from luthier.run.forecast import Forecast, NoForecast, resolved
 from luthier.run.rows import Data, prepare_rows
 from luthier.step.lab import Lab, Ledger, Runs
 from luthier.support.cache import key_of
@@ -119,22 +121,46 @@ def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     return located, Renderer(tokenizer, recipe.data.system, plain, ends.ids, ends.texts, options), config
 
 
-class Outline(NamedTuple):
-    """The rows of a recipe and the structure of its model, without weights."""
+class Admitted(NamedTuple):
+    """What is known of a recipe that may run: everything except the weights, and the forecast.
 
-    renderer: Renderer
-    config: Any
-    data: Data
+    recipe   with `gradient_checkpointing` decided
+    anatomy  of the model, from its configuration
+    """
+
+    recipe: Recipe
+    gathered: Gathered
     anatomy: Anatomy
+    forecast: Forecast | NoForecast
 
 
-def outline(recipe: Recipe, base: Path, tick: Tick = no_tick) -> Outline:
-    """Everything that `luthier check` looks at. Raises RecipeError."""
-    _, renderer, config, data = gather(recipe, base, tick)
+def admit(
+    recipe: Recipe,
+    base: Path,
+    tick: Tick = no_tick,
+    processes: int = 1,
+    nested: Runs | None = None,
+    measure: bool = True,
+) -> Admitted:
+    """Decide whether a recipe may run, before its weights are loaded. `luthier check` and every run ask this function.
+
+    nested   carries out runs within this one, for curators that learn by training
+    measure  forecast memory and time with a small copy of the model
+    Raises RecipeError with the first reason against it.
+    """
+    tracking.check(recipe.report_to)
+    gathered = gather(recipe, base, tick, processes, nested)
     with torch.device("meta"):
-        anatomy = Anatomy(recipe.task.auto(config).from_config(config))
-    _check(recipe, config, data.train, None, anatomy=anatomy)
-    return Outline(renderer, config, data, anatomy)
+        anatomy = Anatomy(recipe.task.auto(gathered.config).from_config(gathered.config))
+    _check(recipe, gathered.config, gathered.data.train, None, processes, anatomy)
+    if not measure or processes > 1:  # a miniature in one process does not have the steps of several
+        left_open = recipe.gradient_checkpointing == "auto"
+        recipe = recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
+        return Admitted(
+            recipe, gathered, anatomy, NoForecast("not asked for" if processes == 1 else "several processes")
+        )
+    recipe, expected = resolved(recipe, gathered.config, gathered.renderer.tokenizer, gathered.data.sets())
+    return Admitted(recipe, gathered, anatomy, expected)
 
 
 def _check(

@@ -19,7 +19,7 @@ from luthier.data.columns import Carried
 from luthier.data.held_out import set_apart, shared
 from luthier.data.mixture import Mix, Origin
 from luthier.data.prepare import Prepared, prepare
-from luthier.data.reading import Tick, answers_of, no_tick, read, shape_of
+from luthier.data.reading import Tick, answers_of, no_tick, read, shape_in, shape_of
 from luthier.data.rendering import Renderer
 from luthier.data.spans import still_there
 from luthier.data.store import Row, Rows, as_json, written
@@ -126,6 +126,8 @@ def prepare_rows(
         for evaluator in recipe.evaluators():
             evaluator.check_rows(rows, held)
     labels = task.labels(rows, held, config.label2id or {})
+    if d.system is not None and all(shape_in(r.values, task.shapes) in ("text", "text and label") for r in rows):
+        raise RecipeError("data.system", "is not read by rows of plain text, which have no turns", "remove it")
     room = d.max_length or max_positions(config)
     fit: dict[str, Any] = {
         "max_length": room, "on_long": d.on_long, "on_unsupervised": d.on_unsupervised, "tick": tick,

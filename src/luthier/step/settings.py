@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -24,8 +28,8 @@ class TrainSettings(BaseModel):
     """Rows in each optimiser step, over all processes."""
     tokens_per_forward: int = Field(1024, ge=1)
     """Largest number of tokens in one forward pass; a longer row goes alone. A lower value saves memory, with the same result."""
-    lr_scheduler_type: str = "linear"
-    """Name of a schedule of transformers (linear, cosine, constant, constant_with_warmup, ...)."""
+    lr_scheduler_type: Schedule = "linear"
+    """The schedule of the learning rate, under transformers' names; those that need more than the warm-up are not among them."""
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
@@ -59,3 +63,15 @@ class TrainSettings(BaseModel):
     forecast says that memory would not be enough."""
     torch_compile: bool = False
     """Compile every block; useful in long runs on GPUs. Needs a C++ compiler."""
+
+    def unread(self) -> Iterator[tuple[str, str, str]]:
+        """Yield (key, why, what to do) for each key that was set but that training would not read."""
+        own = {n: getattr(self, n) != f.default for n, f in type(self).model_fields.items()}
+        if own["epochs"] and own["max_steps"]:
+            yield "epochs", "is not read beside max_steps", "set one of the two"
+        if self.lr_scheduler_type == "constant" and own["warmup_fraction"] and self.warmup_fraction:
+            yield "warmup_fraction", "is not read by lr_scheduler_type constant", "set constant_with_warmup"
+        if self.early_stopping_patience and not self.eval_steps:
+            yield "early_stopping_patience", "needs evaluations during training", "set eval_steps"
+        if not self.load_best and not self.eval_steps:
+            yield "load_best", "needs evaluations during training", "set eval_steps"

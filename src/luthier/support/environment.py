@@ -8,6 +8,7 @@ import platform
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 
+from luthier.support.errors import LuthierError
 from luthier.support.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")
@@ -24,9 +25,18 @@ def _used(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("Failed to load CPU gemm_4bit_forward")
 
 
+LEVELS = ("debug", "info", "warning", "error")
+
+
 def quiet(debug: bool) -> None:
-    """Switch off messages of libraries."""
-    if debug:
+    """Switch off messages of libraries. LUTHIER_LOG writes luthier's own to standard error; "debug" lets libraries speak too.
+
+    Raises LuthierError for another value of LUTHIER_LOG.
+    """
+    level = os.environ.get("LUTHIER_LOG", "")
+    if level:
+        _listen(level)
+    if debug or level == "debug":
         return
     import datasets
     import transformers
@@ -35,6 +45,18 @@ def quiet(debug: bool) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def _listen(level: str) -> None:
+    if level not in LEVELS:
+        raise LuthierError(f"LUTHIER_LOG={level!r}: write {', '.join(LEVELS[:-1])} or {LEVELS[-1]}")
+    logger = logging.getLogger("luthier")
+    logger.setLevel(level.upper())
+    if not any(h.get_name() == "luthier" for h in logger.handlers):
+        handler = logging.StreamHandler()
+        handler.set_name("luthier")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
 
 
 def environment() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from luthier.support.errors import LuthierError
 from luthier.support.files import sync
 
 MARKER = "COMPLETE"
+log = logging.getLogger(__name__)
 
 
 def save(
@@ -42,9 +44,28 @@ def save(
     return final
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint; None if there is none. Half-written ones are skipped."""
-    return next((p for p in reversed(_in_order(folder)) if (p / MARKER).exists()), None)
+class Damaged(LuthierError):
+    """A file of a checkpoint that cannot be read."""
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that is complete and can be read, with what `load` returns for it; None if there is none.
+
+    The log says which ones are passed over. Raises Damaged if there are complete ones, but none that can be read.
+    """
+    damaged: Damaged | None = None
+    for path in reversed(_in_order(folder)):
+        if not (path / MARKER).exists():
+            log.warning("%s is unfinished, so training goes on from the one before", path)
+            continue
+        try:
+            return path, load(path)
+        except Damaged as error:
+            log.warning("%s, so training goes on from the one before", error)
+            damaged = error
+    if damaged is not None:
+        raise Damaged(f"{damaged}, and no checkpoint before it can be read; use --fresh to start over") from damaged
+    return None
 
 
 def _in_order(folder: Path) -> list[Path]:
@@ -54,7 +75,7 @@ def _in_order(folder: Path) -> list[Path]:
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """Read tensors, optimizer, scheduler, rng and state. Raises LuthierError with the file name if a file is damaged."""
+    """Read tensors, optimizer, scheduler, rng and state. Raises Damaged with the file name if a file is damaged."""
     out: dict[str, Any] = {}
     parts = {"optimizer": "optimizer.pt", "scheduler": "scheduler.pt", "rng": "rng_state.pth"}
     file = folder / "trainable.safetensors"
@@ -67,9 +88,7 @@ def load(folder: Path) -> dict[str, Any]:
         out["state"] = json.loads(file.read_text(encoding="utf-8"))
     except Exception as error:
         # Whatever error a damaged or hostile file causes, the message is the same. Nothing in the file was executed.
-        raise LuthierError(
-            f"{file}: cannot be read as a checkpoint ({type(error).__name__}); delete {folder.name} to go on from the one before"
-        ) from error
+        raise Damaged(f"{file}: cannot be read as a checkpoint ({type(error).__name__})") from error
     return out
 
 

@@ -342,7 +342,8 @@ class Loop:
             if s.save_steps and p.step % s.save_steps == 0:
                 self.save()
         if s.eval_steps and s.load_best and p.best_step not in (None, p.step) and self.folder is not None:
-            self._restore(self.folder / "best" / f"checkpoint-{p.best_step}", whole=False)
+            best = self.folder / "best" / f"checkpoint-{p.best_step}"
+            self._restore(best, checkpoint.load(best), whole=False)
         return p
 
     def _step_within_memory(self) -> dict[str, float]:
@@ -412,15 +413,14 @@ class Loop:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> bool:
-        """Continue from the newest complete checkpoint. Returns False if there is none."""
+        """Continue from the newest checkpoint that is complete and can be read. Returns False if there is none."""
         found = None if self.folder is None else checkpoint.newest(self.folder)
         if found is None:
             return False
-        self._restore(found, whole=True)
+        self._restore(*found, whole=True)
         return True
 
-    def _restore(self, folder: Path, whole: bool) -> None:
-        saved = checkpoint.load(folder)
+    def _restore(self, folder: Path, saved: dict[str, Any], whole: bool) -> None:
         if saved["state"]["data_hash"] != self.data_hash:
             raise LuthierError(f"{folder}: was made with other rows than data.train has now; use --fresh to start over")
         try:

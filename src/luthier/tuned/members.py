@@ -76,7 +76,7 @@ def refuse_unsuited(method: Method, use: Use, quantized: bool) -> None:
     quantized  the model's weights are held in 4 bits
     """
     for problem in method.check(Facts(task=use.recipe.task.key(), quantized=quantized)):
-        key = f"{kind_of(method).key}.{method.key()}.{problem.key}"
+        key = f"{kind_of(method).key}.{method.key()}.{problem.key}".rstrip(".")
         raise RecipeError(key, problem.what, problem.remedy)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from luthier.data.rendering import Renderer
 from luthier.decoding.base import writing_with
+from luthier.evaluation.measures import beside_base
 from luthier.federation.outcome import read_given
 from luthier.inference.services import lab_with
 from luthier.model.loading import load_model
@@ -118,25 +119,33 @@ def lab_of(use: Use, quantize: bool = True) -> Lab:
     return writing_with(lab, recipe.decode)
 
 
-def open_run(folder: Path, allow_code: bool = False, quantize: bool = True) -> Tuned:
+def open_run(folder: Path, allow_code: bool = False, quantize: bool = True, **changes: Any) -> Tuned:
     """Load the base model and the update of a finished run, a merge, or the result of a collaboration.
 
     quantize  False: use the original weights even if the run held them in 4 bits
+    changes   keys of the recipe that differ in this use: decode, seed
     Raises LuthierError for a folder that is none of these.
     """
     use = use_of(folder, allow_code)
+    use = use._replace(recipe=use.recipe.model_copy(update=changes))
     lab = lab_of(use, quantize)
     return Tuned(use.recipe, folder, lab.view(), lab.renderer, load(folder), lab)
 
 
 def answers(
-    folder: Path, prompts: list[str], max_new_tokens: int, base_too: bool = False, allow_code: bool = False
+    folder: Path,
+    prompts: list[str],
+    max_new_tokens: int,
+    base_too: bool = False,
+    allow_code: bool = False,
+    **changes: Any,
 ) -> list[dict[str, Any]]:
     """The tuned model's answer to each prompt, or the class of each text.
 
     base_too  add the answers of the base model
+    changes   keys of the recipe that differ in this use: decode, seed
     """
-    run = open_run(folder, allow_code)
+    run = open_run(folder, allow_code, **changes)
     task, lab = run.recipe.task, run.lab
     if base_too and not task.untuned_answers:
         raise LuthierError("--base: the base model has no trained head, so it has no answer")
@@ -151,16 +160,44 @@ def answers(
     return [{**entry, "base": codec.decode(v, b["answer"])} for entry, v, b in zip(out, rows, before, strict=True)]
 
 
-def scores(folder: Path, data: str | None, split_base: Path, allow_code: bool = False) -> dict[str, Any]:
-    """Scores of the tuned model on rows: those of the recipe's data.eval, or `data`."""
+class Conversation:
+    """A conversation with a tuned model, which sees all turns so far."""
+
+    def __init__(self, run: Tuned, max_new_tokens: int) -> None:
+        if "messages" not in run.recipe.task.shapes:
+            raise LuthierError(
+                f"{run.folder}: task {run.recipe.task.key()} has no conversations; name the texts to ask about"
+            )
+        self.run, self.max_new_tokens = run, max_new_tokens
+        self.turns: list[dict[str, str]] = []
+
+    def say(self, text: str) -> str:
+        """The model's answer to the next turn. It becomes a part of the conversation."""
+        run, asked = self.run, {"messages": [*self.turns, {"role": "user", "content": text}]}
+        ids = run.lab.renderer.prompt_ids(run.recipe.codec.encode(asked))
+        with run.update.bind(run.view):
+            (done,) = run.lab.generator(run.view, [ids], self.max_new_tokens)
+        answer = run.recipe.codec.decode(asked, done.text)
+        self.turns = [*asked["messages"], {"role": "assistant", "content": answer}]
+        return answer
+
+
+def scores(
+    folder: Path, data: str | None, split_base: Path, allow_code: bool = False, base_too: bool = True
+) -> dict[str, dict[str, Any]]:
+    """Scores of the tuned model on rows, as `measures.beside_base` gives them: rows of the recipe's data.eval, or `data`.
+
+    base_too  score the base model on them too, unless it was scored before
+    """
     rows = data if data is None or data.startswith(BUILTIN) else str((split_base / data).resolve())
     recipe, base, _ = use_of(folder, allow_code, rows)
     if recipe.data.eval is None:
         raise LuthierError(f"{folder}: the recipe names no held-out rows (data.eval); name rows with --data")
     ready = make_ready(recipe, folder, base)
     update = load(folder)
+    before = ready.results().measures if base_too else {}
     with update.bind(ready.view):
-        results = ready.results(update.digest())
-    values = {name: m.value for name, m in results.measures.items()}
-    remember(folder, data, values)
-    return values
+        after = ready.results(update.digest()).measures
+    found = {name: beside_base(m, before.get(name)) for name, m in after.items()}
+    remember(folder, data, found, base_too)
+    return found

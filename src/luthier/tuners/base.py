@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 
 from luthier.kernels.linear import stochastic_round
 from luthier.method import Facts, Method, Problem
+from luthier.method.base import Need
 from luthier.model.adapters import Own
 from luthier.model.additions import refuse_packed, register
 from luthier.model.anatomy import Anatomy
 from luthier.model.undo import Change, Undo, Without, swapped
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
+from luthier.step.settings import TrainSettings
 from luthier.step.window import Clock, Window
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
@@ -68,12 +70,22 @@ def by_decay(params: Iterable[nn.Parameter]) -> list[ParamGroup]:
     return [g for g in (ParamGroup(matrices), ParamGroup(vectors, weight_decay=0.0)) if g.params]
 
 
+OF_GRADIENTS = ("max_grad_norm", "adam_betas", "adam_eps", "on_nan")  # settings that only steps with gradients read
+
+
 class Tuner(Method):
     """Chooses what is trained. Your own training loop needs only `attach`."""
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether it changes the model. Its claims say what it changes."""
+        return bool(self.traits.claims)
 
     def check(self, facts: Facts) -> list[Problem]:
         """Problems that can be seen without weights, from the model's layers and their shapes."""
         found, anatomy = super().check(facts), facts.anatomy
+        if Need.CLOSURE in self.traits.needs and facts.settings is not None:
+            found += self._unread(facts.settings)
         if anatomy is None:
             return found
         try:
@@ -83,6 +95,15 @@ class Tuner(Method):
         except LuthierError as error:
             found.append(Problem("model", str(error)))
         return found
+
+    def _unread(self, settings: TrainSettings) -> list[Problem]:
+        """Settings of gradients, which a step that only evaluates losses does not read."""
+        fields = TrainSettings.model_fields
+        return [
+            Problem(name, f"is not read by {self.key()}, whose steps take no gradient", "remove it")
+            for name in OF_GRADIENTS
+            if getattr(settings, name) != fields[name].default
+        ]
 
     def check_model(self, anatomy: Anatomy) -> None:
         """Raises LuthierError if the tuner cannot train what it should in this model."""
@@ -102,7 +123,7 @@ class Tuner(Method):
     def refuse(self, facts: Facts) -> None:
         """Raises RecipeError for the first problem that `check` finds, for `attach` without a recipe."""
         for problem in self.check(facts):
-            raise RecipeError(f"tuner.{self.key()}.{problem.key}", problem.what, problem.remedy)
+            raise RecipeError(f"tuner.{self.key()}.{problem.key}".rstrip("."), problem.what, problem.remedy)
 
     def in_stage(self, number: int) -> Tuner:
         """The tuner for its `number`-th stage in a pipeline, from 0. Methods that draw weights anew for each stage change it."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
+from luthier.method import Facts, Problem
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view
@@ -17,6 +19,21 @@ class Frozen(Tuner):
 
     Cost: no weight gradient, no optimiser state for the model.
     """
+
+    recipe_lines: ClassVar[tuple[str, ...]] = (
+        "task: classification",
+        "data: {train: train.jsonl, eval: test.jsonl}  # rows of text and label",
+        "tuner: frozen  # only the new head trains",
+    )
+
+    def check(self, facts: Facts) -> list[Problem]:
+        problems, anatomy = super().check(facts), facts.anatomy
+        head = anatomy is None or anatomy.task_head  # every tuner trains a task head
+        if not head and facts.others and not any(m.trains_beside for m in facts.others):
+            names = " and ".join(m.key() for m in facts.others if m is not self)
+            what = f"nothing trains: {names or 'no other method'} adds no trained modules to the frozen model"
+            problems.append(Problem("", what, "choose another tuner"))
+        return problems
 
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None

@@ -86,8 +86,11 @@ class Layerwise(Tuner):
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
     ) -> LayerwiseTrainable:
         view = as_view(model)
-        self.refuse(Facts())
-        n = len(view.anatomy.blocks)
+        self.refuse(Facts(anatomy=view.anatomy))
+        return LayerwiseTrainable(self, view)
+
+    def check_model(self, anatomy: Anatomy) -> None:
+        n = len(anatomy.blocks)
         if self.freeze_blocks >= n:
             raise RecipeError(
                 "tuner.layerwise.freeze_blocks", f"{self.freeze_blocks} of {n} blocks", f"at most {n - 1} can be frozen"
@@ -98,8 +101,7 @@ class Layerwise(Tuner):
                 f"at most {n - self.freeze_blocks} are free",
             )  # fmt: skip
         if self.reinit_style == "zero_residual":
-            self._refuse_other_residuals(view.anatomy)
-        return LayerwiseTrainable(self, view)
+            self._refuse_other_residuals(anatomy)
 
     def _refuse_other_residuals(self, anatomy: Anatomy) -> None:
         """Raises RecipeError for a block to be made the identity that writes through another matrix (a convolution's)."""

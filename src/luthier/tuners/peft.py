@@ -63,7 +63,23 @@ class Peft(Tuner):
         start = self.options.get("init_lora_weights", True)
         if start not in STARTS:
             found.append(Problem("options.init_lora_weights", f"{start!r} rewrites the base", "use true or gaussian"))
+        if not found:
+            try:
+                self.config()
+            except (ValueError, TypeError) as error:
+                found.append(Problem("options", str(error).splitlines()[0], "see peft's documentation"))
         return found
+
+    def config(self, **found: Any) -> Any:
+        """peft's configuration. Raises ValueError or TypeError for options that peft refuses.
+
+        found  fields that are known from the model
+        """
+        from peft import PeftType
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)]
+        return kind(**{"target_modules": "all-linear", **found, **self.options})
 
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None
@@ -76,17 +92,16 @@ class PeftTrainable(Trainable):
     """peft's modules in the model's places."""
 
     def __init__(self, tuner: Peft, view: ModelView) -> None:
-        from peft import PeftType, get_peft_model
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from peft import get_peft_model
 
         targets = view.anatomy.match(tuner.targets)
         super().__init__(view)
         self.freeze_base()
-        options: dict[str, Any] = {"target_modules": sorted(x.module for x in targets), **tuner.options}
+        found = {"target_modules": sorted(x.module for x in targets)}
         if tuner.type == "IA3":  # it scales the input of these layers and the output of the others
-            options.setdefault("feedforward_modules", sorted(x.module for x in targets if x.role == "down"))
+            found["feedforward_modules"] = sorted(x.module for x in targets if x.role == "down")
         try:
-            config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(tuner.type)](**options)
+            config = tuner.config(**found)
             with torch.random.fork_rng():
                 torch.manual_seed(int(Streams(tuner.seed).at("peft").integers(1 << 31)))
                 self.placed = PeftModules(view.module, lambda model: get_peft_model(model, config))

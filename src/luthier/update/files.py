@@ -184,18 +184,23 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapping[str, Any]) -> float:
-    """Largest difference between the live model's last-row states and those of the reloaded update on the base.
+    """Largest difference between the live model and the reloaded update on the base, in states of a row and in the task head.
 
     detach  removes the trained change from the model. Raises LuthierError if the difference is too large, or if tuning changed
     nothing at all.
     """
     batch = collate([row]).to(view.device)
+
+    def seen() -> Tensor:
+        head = [view.weight(n).detach().float().flatten() for n in view.anatomy.task_head]
+        return torch.cat([view.trace(batch).hidden[-1].float().flatten(), *head])
+
     with evaluating(view.module):
-        live = view.trace(batch).hidden[-1].float()
+        live = seen()
         detach()
-        base = view.trace(batch).hidden[-1].float()
+        base = seen()
         with load(folder).bind(view):
-            reloaded = view.trace(batch).hidden[-1].float()
+            reloaded = seen()
     worst, moved = float((live - reloaded).abs().max()), float((live - base).abs().max())
     scale = float(live.abs().max().clamp_min(1.0))
     if worst > TOLERANCE[view.dtype] * scale:
