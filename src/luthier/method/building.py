@@ -151,8 +151,9 @@ def _told(cls: Any, error: Any, where: tuple[str, ...]) -> tuple[str, str]:
         return MISSING
     if error["type"] in ("model_type", "model_attributes_type"):
         return not_keys(given, where[-1] if where else "", _nested_fields(cls, where))
-    if error["type"] == "literal_error" and isinstance(given, str):
-        return not_one_of(given, re.findall(r"'([^']*)'", error["ctx"]["expected"]))
+    texts = re.findall(r"'([^']*)'", error["ctx"]["expected"]) if error["type"] == "literal_error" else []
+    if texts and isinstance(given, str):  # a key may accept numbers only: luthier: 1
+        return not_one_of(given, texts)
     shown = json.dumps(given, default=str)
     return f"{shown[:80]}: {error['msg'][0].lower()}{error['msg'][1:]}", ""
 
