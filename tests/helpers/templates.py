@@ -127,6 +127,56 @@ TOOLS_TEXT = TOOLS.replace("f['arguments'] | tojson", "f['arguments']").replace(
     "{% if m['content'] %}{{ m['content'] }}{% endif %}", "{{ m['content'] + '' }}"
 )
 
+# Templates whose prompt in use is no beginning of the finished conversation, or that end no answer by themselves.
+
+# The prompt closes an empty thought, which the finished turn leaves out.
+CLOSED = CHATML.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif")
+
+# The system text and the tools stand before a question that is the last turn, and tools may only follow calls.
+LAST_ONLY = (
+    "{{ bos_token }}{% set ns = namespace(calls=false, last=0) %}"
+    "{% if messages[0]['role'] == 'system' %}{% set sys = messages[0]['content'] + '\\n\\n' %}{% set rest = messages[1:] %}"
+    "{% else %}{% set sys = '' %}{% set rest = messages %}{% endif %}"
+    "{% for m in rest %}{% if m['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}{% for m in rest %}"
+    "{% if m['role'] == 'user' %}"
+    "{% if tools and loop.index0 == ns.last %}{{ '[TOOLS]' + tools | tojson + '[/TOOLS]' }}{% endif %}"
+    "{{ '[INST] ' + (sys if loop.last else '') + m['content'] + '[/INST]' }}"
+    "{% elif m['role'] == 'tool' %}{% if not ns.calls %}{{ raise_exception('a result follows no call') }}{% endif %}"
+    "{{ '[RESULT]' + m['content'] + '[/RESULT]' }}{% set ns.calls = false %}"
+    "{% elif m['tool_calls'] %}{% set ns.calls = true %}{{ '[CALLS]' + m['tool_calls'] | tojson + eos_token }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+
+# The next turn's opening ends an answer, as in GLM.
+NO_END = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\\n' + m['content'] }}{% endfor %}"
+    + GO
+    + "{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+# The end token stands after the last turn only.
+ONE_END = NO_END.replace("{% else %}", "").replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+
+# Contents are lists of parts.
+PARTS = CHATML.replace(
+    "m['content']", "(m['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join)"
+)
+
+# The prompt opens a thought, and a finished answer without one has an empty one.
+EMPTY_THOUGHT = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{{ '<think>' + "
+    "(m['reasoning_content'] or '') + '</think>' }}{% endif %}{{ m['content'] + '<|end|>' }}{% endfor %}"
+    + GO + "{{ '<|assistant|><think>\\n' }}{% endif %}"
+)  # fmt: skip
+
+# Two tokens end an answer, and an empty thought opens one.
+TWO_ENDS = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|START_OF_TURN_TOKEN|>' }}{% if m['role'] == 'assistant' %}{{ "
+    "'<|CHATBOT_TOKEN|><|START_RESPONSE|>' + m['content'] + '<|END_RESPONSE|>' }}{% else %}{{ '<|USER_TOKEN|>' + m['content'] }}"
+    "{% endif %}{{ '<|END_OF_TURN_TOKEN|>' }}{% endfor %}"
+    + GO + "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_THINKING|><|END_THINKING|>' }}{% endif %}"
+)  # fmt: skip
+
 TEMPLATES = {
     "chatml": CHATML, "default-system": DEFAULT_SYSTEM, "generation": GENERATION, "llama2": LLAMA2, "mistral": MISTRAL,
     "mistral-last": MISTRAL_LAST, "llama3": LLAMA3, "gemma": GEMMA, "phi": PHI, "zephyr": ZEPHYR, "command": COMMAND,
@@ -157,5 +207,9 @@ MARKS = [
     "<|channel|>",
     "<|message|>",
     "<|return|>",
+    "<|START_RESPONSE|>",
+    "<|END_RESPONSE|>",
+    "<|START_THINKING|>",
+    "<|END_THINKING|>",
 ]
 WRITTEN = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # added tokens that are text

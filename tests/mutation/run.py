@@ -45,18 +45,37 @@ OWN = {
     "pipelines/stages.py": ("pipelines/test_stages.py", "pipelines/test_base.py"),
     "pipelines/base.py": ("pipelines/test_base.py", "pipelines/test_list.py", "pipelines/test_stages.py"),
     "tuners/base.py": ("tuners/test_trainable.py", "tuners/test_full.py", "tuners/test_task_head.py"),
-    "update/base.py": ("update/test_parts.py", "update/test_update.py"),
-    "update/binding.py": ("update/test_parts.py", "update/test_update.py", "update/test_following.py"),
-    "update/files.py": ("update/test_update.py",),
-    "update/compositions.py": ("update/test_parts.py", "update/test_update.py", "update/test_then.py"),
-    "update/structure.py": ("update/test_structure.py",),
+    "update/base.py": ("update/test_parts.py", "update/test_update.py", "update/test_compositions.py"),
+    "update/binding.py": (
+        "update/test_parts.py",
+        "update/test_update.py",
+        "update/test_following.py",
+        "update/test_binding.py",
+    ),
+    "update/files.py": ("update/test_update.py", "update/test_files.py"),
+    "update/compositions.py": (
+        "update/test_parts.py",
+        "update/test_update.py",
+        "update/test_then.py",
+        "update/test_following.py",
+        "update/test_compositions.py",
+        "update/test_binding.py",
+    ),
+    "update/structure.py": ("update/test_structure.py", "update/test_binding.py"),
     "update/update.py": (
         "update/test_update.py",
         "update/test_parts.py",
         "update/test_then.py",
         "update/test_following.py",
+        "update/test_binding.py",
     ),
-    "update/vectors.py": ("update/test_parts.py", "update/test_update.py", "update/test_structure.py"),
+    "update/vectors.py": (
+        "update/test_parts.py",
+        "update/test_update.py",
+        "update/test_structure.py",
+        "update/test_vectors.py",
+        "update/test_binding.py",
+    ),
 }
 
 

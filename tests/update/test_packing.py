@@ -58,6 +58,12 @@ def test_1_widths_of_the_two_published_shapes(hidden, kv, layers, width):
     assert first == ["a.q_proj.weight", "b.q_proj.weight", "a.v_proj.weight", "b.v_proj.weight"]
 
 
+def test_names_are_ordered_by_all_of_their_letters():
+    shapes = {f"{factor}.{name}.0.w.weight": (1, 1) for factor in "ba" for name in ("za", "ab", "zb")}
+    order = [f"{s.key[0]} {s.key[2:4]}" for s in slots(shapes)]
+    assert order == ["a ab", "b ab", "a za", "b za", "a zb", "b zb"]
+
+
 def test_unequal_layers_are_padded_and_masked():
     values = {
         "a.m.0.x.weight": torch.ones(2, 3),
@@ -119,5 +125,6 @@ def test_kinds_say_which_factor_a_coordinate_belongs_to():
     found = kinds(shapes)
     ones = {k: torch.full(s, float(k[0] == "b")) for k, s in shapes.items()}
     packed = pack(ones)
+    assert found.tolist() == [6 * [0] + 8 * [1], 6 * [0] + 4 * [1] + 4 * [-1]]
     assert torch.equal(found >= 0, packed.mask)
     assert torch.equal(found[packed.mask].float(), packed.rows[packed.mask])

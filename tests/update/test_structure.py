@@ -1,6 +1,7 @@
 """Removed heads and neurons: the model without them, its files, its merged form, and what is refused."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
+from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError
+from luthier.testing.architectures import tiny_model
 from luthier.testing.models import batch_of, tiny, view_of
 from luthier.tuners import Full, Lora
 from luthier.update import Dense, LowRank, Modules, Replace, Seeds, Sparse, Structure, Update
@@ -165,6 +168,7 @@ def test_what_no_configuration_can_say_is_not_merged(kind, heads, words):
     [
         ("llama", {0: [4]}, None, r"block 0: a removed head lies outside 0\.\.3"),
         ("llama", {0: [-1]}, None, r"block 0: a removed head lies outside 0\.\.3"),
+        ("llama", {0: [-1, 2]}, None, r"block 0: a removed head lies outside 0\.\.3"),
         ("llama", {0: [0, 1, 2, 3]}, None, "block 0: all 4 heads would be removed; keep one"),
         ("llama", {1: [0]}, None, r"block 1: key-value heads would keep \[1, 2\] query heads; remove whole groups"),
         ("llama", {0: [1, 1]}, None, "heads of block 0 are not a list of whole numbers without repetition"),
@@ -177,8 +181,16 @@ def test_what_no_configuration_can_say_is_not_merged(kind, heads, words):
         ("lfm2", {0: [0]}, None, "block 0: heads are removed where q, k, v and o"),
         ("gpt2", {0: [0]}, None, r"block 0: heads are removed where .* transformer\.h\.0\.attn\.c_attn\.weight"),
         ("llama", None, {0: [64]}, r"block 0: a removed neuron lies outside 0\.\.63"),
+        ("llama", None, {0: [-1]}, r"block 0: a removed neuron lies outside 0\.\.63"),
+        ("llama", None, {0: [-1, 5]}, r"block 0: a removed neuron lies outside 0\.\.63"),
+        ("llama", None, {0: [5, 64]}, r"block 0: a removed neuron lies outside 0\.\.63"),
         ("llama", None, {0: range(64)}, "block 0: all 64 neurons would be removed"),
-        ("llama", None, {9: [1]}, "block 9: neurons are removed where up and down have a matrix each"),
+        (
+            "llama",
+            None,
+            {9: [1]},
+            "block 9: neurons are removed where up and down have a matrix each; its matrices are none",
+        ),
     ],
 )
 def test_what_cannot_be_removed_is_named(kind, heads, neurons, words):
@@ -189,13 +201,79 @@ def test_what_cannot_be_removed_is_named(kind, heads, neurons, words):
 def test_a_norm_over_all_heads_is_not_passed_over():
     from transformers import Olmo2Config, Olmo2ForCausalLM
 
-    from luthier.model.view import ModelView
-
     model = Olmo2ForCausalLM(
         Olmo2Config(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
     )
     with pytest.raises(ValueError, match=r"self_attn\.q_norm\.weight counts heads too"):
         Structure.removing(ModelView(model).anatomy, {0: [1]})
+
+
+def test_a_number_for_each_head_is_not_passed_over():
+    view = ModelView(tiny_model("gpt_oss"))
+    with pytest.raises(ValueError, match=r"block 0: model\.layers\.0\.self_attn\.sinks counts heads too"):
+        Structure.removing(view.anatomy, {0: [0]})
+
+
+def test_norms_within_a_head_count_no_heads_though_there_is_one_key_value_head():
+    """k is then as wide as one head, and so is the norm of each head."""
+    view, reference = (view_of("qwen3", num_key_value_heads=1) for _ in range(2))
+    with torch.no_grad():
+        reference.weight("model.layers.0.self_attn.o_proj.weight")[:, :16] = 0
+    with without(view, {0: [0, 1]}).bind(view):
+        torch.testing.assert_close(states(view), states(reference), atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"mlp.down_proj": (32, 60)}, r"block 0: its MLP's matrices have inner widths \[60, 64\], one is needed"),
+        ({"mlp.gate_proj": (62, 32)}, r"block 0: its MLP's matrices have inner widths \[62, 64\], one is needed"),
+        ({"mlp.gate_proj": (64, 32), "mlp.other.gate_proj": (64, 32)}, "its matrices are .*mlp.other.gate_proj.weight"),
+        ({"mlp.gate_proj": (64, 32)}, None),
+    ],
+)
+def test_the_matrices_of_an_mlp_have_one_inner_width_and_one_of_each_role(more, words):
+    shapes = {"mlp.up_proj": (64, 32), "mlp.down_proj": (32, 64), **more}
+    part = Structure({}, {}, {0: torch.tensor([1])}, "model.layers", 8)
+    found = list(part.problems({f"model.layers.0.{n}.weight": s for n, s in shapes.items()}))
+    assert len(found) == (words is not None) and all(re.search(words, x) for x in found)
+
+
+def test_a_structure_has_no_half():
+    view = view_of()
+    with (
+        pytest.raises(TypeError, match="a structure part cannot be scaled"),
+        without(view, {0: [2, 3]}).bind(view, 0.5),
+    ):
+        pass
+    assert view.weight(Q).shape == (32, 32)
+
+
+def test_attention_modules_say_what_is_left_of_them():
+    """Of 4 heads of 8: 2 are left, and as many key-value heads."""
+    view, model = view_of("bert"), tiny()
+    attention = view.module.get_submodule("bert.encoder.layer.0.attention.self")
+    with without(view, {0: [1, 3]}).bind(view):
+        assert (attention.num_attention_heads, attention.all_head_size) == (2, 16)
+    assert (attention.num_attention_heads, attention.all_head_size) == (4, 32)
+    assert model.model.layers[1].self_attn.num_key_value_groups == 2
+    without(view_of(), dict.fromkeys(range(3), (0, 2))).merge_into(model)
+    assert [layer.self_attn.num_key_value_groups for layer in model.model.layers] == [1, 1, 1]
+
+
+def test_the_base_that_is_asked_in_between_is_whole_and_the_smaller_model_comes_back():
+    view = view_of()
+    layer, whole = view.module.get_submodule("model.layers.2.self_attn"), view.anatomy
+
+    def seen():
+        return layer.num_key_value_groups, layer.q_proj.out_features, layer.o_proj.in_features, view.anatomy is whole
+
+    with without(view, {2: [0, 3]}).bind(view):
+        with view.without_update():
+            assert seen() == (2, 32, 32, True)
+        assert seen() == (1, 16, 16, False)
+        assert view.anatomy.parameters["model.layers.2.self_attn.q_proj.weight"] == (16, 32)
+    assert seen() == (2, 32, 32, True)
 
 
 def test_a_strangers_structure_is_checked_before_anything_is_touched(tmp_path):
@@ -216,6 +294,7 @@ def test_a_strangers_structure_is_checked_before_anything_is_touched(tmp_path):
         ({"head_dim": 7}, "are not heads of 7 each"),
         ({"head_dim": float("inf")}, r"update\.json"),
         ({"blocks": "nowhere"}, "its matrices are none"),
+        ({"blocks": "model"}, "its matrices are none"),
         ({"transposed": True}, "key-value heads go with all of their 1 query heads"),
     ):
         save_file(tensors | {k: v for k, v in changed.items() if k.startswith("0.")}, tmp_path / "update.safetensors")
@@ -304,6 +383,21 @@ def test_a_second_structure_counts_what_the_first_left():
     assert {b: t.tolist() for b, t in both.parts[0].neurons.items()} == {1: [0, 1, 2, 63], 2: [3]}
     with both.bind(view):
         assert torch.equal(states(view), live)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "both"),
+    [
+        ([1], [0, 2], [0, 1, 3]),  # 0 2 3 4 are left
+        ([0, 1, 4], [0, 1, 2], [0, 1, 2, 3, 4, 5]),  # 2 3 5 6 are left
+        ([4, 0], [3], [0, 4, 5]),  # 1 2 3 5 are left
+        ([2], [], [2]),
+        ([], [2], [2]),
+    ],
+)
+def test_places_that_count_what_is_left_by_hand(first, then, both):
+    one, other = (Structure({}, {}, {0: torch.tensor(x, dtype=torch.int64)}, "model.layers", 8) for x in (first, then))
+    assert one.followed_by(other)[0].neurons[0].tolist() == both
 
 
 def test_outputs_that_modules_read_cannot_be_taken_away_afterwards():

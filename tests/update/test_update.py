@@ -1,6 +1,7 @@
 """The algebra of updates, their files, and what refuses."""
 
 import json
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
 from luthier.tuners.lora import Lora
-from luthier.update import Dense, LowRank, Seeds, Sparse, Update
+from luthier.update import Chart, Dense, LowRank, Seeds, Sparse, Update, add
 from luthier.update.files import adapter_base, load, save_update, verify_update
 
 NAME = "model.layers.0.self_attn.q_proj.weight"
@@ -46,6 +47,45 @@ def test_factors_stored_the_other_way_round_add_too(base):
         assert both.parts[0].transposed == one.transposed
 
 
+def test_a_multiple_from_either_side_and_the_sum_of_a_list(base):
+    several = [Update(base, (Dense({NAME: torch.full((32, 32), c)}),)) for c in (1.0, 4.0, 16.0)]
+    assert torch.equal((several[0] * 3.0).dense()[NAME], torch.full((32, 32), 3.0))
+    assert torch.equal((3.0 * several[0]).dense()[NAME], torch.full((32, 32), 3.0))
+    assert torch.equal(add(several).dense()[NAME], torch.full((32, 32), 21.0))
+
+
+def test_factors_are_never_multiplied_out_for_an_inner_product_or_a_lower_rank(base, monkeypatch):
+    """B A is b a^T, of entries b_i a_j: <b a^T, b' a'^T> is (b . b') (a . a')."""
+    lines = torch.arange(32.0), torch.ones(32), torch.full((32,), 2.0)
+    one, other = (LowRank({NAME: a[None]}, {NAME: b[:, None]}, {NAME: 0.5}) for a, b in (lines[:2], lines[1:]))
+    with monkeypatch.context() as patched:
+        patched.setattr(LowRank, "deltas", None)
+        assert Update(base, (one,)).inner(Update(base, (other,))) == 0.25 * (64 * 496)
+        same, error = Update(base, (one,)).to("lowrank", rank=1)
+    assert error < 1e-6
+    torch.testing.assert_close(same.dense()[NAME], 0.5 * lines[1][:, None] * lines[0][None])
+
+
+def test_every_part_counts_in_an_inner_product_and_in_another_form(base):
+    ones, at = (
+        Dense({NAME: torch.ones(32, 32)}),
+        Sparse({NAME: torch.tensor([5])}, {NAME: torch.tensor([7.0])}, {NAME: (32, 32)}),
+    )
+    both, alone = Update(base, (ones, at)), Update(base, (ones,))
+    assert both.inner(alone) == alone.inner(both) == 1024 + 7 and both.inner(both) == 1024 + 2 * 7 + 49
+    whole, error = both.to("dense")
+    assert error == 0.0 and whole.dense()[NAME].view(-1)[4:7].tolist() == [1.0, 8.0, 1.0]
+
+
+def test_coordinates_need_factors_and_a_chart(base):
+    chart, factors = Chart({f"a.{NAME}": torch.zeros(2, 32)}), parts(0)["lowrank"]
+    for update in (Update(base, (parts(0)["dense"],), chart), Update(base, (factors,))):
+        with pytest.raises(TypeError, match="coordinates need one low-rank part and the chart"):
+            update.coordinates()
+    (row,) = Update(base, (factors,), chart).coordinates()
+    assert torch.equal(row, torch.cat([factors.a[NAME].reshape(-1), factors.b[NAME].reshape(-1)]))
+
+
 def test_other_bases_do_not_add(base):
     other = Fingerprint(name="other", weights="0", tokenizer="0")
     with pytest.raises(TypeError, match="different bases"):
@@ -67,13 +107,28 @@ def test_forms_convert_with_their_error(base):
         u.to("sparse")
 
 
-def test_a_strangers_update_is_refused_in_a_sentence():
+@pytest.mark.parametrize("way", ["bind", "in_place"])
+def test_a_strangers_update_is_refused_in_a_sentence(way):
     view = view_of()
-    with (
-        pytest.raises(LuthierError, match=r"was trained on .* load that base"),
-        Update(view_of(seed=1).base, (parts(0)["dense"],)).bind(view),
-    ):
+    stranger = Update(view_of(seed=1).base, (parts(0)["dense"],))
+    with pytest.raises(LuthierError, match=r"was trained on .* load that base"), getattr(stranger, way)(view):
         pass
+
+
+def test_an_update_is_not_taken_off_below_another_on_the_same_weights():
+    view, other = view_of(), Dense({"model.norm.weight": torch.ones(32)})
+    with ExitStack() as first:
+        first.enter_context(Update(view.base, (parts(0)["dense"],)).bind(view))
+        with Update(view.base, (other,)).bind(view):
+            pass  # in turn
+        words = f"Bound came later and changed {NAME} too; take it off before Bound"
+        with Update(view.base, (parts(1)["dense"],)).bind(view), pytest.raises(LuthierError, match=words):
+            first.close()
+    fresh = view_of()
+    with ExitStack() as first:
+        first.enter_context(Update(fresh.base, (parts(0)["dense"],)).bind(fresh))
+        with Update(fresh.base, (other,)).bind(fresh):
+            first.close()  # other weights
 
 
 @pytest.mark.parametrize(

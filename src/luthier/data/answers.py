@@ -12,6 +12,10 @@ THOUGHTS = {  # what opens a thought -> what closes it
     "<seed:think>": "</seed:think>",
     "[THINK]": "[/THINK]",
     "<|START_THINKING|>": "<|END_THINKING|>",
+    "<|begin_of_thought|>": "<|end_of_thought|>",
+    "<|channel>thought": "<channel|>",
+    "◁think▷": "◁/think▷",
+    "Here are my reasoning steps:": "[BEGIN FINAL RESPONSE]",
 }
 
 
@@ -51,13 +55,15 @@ def unwrapped(text: str, wrap: Wrap) -> tuple[str, str]:
 
     A thought that is not closed is no answer: the answer is then empty.
     """
-    if wrap.lead.strip() and text.startswith(wrap.lead):
-        return text[len(wrap.lead) :], ""
-    mark = wrap.lead.strip()
+    mark, openers = wrap.lead.strip(), tuple(o for o, c in THOUGHTS.items() if c == wrap.closes)
+    if text.startswith(wrap.lead):
+        text = text[len(wrap.lead) :]
+        if mark and not text.lstrip().startswith(openers):
+            return text, ""
     if wrap.closes and wrap.closes in text:
         thought, _, answer = text.rpartition(wrap.closes)
         return answer.lstrip(), _thought(thought)
-    if wrap.closes and (wrap.opened or text.lstrip().startswith(tuple(THOUGHTS))):
+    if wrap.closes and (wrap.opened or text.lstrip().startswith(openers)):
         return "", _thought(text)
     if mark.startswith("<|") and mark in text:  # the name of a channel, after others
         before, _, answer = text.rpartition(mark)

@@ -7,7 +7,8 @@ from typing import Any
 
 from luthier.data.columns import Span
 from luthier.data.reading import ANSWERED, answers_of, shape_in
-from luthier.data.rendering import MARK, Renderer, Segment
+from luthier.data.rendering import Renderer, Segment
+from luthier.data.template import MARK
 from luthier.support.errors import RecipeError
 
 

@@ -30,7 +30,7 @@ def overwrite(view: Any, values: Iterable[tuple[str, Tensor]]) -> Change:
     def steps() -> Iterator[Change]:
         for name, value in values:
             weight = view.weight(name)
-            stored = weight.detach().clone()
+            stored = weight.clone()
             yield Change(partial(_write, weight, stored), partial(swapped, [(weight, stored)]))
             weight.copy_(value)
 

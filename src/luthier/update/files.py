@@ -23,6 +23,7 @@ from luthier.update.forms import FORMS, restore
 from luthier.update.packing import Chart
 from luthier.update.update import Update
 
+FORMAT = 1  # of update.json
 MAX_HEADER = 50_000_000  # bytes; luthier never writes a larger JSON header
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}  # of logits, after a reload
 
@@ -60,11 +61,8 @@ def peft_misreads(model: Any, shared: PeftFolder) -> bool:
         return True  # peft takes every module of a name that ends so
     if shared.config.get("peft_type") != "LORA":
         return False
-    try:
-        from peft.utils import transformers_weight_conversion as conversion
-    except ImportError:  # older versions take names as they are
-        return False
     from peft import LoraConfig
+    from peft.utils import transformers_weight_conversion as conversion
 
     targets = set(shared.config["target_modules"])
     read = LoraConfig(r=shared.config["r"], target_modules=list(targets))
@@ -86,6 +84,11 @@ def load(folder: str | Path) -> Update:
     """The update in a folder. Raises LuthierError with the file name if a file cannot be trusted."""
     folder = Path(folder)
     header = _header(folder / "update.json")
+    if header.get("format") != FORMAT:
+        raise LuthierError(
+            f"{folder / 'update.json'}: format is {header.get('format')!r}, this luthier reads {FORMAT}; open it with the "
+            "luthier that wrote it"
+        )
     tensors = _tensors(folder / "update.safetensors") if (folder / "update.safetensors").exists() else {}
     try:
         base = Fingerprint(**header["base"])
@@ -128,7 +131,7 @@ def adapter_base(folder: Path) -> tuple[str, str | None]:
 
 
 def _save_ours(update: Update, folder: Path) -> None:
-    header: dict[str, Any] = {"format": 1, "base": update.base.model_dump(), "parts": [], "chart": False}
+    header: dict[str, Any] = {"format": FORMAT, "base": update.base.model_dump(), "parts": [], "chart": False}
     tensors: dict[str, Tensor] = {}
     for i, part in enumerate(update.parts):
         header["parts"].append({"kind": part.kind, "header": part.header()})
@@ -192,7 +195,7 @@ def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapp
     batch = collate([row]).to(view.device)
 
     def seen() -> Tensor:
-        head = [view.weight(n).detach().float().flatten() for n in view.anatomy.task_head]
+        head = [view.weight(n).float().flatten() for n in view.anatomy.task_head]
         return torch.cat([view.trace(batch).hidden[-1].float().flatten(), *head])
 
     with evaluating(view.module):

@@ -337,10 +337,8 @@ def _joined(first: Tensor | None, then: Tensor | None) -> Tensor:
         known = first if then is None else then
         assert known is not None
         return known
-    reach = int(then.max()) + len(first) + 1 if len(then) else 0
-    stays = torch.ones(max(reach, int(first.max()) + 1 if len(first) else 0), dtype=torch.bool)
-    stays[first] = False
-    return torch.cat([first, stays.nonzero().squeeze(1)[then]]).sort().values
+    gone = first.sort().values - torch.arange(len(first))  # places that stay before each removed one
+    return torch.cat([first, then + torch.searchsorted(gone, then, right=True)]).sort().values
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,412 @@
+"""A model's chat template: what it writes for a conversation, and where the answers stand in that text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+
+from luthier.data.answers import THOUGHTS, Wrap, closing_in, opened_in
+from luthier.data.turns import ASSISTANT, calls_of, tools_of
+from luthier.support.errors import LuthierError
+
+MARK = "\ue000"  # a character for private use, which no template writes
+MARKED = {"role": ASSISTANT, "content": MARK}
+ASKED = {"role": "user", "content": "\ue001"}
+Turn = Mapping[str, Any]
+
+
+class Unrenderable(LuthierError):
+    """A row that the chat template cannot write, or not so that it can be trained on."""
+
+
+class Piece(NamedTuple):
+    """A part of the text of a conversation; `turn` is the place of the assistant's turn that it is, None for other text."""
+
+    text: str
+    turn: int | None = None
+
+
+class Template:
+    """The chat template of a tokenizer. It must have one.
+
+    options  variables of the template, such as enable_thinking
+    """
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
+        self.tokenizer, self.options = tokenizer, dict(options)
+        self.source = str(tokenizer.chat_template)
+
+    def text(self, turns: Sequence[Turn], generate: bool, tools: Sequence[Any] | None = None) -> str:
+        """What the template writes; with `generate`, up to where an answer begins. Raises Unrenderable with its own reason."""
+        first, special = None, any("tool_calls" in t or "content" not in t for t in turns)
+        for form in FORMS if special else FORMS[:1]:
+            try:
+                return self._applied([form(t) for t in turns], generate, tools)
+            except REFUSALS as error:
+                first = first or error
+        raise Unrenderable(f"the chat template refuses it ({_first_line(first)})") from first
+
+    def _applied(self, turns: Sequence[dict[str, Any]], generate: bool, tools: Sequence[Any] | None = None) -> str:
+        given = [_in_parts(t) for t in turns] if self._wants_parts else turns
+        written: str = self.tokenizer.apply_chat_template(
+            given, tools=tools, tokenize=False, add_generation_prompt=generate, **self.options
+        )
+        return written
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """True for a template that writes contents in parts, and nothing of a content that is a text, as some for images do."""
+        asked = [{"role": "user", "content": MARK}]
+
+        def writes(turns: list[dict[str, Any]]) -> bool:
+            try:
+                written = self.tokenizer.apply_chat_template(turns, tokenize=False, **self.options)
+            except REFUSALS:
+                return False
+            return MARK in written
+
+        return not writes(asked) and writes([_in_parts(t) for t in asked])
+
+    def tools_in(self, row: Mapping[str, Any]) -> list[Any] | None:
+        """The row's tools. Raises Unrenderable for tools and calls that the template does not write."""
+        tools = tools_of(row) if "messages" in row else None
+        if tools and "tools" not in self.source:
+            raise Unrenderable(
+                "has tools, but the model's chat template writes none; use a model whose template does, or leave them out"
+            )
+        if "tool_calls" not in self.source and any(calls_of(t) for t in row.get("messages") or ()):
+            raise Unrenderable(
+                "calls tools, but the model's chat template writes no tool_calls; use a model whose template does, or write "
+                "the calls as content"
+            )
+        return tools
+
+    @cached_property
+    def wrap(self) -> Wrap:
+        """What the template writes around an answer. Empty if the template wants more than a question and an answer."""
+        try:
+            before = self.text([ASKED], True)
+            after = self.text([ASKED, MARKED], False)
+        except Unrenderable:
+            return Wrap()
+        opened = opened_in(before)
+        closes = THOUGHTS.get(opened) or closing_in(self.source)
+        try:
+            answer = self.answer_after(before, [ASKED, MARKED], after, None)
+        except Unrenderable:  # without a thought, or in another place; each row is told so
+            answer = MARK + after.partition(MARK)[2]
+        lead, mark, tail = answer.partition(MARK)
+        return Wrap(lead, tail, opened, closes) if mark else Wrap("", "", opened, closes)
+
+    @cached_property
+    def _marks(self) -> re.Pattern[str]:
+        """The added tokens, and what opens and closes thoughts."""
+        words = {*self.tokenizer.get_added_vocab(), *THOUGHTS, *THOUGHTS.values()} - {""}
+        return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+
+    def pieces(self, turns: Sequence[Turn], tools: Sequence[Any] | None, stops: Sequence[str]) -> list[Piece]:
+        """The text of a conversation, cut where an answer begins and where its end token ends.
+
+        Up to the last answer it is the prompt that generation would start from, also where the template writes a finished
+        conversation differently: a thought that only the prompt opens, a system text that stands before the last question.
+        stops  texts of the tokens that end an answer
+        """
+        count = len(turns)
+        finished = _Cut(self, turns, tools, stops, False, {})
+        if turns[-1]["role"] == ASSISTANT and count > 1:
+            before, whole = finished.upto(count - 1, True), finished.whole
+            if not whole.startswith(before):
+                answer = self.answer_after(before, turns, whole, tools)
+                answer = answer[: self.end_of(answer, turns[-1], stops)]
+                asked = _Cut(self, turns[:-1], tools, stops, True, finished.known)
+                return [*asked.pieces(), Piece(answer, count - 1)]
+        return finished.pieces()
+
+    def answer_after(self, before: str, turns: Sequence[Turn], whole: str, tools: Sequence[Any] | None) -> str:
+        """The text of the last answer as it follows its prompt `before`; `whole` is the finished conversation.
+
+        Raises Unrenderable for an answer that does not fit the prompt.
+        """
+        if whole.startswith(before):
+            return whole[len(before) :]
+        same = self.edge(before, whole)
+        asked, written = before[same:], whole[same:]
+        opened = opened_in(before)
+        if opened:
+            return self._with_thought(turns, opened, asked, written)
+        both = _overlap(asked, written)
+        if not asked[len(asked) - both :].strip() and not self._ends_in_mark(asked):
+            raise Unrenderable(unplaced(len(turns), asked, written))
+        closes = closing_in(self.source)
+        ahead = written[both : both + _begin_of(turns[-1], written[both:])]
+        if closes and asked.rstrip().endswith(closes) and closes in ahead:
+            raise Unrenderable(
+                f"its last answer has a thought, but the prompt of the chat template ends in {asked[-40:]!r}, so the model is "
+                "asked for an answer without one; leave the thought out, or look for a variable of the template that allows "
+                "thoughts and set it in data.template_options"
+            )
+        marked = self.text([*turns[:-1], MARKED], False, tools)
+        lead = marked[same : max(same, marked.find(MARK))]
+        lead = self._marks.sub("", lead[_overlap(asked, lead) :]).strip()
+        if not marked.startswith(whole[:same]) or (lead and any(c in lead for c in map(_content, turns[:-1]) if c)):
+            raise Unrenderable(unplaced(len(turns), asked, written))
+        return written[both:]
+
+    def _with_thought(self, turns: Sequence[Turn], opened: str, asked: str, written: str) -> str:
+        """The last answer after a prompt that opens its thought.
+
+        asked, written  what the prompt and the finished conversation hold from where they differ
+        """
+        closes, last = THOUGHTS[opened], turns[-1]
+        if closes in written:
+            return written[_overlap(asked, written) :].removeprefix(opened).lstrip("\n" if asked.endswith("\n") else "")
+        thought = str(last.get("content", "")).rpartition(closes)[0].lstrip().removeprefix(opened).strip()
+        told = last.get("reasoning_content") or last.get("reasoning") or last.get("thinking") or thought
+        if not told:
+            raise Unrenderable(
+                f"the chat template opens a thought at the end of the prompt ({opened}), and this answer has none, so the model "
+                f"would be asked for something else than it is trained on; write {opened} ... {closes} before the answer, or set "
+                "data.template: plain"
+            )
+        space = "" if written[:1].isspace() else "\n\n"
+        return f"{told}\n{closes}{space}{written}"
+
+    def edge(self, a: str, b: str) -> int:
+        """The number of characters up to which two texts are equal, at most up to a mark that is equal in part."""
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+        for text in (a, b):
+            for found in self._marks.finditer(text, max(0, same - 99)):
+                if found.start() < same < found.end():
+                    same = found.start()
+                    break
+        return same
+
+    def _ends_in_mark(self, text: str) -> bool:
+        return any(found.end() == len(text.rstrip()) for found in self._marks.finditer(text))
+
+    def end_of(self, answer: str, turn: Turn, stops: Sequence[str]) -> int:
+        """The position after the stop token: text that a template puts after it (a newline) does not belong to the answer."""
+        told = [_content(turn), *names_of(turn)[-1:]]
+        said = max((answer.rfind(t) + len(t) for t in told if t and t in answer), default=0)
+        if said and (end := stop_in(answer[said:], stops)):
+            return said + end
+        tail = self.wrap.tail
+        if tail and answer.endswith(tail) and (end := stop_in(tail, stops)):
+            return len(answer) - len(tail) + end
+        return max((answer.rfind(s) + len(s) for s in stops if s in answer), default=len(answer))
+
+    def end_in(self, rest: str, stops: Sequence[str]) -> int:
+        """The position after the stop token of an answer in the text that follows it, the next turns included; 0 for none."""
+        tail = self.wrap.tail[: stop_in(self.wrap.tail, stops)]
+        if tail and rest.startswith(tail):
+            return len(tail)
+        space = len(rest) - len(rest.lstrip())
+        return next((space + len(s) for s in stops if rest.startswith(s, space)), 0)
+
+
+class _Cut:
+    """Finds the answers in the text that the template writes for a conversation.
+
+    generate  the text ends with the beginning of another answer
+    known     texts of the first turns, by their number and `generate`
+    """
+
+    def __init__(
+        self, template: Template, turns: Sequence[Turn], tools: Sequence[Any] | None, stops: Sequence[str], generate: bool,
+        known: dict[tuple[int, bool], str],
+    ) -> None:  # fmt: skip
+        self.template, self.turns, self.tools, self.stops = template, turns, tools, stops
+        self.generate, self.known = generate, known
+        self.whole = self.upto(len(turns), generate)
+
+    def upto(self, count: int, generate: bool) -> str:
+        """What the template writes for the first turns."""
+        if (count, generate) not in self.known:
+            self.known[count, generate] = self.template.text(self.turns[:count], generate, self.tools)
+        return self.known[count, generate]
+
+    def pieces(self) -> list[Piece]:
+        out, done = list[Piece](), 0
+        for i, turn in enumerate(self.turns):
+            if turn["role"] != ASSISTANT:
+                continue
+            start, end = self._place(i, done)
+            out += [Piece(self.whole[done:start]), Piece(self.whole[start:end], i)]
+            done = end
+        if self.generate or self.whole[done:].strip():
+            out.append(Piece(self.whole[done:]))
+        return [p for p in out if p.text]
+
+    def _place(self, i: int, done: int) -> tuple[int, int]:
+        """Where the answer of turn i stands: from the end of its prompt to its own end token.
+
+        done  where the answer before it ends
+        """
+        before = self.upto(i, True) if i else None
+        said = None if before is None else self._said(before, i)
+        ways: tuple[Callable[[], tuple[int, int] | None], ...] = (
+            lambda: self._stable(before, said), lambda: self._by_content(i, before),
+            lambda: self._by_calls(i, before, said, done),
+        )  # fmt: skip
+        for way in ways:
+            place = way()
+            if place is not None and place[0] >= done:
+                start, end = place
+                ends = self.whole.endswith(tuple(self.stops), start, end)
+                return start, end if ends else end + self.template.end_in(self.whole[end:], self.stops)
+        if before is None or self.whole.startswith(before):
+            raise Unrenderable(
+                f"the chat template writes the answer of turn {i + 1} in another form once other turns follow it, so it is not "
+                "clear which text the model is trained on; let rows end in this turn, or set data.template: plain"
+            )
+        same = self.template.edge(before, self.whole)
+        raise Unrenderable(unplaced(i + 1, before[same:], self.whole[same:]))
+
+    def _said(self, before: str, i: int) -> str | None:
+        """The answer of turn i with its end token, as it is written when no turn follows."""
+        turns = self.turns[: i + 1]
+        try:
+            said = self.template.answer_after(before, turns, self.upto(i + 1, False), self.tools)
+        except Unrenderable:  # as the last turn it would not fit its prompt; as an earlier one it needs not
+            return None
+        return said[: self.template.end_of(said, turns[-1], self.stops)]
+
+    def _stable(self, before: str | None, said: str | None) -> tuple[int, int] | None:
+        """The usual way: the prompt stands at the beginning of the whole, and the answer follows it."""
+        if before is None or said is None or not self.whole.startswith(before + said):
+            return None
+        return len(before), len(before) + len(said)
+
+    def _by_content(self, i: int, before: str | None) -> tuple[int, int] | None:
+        """For a template that writes this turn in another way once others follow it (it may leave a thought out)."""
+        try:
+            turns = [*self.turns[:i], MARKED, *self.turns[i + 1 :]]
+            marked = self.template.text(turns, self.generate, self.tools)
+        except Unrenderable:  # results of tools may only follow calls
+            return None
+        at = marked.find(MARK)
+        rest, whole, lead = marked[at + 1 :], self.whole, self.template.wrap.lead
+        if at < 0 or not whole.startswith(marked[:at]) or not whole.endswith(rest) or at + len(rest) > len(whole):
+            return None
+        start = at - len(lead) if lead and whole[:at].endswith(lead) else at
+        if before is not None and len(before) <= at and whole.startswith(before):
+            start = len(before)
+        end = len(whole) - len(rest)
+        if self._holds_results(i, whole[start:end]):
+            return None
+        return start, end + self.template.end_in(rest, self.stops)
+
+    def _by_calls(self, i: int, before: str | None, said: str | None, done: int) -> tuple[int, int] | None:
+        """For calls of tools, which no other content can replace where their results follow.
+
+        The text that follows their own prompt is found again after the answer before it, or ends after the name of the last call.
+        """
+        names = names_of(self.turns[i])
+        if not names:
+            return None
+        at = self.whole.find(said, done) if said else -1
+        if said and at >= 0:
+            return at, at + len(said)
+        if before is None or not self.whole.startswith(before):
+            return None
+        named = self.whole.find(names[-1], len(before)) + len(names[-1])
+        end = stop_in(self.whole[named:], self.stops)
+        found = named >= len(before) + len(names[-1]) and end > 0
+        return (
+            (len(before), named + end)
+            if found and not self._holds_results(i, self.whole[len(before) : named + end])
+            else None
+        )
+
+    def _holds_results(self, i: int, text: str) -> bool:
+        """True if a text holds the result of a call of turn i, which the model does not write."""
+        results = takewhile(lambda t: t["role"] == "tool", self.turns[i + 1 :])
+        return any(c in text for c in map(_content, results) if c)
+
+
+def stop_in(tail: str, stops: Sequence[str]) -> int:
+    """The position after the first stop token of a text that begins after an answer, and after others that follow it directly.
+
+    0 if there is none.
+    """
+    end = min(((tail.index(s), tail.index(s) + len(s)) for s in stops if s in tail), default=(0, 0))[1]
+    while end and (more := [len(s) for s in stops if tail.startswith(s, end)]):
+        end += max(more)
+    return end
+
+
+def names_of(turn: Turn) -> list[str]:
+    """The names of the functions that a turn calls."""
+    return [str(call["function"]["name"]) for call in turn.get("tool_calls", ())]
+
+
+def _content(turn: Turn) -> str:
+    return str(turn.get("content", "")).strip()
+
+
+def _begin_of(turn: Turn, text: str) -> int:
+    """Where what a turn says or calls begins in a text; its length if it is not there."""
+    told = [_content(turn), *names_of(turn)[:1]]
+    return min((text.index(t) for t in told if t and t in text), default=len(text))
+
+
+def check_calls(text: str, turn: Turn) -> None:
+    """Raises Unrenderable for a turn with a call that the template did not write in its text."""
+    for name in names_of(turn):
+        if name not in text:
+            raise Unrenderable(
+                f"calls {name}, but the model's chat template writes no such call (some write one call a turn, "
+                "or the call's id in place of its name); write the turn as the template expects it, or the calls as content"
+            )
+
+
+def unplaced(number: int, asked: str, written: str) -> str:
+    """Why the answer of a turn has no place: its prompt and the finished conversation differ."""
+    return (
+        f"the chat template asks for turn {number} with {asked[:40]!r}, but writes the finished turn with "
+        f"{written[:40]!r} in this place, so the prompt in use would differ from the one in training; "
+        "use another template, or set data.template: plain"
+    )
+
+
+def _overlap(first: str, second: str) -> int:
+    """The length of the longest text that `first` ends with and `second` begins with."""
+    return next((n for n in range(min(len(first), len(second)), 0, -1) if first.endswith(second[:n])), 0)
+
+
+def _as_given(turn: Turn) -> dict[str, Any]:
+    return dict(turn)
+
+
+def _with_content(turn: Turn) -> dict[str, Any]:
+    """With an empty content where there is none, for templates that always read it."""
+    return {"content": "", **turn}
+
+
+def _with_texts(turn: Turn) -> dict[str, Any]:
+    """With the arguments of calls as texts, for templates that join them to other texts."""
+    calls = [
+        {**c, "function": {**c["function"], "arguments": json.dumps(c["function"]["arguments"], ensure_ascii=False)}}
+        for c in turn.get("tool_calls", ())
+    ]
+    return {"content": "", **turn, **({"tool_calls": calls} if calls else {})}
+
+
+def _in_parts(turn: Turn) -> dict[str, Any]:
+    """With the content as a list of parts."""
+    content = turn.get("content")
+    return {**turn, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else dict(turn)
+
+
+FORMS = (_as_given, _with_content, _with_texts)
+REFUSALS = (TemplateError, TypeError, ValueError)
+
+
+def _first_line(error: Exception | None) -> str:
+    return str(error).strip().partition("\n")[0]

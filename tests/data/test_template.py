@@ -1,0 +1,158 @@
+"""Templates that write a finished conversation in another way than the prompts that lead to it."""
+
+import pytest
+
+from helpers.templates import (
+    CHATML,
+    CLOSED,
+    EMPTY_THOUGHT,
+    LAST_ONLY,
+    NO_END,
+    ONE_END,
+    PARTS,
+    QWEN3,
+    R1,
+    TOOLS,
+    TWO_ENDS,
+)
+from helpers.words import byte_level, sentencepiece
+from luthier.data.batch import IGNORE
+from luthier.data.rendering import Renderer, Unrenderable
+from luthier.data.template import stop_in
+
+ASK, SAY = {"role": "user", "content": "hello there"}, {"role": "assistant", "content": "I am fine"}
+ASK2, SAY2 = {"role": "user", "content": "two plus two"}, {"role": "assistant", "content": "four"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+TALK = [ASK, SAY, ASK2, SAY2]
+CALL = {"id": "c1", "type": "function", "function": {"name": "rain", "arguments": {"city": "Bonn"}}}
+SNOW = {"id": "c2", "type": "function", "function": {"name": "snow", "arguments": {}}}
+CALLS, WET = {"role": "assistant", "content": "", "tool_calls": [CALL]}, {"role": "tool", "content": "wet"}
+RAIN = [{"type": "function", "function": {"name": "rain"}}]
+
+
+def pieces(template, turns, tools=None, **more):
+    """(renderer, runs of text by whether they are supervised, after the ids were compared with the prompt in use)."""
+    renderer = Renderer(byte_level(template), **more)
+    row = {"messages": turns, **({"tools": tools} if tools else {})}
+    item, decode = renderer.render(row, "k"), renderer.tokenizer.decode
+    if turns[-1]["role"] == "assistant":
+        start = renderer.prompt_ids(row)
+        own = renderer.tokenizer.apply_chat_template(
+            turns[:-1], tools=tools, add_generation_prompt=True, return_dict=False
+        )
+        assert item["ids"][: len(start)] == start == own and item["labels"][len(start)] != IGNORE
+    out = []
+    for i, y in zip(item["ids"], item["labels"], strict=True):
+        if not out or out[-1][1] != (y != IGNORE):
+            out.append(([], y != IGNORE))
+        out[-1][0].append(i)
+    return renderer, [(decode(ids), on) for ids, on in out]
+
+
+def said(template, turns, tools=None, **more):
+    return [text for text, on in pieces(template, turns, tools, **more)[1] if on]
+
+
+def test_an_answer_follows_the_closed_thought_of_its_prompt():
+    renderer, found = pieces(CLOSED, TALK)
+    assert [t for t, on in found if on] == ["I am fine<|im_end|>", "four<|im_end|>"]
+    assert found[-2][0].endswith("assistant\n<think>\n\n</think>\n\n") and "<think>" not in found[0][0]
+    assert renderer.answer_text(renderer.tokenizer("four<|im_end|>")["input_ids"]) == ("four", "")
+
+
+@pytest.mark.parametrize("turns", [[SYSTEM, ASK, SAY], [SYSTEM, *TALK]])
+def test_a_system_text_of_the_last_question_stands_in_the_training_row(turns):
+    _, found = pieces(LAST_ONLY, turns)
+    assert found[-2][0].endswith(f"[INST] Be brief.\n\n{turns[-2]['content']}[/INST]")
+    assert [t for t, on in found if on] == [f" {t['content']}</s>" for t in turns if t["role"] == "assistant"]
+
+
+def test_calls_are_found_where_no_other_answer_may_stand():
+    turns = [SYSTEM, ASK, CALLS, WET, SAY, ASK2, SAY2]
+    first, *others = said(LAST_ONLY, turns, RAIN)
+    assert first.startswith("[CALLS][{") and first.endswith("}]</s>") and others == [" I am fine</s>", " four</s>"]
+
+
+def test_an_answer_that_the_template_does_not_end_gets_the_end_token():
+    renderer, found = pieces(NO_END, TALK)
+    assert [t for t, on in found if on] == ["I am fine", "four</s>"]
+    user = renderer.tokenizer.convert_tokens_to_ids("<|user|>")
+    assert said(NO_END, TALK, ends=(user,)) == ["I am fine<|user|>", "four</s>"]
+    assert said(NO_END, TALK[:3]) == ["I am fine"]
+    assert said(CHATML, [ASK, SAY]) == ["I am fine<|im_end|>"]
+
+
+def test_an_answer_does_not_reach_to_the_end_of_another_turn():
+    assert said(ONE_END, TALK[:3]) == ["I am fine"]
+    assert said(ONE_END, TALK) == ["I am fine", "four</s>"]
+
+
+def test_contents_are_given_in_parts_where_the_template_reads_only_these():
+    renderer = Renderer(byte_level(PARTS))
+    assert renderer.render({"messages": TALK}, "k") == Renderer(byte_level(CHATML)).render({"messages": TALK}, "k")
+    assert renderer.prompt_ids({"prompt": "two"}) == Renderer(byte_level(CHATML)).prompt_ids({"prompt": "two"})
+
+
+def test_the_templates_own_empty_thought_follows_the_thought_that_the_prompt_opens():
+    assert said(EMPTY_THOUGHT, [ASK, SAY]) == ["</think>I am fine<|end|>"]
+    renderer, found = pieces(EMPTY_THOUGHT, [ASK, {**SAY, "reasoning_content": "why"}])
+    assert found[-2:] == [
+        ("<|user|>hello there<|end|><|assistant|><think>\n", False),
+        ("why</think>I am fine<|end|>", True),
+    ]
+    for written, answer in (("</think>four<|end|>", ("four", "")), ("why</think>four<|end|>", ("four", "why"))):
+        assert renderer.answer_text(renderer.tokenizer(written)["input_ids"]) == answer
+
+
+def test_tokens_that_end_an_answer_one_after_another_are_all_supervised():
+    renderer, found = pieces(TWO_ENDS, TALK)
+    end = "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"
+    assert said(TWO_ENDS, TALK, ends=(renderer.tokenizer.convert_tokens_to_ids("<|END_OF_TURN_TOKEN|>"),)) == [
+        f"<|START_RESPONSE|>I am fine{end}", f"<|START_RESPONSE|>four{end}"
+    ]  # fmt: skip
+    assert stop_in("a b<1><2> c<1>", ("<1>", "<2>")) == len("a b<1><2>") and stop_in("ab", ("<1>",)) == 0
+    assert renderer.answer_text(renderer.tokenizer("<|START_RESPONSE|>four")["input_ids"]) == ("four", "")
+
+
+def test_a_thought_after_a_prompt_that_closes_it_is_refused_with_this_reason():
+    renderer = Renderer(byte_level(QWEN3), options={"enable_thinking": False})
+    row = {"messages": [ASK, {**SAY, "reasoning_content": "why"}]}
+    with pytest.raises(
+        Unrenderable, match="its last answer has a thought, but the prompt of the chat template ends in"
+    ):
+        renderer.render(row, "k")
+    assert Renderer(byte_level(QWEN3)).render(row, "k")
+
+
+def test_weight_0_holds_for_a_last_answer_with_a_thought():
+    assert said(R1, [ASK, SAY, ASK2, {**SAY2, "reasoning_content": "why"}]) == [
+        "I am fine</s>",
+        "why\n</think>\n\nfour</s>",
+    ]
+    row = {"messages": [ASK, SAY, ASK2, {**SAY2, "reasoning_content": "why", "weight": 0}]}
+    item = Renderer(byte_level(R1)).render(row, "k")
+    assert byte_level().decode([y for y in item["labels"] if y != IGNORE]) == "I am fine</s>"
+
+
+def test_a_call_that_the_template_leaves_out_is_refused():
+    one = TOOLS.replace("{% for c in m['tool_calls'] %}", "{% for c in (m['tool_calls'] or [])[:1] %}")
+    assert "rain" in said(one, [ASK, CALLS, WET, SAY], RAIN)[0]
+    with pytest.raises(Unrenderable, match="calls snow, but the model's chat template writes no such call"):
+        said(one, [ASK, {**CALLS, "tool_calls": [CALL, SNOW]}, WET, SAY], RAIN)
+
+
+def test_the_wanted_answer_is_that_of_the_last_turn_where_an_earlier_one_is_equal():
+    renderer = Renderer(byte_level(TOOLS))
+    row = {"messages": [ASK, CALLS, WET, CALLS, WET], "tools": RAIN}
+    one = renderer.answer({"messages": [ASK, CALLS], "tools": RAIN})
+    assert renderer.answer(row) == one and renderer.answer({**row, "messages": [*TALK, ASK, CALLS]}) == one
+
+
+def test_marks_with_the_sign_of_a_space_end_answers():
+    """SentencePiece's decoder writes ▁ as a space."""
+    tokenizer = sentencepiece(CHATML.replace("<|im_end|>", "<|end▁here|>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end▁here|>"]})
+    renderer = Renderer(tokenizer)
+    item = renderer.render({"messages": TALK}, "k")
+    ends = [y for y in item["labels"] if y in renderer.stop_ids]
+    assert ends == [tokenizer.convert_tokens_to_ids("<|end▁here|>")] * 2
