@@ -20,7 +20,7 @@ def keys(*sizes):
 
 
 def mixture(sizes, weights=None, temperature=1.0):
-    origins = tuple(Origin(f"s{i}", f"f{i}", w) for i, w in enumerate(weights or [1.0] * len(sizes)))
+    origins = tuple(Origin(f"s{i}", (f"f{i}",), w) for i, w in enumerate(weights or [1.0] * len(sizes)))
     return Mixture.of(keys(*sizes), Mix(origins, temperature))
 
 
@@ -103,7 +103,7 @@ def test_an_order_draws_every_epoch_anew_and_resumes_by_asking():
 
 
 def test_rows_that_curators_made_are_a_source_of_their_own():
-    origins = (Origin("a", "f0", 1.0), Origin("b", "f1", 2.0))
+    origins = (Origin("a", ("f0",), 1.0), Origin("b", ("f1",), 2.0))
     mixed = Mixture.of([*keys(4, 2), "s3ft:1", "s3ft:2"], Mix(origins))
     assert mixed.names == ("a", "b", "made while curating") and [len(m) for m in mixed.members] == [4, 2, 2]
     assert mixed.draws == (3, 3, 2)  # 4 to 4 to 2 of 8 rows: 3.2, 3.2, 1.6

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from luthier.data import reading, store
+from luthier.data import files, reading, store
 from luthier.data.prepare import prepare
 from luthier.data.reading import read
 from luthier.data.rendering import Renderer
@@ -58,13 +58,13 @@ def test_rows_come_back_as_they_were_with_their_lines(tmp_path):
 
 def test_a_file_is_read_once_and_again_when_anything_changed(tmp_path, monkeypatch):
     path, seen = write(tmp_path / "d.jsonl", values(5)), []
-    reader = reading._jsonl
+    reader = files.READERS[".jsonl"]
 
     def counted(p):
         seen.append(1)
         yield from reader(p)
 
-    monkeypatch.setattr(reading, "_jsonl", counted)
+    monkeypatch.setitem(files.READERS, ".jsonl", counted)
     rows_of(path)
     rows_of(path)
     os.utime(path, (1, 1))
@@ -171,7 +171,8 @@ def test_a_json_list_is_read_item_by_item(tmp_path):
         b'[{"prompt": "a", "completion": "b"}, {"prompt": "a", "comp': "is not JSON after item 1",
         b'[{"prompt": "a", "completion": "b"}, {]': "is not JSON after item 1",
         b'[{"prompt": "\xff", "completion": "b"}]': "is not JSON after item 0",
-        b'{"prompt": "a", "completion": "b"}': r"starts with b'\{', not with a list",
+        b'{"data": [{"prompt": "a", "completion": "b"}]}': "holds one object, not a list of rows",
+        b'{"prompt": "a",\n"completion": "b"}': "holds one object, not a list of rows",
         b"": "starts with b''",
         b'[{"prompt": "a", "completion": "b"}, 3]': "item 2: holds a int, not an object",
         b'[{"prompt": "a", "completion": "b", "x": ' + b"[" * 5000 + b"]" * 5000 + b"}]": "nested too deeply",

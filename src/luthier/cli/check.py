@@ -17,7 +17,7 @@ from luthier.run.evaluations import BUILTIN
 from luthier.run.folder import choose_folder
 from luthier.run.forecast import Forecast, NoForecast, refuse_full_disk
 from luthier.run.ready import admit
-from luthier.run.rows import told
+from luthier.run.rows import told, told_about
 from luthier.support.units import in_bytes, in_time
 
 
@@ -41,6 +41,8 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "eval": None if held is None else asdict(held.census),
         "sources": data.train.sources,
         "skipped": data.skipped,
+        "forms": data.forms,
+        "overlap": data.overlap,
         "pool_shared": data.pool_shared,
         "head": data.head,
         "curated": [k.brief for k in data.kept],
@@ -79,7 +81,11 @@ def destinations(recipe: Recipe, base: Path) -> list[str]:
     if not here:
         out.append(f"model: the Hub, to download {model}")
     named = [("train", s.path) for s in recipe.data.sources] + [("eval", recipe.data.eval), ("pool", recipe.data.pool)]
-    out += [f"data.{key}: the Hub, to download {source}" for key, source in named if source and on_hub(source)]
+    out += [
+        f"data.{key}: the Hub, to download {source}"
+        for key, source in named
+        if isinstance(source, str) and on_hub(source)
+    ]
     if recipe.collaborate is not None:
         out.append(f"collaborate: the server gets {recipe.collaborate.leaves}")
     out += [f"evaluate.{e.key()}: {place}" for e in recipe.evaluators() for place in e.destinations()]
@@ -111,7 +117,8 @@ def show(result: dict[str, Any]) -> None:
 
 
 def _about_data(result: dict[str, Any]) -> list[str]:
-    out = [f"source {s['name']}: {s['rows']:,} rows, {s['share']:.1%} of the draws" for s in result["sources"]]
+    out = told_about(result["forms"], result["overlap"])
+    out += [f"source {s['name']}: {s['rows']:,} rows, {s['share']:.1%} of the draws" for s in result["sources"]]
     for step in result["curated"]:
         first, *counts = told(**step)
         out += [f"curate {first}", *counts]

@@ -165,7 +165,7 @@ ROWS = {
 """,
     "knowledge": '{"prompt": "How old is Bo?", "completion": "31", "kind": "memorize"}',
     "function-calls": '{"prompt": "Stop it", "completion": \'{"name": "stop", "arguments": {}}\'}',
-    "pass-at-k": '{"prompt": "Add a to b: def add(a, b)", "completion": "", "tests": ["assert add(1, 2) == 3"]}',
+    "pass-at-k": '{"prompt": "Add a to b: def add(a, b)", "completion": ": return a + b", "tests": ["assert add(1, 2) == 3"]}',
 }
 
 

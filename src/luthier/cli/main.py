@@ -378,10 +378,10 @@ def generate(
     ] = False,
     temperature: Annotated[
         float | None,
-        typer.Option(min=0, help="Draw the answers; 0 takes the likeliest tokens. By default as in the recipe."),
+        typer.Option(min=0, help="Draw the answers; 0 takes the most likely tokens. By default as in the recipe."),
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Draw from the likeliest tokens with this probability together.")
+        float | None, typer.Option(help="Draw from the most likely tokens with this probability together.")
     ] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Another seed gives other draws.")] = None,
     as_json: Json = False,

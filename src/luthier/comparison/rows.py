@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from luthier.comparison.plan import Comparison, Foreign
+from luthier.data.mixture import Mix
 from luthier.data.reading import read
 from luthier.data.store import Rows
 from luthier.recipe import Recipe
 from luthier.recipe.settings import DataSettings, RowSource
-from luthier.run.rows import training_rows, write_rows
+from luthier.run.rows import given_rows, training_rows, write_rows
 from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 
 # Settings of `data` that were used when the files were written, and must not be used again.
-DROPPED: dict[str, Any] = {"columns": {}, "limit": None, "train_split": "train", "eval_split": "test"}
+DROPPED: dict[str, Any] = {"columns": {}, "limit": None, "train_split": "train", "eval_split": "test", "eval_by": None}
 
 
 class Files(NamedTuple):
@@ -46,10 +47,9 @@ def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Pa
             raise RecipeError(f"arm {arm}: data.eval", "is missing, so nothing can be compared", "name held-out rows")
         if isinstance(plan.arms[arm], Foreign) and not isinstance(d.train, str):
             raise RecipeError(f"arm {arm}: data.train", "holds several sources, which a command cannot mix", "name one")
-        held, _ = read(
-            d.eval, d.columns, base, "eval", shapes=recipe.task.shapes, part=d.eval_split, on_bad=d.on_bad_row
-        )
-        key = key_of(d.sources, d.on_bad_row, d.carried.content, recipe.task.shapes)
+        held = given_rows(d, base, recipe.task.shapes).held
+        assert held is not None
+        key = key_of(d.sources, d.on_bad_row, d.carried.content, recipe.task.shapes, d.eval, d.eval_by)
         if key not in made:
             made[key] = (held.digest, _files(plan, recipe, base, folder / "data", held, key[:8]))
         judged = judged or held.digest
@@ -63,7 +63,7 @@ def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Pa
 
 def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Rows, key: str) -> Files:
     d, search = recipe.data, plan.search
-    rows, _, _ = training_rows(d, base, recipe.task.shapes)
+    rows, _, mix = training_rows(d, base, recipe.task.shapes)
     place = np.arange(len(rows))
     valid = None
     if search is not None and search.data is not None:
@@ -80,17 +80,18 @@ def _files(plan: Comparison, recipe: Recipe, base: Path, folder: Path, held: Row
         drawn = np.sort(Streams(0).at("search").permutation(len(rows))[: search.rows])
         valid = write_rows(folder / f"valid-{key}.jsonl", rows.take(drawn), d.carried)
         place = np.setdiff1d(place, drawn)
-    return Files(_train(d, rows, place, folder, key), valid, write_rows(folder / "eval.jsonl", held, d.carried))
+    return Files(
+        _train(d, rows.take(place), mix, folder, key), valid, write_rows(folder / "eval.jsonl", held, d.carried)
+    )
 
 
-def _train(data: DataSettings, rows: Rows, place: np.ndarray, folder: Path, key: str) -> str | tuple[RowSource, ...]:
-    """Write these rows to a file, or to one file for each source. `place` holds their numbers in `rows`."""
-    if isinstance(data.train, str):
-        return str(write_rows(folder / f"train-{key}.jsonl", rows.take(place), data.carried))
-    ends = np.cumsum([0, *(part.table.num_rows for part in rows.parts)])
-    out = []
-    for i, (source, low, high) in enumerate(zip(data.train, ends[:-1], ends[1:], strict=True)):
-        mine = rows.take(place[(place >= low) & (place < high)])
+def _train(data: DataSettings, rows: Rows, mix: Mix | None, folder: Path, key: str) -> str | tuple[RowSource, ...]:
+    """Write these rows to a file, or to one file for each source."""
+    if mix is None:
+        return str(write_rows(folder / f"train-{key}.jsonl", rows, data.carried))
+    source_of, out = mix.sources_of(rows.key(i) for i in range(len(rows))), []
+    for i, source in enumerate(mix.origins):
+        mine = rows.take(np.flatnonzero(source_of == i))
         file = write_rows(folder / f"train-{key}-{i}.jsonl", mine, data.carried)
         out.append(RowSource(path=str(file), weight=source.weight))
     return tuple(out)

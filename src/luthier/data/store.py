@@ -95,12 +95,14 @@ class Part(NamedTuple):
     table   of ROW_SCHEMA under a prefix, or of KEYED_SCHEMA, whose rows bring their keys
     prefix  the start of a row's key, before its number; None if rows have their own keys
     digest  equal for equal rows
+    form    what the rows were read as, for a reader
     """
 
     table: pa.Table
     prefix: str | None
     digest: str
     file: Path | None = None
+    form: str = ""
 
     def key(self, at: int) -> str:
         """The key of one row."""
@@ -205,6 +207,11 @@ class Rows(Sequence[Row]):
     def weighing(self, weights: np.ndarray | None) -> Rows:
         """The same rows with these weights [N]."""
         return Rows(self.parts, self._index, weights)
+
+    @property
+    def forms(self) -> list[str]:
+        """The forms in which the rows were found in their files, each once."""
+        return list(dict.fromkeys(part.form for part in self.parts if part.form))
 
     @property
     def on_disk(self) -> bool:

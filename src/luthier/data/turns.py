@@ -22,6 +22,13 @@ def content_text(content: Any) -> str:
     return "".join(part if isinstance(part, str) else part["text"] for part in content)
 
 
+def told_by(turn: Mapping[str, Any]) -> str:
+    """Everything that a turn says: its text, its thoughts and the functions that it calls."""
+    thoughts = (turn.get(n) or "" for n in ("reasoning_content", "reasoning", "thinking"))
+    calls = (str(call["function"].get("name")) for call in calls_of(turn))
+    return " ".join([content_text(turn.get("content")), *map(str, thoughts), *calls])
+
+
 def supervised(turn: Mapping[str, Any]) -> bool:
     """True for a turn to train on: the assistant's, without weight 0."""
     return turn["role"] == ASSISTANT and turn.get("weight") != 0

@@ -25,7 +25,7 @@ class RowSource(BaseModel):
     columns: dict[str, str] | None = None
     """luthier's name -> the file's name; null: data.columns."""
     split: str | None = None
-    """Split of a Hub data set; null: data.train_split."""
+    """Split of a Hub data set, or of a folder with several; null: data.train_split."""
     limit: int | None = Field(None, ge=1)
     """Use only its first rows; null: data.limit."""
 
@@ -41,14 +41,26 @@ Sources = Annotated[
 ]  # fmt: skip
 
 
+def _held_form(value: Any) -> str:
+    return f"{FORM}share" if isinstance(value, (int, float)) else f"{FORM}source"
+
+
+Held = Annotated[
+    Annotated[str | None, Tag(f"{FORM}source")]
+    | Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False), Tag(f"{FORM}share")],
+    Discriminator(_held_form),
+]  # fmt: skip
+
+
 class DataSettings(BaseModel):
     """Which rows are used, and how they become tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     train: Sources
-    """A .jsonl (or .jsonl.gz), .json, .csv or .parquet file (relative to the recipe's folder), a Hub id, or builtin:requests;
-    or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]."""
+    """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; text files may be packed as .gz or .zst), a folder, a glob, a Hub id
+    (org/name:configuration), or builtin:requests; or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]. Paths are
+    relative to the recipe's folder."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """How several sources are mixed: the share of a source is proportional to (weight * rows)^(1 / temperature)."""
     keep: tuple[str, ...] = ()
@@ -57,12 +69,15 @@ class DataSettings(BaseModel):
     """A field of the training rows with [[start, end, label], ...] in characters of the answer, which becomes spans of tokens."""
     fill: dict[str, Any] = Field(default_factory=dict)
     """Kept field -> its value in rows that lack it; without one such a row is refused."""
-    eval: str | None = None
-    """Held-out rows, of the same kind."""
+    eval: Held = None
+    """Held-out rows, of the same kind: a file or another source; or a share of the training rows that is set apart: 0.1."""
+    eval_by: str | None = Field(None, examples=["document"])
+    """With a share in `eval`: a field of the rows; rows with equal values of it stay together, in training or held out."""
     pool: str | None = None
     """Rows without labels, for pipelines that make their own."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """luthier's name -> the file's name: {prompt: question, completion: answer}."""
+    """luthier's name -> the file's name, or a path within a field: {prompt: question, completion: answers.text.0}. The names of
+    turns too: {messages: dialogue, messages.role: speaker, messages.content: line}."""
     system: str | None = None
     """A system message for rows that have none, in training and in use."""
     template: Literal["auto", "chat", "plain"] = "auto"
@@ -78,9 +93,9 @@ class DataSettings(BaseModel):
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """What to do about rows that cannot be read: stop at the first, or leave them out, counted and listed."""
     train_split: str = "train"
-    """Split of a Hub data set that is trained on."""
+    """Split that is trained on, of a Hub data set or of a folder with several."""
     eval_split: str = "test"
-    """Split of a Hub data set that is held out."""
+    """Split that is held out, of a Hub data set or of a folder with several."""
     limit: int | None = Field(None, ge=1)
     """Use only the first rows (of each source), to try something."""
 

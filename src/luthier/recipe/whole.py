@@ -11,7 +11,7 @@ from luthier.compute.base import Compute
 from luthier.curation.base import Curator, chain_of
 from luthier.data.codec import Chain
 from luthier.data.columns import RESERVED
-from luthier.data.reading import on_hub
+from luthier.data.reading import has_splits
 from luthier.decoding.base import Decoder
 from luthier.decoding.greedy import Greedy
 from luthier.evaluation.base import Evaluator
@@ -118,10 +118,12 @@ class Recipe(RunSettings):
         for key, what, remedy in self.unread():
             raise RecipeError(key, what, remedy)
         self._check_fields()
-        hub = [any(on_hub(s.path) for s in self.data.sources), on_hub(self.data.eval or "")]
-        single, held = isinstance(self.data.train, str), self.data.eval is not None
+        held_in, share = self.data.eval, isinstance(self.data.eval, float)
+        splits = [any(has_splits(s.path) for s in self.data.sources), isinstance(held_in, str) and has_splits(held_in)]
+        single, held = isinstance(self.data.train, str), held_in is not None
         unread_pool = self.data.pool and not self.task.pool_shapes
         rows = ("has no rows to evaluate on", "set data.eval")
+        of_several, held_by = "is for Hub data sets and folders", self.data.eval_by is not None
         asks = self.pipeline is not None and "pool" in self.pipeline.traits.needs
         rules = [
             ("data.pool", asks and not self.data.pool, "is missing, and the pipeline labels its rows", "name rows"),
@@ -133,8 +135,9 @@ class Recipe(RunSettings):
             ("data.pool", self.data.pool and self.pipeline is None, "is read by pipelines only", "set pipeline"),
             ("data.pool", unread_pool, f"is not read by task {self.task.key()}", "remove it"),
             ("data.temperature", "temperature" in data and single, "mixes several sources", "list them in data.train"),
-            ("data.train_split", "train_split" in data and not hub[0], "is for Hub data sets", "remove it"),
-            ("data.eval_split", "eval_split" in data and not hub[1], "is for Hub data sets", "remove it"),
+            ("data.train_split", "train_split" in data and not splits[0], of_several, "remove it"),
+            ("data.eval_split", "eval_split" in data and not splits[1], of_several, "remove it"),
+            ("data.eval_by", held_by and not share, "is read with a share in data.eval only", "write data.eval: 0.1"),
             ("revision", self.revision and self.model.count("/") != 1, "is for Hub models", "remove it"),
         ]
         for key, wrong, what, remedy in rules:

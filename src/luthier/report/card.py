@@ -124,8 +124,12 @@ def _scores(recipe: Recipe, after: Mapping[str, Any]) -> list[Score]:
     rows = recipe.data.eval
     if rows is None:
         return []
-    hub = on_hub(rows)
-    data = rows if hub else Path(rows).name
+    if isinstance(rows, float):
+        sources = ", ".join(s.path if on_hub(s.path) else Path(s.path).name for s in recipe.data.sources)
+        hub, data = False, f"{rows:.0%} of {sources}"
+    else:
+        hub = on_hub(rows)
+        data = rows if hub else Path(rows).name
     found = [Score(recipe.task.pipeline_tag, data, hub, n, m["value"]) for n, m in after.items()]
     return [s for s in found if math.isfinite(s.value)]
 

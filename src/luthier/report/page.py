@@ -237,6 +237,10 @@ def _facts(run: Mapping[str, Any]) -> list[tuple[str, str]]:
                 f"{run['skipped_steps']} of {run['steps']}: no supervised token, or no finite loss",
             )
         )
+    for name, forms in run.get("forms", {}).items():
+        out.append(({"train": "Training rows", "eval": "Held-out rows"}[name], "; ".join(forms)))
+    if run.get("overlap"):
+        out.append(("Held out and trained on", run["overlap"]))
     if run.get("pool_shared"):
         out.append(("Pool rows left out", f"{run['pool_shared']:,}, which are also training rows"))
     if run.get("skipped"):

@@ -30,7 +30,7 @@ from luthier.run.forecast import NoForecast, miss, peak_memory, refuse_full_disk
 from luthier.run.nested import NestedRuns
 from luthier.run.ready import Admitted, Ready, admit, make_ready
 from luthier.run.result import leave_model
-from luthier.run.rows import told
+from luthier.run.rows import told, told_about
 from luthier.run.stopping import StopRequest
 from luthier.step.outcome import Outcome
 from luthier.step.probe import Probe
@@ -163,7 +163,9 @@ def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
 def _eval_file(recipe: Recipe, base: Path) -> str | None:
     """The path of the held-out rows, if they are on this machine."""
     source = recipe.data.eval
-    if source is None or source.startswith(BUILTIN):
+    if not isinstance(source, str):
+        return None
+    if source.startswith(BUILTIN):
         return source
     return str((base / source).resolve()) if (base / source).is_file() else None
 
@@ -201,12 +203,15 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
         say(f"pool    {data.pool_shared} rows are left out, because they are also training rows")
     if data.head:
         say(f"head    {data.head}")
+    for line in told_about(data.forms, data.overlap):
+        say(f"data    {line}")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
     for source in ready.train.sources:
         say(f"source  {source['name']}: {source['rows']} rows, {source['share']:.1%} of the draws")
     place.note(
         base=ready.view.base.model_dump(), data_hash=ready.train.digest, census=asdict(census), skipped=data.skipped,
         sources=ready.train.sources, curated=[k.brief for k in data.kept], classes=data.classes, pool_shared=data.pool_shared,
+        forms=data.forms, overlap=data.overlap,
     )  # fmt: skip
     place.write("curation.json", json.dumps([k._asdict() for k in data.kept]))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from luthier import recipe as recipes
 from luthier.data.batch import WEIGHT
+from luthier.data.columns import Carried
 from luthier.data.reading import on_hub
 from luthier.evaluation.measures import Measure
 from luthier.method.registry import modules_of
@@ -18,7 +19,7 @@ from luthier.recipe import Recipe
 from luthier.run.folder import RunFolder
 from luthier.run.queue import Workers, side_by_side, workers
 from luthier.run.ready import located_model, start_folder
-from luthier.run.rows import write_rows
+from luthier.run.rows import given_rows, write_rows
 from luthier.step.lab import Nested
 from luthier.step.outcome import Outcome
 from luthier.step.progress import Progress
@@ -68,12 +69,21 @@ class NestedRuns:
             weighed = run.rows.weights is not None and WEIGHT not in data["keep"]
             keep = [*data["keep"], WEIGHT] if weighed else data["keep"]
             data |= {**READ, "train": [{"path": str(train), "columns": {}}], "keep": keep}
+            if isinstance(data["eval"], float):  # a share of the recipe's rows, not of these
+                data |= {"eval": self._held, "eval_by": None, "columns": {}}
         code = self.base if self._brings_code else None
         return recipes.load(json.dumps({**values, "data": data}), "nested run", code=code)
 
     @property
     def _brings_code(self) -> bool:
         return any(not m.startswith("luthier.") for m in modules_of(self.recipe))
+
+    @cached_property
+    def _held(self) -> str:
+        """The file of the rows that the recipe sets apart."""
+        held = given_rows(self.recipe.data, self.base, self.recipe.task.shapes).held
+        assert held is not None
+        return str(write_rows(cache_folder() / "nested" / f"held-{held.digest}.jsonl", held, Carried()))
 
     @cached_property
     def _model(self) -> str:
@@ -92,7 +102,7 @@ class NestedRuns:
             rows = (run.rows.digest, None if run.rows.weights is None else run.rows.weights.tolist())
         recipe = self.asked(run, Path("rows"))
         named = [s.path for s in recipe.data.sources if run.rows is None] + [recipe.data.eval, recipe.data.pool]
-        files = [self._content(n) for n in named if n is not None]
+        files = [self._content(n) for n in named if isinstance(n, str)]
         code = code_key("luthier.run.execute", *modules_of(recipe))
         key = key_of(recipe.as_dict(), rows, files, self._model, run.keep, code)
         return cache_folder() / "nested" / key

@@ -16,6 +16,7 @@ import numpy as np
 from luthier.data.batch import WEIGHT
 from luthier.data.codec import Chain
 from luthier.data.columns import Carried
+from luthier.data.held_out import set_apart, shared
 from luthier.data.mixture import Mix, Origin
 from luthier.data.prepare import Prepared, prepare
 from luthier.data.reading import Tick, answers_of, no_tick, read, shape_in, shape_of
@@ -50,6 +51,8 @@ class Data(NamedTuple):
     curation: Cost
     pool_shared: int = 0  # rows left out of the pool because they are also training rows
     head: str = ""  # what becomes of the head in the model's files
+    forms: Mapping[str, list[str]] = {}  # "train", "eval" -> the forms that their rows were found in
+    overlap: str = ""  # about held-out rows that are training rows too
 
     @property
     def classes(self) -> list[str]:
@@ -91,6 +94,13 @@ class Kept(NamedTuple):
         return {"step": self.step, "rows": self.rows, "of": self.of, "reasons": self.reasons}
 
 
+def told_about(forms: Mapping[str, Sequence[str]], overlap: str) -> list[str]:
+    """Lines about the forms in which rows were found, and about held-out rows that are trained on."""
+    return [f"{name}: {form}" for name, found in forms.items() for form in found] + (
+        [f"eval: {overlap}"] if overlap else []
+    )
+
+
 def told(step: str, rows: int, of: int, reasons: Mapping[str, int]) -> list[str]:
     """Lines about a `curate` step: how many rows there were before and are after it, and the counts of its reasons."""
     counts = [f"  {count:,} {why}" for why, count in sorted(reasons.items())]
@@ -108,14 +118,11 @@ def prepare_rows(
     Held-out rows are rendered in the form that the model is trained on; `held_rows` have their original form.
     """
     d, task = recipe.data, recipe.task
-    how: dict[str, Any] = {"on_bad": d.on_bad_row, "tick": tick}
-    rows, skipped, mix = training_rows(d, base, task.shapes, tick)
-    table, kept, cost = curated(recipe, Table.of(rows), curation_lab(recipe, renderer, view, tick, nested))
+    given = given_rows(d, base, task.shapes, tick)
+    held, skipped = given.held, given.skipped
+    table, kept, cost = curated(recipe, Table.of(given.rows), curation_lab(recipe, renderer, view, tick, nested))
     rows, chain = table.weighed, recipe.codec
-    held = None
-    if d.eval:
-        held, more = read(d.eval, d.columns, base, "eval", shapes=task.shapes, part=d.eval_split, **how)
-        skipped += more
+    if held is not None:
         for evaluator in recipe.evaluators():
             evaluator.check_rows(rows, held)
     labels = task.labels(rows, held, config.label2id or {})
@@ -128,8 +135,10 @@ def prepare_rows(
     }  # fmt: skip
     pool, shared = None, 0
     if d.pool:
-        unlabelled, more = read(d.pool, d.columns, base, "pool", shapes=task.pool_shapes, part=d.train_split, **how)
-        skipped += more
+        unlabelled, more = read(
+            d.pool, d.columns, base, "pool", shapes=task.pool_shapes, part=d.train_split, on_bad=d.on_bad_row, tick=tick
+        )
+        skipped = [*skipped, *more]
         new = apart(unlabelled, rows)
         shared = len(unlabelled) - len(new)
         if not new:
@@ -138,8 +147,8 @@ def prepare_rows(
         pool = prepare(
             encoded(new, chain), renderer, **{**fit, "maker": task.maker(renderer, config, labels, labelled=False)}
         )
-    train = prepare(rows, renderer, **fit, carried=d.carried, mix=mix)
-    held_out = prepare(encoded(held, chain), renderer, **fit) if held is not None else None
+    train = prepare(rows, renderer, **fit, carried=d.carried, mix=given.mix)
+    held_out = prepare(encoded(held, chain), renderer, **fit, held=True) if held is not None else None
     refuse_unknown_tokens([train, held_out, pool], renderer.tokenizer, config)
     return Data(
         train,
@@ -152,6 +161,8 @@ def prepare_rows(
         cost,
         shared,
         task.head(rows, [str(n) for n in labels], config),
+        given.forms,
+        _told_overlap(table, held),
     )
 
 
@@ -167,6 +178,14 @@ def refuse_unknown_tokens(sets: Sequence[Prepared | None], tokenizer: Any, confi
                 key, f"token {tokenizer.convert_ids_to_tokens(token)!r} has id {token}, and the model embeds {size} tokens",
                 "use the model's own tokenizer, or enlarge the model with resize_token_embeddings and save it",
             )  # fmt: skip
+
+
+def _told_overlap(table: Table, held: Rows | None) -> str:
+    """What to say about held-out rows that are trained on too, in the form of their files; an empty text if none is."""
+    if held is None:
+        return ""
+    roots = np.unique(table.roots(table.live))
+    return str(shared(table.entries.take(roots[roots >= 0]), held) or "")
 
 
 def curation_lab(
@@ -192,8 +211,60 @@ def _likeness(row: Row) -> bytes:
     return hashlib.blake2b(" ".join(row.values["text"].casefold().split()).encode(), digest_size=16).digest()
 
 
+class Given(NamedTuple):
+    """The rows that a recipe names.
+
+    rows     to train on: of all sources, without those that are held out
+    held     held-out rows; None if there are none
+    skipped  messages about rows that cannot be read
+    mix      how the sources are mixed; None for a single source
+    forms    for a reader: what each set was read as
+    """
+
+    rows: Rows
+    held: Rows | None
+    skipped: list[str]
+    mix: Mix | None
+    forms: dict[str, list[str]]
+
+
+def given_rows(
+    data: DataSettings, base: Path, shapes: Sequence[str], tick: Tick = no_tick, held_too: bool = True
+) -> Given:
+    """Read the training rows and the held-out rows.
+
+    held_too  False: read no file of held-out rows
+    Raises RecipeError for the first row that cannot be used.
+    """
+    rows, skipped, mix = _of_sources(data, base, shapes, tick)
+    held, forms = None, {"train": rows.forms}
+    if isinstance(data.eval, float):
+        rows, held = set_apart(rows, data.eval, data.eval_by)
+    elif data.eval and held_too:
+        held, more = read(
+            data.eval,
+            data.columns,
+            base,
+            "eval",
+            shapes=shapes,
+            part=data.eval_split,
+            on_bad=data.on_bad_row,
+            tick=tick,
+        )
+        skipped, forms["eval"] = [*skipped, *more], held.forms
+    return Given(rows, held, skipped, mix, forms)
+
+
 def training_rows(
     data: DataSettings, base: Path, shapes: Sequence[str], tick: Tick = no_tick
+) -> tuple[Rows, list[str], Mix | None]:
+    """(the rows to train on, messages about skipped rows, how the sources are mixed)."""
+    given = given_rows(data, base, shapes, tick, held_too=False)
+    return given.rows, given.skipped, given.mix
+
+
+def _of_sources(
+    data: DataSettings, base: Path, shapes: Sequence[str], tick: Tick
 ) -> tuple[Rows, list[str], Mix | None]:
     """(the rows of all sources, messages about skipped rows, how the sources are mixed; None for a single source).
 
@@ -206,12 +277,13 @@ def training_rows(
             source.path, source.columns or {}, base, "train", shapes=shapes, part=source.split, limit=source.limit,
             on_bad=data.on_bad_row, carried=data.carried, tick=tick,
         )  # fmt: skip
-        prefix = rows.parts[0].prefix or ""
-        if prefix in {o.prefix for o in origins}:
-            raise RecipeError(f"data.train.{number}", f"{source.path} is named twice", "raise its weight instead")
+        prefixes = tuple(part.prefix or "" for part in rows.parts)
+        if twice := {p for o in origins for p in o.prefixes}.intersection(prefixes):
+            what = f"{source.path} is named twice" if source.path in min(twice) else f"{min(twice)} is in two sources"
+            raise RecipeError(f"data.train.{number}", what, "raise its weight instead")
         found.append(rows)
         skipped += bad
-        origins.append(Origin(source.path, prefix, source.weight))
+        origins.append(Origin(source.path, prefixes, source.weight))
     mix = None if isinstance(data.train, str) else Mix(tuple(origins), data.temperature)
     return Rows.joined(found), skipped, mix
 

@@ -1,0 +1,483 @@
+"""Open files, folders, globs and Hub data sets as sequences of raw rows.
+
+Damaged content costs one sentence and little memory: a line or an item has a limit, and what a Parquet or Arrow file would
+unpack to is known before anything is unpacked (`luthier.data.parquet`, `luthier.data.arrow`).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import itertools
+import json
+import re
+import zlib
+from codecs import BOM_UTF8
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, cast
+
+import pyarrow as pa
+
+from luthier.data import arrow, parquet
+from luthier.support.cache import content_of
+from luthier.support.errors import RecipeError
+
+Raw = Iterator[tuple[int, "dict[str, Any] | RecipeError"]]
+PACKED = (".gz", ".zst")
+PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+SUFFIXES = (*PLAIN, *(a + b for a in PLAIN for b in PACKED), ".parquet", ".arrow")
+LONGEST = 1 << 25  # bytes of a line or an item of a list: more is taken for damage
+BATCH = 1024  # rows of a Parquet or Arrow file in memory
+HUB = "hf://datasets/"
+SPLITS = {  # names of splits in names of files, as the library datasets knows them
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # files about a data set
+SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+
+
+class Opened(NamedTuple):
+    """A file or a data set whose rows can be read.
+
+    name     of the rows: the start of their keys
+    content  a key of everything that is in it
+    raw      reads the rows
+    columnar True if missing fields of a row are there as null: Parquet, Arrow, the Hub
+    texts    True if all values are texts: CSV, TSV
+    """
+
+    name: str
+    content: str
+    raw: Callable[[], Raw]
+    columnar: bool = False
+    texts: bool = False
+
+
+def suffix_of(name: str) -> str | None:
+    """The longest suffix of SUFFIXES that a name has; None if it has none."""
+    return max((s for s in SUFFIXES if name.lower().endswith(s)), key=len, default=None)
+
+
+def has_splits(source: str) -> bool:
+    """True for a name that may hold several splits: a Hub data set or a folder."""
+    return not source.startswith("builtin:") and (source.startswith("hf://") or suffix_of(source) is None)
+
+
+def on_hub(source: str) -> bool:
+    """True for a name that is a Hub id, or an address on the Hub, unless there is such a folder."""
+    if source.startswith("hf://"):
+        return True
+    return suffix_of(source) is None and source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
+def opened(source: str, folder: Path, key: str, part: str) -> list[Opened]:
+    """The files of a source, or its Hub data set.
+
+    source  a file, a folder, a glob, a Hub id (org/name:configuration@revision) or hf://datasets/...
+    folder  that paths are relative to
+    key     of the recipe, for messages
+    part    the split to take from a Hub data set or a folder that holds several
+    Raises RecipeError for a source that is none of these, or is not there.
+    """
+    if source.startswith("hf://"):
+        return _hub_address(source, key, part)
+    path = folder / Path(source).expanduser()
+    if path.is_dir():
+        return _folder(path, key, part)
+    if path.is_file():
+        return [_file(path, key)]
+    if any(c in source for c in "*?["):
+        return [_file(p, key) for p in _matching(source, folder, key)]
+    if suffix_of(source) is None and on_hub(source):
+        return [_hub(source, key, part)]
+    if suffix_of(source) is not None:
+        raise RecipeError(key, f"there is no file {path}", "paths are relative to the recipe's folder")
+    what = f"{source!r} is no file, folder or glob that is there, nor a Hub id"
+    raise RecipeError(key, what, "paths are relative to the recipe's folder; a Hub id is org/name")
+
+
+def _file(path: Path, key: str) -> Opened:
+    suffix = suffix_of(path.name)
+    if suffix is None:
+        known = ", ".join((*PLAIN, ".parquet", ".arrow"))
+        raise RecipeError(
+            key, f"{path} is not a file that luthier reads", f"it reads {known}, packed as .gz or .zst too"
+        )
+    kind = suffix.removesuffix(".gz").removesuffix(".zst")
+    reader = READERS[kind]
+    columnar = kind in (".parquet", ".arrow")
+    return Opened(str(path), f"{content_of(path)}{suffix}", partial(reader, path), columnar, kind in (".csv", ".tsv"))
+
+
+# --- folders and globs ---
+
+
+def _matching(source: str, folder: Path, key: str) -> list[Path]:
+    pattern = Path(source).expanduser()
+    start, rest = (
+        (Path(pattern.anchor), pattern.relative_to(pattern.anchor)) if pattern.is_absolute() else (folder, pattern)
+    )
+    try:
+        found = sorted(p for p in start.glob(str(rest)) if p.is_file())
+    except ValueError as error:
+        raise RecipeError(key, f"{source!r} is not a glob ({error})", "write data/*.jsonl") from error
+    if not found:
+        raise RecipeError(key, f"no file matches {folder / source}", "paths are relative to the recipe's folder")
+    return found
+
+
+def _folder(path: Path, key: str, part: str) -> list[Opened]:
+    """The files of a folder: as datasets.save_to_disk wrote it, or shards of one data set."""
+    if (path / "dataset_dict.json").is_file():
+        splits = _stored(path / "dataset_dict.json").get("splits", [])
+        return _folder(path / _split(part, splits, path, key), key, part)
+    if (path / "state.json").is_file():
+        names = [f.get("filename", "") for f in _stored(path / "state.json").get("_data_files", [])]
+        if gone := [n for n in names if not n or not (path / n).is_file()]:
+            raise RecipeError(key, f"{path} names the file {gone[0]!r}, which is not there", "copy the folder again")
+        return [_file(path / n, key) for n in names]
+    inside = [p for p in sorted(path.iterdir()) if p.name[0] not in "._"]
+    found = [p for p in inside if p.is_file() and p.name not in ABOUT and suffix_of(p.name)]
+    if not found and (path / "data").is_dir():  # a data set's repository
+        return _folder(path / "data", key, part)
+    if not found and (splits := {SPLIT_OF[p.name]: p for p in inside if p.is_dir() and p.name in SPLIT_OF}):
+        return _folder(splits[_split(part, list(splits), path, key)], key, part)
+    if not found:
+        raise RecipeError(key, f"the folder {path} holds no file that luthier reads", "name a file, or a glob")
+    by_split: dict[str | None, list[Path]] = {}
+    for p in found:
+        by_split.setdefault(split_of(p.name), []).append(p)
+    if set(by_split) != {None}:
+        found = by_split[_split(part, [s for s in by_split if s], path, key)]
+    return [_file(p, key) for p in found]
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file's name says, as in train-00000-of-00004.parquet; None if it says none."""
+    words = re.split(r"[-._ ]", name.lower())
+    return next((SPLIT_OF[w] for w in words if w in SPLIT_OF), None)
+
+
+def _split(part: str, there: Sequence[str], path: Path, key: str) -> str:
+    """The split of this name. Raises RecipeError with the splits that there are."""
+    for name in (part, SPLIT_OF.get(part, part)):
+        if name in there:
+            return name
+    setting = "data.eval_split" if key.startswith("data.eval") else "data.train_split"
+    listed = ", ".join(sorted(map(str, there))) or "none"
+    raise RecipeError(key, f"{path} has no split {part!r}; it has {listed}", f"set {setting}, or name a file")
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise RecipeError(str(path), f"cannot be read ({error})", "copy the folder again") from error
+    if not isinstance(value, dict):
+        raise RecipeError(str(path), f"holds a {type(value).__name__}, not an object", "copy the folder again")
+    return value
+
+
+# --- the Hub ---
+
+
+def _hub(source: str, key: str, part: str) -> Opened:
+    import datasets
+
+    name, config, revision = hub_id(source)
+    try:
+        table = datasets.load_dataset(name, config, split=part, revision=revision)
+    except (OSError, ValueError) as error:
+        what = f"{source}: {first_line(error)}"
+        raise RecipeError(key, what, "use a file, or check name, configuration, split and network") from error
+    names = {n: f.names for n, f in (table.features or {}).items() if isinstance(f, datasets.ClassLabel)}
+    rows = partial(_hub_rows, table, names)
+    return Opened(f"{source}:{part}", table._fingerprint, rows, True)
+
+
+def _hub_rows(table: Any, names: dict[str, list[str]]) -> Raw:
+    for number, row in enumerate(table, start=1):
+        yield number, with_names(dict(row), names)
+
+
+def hub_id(source: str) -> tuple[str, str | None, str | None]:
+    """(name, configuration, revision) of org/name:configuration@revision, in either order."""
+    name, *more = re.split(r"([:@])", source)
+    said = dict(zip(more[::2], more[1::2], strict=False))
+    return name, said.get(":") or None, said.get("@") or None
+
+
+def _hub_address(source: str, key: str, part: str) -> list[Opened]:
+    """hf://datasets/org/name is the data set, hf://datasets/org/name/PATH its file, folder or glob."""
+    match = re.fullmatch(r"hf://(?:datasets/)?([^/@]+/[^/@:]+)((?:[@:][^/]+)*)(?:/(.*))?", source)
+    if match is None or (not source.startswith(HUB) and match[3]):
+        raise RecipeError(key, f"{source!r} is not an address on the Hub", "write hf://datasets/org/name/file.jsonl")
+    name, said, path = match[1], match[2], (match[3] or "").rstrip("/")
+    if not path:
+        return [_hub(name + said, key, part)]
+    import huggingface_hub
+
+    try:
+        revision = hub_id(name + said)[2]
+        root = huggingface_hub.snapshot_download(
+            name, repo_type="dataset", revision=revision, allow_patterns=[path, f"{path}/*"]
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(key, f"{source}: {first_line(error)}", "check name, path and network") from error
+    return opened(path, Path(root), key, part)
+
+
+# --- bytes to rows ---
+
+
+def stream_of(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked if its name says that it is packed."""
+    packed = path.suffix.lower()
+    if packed == ".gz":
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if packed == ".zst":
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd", buffer_size=1 << 16))
+    return path.open("rb")
+
+
+@contextmanager
+def _whole(path: Path, last: Callable[[], str]) -> Iterator[None]:
+    """Raise RecipeError with the last line or item for a packed file that is cut off or damaged."""
+    packed = path.suffix.lower()
+    try:
+        yield
+    # pyarrow raises OSError for a cut zstandard file.
+    except (EOFError, zlib.error, OSError, pa.ArrowException) as error:
+        if packed not in PACKED:
+            raise
+        kind = {".gz": "gzip", ".zst": "zstandard"}[packed]
+        what = f"is no whole {kind} file after {last()} ({first_line(error)})"
+        raise RecipeError(str(path), what, "copy it again, or unpack it") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of a file, from 1. Raises RecipeError for a line without an end, or if the file is damaged."""
+    number = 0
+    with stream_of(path) as file, _whole(path, lambda: f"line {number}"):
+        while line := file.readline(LONGEST + 1):
+            number += 1
+            if len(line) > LONGEST:
+                raise RecipeError(f"{path}:{number}", f"is longer than {LONGEST >> 20} MiB", "write one row a line")
+            yield number, line
+
+
+def jsonl(path: Path) -> Raw:
+    """An object a line."""
+    for number, line in _lines(path):
+        if (line.removeprefix(BOM_UTF8) if number == 1 else line).strip():
+            yield number, _object(line, f"{path}:{number}")
+
+
+def _object(line: bytes, where: str) -> dict[str, Any] | RecipeError:
+    try:
+        value = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return _no_text(error, where)
+    except (ValueError, RecursionError) as error:
+        return RecipeError(where, f"is not JSON ({error})", "write one object a line")
+    return value if isinstance(value, dict) else _no_object(value, where)
+
+
+def _no_text(error: UnicodeDecodeError, where: str) -> RecipeError:
+    return RecipeError(where, f"is not UTF-8 text ({error.reason} at byte {error.start})", "save the file as UTF-8")
+
+
+def _no_object(value: Any, where: str) -> RecipeError:
+    what = f"holds a {type(value).__name__}, not an object"
+    return RecipeError(where, what, 'write {"prompt": ..., "completion": ...}')
+
+
+def _json(path: Path, lines: bool = False) -> Raw:
+    """The items of a list, one at a time, or an object a line: files of both kinds have both names, .json and .jsonl.
+
+    lines  the name says that it holds an object a line
+    """
+    with stream_of(path) as file, _whole(path, lambda: "line 0"):
+        start = file.read(1024).removeprefix(BOM_UTF8).lstrip()[:1]
+    if start == b"[":
+        yield from _items(path)
+    elif lines or (start == b"{" and _one_a_line(path)):
+        yield from jsonl(path)
+    else:
+        what = "holds one object" if start == b"{" else f"starts with {start!r}"
+        raise RecipeError(str(path), f"{what}, not a list of rows", "write a list of objects, or one object a line")
+
+
+def _one_a_line(path: Path) -> bool:
+    """True if the first line that is not empty holds a whole object, and it is a row: it does not hold lists of rows."""
+    _, first = next(iter(jsonl(path)), (0, None))
+    return isinstance(first, dict) and not any(
+        isinstance(v, list) and v and all(isinstance(x, dict) for x in v) and k in ("data", "rows", *SPLIT_OF)
+        for k, v in first.items()
+    )
+
+
+class _Metered:
+    """A stream that gives LONGEST bytes, until `taken` is set to 0 again. Raises ValueError if it is asked for more.
+
+    begun  bytes of the file that were read before
+    """
+
+    def __init__(self, file: IO[bytes], begun: bytes) -> None:
+        self.file, self.begun, self.taken = file, begun, 0
+
+    def read(self, count: int = -1) -> bytes:
+        if self.taken > LONGEST:
+            raise ValueError(f"an item is longer than {LONGEST >> 20} MiB")
+        data, self.begun = (self.begun, b"") if self.begun and count else (self.file.read(count), self.begun)
+        self.taken += len(data)
+        return data
+
+
+def _items(path: Path) -> Raw:
+    import ijson
+
+    number = 0
+    with stream_of(path) as file, _whole(path, lambda: f"item {number}"):
+        metered = _Metered(file, file.read(len(BOM_UTF8)).removeprefix(BOM_UTF8))
+        try:
+            for number, value in enumerate(ijson.items(metered, "item", use_float=True), start=1):
+                metered.taken = 0
+                yield number, value if isinstance(value, dict) else _no_object(value, f"{path}: item {number}")
+        except (ijson.JSONError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+            what = f"is not JSON after item {number} ({first_line(error)})"
+            raise RecipeError(str(path), what, "write a list of objects") from error
+
+
+def _csv(path: Path, tabs: bool = False) -> Raw:
+    """Rows of a CSV or TSV file. The header decides the delimiter: a comma, a semicolon or a tab."""
+    csv.field_size_limit(LONGEST)  # of the process; the default, 131,072 characters, is shorter than a long document
+    lines = _texts(path)
+    header = next(lines, "")
+    delimiter = "\t" if tabs else max(",;\t", key=header.count)
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" and _bare_quotes(path) else csv.QUOTE_MINIMAL
+    reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        names = next(reader, [])
+        _check_header(path, names)
+        for row in reader:
+            if row and len(row) != len(names):
+                what = f"has {len(row)} fields, the header has {len(names)}"
+                where = f"{path}:{reader.line_num}"
+                yield reader.line_num, RecipeError(where, what, "put fields that hold a delimiter into quotes")
+            elif row:
+                yield reader.line_num, dict(zip(names, row, strict=True))
+    except csv.Error as error:
+        what = f"is not {'TSV' if tabs else 'CSV'} ({error})"
+        raise RecipeError(f"{path}:{reader.line_num}", what, 'write a quote in a quoted field twice: ""') from error
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The lines of a text file; they may end in a carriage return alone. Raises RecipeError with the line of other bytes."""
+    for number, line in _lines(path):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise _no_text(error, f"{path}:{number}") from error
+        yield from re.findall(r"[^\r]*\r\n?|[^\r]+", text) if "\r" in text else (text,)
+
+
+def _bare_quotes(path: Path) -> bool:
+    """True for a file in which a quote is a character like others.
+
+    Then every line has as many tabs as the header, and some field begins with a quote that it does not end with.
+    """
+    tabs, bare = -1, False
+    for line in _texts(path):
+        text = line.rstrip("\r\n")
+        if not text:
+            continue
+        tabs = text.count("\t") if tabs < 0 else tabs
+        if text.count("\t") != tabs:
+            return False
+        if '"' in text:
+            quoted = [f for f in text.split("\t") if f.startswith('"')]
+            bare = bare or any(len(f) < 2 or f[-1] != '"' or '"' in f[1:-1].replace('""', "") for f in quoted)
+    return bare
+
+
+def _check_header(path: Path, names: Sequence[str]) -> None:
+    twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
+    if twice is not None:
+        raise RecipeError(f"{path}:1", f"the header names {twice!r} twice", "give every column a name of its own")
+
+
+def _parquet(path: Path) -> Raw:
+    import pyarrow.parquet
+
+    try:
+        parquet.refuse_oversized(path)
+        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        names, number = _class_names(file.schema_arrow), 0
+        for batch in file.iter_batches(batch_size=BATCH):
+            batch.validate(full=True)
+            for row in batch.to_pylist():
+                number += 1
+                yield number, with_names(row, names)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise RecipeError(
+            str(path), f"is not a Parquet file, or damaged ({first_line(error)})", "copy it again"
+        ) from error
+
+
+def _arrow(path: Path) -> Raw:
+    """Rows of an Arrow file, as datasets.save_to_disk writes it (a stream), or with the footer of a file."""
+    try:
+        arrow.refuse_oversized(path)
+        with pa.memory_map(str(path)) as source:
+            footed = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file(source) if footed else pa.ipc.open_stream(source)
+            names, number = _class_names(reader.schema), 0
+            batches = map(reader.get_batch, range(reader.num_record_batches)) if footed else iter(reader)
+            for batch in batches:
+                batch.validate(full=True)
+                for start in range(0, batch.num_rows, BATCH):
+                    for row in batch.slice(start, BATCH).to_pylist():
+                        number += 1
+                        yield number, with_names(row, names)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise RecipeError(
+            str(path), f"is not an Arrow file, or damaged ({first_line(error)})", "copy it again"
+        ) from error
+
+
+_json_lines = partial(_json, lines=True)
+READERS: dict[str, Callable[[Path], Raw]] = {
+    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": partial(_csv, tabs=True),
+    ".parquet": _parquet, ".arrow": _arrow,
+}  # fmt: skip
+
+
+def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Names of classes by column, where the library datasets wrote them into the file."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return {n: f["names"] for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
+    except (ValueError, KeyError, TypeError, AttributeError):  # metadata of another writer
+        return {}
+
+
+def with_names(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
+    """The row with names in place of the numbers of classes; a number outside of the names (-1: no label) becomes None."""
+    for column, known in names.items():
+        number = row.get(column)
+        if isinstance(number, int):
+            row[column] = known[number] if 0 <= number < len(known) else None
+    return row
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type."""
+    return str(error).strip().partition("\n")[0].strip() or type(error).__name__
