@@ -5,6 +5,7 @@ import re
 import sys
 import tomllib
 import zipfile
+from collections import Counter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -167,3 +168,9 @@ def test_the_wheel_holds_what_the_package_reads(tmp_path):
     beside = {p.relative_to(ROOT / "src").as_posix() for p in (ROOT / "src").rglob("*") if p.is_file()}
     assert {n for n in beside if "__pycache__" not in n} <= inside
     assert {"luthier/py.typed", "luthier/method/methods.json", "luthier/demos/demo.yaml"} <= inside
+
+
+def test_two_test_files_of_one_name_lie_in_packages():
+    """pytest gives a file outside of a package its bare name, so a second one of that name cannot be collected."""
+    names = Counter(p.name for p in TESTS.rglob("test_*.py") if not (p.parent / "__init__.py").exists())
+    assert [name for name, count in names.items() if count > 1] == []

@@ -52,7 +52,7 @@ OWN = {
         "update/test_following.py",
         "update/test_binding.py",
     ),
-    "update/files.py": ("update/test_update.py", "update/test_files.py"),
+    "update/files.py": ("update/test_update.py", "update/test_update_files.py"),
     "update/compositions.py": (
         "update/test_parts.py",
         "update/test_update.py",
