@@ -141,7 +141,11 @@ def test_pain_08_data_faults_name_file_line_field_and_remedy(tmp_path):
     fails('{"prompt": 1, "completion": "b"}\n', r"d\.jsonl:1: prompt is int 1 in|d\.jsonl:1: prompt is int '1'")
     fails(good, r"has no field 'q'", {"prompt": "q"})
     fails('{"messages": [{"role": "user"}]}\n', r"turn 1 has no role and content")
-    fails('{"text": "a", "label": null}\n', r"label is None", shapes=("text and label",))
+    fails(
+        '{"text": "a", "label": null}\n',
+        r"has the fields label \(null\), text, expected text and label",
+        shapes=("text and label",),
+    )
     fails("", "holds no rows")
     (tmp_path / "d.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(RecipeError, match="not UTF-8"):

@@ -215,7 +215,7 @@ def test_a_coded_run_is_scored_and_used_in_the_rows_own_form(model_folder, tmp_p
 
     said = answers(tmp_path / "out", ["say 1"], 8, allow_code=True)
     assert said[0]["answer"] == "1 2" and said[0]["prompt"] == "say 1"
-    assert scores(tmp_path / "out", None, Path(), allow_code=True)["exact_match"] == 1.0
+    assert scores(tmp_path / "out", None, Path(), allow_code=True)["exact_match"]["value"] == 1.0
 
 
 def test_a_recipe_that_names_code_is_refused_without_leave():

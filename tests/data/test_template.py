@@ -73,11 +73,12 @@ def test_calls_are_found_where_no_other_answer_may_stand():
     assert first.startswith("[CALLS][{") and first.endswith("}]</s>") and others == [" I am fine</s>", " four</s>"]
 
 
-def test_an_answer_that_the_template_does_not_end_gets_the_end_token():
+def test_an_answer_that_the_template_does_not_end_gets_the_end_token_at_which_generation_stops():
     renderer, found = pieces(NO_END, TALK)
-    assert [t for t, on in found if on] == ["I am fine", "four</s>"]
-    user = renderer.tokenizer.convert_tokens_to_ids("<|user|>")
-    assert said(NO_END, TALK, ends=(user,)) == ["I am fine<|user|>", "four</s>"]
+    assert [t for t, on in found if on] == ["I am fine", "four"], "nothing says that generation stops at </s>"
+    user, eos = renderer.tokenizer.convert_tokens_to_ids("<|user|>"), renderer.tokenizer.eos_token_id
+    assert said(NO_END, TALK, ends=(eos,)) == ["I am fine", "four</s>"]
+    assert said(NO_END, TALK, ends=(user, eos)) == ["I am fine<|user|>", "four</s>"]
     assert said(NO_END, TALK[:3]) == ["I am fine"]
     assert said(CHATML, [ASK, SAY]) == ["I am fine<|im_end|>"]
 

@@ -263,7 +263,7 @@ def test_no_traceback_without_debug(model_folder, tmp_path):
     (tmp_path / "train.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": 3}\n')
     plain, debug = luthier("run", recipe, cwd=tmp_path), luthier("run", recipe, "--debug", cwd=tmp_path)
     assert plain.returncode == debug.returncode == 2
-    assert "train.jsonl:2: has the fields prompt, expected" in plain.stderr and "Traceback" not in plain.stderr
+    assert "train.jsonl:2: is a prompt without an answer" in plain.stderr and "Traceback" not in plain.stderr
     assert "Traceback" in debug.stderr
 
 

@@ -213,7 +213,7 @@ def test_self_training_by_words_from_a_recipe(
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))  # measured anew
     (tmp_path / "out/evaluations.json").unlink()
     scored = json.loads(command("evaluate", tmp_path / "out", "--json", cwd=tmp_path).out)
-    assert scored["loss"] == pytest.approx(run["after"]["loss"]["value"], abs=1e-4)
+    assert scored["loss"]["value"] == pytest.approx(run["after"]["loss"]["value"], abs=1e-4)
     checked = json.loads(command("check", path, "--json", cwd=tmp_path).out)
     shown = [piece for piece, _ in checked["rows"][0]]
     assert ("[MASK]" in shown) == (kind == "encoder") and "was" in shown

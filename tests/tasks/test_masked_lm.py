@@ -382,7 +382,7 @@ def test_a_run_is_checked_asked_scored_and_exported(finished, command, monkeypat
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))  # measured anew
     (out / "evaluations.json").unlink()
     scored = json.loads(command("evaluate", out, "--json", cwd=folder).out)
-    assert scored["loss"] == pytest.approx(done["after"]["loss"]["value"], abs=1e-4)
+    assert scored["loss"]["value"] == pytest.approx(done["after"]["loss"]["value"], abs=1e-4)
     refused = command("export", out, tmp_path / "g", "--to", "gguf", cwd=folder)
     assert refused.code and "--to gguf: cannot hold a model tuned for masked-lm; use hf or peft" in refused.err
     ids = torch.tensor([[2, 5, MASK, 8, 3]])

@@ -58,8 +58,10 @@ def test_it_is_asked_as_all_parties_asked(folder, workspace, update):
 def test_it_is_scored_on_own_rows(folder, workspace, update):
     held = workspace.path.parent / f"{NAME}-held.jsonl"
     expected = workspace.loss("model", update, workspace.rendered(workspace.rows(held.name, held.parent)))
-    assert scores(folder, held.name, held.parent)["loss"] == pytest.approx(expected, rel=1e-4)
-    assert scores(folder, str(held), folder)["loss"] == pytest.approx(expected, rel=1e-4), "a path that is whole stays"
+    assert scores(folder, held.name, held.parent)["loss"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert scores(folder, str(held), folder)["loss"]["value"] == pytest.approx(expected, rel=1e-4), (
+        "a path that is whole stays"
+    )
     with pytest.raises(LuthierError, match="name rows with --data"):
         scores(folder, None, folder)
 

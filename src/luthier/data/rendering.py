@@ -125,8 +125,8 @@ class Renderer:
             check_calls(text, turns[turn] if turn is not None else {})
         out = [Segment(p.text, p.turn is not None and trained[p.turn]) for p in pieces]
         eos = self.tokenizer.eos_token_id
-        if pieces[-1].turn == len(turns) - 1 and eos is not None and not pieces[-1].text.endswith(self._stop_texts):
-            out[-1] = replace(out[-1], after=(eos,))  # a template that ends no answer leaves this to the tokenizer
+        if pieces[-1].turn == len(turns) - 1 and eos in self.ends and not pieces[-1].text.endswith(self._stop_texts):
+            out[-1] = replace(out[-1], after=(eos,))  # the template ends no answer, and generation stops at this token
         return out
 
     @cached_property

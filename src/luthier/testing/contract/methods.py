@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from luthier import recipe
 from luthier.method import Facts, Method
@@ -75,6 +76,8 @@ def recipe_with(example: Example, fields: Mapping[str, Any]) -> str:
     """A recipe that names this method with these fields."""
     traits, one = type(example.method).traits, {example.name: dict(fields)}
     tree: dict[str, Any] = {"model": "a/b", "data": {"train": "x.jsonl", "eval": "x.jsonl"}}
+    start = YAML(typ="safe").load("\n".join(type(example.method).recipe_lines)) or {}
+    tree |= {key: start[key] for key in ("task", "data") if key in start}  # rows that the method needs
     if "pool" in traits.needs:
         tree["data"]["pool"] = "y.jsonl"
     if Facts().task not in traits.tasks:
