@@ -454,6 +454,7 @@ def test_pruning_beside_a_tuner_that_trains_mlps_is_refused():
 
 def test_an_adapter_on_one_layer_of_an_mlp_is_refused_and_a_lemo_that_leaves_nothing_out_changes_nothing():
     view = view_of(layers=6)
+    view.module.requires_grad_(False)
     trainable = Lora(rank=2, targets=("up_proj",)).attach(view)
     with pytest.raises(LuthierError, match="trained or quantised"), Lemo(mlp_prune_fraction=0.5).patch(view, "train"):
         pass

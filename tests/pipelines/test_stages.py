@@ -7,6 +7,7 @@ import torch
 
 from luthier.method import Facts
 from luthier.model.view import ModelView
+from luthier.objectives.caft import Caft
 from luthier.objectives.sft import Sft
 from luthier.pipelines import Stages
 from luthier.pipelines.base import run_pipeline
@@ -315,3 +316,19 @@ def test_only_where_something_lies_in_the_weights_is_another_tuner_refused_on_a_
     assert found == {
         "same": [], "other": ["stages.1.start"], "heads": [], "after heads": [], "through heads": ["stages.2.start"],
     }  # fmt: skip
+
+
+def test_what_is_carried_must_be_there_and_the_last_stage_must_change_the_model():
+    heads = {"name": "a", "tuner": Frozen(), "objective": Caft(stage="heads")}
+    tune = {"name": "b", "tuner": Lora(rank=4), "objective": Caft(stage="tune"), "carry": "a"}
+    plain = {"name": "a", "tuner": Lora(rank=4)}
+
+    def problems(*items, **facts):
+        return [p.key for p in stages(*items).check(Facts(**facts))]
+
+    assert problems(plain, tune) == ["stages.1.carry"] and problems(heads, tune) == []
+    anatomy = view_of().anatomy
+    assert problems(heads, anatomy=anatomy) == ["stages.0.tuner"] and problems(heads, tune, anatomy=anatomy) == []
+    assert problems(plain, {**heads, "name": "b"}, anatomy=anatomy) == ["stages.1.tuner"]
+    assert problems(plain, {**heads, "name": "b", "start": "a"}, anatomy=anatomy) == []
+    assert problems(heads) == [], "before the model is known, it may have a head that every tuner trains"
