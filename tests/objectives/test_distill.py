@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from helpers.cloze import cloze, with_soft
 from luthier.data.batch import collate
+from luthier.method import Facts
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.distill import Distill, helpful_weights, soft_loss
 from luthier.step.lab import Lab
@@ -128,3 +129,10 @@ def test_in_the_warm_up_the_loss_is_the_plain_mean_over_confident_rows():
     each = [float(soft_loss(Forward(collate([r]), view).logits(), r["row"]["soft"][None])) for r in rows]
     loud = [x for x, r in zip(each, rows, strict=True) if float(r["row"]["soft"].max()) > limit]
     assert len(loud) == 3 and loop.step()["loss"] == pytest.approx(sum(loud) / 3, rel=1e-4)
+
+
+def test_rows_without_soft_labels_are_refused_where_it_is_known_what_reaches_the_objective():
+    known = [
+        Distill().check(Facts(task="classification", kept=k)) for k in (frozenset({"soft"}), frozenset({"note"}), None)
+    ]
+    assert [[p.what for p in problems] for problems in known] == [[], ["the rows have no soft labels"], []]
