@@ -119,7 +119,7 @@ def test_an_adapter_is_folded_into_the_projection():
 
 
 def test_stochastic_rounding_keeps_the_expected_value():
-    """Of a change of a hundredth of a bf16 step, which rounding to nearest would lose, and of one of three quarters."""
+    """A hundredth of a bf16 step, which rounding to nearest would lose, is kept in the mean, and so are three quarters."""
     generator = torch.Generator().manual_seed(0)
     for part in (0.01, 0.75):
         master = torch.full((200_000,), 1.0) + 2**-7 * part

@@ -55,7 +55,7 @@ def test_a_conversation_that_does_not_end_in_an_answer_to_a_question_is_refused(
     ],
 )
 def test_answers_are_supervised_and_questions_are_not(values, taught):
-    """Of a text every token but the first, which nothing predicts."""
+    """Every token of a text is trained on but the first, which nothing predicts."""
     tokenizer, row = rendered(values)
     on = [i for i, y in zip(row["ids"], row["labels"], strict=True) if y != IGNORE]
     off = [i for i, y in zip(row["ids"], row["labels"], strict=True) if y == IGNORE]

@@ -250,7 +250,7 @@ def test_a_structure_has_no_half():
 
 
 def test_attention_modules_say_what_is_left_of_them():
-    """Of 4 heads of 8: 2 are left, and as many key-value heads."""
+    """Two of 4 heads are left, each of 8 numbers, and as many key-value heads."""
     view, model = view_of("bert"), tiny()
     attention = view.module.get_submodule("bert.encoder.layer.0.attention.self")
     with without(view, {0: [1, 3]}).bind(view):

@@ -14,7 +14,7 @@ import json
 import re
 import zlib
 from codecs import BOM_UTF8
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -416,41 +416,42 @@ def _check_header(path: Path, names: Sequence[str]) -> None:
 def _parquet(path: Path) -> Raw:
     import pyarrow.parquet
 
-    try:
+    with _undamaged(path, "a Parquet file"):
         parquet.refuse_oversized(path)
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-        names, number = _class_names(file.schema_arrow), 0
-        for batch in file.iter_batches(batch_size=BATCH):
-            batch.validate(full=True)
-            for row in batch.to_pylist():
-                number += 1
-                yield number, with_names(row, names)
-    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise RecipeError(
-            str(path), f"is not a Parquet file, or damaged ({first_line(error)})", "copy it again"
-        ) from error
+        yield from _rows_of(file.iter_batches(batch_size=BATCH), file.schema_arrow)
 
 
 def _arrow(path: Path) -> Raw:
     """Rows of an Arrow file, as datasets.save_to_disk writes it (a stream), or with the footer of a file."""
-    try:
+    with _undamaged(path, "an Arrow file"):
         arrow.refuse_oversized(path)
         with pa.memory_map(str(path)) as source:
             footed = source.read(6) == b"ARROW1"
             source.seek(0)
             reader = pa.ipc.open_file(source) if footed else pa.ipc.open_stream(source)
-            names, number = _class_names(reader.schema), 0
             batches = map(reader.get_batch, range(reader.num_record_batches)) if footed else iter(reader)
-            for batch in batches:
-                batch.validate(full=True)
-                for start in range(0, batch.num_rows, BATCH):
-                    for row in batch.slice(start, BATCH).to_pylist():
-                        number += 1
-                        yield number, with_names(row, names)
+            yield from _rows_of(batches, reader.schema)
+
+
+@contextmanager
+def _undamaged(path: Path, kind: str) -> Iterator[None]:
+    """Raises RecipeError with the file for whatever error damaged bytes cause inside."""
+    try:
+        yield
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
-        raise RecipeError(
-            str(path), f"is not an Arrow file, or damaged ({first_line(error)})", "copy it again"
-        ) from error
+        raise RecipeError(str(path), f"is not {kind}, or damaged ({first_line(error)})", "copy it again") from error
+
+
+def _rows_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Raw:
+    """The rows of batches, of which only BATCH at a time become Python values."""
+    names, number = _class_names(schema), 0
+    for batch in batches:
+        batch.validate(full=True)
+        for start in range(0, batch.num_rows, BATCH):
+            for row in batch.slice(start, BATCH).to_pylist():
+                number += 1
+                yield number, with_names(row, names)
 
 
 _json_lines = partial(_json, lines=True)

@@ -250,7 +250,7 @@ def _embedding(model: PreTrainedModel) -> nn.Module:
     """The table of token embeddings."""
     try:
         table = model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # transformers' answer for a model whose table it does not know
         table = None
     if not isinstance(getattr(table, "weight", None), Tensor):
         raise LuthierError(

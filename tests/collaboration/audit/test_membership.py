@@ -38,7 +38,7 @@ def test_scores_that_tell_nothing_bound_nothing():
 
 
 def test_the_area_counts_pairs_and_half_of_the_ties():
-    """Of the six pairs (1, 2, 3 above 0, 2), four are in order and one is tied: 4.5 / 6."""
+    """Four of the six pairs (1, 2, 3 above 0, 2) are in order and one is tied: 4.5 / 6."""
     assert area(np.array([1.0, 2.0, 3.0]), np.array([0.0, 2.0])) == pytest.approx(4.5 / 6)
 
 
