@@ -57,7 +57,7 @@ def test_the_rank_to_serve_is_the_next_that_vllm_knows(rank, served):
 
 def test_an_export_says_whether_it_loads(model_folder, tmp_path):
     run = finished(tmp_path, model_folder)
-    assert export(run, "peft", tmp_path / "a")["vllm"] == "loads"
+    assert export(run, "peft", tmp_path / "a")["vllm"] == "loads with --max-lora-rank 8"
     config = json.loads((run / "adapter_config.json").read_text())
     assert refused_by_vllm(config, NAMES) is None
     heads = finished(tmp_path / "h", model_folder, tuner={"lora": {"rank": 4, "targets": ["q_proj", "lm_head"]}})

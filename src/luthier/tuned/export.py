@@ -27,7 +27,7 @@ from luthier.tuned.merged import merged_in
 from luthier.tuned.modelfile import modelfile
 from luthier.tuned.open import Tuned, open_run, state_of
 from luthier.tuned.probe import TOLERANCE, difference, logits, probe_of
-from luthier.tuned.vllm import refused_by_vllm
+from luthier.tuned.vllm import rank_to_serve, refused_by_vllm
 
 Writer = Callable[[Tuned, Path, str], nn.Module]
 FORMS = ("hf", "peft", "gguf")
@@ -71,12 +71,14 @@ def export(folder: Path, to: str, output: Path, allow_code: bool = False) -> dic
 
 
 def _vllm(folder: Path) -> str:
-    """ "loads", or why vLLM refuses an adapter."""
+    """Whether vLLM loads an adapter: with which option, or why not."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         names = list(file.keys())
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     why = refused_by_vllm(config, names)
-    return "loads" if why is None else f"refuses it: {why}; export with --to hf"
+    if why is None:
+        return f"loads with --max-lora-rank {rank_to_serve(config)}"
+    return f"refuses it: {why}; export with --to hf"
 
 
 def push_to_hub(folder: Path, name: str) -> str:

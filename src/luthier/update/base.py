@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from luthier.model.adapter_folder import REFUSED
 from luthier.model.additions import is_packed
 from luthier.model.anatomy import Anatomy
 from luthier.model.undo import Change
@@ -50,10 +51,7 @@ class Cut(NamedTuple):
 
 PEFT_PREFIX = "base_model.model."  # before peft's names of the base's modules
 # Options of peft's LoRA that compute something else than scale * B A.
-OTHER_LORAS = (
-    "use_dora", "use_rslora", "use_qalora", "use_bdlora", "alora_invocation_tokens", "kasa_config", "monteclora_config",
-    "velora_config", "arrow_config", "layer_replication",
-)  # fmt: skip
+OTHER_LORAS = ("use_dora", "use_rslora", *REFUSED)  # the first two can be merged, but are no plain factors
 
 
 class PeftFolder(NamedTuple):
