@@ -155,7 +155,7 @@ class Renderer:
         return () if mark and text.startswith(mark) else self.tokens.first
 
     def _end(self, text: str) -> tuple[int, ...]:
-        """Ids after a plain text: those that the tokenizer puts there, or the end token, unless the text ends with them itself."""
+        """Ids after a plain text: what the tokenizer puts there, or the end token, unless the text ends with them itself."""
         eos = self.tokenizer.eos_token_id
         last = self.tokens.last or (() if eos is None else (eos,))
         mark = self._marks(last)

@@ -187,7 +187,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapping[str, Any]) -> float:
-    """Largest difference between the live model and the reloaded update on the base, in a row's states and logits and the task head.
+    """Largest difference between the live model and the reloaded update on the base: states and logits of a row, task head.
 
     detach  removes the trained change from the model. Raises LuthierError if the difference is too large, or if tuning changed
     nothing at all.
