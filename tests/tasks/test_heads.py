@@ -173,3 +173,10 @@ def test_a_run_trains_a_new_pooler_and_saves_it_for_peft(without_pooler, tmp_pat
     opened = open_run(tmp_path / "out")
     with torch.no_grad(), opened.update.bind(opened.view):
         torch.testing.assert_close(opened.view.module.eval()(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_labels_are_written_in_one_way_in_training_and_held_out_rows():
+    with pytest.raises(RecipeError, match=r"rows:0: label 1 is a number, and a text in the training rows; write labels"):
+        Classification().labels(rows("0", "1"), rows(1), {})
+    with pytest.raises(RecipeError, match="rows:0: label 'x' occurs in no training row; correct the label"):
+        Classification().labels(rows("0", "1"), rows("x"), {})
