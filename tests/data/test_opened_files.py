@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.commands import luthier, write
 from luthier.data import arrow, parquet, streams
 from luthier.data.mixture import Mixture
 from luthier.data.reading import read
@@ -287,6 +288,49 @@ def test_a_hub_id_has_a_configuration_a_revision_and_a_split(source, asked, tmp_
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert values(source, tmp_path, part="test") == ROWS and seen == [asked]
+
+
+def test_a_recipe_says_the_configuration_and_the_split_of_each_set(model_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def load_dataset(name, config, split, revision):
+        seen.append((name, config, split, revision))
+        made = datasets.Dataset.from_list([{"prompt": f"{split} {i}", "completion": "c"} for i in range(4)])
+        return made.add_column("n", [1] * 4, new_fingerprint=split)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = {"train": "org/name:conf@rev", "train_split": "a", "eval": "hf://datasets/org/held:c", "eval_split": "b"}
+    done = luthier("check", write(tmp_path, model_folder, data=data), "--json", "--no-forecast", cwd=tmp_path)
+    said = json.loads(done.stdout)
+    assert set(seen) == {("org/name", "conf", "a", "rev"), ("org/held", "c", "b", None)}
+    assert (said["train"]["rows"], said["eval"]["rows"], said["overlap"]) == (4, 4, "")
+
+
+@pytest.mark.parametrize("source", ["org/name:conf@rev", "hf://datasets/org/name", "hf://datasets/org/name/a.jsonl"])
+def test_without_a_network_the_hub_costs_a_sentence(source, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    said = refusal(source, tmp_path)
+    assert said.startswith("data.train: ") and "org/name" in said and "\n" not in said and said.endswith("network")
+
+
+@pytest.mark.parametrize(
+    "error", [datasets.exceptions.DatasetGenerationError("An error occurred\nTraceback"), ValueError("Unknown split")]
+)
+def test_what_the_library_datasets_refuses_costs_a_sentence(error, tmp_path, monkeypatch):
+    def load_dataset(*args, **how):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    said = refusal("org/name", tmp_path)
+    assert (
+        str(error).partition("\n")[0] in said
+        and "check name, configuration, split and network" in said
+        and "\n" not in said
+    )
 
 
 def test_a_file_on_the_hub_is_read_by_its_address(tmp_path, monkeypatch):

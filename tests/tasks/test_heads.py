@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from helpers.commands import luthier, write
-from luthier.data.store import Row
+from luthier.data.prepare import prepare
+from luthier.data.rendering import Renderer
+from luthier.data.store import Row, Rows
 from luthier.model.loading import load_config, load_model, locate
 from luthier.support.errors import RecipeError
-from luthier.tasks.classification import Classification
+from luthier.tasks.classification import Classification, ClassRows
 from luthier.testing.architectures import TEXT_CLASS, tiny_config
 from luthier.testing.models import byte_tokenizer, tiny
 from luthier.tuned.open import open_run
@@ -176,7 +178,16 @@ def test_a_run_trains_a_new_pooler_and_saves_it_for_peft(without_pooler, tmp_pat
 
 
 def test_labels_are_written_in_one_way_in_training_and_held_out_rows():
-    with pytest.raises(RecipeError, match=r"rows:0: label 1 is a number, and a text in the training rows; write labels"):
+    with pytest.raises(
+        RecipeError, match=r"rows:0: label 1 is a number, and a text in the training rows; write labels"
+    ):
         Classification().labels(rows("0", "1"), rows(1), {})
     with pytest.raises(RecipeError, match="rows:0: label 'x' occurs in no training row; correct the label"):
         Classification().labels(rows("0", "1"), rows("x"), {})
+
+
+def test_a_text_without_a_token_is_refused():
+    """A decoder's tokenizer puts no mark around it, so there would be nothing to read."""
+    read = Rows.of([Row("f:1", {"text": "x", "label": "a"}), Row("f:2", {"text": "", "label": "b"})])
+    with pytest.raises(RecipeError, match=r"f:2: has no supervised token \(its text is empty\)"):
+        prepare(read, Renderer(byte_tokenizer()), max_length=9, maker=ClassRows({"a": 0, "b": 1}))

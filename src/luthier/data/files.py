@@ -186,7 +186,7 @@ def _hub(source: str, key: str, part: str) -> Opened:
     name, config, revision = hub_id(source)
     try:
         table = datasets.load_dataset(name, config, split=part, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         what = f"{source}: {first_line(error)}"
         raise RecipeError(key, what, "use a file, or check name, configuration, split and network") from error
     names = {n: f.names for n, f in (table.features or {}).items() if isinstance(f, datasets.ClassLabel)}
