@@ -143,7 +143,7 @@ def test_pain_08_data_faults_name_file_line_field_and_remedy(tmp_path):
     fails('{"messages": [{"role": "user"}]}\n', r"turn 1 has no role and content")
     fails(
         '{"text": "a", "label": null}\n',
-        r"has the fields label \(null\), text, expected text and label",
+        r"label is null; give it a value",
         shapes=("text and label",),
     )
     fails("", "holds no rows")

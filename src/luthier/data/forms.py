@@ -73,8 +73,11 @@ def _same(values: Values) -> dict[str, Any]:
 
 
 def _labelled(values: Values) -> dict[str, Any]:
-    """Labels that are true or false become these words; 1.0, as some tools write whole numbers, becomes 1."""
-    label = values["label"]
+    """Labels that are true or false become these words; 1.0, as some tools write whole numbers, becomes 1.
+
+    White space around a label does not count: "good " would be another class than "good".
+    """
+    label = values["label"].strip() if isinstance(values["label"], str) else values["label"]
     if isinstance(label, bool):
         label = "true" if label else "false"
     elif isinstance(label, float) and label.is_integer():
@@ -414,17 +417,18 @@ class Finder:
 
 def proposal(values: Values, shapes: Sequence[str]) -> str:
     """A mapping that would give these values one of the shapes; an empty text if the names of the fields say nothing."""
-    texts = {n for n, v in values.items() if isinstance(v, str)}
+    names = {str(n).lower(): n for n in values}  # Question, as spreadsheets have it
+    texts = {n for n, theirs in names.items() if isinstance(values[theirs], str)}
     if PAIR in shapes:
         question = next((n for n in QUESTIONS if n in texts), None)
         answer = next((n for n in ANSWERS if n in texts and n != question), None)
         if question and answer:
-            return f"data.columns: {{prompt: {question}, completion: {answer}}}"
+            return f"data.columns: {{prompt: {names[question]}, completion: {names[answer]}}}"
     if LABELLED in shapes:
-        label = next((n for n in CLASSES if n in values), None)
+        label = next((n for n in CLASSES if n in names), None)
         text = next((n for n in (*TEXTS, *QUESTIONS) if n in texts and n != label), None)
         if text and label:
-            return f"data.columns: {{text: {text}, label: {label}}}"
+            return f"data.columns: {{text: {names[text]}, label: {names[label]}}}"
     return ""
 
 

@@ -9,12 +9,13 @@ from importlib.resources import files as resources
 from pathlib import Path
 from typing import Any
 
-from luthier.data import files, store, turns
+from luthier.data import files, json_files, store, turns
 from luthier.data.builtin import people as people_set
 from luthier.data.builtin import requests as demo_requests
 from luthier.data.columns import Carried, Survey
-from luthier.data.files import Opened, Raw, has_splits, on_hub
+from luthier.data.files import Opened, has_splits, on_hub
 from luthier.data.forms import SHAPES, Finder, Found, proposal, renamed, without_nulls
+from luthier.data.json_files import Raw
 from luthier.data.store import Part, Row, Rows
 from luthier.support.cache import content_of, key_of
 from luthier.support.errors import RecipeError
@@ -199,7 +200,7 @@ def _opened(source: str, folder: Path, split: str, part: str | None) -> list[Ope
     """What a source consists of: one data set, or several files."""
     if source == "builtin:humaneval":
         file = _humaneval(split)
-        return [Opened(source, content_of(file), lambda: _as_rows(files.jsonl(file)))]
+        return [Opened(source, content_of(file), lambda: _as_rows(json_files.jsonl(file)))]
     if source in BUILTIN:
         return [Opened(f"{source}:{split}", f"{source}:{split}", partial(_builtin, source, split))]
     if source.startswith("builtin:"):
@@ -242,7 +243,7 @@ def objects_of(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises RecipeError with the line of anything else, or if the file cannot be read.
     """
     try:
-        for number, value in files.jsonl(path):
+        for number, value in json_files.jsonl(path):
             if isinstance(value, RecipeError):
                 raise value
             yield number, value
@@ -291,7 +292,13 @@ def shape_of(row: Row, shapes: Sequence[str]) -> str:
 
 def _unknown(key: str, values: Mapping[str, Any], shapes: Sequence[str]) -> RecipeError:
     """The refusal of a row of no known form, with a mapping that would do, where its names suggest one."""
-    expected, mapping = " or ".join(shapes), proposal(values, shapes)
+    expected = " or ".join(shapes)
+    if not values:
+        return RecipeError(key, f"has no fields, expected {expected}", "drop the row, or set data.on_bad_row: skip")
+    whole = next((SHAPES[s] for s in shapes if values.keys() >= set(SHAPES[s])), ())
+    if null := next((n for n in whole if values[n] is None), None):
+        return RecipeError(key, f"{null} is null", "give it a value, drop the row, or set data.on_bad_row: skip")
+    mapping = proposal(values, shapes)
     remedy = f"map them, perhaps with {mapping}" if mapping else "map them with data.columns"
     return RecipeError(key, f"has the fields {_listed(values)}, expected {expected}", remedy)
 
