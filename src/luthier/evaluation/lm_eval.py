@@ -101,7 +101,8 @@ class LmEval(Evaluator):
         with _undisturbed():
             found = simple_evaluate(
                 _asked(exam), tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=self.limit,
-                task_manager=TaskManager(include_path=self.folder), apply_chat_template=not exam.renderer.plain, bootstrap_iters=0, **seeds,
+                task_manager=TaskManager(include_path=self.folder), apply_chat_template=not exam.renderer.plain,
+                bootstrap_iters=0, **seeds,
             )  # fmt: skip
         assert found is not None  # only other ranks get None
         return [m for task in self.tasks for m in self._measures(task, found)]
