@@ -180,7 +180,7 @@ def _how_sure(bench: Bench) -> str:
 def _differences(finished: Sequence[Standing], primary: str) -> Any:
     found = [(i, s.arm, s.levels[primary].better_by) for i, s in enumerate(finished)]
     ranges = [Range(a, e.value, e.low, e.high, i) for i, a, e in found if e is not None]
-    return interval_chart(ranges, "differences to the baseline")
+    return interval_chart(ranges, f"difference in {_name(primary)}", "differences to the baseline")
 
 
 def _unit(bench: Bench) -> str:
@@ -218,8 +218,23 @@ def _forgotten(finished: Sequence[Standing]) -> dict[str, Any] | None:
     return {
         "names": [f"{_name(n)} ({'higher' if first[n].higher else 'lower'} is better)" for n in names],
         "before": [_level(first[n].base) for n in names],
-        "rows": [{"name": s.arm, "cells": [_plain(s.levels[n]) for n in names]} for s in finished],
+        "rows": [
+            {
+                "name": s.arm,
+                "cells": [
+                    {"text": _plain(x), "tone": "bad" if _is_worse(x) else ""} for x in map(s.levels.get, names) if x
+                ],
+            }
+            for s in finished
+        ],
     }
+
+
+def _is_worse(level: Level) -> bool:
+    """Whether the whole interval is worse than the base model's value."""
+    if level.base is None:
+        return False
+    return level.value.high < level.base if level.higher else level.value.low > level.base
 
 
 def _level(value: float | None) -> str:
@@ -252,11 +267,11 @@ def _curves(bench: Bench) -> list[dict[str, Any]]:
         held.append(Series(arm, [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]))
     out = []
     for series, x, title in (
-        (by_work, "FLOP", "Training loss against FLOPs, first seed"),
+        (by_work, "FLOP of training", "Training loss against FLOPs, first seed"),
         (held, "step", "Held-out loss, first seed"),
     ):
         if any(s.points for s in series):
-            out.append({"svg": line_chart(series, x, title), "title": title})
+            out.append({"svg": line_chart(series, x, "loss", title), "title": title})
     return out
 
 
