@@ -35,8 +35,11 @@ def _shown(name: str, claim: Claim) -> dict[str, Any]:
         return out
     conditions = [
         {
-            **found, "range": f"{found['mean']:.4g} ({found['low']:.4g} to {found['high']:.4g})", "tone": TONES.get(found["outcome"], ""), "bound": _bound(asked),
-            "svg": interval_chart([Range("", found["mean"], found["low"], found["high"], i)], MEAN, found["says"], asked.bound),
+            **found, "range": f"{found['mean']:.4g} ({found['low']:.4g} to {found['high']:.4g})",
+            "tone": TONES.get(found["outcome"], ""), "bound": _bound(asked),
+            "svg": interval_chart(
+                [Range("", found["mean"], found["low"], found["high"], i)], MEAN, found["says"], asked.bound
+            ),
         }
         for i, (found, asked) in enumerate(zip(m["conditions"], claim.conditions, strict=True))
     ]  # fmt: skip

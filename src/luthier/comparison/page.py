@@ -50,7 +50,8 @@ def write_comparison(bench: Bench, standings: Sequence[Standing], command: Seque
         how_sure=_how_sure(bench), failed=[{"name": s.arm, "why": "; ".join(s.errors)} for s in standings if s.errors],
         costs=_costs(finished, plan.primary, _unit(bench)), forgotten=_forgotten(finished), every=_every(finished, standings),
         curves=_curves(bench), gates=_gates(bench), samples=_samples(bench),
-        again=shlex.join(command), at_edge=" and ".join(s.arm for s in standings if s.at_edge), plan=as_yaml(plan.model_dump(mode="json")),
+        again=shlex.join(command), at_edge=" and ".join(s.arm for s in standings if s.at_edge),
+        plan=as_yaml(plan.model_dump(mode="json")),
         recipes=[{"name": a, "text": as_yaml(r.as_dict())} for a, r in bench.recipes.items()], env=environment(),
     )  # fmt: skip
     told = {"primary": plan.primary, "baseline": plan.base_arm, "arms": as_dict(standings)}
