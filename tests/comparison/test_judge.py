@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from luthier.comparison.judge import Level, Standing, difference, frontier, judged
-from luthier.comparison.page import lead
+from luthier.comparison.page import _forgotten, lead
 from luthier.comparison.plan import checked
 from luthier.comparison.steps import Done, Job
 from luthier.evaluation.base import Results
@@ -92,6 +92,17 @@ def test_a_rate_is_at_the_edge_of_a_search_only(tried, search, at_edge, tmp_path
     """Trials of an earlier search in the same folder say nothing about a rate that the recipe gives."""
     base, other = compared(tmp_path, {"base": draws(0.0), "other": draws(0.0)}, tried=tried, search=search)
     assert (base.at_edge, other.at_edge) == (at_edge, False)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "higher", "tone"),
+    [(3.6, 3.8, False, "bad"), (3.4, 3.8, False, ""), (3.6, 3.8, True, ""), (3.2, 3.4, True, "bad")],
+)
+def test_what_was_forgotten_beyond_doubt_has_a_colour(low, high, higher, tone):
+    value = estimate(np.array([[3.0]]))._replace(low=low, high=high)
+    level = Level("general_loss", higher, "nats a token", 3.5, value, [3.0])
+    told = _forgotten([Standing("a", [0], {"general_loss": level}, None, False, {}, [])])
+    assert [cell["tone"] for cell in told["rows"][0]["cells"]] == [tone]
 
 
 def test_only_shared_seeds_and_rows_are_compared():
