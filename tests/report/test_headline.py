@@ -92,17 +92,3 @@ def test_a_chart_names_its_axis_and_tells_values():
     )
     chart = str(plane_chart([(1.0, 2.0, True), (2.0, 1.0, False)], "perplexity", "entropy", "t"))
     assert "<title>stayed: perplexity 1, entropy 2</title>" in chart and "<title>left out: " in chart
-
-
-def test_files_for_tools_that_read_trainers(folder):
-    read = {
-        n: json.loads((folder / f"{n}.json").read_text())
-        for n in ("eval_results", "all_results", "trainer_state", "run")
-    }
-    assert (
-        read["eval_results"]
-        == read["all_results"]
-        == {f"eval_{n}": m["value"] for n, m in read["run"]["after"].items()}
-    )
-    assert read["trainer_state"]["global_step"] == 3
-    assert [e["step"] for e in read["trainer_state"]["log_history"] if "loss" in e] == [1, 2, 3]
