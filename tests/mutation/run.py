@@ -41,7 +41,6 @@ OWN = {
     "inspection/base.py": ("inspection/test_inspectors.py", "inspection/test_norms.py"),
     "kernels/linear.py": ("kernels/test_linear_layers.py",),
     "kernels/plain.py": ("kernels/test_head.py",),
-    "training/loop.py": ("training/test_equalities.py", "training/test_skipped.py", "training/test_state.py"),
     "pipelines/stages.py": ("pipelines/test_stages.py", "pipelines/test_base.py"),
     "pipelines/base.py": ("pipelines/test_base.py", "pipelines/test_list.py", "pipelines/test_stages.py"),
     "tuners/base.py": ("tuners/test_trainable.py", "tuners/test_full.py", "tuners/test_task_head.py"),
