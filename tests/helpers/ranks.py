@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.support.rng import generator_states, set_generators
+
 PATIENCE = 30.0  # seconds that one waits for the others
 
 
@@ -31,11 +33,13 @@ class Ranks:
         return found
 
     def _wait(self) -> None:
+        drawn = generator_states()  # a process has generators of its own
         self._turn.release()
         try:
             self._together.wait(PATIENCE)
         finally:
             self._turn.acquire()
+            set_generators(drawn)
 
     def run(self, work: Callable[[Rank], Any]) -> list[Any]:
         """What `work` returns in every rank. Raises what the first of them raised."""
