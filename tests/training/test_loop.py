@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import PrivateAttr
 
-from helpers.ranks import Rank, Ranks
+from helpers.ranks import Ranks
 from luthier.compute.base import Compute
 from luthier.data.batch import IGNORE, collate
 from luthier.objectives.base import Clock, Forward, Objective, Term, count
@@ -673,7 +673,7 @@ def test_the_first_process_writes_while_the_others_wait_and_a_new_one_starts_fro
     order, save = [], checkpoint.save
     monkeypatch.setattr(checkpoint, "save", lambda *given: order.append("written") or save(*given))
 
-    def write(rank: Rank):
+    def write(rank):
         loop = looped(folder=tmp_path, accelerator=rank)
         loop.step()
         wait = rank.wait_for_everyone
@@ -685,7 +685,7 @@ def test_the_first_process_writes_while_the_others_wait_and_a_new_one_starts_fro
     assert sorted(order[:2]) == [0, 1] and order.count("written") == 1 and order.index("written") in (2, 3)
     assert sorted(x for x in order[2:] if x != "written") == [0, 1]
 
-    def read(rank: Rank):
+    def read(rank):
         loop = looped(folder=tmp_path, accelerator=rank)
         before = flat(loop.generators.states)
         assert loop.resume()
