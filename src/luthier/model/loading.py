@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from luthier.model.adapter_folder import config_in, is_adapter, merged, place_of_base
-from luthier.model.anatomy import Anatomy
+from luthier.model.anatomy import NEW_POOLER, Anatomy
 from luthier.model.gguf_files import converted
 from luthier.model.quantised import as_plain, cast, four_bit, is_packed_file, ready_to_train, refuse_method, unpacking
 from luthier.model.refusals import refuse_architecture
@@ -166,9 +166,7 @@ def load_model(
     refuse_method(config, located.shown, quantize, located.path)
     refuse_merging(located, config, quantize)
     extra: dict[str, Any] = {**(named_classes(labels) if labels else {}), **unpacking(config)}
-    theirs = class_names(config)
-    redrawn = bool(labels) and has_class_head(config) and list(labels) != theirs
-    redrawn = redrawn and not (are_numbers(theirs) and len(labels) == len(theirs))
+    redrawn = has_class_head(config) and _are_others(labels, class_names(config))
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     packed = quantize is not None or is_packed_file(config)
     if quantize is not None:
@@ -188,15 +186,15 @@ def load_model(
     if unpacking(config):
         as_plain(model)
     without_cache(model)
-    if model.config.pad_token_id is None and tokenizer is not None:
-        model.config.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+    _give_pad_token(model, tokenizer)
     if not packed:
         model.to(device)  # type: ignore[arg-type]
     ready_to_train(model)
     try:
-        drawn = Anatomy(model).task_head if redrawn or not has_class_head(config) else ()
+        drawn: Collection[str] = Anatomy(model).task_head if redrawn else ()
+        if not has_class_head(config):
+            _note_new_pooler(model, report["missing_keys"], located.shown)
+            drawn = Anatomy(model).task_head
         refuse_incomplete(model, report, drawn, located.shown)
         if located.adapter is not None:
             model = merged(model, Path(located.adapter))
@@ -262,6 +260,19 @@ def _dtype_of(located: Located, config: PreTrainedConfig) -> torch.dtype | str:
     return found
 
 
+def _give_pad_token(model: PreTrainedModel, tokenizer: Any) -> None:
+    """The tokenizer's token, for a model whose configuration names none."""
+    if model.config.pad_token_id is None and tokenizer is not None:
+        pad = tokenizer.pad_token_id
+        model.config.pad_token_id = pad if pad is not None else tokenizer.eos_token_id
+
+
+def _are_others(labels: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether these classes need another head than that of a model with classes of `theirs` names."""
+    same = list(labels) == list(theirs) or (are_numbers(theirs) and len(labels) == len(theirs))
+    return bool(labels) and not same
+
+
 @torch.no_grad()
 def _redraw_head(model: PreTrainedModel) -> None:
     """Draw the classification head anew, as transformers draws one that is not in the file."""
@@ -272,6 +283,17 @@ def _redraw_head(model: PreTrainedModel) -> None:
             for part in marked:
                 part._is_hf_initialized = False
             model._init_weights(module)
+
+
+def _note_new_pooler(model: PreTrainedModel, missing: Collection[str], shown: str) -> None:
+    """Count a classifier's pooler as a part of its new head if the files have none, as those of masked-LM models.
+
+    transformers has drawn it at random, as it draws the head.
+    """
+    anatomy = Anatomy(model)
+    if anatomy.head is None and anatomy.pooler and missing and set(anatomy.pooler) <= set(missing):
+        model.__dict__[NEW_POOLER] = tuple(anatomy.pooler)
+        log.warning("%s: has no pooler in its files, so one is drawn at random and trained with the head", shown)
 
 
 def reads_both_ways(config: PreTrainedConfig) -> bool:

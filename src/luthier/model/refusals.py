@@ -67,6 +67,8 @@ _FILES = (
     "| a LoRA adapter of peft's as `model` | merged into its base, which is found by its base_model_name_or_path |",
     "| a LoRA adapter as `start` | stays beside the weights; the result is one adapter that holds both |",
     "| adapters with biases, aLoRA, other types than LoRA | refused by name |",
+    "| a classifier from masked-LM weights without a pooler | a pooler is drawn at random, from the recipe's seed, as the head "
+    "is, and trained and saved with it |",
     "| generation_config.json | its end tokens and stop strings end answers; it is kept in what is saved |",
     "| more embeddings than tokens | trained and kept as they are |",
     "| more tokens than embeddings | refused if a row has such a token, with the row and the token |",

@@ -50,6 +50,10 @@ class Cut(NamedTuple):
 
 
 PEFT_PREFIX = "base_model.model."  # before peft's names of the base's modules
+# What transformers calls a classification head, or a part of one.
+HEADS = (
+    "score", "classifier", "classification_head", "pre_classifier", "pooler", "head", "dense", "sequence_summary", "logits_proj",
+)  # fmt: skip
 # Options of peft's LoRA that compute something else than scale * B A.
 OTHER_LORAS = ("use_dora", "use_rslora", *REFUSED)  # the first two can be merged, but are no plain factors
 
@@ -80,6 +84,12 @@ class PeftFolder(NamedTuple):
     def heads(self) -> dict[str, Tensor]:
         """Tensors saved beside the factors, by parameter."""
         return {k.removeprefix(PEFT_PREFIX): t for k, t in self.tensors.items() if ".lora_" not in k}
+
+
+def head_module(parameter: str) -> str | None:
+    """The module that peft saves whole for a parameter of a task head, or of the trunk's pooler; None for other parameters."""
+    first, *rest = parameter.split(".")
+    return first if first in HEADS else "pooler" if rest[:1] == ["pooler"] else None
 
 
 def in_json(config: Mapping[str, Any]) -> dict[str, Any]:
