@@ -119,7 +119,7 @@ def test_a_thought_after_a_prompt_that_closes_it_is_refused_with_this_reason():
     renderer = Renderer(byte_level(QWEN3), options={"enable_thinking": False})
     row = {"messages": [ASK, {**SAY, "reasoning_content": "why"}]}
     with pytest.raises(
-        Unrenderable, match="its last answer has a thought, but the prompt of the chat template ends in"
+        Unrenderable, match="the answer of turn 2 has a thought, but the prompt of the chat template ends in"
     ):
         renderer.render(row, "k")
     assert Renderer(byte_level(QWEN3)).render(row, "k")
