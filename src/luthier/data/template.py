@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime, time
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ MARK = "\ue000"  # a character for private use, which no template writes
 MARKED = {"role": ASSISTANT, "content": MARK}
 PLAIN = "or write prompt and completion and set data.template: plain"
 ASKED = {"role": "user", "content": "\ue001"}
+CLOCK = re.compile(r"""\bstrftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
 SOME_TOOL = {
     "type": "function",
     "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
@@ -46,6 +48,14 @@ class Template:
     def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
         self.tokenizer, self.options = tokenizer, dict(options)
         self.source = str(tokenizer.chat_template)
+        self.day = date.today() if "strftime_now" in self.source else None
+        given = tokenizer.chat_template
+        self._fixed = self._dated(given) if isinstance(given, str) else None
+
+    def _dated(self, source: str) -> str:
+        """A template with the beginning of today in place of the time, which would differ from one text of a row to the next."""
+        now = datetime.combine(self.day or date.today(), time())
+        return CLOCK.sub(lambda call: repr(now.strftime(call.group(2))), source)
 
     def text(self, turns: Sequence[Turn], generate: bool, tools: Sequence[Any] | None = None) -> str:
         """What the template writes; with `generate`, up to where an answer begins. Raises Unrenderable with its own reason."""
@@ -60,7 +70,12 @@ class Template:
     def _applied(self, turns: Sequence[dict[str, Any]], generate: bool, tools: Sequence[Any] | None = None) -> str:
         given = [_in_parts(t) for t in turns] if self._wants_parts else turns
         written: str = self.tokenizer.apply_chat_template(
-            given, tools=tools, tokenize=False, add_generation_prompt=generate, **self.options
+            given,
+            chat_template=self._fixed,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generate,
+            **self.options,
         )
         return written
 
@@ -107,7 +122,7 @@ class Template:
         except Unrenderable:  # without a thought, or in another place; each row is told so
             answer = MARK + after.partition(MARK)[2]
         lead, mark, tail = answer.partition(MARK)
-        return Wrap(lead, tail, opened, closes) if mark else Wrap("", "", opened, closes)
+        return Wrap(lead, tail, opened, closes, self.header) if mark else Wrap("", "", opened, closes, self.header)
 
     @cached_property
     def _needed(self) -> list[Any] | None:
@@ -126,12 +141,6 @@ class Template:
         except Unrenderable:
             return ""
         return asked[len(bare) :] if asked.startswith(bare) else ""
-
-    @cached_property
-    def opener(self) -> str:
-        """The added token that begins a turn; "" if the template has none."""
-        found = self._marks.match(self.header)
-        return found.group() if found and found.group() not in {*THOUGHTS, *THOUGHTS.values()} else ""
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:
@@ -254,7 +263,7 @@ class Template:
         """The position after the stop token: text that a template puts after it (a newline) does not belong to the answer."""
         told = [_content(turn), *names_of(turn)[-1:]]
         said = max((answer.rfind(t) + len(t) for t in told if t and t in answer), default=0)
-        opener = answer.find(self.opener, said) if said and self.opener else -1
+        opener = self._next_turn(answer, said, stops) if said else -1
         if said and (end := stop_in(answer[said : opener if opener >= 0 else None], stops)):
             return said + end
         if opener >= 0:
@@ -263,6 +272,14 @@ class Template:
         if tail and answer.endswith(tail) and (end := stop_in(tail, stops)):
             return len(answer) - len(tail) + end
         return max((answer.rfind(s) + len(s) for s in stops if s in answer), default=len(answer))
+
+    def _next_turn(self, text: str, start: int, stops: Sequence[str]) -> int:
+        """Where the next turn begins in a text after `start`, if an added token begins the turns of this template; else -1."""
+        marks = (m for m in self._marks.finditer(self.header) if m.group() not in stops)
+        first = next(marks, None)
+        if first is None or first.group() in THOUGHTS or self._marks.sub("", self.header[: first.start()]).strip():
+            return -1
+        return text.find(first.group(), start)
 
     def end_in(self, rest: str, stops: Sequence[str]) -> int:
         """The position after the stop token of an answer in the text that follows it, the next turns included; 0 for none."""
@@ -433,7 +450,9 @@ def thought_of(turn: Turn, closes: str) -> str | None:
     told = next((str(turn[n]) for n in ("reasoning_content", "reasoning", "thinking") if n in turn), None)
     if told is None and closes in _content(turn):
         told = _content(turn).rpartition(closes)[0].lstrip()
-        told = told.removeprefix(next((o for o, c in THOUGHTS.items() if c == closes and told.startswith(o)), "")).strip()
+        told = told.removeprefix(
+            next((o for o, c in THOUGHTS.items() if c == closes and told.startswith(o)), "")
+        ).strip()
     return told
 
 
