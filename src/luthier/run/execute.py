@@ -148,7 +148,9 @@ def _over(start: Update, trained: Trained, under: contextlib.ExitStack) -> Train
 
 
 def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
-    """Write the recipe, the environment and the first state."""
+    """Write the recipe, the environment and the first state. Notes of another recipe, whose run did nothing, are replaced."""
+    if place.state().get("recipe_hash") not in (None, recipe_hash(recipe)):
+        place.write("run.json", "{}")
     place.write("recipe.yaml", as_yaml(recipe.as_dict()))
     place.write("env.txt", environment())
     place.note(
