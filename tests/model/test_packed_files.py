@@ -1,6 +1,6 @@
 """Checkpoints that others quantised and that become plain weights: GPTQ, AWQ, compressed-tensors, torchao.
 
-The packers are written here, number by number. Against gptqmodel 7.6 (a CPU build), logits differed by 1.3e-4 of 0.5.
+The packers are written here, number by number.
 """
 
 import json
@@ -193,15 +193,15 @@ def compressed(plain, folder, scheme):
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
 def test_gptqmodel_computes_the_same_in_its_own_layers(method, plain, tmp_path):
-    """Its kernel on a CPU rounds the scales, so the logits of about 0.5 differ by 1e-4."""
+    """Its kernel on a CPU works in bfloat16, so logits of at most 0.5 differ by 2e-3; quantising itself moves them by 0.05."""
     pytest.importorskip("gptqmodel")
     pytest.importorskip("optimum")
     packed(plain, tmp_path / "q", method)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "q", dtype=torch.float32, device_map={"": "cpu"})
     assert not isinstance(theirs.model.layers[0].mlp.up_proj, torch.nn.Linear)
     ours = load_model(locate(str(tmp_path / "q")), device="cpu", dtype=torch.float32)
-    torch.testing.assert_close(logits(ours.module), logits(theirs), rtol=0, atol=1e-3)
-    assert float((logits(theirs) - logits(AutoModelForCausalLM.from_pretrained(plain))).abs().max()) > 0.01
+    torch.testing.assert_close(logits(ours.module), logits(theirs), rtol=0, atol=5e-3)
+    assert float((logits(theirs) - logits(AutoModelForCausalLM.from_pretrained(plain))).abs().max()) > 0.02
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "W8A8", "FP8_DYNAMIC"])

@@ -1,7 +1,7 @@
 """Checkpoints that GPTQ and AWQ packed into 32-bit numbers, read as plain weights: (code - zero) times the scale of its group.
 
 The methods: Frantar et al. 2022, arXiv:2210.17323; Lin et al. 2023, arXiv:2306.00978. The layouts are those of AutoGPTQ and
-AutoAWQ, as gptqmodel 7.6 reads them: logits agree with its layers' on a CPU to 2e-4, the rounding of its kernel.
+AutoAWQ, as gptqmodel 7.6 reads them: logits agree with those of its layers to the bfloat16 of its kernel.
 """
 
 from __future__ import annotations
