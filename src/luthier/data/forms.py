@@ -64,6 +64,10 @@ class Unread(NamedTuple):
     remedy: Callable[[Values], str]
     fits: Callable[[Values], bool] = lambda values: True
 
+    def named_in(self, names: Collection[str]) -> bool:
+        """True if a row with these fields may have this form. One that needs no field has one that tells it."""
+        return all(n in names for n in self.fields) and bool(self.fields or any(n in names for n in self.tells))
+
 
 # --- conversions ---
 
@@ -381,14 +385,15 @@ class Finder:
         for unread in known.unread:
             if unread.fits(values):
                 raise ValueError(f"is {unread.name}, which no task here reads; {unread.remedy(values)}")
-        found = next((f for f in known.forms if f.form.fits(values)), None)
-        if found is None:
-            raise LookupError
-        return found, {n: v for n, v in found.form.convert(values).items() if n not in found.left_out}
+        for found in known.forms:
+            if found.form.fits(values):
+                converted, out = found.form.convert(values), found.left_out
+                return found, {n: v for n, v in converted.items() if n not in out} if out else converted
+        raise LookupError
 
     def _of(self, names: Collection[str]) -> Known:
         own = {n for form in FORMS for n in form.fields}
-        unread = tuple(u for u in UNREAD if all(n in names for n in u.fields))
+        unread = tuple(u for u in UNREAD if u.named_in(names))
         forms = [f for f in FORMS if f.shape in self.shapes and all(n in names for n in f.fields)]
         # A stable order: that of FORMS decides the rest.
         forms.sort(key=lambda f: -sum(n in self.mapped for n in f.fields))

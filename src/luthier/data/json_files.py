@@ -25,13 +25,13 @@ def jsonl(path: Path) -> Raw:
     for _, text in lines_of(path):
         for line in text.replace(b"\r\n", b"\n").split(b"\r") if b"\r" in text else (text,):
             number += 1
-            if (line.removeprefix(BOM_UTF8) if number == 1 else line).strip():
+            if line.removeprefix(BOM_UTF8).strip():
                 yield number, _object(line, f"{path}:{number}")
 
 
 def _object(line: bytes, where: str) -> dict[str, Any] | RecipeError:
     try:
-        value = json.loads(line.decode("utf-8-sig"))
+        value = json.loads(line.removeprefix(BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         return no_text(error, where)
     except (ValueError, RecursionError) as error:

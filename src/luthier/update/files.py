@@ -192,7 +192,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapping[str, Any]) -> float:
-    """Largest difference between the live model and the reloaded update on the base, in states of a row and in the task head.
+    """Largest difference between the live model and the reloaded update on the base: states and logits of a row, task head.
 
     detach  removes the trained change from the model. Raises LuthierError if the difference is too large, or if tuning changed
     nothing at all.
@@ -200,8 +200,11 @@ def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapp
     batch = collate([row]).to(view.device)
 
     def seen() -> Tensor:
-        head = [view.weight(n).float().flatten() for n in view.anatomy.task_head]
-        return torch.cat([view.trace(batch).hidden[-1].float().flatten(), *head])
+        hidden = view.trace(batch).hidden[-1]  # [T, D]
+        head = [view.weight(n) for n in view.anatomy.task_head]
+        if view.anatomy.head is not None:
+            head.append(view.head_logits(hidden[-1:]))  # [1, V]; an update may change the head alone
+        return torch.cat([t.float().flatten() for t in (hidden, *head)])
 
     with evaluating(view.module):
         live = seen()
