@@ -185,7 +185,7 @@ def _put_on(model: PreTrainedModel, folder: Path, key: str) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
-    """Of a short text that ends as classifiers with a decoder want it."""
+    """The logits of a short text, which ends as classifiers with a decoder want it."""
     config = model.config.get_text_config()
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     ids = [n % config.vocab_size for n in (5, 7, 11, 13, 17, 19, 23)] + [min(end or 3, config.vocab_size - 1)]
