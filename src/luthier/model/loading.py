@@ -47,6 +47,7 @@ from luthier.model.tail import brief
 from luthier.model.view import ModelView
 from luthier.model.weights import (
     dtypes_in,
+    header_of,
     refuse_damaged,
     refuse_incomplete,
     training_dtype,
@@ -367,6 +368,20 @@ def _redraw_head(model: PreTrainedModel) -> None:
             model._init_weights(module)
 
 
+NEW_POOLER_TOLD = (
+    "its files have no pooler, so one is drawn at random, from the recipe's seed, and trained with the head"
+)
+
+
+def lacks_pooler(located: Located, config: PreTrainedConfig, anatomy: Anatomy) -> bool:
+    """Whether a classifier's pooler will be drawn at random, by the headers of its files. False if they are not here."""
+    folder = Path(located.path)
+    if has_class_head(config) or anatomy.head is not None or not anatomy.pooler or not folder.is_dir():
+        return False
+    found = weight_files(folder)
+    return found.safe and not any(".pooler." in f".{name}" for file in found.files for name in header_of(file))
+
+
 def _note_new_pooler(model: PreTrainedModel, missing: Collection[str], shown: str) -> None:
     """Count a classifier's pooler as a part of its new head if the files have none, as those of masked-LM models.
 
@@ -375,7 +390,7 @@ def _note_new_pooler(model: PreTrainedModel, missing: Collection[str], shown: st
     anatomy = Anatomy(model)
     if anatomy.head is None and anatomy.pooler and missing and set(anatomy.pooler) <= set(missing):
         model.__dict__[NEW_POOLER] = tuple(anatomy.pooler)
-        log.warning("%s: has no pooler in its files, so one is drawn at random and trained with the head", shown)
+        log.warning("%s: %s", shown, NEW_POOLER_TOLD)
 
 
 def reads_both_ways(config: PreTrainedConfig) -> bool:
