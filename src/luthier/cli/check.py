@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.data.reading import Tick, no_tick, on_hub
+from luthier.model.loading import NEW_POOLER_TOLD, lacks_pooler
 from luthier.recipe import Recipe
 from luthier.report.token_view import SHOWN, tokens_of
 from luthier.run.evaluations import BUILTIN
@@ -44,7 +45,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "forms": data.forms,
         "overlap": data.overlap,
         "pool_shared": data.pool_shared,
-        "head": data.head,
+        "head": data.head or (NEW_POOLER_TOLD if lacks_pooler(gathered.located, config, anatomy) else ""),
         "curated": [k.brief for k in data.kept],
         "matched": matched,
         "left_out": left_out,
