@@ -518,9 +518,12 @@ def inspect(
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method, or a kind of methods: curate, inspection, ...")] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="What combines with what, by the checks of luthier check.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Which methods are there, where do they come from, and what do they need?"""
+    """Which methods are there, where do they come from, what do they need, and what combines with what?"""
     from luthier.cli.listing import one_method, table_of_methods
     from luthier.method import registry as manifest
     from luthier.method.kinds import KINDS, kind_called
@@ -535,7 +538,17 @@ def methods(
 
         close = nearest(str(name), [*KINDS, *sorted({e["name"] for e in every})])
         raise LuthierError(f"there is no method or kind called {name!r}; {close}; kinds are {', '.join(KINDS)}")
-    if as_json:
+    if matrix:
+        from luthier.cli import matrix as combined
+
+        pairs = combined.matrix(every, [(e["kind"], e["name"]) for e in entries])
+        if not pairs:
+            raise LuthierError(f"--matrix: no recipe names {name}, so there is nothing to combine it with")
+        if as_json:
+            print(json.dumps([p.as_dict() for p in pairs]))
+        else:
+            combined.show(pairs)
+    elif as_json:
         print(json.dumps(entries))
     elif name is None or kind is not None:
         table_of_methods(entries)
