@@ -104,7 +104,8 @@ def places(model_folder, tmp_path_factory):
             byte_tokenizer().save_pretrained(folder / "model")
         else:
             (folder / "model").symlink_to(model_folder)
-        for name in ("train", "eval", "pool"):
+        (folder / "causal").symlink_to(model_folder)
+        for name in ("train", "eval", "test", "pool"):
             lines = found if name != "pool" else [{"text": r["text"]} for r in ROWS["masked-lm"]]
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     return out
@@ -122,6 +123,9 @@ def test_what_is_allowed_trains(pairs, places, tmp_path):
         recipe = combined.recipe_of(tmp_path, task, pair.one, pair.other)
         values = {**recipe.as_dict(), "model": "model", "evaluate": []}
         values["data"] = {**values["data"], "train": "train.jsonl", "limit": 8}
+        if pair.one.name == "list" or pair.other.name == "list":  # its texts end in a word of the model's
+            words = {"prompt": "{text} is {label}", "words": {"good": "g", "bad": "b"}}
+            values |= {"model": "causal", "task": {"classification": words}}
         try:
             run(recipe_from(values, places[task]), tmp_path / str(number), places[task], forecast=False)
         except Exception as error:

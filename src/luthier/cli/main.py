@@ -37,6 +37,7 @@ from luthier.cli.shared import (  # noqa: E402
     hint,
     load,
     method_named,
+    to_json,
 )
 from luthier.support.environment import quiet  # noqa: E402
 from luthier.support.errors import LuthierError  # noqa: E402
@@ -170,7 +171,7 @@ def _carry_out(
         except Exception as error:
             raise Fault(error, folder) from error
     if first:
-        print(json.dumps(result) if as_json else folder / "report.html")
+        print(to_json(result) if as_json else folder / "report.html")
 
 
 def _again(words: list[str], folder: Path) -> str:
@@ -255,7 +256,7 @@ def compare(
         return
     page = write_comparison(bench, standings, ["luthier", *sys.argv[1:]])
     if as_json:
-        print(json.dumps({"report": str(page), "arms": as_dict(standings)}))
+        print(to_json({"report": str(page), "arms": as_dict(standings)}))
     else:
         ours.show(bench, standings)
         print(page)
@@ -282,7 +283,7 @@ def curate(
     with Bar() as bar:
         result = change(loaded, folder_of(recipe), output_dir or Path("runs") / f"curate-{recipe.stem}", bar.tick)
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
         return
     for step in result["steps"]:
         print("\n".join(told(**step)))
@@ -317,7 +318,7 @@ def claim(
             for c in results[one]["conditions"]:
                 print(f"  {c['outcome']}: {c['says']}: {c['mean']} ({c['low']} to {c['high']})")
     if as_json:
-        print(json.dumps(results))
+        print(to_json(results))
         return
     from luthier.claims.page import write_claims
 
@@ -335,7 +336,7 @@ def pictures(
     from luthier.report.pictures import pictures as draw
 
     made = [str(p) for p in draw(folder)]
-    print(json.dumps(made) if as_json else "\n".join(made))
+    print(to_json(made) if as_json else "\n".join(made))
 
 
 @app.command()
@@ -356,7 +357,7 @@ def check(
     with Bar() as bar:
         result = check_recipe(loaded, folder_of(recipe), bar.tick, forecast)
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         show(result)
 
@@ -403,7 +404,7 @@ def generate(
     asked = asking.lines(prompts)
     result = answers(folder, asked, max_new_tokens, base, allow_code, **changes)
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
         return
     for entry in result:
         if base:
@@ -430,7 +431,7 @@ def evaluate(
 
         result = scores(folder, data, Path("."), allow_code, base)
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         from luthier.cli.listing import table_of_measures
 
@@ -457,9 +458,7 @@ def export(
     result = write(folder, to, output, allow_code)
     if push is not None:
         result["pushed"] = push_to_hub(output, push)
-    print(
-        json.dumps(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}"
-    )
+    print(to_json(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}")
 
 
 Runs = Annotated[list[Path], typer.Argument(help="Folders of finished runs, merges or adapters, of one base.")]
@@ -481,9 +480,7 @@ def merge(
     from luthier.tuned.merge import merge as join
 
     result = join(runs, output, chosen, allow_code)
-    print(
-        json.dumps(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}"
-    )
+    print(to_json(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}")
 
 
 @app.command()
@@ -508,7 +505,7 @@ def inspect(
     finding = look(runs, chosen, allow_code)
     page = None if html is None else write_finding(html, finding, shlex.join(["luthier", *sys.argv[1:]]))
     if as_json:
-        print(json.dumps(as_dict(finding) | {"html": None if page is None else str(page)}))
+        print(to_json(as_dict(finding) | {"html": None if page is None else str(page)}))
         return
     show(finding)
     if page is not None:
@@ -545,11 +542,11 @@ def methods(
         if not pairs:
             raise LuthierError(f"--matrix: no recipe names {name}, so there is nothing to combine it with")
         if as_json:
-            print(json.dumps([p.as_dict() for p in pairs]))
+            print(to_json([p.as_dict() for p in pairs]))
         else:
             combined.show(pairs)
     elif as_json:
-        print(json.dumps(entries))
+        print(to_json(entries))
     elif name is None or kind is not None:
         table_of_methods(entries)
     else:
@@ -572,6 +569,6 @@ def env(as_json: Json = False) -> None:
 
     text = environment()
     print(
-        json.dumps(dict(line.split(" ", 1) for line in text.splitlines())) if as_json else text,
+        to_json(dict(line.split(" ", 1) for line in text.splitlines())) if as_json else text,
         end="\n" if as_json else "",
     )
