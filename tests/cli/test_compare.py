@@ -279,7 +279,7 @@ def test_a_pipeline_is_compared_at_equal_cost_with_its_rates_searched(model_fold
     runs = {}
     for place in (tmp_path / "runs/compare-c/arms/two").iterdir():
         runs[place.name.rpartition("-")[0]] = (
-            json.loads((place / "run.json").read_text()), YAML(typ="safe").load((place / "recipe.yaml").read_text())
+            json.loads((place / "run.json").read_text()), YAML(typ="safe", pure=True).load((place / "recipe.yaml").read_text())
         )  # fmt: skip
     whole = [s["steps"] for s in runs["seed-0"][0]["stages"]]
     assert whole[0] / whole[1] == pytest.approx(13 / 10, rel=0.1)  # 50 rows of 60 train, in steps of 4

@@ -204,6 +204,10 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
         say(f"pool    {data.pool_shared} rows are left out, because they are also training rows")
     if data.head:
         say(f"head    {data.head}")
+    if ready.view.anatomy.new_pooler:
+        say(
+            "head    the model's files have no pooler, so a new one is drawn (from the recipe's seed) and trained with the head"
+        )
     for line in told_about(data.forms, data.overlap):
         say(f"data    {line}")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
