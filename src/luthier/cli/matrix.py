@@ -86,7 +86,7 @@ def parts(listed: Sequence[Mapping[str, Any]]) -> list[Part]:
 
 def _part(entry: Mapping[str, Any]) -> Part:
     kind, name, needs = entry["kind"], entry["name"], entry["traits"]["needs"]
-    lines = YAML(typ="safe").load("\n".join(entry.get("recipe_lines", ()))) or {}
+    lines = YAML(typ="safe", pure=True).load("\n".join(entry.get("recipe_lines", ()))) or {}
     asked: Any = {name: {n: f["example"] for n, f in entry["fields"].items() if f["required"]}}
     own = {kind: lines.pop(kind, [asked] if kind in LISTED else asked)}
     beside = {k: v for k, v in lines.items() if k != "task"}
