@@ -232,6 +232,7 @@ def compare(
     from luthier.comparison.execute import so_far as finished
     from luthier.comparison.judge import as_dict
     from luthier.comparison.page import write_comparison
+    from luthier.comparison.steps import forecast
     from luthier.training.loop import Interrupted
 
     options = {
@@ -253,6 +254,8 @@ def compare(
             bar.say(f"continue with: {shlex.join(['luthier', *sys.argv[1:]])}")
             raise SystemExit(143 if signals[-1:] == [15] else 130) from stopped
     if dry_run:
+        if as_json:
+            print(to_json({"forecast": forecast(bench.plan, bench.arms, bench.done)}))
         return
     page = write_comparison(bench, standings, ["luthier", *sys.argv[1:]])
     if as_json:
