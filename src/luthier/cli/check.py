@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.data.reading import Tick, no_tick, on_hub
+from luthier.federation.folder import refuse_unread
 from luthier.model.loading import NEW_POOLER_TOLD, lacks_pooler
 from luthier.recipe import Recipe
 from luthier.report.token_view import SHOWN, tokens_of
@@ -27,6 +28,8 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
 
     measure  forecast memory and time with a small copy of the model
     """
+    if recipe.collaborate is not None:
+        refuse_unread(recipe)
     folder = choose_folder(recipe, "run", False, base)
     decided, gathered, anatomy, expected = admit(recipe, base, tick, measure=measure)
     renderer, config, data = gathered.renderer, gathered.config, gathered.data
