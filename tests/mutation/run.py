@@ -44,7 +44,12 @@ OWN = {
     "pipelines/stages.py": ("pipelines/test_stages.py", "pipelines/test_base.py"),
     "pipelines/base.py": ("pipelines/test_base.py", "pipelines/test_list.py", "pipelines/test_stages.py"),
     "tuners/base.py": ("tuners/test_trainable.py", "tuners/test_full.py", "tuners/test_task_head.py"),
-    "update/base.py": ("update/test_parts.py", "update/test_update.py", "update/test_compositions.py"),
+    "update/base.py": (
+        "update/test_parts.py",
+        "update/test_update.py",
+        "update/test_compositions.py",
+        "update/test_head_names.py",
+    ),
     "update/binding.py": (
         "update/test_parts.py",
         "update/test_update.py",
