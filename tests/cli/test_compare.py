@@ -59,6 +59,8 @@ def test_a_comparison_says_who_is_better_at_equal_cost(compared):
     for question in ("Which arm is better", "how sure is that", "What it cost", "What was forgotten", "Run it again"):
         assert question in page
     assert "luthier compare" in page and "<script" not in page
+    at_edge = [a["arm"] for a in said["arms"] if a["at_edge"]]
+    assert at_edge and f"The learning rate of {' and '.join(at_edge)} is at the edge of those tried" in page
 
 
 def test_its_runs_are_those_of_any_run_without_weights(compared, model_folder):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from luthier.data.answers import Wrap, unwrapped, without_thought
@@ -81,12 +81,22 @@ class Renderer:
             raise Unrenderable(
                 "has messages, but this model has no chat template; write prompt and completion, or use a model with one"
             )
+        if self.plain:
+            raise Unrenderable(
+                "has messages, which only a chat template writes, but data.template is plain; write prompt and completion, or "
+                "leave data.template out"
+            )
         return self.template
 
     @property
     def wrap(self) -> Wrap:
         """What the chat template writes around an answer."""
         return Wrap() if self.template is None else self.template.wrap
+
+    @property
+    def day(self) -> str:
+        """The day that the chat template writes in its texts; "" for a template without a date."""
+        return "" if self.template is None or self.template.day is None else self.template.day.isoformat()
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The row as a conversation in the form for templates, with luthier's system message if it has none."""
@@ -238,8 +248,18 @@ class Renderer:
             template, last = self._chat, {**row, "messages": turns}
             pieces = template.pieces(self.messages(last), template.tools_in(last), self._stop_texts)
             written = self.tokens.bare([next(p.text for p in reversed(pieces) if p.turn is not None)])[0]
+            self._refuse_cut(written)
             return self.answer_text(written)[0].strip()
         return self._right(content_text(turn.get("content")))
+
+    def _refuse_cut(self, written: Sequence[int]) -> None:
+        """Raises Unrenderable for a last answer with a token that ends answers, and more text after it."""
+        inner = next((i for i, after in pairwise(written) if i in self.stop_ids and after not in self.stop_ids), None)
+        if inner is not None:
+            raise Unrenderable(
+                f"ends in a call of a tool, within which the chat template writes {self.tokenizer.decode([inner])!r}; generation "
+                "stops there, so the call cannot be compared; leave the row out of data.eval"
+            )
 
     def _right(self, text: str) -> str:
         """An answer without what surrounds it: in plain text an end token that was written out, else the template's thoughts."""
@@ -247,10 +267,15 @@ class Renderer:
             return without_thought(text, self.wrap)
         return text.removesuffix(next((s for s in self._stop_texts if text.endswith(s)), ""))
 
-    def answer_text(self, ids: Sequence[int]) -> tuple[str, str]:
-        """(answer, thought) of the ids that a model wrote. The ids end at its stop token."""
+    def answer_text(self, ids: Sequence[int], asked: Sequence[int] = ()) -> tuple[str, str]:
+        """(answer, thought) of the ids that a model wrote. The ids end at its stop token.
+
+        asked  the ids of its prompt; where they do not end in the header of an answer, the model writes it (after another answer)
+        """
         end = next((n for n, i in enumerate(ids) if i in self.stop_ids), len(ids))
         ids = [i for i in ids[:end] if i < self.tokens.size]  # a model whose vocabulary is padded may write others
+        if not self.plain:
+            ids = ids[self._header_in(ids, asked) :]
         if self.plain or not self.wrap.is_text:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             wrap = Wrap() if self.plain else self.wrap
@@ -260,3 +285,26 @@ class Renderer:
         for mark in {self.tokenizer.decode([i]) for i in ids if i in special}:
             answer, thought = answer.replace(mark, ""), thought.replace(mark, "")
         return answer, thought
+
+    def _header_in(self, ids: Sequence[int], asked: Sequence[int]) -> int:
+        """How many of the ids that a model wrote are the header of its answer, which its prompt does not end in."""
+        for header in self._headers:
+            room = 4 * len(header) + 8  # a character may take several ids
+            found = [n for n in range(1, min(room, len(ids)) + 1) if self._read(ids[:n]) == header]
+            if found and not self._read(asked[-room:]).endswith(header):
+                return found[-1]
+        return 0
+
+    @cached_property
+    def _headers(self) -> list[str]:
+        """The header of an answer, and its ends that begin with an added token: it may begin with the end of the turn before."""
+        if not self.wrap.header:
+            return []
+        whole = self._read(self.tokens.bare([self.wrap.header])[0])
+        marks = [self._read([i]) for i in self.tokenizer.get_added_vocab().values()]
+        starts = sorted({0, *(whole.index(m) for m in marks if m and m in whole)})
+        return [h for h in (whole[n:] for n in starts) if h]
+
+    def _read(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included, without white space around it."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False)).strip()

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.data.batch import collate
+from luthier.model.adapter_folder import CONFIG, tensors_in
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import evaluating
 from luthier.support.errors import LuthierError
@@ -157,8 +159,11 @@ def _save_peft(shared: PeftFolder, name: str, folder: Path, view: Any) -> None:
 
 def _load_peft(folder: Path) -> list[Part]:
     """Each form takes its own out of peft's folder."""
-    file = folder / "adapter_config.json"
-    shared = PeftFolder(_header(file), _tensors(folder / "adapter_model.safetensors"))
+    file = folder / CONFIG
+    try:
+        shared = PeftFolder(_header(file), tensors_in(folder))
+    except (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError) as error:
+        raise LuthierError(f"{folder}: the adapter's tensors cannot be read ({error})") from error
     try:
         found = [form.from_peft(shared) for form in FORMS.values()]
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, re.error) as error:
