@@ -472,9 +472,9 @@ def test_a_run_logs_saves_evaluates_and_tells_in_its_steps(tmp_path):
     assert loop.run() is loop.progress and loop.progress.step == 7 == loop.total_steps
     assert steps_logged(loop.progress) == [3, 6, 7] == evaluated == steps_logged(loop.progress, "eval_loss")
     assert [e["eval_loss"] for e in loop.progress.log if "eval_loss" in e] == [1.0, 0.5, 1 / 3]
-    assert [(entry["step"], p is loop.progress, total) for entry, p, total in told] == [
-        (k, True, 7) for k in range(1, 8)
-    ]
+    steps = [(entry["step"], "eval_loss" in entry, p is loop.progress, total) for entry, p, total in told]
+    assert steps == [(k, e, True, 7) for k in range(1, 8) for e in (False, True) if not e or k in (3, 6, 7)]
+    assert told[3][0] == {"step": 3, "epoch": 3.0, "eval_loss": 1.0} == loop.progress.log[1]
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"] and loop.progress.saved_step == 6
     assert Loop.length(rows_of(LENGTHS), SETTINGS) == 4
 
