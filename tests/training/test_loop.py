@@ -586,7 +586,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(tmp_path):
     torch.testing.assert_close(list(again.trainable.parameters()), list(whole.trainable.parameters()), atol=0, rtol=0)
 
 
-def test_a_deadline_is_over_once_the_clock_is_past_it(monkeypatch, tmp_path):
+def test_a_deadline_is_over_once_the_clock_is_past_it(monkeypatch):
     clock = SimpleNamespace(perf_counter=loop_module.time.perf_counter, monotonic=lambda: 5.0)
     monkeypatch.setattr(loop_module, "time", clock)
     assert looped().run(5.0).step == 4
