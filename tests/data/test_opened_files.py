@@ -178,7 +178,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ("several.json", on_lines(ROWS), ROWS),
         ("data.json", json.dumps({"data": ROWS}).encode(), ROWS),
         ("named.json", on_lines([{"version": "1.0", "tags": ["a"], "examples": ROWS, "about": {"x": [{}]}}]), ROWS),
-        ("packed.json.gz", gzip.compress(json.dumps({"rows": ROWS}).encode()), ROWS),
+        ("packed.json.gz", gzip.compress(json.dumps({"rows": ROWS}).encode(), mtime=0), ROWS),
         ("talk.json", on_lines([{"messages": TURNS}]), [{"messages": TURNS}]),
         ("talks.json", json.dumps({"messages": TURNS}).encode(), [{"messages": TURNS}]),
         ("kept.json", lines([{**r, "facts": [{"x": 1}]} for r in ROWS]), [{**r, "facts": [{"x": 1}]} for r in ROWS]),
