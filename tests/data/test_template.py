@@ -20,6 +20,7 @@ from helpers.templates import (
     QWEN3,
     R1,
     SAID_AFTER,
+    TEMPLATES,
     TOOLS,
     TWO_ENDS,
     TWO_MESSAGES,
@@ -27,7 +28,7 @@ from helpers.templates import (
 from helpers.words import byte_level, sentencepiece
 from luthier.data.batch import IGNORE
 from luthier.data.rendering import Renderer, Unrenderable
-from luthier.data.template import stop_in
+from luthier.data.template import Template, stop_in
 
 ASK, SAY = {"role": "user", "content": "hello there"}, {"role": "assistant", "content": "I am fine"}
 ASK2, SAY2 = {"role": "user", "content": "two plus two"}, {"role": "assistant", "content": "four"}
@@ -245,3 +246,50 @@ def test_a_template_with_the_time_writes_one_time_in_every_text():
 def test_messages_are_no_plain_text():
     with pytest.raises(Unrenderable, match=r"has messages, .* but data.template is plain"):
         Renderer(byte_level(CHATML), plain=True).render({"messages": TALK}, "k")
+
+
+ROUNDS = CHATML.replace("'<|im_start|>' + m['role']", "loop.index | string + '<|im_start|>' + m['role']")
+AGENT = [
+    SYSTEM,
+    *[
+        t
+        for n in range(6)
+        for t in (ASK, CALLS, WET, {**CALLS, "content": f"so {n}"}, WET, {**SAY, "content": f"{n}"}, ASK2, SAY2)
+    ],
+]
+THINKS = [{**t, "reasoning_content": "why"} if t["role"] == "assistant" and n % 3 else t for n, t in enumerate(AGENT)]
+
+
+@pytest.mark.parametrize(
+    "turns", [TALK * 6, [SYSTEM, *TALK * 6, ASK], [ASK, SAY, SAY2, *TALK] * 4, AGENT, THINKS, AGENT[:-6]]
+)
+@pytest.mark.parametrize(
+    "source", [*TEMPLATES.values(), LAST_ONLY, LAST_WORD, NO_END, ONE_END, ROUNDS, *OTHER_HEAD.values()]
+)
+def test_the_answers_of_a_long_conversation_are_those_that_their_prompts_find(source, turns, monkeypatch):
+    def written():
+        row = {"messages": turns, **({"tools": RAIN} if turns[1] is CALLS or CALLS in turns else {})}
+        try:
+            return [(s.text, s.supervised) for s in Renderer(byte_level(source)).segments(row)]
+        except Unrenderable:
+            return None
+
+    quick = written()
+    monkeypatch.setattr("luthier.data.template.FEW", 10**9)
+    assert quick == written()
+
+
+@pytest.mark.parametrize(("source", "turns"), [(CHATML, TALK), (QWEN3, TALK), (TOOLS, [ASK, CALLS, WET, SAY])])
+def test_the_texts_that_a_long_conversation_asks_for_do_not_grow_with_its_turns(source, turns, monkeypatch):
+    asked = []
+    given = Template.text
+    monkeypatch.setattr(
+        Template, "text", lambda self, turns, *more: asked.append(len(turns)) or given(self, turns, *more)
+    )
+    counts = []
+    for times in (12, 24):
+        renderer, before = Renderer(byte_level(source)), len(asked)
+        pieces = renderer.segments({"messages": turns * times, "tools": RAIN if source is TOOLS else None})
+        assert sum(p.supervised for p in pieces) == times * 2
+        counts.append(len(asked) - before)
+    assert counts[0] == counts[1] <= 30
