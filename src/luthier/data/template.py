@@ -279,7 +279,7 @@ class Template:
         """Where the next turn begins in a text after `start`, if an added token begins the turns of this template; else -1."""
         marks = (m for m in self.marks.finditer(self.header) if m.group() not in stops)
         first = next(marks, None)
-        if first is None or first.group() in THOUGHTS or self.marks.sub("", self.header[: first.start()]).strip():
+        if first is None or self.marks.sub("", self.header[: first.start()]).strip():
             return -1
         return text.find(first.group(), start)
 
@@ -343,16 +343,17 @@ class _Cut:
             kinds.setdefault(repr((self.turns[i - 1]["role"], self.turns[i + 1]["role"], i > last, held)), []).append(i)
         for kind in kinds.values():
             first, other = kind[0], kind[-1]
-            frames = set[tuple[str, str]]()
+            frames = set[tuple[str, str, str]]()
             for i in {first, other} if len(kind) > 2 else ():
                 start, end = out[i] = self._place(i, gaps[i][0])
-                frames.add((self.whole[gaps[i][0] : start], self.whole[end : max(end, gaps[i][1])]))
+                stop = next((s for s in self.stops if self.whole.endswith(s, start, end)), "")
+                frames.add((self.whole[gaps[i][0] : start], stop, self.whole[end : max(end, gaps[i][1])]))
             if len(frames) != 1:
                 continue
-            head, tail = frames.pop()
+            head, stop, tail = frames.pop()
             for i in kind[1:-1]:
                 text = self.whole[gaps[i][0] : gaps[i][1]]
-                if text.startswith(head) and text.endswith(tail) and len(text) > len(head) + len(tail):
+                if text.startswith(head) and text.endswith(stop + tail) and len(text) > len(head + stop + tail):
                     out[i] = gaps[i][0] + len(head), gaps[i][1] - len(tail)
         return out
 
@@ -374,16 +375,13 @@ class _Cut:
         said = [i for i, t in enumerate(self.turns) if t["role"] != ASSISTANT and _content(t)]
         fenced = [{**t, "content": _fenced(str(t["content"]))} if i in said else t for i, t in enumerate(self.turns)]
         try:
-            parts = re.split(f"([{OPEN}{SHUT}])", self.template.text(fenced, self.generate, self.tools))
+            texts = re.split(f"[{OPEN}{SHUT}]", self.template.text(fenced, self.generate, self.tools))
         except Unrenderable:
             return {}
-        texts, fences = parts[::2], "".join(parts[1::2])
         contents = [_content(self.turns[i]) for i in said]
-        if "".join(texts) != self.whole or fences != (OPEN + SHUT) * len(said) or texts[1::2] != contents:
+        if "".join(texts) != self.whole or texts[1::2] != contents:
             return {}
-        ends = list(
-            accumulate(map(len, texts))
-        )  # texts[2 * n] stands before the n-th content, which is texts[2 * n + 1]
+        ends = list(accumulate(map(len, texts)))  # texts[2 * n + 1] is the n-th content
         place = {i: (ends[2 * n], ends[2 * n + 1]) for n, i in enumerate(said)}
         answers = (i for i, t in enumerate(self.turns) if t["role"] == ASSISTANT)
         return {i: (place[i - 1][1], place[i + 1][0]) for i in answers if i - 1 in place and i + 1 in place}
