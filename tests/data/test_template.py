@@ -202,7 +202,8 @@ def test_the_beginning_of_a_turn_that_no_prompt_writes_is_no_part_of_the_answer(
     after, asked = (renderer.prompt_ids({"messages": t}) for t in ([ASK, SAY, SAY2], [ASK, SAY]))
     assert renderer.answer_text(written, after) == renderer.answer_text(written) == ("four", "")
     assert renderer.answer_text(written, asked) == ("assistant\nfour", "")  # the model wrote it twice
-    assert said(template, TALK)[0] == "I am fine<|im_end|>"
+    closes = BETWEEN.replace("not loop.last or", "not loop.last or m['role'] == 'assistant' or")
+    assert said(template, TALK)[0] == "I am fine<|im_end|>" and said(closes, TALK)[1] == "four<|im_end|>"
 
 
 def test_white_space_before_a_call_may_differ_from_that_before_a_content():
@@ -298,7 +299,7 @@ def test_the_answers_of_a_long_conversation_are_those_that_their_prompts_find(so
     assert quick == written()
 
 
-MORE = [ASK, SAY, WET, SAY]  # after the last question, QWEN3 writes thoughts
+MORE = [ASK, SAY, WET, SAY, WET, SAY]  # after the last question, QWEN3 writes thoughts
 
 
 @pytest.mark.parametrize(
@@ -315,6 +316,6 @@ def test_the_texts_that_a_long_conversation_asks_for_do_not_grow_with_its_turns(
         renderer, before = Renderer(byte_level(source)), len(asked)
         more = [WET, SAY] * 3 if turns is MORE else []
         pieces = renderer.segments({"messages": [*turns * times, *more], "tools": RAIN if source is TOOLS else None})
-        assert sum(p.supervised for p in pieces) == times * 2 + len(more) // 2
+        assert sum(p.supervised for p in pieces) == (len(turns) * times + len(more)) // 2
         counts.append(len(asked) - before)
-    assert counts[0] == counts[1] <= 30
+    assert counts[0] == counts[1] < 40

@@ -32,6 +32,12 @@ def lines(prompts: Sequence[str] | None) -> list[str]:
     asked = [text for text in found if text.strip()]
     if not asked:
         raise LuthierError("generate: there is nothing to ask; write prompts, or give lines on standard input")
+    for text in asked:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # Python keeps bytes that it cannot read as halves of characters
+            what = f"generate: {text!r} holds bytes that are no text in the encoding of this terminal"
+            raise LuthierError(f"{what}; set the variable LANG to C.UTF-8, and write UTF-8") from error
     return asked
 
 

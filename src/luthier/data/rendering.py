@@ -118,12 +118,11 @@ class Renderer:
 
     def segments(self, row: Mapping[str, Any]) -> list[Segment]:
         """The row as pieces of text, cut where an answer begins and where its stop token ends."""
-        first, end = self.tokens.first, self._end
         if shape_in(row, ANSWERED) == "text":
-            return [Segment(row["text"], True, first, end)]
+            return [Segment(row["text"], True, self._first(row["text"]), self._end(row["text"]))]
         if self.templated(row):
             return self._conversation(row)
-        return [Segment(self._lead(row) + row["prompt"], False, first), Segment(row["completion"], True, (), end)]
+        return [self._prompt(row), Segment(row["completion"], True, (), self._end(row["completion"]))]
 
     def _conversation(self, row: Mapping[str, Any]) -> list[Segment]:
         template, turns = self._chat, self.messages(row)
@@ -141,11 +140,7 @@ class Renderer:
 
     @cached_property
     def _stop_texts(self) -> tuple[str, ...]:
-        added = (
-            self.tokenizer.added_tokens_decoder
-        )  # decoding may write the marks of SentencePiece within them as spaces
-        texts = (str(added[i]) if i in added else self.tokenizer.decode([i]) for i in self.stop_ids)
-        return tuple(t for t in texts if t.strip())
+        return tuple(t for t in map(self._written, self.stop_ids) if t.strip())
 
     @cached_property
     def _closing(self) -> str:
@@ -157,15 +152,38 @@ class Renderer:
         system = row.get("system") or self.system
         return f"{system}\n\n" if system else ""
 
-    @property
-    def _end(self) -> tuple[int, ...]:
-        """Ids after an answer in plain text: those that the tokenizer puts after a text, or the end token."""
+    def _prompt(self, row: Mapping[str, Any]) -> Segment:
+        text = self._lead(row) + row["prompt"]
+        return Segment(text, False, self._first(text))
+
+    def _first(self, text: str) -> tuple[int, ...]:
+        """Ids before a plain text: those that the tokenizer puts there, unless the text begins with them itself.
+
+        Texts that were written by a chat template do.
+        """
+        mark = self._marks(self.tokens.first)
+        return () if mark and text.startswith(mark) else self.tokens.first
+
+    def _end(self, text: str) -> tuple[int, ...]:
+        """Ids after a plain text: what the tokenizer puts there, or the end token, unless the text ends with them itself."""
         eos = self.tokenizer.eos_token_id
-        return self.tokens.last or (() if eos is None else (eos,))
+        last = self.tokens.last or (() if eos is None else (eos,))
+        mark = self._marks(last)
+        return () if mark and text.endswith(mark) else last
+
+    def _marks(self, ids: Sequence[int]) -> str:
+        """The text that the tokenizer reads as these ids; empty if they are not all tokens that it finds in texts."""
+        found = all(i in self.tokenizer.added_tokens_decoder for i in ids)
+        return "".join(map(self._written, ids)) if found else ""
+
+    def _written(self, i: int) -> str:
+        """A token as it stands in a text. Decoding may write the marks of SentencePiece within added tokens as spaces."""
+        added = self.tokenizer.added_tokens_decoder
+        return str(added[i]) if i in added else self.tokenizer.decode([i])
 
     def bare(self, text: str) -> Segment:
         """A text that comes without a row; with the tokenizer's first token unless a chat template writes its own."""
-        return Segment(text, False, self.tokens.first if self.plain else ())
+        return Segment(text, False, self._first(text) if self.plain else ())
 
     def encoded(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
         """Token ids of every segment of every row."""
@@ -209,7 +227,7 @@ class Renderer:
     def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
         """The ids that generation starts from. If the row ends in an answer, these are the ids before it in training."""
         if not self.templated({"prompt": "", "completion": "", **row}):
-            return self.encode([[Segment(self._lead(row) + row["prompt"], False, self.tokens.first)]])[0][0]
+            return self.encode([[self._prompt(row)]])[0][0]
         turns = self.messages(row)
         if turns[-1]["role"] == ASSISTANT:
             turns = turns[:-1]
@@ -244,7 +262,10 @@ class Renderer:
             )
 
     def _right(self, text: str) -> str:
-        return text if self.plain else without_thought(text, self.wrap)
+        """An answer without what surrounds it: in plain text an end token that was written out, else the template's thoughts."""
+        if not self.plain:
+            return without_thought(text, self.wrap)
+        return text.removesuffix(next((s for s in self._stop_texts if text.endswith(s)), ""))
 
     def answer_text(self, ids: Sequence[int], asked: Sequence[int] = ()) -> tuple[str, str]:
         """(answer, thought) of the ids that a model wrote. The ids end at its stop token.

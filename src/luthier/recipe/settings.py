@@ -140,7 +140,8 @@ class RunSettings(TrainSettings):
     trust_remote_code: bool = False
     """Run the model's own Python code; also needs --allow-code on the command line."""
     start: str | None = None
-    """A LoRA adapter of the model to go on from: a folder of peft's or of a finished run. The result holds both."""
+    """An adapter of the model to go on from: a folder of peft's or of a finished run, or a Hub id (org/name, perhaps @revision).
+    The result holds both."""
     data: DataSettings
     """Training rows, held-out rows, and how they are read."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

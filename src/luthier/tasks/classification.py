@@ -125,8 +125,13 @@ class Classification(Task):
             names = [by_name.get(n, n) for n in sorted(known, key=known.__getitem__)]
         for r in held or ():
             if r.values["label"] not in names:
-                what = f"label {r.values['label']!r} occurs in no training row"
-                raise RecipeError(r.key, what, "correct the label or drop the row")
+                label = r.values["label"]
+                if other := next((n for n in names if str(n) == str(label)), None):
+                    what = f"label {label!r} is {_written(label)}, and {_written(other)} in the training rows"
+                    raise RecipeError(r.key, what, "write labels in one way")
+                raise RecipeError(
+                    r.key, f"label {label!r} occurs in no training row", "correct the label or drop the row"
+                )
         if self.words is not None:
             self._check_words(self.words, rows, {str(n) for n in names})
         return {n: i for i, n in enumerate(names)}
@@ -204,6 +209,10 @@ class Classification(Task):
         return out
 
 
+def _written(label: str | int) -> str:
+    return "a text" if isinstance(label, str) else "a number"
+
+
 @dataclass(frozen=True)
 class ClassRows:
     """Training rows of texts with their class; labels is empty for rows without one."""
@@ -226,7 +235,7 @@ class ClassRows:
         return {"label": self.labels[row.values["label"]]} if self.labels else {}
 
     def supervised(self, item: Mapping[str, Any]) -> int:
-        return 1
+        return 1 if item["ids"] else 0  # an empty text, for a tokenizer without marks at its ends
 
     def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
         return shortened(item, limit, how)
