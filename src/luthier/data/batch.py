@@ -21,6 +21,9 @@ from luthier.support.errors import LuthierError
 
 IGNORE = -100  # label of a position that does not count in the loss
 WEIGHT = "weight"  # the row column that says how much a row's loss counts
+TYPE_IDS = (
+    "token_type_ids"  # the token column that says which of two texts a token belongs to, as the tokenizer numbers them
+)
 
 
 class Spans(NamedTuple):

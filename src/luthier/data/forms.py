@@ -13,13 +13,20 @@ from typing import Any, NamedTuple
 
 Values = Mapping[str, Any]
 MESSAGES, PAIR, LABELLED, TEXT = "messages", "prompt and completion", "text and label", "text"
+TWO_LABELLED = "two texts and label"
 SHAPES = {  # the fields of each shape; luthier's rows have one shape
     MESSAGES: ("messages",),
     PAIR: ("prompt", "completion"),
+    TWO_LABELLED: ("text", "text_pair", "label"),
     LABELLED: ("text", "label"),
     TEXT: ("text",),
 }
-SHAPE_FIELDS = frozenset({"messages", "prompt", "completion", "text"})  # two shapes are told apart by these
+# Two shapes are told apart by these.
+SHAPE_FIELDS = frozenset({"messages", "prompt", "completion", "text", "text_pair"})
+TEXT_PAIRS: tuple[tuple[str, str], ...] = (  # names of two texts that are classified together
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+    ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"), ("question", "passage"), ("sentence_A", "sentence_B"),
+)  # fmt: skip
 ROLES = {  # other names of roles, as files have them
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
     "model": "assistant", "bot": "assistant", "chatbot": "assistant", "bard": "assistant", "bing": "assistant",
@@ -49,13 +56,14 @@ class Form(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """A known form that no task reads.
+    """A known form that the task does not read.
 
     name    for messages
     fields  a row of this form has all of these
     tells   fields that only this form has
     remedy  what a user can do instead
     fits    a test of the values, besides their names
+    shape   what another task reads it as; empty if no task reads it
     """
 
     name: str
@@ -63,6 +71,12 @@ class Unread(NamedTuple):
     tells: tuple[str, ...]
     remedy: Callable[[Values], str]
     fits: Callable[[Values], bool] = lambda values: True
+    shape: str = ""
+
+    @property
+    def told(self) -> str:
+        """The form for a reader, and who does not read it."""
+        return f"is {self.name}, which {'this task does not read' if self.shape else 'no task here reads'}"
 
 
 # --- conversions ---
@@ -84,6 +98,16 @@ def _labelled(values: Values) -> dict[str, Any]:
     elif label == "":
         raise ValueError("has an empty label")
     return {**values, "label": label}
+
+
+def _two_labelled(first: str, second: str) -> Callable[[Values], dict[str, Any]]:
+    """A conversion of two texts under these names, and their label."""
+
+    def convert(values: Values) -> dict[str, Any]:
+        rest = {n: v for n, v in values.items() if n not in (first, second)}
+        return _labelled({**rest, "text": values[first], "text_pair": values[second]})
+
+    return convert
 
 
 def decoded(value: Any, kind: str) -> Any:
@@ -228,19 +252,18 @@ FORMS = (
         lambda v: "history" in v,
     ),
     Form("ms-swift", ("query", "response"), PAIR, _asked("query", "response"), ("system",)),
+    Form("two texts and label", ("text", "text_pair", "label"), TWO_LABELLED, _labelled),
     Form("text and label", ("text", "label"), LABELLED, _labelled),
+    *(
+        Form(f"{first}, {second} and label", (first, second, "label"), TWO_LABELLED, _two_labelled(first, second))
+        for first, second in TEXT_PAIRS
+    ),
     Form("text", ("text",), TEXT, _same),
 )  # fmt: skip
 
 _TRAIN = "luthier trains on answers alone"
 _TAGS = ("ner_tags", "pos_tags", "chunk_tags", "upos", "tags", "labels")
 _MEDIA = ("images", "image", "audio", "videos")
-
-
-TEXT_PAIRS: tuple[tuple[str, str], ...] = (
-    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
-    ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"), ("sentence_A", "sentence_B"),
-)  # fmt: skip
 
 
 def _chosen(values: Values) -> str:
@@ -300,8 +323,12 @@ UNREAD = (
     ),
     Unread(
         "a pair of texts with a label", ("label",), (),
-        _always("join the two texts in a column named text, or name one of them with data.columns: {text: ...}"),
-        lambda v: "text" not in v and any(a in v and b in v for a, b in TEXT_PAIRS),
+        _always(
+            "write task: classification, without prompt and words; or join the two texts in a column named text, or name "
+            "one of them with data.columns: {text: ...}"
+        ),
+        lambda v: any(a in v and b in v for a, b in TEXT_PAIRS if "text" not in v) or ("text" in v and "text_pair" in v),
+        TWO_LABELLED,
     ),
     Unread(
         "a prompt without an answer", ("prompt",), (), _always("add a completion"),
@@ -320,7 +347,7 @@ ANSWERS = (
     "completion", "answer", "response", "output", "target", "targets", "solution", "summary", "highlights", "reply",
 )  # fmt: skip
 TEXTS = ("sentence", "content", "review", "comment", "tweet", "document", "body", "question", "text")
-CLASSES = ("label", "labels", "category", "class", "intent", "sentiment", "target", "label_text")
+CLASSES = ("label", "labels", "category", "class", "intent", "sentiment", "target", "label_text", "gold_label")
 
 
 class Found(NamedTuple):
@@ -377,7 +404,7 @@ class Finder:
             known = self._known[names] = self._of(values)
         for unread in known.unread:
             if unread.fits(values):
-                raise ValueError(f"is {unread.name}, which no task here reads; {unread.remedy(values)}")
+                raise ValueError(f"{unread.told}; {unread.remedy(values)}")
         found = next((f for f in known.forms if f.form.fits(values)), None)
         if found is None:
             raise LookupError
@@ -385,7 +412,7 @@ class Finder:
 
     def _of(self, names: Collection[str]) -> Known:
         own = {n for form in FORMS for n in form.fields}
-        unread = tuple(u for u in UNREAD if all(n in names for n in u.fields))
+        unread = tuple(u for u in UNREAD if u.shape not in self.shapes and all(n in names for n in u.fields))
         forms = [f for f in FORMS if f.shape in self.shapes and all(n in names for n in f.fields)]
         # A stable order: that of FORMS decides the rest.
         forms.sort(key=lambda f: -sum(n in self.mapped for n in f.fields))
@@ -420,8 +447,12 @@ def proposal(values: Values, shapes: Sequence[str]) -> str:
         answer = next((n for n in ANSWERS if n in texts and n != question), None)
         if question and answer:
             return f"data.columns: {{prompt: {question}, completion: {answer}}}"
+    label = next((n for n in CLASSES if n in values), None)
+    if TWO_LABELLED in shapes and label:
+        for first, second in (("text", "text_pair"), *TEXT_PAIRS):
+            if first in texts and second in texts:
+                return f"data.columns: {{label: {label}}}"
     if LABELLED in shapes:
-        label = next((n for n in CLASSES if n in values), None)
         text = next((n for n in (*TEXTS, *QUESTIONS) if n in texts and n != label), None)
         if text and label:
             return f"data.columns: {{text: {text}, label: {label}}}"

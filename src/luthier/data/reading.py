@@ -271,12 +271,14 @@ def told_in(values: Mapping[str, Any]) -> list[str]:
 
 
 def words_of(values: Mapping[str, Any]) -> str:
-    """A row's words: all turns, or prompt and answer, or its text, joined by a space. `answers_of` gives the answers alone."""
+    """A row's words: all turns, or prompt and answer, or its texts, joined by a space. `answers_of` gives the answers alone."""
     shape = shape_in(values)
     if shape == "messages":
         return " ".join(turns.content_text(turn.get("content")) for turn in values["messages"])
     if shape == "prompt and completion":
         return f"{values['prompt']} {values['completion']}"
+    if shape == "two texts and label":
+        return f"{values['text']} {values['text_pair']}"
     return str(values["text"] if shape is not None else values["prompt"])  # a row may be a question alone
 
 

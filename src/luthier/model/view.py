@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from luthier.data.batch import IGNORE, Batch, collate, pad, unpad
+from luthier.data.batch import IGNORE, TYPE_IDS, Batch, collate, pad, unpad
 from luthier.kernels.plain import is_plain
 from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention function
 from luthier.model.adapters import Forward, around
@@ -292,9 +292,12 @@ class ModelView:
             parts = zip(batch.lengths, *(x.split(list(batch.lengths)) for x in (batch.ids, batch.pos)), strict=True)
             embeds = [None] * batch.num_sequences if inputs.embeds is None else inputs.embeds.split(list(batch.lengths))
             found = []
-            for (n, ids, pos), part in zip(parts, embeds, strict=True):
+            types: list[dict[str, Tensor]] = [{} for _ in batch.lengths]
+            if TYPE_IDS in batch.token:
+                types = [{TYPE_IDS: x} for x in batch.token[TYPE_IDS].split(list(batch.lengths))]
+            for (n, ids, pos), part, token in zip(parts, embeds, types, strict=True):
                 given: dict[str, Any] = {} if batch.contiguous else {"position_ids": (pos + self.first_position)[None]}
-                one = Batch(ids, torch.full_like(ids, IGNORE), torch.zeros_like(ids), pos, (n,))
+                one = Batch(ids, torch.full_like(ids, IGNORE), torch.zeros_like(ids), pos, (n,), token)
                 found.append(self._run(Inputs(one, part, None), given)[0])
             return pad(torch.cat(found), batch)
 
@@ -309,6 +312,8 @@ class ModelView:
             kwargs |= more_inputs(self.module, self.trunk, tokens["input_ids"])
         elif self.anatomy.reads_twice:
             raise LuthierError(f"{type(self.module).__name__}: an encoder-decoder takes no vectors in place of tokens")
+        if TYPE_IDS in batch.token and takes(self.trunk, TYPE_IDS):
+            kwargs[TYPE_IDS] = self._shape(batch.token[TYPE_IDS], batch)
         kwargs["use_cache"] = False
         final: Tensor = self.trunk(**tokens, **accepted(self.trunk, kwargs, {"use_cache"})).last_hidden_state
         return final
@@ -453,6 +458,11 @@ def first_position(module: nn.Module) -> int:
         if name.rpartition(".")[2] in ("position_embeddings", "embed_positions") and isinstance(table, nn.Embedding):
             return 0 if table.padding_idx is None or type(table) is not nn.Embedding else table.padding_idx + 1
     return 0
+
+
+def takes(trunk: nn.Module, name: str) -> bool:
+    """Whether the trunk's own code names this argument; one that swallows all arguments does not."""
+    return name in inspect.signature(trunk.forward).parameters
 
 
 def accepted(trunk: nn.Module, given: Mapping[str, Any], optional: Collection[str]) -> dict[str, Any]:

@@ -75,7 +75,6 @@ class MaskedLm(Task):
     mask_fraction: float = Field(0.15, gt=0, le=1)
     """Share of a row's tokens to predict."""
 
-    shapes: ClassVar[tuple[str, ...]] = ("text",)
     always: ClassVar[tuple[str, ...]] = ("loss", "masked-accuracy")
     unit: ClassVar[str] = "nats a masked token"
     redraws: ClassVar[bool] = True
@@ -86,6 +85,10 @@ class MaskedLm(Task):
         "task": "masked-lm",
         "data": "{train: train.jsonl, eval: test.jsonl}  # rows of text",
     }
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        return ("text",)
 
     def auto(self, config: PreTrainedConfig) -> Any:
         return AutoModelForMaskedLM

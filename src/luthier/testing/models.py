@@ -165,11 +165,13 @@ def word_tokenizer(words: str = WORDS, marks: str = "[PAD] [UNK] [CLS] [SEP] [MA
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}", special_tokens=[(t, vocabulary[t]) for t in (first, last)]
-    )
+        single=f"{first} $A {last}", pair=f"{first} $A {last} $B:1 {last}:1",
+        special_tokens=[(t, vocabulary[t]) for t in (first, last)],
+    )  # fmt: skip
     return tf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, unk_token=unknown, cls_token=first, sep_token=last, mask_token=mask
-    )
+        tokenizer_object=tokenizer, pad_token=pad, unk_token=unknown, cls_token=first, sep_token=last, mask_token=mask,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> tf.PreTrainedTokenizerFast:

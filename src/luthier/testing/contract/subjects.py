@@ -75,6 +75,12 @@ SHAPED: dict[str, Values] = {  # rows of every shape, of words that both tokeniz
         {"text": "a very good film", "label": "good"}, {"text": "the book was bad", "label": "bad"},
         {"text": "liked on a fine day", "label": "good"}, {"text": "poor and long", "label": "bad"},
     ],
+    "two texts and label": [
+        {"text": "a very good film", "text_pair": "the film was bad", "label": "bad"},
+        {"text": "the film was bad", "text_pair": "a very good film", "label": "good"},
+        {"text": "a fine day", "text_pair": "good", "label": "good"},
+        {"text": "good", "text_pair": "a fine day", "label": "bad"},
+    ],
     "text": [
         {"text": "the film was good ."}, {"text": "a bad book"}, {"text": "it was a fine day"}, {"text": "not very long ."},
     ],
