@@ -141,9 +141,7 @@ def test_no_room_for_the_special_tokens_is_refused_with_their_number():
 
 def test_a_second_type_that_the_model_does_not_embed_is_refused():
     config = tf.RobertaConfig(type_vocab_size=1)
-    with pytest.raises(
-        RecipeError, match="f:1: its tokenizer gives the second text type 1, and the model embeds 1 type"
-    ):
+    with pytest.raises(RecipeError, match="f:1: its tokenizer gives tokens of the type 1, and the model embeds only 1"):
         rendered(word_tokenizer(), config)
     assert len(rendered(word_tokenizer(), tf.DebertaV2Config(type_vocab_size=0))) == 4  # it embeds none, and reads none
 

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 Values = Mapping[str, Any]
 MESSAGES, PAIR, LABELLED, TEXT = "messages", "prompt and completion", "text and label", "text"
-TWO_LABELLED = "two texts and label"
+TWO_LABELLED, TAGGED = "two texts and label", "words and tags"
 SHAPES = {  # the fields of each shape; luthier's rows have one shape
     MESSAGES: ("messages",),
     PAIR: ("prompt", "completion"),
     TWO_LABELLED: ("text", "text_pair", "label"),
     LABELLED: ("text", "label"),
     TEXT: ("text",),
+    TAGGED: ("tokens", "tags"),
 }
 # Two shapes are told apart by these.
 SHAPE_FIELDS = frozenset({"messages", "prompt", "completion", "text", "text_pair"})
@@ -33,6 +34,16 @@ ROLES = {  # other names of roles, as files have them
     "claude": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
     "ipython": "tool", "function_call": "function_call",
 }  # fmt: skip
+WORDS = ("tokens", "words")  # names of the words of a sentence
+TAGS = (
+    "tags",
+    "ner_tags",
+    "labels",
+    "ner",
+    "upos",
+    "pos_tags",
+    "chunk_tags",
+)  # names of their tags, the first one is read
 TURN = {"messages.role": "role", "messages.content": "content"}  # names in data.columns for the fields of a turn
 
 
@@ -106,6 +117,16 @@ def _two_labelled(first: str, second: str) -> Callable[[Values], dict[str, Any]]
     def convert(values: Values) -> dict[str, Any]:
         rest = {n: v for n, v in values.items() if n not in (first, second)}
         return _labelled({**rest, "text": values[first], "text_pair": values[second]})
+
+    return convert
+
+
+def _tagged(words: str, tags: str) -> Callable[[Values], dict[str, Any]]:
+    """A conversion of words and their tags under these names."""
+
+    def convert(values: Values) -> dict[str, Any]:
+        rest = {n: v for n, v in values.items() if n not in (words, tags)}
+        return {**rest, "tokens": decoded(values[words], words), "tags": decoded(values[tags], tags)}
 
     return convert
 
@@ -259,10 +280,14 @@ FORMS = (
         for first, second in TEXT_PAIRS
     ),
     Form("text", ("text",), TEXT, _same),
+    *(
+        Form(TAGGED if (words, tags) == SHAPES[TAGGED] else f"{words} and {tags}", (words, tags), TAGGED, _tagged(words, tags))
+        for words in WORDS
+        for tags in TAGS
+    ),
 )  # fmt: skip
 
 _TRAIN = "luthier trains on answers alone"
-_TAGS = ("ner_tags", "pos_tags", "chunk_tags", "upos", "tags", "labels")
 _MEDIA = ("images", "image", "audio", "videos")
 
 
@@ -285,8 +310,8 @@ def _says_whether(value: Any) -> bool:
     return isinstance(value, bool) or str(value).strip().lower() in ("true", "false")
 
 
-def _has_shape(values: Values) -> bool:
-    return any(all(n in values for n in fields) for fields in SHAPES.values())
+def _has(values: Values, shape: str) -> bool:
+    return all(n in values for n in SHAPES[shape])
 
 
 def _always(remedy: str) -> Callable[[Values], str]:
@@ -312,14 +337,13 @@ UNREAD = (
         _always(f"{_TRAIN}: join the right steps into one completion"),
     ),
     Unread(
-        "token tagging", ("tokens",), _TAGS,
-        _always("no task of luthier labels single tokens; write the tags as an answer, or a label for the whole text"),
-        lambda v: any(n in v for n in _TAGS) and not _has_shape(v),
+        "token tagging", ("tokens",), TAGS, _always("write task: token-classification"),
+        lambda v: any(n in v for n in TAGS) and not any(shape != TAGGED and _has(v, shape) for shape in SHAPES), TAGGED,
     ),
     Unread(
         "axolotl's segments", ("segments",), ("segments",),
         _always("write prompt and completion, or messages with weight 0 for turns that are not trained on"),
-        lambda v: not _has_shape(v),
+        lambda v: not any(_has(v, shape) for shape in SHAPES),
     ),
     Unread(
         "a pair of texts with a label", ("label",), (),

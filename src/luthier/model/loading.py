@@ -166,9 +166,7 @@ def load_model(
     refuse_method(config, located.shown, quantize, located.path)
     refuse_merging(located, config, quantize)
     extra: dict[str, Any] = {**(named_classes(labels) if labels else {}), **unpacking(config)}
-    theirs = class_names(config)
-    redrawn = bool(labels) and has_class_head(config) and list(labels) != theirs
-    redrawn = redrawn and not (are_numbers(theirs) and len(labels) == len(theirs))
+    own, redrawn = has_class_head(config, auto), bool(labels) and heads_change(config, auto, labels)
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     packed = quantize is not None or is_packed_file(config)
     if quantize is not None:
@@ -196,7 +194,7 @@ def load_model(
         model.to(device)  # type: ignore[arg-type]
     ready_to_train(model)
     try:
-        drawn = Anatomy(model).task_head if redrawn or not has_class_head(config) else ()
+        drawn = Anatomy(model).task_head if redrawn or not own else ()
         refuse_incomplete(model, report, drawn, located.shown)
         if located.adapter is not None:
             model = merged(model, Path(located.adapter))
@@ -279,9 +277,26 @@ def reads_both_ways(config: PreTrainedConfig) -> bool:
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
-def has_class_head(config: PreTrainedConfig) -> bool:
-    """Whether the model's files hold a classification head."""
-    return any(n.endswith("ForSequenceClassification") for n in config.architectures or ())
+CLASS_HEADS = ("ForSequenceClassification", "ForTokenClassification")  # how transformers calls models with them
+
+
+def has_class_head(config: PreTrainedConfig, auto: Any) -> bool:
+    """Whether the model's files hold a classification head of the kind that this Auto class of transformers opens."""
+    kind = auto.__name__.removeprefix("AutoModel")
+    return kind in CLASS_HEADS and any(n.endswith(kind) for n in config.architectures or ())
+
+
+def heads_change(config: PreTrainedConfig, auto: Any, labels: Sequence[str]) -> bool:
+    """Whether the head in the model's files is not one of these classes, so that it must be drawn anew.
+
+    A head of another kind (for texts, where tokens are classified) counts: its weights may have the same names.
+    """
+    if auto.__name__.removeprefix("AutoModel") not in CLASS_HEADS:
+        return False
+    if not has_class_head(config, auto):
+        return any(n.endswith(CLASS_HEADS) for n in config.architectures or ())
+    theirs = class_names(config)
+    return list(labels) != theirs and not (are_numbers(theirs) and len(labels) == len(theirs))
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:

@@ -23,7 +23,7 @@ from luthier.model.fingerprint import Fingerprint, fingerprint
 from luthier.model.meter import Meter
 from luthier.model.peft_modules import listening_layer, parameter_of
 from luthier.model.refusals import NOT_AGAIN
-from luthier.model.tail import FAILURES, Tail, brief, class_logits, doors
+from luthier.model.tail import FAILURES, Result, Tail, brief, class_logits, doors, own_logits
 from luthier.model.undo import Change, Without, leaving_out
 from luthier.support.errors import LuthierError
 
@@ -404,6 +404,11 @@ class ModelView:
         names: dict[Any, str] = self.module.config.id2label or {}
         return [names[i] for i in range(len(names))]
 
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, C] float32 through the model's own head, which classifies each token by its own state."""
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return own_logits(self.module, self.trunk, Result((hidden.unsqueeze(0),)), ids)[0].float()
+
     def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [S, C] through the model's own classification head, one sequence at a time."""
         lengths, ids = list(batch.lengths), batch.ids
@@ -524,7 +529,7 @@ class Own(NamedTuple):
     """What a model's own call gives for one sequence alone."""
 
     hidden: Tensor  # [L, D], from the trunk
-    logits: Tensor | None  # [L, V] or [C]
+    logits: Tensor | None  # [L, V], [L, C] or [C]
 
 
 def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
@@ -610,8 +615,12 @@ def _check_tail(view: ModelView, alone: Sequence[Own], both: Batch) -> None:
         raise LuthierError(f"{type(view.module).__name__}: its trunk gives fewer states than there are tokens")
     if view.anatomy.head is None and not view.anatomy.task_head:
         return
+    # Together, so that a head which looks at other tokens too is found out.
+    tagged = view.token_logits(torch.cat([own.hidden for own in alone])) if view.anatomy.tags_tokens else None
     for i, own in enumerate(alone):
-        if view.anatomy.head is None:
+        if tagged is not None:
+            ours = tagged.split(list(both.lengths))[i]
+        elif view.anatomy.head is None:
             ours = view.class_logits(own.hidden, both.select(torch.tensor([i])))[0]
         else:
             ours = view.head_logits(own.hidden)

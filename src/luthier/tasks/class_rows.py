@@ -55,17 +55,8 @@ class ClassRows:
         return out
 
     def _made(self, row: Row, found: Any, at: int, tokenizer: Any) -> dict[str, Any]:
-        ids = found["input_ids"][at]
-        item = {"ids": ids, "labels": [IGNORE] * len(ids), "key": row.key, "row": self._columns(row)}
-        if TYPE_IDS in found:
-            types = found[TYPE_IDS][at]
-            if self.num_types and max(types, default=0) >= self.num_types:
-                what = (
-                    f"its tokenizer gives the second text type {max(types)}, and the model embeds {self.num_types} type"
-                )
-                raise RecipeError(row.key, what, "use the model's own tokenizer")
-            item["token"] = {TYPE_IDS: types}
-        return {**item, "texts_at": _places(row, found, at, tokenizer)}
+        places = _places(row, found, at, tokenizer)
+        return {**item_of(row, found, at, self.num_types), "row": self._columns(row), "texts_at": places}
 
     def _columns(self, row: Row) -> dict[str, int]:
         return {"label": self.labels[row.values["label"]]} if self.labels else {}
@@ -74,17 +65,46 @@ class ClassRows:
         return 1
 
     def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
-        """Cut the ends of the texts. Special tokens around them stay."""
-        places = item["texts_at"]
-        given = [stop - start for start, stop in places]
-        room = limit - (len(item["ids"]) - sum(given))
-        if room < 0:
-            what = f"its special tokens alone are {limit - room}, more than data.max_length = {limit}"
-            raise RecipeError(item["key"], what, "raise it")
-        stays = longest_first(given[0], given[1], room) if len(given) == 2 else (room,)
-        for (start, stop), count in reversed(list(zip(places, stays, strict=True))):
-            item = without(item, start + count, stop)
+        return cut_ends(item, limit)
+
+
+def item_of(row: Row, found: Any, at: int, num_types: int | None) -> dict[str, Any]:
+    """A training row without labels, from what the tokenizer found: ids, and the token types where it gives them.
+
+    num_types  as for ClassRows. Raises RecipeError for a type that the model does not embed.
+    """
+    ids = found["input_ids"][at]
+    item = {"ids": ids, "labels": [IGNORE] * len(ids), "key": row.key}
+    if TYPE_IDS not in found:
         return item
+    types = found[TYPE_IDS][at]
+    if num_types and max(types, default=0) >= num_types:
+        what = f"its tokenizer gives tokens of the type {max(types)}, and the model embeds only {num_types} of them"
+        raise RecipeError(row.key, what, "use the model's own tokenizer")
+    return {**item, "token": {TYPE_IDS: types}}
+
+
+def cut_ends(item: dict[str, Any], limit: int) -> dict[str, Any]:
+    """The training row with `limit` tokens: the ends of its texts ("texts_at") are cut, special tokens around them stay.
+
+    Raises RecipeError where these alone are too many.
+    """
+    places = item["texts_at"]
+    given = [stop - start for start, stop in places]
+    room = limit - (len(item["ids"]) - sum(given))
+    if room < 0:
+        what = f"its special tokens alone are {limit - room}, more than data.max_length = {limit}"
+        raise RecipeError(item["key"], what, "raise it")
+    stays = longest_first(given[0], given[1], room) if len(given) == 2 else (room,)
+    for (start, stop), count in reversed(list(zip(places, stays, strict=True))):
+        item = without(item, start + count, stop)
+    return item
+
+
+def spans_of(owners: Sequence[int | None], count: int) -> list[tuple[int, int]]:
+    """(first token, token after the last) of each text; `owners` says whose each token is, None: a special one."""
+    spans = ([i for i, owner in enumerate(owners) if owner == n] for n in range(count))
+    return [(s[0], s[-1] + 1) if s else (0, 0) for s in spans]
 
 
 def _texts(rows: Sequence[Row]) -> list[list[str]]:
@@ -97,9 +117,7 @@ def _places(row: Row, found: Any, at: int, tokenizer: Any) -> list[tuple[int, in
     """(first token, token after the last) of each text among the ids of a row."""
     texts = [row.values[n] for n in ("text", PAIR) if n in row.values]
     if tokenizer.is_fast:
-        owners = found.sequence_ids(at)
-        spans = ([i for i, owner in enumerate(owners) if owner == n] for n in range(len(texts)))
-        return [(s[0], s[-1] + 1) if s else (0, 0) for s in spans]
+        return spans_of(found.sequence_ids(at), len(texts))
     alone = [tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
     ids, out, begin = found["input_ids"][at], [], 0
     for part in alone:

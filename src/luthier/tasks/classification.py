@@ -24,12 +24,12 @@ from luthier.data.prepare import RowMaker
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.model.loading import are_numbers, class_names, has_class_head, reads_both_ways
+from luthier.model.loading import reads_both_ways
 from luthier.model.view import ModelView, evaluating
 from luthier.step.forward import Forward
 from luthier.step.lab import Choices, Lab, RowScore
 from luthier.support.errors import RecipeError
-from luthier.tasks.base import Rendered, Shown, Task, choices_of, refuse_unknown_head
+from luthier.tasks.base import Rendered, Shown, Task, choices_of, in_models_order, refuse_unknown_head, told_head
 from luthier.tasks.class_rows import PAIR, ClassRows
 from luthier.tasks.cloze import Cloze, ClozeRows, word_id
 
@@ -127,9 +127,8 @@ class Classification(Task):
         names = sorted({r.values["label"] for r in rows}, key=str)
         if twice := [str(a) for a, b in pairwise(names) if str(a) == str(b)]:
             raise RecipeError("data.train", f"has the label {twice[0]!r} as text and as a number", "write one of them")
-        if {str(n) for n in names} <= set(known) and (self.words is None or len(names) == len(known)):
-            by_name = {str(n): n for n in names}
-            names = [by_name.get(n, n) for n in sorted(known, key=known.__getitem__)]
+        if self.words is None or len(names) == len(known):
+            names = in_models_order(names, known)
         for r in held or ():
             if r.values["label"] not in names:
                 what = f"label {r.values['label']!r} occurs in no training row"
@@ -139,16 +138,9 @@ class Classification(Task):
         return {n: i for i, n in enumerate(names)}
 
     def head(self, rows: Sequence[Row], names: Sequence[str], config: PreTrainedConfig) -> str:
-        if self.prompt is not None or not has_class_head(config):
+        if self.prompt is not None:
             return ""
-        theirs = class_names(config)
-        if list(names) == theirs:
-            seen = {str(r.values["label"]) for r in rows}
-            idle = [n for n in theirs if n not in seen]
-            return f"the model's own, with all its classes; no row has {', '.join(idle)}" if idle else "the model's own"
-        if are_numbers(theirs) and len(names) == len(theirs):
-            return f"the model's own; its classes have no names, so they get those of the rows: {', '.join(names)}"
-        return f"a new one, because the model's has other classes: {', '.join(theirs)}"
+        return told_head(self.auto(config), config, names, {str(r.values["label"]) for r in rows})
 
     def _check_words(self, words: Mapping[str, str], rows: Sequence[Row], names: set[str]) -> None:
         """Raises RecipeError if labels and words do not match."""

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
@@ -15,7 +14,6 @@ from luthier.data.batch import IGNORE, collate
 from luthier.data.prepare import RowMaker, without
 from luthier.data.rendering import Renderer, special_ids
 from luthier.data.store import Row
-from luthier.kernels.head import CHUNK
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.loading import reads_both_ways
 from luthier.model.view import ModelView, evaluating
@@ -23,7 +21,7 @@ from luthier.step.forward import Forward
 from luthier.step.lab import Lab, RowScore
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
-from luthier.tasks.base import Draw, Rendered, Shown, Task, refuse_unknown_head
+from luthier.tasks.base import Draw, Rendered, Shown, Task, refuse_unknown_head, token_guesses
 
 HIDDEN, RANDOM = 0.8, 0.1  # shares of the chosen tokens; the others stay, so that any token may be one to predict
 
@@ -125,17 +123,7 @@ class MaskedLm(Task):
         return drawn
 
     def scores(self, fwd: Forward) -> list[RowScore]:
-        rows, losses, best = fwd.batch.supervised, [], []
-        for part in rows.split(CHUNK):  # [n, V] at a time
-            logits = fwd.logits(part)
-            losses.append(F.cross_entropy(logits, fwd.batch.labels[part], reduction="none"))
-            best.append(logits.argmax(-1))
-        counts = fwd.batch.supervised_counts.tolist()
-        columns = [torch.cat(c).cpu().split(counts) for c in (losses, best, [fwd.batch.labels[rows]])]
-        return [
-            RowScore(float(x.double().sum()), float(len(x)), tuple(b.tolist()), tuple(w.tolist()))
-            for x, b, w in zip(*columns, strict=True)
-        ]
+        return token_guesses(fwd)
 
     def asked(self, row: Row, renderer: Renderer) -> tuple[str, str]:
         return "", row.values["text"]

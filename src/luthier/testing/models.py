@@ -63,6 +63,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": Architecture(tf.OPTConfig, tf.OPTForCausalLM, {"dropout": 0.0}, {"intermediate_size": "ffn_dim"}),
     "bert": Architecture(tf.BertConfig, tf.BertForMaskedLM, STEADY),
     "bert-classifier": Architecture(tf.BertConfig, tf.BertForSequenceClassification, {**STEADY, "num_labels": 3}),
+    "bert-tagger": Architecture(tf.BertConfig, tf.BertForTokenClassification, {**STEADY, "num_labels": 3}),
+    "llama-tagger": Architecture(tf.LlamaConfig, tf.LlamaForTokenClassification, {**GROUPED, "num_labels": 3}),
     "roberta": Architecture(tf.RobertaConfig, tf.RobertaForMaskedLM, STEADY),
     "distilbert": Architecture(
         tf.DistilBertConfig, tf.DistilBertForMaskedLM, {"dropout": 0.0, "attention_dropout": 0.0}, DISTILBERT_NAMES
