@@ -14,7 +14,15 @@ from luthier.model.refusals import NOT_AGAIN, REFUSED, page, refuse_architecture
 from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.tasks.base import refuse_later_tokens
-from luthier.testing.architectures import HEADS, NEXT_TOKEN, TEXT_CLASS, model_types, tiny_config, tiny_model
+from luthier.testing.architectures import (
+    HEADS,
+    NEXT_TOKEN,
+    TEXT_CLASS,
+    TOKEN_CLASS,
+    model_types,
+    tiny_config,
+    tiny_model,
+)
 from luthier.testing.matrix import Subject, broken, subject_of
 from luthier.tuners import Full, Lora
 from luthier.update.files import save_update
@@ -25,6 +33,7 @@ FAMILIES = [
         "llama4_text", "phi", "phimoe", "bart", "roberta",
     )),
     *((TEXT_CLASS, t) for t in ("distilbert", "deberta", "modernbert", "xlnet", "electra", "albert", "convbert", "t5")),
+    *((TOKEN_CLASS, t) for t in ("deberta-v2", "roberta", "qwen3", "gpt2")),
 ]  # fmt: skip
 # What cannot be made tiny here, and why.
 UNMADE = {
