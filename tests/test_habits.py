@@ -108,7 +108,35 @@ def test_an_import_of_a_test_is_found(source, names):
 
 
 def read_yaml(file):
-    return YAML(typ="safe").load((ROOT / file).read_text(encoding="utf-8"))
+    return YAML(typ="safe", pure=True).load((ROOT / file).read_text(encoding="utf-8"))
+
+
+def readers_in_c(source):
+    """Lines on which ruamel may take its parser in C, which is another where ruamel.yaml.clib is installed: the one of 0.2.15
+    refuses {train: builtin:requests}.
+    """
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    given = [(c.lineno, {k.arg: ast.literal_eval(k.value) for k in c.keywords}) for c in calls if is_yaml(c.func)]
+    return [line for line, how in given if how.get("typ", "rt") != "rt" and not how.get("pure")]
+
+
+def is_yaml(called):
+    return getattr(called, "id", getattr(called, "attr", None)) == "YAML"
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [("YAML()", []), ("YAML(typ='rt')", []), ("YAML(typ='safe', pure=True)", []), ("a = 1\nYAML(typ='safe')", [2]),
+     ("yaml.YAML(typ='unsafe', pure=False).load('')", [1])],
+)  # fmt: skip
+def test_a_reader_in_c_is_found(source, lines):
+    assert readers_in_c(source) == lines
+
+
+def test_yaml_is_read_alike_whatever_is_installed_beside_it():
+    files = [p for folder in ("src", "tests", "claims", "benchmarks") for p in (ROOT / folder).rglob("*.py")]
+    found = {str(p.relative_to(ROOT)): readers_in_c(p.read_text(encoding="utf-8")) for p in files}
+    assert {p: lines for p, lines in found.items() if lines} == {}
 
 
 def test_before_a_commit_the_same_is_checked_as_by_make():

@@ -143,7 +143,7 @@ def test_pain_08_data_faults_name_file_line_field_and_remedy(tmp_path):
     fails('{"messages": [{"role": "user"}]}\n', r"turn 1 has no role and content")
     fails(
         '{"text": "a", "label": null}\n',
-        r"has the fields label \(null\), text, expected text and label",
+        r"label is null; give it a value",
         shapes=("text and label",),
     )
     fails("", "holds no rows")
@@ -206,6 +206,21 @@ def test_pain_12_a_run_that_learnt_nothing_is_an_error(tmp_path):
     with torch.no_grad():
         for b in trainable.b.values():
             b.fill_(0.5)
+    with pytest.raises(LuthierError, match="what was saved is not what was trained"):
+        verify_update(tmp_path, trainable.detach, view, rows_of()[0])
+
+
+def test_a_head_that_was_not_saved_as_trained_is_noticed(tmp_path):
+    from luthier.tuners import Full
+    from luthier.update.files import save_update, verify_update
+
+    view = view_of()
+    trainable = Full().attach(view)
+    with torch.no_grad():
+        view.weight("model.layers.0.mlp.up_proj.weight").add_(0.1)
+    save_update(trainable.update(), tmp_path, view)
+    with torch.no_grad():
+        view.weight("lm_head.weight").add_(0.1)  # no hidden state tells
     with pytest.raises(LuthierError, match="what was saved is not what was trained"):
         verify_update(tmp_path, trainable.detach, view, rows_of()[0])
 

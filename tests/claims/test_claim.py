@@ -174,7 +174,7 @@ def test_every_claim_of_ours_has_its_experiment_and_its_method(name, monkeypatch
 
     claim = load(ROOT / f"claims/{name}.yaml")
     module = claims.experiment(name, ROOT / "claims")
-    listed = YAML(typ="safe").load((ROOT / "claims/methods.yaml").read_text(encoding="utf-8"))
+    listed = YAML(typ="safe", pure=True).load((ROOT / "claims/methods.yaml").read_text(encoding="utf-8"))
     known = {m["name"] for m in manifest.read()} | {m["name"] for m in listed if "code" in m}
     assert callable(module.measure) and claim.method in known and claim.seeds >= 5
     if claim.measured is not None:

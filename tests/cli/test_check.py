@@ -5,6 +5,8 @@ import json
 import pytest
 
 from helpers.commands import luthier, rows, write
+from luthier.cli.check import destinations
+from luthier.recipe import load
 from luthier.run import execute
 
 HEADS = {"name": "heads", "tuner": "frozen", "objective": {"caft": {"stage": "heads", "ahead": 2}}, "max_steps": 1}
@@ -83,3 +85,14 @@ def test_files_that_evaluators_name_lie_beside_the_recipe(model_folder, tmp_path
     assert done.returncode == 0, done.stderr
     named = json.loads(done.stdout)["recipe"]["evaluate"][0]["forgetting"]["general"]
     assert named == str(tmp_path / "mine/texts.jsonl")
+
+
+def test_what_would_be_downloaded_is_said_and_what_lies_here_is_not(tmp_path):
+    for name in ("mine/adapter", "mine/rows"):
+        (tmp_path / name).mkdir(parents=True)
+    values = {"model": "org/model", "start": "org/adapter@v2", "data": {"train": "org/rows:conf", "eval": "mine/rows"}}
+    said = destinations(load(json.dumps(values)), tmp_path)
+    wanted = [("model", "org/model"), ("start", "org/adapter@v2"), ("data.train", "org/rows:conf")]
+    assert said == [f"{key}: the Hub, to download {name}" for key, name in wanted]
+    here = destinations(load(json.dumps({**values, "start": "mine/adapter"})), tmp_path)
+    assert not any(line.startswith("start") for line in here)

@@ -59,6 +59,8 @@ def test_a_comparison_says_who_is_better_at_equal_cost(compared):
     for question in ("Which arm is better", "how sure is that", "What it cost", "What was forgotten", "Run it again"):
         assert question in page
     assert "luthier compare" in page and "<script" not in page
+    at_edge = [a["arm"] for a in said["arms"] if a["at_edge"]]
+    assert at_edge and f"The learning rate of {' and '.join(at_edge)} is at the edge of those tried" in page
 
 
 def test_its_runs_are_those_of_any_run_without_weights(compared, model_folder):
@@ -277,7 +279,7 @@ def test_a_pipeline_is_compared_at_equal_cost_with_its_rates_searched(model_fold
     runs = {}
     for place in (tmp_path / "runs/compare-c/arms/two").iterdir():
         runs[place.name.rpartition("-")[0]] = (
-            json.loads((place / "run.json").read_text()), YAML(typ="safe").load((place / "recipe.yaml").read_text())
+            json.loads((place / "run.json").read_text()), YAML(typ="safe", pure=True).load((place / "recipe.yaml").read_text())
         )  # fmt: skip
     whole = [s["steps"] for s in runs["seed-0"][0]["stages"]]
     assert whole[0] / whole[1] == pytest.approx(13 / 10, rel=0.1)  # 50 rows of 60 train, in steps of 4

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from luthier.comparison.judge import Level, Standing, difference, frontier, judged
-from luthier.comparison.page import lead
+from luthier.comparison.page import _forgotten, lead
 from luthier.comparison.plan import checked
 from luthier.comparison.steps import Done, Job
 from luthier.evaluation.base import Results
@@ -26,7 +26,7 @@ def run_of(folder, values, name="exact_match"):
     return folder
 
 
-def compared(tmp_path, arms, **more):
+def compared(tmp_path, arms, tried=(), **more):
     plan = checked({"recipe": {}, "arms": {a: {} for a in arms}, "primary": "exact_match", **more}, "p")
     results = {a: {s: run_of(tmp_path / a / str(s), v) for s, v in enumerate(seeds)} for a, seeds in arms.items()}
     done = {}
@@ -34,6 +34,9 @@ def compared(tmp_path, arms, **more):
         for s in range(len(seeds)):
             job = Job(a, f"seed-{s}", 1e-3, s, 10)
             done[job.name] = Done(job, 100.0, 2.0, 10, 50.0, update_bytes=7.0)
+    for i, rate in enumerate(tried):
+        job = Job("base", f"trial-{i}", rate, 0, 4)
+        done[job.name] = Done(job, 10.0, 0.5, 4, 20.0, value=-1.0)
     return judged(plan, results, done)
 
 
@@ -79,6 +82,27 @@ def test_lower_is_better_where_the_measure_says_so():
     assert difference(a, b).value == 1.0 and difference(b, a).value == -1.0
     assert difference(a, {1: b[0]}) is None, "no seed in common"
     assert difference(a, {0: ratio("loss", [1.0], [1], ("x",))}) is None, "no row in common"
+
+
+@pytest.mark.parametrize(
+    ("tried", "search", "at_edge"),
+    [((1e-3, 1e-4), {}, True), ((1e-2, 1e-3, 1e-4), {}, False), ((1e-3, 1e-4), None, False)],
+)
+def test_a_rate_is_at_the_edge_of_a_search_only(tried, search, at_edge, tmp_path):
+    """Trials of an earlier search in the same folder say nothing about a rate that the recipe gives."""
+    base, other = compared(tmp_path, {"base": draws(0.0), "other": draws(0.0)}, tried=tried, search=search)
+    assert (base.at_edge, other.at_edge) == (at_edge, False)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "higher", "tone"),
+    [(3.6, 3.8, False, "bad"), (3.4, 3.8, False, ""), (3.6, 3.8, True, ""), (3.2, 3.4, True, "bad")],
+)
+def test_what_was_forgotten_beyond_doubt_has_a_colour(low, high, higher, tone):
+    value = estimate(np.array([[3.0]]))._replace(low=low, high=high)
+    level = Level("general_loss", higher, "nats a token", 3.5, value, [3.0])
+    told = _forgotten([Standing("a", [0], {"general_loss": level}, None, False, {}, [])])
+    assert [cell["tone"] for cell in told["rows"][0]["cells"]] == [tone]
 
 
 def test_only_shared_seeds_and_rows_are_compared():

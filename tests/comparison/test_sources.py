@@ -7,7 +7,7 @@ import pytest
 from luthier.comparison.plan import checked, load, recipe_of
 from luthier.comparison.rows import written
 from luthier.data.reading import ANSWERED
-from luthier.run.rows import training_rows
+from luthier.run.rows import given_rows, training_rows
 from luthier.support.errors import RecipeError
 
 TRAIN = [{"path": "a.jsonl", "weight": 2, "limit": 20}, {"path": "b.csv", "columns": {"prompt": "q"}}]
@@ -56,3 +56,39 @@ def test_paths_of_sources_move_with_the_recipes_folder(tmp_path):
     (tmp_path / "sub/t.jsonl").write_text("{}")
     (tmp_path / "c.yaml").write_text("recipe: sub/r.yaml\narms: {x: {}}\n")
     assert load(tmp_path / "c.yaml")[0].recipe["data"] == {"train": [{"path": str(tmp_path / "sub/t.jsonl")}]}
+
+
+def prompts_in(file):
+    return [json.loads(x)["prompt"] for x in file.read_text().splitlines()]
+
+
+def test_a_share_of_held_out_rows_is_the_same_in_every_arm_and_never_trained_on(tmp_path):
+    """Also where arms keep other fields, mix sources or search for a learning rate."""
+    plan_of(tmp_path, None, {"x": {}})
+    (tmp_path / "w.jsonl").write_text(
+        "".join(json.dumps({**json.loads(x), "weight": 2.0}) + "\n" for x in rows(40).split("\n") if x)
+    )
+    arms = {
+        "plain": {}, "seeded": {"seed": 3, "learning_rate": 0.1}, "kept": {"data.keep": ["weight"]},
+        "short": {"data.max_length": 50},
+    }  # fmt: skip
+    recipe = {"model": "a/b", "data": {"train": "w.jsonl", "eval": 0.25}}
+    plan = checked({"recipe": recipe, "arms": arms, "search": {"rows": 10}}, "c", {})
+    recipes = {a: recipe_of(plan, a, base=tmp_path) for a in arms}
+    files = written(plan, recipes, tmp_path, tmp_path / "out")
+    held = prompts_in(files["plain"].eval)
+    assert len(held) == 10 and {f.eval for f in files.values()} == {files["plain"].eval}
+    for arm, mine in files.items():
+        put = mine.put_into(recipes[arm], mine.eval)
+        given = given_rows(put.data, tmp_path, ANSWERED)
+        trained, chosen = [r.values["prompt"] for r in given.rows], prompts_in(mine.valid)
+        assert [r.values["prompt"] for r in given.held] == held
+        assert sorted([*held, *trained, *chosen], key=int) == [str(i) for i in range(40)]
+
+
+def test_an_arm_that_would_hold_out_other_rows_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text(rows(40))
+    recipe = {"model": "a/b", "data": {"train": "a.jsonl", "eval": 0.25}}
+    plan = checked({"recipe": recipe, "arms": {"x": {}, "y": {"data.limit": 20}}, "search": None}, "c", {})
+    with pytest.raises(RecipeError, match="arm y: data.eval: holds other rows than another arm's"):
+        written(plan, {a: recipe_of(plan, a) for a in plan.arms}, tmp_path, tmp_path / "out")

@@ -493,6 +493,15 @@ def test_packed_weights_of_an_mlp_are_refused():
         pass
 
 
+def test_one_layer_of_an_mlp_with_another_forward_is_refused():
+    view = view_of(layers=6)
+    view.module.requires_grad_(False)
+    up = view.block(1).mlp.up_proj
+    up.forward = up.forward
+    with pytest.raises(LuthierError, match="trained or quantised"), Lemo(mlp_prune_fraction=0.5).patch(view, "train"):
+        pass
+
+
 def test_a_quantised_mlp_is_refused_before_it_is_loaded():
     assert Lemo().check(Facts(quantized=True)) == []
     assert [p.what for p in Lemo(mlp_prune_fraction=0.5).check(Facts(quantized=True))] == [

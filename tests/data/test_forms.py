@@ -232,7 +232,8 @@ LABELLED = ("text and label",)
 
 
 @pytest.mark.parametrize(
-    ("label", "read_as"), [("good", "good"), (3, 3), (True, "true"), (False, "false"), (2.0, 2), ("0", "0")]
+    ("label", "read_as"),
+    [("good", "good"), (3, 3), (True, "true"), (False, "false"), (2.0, 2), ("0", "0"), (" good ", "good")],
 )
 def test_labels_are_numbers_names_or_truth(label, read_as, tmp_path):
     (row,) = found(tmp_path, {"text": "t", "label": label}, shapes=LABELLED)[1]
@@ -245,9 +246,12 @@ def test_labels_are_numbers_names_or_truth(label, read_as, tmp_path):
         ({"text": "t", "label": 1.5}, "label is 1.5; a label is text or a whole number"),
         ({"text": "t", "label": [0, 2]}, "has several labels ([0, 2])"),
         ({"text": "t", "label": ""}, "has an empty label"),
-        ({"text": "t", "label": None}, "has the fields label (null), text, expected text and label"),
+        ({"text": "t", "label": None}, "label is null; give it a value, drop the row, or set data.on_bad_row: skip"),
         ({"premise": "a", "hypothesis": "b", "label": 0}, "is a pair of texts with a label"),
+        ({"text": "t", "label": " \t"}, "has an empty label"),
+        ({"text": "t", "label": float("nan")}, "label is nan; a label is text or a whole number"),
         ({"review": "t", "sentiment": "good"}, "perhaps with data.columns: {text: review, label: sentiment}"),
+        ({"Text": "t", "Label": "good"}, "perhaps with data.columns: {text: Text, label: Label}"),
     ],
 )
 def test_what_is_no_label_is_refused(values, message, tmp_path):

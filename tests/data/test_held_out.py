@@ -59,9 +59,18 @@ def test_case_26_held_out_rows_that_are_trained_on_are_counted():
     train = made(10)
     same = [Row("g:1", {"prompt": "say 90", "completion": "90"}), Row("g:2", {"prompt": "Say  3", "completion": "3 "})]
     found = shared(train, Rows.of(same))
-    assert (found.rows, found.of, found.first) == (1, 2, ("g:2", "f:4"))
-    assert str(found) == "1 of 2 held-out rows is a training row too; the first one: g:2 is f:4"
+    assert (found.rows, found.of, found.alike, found.first) == (1, 2, 1, ("g:2", "f:4"))
+    assert str(found).endswith("is a training row too, apart from case and white space; the first one: g:2 is f:4")
     assert shared(train, made(20, start=10)) is None and shared(train, train).rows == 10
+    assert str(shared(train, train)) == "10 of 10 held-out rows are training rows too; the first one: f:1 is f:1"
+    both = Rows.joined([made(3), Rows.of(same)])
+    assert "4 of 5 held-out rows are training rows too (1 of them apart from case and white space)" in str(
+        shared(train, both)
+    )
+    copies = Rows.joined(
+        [Rows.of([Row("h:1", {"prompt": "SAY 3", "completion": "3"})]), train]
+    )  # one to the letter wins
+    assert shared(copies, made(4, start=3))[:3] == (1, 1, 0)
 
 
 @pytest.mark.parametrize(

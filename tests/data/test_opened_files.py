@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from luthier.data import arrow, files, parquet
+from helpers.commands import luthier, write
+from luthier.data import arrow, parquet, streams
 from luthier.data.mixture import Mixture
 from luthier.data.reading import read
 from luthier.recipe import load
@@ -133,7 +134,7 @@ def test_names_of_classes_come_from_the_file(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"], "label": [-1]}, features=features).to_parquet(
         str(tmp_path / "no.parquet")
     )
-    assert "has the fields label (null), text" in refusal("no.parquet", tmp_path, shapes=("text and label",))
+    assert "label is null; give it a value" in refusal("no.parquet", tmp_path, shapes=("text and label",))
 
 
 def test_objects_of_a_columnar_file_lose_the_keys_that_others_have(tmp_path):
@@ -155,11 +156,45 @@ def test_objects_of_a_columnar_file_lose_the_keys_that_others_have(tmp_path):
         ("quoted.tsv", b'prompt\tcompletion\n"a ""b"""\tb\nc\t"d"\n', [('a "b"', "b"), ("c", "d")]),
         ("inside.tsv", b'prompt\tcompletion\n"a\tb"\tc\n', [("a\tb", "c")]),
         ("empty.csv", b"prompt,completion\n\na,b\n\n", [("a", "b")]),
+        ("late.csv", b"\n \n prompt , completion\na,b\n", [("a", "b")]),
     ],
 )
 def test_quotes_and_empty_lines_of_tables(name, data, expected, tmp_path):
     (tmp_path / name).write_bytes(data)
     assert [tuple(v.values()) for v in values(name, tmp_path)] == expected
+
+
+def on_lines(rows):
+    return "".join(json.dumps(r, indent=2) + "\n" for r in rows).encode()
+
+
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("one.json", on_lines(ROWS[:1]), ROWS[:1]),
+        ("several.json", on_lines(ROWS), ROWS),
+        ("data.json", json.dumps({"data": ROWS}).encode(), ROWS),
+        ("named.json", on_lines([{"version": "1.0", "tags": ["a"], "examples": ROWS, "about": {"x": [{}]}}]), ROWS),
+        ("packed.json.gz", gzip.compress(json.dumps({"rows": ROWS}).encode()), ROWS),
+        ("talk.json", on_lines([{"messages": TURNS}]), [{"messages": TURNS}]),
+        ("talks.json", json.dumps({"messages": TURNS}).encode(), [{"messages": TURNS}]),
+        ("kept.json", lines([{**r, "facts": [{"x": 1}]} for r in ROWS]), [{**r, "facts": [{"x": 1}]} for r in ROWS]),
+        ("blank.jsonl", b"\n\n" + lines(end="\n \n\n"), ROWS),
+        ("mac.jsonl", lines(end="\r"), ROWS),
+        ("windows.jsonl", lines(end="\r\n"), ROWS),
+    ],
+)
+def test_rows_of_json_are_found_in_lists_in_an_object_or_over_several_lines(name, data, expected, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    assert values(name, tmp_path) == expected
+
+
+def test_a_line_of_a_file_with_old_line_ends_has_its_number(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(end="\r") + b"{\r")
+    assert "a.jsonl:4: is not JSON" in refusal("a.jsonl", tmp_path)
 
 
 # --- folders, globs, the Hub ---
@@ -200,7 +235,13 @@ def test_a_glob_is_its_files_and_a_limit_counts_over_all(tmp_path):
     assert read_names("d/*.jsonl", tmp_path) == ["a.jsonl", "b.jsonl"]
     assert read_names(tmp_path / "*" / "[ab].jsonl", tmp_path / "cache", limit=1) == ["a.jsonl"]
     assert f"no file matches {tmp_path}/d/*.csv" in refusal("d/*.csv", tmp_path)
-    assert "is not a file that luthier reads" in refusal("d/c.txt", tmp_path)
+    said = refusal("d/c.txt", tmp_path)
+    assert (
+        "is not a file that luthier reads; it reads .jsonl, .ndjson, .json, .csv, .tsv, .conll, .iob, .iob2, .bio, packed as .gz or .zst too, "
+        in said
+    )
+    shards(tmp_path / "d", ".a.jsonl")
+    assert read_names("d/*.jsonl", tmp_path) == ["a.jsonl", "b.jsonl"] and read_names("d/.*", tmp_path) == [".a.jsonl"]
     (tmp_path / "d" / "b.jsonl").write_bytes(lines([{"text": "t"}]))
     assert "b.jsonl: holds text, but" in refusal("d/*.jsonl", tmp_path)
 
@@ -249,6 +290,49 @@ def test_a_hub_id_has_a_configuration_a_revision_and_a_split(source, asked, tmp_
     assert values(source, tmp_path, part="test") == ROWS and seen == [asked]
 
 
+def test_a_recipe_says_the_configuration_and_the_split_of_each_set(model_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def load_dataset(name, config, split, revision):
+        seen.append((name, config, split, revision))
+        made = datasets.Dataset.from_list([{"prompt": f"{split} {i}", "completion": "c"} for i in range(4)])
+        return made.add_column("n", [1] * 4, new_fingerprint=split)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = {"train": "org/name:conf@rev", "train_split": "a", "eval": "hf://datasets/org/held:c", "eval_split": "b"}
+    done = luthier("check", write(tmp_path, model_folder, data=data), "--json", "--no-forecast", cwd=tmp_path)
+    said = json.loads(done.stdout)
+    assert set(seen) == {("org/name", "conf", "a", "rev"), ("org/held", "c", "b", None)}
+    assert (said["train"]["rows"], said["eval"]["rows"], said["overlap"]) == (4, 4, "")
+
+
+@pytest.mark.parametrize("source", ["org/name:conf@rev", "hf://datasets/org/name", "hf://datasets/org/name/a.jsonl"])
+def test_without_a_network_the_hub_costs_a_sentence(source, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    said = refusal(source, tmp_path)
+    assert said.startswith("data.train: ") and "org/name" in said and "\n" not in said and said.endswith("network")
+
+
+@pytest.mark.parametrize(
+    "error", [datasets.exceptions.DatasetGenerationError("An error occurred\nTraceback"), ValueError("Unknown split")]
+)
+def test_what_the_library_datasets_refuses_costs_a_sentence(error, tmp_path, monkeypatch):
+    def load_dataset(*args, **how):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    said = refusal("org/name", tmp_path)
+    assert (
+        str(error).partition("\n")[0] in said
+        and "check name, configuration, split and network" in said
+        and "\n" not in said
+    )
+
+
 def test_a_file_on_the_hub_is_read_by_its_address(tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -288,7 +372,39 @@ def test_a_split_is_read_for_folders_and_hub_ids_only():
 DAMAGED = {
     "a.jsonl": (lines()[:-9], "a.jsonl:3: is not JSON"),
     "b.jsonl": (lines().replace("ü".encode(), b"\xfc"), "b.jsonl:3: is not UTF-8 text (invalid start byte at byte 16)"),
-    "utf16.jsonl": (lines().decode().encode("utf-16"), "utf16.jsonl:1: is not UTF-8 text"),
+    "utf16.jsonl": (lines().decode().encode("utf-16"), "utf16.jsonl: is UTF-16 text; save the file as UTF-8"),
+    "utf16.csv": (table(",").decode().encode("utf-16"), "utf16.csv: is UTF-16 text"),
+    "utf16.json": (json.dumps(ROWS).encode("utf-16-le"), "utf16.json: is UTF-16 text"),
+    "utf32.tsv": (table("\t").decode().encode("utf-32"), "utf32.tsv: is UTF-32 text"),
+    "latin.json": (
+        json.dumps(ROWS, ensure_ascii=False).encode("latin-1"),
+        "latin.json: is not UTF-8 text after item 2; save",
+    ),
+    "named.csv": (gzip.compress(table(",")), "named.csv: is a gzip file; add .gz to its name"),
+    "named.jsonl": (zst(lines()), "named.jsonl: is a zstandard file; add .zst to its name"),
+    "sheet.csv": (b"PK\x03\x04...", "sheet.csv: is a zip file, or a spreadsheet; unpack it, or save the sheet as CSV"),
+    "page.json": (b"<!DOCTYPE HTML><html>", "page.json: is a page of HTML; download the file itself"),
+    "lfs.jsonl": (
+        b"version https://git-lfs.github.com/spec/v1\noid",
+        "lfs.jsonl: is a pointer of git-lfs, not the rows",
+    ),
+    "empty.json": (b" \n", "empty.json holds no rows"),
+    "empty.json.gz": (gzip.compress(b""), "empty.json.gz holds no rows"),
+    "blank.csv": (b"\n \n", "blank.csv holds no rows"),
+    "late.csv": (b"\n\nprompt,completion\na,b,c\n", "late.csv:4: has 3 fields, the header has 2"),
+    "lists.json": (
+        b'{"train": [{"text": "a"}],\n "dev": [{"text": "b"}]}',
+        "holds one object with several lists (train, dev)",
+    ),
+    "list.json": (b'{"data": [\n{"text": "a"}, 3]}', "list.json: item 2: holds a int, not an object"),
+    "none.jsonl": (
+        b"{}\n",
+        "none.jsonl:1: has no fields, expected messages or prompt and completion or text; drop the row",
+    ),
+    "null.jsonl": (
+        b'{"text": null}\n',
+        "null.jsonl:1: text is null; give it a value, drop the row, or set data.on_bad_row",
+    ),
     "a.csv": (table(",").replace("ü".encode(), b"\xfc"), "a.csv:5: is not UTF-8 text"),
     "b.csv": (b"prompt,completion\na,b\na,b,c\n", "b.csv:3: has 3 fields, the header has 2"),
     "c.csv": (b'prompt,completion\na,"b\nc,d\n', "c.csv:3: is not CSV (unexpected end of data)"),
@@ -328,7 +444,7 @@ def test_damage_costs_one_sentence_with_file_and_line(name, tmp_path):
 )
 def test_a_line_without_an_end_is_not_unpacked(name, start, message, tmp_path, monkeypatch):
     """64 MB in 64 kB: the peak stays at some times the limit."""
-    monkeypatch.setattr(files, "LONGEST", 1 << 20)
+    monkeypatch.setattr(streams, "LONGEST", 1 << 20)
     filler = (b"x" * 999 + b"\n") * 65_000 if name == "b.csv.gz" else b"x" * (64 << 20)
     (tmp_path / name).write_bytes(packed(name, start + filler))
     del filler

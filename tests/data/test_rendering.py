@@ -92,6 +92,25 @@ def test_plain_text_has_the_ids_of_the_tokenizer(kind):
     assert start == tokenizer("hello there")["input_ids"][: len(start)]
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "byte-level-bos", "sentencepiece", "no-lead", "unigram"])
+def test_first_and_last_tokens_that_a_text_writes_out_are_not_doubled(kind):
+    """alignment-handbook#127: texts that a chat template wrote begin with BOS and end with EOS."""
+    tokenizer = TOKENIZERS[kind]()
+    renderer, end = Renderer(tokenizer), tokenizer.eos_token
+    front = "".join(tokenizer.convert_ids_to_tokens(renderer.tokens.first))
+    text = f"{front}hello there I am{end}"
+    plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert renderer.render({"text": text}, "k")["ids"] == plain
+    item = renderer.render({"prompt": f"{front}hello there", "completion": f" I am{end}"}, "k")
+    assert item["ids"] == plain
+    start = renderer.prompt_ids({"prompt": f"{front}hello there"})
+    assert item["ids"][: len(start)] == start and item["labels"][len(start) - 1] == IGNORE != item["labels"][len(start)]
+    assert renderer.encode([[renderer.bare(f"{front}hello there")]])[0][0] == start
+    assert renderer.answer({"prompt": "a", "completion": f"I am{end}"}) == "I am"
+    middle = renderer.render({"text": f"hello{end} there"}, "k")["ids"]
+    assert middle[: len(renderer.tokens.first)] == list(renderer.tokens.first) and middle[-1] == tokenizer.eos_token_id
+
+
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_a_text_of_a_chat_model_has_bos_as_well(kind):
     tokenizer = TOKENIZERS[kind](CHATML)

@@ -170,10 +170,9 @@ def test_a_json_list_is_read_item_by_item(tmp_path):
     broken = {
         b'[{"prompt": "a", "completion": "b"}, {"prompt": "a", "comp': "is not JSON after item 1",
         b'[{"prompt": "a", "completion": "b"}, {]': "is not JSON after item 1",
-        b'[{"prompt": "\xff", "completion": "b"}]': "is not JSON after item 0",
-        b'{"data": [{"prompt": "a", "completion": "b"}]}': "holds one object, not a list of rows",
-        b'{"prompt": "a",\n"completion": "b"}': "holds one object, not a list of rows",
-        b"": "starts with b''",
+        b'[{"prompt": "\xff", "completion": "b"}]': "is not UTF-8 text after item 0",
+        b'{"prompt": "a",\n"completion": "b"': "is not JSON after item 0",
+        b"": "holds no rows",
         b'[{"prompt": "a", "completion": "b"}, 3]': "item 2: holds a int, not an object",
         b'[{"prompt": "a", "completion": "b", "x": ' + b"[" * 5000 + b"]" * 5000 + b"}]": "nested too deeply",
         b"[]": "holds no rows",

@@ -1,19 +1,28 @@
 """Templates that write a finished conversation in another way than the prompts that lead to it."""
 
+from datetime import date
+
 import pytest
 
 from helpers.templates import (
+    AFTER_USER,
+    BETWEEN,
     CHATML,
+    CLOCK,
     CLOSED,
     EMPTY_THOUGHT,
     LAST_ONLY,
+    LAST_WORD,
     NO_END,
     ONE_END,
+    OTHER_HEAD,
     PARTS,
     QWEN3,
     R1,
+    SAID_AFTER,
     TOOLS,
     TWO_ENDS,
+    TWO_MESSAGES,
 )
 from helpers.words import byte_level, sentencepiece
 from luthier.data.batch import IGNORE
@@ -119,7 +128,7 @@ def test_a_thought_after_a_prompt_that_closes_it_is_refused_with_this_reason():
     renderer = Renderer(byte_level(QWEN3), options={"enable_thinking": False})
     row = {"messages": [ASK, {**SAY, "reasoning_content": "why"}]}
     with pytest.raises(
-        Unrenderable, match="its last answer has a thought, but the prompt of the chat template ends in"
+        Unrenderable, match="the answer of turn 2 has a thought, but the prompt of the chat template ends in"
     ):
         renderer.render(row, "k")
     assert Renderer(byte_level(QWEN3)).render(row, "k")
@@ -157,3 +166,82 @@ def test_marks_with_the_sign_of_a_space_end_answers():
     item = renderer.render({"messages": TALK}, "k")
     ends = [y for y in item["labels"] if y in renderer.stop_ids]
     assert ends == [tokenizer.convert_tokens_to_ids("<|end▁here|>")] * 2
+
+
+@pytest.mark.parametrize("name", OTHER_HEAD)
+@pytest.mark.parametrize("turns", [TALK[:2], TALK, [SYSTEM, *TALK, *TALK]])
+def test_an_answer_follows_the_prompt_in_use_where_its_finished_turn_begins_in_another_way(name, turns):
+    renderer, found = pieces(OTHER_HEAD[name], turns)
+    assert [t for t, on in found if on] == [f"{t['content']}</s>" for t in turns if t["role"] == "assistant"]
+    (answer, thought), wanted = renderer.answer_text(renderer.tokenizer("four</s>")["input_ids"]), ("four", "")
+    assert (answer, thought) == wanted
+
+
+def test_a_prompt_that_says_other_things_than_the_finished_conversation_is_refused():
+    judged = (
+        "{{ 'Is the ' + messages[-1]['role'] + ' kind? ' }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}"
+        "{% endfor %}{{ '<|im_end|>\\n' }}"
+    )
+    with pytest.raises(Unrenderable, match="asks for turn 2 with 'user kind"):
+        said(judged, [ASK, SAY])
+
+
+@pytest.mark.parametrize("after", [[WET], [WET, SAY], [WET, SAY, ASK2, SAY2]])
+def test_a_call_ends_before_the_next_turn_begins(after):
+    first, *others = said(LAST_WORD, [ASK, CALLS, *after], RAIN)
+    assert first == "Action: rain\n" and others == [f"{t['content']}<|END_OF_TURN_TOKEN|>" for t in after[1::2]]
+    assert said(LAST_WORD, [ASK, CALLS], RAIN) == ["Action: rain\n"]
+
+
+@pytest.mark.parametrize("template", [AFTER_USER, BETWEEN])
+def test_the_beginning_of_a_turn_that_no_prompt_writes_is_no_part_of_the_answer(template):
+    renderer, found = pieces(template, [ASK, SAY, SAY2])
+    written = renderer.tokenizer(found[-1][0])["input_ids"]
+    assert found[-1][1] and found[-1][0].startswith("<|im_start|>assistant\nfour")
+    after, asked = (renderer.prompt_ids({"messages": t}) for t in ([ASK, SAY, SAY2], [ASK, SAY]))
+    assert renderer.answer_text(written, after) == renderer.answer_text(written) == ("four", "")
+    assert renderer.answer_text(written, asked) == ("assistant\nfour", "")  # the model wrote it twice
+
+
+def test_an_empty_thought_that_a_row_writes_is_trained_on():
+    for last in ({"content": "<think>\n\n</think>\n\nfour"}, {"content": "four", "reasoning_content": ""}):
+        renderer, found = pieces(R1, [*TALK[:3], {"role": "assistant", **last}])
+        assert [t for t, on in found if on] == ["I am fine</s>", "\n</think>\n\nfour</s>"]
+        assert renderer.answer_text(renderer.tokenizer(found[-1][0])["input_ids"]) == ("four", "")
+
+
+def test_a_call_with_an_end_token_within_is_trained_on_and_not_asked_for():
+    last = {**CALLS, "content": "so"}
+    assert said(TWO_MESSAGES, [ASK, last], RAIN) == ["so<|im_end|>\ncall\nrain<|im_end|>"]
+    row = {"messages": [ASK, last], "tools": RAIN}
+    with pytest.raises(Unrenderable, match="within which the chat template writes '<|im_end|>'"):
+        Renderer(byte_level(TWO_MESSAGES)).answer(row)
+
+
+def test_a_turn_in_two_places_is_refused_with_this_reason():
+    turns = [ASK, {**CALLS, "content": "let me look"}, WET, SAY]
+    with pytest.raises(Unrenderable, match="writes the content of turn 2 after the results of its calls"):
+        said(SAID_AFTER, turns, RAIN)
+    assert said(SAID_AFTER, [ASK, SAY], RAIN) == ["I am fine<|im_end|>"]
+
+
+def test_a_thought_of_an_earlier_turn_after_a_closed_one_is_refused_with_this_reason():
+    why = "('<think>\\n' + m.get('reasoning_content', '') + '\\n</think>\\n\\n' if m['role'] == 'assistant' else '')"
+    kept = CLOSED.replace("+ m['content']", f"+ {why} + m['content']")
+    with pytest.raises(
+        Unrenderable, match="the answer of turn 2 has a thought, but the prompt of the chat template ends"
+    ):
+        said(kept, [ASK, {**SAY, "reasoning_content": "why"}, ASK2, SAY2])
+
+
+def test_a_template_with_the_time_writes_one_time_in_every_text():
+    renderer, today = Renderer(byte_level(CLOCK)), date.today().isoformat()
+    row = {"messages": TALK}
+    item, start = renderer.render(row, "k"), renderer.prompt_ids(row)
+    assert renderer.day == today and renderer.tokenizer.decode(start).startswith(f"{today} 00:00:00.000000<|im_start|>")
+    assert item["ids"][: len(start)] == start and Renderer(byte_level(CHATML)).day == ""
+
+
+def test_messages_are_no_plain_text():
+    with pytest.raises(Unrenderable, match=r"has messages, .* but data.template is plain"):
+        Renderer(byte_level(CHATML), plain=True).render({"messages": TALK}, "k")

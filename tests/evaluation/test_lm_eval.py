@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from helpers.commands import luthier, write
 from helpers.exams import only_own_tasks
 from luthier import recipe
 from luthier.data.batch import collate
@@ -128,7 +129,7 @@ def test_the_callers_random_state_is_left_alone(exam, tasks):
 
 
 def test_what_cannot_be_asked_is_named(exam, tasks):
-    with pytest.raises(RecipeError, match="lm-eval has no no_such_task"):
+    with pytest.raises(RecipeError, match=r"evaluate\.lm-eval\.tasks: lm-eval has no task no_such_task"):
         LmEval(tasks=("our_choice", "no_such_task"), folder=tasks).evaluate(exam)
     with pytest.raises(LuthierError, match="needs drawn answers"):
         LmEval(tasks=("our_draw",), folder=tasks).evaluate(exam)
@@ -140,6 +141,30 @@ def test_tasks_of_a_folder_need_allow_code_and_the_hub_is_listed(tmp_path):
         recipe.load(text, "r.yaml")
     assert recipe.load(text, "r.yaml", code=tmp_path).evaluate[0].tasks == ("hellaswag",)
     assert LmEval(tasks=("hellaswag",)).destinations() == ["the Hub, to download data of hellaswag"]
+
+
+def test_check_looks_up_the_names_of_tasks(model_folder, tmp_path, monkeypatch):
+    """lm-eval's own names are read once, then from the cache."""
+    from lm_eval import tasks as theirs
+
+    asked = []
+
+    class Manager:
+        def __init__(self, **how):
+            asked.append(how)
+            self.all_tasks = ["hellaswag", "arc_easy"]
+
+    monkeypatch.setattr(theirs, "TaskManager", Manager)
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+    told = {}
+    for name in ("helaswag", "hellaswag", "a-b-c-d"):
+        path = write(tmp_path, model_folder, evaluate=[{"lm-eval": {"tasks": ["arc_easy", name]}}])
+        told[name] = luthier("check", path, "--no-forecast", cwd=tmp_path)
+    assert told["helaswag"].returncode == 2
+    says = "evaluate.0.lm-eval.tasks: lm-eval has no task helaswag; did you mean hellaswag?"
+    assert told["helaswag"].stderr.strip() == f"luthier: {says}"
+    assert told["a-b-c-d"].stderr.endswith("lm-eval has no task a-b-c-d; see lm-eval ls tasks\n")
+    assert told["hellaswag"].returncode == 0 and asked == [{}]
 
 
 def test_continuations_are_sums_over_each_rows_tokens(exam_of, tiny_view):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import Any
 
 import pytest
 
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
+from luthier.evaluation import lm_eval as ours
 from luthier.evaluation.base import Exam
 from luthier.inference.services import lab_with
 from luthier.model.view import ModelView
@@ -21,7 +21,9 @@ from luthier.testing.models import byte_tokenizer, tiny
 def only_own_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave lm-eval's own tasks out of its index, and the machine out of its results: both take seconds at each call."""
     evaluator, tasks = pytest.importorskip("lm_eval.evaluator"), pytest.importorskip("lm_eval.tasks")
-    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+    manager = tasks.TaskManager
+    monkeypatch.setattr(tasks, "TaskManager", lambda **how: manager(**{**how, "include_defaults": False}))
+    monkeypatch.setattr(ours, "names_of_lm_eval", list)
     monkeypatch.setattr(evaluator, "add_env_info", lambda results: None)
 
 

@@ -162,6 +162,53 @@ PARTS = CHATML.replace(
     "m['content']", "(m['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join)"
 )
 
+# The turn of an answer begins with other white space or other words than the prompt ends in.
+OTHER_HEAD = {
+    "lines": "{% for m in messages %}{{ ('\\n# Bot:\\n' if m['role'] == 'assistant' else '# Me:\\n') }}"
+    "{{ m['content'] + eos_token }}"
+    "{% endfor %}" + GO + "{{ '# Bot:\\n' }}{% endif %}",
+    "words": "{% for m in messages %}{{ 'From: ' + m['role'] + '\\n\\n' + m['content'] + eos_token }}{% endfor %}"
+    + GO + "{{ 'From: assistant\\nTo: user\\n\\n' }}{% endif %}",
+    "space": "{% for m in messages %}{{ m['role'] + ':' + ('\\t\\t' if m['role'] == 'assistant' else '') }}"
+    "{{ m['content'] + eos_token }}"
+    "{% endfor %}" + GO + "{{ 'assistant:\\n' }}{% endif %}",
+}  # fmt: skip
+
+# A text of the system stands at the end of every conversation, and nothing ends a call, as in Command-R+. Tools must be given.
+LAST_WORD = (
+    "{{ bos_token }}{% for t in tools %}{{ t['function']['name'] }}{% endfor %}{% for m in messages %}"
+    "{{ '<|START_OF_TURN_TOKEN|>' + {'user': '<|USER_TOKEN|>', 'tool': '<|SYSTEM_TOKEN|>', 'assistant': '<|CHATBOT_TOKEN|>'}"
+    "[m['role']] }}{% for c in m['tool_calls'] %}{{ 'Action: ' + c['function']['name'] + '\\n' }}{% endfor %}"
+    "{% if not m['tool_calls'] %}{{ m['content'] + '<|END_OF_TURN_TOKEN|>' }}{% endif %}{% endfor %}"
+    "{{ '<|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Write an action.<|END_OF_TURN_TOKEN|>' }}"
+    + GO + "{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
+)  # fmt: skip
+
+# Nothing asks for an answer after an answer, so the model writes the beginning of its turn. It may begin with another's end.
+AFTER_USER = CHATML.replace(GO, "{% if add_generation_prompt and messages[-1]['role'] == 'user' %}")
+BETWEEN = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] }}"
+    "{% if not loop.last or add_generation_prompt %}{{ '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and messages[-1]['role'] == 'user' %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# Content and call are two messages, each with the end token.
+TWO_MESSAGES = CHATML.replace(
+    "<|im_end|>' + '\\n' }}",
+    "<|im_end|>\\n' }}{% for c in m['tool_calls'] %}{{ 'call\\n' + c['function']['name'] + '<|im_end|>\\n' }}{% endfor %}",
+).replace("{% for m", "{{ tools | string }}{% for m", 1)
+
+# What a turn says stands after the results of its calls, as in Gemma 4.
+SAID_AFTER = (
+    "{{ tools | string }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>user\\n' + m['content'] }}"
+    "{{ '<|im_end|>' }}{% elif m['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% for c in m['tool_calls'] %}{{ c['function']['name'] }}"
+    "{% endfor %}{% if m['tool_calls'] and not loop.last %}{{ '=' + messages[loop.index]['content'] + ' ' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}" + GO + "{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+# The time of day is written.
+CLOCK = "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}" + CHATML
+
 # The prompt opens a thought, and a finished answer without one has an empty one.
 EMPTY_THOUGHT = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' }}{% if m['role'] == 'assistant' %}{{ '<think>' + "

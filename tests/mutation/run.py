@@ -41,7 +41,6 @@ OWN = {
     "inspection/base.py": ("inspection/test_inspectors.py", "inspection/test_norms.py"),
     "kernels/linear.py": ("kernels/test_linear_layers.py",),
     "kernels/plain.py": ("kernels/test_head.py",),
-    "training/loop.py": ("training/test_equalities.py", "training/test_skipped.py", "training/test_state.py"),
     "pipelines/stages.py": ("pipelines/test_stages.py", "pipelines/test_base.py"),
     "pipelines/base.py": ("pipelines/test_base.py", "pipelines/test_list.py", "pipelines/test_stages.py"),
     "tuners/base.py": ("tuners/test_trainable.py", "tuners/test_full.py", "tuners/test_task_head.py"),
@@ -196,14 +195,23 @@ def results(files: Sequence[Path], workers: int, again: bool, share: float) -> I
 
 
 def told(file: Path, result: Result | None, known: set[tuple[str, str, str]]) -> tuple[str, list[str]]:
-    """One line of counts, and one for every survivor that was not accepted."""
+    """One line of counts, and one for every survivor that was not accepted, or that was and is noticed by now."""
     name = file.relative_to(ROOT).as_posix()
     if result is None:
         return f"{name}: no tests of its own", []
     survived = [f for f in result.faults if f.noticed is None]
     new = [f for f in survived if (name, f.line, f.change) not in known]
     counts = f"{name}: {len(result.faults)} faults, {len(new)} survived, {len(survived) - len(new)} accepted"
-    return f"{counts}, {result.seconds:.0f} s", [f"  {f.number}: {f.change}: {f.line}" for f in new]
+    alive = {(f.line, f.change) for f in survived}  # a line may stand in several places
+    outdated = {
+        (f.line, f.change): f
+        for f in result.faults
+        if (name, f.line, f.change) in known and (f.line, f.change) not in alive
+    }
+    return f"{counts}, {result.seconds:.0f} s", [
+        *(f"  {f.number}: {f.change}: {f.line}" for f in new),
+        *(f"  {f.number}: accepted, but noticed by {f.noticed}: {f.change}: {f.line}" for f in outdated.values()),
+    ]
 
 
 def load_libraries() -> None:

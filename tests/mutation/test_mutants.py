@@ -110,6 +110,18 @@ def test_accepted_survivors_are_counted_apart():
     assert told(file, None, set())[0] == "src/luthier/objectives/otr.py: no tests of its own"
 
 
+def test_accepted_faults_that_a_test_notices_by_now_are_named():
+    file, name = PACKAGE / "objectives/otr.py", "src/luthier/objectives/otr.py"
+    known = {(name, "x = 1", "1 becomes 2"), (name, "y = 1", "1 becomes 2")}
+    faults = [
+        Fault(2, "x = 1", "1 becomes 2", "test_x"), Fault(5, "x = 1", "1 becomes 2", "test_x"),
+        Fault(3, "y = 1", "1 becomes 2", "test_y"), Fault(4, "y = 1", "1 becomes 2", None),
+        Fault(6, "z = 1", "1 becomes 2", "test_z"),
+    ]  # fmt: skip
+    _, lines = told(file, Result(faults, 1.0, 0.5), known)
+    assert lines == ["  5: accepted, but noticed by test_x: 1 becomes 2: x = 1"]
+
+
 def test_methods_are_looked_through_and_packages_front_doors_are_not():
     names = {f.relative_to(PACKAGE).as_posix() for f in wanted([])}
     assert {"objectives/otr.py", "curation/scdp.py", "kernels/head.py"} <= names

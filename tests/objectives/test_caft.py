@@ -6,10 +6,12 @@ import torch.nn.functional as F
 
 from luthier.data.batch import IGNORE, collate
 from luthier.integrations.own_loop import Loss, as_batch
+from luthier.method import Facts
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Window
 from luthier.objectives.caft import Caft, further_labels, schedule_weight
 from luthier.objectives.sft import Sft
+from luthier.pipelines.stages import Stage
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
@@ -349,3 +351,19 @@ def test_heads_copy_the_base_whatever_hangs_on_it(name):
     here = view.run_block(heads.blocks[0], trace.hidden[2], trace)
     torch.testing.assert_close(here, there)
     assert trainable.update().parts
+
+
+def test_untrained_heads_are_refused_where_it_is_known_that_no_stage_brings_trained_ones():
+    heads, tune, allowed = Caft(stage="heads"), Caft(), Caft(allow_untrained_heads=True)
+    assert (heads.trains_beside, tune.trains_beside) == (True, False)
+    carrying, alone = Stage(name="tune", carry="heads"), Stage(name="tune")
+    for objective, settings, wanted in (
+        (tune, alone, ["tune, with heads that no stage before has trained"]),
+        (tune, TrainSettings(), ["tune, with heads that no stage before has trained"]),
+        (tune, carrying, []),
+        (tune, None, []),
+        (heads, alone, []),
+        (allowed, alone, []),
+    ):
+        problems = objective.check(Facts(settings=settings))
+        assert [p.what for p in problems] == wanted and {p.key for p in problems} <= {"stage"}

@@ -231,3 +231,12 @@ def test_a_row_without_a_question_is_named():
 def test_rates_outside_their_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MaskedThought(**wrong)
+
+
+@pytest.mark.parametrize(
+    "share, rate, trains",
+    [(0.0, 0.2, True), (0.5, 1e-3, True), (0.99, 0.2, True), (1.0, 0.2, False), (0.5, 0.0, False), (1.0, 0.0, False)],
+)
+def test_a_vector_trains_beside_the_model_where_some_tokens_become_it(share, rate, trains):
+    objective = MaskedThought(random_share=share, max_rate=rate)
+    assert objective.trains_beside is trains is (objective.extend(view_of(layers=1)) is not None)

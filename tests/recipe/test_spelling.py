@@ -102,6 +102,13 @@ def test_the_stored_schema_is_made_from_the_classes():
     assert schema.build() == schema.stored(), "run make docs"
 
 
+def test_the_schema_says_nothing_that_only_some_versions_of_pydantic_say():
+    assert '"additionalProperties": true' not in schema.FILE.read_text()
+    fill = schema.stored()["$defs"]["DataSettings"]["properties"]["fill"]
+    assert fill["type"] == "object" and "additionalProperties" not in fill  # any key, before pydantic 2.11 and after
+    assert schema.stored()["additionalProperties"] is False
+
+
 def test_the_schema_looks_into_stages():
     stage = {"name": "a", "tuner": {"lora": {"rank": 3}}}
     values = {"model": "a/b", "data": {"train": "x"}, "pipeline": {"stages": {"stages": [stage]}}}

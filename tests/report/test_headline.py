@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from helpers.finished import finished
-from luthier.report.curve import Series, line_chart
+from luthier.report.curve import Point, Range, Series, interval_chart, line_chart, plane_chart, point_chart
 from luthier.report.page import headline, verdict_on, write_report
 
 
@@ -78,20 +78,17 @@ def test_the_loss_chart_has_the_held_out_loss_of_both_ends(folder):
 
 
 def test_a_chart_names_its_axis_and_tells_values():
-    chart = str(line_chart([Series("a", [(i, i / 7) for i in range(1, 601)])], "step", "t"))
-    assert 'text-anchor="end">step</text>' in chart and "<title>a, step 1: 0.1429</title>" in chart
-    assert chart.count("<title>") == 60
-
-
-def test_files_for_tools_that_read_trainers(folder):
-    read = {
-        n: json.loads((folder / f"{n}.json").read_text())
-        for n in ("eval_results", "all_results", "trainer_state", "run")
-    }
+    chart = str(line_chart([Series("a", [(i, i / 7) for i in range(1, 601)])], "step", "nats", "t"))
+    assert ">step</text>" in chart and ">nats</text>" in chart and "<title>a, step 1: 0.1429</title>" in chart
+    assert chart.count("<title>") == chart.count("<circle") == 60
+    few = [Series("a", [(0.0, 1.0), (9.0, 2.0)]), Series("b", [(0.0, 2.0)])]
+    chart = str(line_chart(few, "step", "nats", "t"))
+    assert chart.count('r="3"') == 3 and chart.count('class="name1"') == 2, "a dot, and its name in the legend"
+    chart = str(interval_chart([Range("lora", 0.5, 0.25, 0.75, 0)], "difference", "t"))
+    assert ">difference</text>" in chart and "<title>lora: 0.5 (0.25 to 0.75)</title>" in chart
+    chart = str(point_chart([Point("lora", 3.0, 0.5, True, 0)], "seconds", "loss", "t"))
     assert (
-        read["eval_results"]
-        == read["all_results"]
-        == {f"eval_{n}": m["value"] for n, m in read["run"]["after"].items()}
+        "<title>lora: loss 0.5, seconds 3</title>" in chart and ">seconds</text>" in chart and ">loss</text>" in chart
     )
-    assert read["trainer_state"]["global_step"] == 3
-    assert [e["step"] for e in read["trainer_state"]["log_history"] if "loss" in e] == [1, 2, 3]
+    chart = str(plane_chart([(1.0, 2.0, True), (2.0, 1.0, False)], "perplexity", "entropy", "t"))
+    assert "<title>stayed: perplexity 1, entropy 2</title>" in chart and "<title>left out: " in chart

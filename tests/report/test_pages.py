@@ -108,9 +108,10 @@ const light = c => { const [r, g, b] = c.map(v => v / 255).map(v => v <= .03928 
 const behind = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
   if (c.length < 4 || c[3] > 0) return c.slice(0, 3); } return [255, 255, 255]; };
 let worst = [99, ''];
-for (const e of document.querySelectorAll('p, td, th, code, pre, h1, h2, mark, small, summary, figcaption, li')) {
-  if (!e.innerText || !e.innerText.trim()) continue;
-  const a = light(rgb(getComputedStyle(e).color).slice(0, 3)), b = light(behind(e));
+for (const e of document.querySelectorAll('p, td, th, code, pre, h1, h2, mark, small, summary, figcaption, li, svg.chart text')) {
+  if (!e.textContent.trim() || !e.checkVisibility()) continue;
+  const style = getComputedStyle(e), ink = e.matches('text') ? style.fill : style.color;
+  const a = light(rgb(ink).slice(0, 3)), b = light(behind(e));
   const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
   if (ratio < worst[0]) worst = [ratio, e.tagName + ' ' + e.className];
 }
@@ -168,16 +169,37 @@ def test_the_comparison_alone_answers_five_questions(browser, pages):
     assert told["arms"][0]["arm"] == told["baseline"]
 
 
-@pytest.mark.parametrize("name", ["run", "compare"])
+SIZES = """
+return [...document.querySelectorAll('svg.chart')].map(e => [e.getBoundingClientRect().right,
+  [...e.querySelectorAll('text')].map(t => t.getScreenCTM().a * parseFloat(getComputedStyle(t).fontSize))]);
+"""
+
+
+@pytest.mark.parametrize("mode", ["wide", "phone"])
+@pytest.mark.parametrize("name", ["run", "curate", "compare", "claims", "collaboration", "simulation"])
+def test_charts_are_whole_and_their_letters_large_enough(browser, pages, name, mode):
+    opened(browser, pages[name], mode)
+    charts = browser.execute_script(SIZES)
+    assert charts and all(right <= MODES[mode][0] for right, _ in charts)
+    sizes = [size for _, letters in charts for size in letters]
+    assert 10 <= min(sizes) <= max(sizes) <= 18, "pixels"
+
+
+@pytest.mark.parametrize("name", ["run", "compare", "claims"])
 def test_scores_and_verdicts_are_within_a_phones_window(browser, pages, name):
     opened(browser, pages[name], "phone")
+    wide = "return [...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).map(e => e.ariaLabel)"
+    assert browser.execute_script(wide) == [], "no table goes beyond the window"
     cells = browser.execute_script(
         "return [...document.querySelectorAll('.stack td')].filter(e => e.innerText)"
         ".map(e => [e.dataset.label, e.getBoundingClientRect().right, getComputedStyle(e, '::before').content])"
     )
-    assert {"run": "after", "compare": "verdict"}[name] in {label for label, _, _ in cells}
+    assert {"run": "after", "compare": "verdict", "claims": "outcome"}[name] in {label for label, _, _ in cells}
     assert [label for label, right, _ in cells if right > 390] == []
-    assert all(shown != "none" for _, _, shown in cells), "each value has its column's name before it"
+    named = [label for label, _, shown in cells if shown != "none"]
+    assert len(named) == len(cells) - {"claims": 2}.get(name, 0), (
+        "each value has its column's name before it, but a claim"
+    )
 
 
 def test_pictures_for_the_card(pages):

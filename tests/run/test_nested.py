@@ -15,6 +15,7 @@ from luthier.recipe import load_file as load_recipe
 from luthier.run import nested
 from luthier.run.execute import run
 from luthier.run.nested import NestedRuns
+from luthier.run.rows import given_rows
 from luthier.step.lab import Lab, Nested
 from luthier.support.cache import cache_folder
 from luthier.support.errors import LuthierError, RecipeError
@@ -153,3 +154,48 @@ def test_a_pipelines_pool_and_stages_are_left_out(model_folder, tmp_path):
     values = {"model": model_folder, "data": {"train": "x.jsonl"}, "pipeline": stages, "pace": {"length": 0.5}}
     asked = NestedRuns(recipes.load(json.dumps(values)), tmp_path).asked(Nested({"tuner": "full"}))
     assert asked.pipeline is None and asked.pace.length == 1.0 and asked.tuner.key() == "full"
+
+
+def words(path):
+    return [json.loads(x)["prompt"] for x in Path(path).read_text().splitlines()]
+
+
+def test_a_share_holds_out_the_same_rows_in_every_nested_run(model_folder, tmp_path):
+    """A nested run on the recipe's own rows sets the same ones apart; one on other rows is scored on these, too."""
+    data = {"train": "train.jsonl", "eval": 0.25}
+    outer = load_recipe(write(tmp_path, model_folder, train=rows(24), data=data, **SHORT))
+    given = given_rows(outer.data, tmp_path, outer.task.shapes)
+    held, trained = ([r.values["prompt"] for r in part] for part in (given.held, given.rows))
+    assert len(held) == 6 and not set(held) & set(trained)
+    runs = NestedRuns(outer, tmp_path, processes=0)
+    half = Nested({"max_steps": 1}, given.rows.take(np.arange(9)))
+    asked = [runs.asked(Nested(c)) for c in ({}, {"seed": 5}, {"data": {"max_length": 200}})]
+    for one in asked:
+        inner = given_rows(one.data, tmp_path, one.task.shapes)
+        assert [r.values["prompt"] for r in inner.held] == held
+        assert [r.values["prompt"] for r in inner.rows] == trained
+    assert words(runs.asked(half, Path("rows")).data.eval) == held
+    lab = replace(Lab(), nested=runs)
+    whole, part = lab.run(Nested({"max_steps": 1}), half)
+    (folder,) = [f.parent for f in (cache_folder() / "nested").glob("*/rows.jsonl") if len(words(f)) == 9]
+    assert not set(words(folder / "rows.jsonl")) & set(held)
+    alone = run(outer.model_copy(update={"max_steps": 1}), tmp_path / "alone", tmp_path)
+    assert whole.metrics["loss"] == alone["after"]["loss"]["value"] != part.metrics["loss"]
+
+
+@pytest.mark.parametrize("change", [{"limit": 12}, {"eval": 0.5}, {"train": "eval.jsonl"}, {"eval_by": "completion"}])
+def test_a_nested_run_that_would_hold_out_other_rows_is_refused(change, model_folder, tmp_path):
+    data = {"train": "train.jsonl", "eval": 0.25}
+    repeated = [{**r, "completion": str(i % 5)} for i, r in enumerate(rows(24))]
+    outer = load_recipe(write(tmp_path, model_folder, train=repeated, data=data, **SHORT))
+    (name,) = change
+    with pytest.raises(RecipeError, match=rf"nested run: data: with a change of {name} it would hold out other rows"):
+        NestedRuns(outer, tmp_path).asked(Nested({"data": change}))
+    plain = load_recipe(write(tmp_path / "b", model_folder, **SHORT))  # held-out rows in a file: nothing to mix up
+    assert NestedRuns(plain, tmp_path / "b").asked(Nested({"data": {"limit": 12}})).data.limit == 12
+
+
+def test_a_nested_run_may_set_a_share_of_its_own_rows_apart(model_folder, tmp_path):
+    outer = load_recipe(write(tmp_path, model_folder, **SHORT))
+    some = Rows.of([Row(f"f:{i}", r) for i, r in enumerate(rows(6))])
+    assert NestedRuns(outer, tmp_path).asked(Nested({"data": {"eval": 0.5}}, some), Path("rows")).data.eval == 0.5

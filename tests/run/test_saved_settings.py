@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helpers.commands import luthier, rows, write
 from helpers.finished import finished
 from luthier.data.store import TokenRows, token_batch
+from luthier.model.weights import save
 from luthier.recipe import load_file
 from luthier.run.ready import tokens_and_config
 from luthier.testing.models import byte_tokenizer, tiny
@@ -36,6 +37,17 @@ def test_generation_settings_and_use_cache_are_kept_in_what_is_saved(tmp_path):
         said = json.loads((place / "generation_config.json").read_text())
         assert SETTINGS.items() <= said.items()
         assert json.loads((place / "config.json").read_text())["use_cache"] is True
+
+
+def test_generation_settings_are_saved_even_if_they_contradict_each_other(tmp_path):
+    model = tiny("llama")
+    model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
+    save(model, tmp_path)
+    assert model.generation_config.temperature == 0.6
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.temperature == 0.6
+    classifier = tiny("llama-classifier")  # has no such settings
+    save(classifier, tmp_path / "classifier")
+    assert not (tmp_path / "classifier" / "generation_config.json").exists()
 
 
 def with_more_tokens(folder, *words):

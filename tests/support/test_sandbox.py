@@ -130,7 +130,11 @@ def test_endless_output_ends():
 def test_an_ordinary_users_path_will_do():
     """Debian's has no /usr/sbin, where chroot lies."""
     code = "from luthier.support.sandbox import execute; print(execute('print(6 * 7)').stdout)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PATH": "/usr/bin:/bin"})
+    env = {
+        "PATH": "/usr/bin:/bin",
+        "PYTHONPATH": str(Path(sandbox.__file__).parents[2]),
+    }  # the luthier that is tested here
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert found.stdout.strip() == "42", found.stderr
 
 

@@ -4,14 +4,21 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
-from helpers.commands import luthier
-from luthier.data.store import Row
+from helpers.commands import luthier, write
+from luthier.data.prepare import prepare
+from luthier.data.rendering import Renderer
+from luthier.data.store import Row, Rows
 from luthier.model.loading import load_config, load_model, locate
 from luthier.support.errors import RecipeError
+from luthier.tasks.class_rows import ClassRows
 from luthier.tasks.classification import Classification
+from luthier.testing.architectures import TEXT_CLASS, tiny_config
 from luthier.testing.models import byte_tokenizer, tiny
+from luthier.tuned.open import open_run
 
 NAMES = ["bad", "fine", "good"]
 
@@ -98,3 +105,90 @@ def test_a_text_that_is_too_long_is_refused_or_cut_before_the_run(three):
     for how in ("trim_end", "trim_prompt"):
         (cut,) = prepare(long, Renderer(byte_tokenizer()), max_length=64, on_long=how, maker=maker).rows
         assert len(cut["ids"]) == 64
+
+
+# --- a checkpoint of masked-LM weights, without a pooler ---
+
+
+@pytest.fixture(scope="module")
+def without_pooler(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masked")
+    torch.manual_seed(0)
+    AutoModelForMaskedLM.from_config(tiny_config("bert", TEXT_CLASS, vocab_size=260)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def read(folder, **how):
+    return load_model(locate(str(folder)), AutoModelForSequenceClassification, labels=["x", "y"], device="cpu", **how)
+
+
+def test_a_pooler_that_is_not_in_the_files_is_drawn_from_the_seed_and_counts_as_head(without_pooler, caplog):
+    with caplog.at_level("WARNING", logger="luthier"):
+        one, again, other = (read(without_pooler, seed=s) for s in (1, 1, 2))
+    names = ["bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight"]
+    assert sorted(one.anatomy.task_head) == names and "has no pooler in its files, so one is drawn" in caplog.text
+    drawn = one.weight("bert.pooler.dense.weight").detach()
+    assert float(drawn.std()) == pytest.approx(one.module.config.initializer_range, rel=0.1)
+    assert torch.equal(drawn, again.weight("bert.pooler.dense.weight"))
+    assert not torch.equal(drawn, other.weight("bert.pooler.dense.weight"))
+    assert one.base == other.base  # it does not belong to the base
+    stored = AutoModelForMaskedLM.from_pretrained(without_pooler).bert.encoder.layer[0].output.dense.weight
+    assert torch.equal(one.weight("bert.encoder.layer.0.output.dense.weight"), stored)
+
+
+def test_only_a_whole_pooler_of_a_new_head_may_be_missing(without_pooler, tmp_path):
+    made = read(without_pooler)
+    made.module.save_pretrained(tmp_path / "c")
+    assert not load_model(locate(str(tmp_path / "c")), AutoModelForSequenceClassification).anatomy.new_pooler
+    tensors = load_file(tmp_path / "c/model.safetensors")
+    for left_out, architecture in (
+        ("bert.pooler.dense", "BertForSequenceClassification"),
+        ("bert.pooler.dense.bias", "BertForMaskedLM"),
+    ):
+        config = json.loads((tmp_path / "c/config.json").read_text())
+        (tmp_path / "c/config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
+        kept = {n: t for n, t in tensors.items() if not n.startswith(left_out)}
+        save_file(kept, tmp_path / "c/model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(RecipeError, match="lack [12] weights that BertForSequenceClassification needs.*pooler"):
+            read(tmp_path / "c")
+
+
+def test_a_run_trains_a_new_pooler_and_saves_it_for_peft(without_pooler, tmp_path):
+    labelled = [{"text": f"say {i}", "label": "xy"[i % 2]} for i in range(8)]
+    recipe = write(
+        tmp_path,
+        str(without_pooler),
+        train=labelled,
+        held=labelled[:4],
+        task="classification",
+        evaluate=[],
+        max_steps=2,
+    )
+    done = luthier("run", recipe, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the model's files have no pooler, so a new one is drawn" in done.stderr + done.stdout
+    saved = load_file(tmp_path / "out/adapter_model.safetensors")
+    pooler = saved["base_model.model.bert.pooler.dense.weight"]
+    assert not torch.equal(pooler, read(without_pooler).weight("bert.pooler.dense.weight"))
+    base = AutoModelForSequenceClassification.from_pretrained(without_pooler, num_labels=2)
+    theirs, ids = PeftModel.from_pretrained(base, tmp_path / "out").eval(), torch.tensor([[5, 9, 30]])
+    opened = open_run(tmp_path / "out")
+    with torch.no_grad(), opened.update.bind(opened.view):
+        torch.testing.assert_close(opened.view.module.eval()(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_labels_are_written_in_one_way_in_training_and_held_out_rows():
+    with pytest.raises(
+        RecipeError, match=r"rows:0: label 1 is a number, and a text in the training rows; write labels"
+    ):
+        Classification().labels(rows("0", "1"), rows(1), {})
+    with pytest.raises(RecipeError, match="rows:0: label 'x' occurs in no training row; correct the label"):
+        Classification().labels(rows("0", "1"), rows("x"), {})
+
+
+def test_a_text_without_a_token_is_refused():
+    """A decoder's tokenizer puts no mark around it, so there would be nothing to read."""
+    read = Rows.of([Row("f:1", {"text": "x", "label": "a"}), Row("f:2", {"text": "", "label": "b"})])
+    with pytest.raises(RecipeError, match=r"f:2: has no supervised token \(its text is empty\)"):
+        prepare(read, Renderer(byte_tokenizer()), max_length=9, maker=ClassRows({"a": 0, "b": 1}))

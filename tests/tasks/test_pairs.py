@@ -177,7 +177,9 @@ def test_a_mapping_wins_and_the_label_alone_can_be_mapped(tmp_path):
     assert found(label="gold_label") == {"text": "p", "text_pair": "h", "label": "neutral"}
     assert found(text="other", text_pair="premise", label="gold_label")["text_pair"] == "p"
     assert found(text="hypothesis", label="gold_label") == {"text": "h", "text_pair": None, "label": "neutral"}
-    with pytest.raises(RecipeError, match=r"perhaps with data.columns: \{label: gold_label\}"):
+    with pytest.raises(
+        RecipeError, match=r"perhaps with data.columns: \{text: premise, text_pair: hypothesis, label: gold_label\}"
+    ):
         found()
 
 

@@ -82,7 +82,7 @@ def test_it_is_exported_with_a_card(folder, workspace, update, tmp_path):
 
 
 def front(folder):
-    return YAML(typ="safe").load((folder / "README.md").read_text().split("---\n")[1])
+    return YAML(typ="safe", pure=True).load((folder / "README.md").read_text().split("---\n")[1])
 
 
 def test_the_commands_take_it(folder, workspace):

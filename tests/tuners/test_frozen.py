@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from luthier.compute.lemo import Lemo
+from luthier.method import Facts
 from luthier.objectives.caft import Caft
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
@@ -30,3 +32,19 @@ def test_a_run_in_which_nothing_trains_is_refused():
     view = view_of()
     with pytest.raises(LuthierError, match="nothing trains: sft adds no trained modules to the frozen model"):
         Loop(view, rows_of(), Frozen().attach(view), Sft(), SETTINGS)
+
+
+def test_a_recipe_in_which_nothing_trains_is_refused_before_it_starts():
+    frozen, lm, head = Frozen(), view_of().anatomy, view_of("llama-classifier").anatomy
+    cases = (
+        (lm, (frozen, Sft(), Lemo()), ["nothing trains: sft and lemo add no trained modules to the frozen model"]),
+        (lm, (frozen,), ["nothing trains: no other method adds no trained modules to the frozen model"]),
+        (lm, (frozen, Caft(stage="heads"), Lemo()), []),
+        (lm, (), []),  # asked alone
+        (head, (frozen, Sft()), []),  # every tuner trains a task head
+        (None, (frozen, Sft()), []),
+    )
+    for anatomy, others, wanted in cases:
+        problems = frozen.check(Facts(anatomy=anatomy, others=others))
+        assert [p.what for p in problems] == wanted
+        assert {p.remedy for p in problems} <= {"choose another tuner"}

@@ -77,6 +77,15 @@ def test_1_coarse_rounding_stays_within_the_budget():
         assert costs.backward(select(costs, importance, budget, resolution=20)) <= budget
 
 
+def flops_of(forward):
+    """What a forward pass counted, without the angles of rotary positions: some versions of transformers take them as a
+    matrix product of one column, others elementwise.
+    """
+    counts = forward.get_flop_counts()
+    rotary = [sum(of.values()) for name, of in counts.items() if name.rpartition(".")[2].startswith("rotary_emb")]
+    return forward.get_total_flops() - sum(rotary)
+
+
 @pytest.mark.parametrize("kind", ["llama", "tied llama", "gpt2", "opt", "qwen3", "gemma3"])
 def test_2_backward_cost_equals_counted_flops(kind):
     model = tiny(kind.removeprefix("tied "), **({"tie_word_embeddings": "tied" in kind} if "llama" in kind else {}))
@@ -89,7 +98,7 @@ def test_2_backward_cost_equals_counted_flops(kind):
     names = list(anatomy.parameters)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids)
-    assert 2 * costs.forward == counter.get_total_flops()
+    assert 2 * costs.forward == flops_of(counter)
     for trial in range(12 if "llama" in kind else 8):
         chosen = [n for n in names if generator.random() < (0.1 if trial % 2 else 0.5)] or [names[-1]]
         for n, p in model.named_parameters():
@@ -121,7 +130,7 @@ def test_2_with_a_task_head_it_does_too(kind):
         with FlopCounterMode(display=False) as backward:
             logits.square().sum().backward()
         unused = 2 * 2 * 32**2 if "bert" in kind else 0  # the trunk calls its pooler once for nothing
-        assert 2 * costs.forward == forward.get_total_flops() - unused
+        assert 2 * costs.forward == flops_of(forward) - unused
         assert 2 * costs.backward(chosen) == backward.get_total_flops(), chosen
 
 
@@ -316,7 +325,7 @@ def test_4_the_budget_is_the_share_less_the_forward_by_counted_flops(share, monk
             logits = model(input_ids=ids).logits
         with FlopCounterMode(display=False) as backward:
             logits.square().sum().backward()
-        return forward.get_total_flops() / 2, backward.get_total_flops() / 2  # multiply-adds
+        return flops_of(forward) / 2, backward.get_total_flops() / 2  # multiply-adds
 
     t_fp, t_bp = counted(list(view.anatomy.parameters))
     rho_bp = share * (1 + t_fp / t_bp) - t_fp / t_bp

@@ -158,6 +158,19 @@ def test_peft_lora_is_our_lora():
     assert [loop.step()["loss"] for _ in range(4)] == pytest.approx(losses, abs=1e-5)
 
 
+@pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("together", [False, True])
+def test_a_copy_of_a_tied_weight_is_refused(module, together):
+    """peft#2777, LlamaFactory#10832: the merged model would lose the copy."""
+    options = {"modules_to_save": [module], "ensure_weight_tying": together}
+    view = view_of(tie_word_embeddings=True)
+    with pytest.raises(RecipeError, match="modules_to_save: peft would train a copy of (model.embed_tokens|lm_head)"):
+        Peft(options=options).attach(view)
+    is_the_base(view, tiny(tie_word_embeddings=True), [True] * len(list(view.module.parameters())))
+    assert Peft(options={"modules_to_save": ["norm"]}).attach(view).parameters()
+    assert Peft(options=options).attach(view_of()).parameters()
+
+
 def test_wrong_options_are_named():
     view = view_of()
     for options, words in (

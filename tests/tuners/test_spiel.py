@@ -1,18 +1,22 @@
 """The exact checks of the sheet; numbers in names are the sheet's."""
 
 import copy
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
 
+from luthier.method import Facts
 from luthier.objectives.base import Clock
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
+from luthier.tuners import spiel as spiel_module
 from luthier.tuners.base import ParamGroup, as_dicts
+from luthier.tuners.sparse import top
 from luthier.tuners.spiel import (
     AgeAdamW,
     Observed,
@@ -399,6 +403,44 @@ def test_outer_top_equals_the_head_of_the_whole_outer_product(steps, k, empty_ro
     assert torch.equal(at, wanted) and torch.equal(products, scores[at])
 
 
+@pytest.mark.parametrize("kept", [0, 30])
+def test_outer_top_looks_at_little_more_than_it_was_asked_for(monkeypatch, kept):
+    """At the products from a bound on that is at most a ten-thousandth below the last of them."""
+    looked, generator = [], torch.Generator().manual_seed(0)
+    monkeypatch.setattr(spiel_module, "top", lambda scores, k: looked.append(scores) or top(scores, k))
+    rows, columns = torch.rand(200, generator=generator), torch.rand(150, generator=generator)
+    for k in (1, 50, 5000):
+        for a, b in (
+            (rows, columns),
+            (rows.clone().index_fill_(0, torch.tensor([7]), 0.0), columns),
+            (columns, 9 * rows),
+        ):
+            whole = (a[:, None] * b[None, :]).reshape(-1)
+            best = whole.argsort(descending=True)
+            active = best[:kept].int()
+            at, _ = outer_top(a, b, active, k)
+            assert torch.equal(at, best[kept : kept + k].sort().values)
+            last = float(whole[best[kept + k - 1]])
+            assert k <= len(looked[-1]) <= int((whole >= last * (1 - 1.3e-4)).sum()) - kept
+
+
+@pytest.mark.parametrize("seed", [29, 32, 44, 45])
+def test_outer_top_finds_products_close_to_the_bound(seed):
+    generator, none = torch.Generator().manual_seed(seed), torch.zeros(0, dtype=torch.int)
+    r, c = torch.rand(3, generator=generator), torch.rand(4, generator=generator)
+    assert torch.equal(outer_top(r, c, none, 5)[0], (r[:, None] * c).reshape(-1).topk(5).indices.sort().values)
+
+
+def test_outer_top_finds_a_product_that_rounding_puts_below_the_bound():
+    rows, columns = (
+        torch.tensor([1.0, 0.911776602268219, 0.813419759273529]),
+        torch.tensor([1.0, 0.3735671043395996, 0.4187379777431488]),
+    )
+    scores = (rows[:, None] * columns[None, :]).reshape(-1)
+    wanted = scores.argsort(descending=True, stable=True)[:7].sort().values
+    assert torch.equal(outer_top(rows, columns, torch.zeros(0, dtype=torch.int), 7)[0], wanted)
+
+
 def planted(**fields):
     """Share of the 60 of 4096 places at which the target of a linear map differs that SpIEL trains after 300 steps."""
     generator = torch.Generator().manual_seed(0)
@@ -447,6 +489,43 @@ def test_bad_input_is_named(fields, match):
     kind = "gpt2" if fields.get("targets") == ("lm_head",) else "llama"
     with pytest.raises((ValueError, LuthierError), match=match):
         Spiel(**fields).attach(view_of(kind), total_steps=10)
+
+
+def test_a_number_of_entries_that_does_not_fit_is_seen_before_a_model_is_loaded():
+    anatomy = view_of().anatomy
+    problems = Spiel(num_weights=10**9).check(Facts(anatomy=anatomy))
+    assert [p.key for p in problems] == ["density"] and "asks for 1000000000 entries" in problems[0].what
+    with pytest.raises(RecipeError, match="asks for 0 entries of the"):
+        Spiel(density=1e-9).with_budget(anatomy)
+
+
+def test_entries_that_another_tuner_trains_are_refused_before_anything_changes():
+    view = view_of()
+    Spiel(density=0.05, targets=("q_proj",)).attach(view, total_steps=9)
+    phases, attached = list(view.phases), list(view.attached)
+    with pytest.raises(LuthierError, match="entries of .*q_proj.weight train already; detach that tuner first"):
+        Spiel(density=0.05).attach(view, total_steps=9)
+    assert view.phases == phases and view.attached == attached
+
+
+def test_only_entries_train_and_those_of_a_whole_matrix_stand_in_its_order():
+    view = view_of()
+    name = "model.layers.0.self_attn.q_proj.weight"
+    trainable = Spiel(num_weights=view.weight(name).numel(), targets=("layers.0.self_attn.q_proj",)).attach(
+        view, total_steps=9
+    )
+    assert trainable.sparse.indices[name].tolist() == list(range(view.weight(name).numel()))
+    trained = {id(p) for p in view.module.parameters() if p.requires_grad}
+    assert trained <= {id(p) for p in trainable.sparse.values.values()}
+
+
+@pytest.mark.parametrize(
+    "there, processes, own", [(False, 9, False), (True, 1, False), (True, 2, True), (True, 3, True)]
+)
+def test_several_processes_agree_on_candidates_in_a_group_of_their_own(monkeypatch, there, processes, own):
+    made = SimpleNamespace(is_initialized=lambda: there, get_world_size=lambda: processes, new_group=lambda: "a group")
+    monkeypatch.setattr(spiel_module, "dist", made)
+    assert Spiel(density=0.05).attach(view_of(layers=1), total_steps=9)._ranks == ("a group" if own else None)
 
 
 def test_unknown_length_is_refused():

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
+from luthier.method import Facts
 from luthier.objectives.sft import Sft
 from luthier.step.settings import TrainSettings
 from luthier.step.window import Clock
 from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, labelled_rows, view_of
 from luthier.training.loop import Loop
-from luthier.tuners import Adapter, Full, Lora, Peft, Spiel
+from luthier.tuners import Adapter, FedKSeed, Full, Lora, Peft, Spiel
 from luthier.tuners.base import DenseTrainable, ParamGroup, as_dicts, copies, default_optimizer, with_head
 
 
@@ -205,3 +206,16 @@ def test_groups_have_their_own_rates_times_their_factors():
     groups = [ParamGroup([p], 0.5), ParamGroup([p], 0.5, 0.0, 0.3)]
     assert as_dicts(groups, 0.2) == [{"params": [p], "lr": 0.1}, {"params": [p], "lr": 0.15, "weight_decay": 0.0}]
     assert default_optimizer(groups[:1], 0.2).defaults["fused"], "one kernel for all tensors"
+
+
+def test_settings_of_gradients_are_refused_beside_a_tuner_whose_steps_take_none():
+    plain = TrainSettings(lr_scheduler_type="constant", warmup_fraction=0.0)
+    for settings, unread in (
+        (plain.model_copy(update={"max_grad_norm": 2.0, "on_nan": "skip"}), ["max_grad_norm", "on_nan"]),
+        (plain.model_copy(update={"adam_betas": (0.5, 0.9), "adam_eps": 1e-6}), ["adam_betas", "adam_eps"]),
+        (plain.model_copy(update={"learning_rate": 0.5}), []),
+        (None, []),
+    ):
+        found = FedKSeed().check(Facts(settings=settings))
+        assert [p.key for p in found] == unread and Lora().check(Facts(settings=settings)) == []
+        assert {p.what for p in found} <= {"is not read by fedkseed, whose steps take no gradient"}

@@ -486,7 +486,8 @@ def test_pefts_patterns_of_ranks_are_matched_as_peft_does(tmp_path):
         ({"lora_bias": True}, {"lora_B.bias": torch.ones(32)}),
         ({"alora_invocation_tokens": [5, 6]}, {}),
         ({"use_dora": True}, {}),
-        ({"use_rslora": True}, {}),
+        ({"init_lora_weights": "pissa"}, {}),
+        ({"bias": "lora_only"}, {"bias": torch.ones(32)}),
     ],
 )
 def test_a_lora_that_is_more_than_two_factors_is_pefts_own(config, more, tmp_path):

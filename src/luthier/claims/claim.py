@@ -312,7 +312,7 @@ def record(name: str, result: Mapping[str, Any], folder: Path = FOLDER) -> None:
 
 def evidence(folder: Path = FOLDER) -> str:
     """The text of docs/evidence.md: one row for each of the forty-eight papers, with code, claim and verdict."""
-    listed = YAML(typ="safe").load((folder / "methods.yaml").read_text(encoding="utf-8"))
+    listed = YAML(typ="safe", pure=True).load((folder / "methods.yaml").read_text(encoding="utf-8"))
     have = {m["name"]: m for m in registry.read()}
     written = {n: load(folder / f"{n}.yaml") for n in names(folder)}
     lines = [

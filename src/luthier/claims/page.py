@@ -14,6 +14,7 @@ from luthier.support.files import write_text
 from luthier.support.units import in_time
 from luthier.support.version import __version__
 
+MEAN = "mean and 95% interval over seeds"
 TONES = {"held": "good", "not held": "bad"}
 
 
@@ -34,8 +35,11 @@ def _shown(name: str, claim: Claim) -> dict[str, Any]:
         return out
     conditions = [
         {
-            **found, "tone": TONES.get(found["outcome"], ""), "bound": _bound(asked),
-            "svg": interval_chart([Range("", found["mean"], found["low"], found["high"], i)], found["says"], asked.bound),
+            **found, "range": f"{found['mean']:.4g} ({found['low']:.4g} to {found['high']:.4g})",
+            "tone": TONES.get(found["outcome"], ""), "bound": _bound(asked),
+            "svg": interval_chart(
+                [Range("", found["mean"], found["low"], found["high"], i)], MEAN, found["says"], asked.bound
+            ),
         }
         for i, (found, asked) in enumerate(zip(m["conditions"], claim.conditions, strict=True))
     ]  # fmt: skip

@@ -80,11 +80,13 @@ def destinations(recipe: Recipe, base: Path) -> list[str]:
     here = model.startswith(BUILTIN) or model.endswith(".gguf") or (base / model).exists() or Path(model).exists()
     if not here:
         out.append(f"model: the Hub, to download {model}")
+    if recipe.start is not None and not (base / recipe.start).exists():
+        out.append(f"start: the Hub, to download {recipe.start}")
     named = [("train", s.path) for s in recipe.data.sources] + [("eval", recipe.data.eval), ("pool", recipe.data.pool)]
     out += [
         f"data.{key}: the Hub, to download {source}"
         for key, source in named
-        if isinstance(source, str) and on_hub(source)
+        if isinstance(source, str) and on_hub(source) and not (base / source).exists()
     ]
     if recipe.collaborate is not None:
         out.append(f"collaborate: the server gets {recipe.collaborate.leaves}")

@@ -88,8 +88,12 @@ class Bar:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def step(self, entry: Mapping[str, float], progress: Any, total: int) -> None:
-        """Show progress after an optimiser step."""
+        """Show progress after an optimiser step, or the held-out loss after an evaluation."""
         self._watch.at(f"step {int(entry['step']) + 1}")
+        if "eval_loss" in entry:
+            said = f"step {int(entry['step'])}/{total}  held-out loss {entry['eval_loss']:.4f}"
+            self.console.print(said, markup=False, soft_wrap=True)
+            return
         rate = progress.tokens / max(progress.seconds, 1e-9)
         loss = self._loss = entry.get("loss", self._loss)  # a skipped step has no loss
         if self._terminal:

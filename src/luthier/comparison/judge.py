@@ -95,7 +95,7 @@ def judged(plan: Comparison, results: Mapping[str, dict[int, Path]], done: Mappi
     for arm in (plan.base_arm, *(a for a in plan.arms if a != plan.base_arm)):
         runs = found.get(arm, {})
         levels = {} if not runs else {n: _level(n, runs, base, arm == plan.base_arm, of_base, plan) for n in names}
-        rate, at_edge = _rate(done, arm), _at_edge(done, arm)
+        rate, at_edge = _rate(done, arm), plan.search is not None and _at_edge(done, arm)
         out.append(Standing(arm, sorted(runs), levels, rate, at_edge, _spent(done, arm), _errors(plan, done, arm)))
     return _adjusted(out, plan)
 

@@ -50,7 +50,8 @@ def write_comparison(bench: Bench, standings: Sequence[Standing], command: Seque
         how_sure=_how_sure(bench), failed=[{"name": s.arm, "why": "; ".join(s.errors)} for s in standings if s.errors],
         costs=_costs(finished, plan.primary, _unit(bench)), forgotten=_forgotten(finished), every=_every(finished, standings),
         curves=_curves(bench), gates=_gates(bench), samples=_samples(bench),
-        again=shlex.join(command), searched=plan.search is not None, plan=as_yaml(plan.model_dump(mode="json")),
+        again=shlex.join(command), at_edge=" and ".join(s.arm for s in standings if s.at_edge),
+        plan=as_yaml(plan.model_dump(mode="json")),
         recipes=[{"name": a, "text": as_yaml(r.as_dict())} for a, r in bench.recipes.items()], env=environment(),
     )  # fmt: skip
     told = {"primary": plan.primary, "baseline": plan.base_arm, "arms": as_dict(standings)}
@@ -180,7 +181,7 @@ def _how_sure(bench: Bench) -> str:
 def _differences(finished: Sequence[Standing], primary: str) -> Any:
     found = [(i, s.arm, s.levels[primary].better_by) for i, s in enumerate(finished)]
     ranges = [Range(a, e.value, e.low, e.high, i) for i, a, e in found if e is not None]
-    return interval_chart(ranges, "differences to the baseline")
+    return interval_chart(ranges, f"difference in {_name(primary)}", "differences to the baseline")
 
 
 def _unit(bench: Bench) -> str:
@@ -218,8 +219,23 @@ def _forgotten(finished: Sequence[Standing]) -> dict[str, Any] | None:
     return {
         "names": [f"{_name(n)} ({'higher' if first[n].higher else 'lower'} is better)" for n in names],
         "before": [_level(first[n].base) for n in names],
-        "rows": [{"name": s.arm, "cells": [_plain(s.levels[n]) for n in names]} for s in finished],
+        "rows": [
+            {
+                "name": s.arm,
+                "cells": [
+                    {"text": _plain(x), "tone": "bad" if _is_worse(x) else ""} for x in map(s.levels.get, names) if x
+                ],
+            }
+            for s in finished
+        ],
     }
+
+
+def _is_worse(level: Level) -> bool:
+    """Whether the whole interval is worse than the base model's value."""
+    if level.base is None:
+        return False
+    return level.value.high < level.base if level.higher else level.value.low > level.base
 
 
 def _level(value: float | None) -> str:
@@ -252,11 +268,11 @@ def _curves(bench: Bench) -> list[dict[str, Any]]:
         held.append(Series(arm, [(e["step"], e["eval_loss"]) for e in entries if "eval_loss" in e]))
     out = []
     for series, x, title in (
-        (by_work, "FLOP", "Training loss against FLOPs, first seed"),
+        (by_work, "FLOP of training", "Training loss against FLOPs, first seed"),
         (held, "step", "Held-out loss, first seed"),
     ):
         if any(s.points for s in series):
-            out.append({"svg": line_chart(series, x, title), "title": title})
+            out.append({"svg": line_chart(series, x, "loss", title), "title": title})
     return out
 
 

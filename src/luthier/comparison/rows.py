@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from luthier.comparison.plan import Comparison, Foreign
+from luthier.data.held_out import likeness
 from luthier.data.mixture import Mix
 from luthier.data.reading import read
 from luthier.data.store import Rows
@@ -38,9 +39,9 @@ class Files(NamedTuple):
 
 def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Path) -> dict[str, Files]:
     """Write the files of every arm. Raises RecipeError if an arm has no held-out rows, or others than the baseline."""
-    made: dict[str, tuple[str, Files]] = {}
+    made: dict[str, tuple[list[int], Files]] = {}
     out: dict[str, Files] = {}
-    judged = ""
+    judged: list[int] = []
     for arm, recipe in recipes.items():
         d = recipe.data
         if d.eval is None:
@@ -51,9 +52,10 @@ def written(plan: Comparison, recipes: dict[str, Recipe], base: Path, folder: Pa
         assert held is not None
         key = key_of(d.sources, d.on_bad_row, d.carried.content, recipe.task.shapes, d.eval, d.eval_by)
         if key not in made:
-            made[key] = (held.digest, _files(plan, recipe, base, folder / "data", held, key[:8]))
-        judged = judged or held.digest
-        if held.digest != judged:
+            likenesses = [likeness(row) for row in held]  # the digest also depends on what else was read of the rows
+            made[key] = (likenesses, _files(plan, recipe, base, folder / "data", held, key[:8]))
+        judged = judged or made[key][0]
+        if made[key][0] != judged:
             raise RecipeError(
                 f"arm {arm}: data.eval", "holds other rows than another arm's", "judge all on the same rows"
             )

@@ -26,12 +26,14 @@ class Wrap(NamedTuple):
     tail     after the answer: its end token and what follows
     opened   the thought that the prompt opens; "" for none
     closes   what closes a thought in this template; "" if it knows no thoughts
+    header   what the prompt ends in after a question: the beginning of the answer's turn
     """
 
     lead: str = ""
     tail: str = ""
     opened: str = ""
     closes: str = ""
+    header: str = ""
 
     @property
     def is_text(self) -> bool:

@@ -7,31 +7,26 @@ unpack to is known before anything is unpacked (`luthier.data.parquet`, `luthier
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import itertools
 import json
 import re
-import zlib
-from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from luthier.data import arrow, parquet
+from luthier.data import arrow, parquet, streams
+from luthier.data.json_files import Raw, rows_of
+from luthier.data.streams import PACKED, first_line, texts_of
 from luthier.support.cache import content_of
 from luthier.support.errors import RecipeError
 
-Raw = Iterator[tuple[int, "dict[str, Any] | RecipeError"]]
-PACKED = (".gz", ".zst")
 COLUMNS = (".conll", ".iob", ".iob2", ".bio")  # a word and its tag on each line
 PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COLUMNS)
 SUFFIXES = (*PLAIN, *(a + b for a in PLAIN for b in PACKED), ".parquet", ".arrow")
-LONGEST = 1 << 25  # bytes of a line or an item of a list: more is taken for damage
 BATCH = 1024  # rows of a Parquet or Arrow file in memory
 HUB = "hf://datasets/"
 SPLITS = {  # names of splits in names of files, as the library datasets knows them
@@ -107,10 +102,8 @@ def opened(source: str, folder: Path, key: str, part: str) -> list[Opened]:
 def _file(path: Path, key: str) -> Opened:
     suffix = suffix_of(path.name)
     if suffix is None:
-        known = ", ".join((*PLAIN, ".parquet", ".arrow"))
-        raise RecipeError(
-            key, f"{path} is not a file that luthier reads", f"it reads {known}, packed as .gz or .zst too"
-        )
+        known = f"{', '.join(PLAIN)}, packed as .gz or .zst too, .parquet and .arrow"
+        raise RecipeError(key, f"{path} is not a file that luthier reads", f"it reads {known}")
     kind = suffix.removesuffix(".gz").removesuffix(".zst")
     reader = READERS[kind]
     columnar = kind in (".parquet", ".arrow")
@@ -126,7 +119,7 @@ def _matching(source: str, folder: Path, key: str) -> list[Path]:
         (Path(pattern.anchor), pattern.relative_to(pattern.anchor)) if pattern.is_absolute() else (folder, pattern)
     )
     try:
-        found = sorted(p for p in start.glob(str(rest)) if p.is_file())
+        found = sorted(p for p in start.glob(str(rest)) if p.is_file() and (p.name[0] != "." or rest.name[0] == "."))
     except ValueError as error:
         raise RecipeError(key, f"{source!r} is not a glob ({error})", "write data/*.jsonl") from error
     if not found:
@@ -195,7 +188,7 @@ def _hub(source: str, key: str, part: str) -> Opened:
     name, config, revision = hub_id(source)
     try:
         table = datasets.load_dataset(name, config, split=part, revision=revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         what = f"{source}: {first_line(error)}"
         raise RecipeError(key, what, "use a file, or check name, configuration, split and network") from error
     rows = partial(_hub_rows, table, _names_in((table.features or datasets.Features()).to_dict()))
@@ -237,156 +230,33 @@ def _hub_address(source: str, key: str, part: str) -> list[Opened]:
 # --- bytes to rows ---
 
 
-def stream_of(path: Path) -> IO[bytes]:
-    """The bytes of a file, unpacked if its name says that it is packed."""
-    packed = path.suffix.lower()
-    if packed == ".gz":
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    if packed == ".zst":
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd", buffer_size=1 << 16))
-    return path.open("rb")
-
-
-@contextmanager
-def _whole(path: Path, last: Callable[[], str]) -> Iterator[None]:
-    """Raise RecipeError with the last line or item for a packed file that is cut off or damaged."""
-    packed = path.suffix.lower()
-    try:
-        yield
-    # pyarrow raises OSError for a cut zstandard file.
-    except (EOFError, zlib.error, OSError, pa.ArrowException) as error:
-        if packed not in PACKED:
-            raise
-        kind = {".gz": "gzip", ".zst": "zstandard"}[packed]
-        what = f"is no whole {kind} file after {last()} ({first_line(error)})"
-        raise RecipeError(str(path), what, "copy it again, or unpack it") from error
-
-
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of a file, from 1. Raises RecipeError for a line without an end, or if the file is damaged."""
-    number = 0
-    with stream_of(path) as file, _whole(path, lambda: f"line {number}"):
-        while line := file.readline(LONGEST + 1):
-            number += 1
-            if len(line) > LONGEST:
-                raise RecipeError(f"{path}:{number}", f"is longer than {LONGEST >> 20} MiB", "write one row a line")
-            yield number, line
-
-
-def jsonl(path: Path) -> Raw:
-    """An object a line."""
-    for number, line in _lines(path):
-        if (line.removeprefix(BOM_UTF8) if number == 1 else line).strip():
-            yield number, _object(line, f"{path}:{number}")
-
-
-def _object(line: bytes, where: str) -> dict[str, Any] | RecipeError:
-    try:
-        value = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return _no_text(error, where)
-    except (ValueError, RecursionError) as error:
-        return RecipeError(where, f"is not JSON ({error})", "write one object a line")
-    return value if isinstance(value, dict) else _no_object(value, where)
-
-
-def _no_text(error: UnicodeDecodeError, where: str) -> RecipeError:
-    return RecipeError(where, f"is not UTF-8 text ({error.reason} at byte {error.start})", "save the file as UTF-8")
-
-
-def _no_object(value: Any, where: str) -> RecipeError:
-    what = f"holds a {type(value).__name__}, not an object"
-    return RecipeError(where, what, 'write {"prompt": ..., "completion": ...}')
-
-
-def _json(path: Path, lines: bool = False) -> Raw:
-    """The items of a list, one at a time, or an object a line: files of both kinds have both names, .json and .jsonl.
-
-    lines  the name says that it holds an object a line
-    """
-    with stream_of(path) as file, _whole(path, lambda: "line 0"):
-        start = file.read(1024).removeprefix(BOM_UTF8).lstrip()[:1]
-    if start == b"[":
-        yield from _items(path)
-    elif lines or (start == b"{" and _one_a_line(path)):
-        yield from jsonl(path)
-    else:
-        what = "holds one object" if start == b"{" else f"starts with {start!r}"
-        raise RecipeError(str(path), f"{what}, not a list of rows", "write a list of objects, or one object a line")
-
-
-def _one_a_line(path: Path) -> bool:
-    """True if the first line that is not empty holds a whole object, and it is a row: it does not hold lists of rows."""
-    _, first = next(iter(jsonl(path)), (0, None))
-    return isinstance(first, dict) and not any(
-        isinstance(v, list) and v and all(isinstance(x, dict) for x in v) and k in ("data", "rows", *SPLIT_OF)
-        for k, v in first.items()
-    )
-
-
-class _Metered:
-    """A stream that gives LONGEST bytes, until `taken` is set to 0 again. Raises ValueError if it is asked for more.
-
-    begun  bytes of the file that were read before
-    """
-
-    def __init__(self, file: IO[bytes], begun: bytes) -> None:
-        self.file, self.begun, self.taken = file, begun, 0
-
-    def read(self, count: int = -1) -> bytes:
-        if self.taken > LONGEST:
-            raise ValueError(f"an item is longer than {LONGEST >> 20} MiB")
-        data, self.begun = (self.begun, b"") if self.begun and count else (self.file.read(count), self.begun)
-        self.taken += len(data)
-        return data
-
-
-def _items(path: Path) -> Raw:
-    import ijson
-
-    number = 0
-    with stream_of(path) as file, _whole(path, lambda: f"item {number}"):
-        metered = _Metered(file, file.read(len(BOM_UTF8)).removeprefix(BOM_UTF8))
-        try:
-            for number, value in enumerate(ijson.items(metered, "item", use_float=True), start=1):
-                metered.taken = 0
-                yield number, value if isinstance(value, dict) else _no_object(value, f"{path}: item {number}")
-        except (ijson.JSONError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-            what = f"is not JSON after item {number} ({first_line(error)})"
-            raise RecipeError(str(path), what, "write a list of objects") from error
-
-
 def _csv(path: Path, tabs: bool = False) -> Raw:
     """Rows of a CSV or TSV file. The header decides the delimiter: a comma, a semicolon or a tab."""
-    csv.field_size_limit(LONGEST)  # of the process; the default, 131,072 characters, is shorter than a long document
-    lines = _texts(path)
-    header = next(lines, "")
+    csv.field_size_limit(
+        streams.LONGEST
+    )  # of the process; the default, 131,072 characters, is shorter than a long document
+    lines = texts_of(path)
+    empty, header = 0, next(lines, "")
+    while header and not header.strip():
+        empty, header = empty + 1, next(lines, "")
     delimiter = "\t" if tabs else max(",;\t", key=header.count)
     quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" and _bare_quotes(path) else csv.QUOTE_MINIMAL
     reader = csv.reader(itertools.chain([header], lines), delimiter=delimiter, quoting=quoting, strict=True)
     try:
-        names = next(reader, [])
-        _check_header(path, names)
+        names = [name.strip() for name in next(reader, [])]
+        _check_header(f"{path}:{empty + 1}", names)
         for row in reader:
+            line = empty + reader.line_num
             if row and len(row) != len(names):
                 what = f"has {len(row)} fields, the header has {len(names)}"
-                where = f"{path}:{reader.line_num}"
-                yield reader.line_num, RecipeError(where, what, "put fields that hold a delimiter into quotes")
+                yield line, RecipeError(f"{path}:{line}", what, "put fields that hold a delimiter into quotes")
             elif row:
-                yield reader.line_num, dict(zip(names, row, strict=True))
+                yield line, dict(zip(names, row, strict=True))
     except csv.Error as error:
         what = f"is not {'TSV' if tabs else 'CSV'} ({error})"
-        raise RecipeError(f"{path}:{reader.line_num}", what, 'write a quote in a quoted field twice: ""') from error
-
-
-def _texts(path: Path) -> Iterator[str]:
-    """The lines of a text file; they may end in a carriage return alone. Raises RecipeError with the line of other bytes."""
-    for number, line in _lines(path):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise _no_text(error, f"{path}:{number}") from error
-        yield from re.findall(r"[^\r]*\r\n?|[^\r]+", text) if "\r" in text else (text,)
+        raise RecipeError(
+            f"{path}:{empty + reader.line_num}", what, 'write a quote in a quoted field twice: ""'
+        ) from error
 
 
 def _conll(path: Path) -> Raw:
@@ -397,7 +267,7 @@ def _conll(path: Path) -> Raw:
     """
     begun, width, size = 0, 0, 0
     words, fault = list[list[str]](), None
-    for number, text in enumerate(itertools.chain(_texts(path), [""]), start=1):
+    for number, text in enumerate(itertools.chain(texts_of(path), [""]), start=1):
         line = text.rstrip("\r\n")
         if not line.strip() or line.startswith("-DOCSTART-") or (not words and COMMENT.match(line)):
             if words:
@@ -410,8 +280,8 @@ def _conll(path: Path) -> Raw:
         if len(columns) < 2 or len(columns) != width:
             what = f"has {len(columns)} column{'s' * (len(columns) > 1)}, not {max(2, width)}"
             fault = RecipeError(f"{path}:{number}", what, "write a word and its tag on each line")
-        if size > LONGEST:
-            what = f"is a sentence of more than {LONGEST >> 20} MiB"
+        if size > streams.LONGEST:
+            what = f"is a sentence of more than {streams.LONGEST >> 20} MiB"
             raise RecipeError(f"{path}:{begun}", what, "put a blank line after each sentence")
 
 
@@ -421,7 +291,7 @@ def _bare_quotes(path: Path) -> bool:
     Then every line has as many tabs as the header, and some field begins with a quote that it does not end with.
     """
     tabs, bare = -1, False
-    for line in _texts(path):
+    for line in texts_of(path):
         text = line.rstrip("\r\n")
         if not text:
             continue
@@ -434,10 +304,10 @@ def _bare_quotes(path: Path) -> bool:
     return bare
 
 
-def _check_header(path: Path, names: Sequence[str]) -> None:
+def _check_header(where: str, names: Sequence[str]) -> None:
     twice = next((n for i, n in enumerate(names) if n in names[:i]), None)
     if twice is not None:
-        raise RecipeError(f"{path}:1", f"the header names {twice!r} twice", "give every column a name of its own")
+        raise RecipeError(where, f"the header names {twice!r} twice", "give every column a name of its own")
 
 
 def _parquet(path: Path) -> Raw:
@@ -446,7 +316,7 @@ def _parquet(path: Path) -> Raw:
     with _undamaged(path, "a Parquet file"):
         parquet.refuse_oversized(path)
         file = pyarrow.parquet.ParquetFile(path, memory_map=True)
-        yield from _rows_of(file.iter_batches(batch_size=BATCH), file.schema_arrow)
+        yield from _rows_in(file.iter_batches(batch_size=BATCH), file.schema_arrow)
 
 
 def _arrow(path: Path) -> Raw:
@@ -458,7 +328,7 @@ def _arrow(path: Path) -> Raw:
             source.seek(0)
             reader = pa.ipc.open_file(source) if footed else pa.ipc.open_stream(source)
             batches = map(reader.get_batch, range(reader.num_record_batches)) if footed else iter(reader)
-            yield from _rows_of(batches, reader.schema)
+            yield from _rows_in(batches, reader.schema)
 
 
 @contextmanager
@@ -470,7 +340,7 @@ def _undamaged(path: Path, kind: str) -> Iterator[None]:
         raise RecipeError(str(path), f"is not {kind}, or damaged ({first_line(error)})", "copy it again") from error
 
 
-def _rows_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Raw:
+def _rows_in(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Raw:
     """The rows of batches, of which only BATCH at a time become Python values."""
     names, number = _class_names(schema), 0
     for batch in batches:
@@ -481,9 +351,9 @@ def _rows_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Raw:
                 yield number, with_names(row, names)
 
 
-_json_lines = partial(_json, lines=True)
+_json_lines = partial(rows_of, lines=True)
 READERS: dict[str, Callable[[Path], Raw]] = {
-    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": partial(_csv, tabs=True),
+    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": rows_of, ".csv": _csv, ".tsv": partial(_csv, tabs=True),
     ".parquet": _parquet, ".arrow": _arrow, **dict.fromkeys(COLUMNS, _conll),
 }  # fmt: skip
 
@@ -531,8 +401,3 @@ def with_names(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, An
 
 def _name_of(number: int, known: list[str]) -> str | None:
     return known[number] if 0 <= number < len(known) else None
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type."""
-    return str(error).strip().partition("\n")[0].strip() or type(error).__name__

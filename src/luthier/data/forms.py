@@ -89,6 +89,10 @@ class Unread(NamedTuple):
         """The form for a reader, and who does not read it."""
         return f"is {self.name}, which {'this task does not read' if self.shape else 'no task here reads'}"
 
+    def named_in(self, names: Collection[str]) -> bool:
+        """True if a row with these fields may have this form. One that needs no field has one that tells it."""
+        return all(n in names for n in self.fields) and bool(self.fields or any(n in names for n in self.tells))
+
 
 # --- conversions ---
 
@@ -98,8 +102,11 @@ def _same(values: Values) -> dict[str, Any]:
 
 
 def _labelled(values: Values) -> dict[str, Any]:
-    """Labels that are true or false become these words; 1.0, as some tools write whole numbers, becomes 1."""
-    label = values["label"]
+    """Labels that are true or false become these words; 1.0, as some tools write whole numbers, becomes 1.
+
+    White space around a label does not count: "good " would be another class than "good".
+    """
+    label = values["label"].strip() if isinstance(values["label"], str) else values["label"]
     if isinstance(label, bool):
         label = "true" if label else "false"
     elif isinstance(label, float) and label.is_integer():
@@ -429,14 +436,15 @@ class Finder:
         for unread in known.unread:
             if unread.fits(values):
                 raise ValueError(f"{unread.told}; {unread.remedy(values)}")
-        found = next((f for f in known.forms if f.form.fits(values)), None)
-        if found is None:
-            raise LookupError
-        return found, {n: v for n, v in found.form.convert(values).items() if n not in found.left_out}
+        for found in known.forms:
+            if found.form.fits(values):
+                converted, out = found.form.convert(values), found.left_out
+                return found, {n: v for n, v in converted.items() if n not in out} if out else converted
+        raise LookupError
 
     def _of(self, names: Collection[str]) -> Known:
         own = {n for form in FORMS for n in form.fields}
-        unread = tuple(u for u in UNREAD if u.shape not in self.shapes and all(n in names for n in u.fields))
+        unread = tuple(u for u in UNREAD if u.shape not in self.shapes and u.named_in(names))
         forms = [f for f in FORMS if f.shape in self.shapes and all(n in names for n in f.fields)]
         # A stable order: that of FORMS decides the rest.
         forms.sort(key=lambda f: -sum(n in self.mapped for n in f.fields))
@@ -465,21 +473,22 @@ class Finder:
 
 def proposal(values: Values, shapes: Sequence[str]) -> str:
     """A mapping that would give these values one of the shapes; an empty text if the names of the fields say nothing."""
-    texts = {n for n, v in values.items() if isinstance(v, str)}
+    names = {str(n).lower(): n for n in values}  # Question, as spreadsheets have it
+    texts = {n for n, theirs in names.items() if isinstance(values[theirs], str)}
     if PAIR in shapes:
         question = next((n for n in QUESTIONS if n in texts), None)
         answer = next((n for n in ANSWERS if n in texts and n != question), None)
         if question and answer:
-            return f"data.columns: {{prompt: {question}, completion: {answer}}}"
-    label = next((n for n in CLASSES if n in values), None)
+            return f"data.columns: {{prompt: {names[question]}, completion: {names[answer]}}}"
+    label = next((n for n in CLASSES if n in names), None)
     if TWO_LABELLED in shapes and label:
-        for first, second in (("text", "text_pair"), *TEXT_PAIRS):
+        for first, second in (("text", "text_pair"), *((a.lower(), b.lower()) for a, b in TEXT_PAIRS)):
             if first in texts and second in texts:
-                return f"data.columns: {{label: {label}}}"
+                return f"data.columns: {{text: {names[first]}, text_pair: {names[second]}, label: {names[label]}}}"
     if LABELLED in shapes:
         text = next((n for n in (*TEXTS, *QUESTIONS) if n in texts and n != label), None)
         if text and label:
-            return f"data.columns: {{text: {text}, label: {label}}}"
+            return f"data.columns: {{text: {names[text]}, label: {names[label]}}}"
     return ""
 
 

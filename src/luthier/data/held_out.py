@@ -22,12 +22,16 @@ from luthier.support.cache import key_of
 from luthier.support.errors import RecipeError
 from luthier.support.sources import code_key
 
-PLACES = pa.schema({"row": pa.int64(), "other": pa.int64()})
+PLACES = pa.schema({"row": pa.int64(), "other": pa.int64(), "same": pa.bool_()})
 
 
 def likeness(row: Row) -> int:
-    """A number that is equal for rows with equal words."""
-    return _number(" ".join(words_of(row.values).casefold().split()))
+    """A number that is equal for rows with equal words, apart from case and white space."""
+    return _number(_plain(words_of(row.values)))
+
+
+def _plain(words: str) -> str:
+    return " ".join(words.casefold().split())
 
 
 def _number(text: str) -> int:
@@ -47,7 +51,7 @@ def set_apart(rows: Rows, share: float, by: str | None = None) -> tuple[Rows, Ro
     Raises RecipeError if a row has no such field, or if all rows would have to be on one side.
     """
     key = key_of("set apart", rows.digest, share, by, code_key(__name__)) if rows.on_disk else None
-    made = store.stored(key, lambda: PLACES, _places((p, -1) for p in _chosen(rows, share, by)), lambda: {})
+    made = store.stored(key, lambda: PLACES, _places((p, -1, False) for p in _chosen(rows, share, by)), lambda: {})
     held = made.table.column("row").to_numpy()
     return rows.take(np.setdiff1d(np.arange(len(rows)), held)), rows.take(held)
 
@@ -75,10 +79,10 @@ def _group(row: Row, by: str) -> int:
         raise RecipeError(row.key, f"has no field {by!r}, which data.eval_by names; it has {listed}") from None
 
 
-def _places(pairs: Iterable[tuple[int, int]]) -> Iterator[pa.RecordBatch]:
-    for part in store.chunks(iter(pairs)):
-        one, other = zip(*part, strict=True)
-        yield pa.record_batch([pa.array(one, pa.int64()), pa.array(other, pa.int64())], schema=PLACES)
+def _places(found: Iterable[tuple[int, int, bool]]) -> Iterator[pa.RecordBatch]:
+    for part in store.chunks(iter(found)):
+        columns = zip(*part, strict=True)
+        yield pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, PLACES, strict=True)], schema=PLACES)
 
 
 # --- training rows that are held out as well ---
@@ -89,18 +93,22 @@ class Shared(NamedTuple):
 
     rows   number of them
     of     number of held-out rows
+    alike  number of those that differ from every training row in case or white space
     first  keys of the first of them and of a training row that is equal
     """
 
     rows: int
     of: int
+    alike: int
     first: tuple[str, str]
 
     def __str__(self) -> str:
         them = "is a training row" if self.rows == 1 else "are training rows"
-        return (
-            f"{self.rows:,} of {self.of:,} held-out rows {them} too; the first one: {self.first[0]} is {self.first[1]}"
-        )
+        which = "" if self.alike < self.rows else ", apart from case and white space"
+        if 0 < self.alike < self.rows:
+            which = f" ({self.alike:,} of them apart from case and white space)"
+        first = f"the first one: {self.first[0]} is {self.first[1]}"
+        return f"{self.rows:,} of {self.of:,} held-out rows {them} too{which}; {first}"
 
 
 def shared(train: Rows, held: Rows) -> Shared | None:
@@ -111,16 +119,18 @@ def shared(train: Rows, held: Rows) -> Shared | None:
     if not pairs.num_rows:
         return None
     row, other = (pairs.column(n)[0].as_py() for n in ("row", "other"))
-    return Shared(pairs.num_rows, len(held), (held.key(row), train.key(other)))
+    alike = pairs.num_rows - int(np.count_nonzero(pairs.column("same").to_numpy()))
+    return Shared(pairs.num_rows, len(held), alike, (held.key(row), train.key(other)))
 
 
-def _pairs(train: Rows, held: Rows) -> Iterator[tuple[int, int]]:
-    """(position of a held-out row, position of the first training row that is equal)."""
+def _pairs(train: Rows, held: Rows) -> Iterator[tuple[int, int, bool]]:
+    """(position of a held-out row, of the first training row that is equal, whether one is equal to the letter)."""
     kinds = [likeness(r) for r in held]
-    asked, found = set(kinds), dict[int, int]()
+    asked, found, letters = set(kinds), dict[int, int](), set[int]()
     for position, row in enumerate(train):
         if (kind := likeness(row)) in asked:
             found.setdefault(kind, position)
+            letters.add(_number(words_of(row.values)))
     for position, kind in enumerate(kinds):
         if kind in found:
-            yield position, found[kind]
+            yield position, found[kind], _number(words_of(held[position].values)) in letters

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 from luthier.data.answers import Wrap, unwrapped, without_thought
@@ -81,12 +81,22 @@ class Renderer:
             raise Unrenderable(
                 "has messages, but this model has no chat template; write prompt and completion, or use a model with one"
             )
+        if self.plain:
+            raise Unrenderable(
+                "has messages, which only a chat template writes, but data.template is plain; write prompt and completion, or "
+                "leave data.template out"
+            )
         return self.template
 
     @property
     def wrap(self) -> Wrap:
         """What the chat template writes around an answer."""
         return Wrap() if self.template is None else self.template.wrap
+
+    @property
+    def day(self) -> str:
+        """The day that the chat template writes in its texts; "" for a template without a date."""
+        return "" if self.template is None or self.template.day is None else self.template.day.isoformat()
 
     def messages(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The row as a conversation in the form for templates, with luthier's system message if it has none."""
@@ -108,12 +118,11 @@ class Renderer:
 
     def segments(self, row: Mapping[str, Any]) -> list[Segment]:
         """The row as pieces of text, cut where an answer begins and where its stop token ends."""
-        first, end = self.tokens.first, self._end
         if shape_in(row, ANSWERED) == "text":
-            return [Segment(row["text"], True, first, end)]
+            return [Segment(row["text"], True, self._first(row["text"]), self._end(row["text"]))]
         if self.templated(row):
             return self._conversation(row)
-        return [Segment(self._lead(row) + row["prompt"], False, first), Segment(row["completion"], True, (), end)]
+        return [self._prompt(row), Segment(row["completion"], True, (), self._end(row["completion"]))]
 
     def _conversation(self, row: Mapping[str, Any]) -> list[Segment]:
         template, turns = self._chat, self.messages(row)
@@ -131,11 +140,7 @@ class Renderer:
 
     @cached_property
     def _stop_texts(self) -> tuple[str, ...]:
-        added = (
-            self.tokenizer.added_tokens_decoder
-        )  # decoding may write the marks of SentencePiece within them as spaces
-        texts = (str(added[i]) if i in added else self.tokenizer.decode([i]) for i in self.stop_ids)
-        return tuple(t for t in texts if t.strip())
+        return tuple(t for t in map(self._written, self.stop_ids) if t.strip())
 
     @cached_property
     def _closing(self) -> str:
@@ -147,15 +152,38 @@ class Renderer:
         system = row.get("system") or self.system
         return f"{system}\n\n" if system else ""
 
-    @property
-    def _end(self) -> tuple[int, ...]:
-        """Ids after an answer in plain text: those that the tokenizer puts after a text, or the end token."""
+    def _prompt(self, row: Mapping[str, Any]) -> Segment:
+        text = self._lead(row) + row["prompt"]
+        return Segment(text, False, self._first(text))
+
+    def _first(self, text: str) -> tuple[int, ...]:
+        """Ids before a plain text: those that the tokenizer puts there, unless the text begins with them itself.
+
+        Texts that were written by a chat template do.
+        """
+        mark = self._marks(self.tokens.first)
+        return () if mark and text.startswith(mark) else self.tokens.first
+
+    def _end(self, text: str) -> tuple[int, ...]:
+        """Ids after a plain text: what the tokenizer puts there, or the end token, unless the text ends with them itself."""
         eos = self.tokenizer.eos_token_id
-        return self.tokens.last or (() if eos is None else (eos,))
+        last = self.tokens.last or (() if eos is None else (eos,))
+        mark = self._marks(last)
+        return () if mark and text.endswith(mark) else last
+
+    def _marks(self, ids: Sequence[int]) -> str:
+        """The text that the tokenizer reads as these ids; empty if they are not all tokens that it finds in texts."""
+        found = all(i in self.tokenizer.added_tokens_decoder for i in ids)
+        return "".join(map(self._written, ids)) if found else ""
+
+    def _written(self, i: int) -> str:
+        """A token as it stands in a text. Decoding may write the marks of SentencePiece within added tokens as spaces."""
+        added = self.tokenizer.added_tokens_decoder
+        return str(added[i]) if i in added else self.tokenizer.decode([i])
 
     def bare(self, text: str) -> Segment:
         """A text that comes without a row; with the tokenizer's first token unless a chat template writes its own."""
-        return Segment(text, False, self.tokens.first if self.plain else ())
+        return Segment(text, False, self._first(text) if self.plain else ())
 
     def encoded(self, rows: Sequence[Sequence[Segment]]) -> list[Encoded]:
         """Token ids of every segment of every row."""
@@ -199,7 +227,7 @@ class Renderer:
     def prompt_ids(self, row: Mapping[str, Any]) -> list[int]:
         """The ids that generation starts from. If the row ends in an answer, these are the ids before it in training."""
         if not self.templated({"prompt": "", "completion": "", **row}):
-            return self.encode([[Segment(self._lead(row) + row["prompt"], False, self.tokens.first)]])[0][0]
+            return self.encode([[self._prompt(row)]])[0][0]
         turns = self.messages(row)
         if turns[-1]["role"] == ASSISTANT:
             turns = turns[:-1]
@@ -220,16 +248,34 @@ class Renderer:
             template, last = self._chat, {**row, "messages": turns}
             pieces = template.pieces(self.messages(last), template.tools_in(last), self._stop_texts)
             written = self.tokens.bare([next(p.text for p in reversed(pieces) if p.turn is not None)])[0]
+            self._refuse_cut(written)
             return self.answer_text(written)[0].strip()
         return self._right(content_text(turn.get("content")))
 
-    def _right(self, text: str) -> str:
-        return text if self.plain else without_thought(text, self.wrap)
+    def _refuse_cut(self, written: Sequence[int]) -> None:
+        """Raises Unrenderable for a last answer with a token that ends answers, and more text after it."""
+        inner = next((i for i, after in pairwise(written) if i in self.stop_ids and after not in self.stop_ids), None)
+        if inner is not None:
+            raise Unrenderable(
+                f"ends in a call of a tool, within which the chat template writes {self.tokenizer.decode([inner])!r}; generation "
+                "stops there, so the call cannot be compared; leave the row out of data.eval"
+            )
 
-    def answer_text(self, ids: Sequence[int]) -> tuple[str, str]:
-        """(answer, thought) of the ids that a model wrote. The ids end at its stop token."""
+    def _right(self, text: str) -> str:
+        """An answer without what surrounds it: in plain text an end token that was written out, else the template's thoughts."""
+        if not self.plain:
+            return without_thought(text, self.wrap)
+        return text.removesuffix(next((s for s in self._stop_texts if text.endswith(s)), ""))
+
+    def answer_text(self, ids: Sequence[int], asked: Sequence[int] = ()) -> tuple[str, str]:
+        """(answer, thought) of the ids that a model wrote. The ids end at its stop token.
+
+        asked  the ids of its prompt; where they do not end in the header of an answer, the model writes it (after another answer)
+        """
         end = next((n for n, i in enumerate(ids) if i in self.stop_ids), len(ids))
         ids = [i for i in ids[:end] if i < self.tokens.size]  # a model whose vocabulary is padded may write others
+        if not self.plain:
+            ids = ids[self._header_in(ids, asked) :]
         if self.plain or not self.wrap.is_text:
             text = self.tokenizer.decode(ids, skip_special_tokens=True)
             wrap = Wrap() if self.plain else self.wrap
@@ -239,3 +285,26 @@ class Renderer:
         for mark in {self.tokenizer.decode([i]) for i in ids if i in special}:
             answer, thought = answer.replace(mark, ""), thought.replace(mark, "")
         return answer, thought
+
+    def _header_in(self, ids: Sequence[int], asked: Sequence[int]) -> int:
+        """How many of the ids that a model wrote are the header of its answer, which its prompt does not end in."""
+        for header in self._headers:
+            room = 4 * len(header) + 8  # a character may take several ids
+            found = [n for n in range(1, min(room, len(ids)) + 1) if self._read(ids[:n]) == header]
+            if found and not self._read(asked[-room:]).endswith(header):
+                return found[-1]
+        return 0
+
+    @cached_property
+    def _headers(self) -> list[str]:
+        """The header of an answer, and its ends that begin with an added token: it may begin with the end of the turn before."""
+        if not self.wrap.header:
+            return []
+        whole = self._read(self.tokens.bare([self.wrap.header])[0])
+        marks = [self._read([i]) for i in self.tokenizer.get_added_vocab().values()]
+        starts = sorted({0, *(whole.index(m) for m in marks if m and m in whole)})
+        return [h for h in (whole[n:] for n in starts) if h]
+
+    def _read(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens included, without white space around it."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False)).strip()

@@ -24,6 +24,7 @@ from luthier.support.errors import LuthierError, RecipeError
 BATCH = 1024  # rows in an Arrow record batch
 T = TypeVar("T")
 
+ROW_JSON = json.JSONEncoder(ensure_ascii=False, default=str)  # made once: json.dumps would make one for every row
 ROW_SCHEMA = pa.schema({"number": pa.int64(), "values": pa.large_binary()})
 KEYED_SCHEMA = pa.schema({"key": pa.string(), "values": pa.large_binary()})
 TOKEN_SCHEMA = pa.schema(
@@ -376,7 +377,7 @@ def written(items: Iterator[tuple[str, bytes]], on_disk: bool = False) -> Rows:
 def as_json(row: Row) -> bytes:
     """A row's values as they are stored. Raises RecipeError for what JSON cannot hold."""
     try:
-        return json.dumps(row.values, ensure_ascii=False, default=str).encode("utf-8")
+        return ROW_JSON.encode(row.values).encode("utf-8")
     except RecursionError as error:
         raise RecipeError(row.key, "is nested too deeply", "leave out fields that are not text") from error
     except UnicodeEncodeError as error:

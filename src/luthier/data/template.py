@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date, datetime, time
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, NamedTuple
@@ -17,7 +18,13 @@ from luthier.support.errors import LuthierError
 
 MARK = "\ue000"  # a character for private use, which no template writes
 MARKED = {"role": ASSISTANT, "content": MARK}
+PLAIN = "or write prompt and completion and set data.template: plain"
 ASKED = {"role": "user", "content": "\ue001"}
+CLOCK = re.compile(r"""\bstrftime_now\s*\(\s*(["'])(.*?)\1\s*\)""")
+SOME_TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "Looks.", "parameters": {"type": "object", "properties": {}}},
+}
 Turn = Mapping[str, Any]
 
 
@@ -41,6 +48,14 @@ class Template:
     def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
         self.tokenizer, self.options = tokenizer, dict(options)
         self.source = str(tokenizer.chat_template)
+        self.day = date.today() if "strftime_now" in self.source else None
+        given = tokenizer.chat_template
+        self._fixed = self._dated(given) if isinstance(given, str) else None
+
+    def _dated(self, source: str) -> str:
+        """A template with the beginning of today in place of the time, which would differ from one text of a row to the next."""
+        now = datetime.combine(self.day or date.today(), time())
+        return CLOCK.sub(lambda call: repr(now.strftime(call.group(2))), source)
 
     def text(self, turns: Sequence[Turn], generate: bool, tools: Sequence[Any] | None = None) -> str:
         """What the template writes; with `generate`, up to where an answer begins. Raises Unrenderable with its own reason."""
@@ -55,7 +70,12 @@ class Template:
     def _applied(self, turns: Sequence[dict[str, Any]], generate: bool, tools: Sequence[Any] | None = None) -> str:
         given = [_in_parts(t) for t in turns] if self._wants_parts else turns
         written: str = self.tokenizer.apply_chat_template(
-            given, tools=tools, tokenize=False, add_generation_prompt=generate, **self.options
+            given,
+            chat_template=self._fixed,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=generate,
+            **self.options,
         )
         return written
 
@@ -91,24 +111,47 @@ class Template:
     def wrap(self) -> Wrap:
         """What the template writes around an answer. Empty if the template wants more than a question and an answer."""
         try:
-            before = self.text([ASKED], True)
-            after = self.text([ASKED, MARKED], False)
+            before = self.text([ASKED], True, self._needed)
+            after = self.text([ASKED, MARKED], False, self._needed)
         except Unrenderable:
             return Wrap()
         opened = opened_in(before)
         closes = THOUGHTS.get(opened) or closing_in(self.source)
         try:
-            answer = self.answer_after(before, [ASKED, MARKED], after, None)
+            answer = self.answer_after(before, [ASKED, MARKED], after, self._needed)
         except Unrenderable:  # without a thought, or in another place; each row is told so
             answer = MARK + after.partition(MARK)[2]
         lead, mark, tail = answer.partition(MARK)
-        return Wrap(lead, tail, opened, closes) if mark else Wrap("", "", opened, closes)
+        return Wrap(lead, tail, opened, closes, self.header) if mark else Wrap("", "", opened, closes, self.header)
+
+    @cached_property
+    def _needed(self) -> list[Any] | None:
+        """Tools for a template that refuses conversations without any."""
+        try:
+            self.text([ASKED], False)
+        except Unrenderable:
+            return [SOME_TOOL]
+        return None
+
+    @cached_property
+    def header(self) -> str:
+        """What the template writes after a question to ask for an answer; "" if it writes nothing more."""
+        try:
+            bare, asked = self.text([ASKED], False, self._needed), self.text([ASKED], True, self._needed)
+        except Unrenderable:
+            return ""
+        return asked[len(bare) :] if asked.startswith(bare) else ""
 
     @cached_property
     def _marks(self) -> re.Pattern[str]:
         """The added tokens, and what opens and closes thoughts."""
         words = {*self.tokenizer.get_added_vocab(), *THOUGHTS, *THOUGHTS.values()} - {""}
         return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
+
+    @cached_property
+    def _units(self) -> re.Pattern[str]:
+        """A mark, or one other character."""
+        return re.compile(f"{self._marks.pattern}|.", re.DOTALL)
 
     def pieces(self, turns: Sequence[Turn], tools: Sequence[Any] | None, stops: Sequence[str]) -> list[Piece]:
         """The text of a conversation, cut where an answer begins and where its end token ends.
@@ -140,23 +183,53 @@ class Template:
         opened = opened_in(before)
         if opened:
             return self._with_thought(turns, opened, asked, written)
-        both = _overlap(asked, written)
-        if not asked[len(asked) - both :].strip() and not self._ends_in_mark(asked):
+        self._refuse_closed(asked, written, turns)
+        head = self._head(asked, whole[:same], turns, tools)
+        if head is not None and not head.strip():
+            head = written[: min(len(head), len(written) - len(written.lstrip()))]
+        if head is None or not written.startswith(head):
             raise Unrenderable(unplaced(len(turns), asked, written))
+        return written[len(head) :]
+
+    def _refuse_closed(self, asked: str, written: str, turns: Sequence[Turn]) -> None:
+        """Raises Unrenderable for a last answer with a thought after a prompt that closes its thought."""
         closes = closing_in(self.source)
-        ahead = written[both : both + _begin_of(turns[-1], written[both:])]
-        if closes and asked.rstrip().endswith(closes) and closes in ahead:
+        told = thought_of(turns[-1], closes) if closes and asked.rstrip().endswith(closes) else None
+        if told and closes in written and told.strip() in written.partition(closes)[0]:
             raise Unrenderable(
-                f"its last answer has a thought, but the prompt of the chat template ends in {asked[-40:]!r}, so the model is "
-                "asked for an answer without one; leave the thought out, or look for a variable of the template that allows "
-                "thoughts and set it in data.template_options"
+                f"the answer of turn {len(turns)} has a thought, but the prompt of the chat template ends in {asked[-40:]!r}, so "
+                "the model is asked for an answer without one; leave the thought out, or look for a variable of the template "
+                "that allows thoughts and set it in data.template_options"
             )
+
+    def _head(self, asked: str, same: str, turns: Sequence[Turn], tools: Sequence[Any] | None) -> str | None:
+        """What a finished conversation writes before its last answer in place of the end of the prompt, after the same text.
+
+        asked  the end of the prompt
+        None if what other turns say would stand in it, since then the two differ in more than in how the turn begins.
+        """
         marked = self.text([*turns[:-1], MARKED], False, tools)
-        lead = marked[same : max(same, marked.find(MARK))]
-        lead = self._marks.sub("", lead[_overlap(asked, lead) :]).strip()
-        if not marked.startswith(whole[:same]) or (lead and any(c in lead for c in map(_content, turns[:-1]) if c)):
-            raise Unrenderable(unplaced(len(turns), asked, written))
-        return written[both:]
+        at = marked.find(MARK)
+        if at < len(same) or not marked.startswith(same):
+            return None
+        lead = marked[len(same) : at]
+        start, end = self._same_end(asked, lead)
+        others = self._marks.sub("", lead[:start]) + self._marks.sub("", lead[end:])
+        if any(c in others for c in map(_content, turns[:-1]) if c):
+            return None
+        if asked[-1:].isspace() and lead[end:].isspace():
+            end = len(lead)
+        return lead[:end]
+
+    def _same_end(self, asked: str, lead: str) -> tuple[int, int]:
+        """Where the longest text that `asked` ends with stands in `lead`; (0, 0) if there is none. Marks are not taken apart."""
+        a, b = self._units.findall(asked), self._units.findall(lead)
+        best, at = 0, 0
+        for j in range(1, len(b) + 1):
+            same = sum(1 for _ in takewhile(lambda p: p[0] == p[1], zip(reversed(a), reversed(b[:j]), strict=False)))
+            if same > best:
+                best, at = same, j
+        return len("".join(b[: at - best])), len("".join(b[:at]))
 
     def _with_thought(self, turns: Sequence[Turn], opened: str, asked: str, written: str) -> str:
         """The last answer after a prompt that opens its thought.
@@ -166,13 +239,12 @@ class Template:
         closes, last = THOUGHTS[opened], turns[-1]
         if closes in written:
             return written[_overlap(asked, written) :].removeprefix(opened).lstrip("\n" if asked.endswith("\n") else "")
-        thought = str(last.get("content", "")).rpartition(closes)[0].lstrip().removeprefix(opened).strip()
-        told = last.get("reasoning_content") or last.get("reasoning") or last.get("thinking") or thought
-        if not told:
+        told = thought_of(last, closes)
+        if told is None:
             raise Unrenderable(
                 f"the chat template opens a thought at the end of the prompt ({opened}), and this answer has none, so the model "
-                f"would be asked for something else than it is trained on; write {opened} ... {closes} before the answer, or set "
-                "data.template: plain"
+                f"would be asked for something else than it is trained on; write {opened} ... {closes} before the answer, with "
+                f"nothing between them where it has no thought, {PLAIN}"
             )
         space = "" if written[:1].isspace() else "\n\n"
         return f"{told}\n{closes}{space}{written}"
@@ -187,19 +259,27 @@ class Template:
                     break
         return same
 
-    def _ends_in_mark(self, text: str) -> bool:
-        return any(found.end() == len(text.rstrip()) for found in self._marks.finditer(text))
-
     def end_of(self, answer: str, turn: Turn, stops: Sequence[str]) -> int:
         """The position after the stop token: text that a template puts after it (a newline) does not belong to the answer."""
         told = [_content(turn), *names_of(turn)[-1:]]
         said = max((answer.rfind(t) + len(t) for t in told if t and t in answer), default=0)
-        if said and (end := stop_in(answer[said:], stops)):
+        opener = self._next_turn(answer, said, stops) if said else -1
+        if said and (end := stop_in(answer[said : opener if opener >= 0 else None], stops)):
             return said + end
+        if opener >= 0:
+            return opener
         tail = self.wrap.tail
         if tail and answer.endswith(tail) and (end := stop_in(tail, stops)):
             return len(answer) - len(tail) + end
         return max((answer.rfind(s) + len(s) for s in stops if s in answer), default=len(answer))
+
+    def _next_turn(self, text: str, start: int, stops: Sequence[str]) -> int:
+        """Where the next turn begins in a text after `start`, if an added token begins the turns of this template; else -1."""
+        marks = (m for m in self._marks.finditer(self.header) if m.group() not in stops)
+        first = next(marks, None)
+        if first is None or first.group() in THOUGHTS or self._marks.sub("", self.header[: first.start()]).strip():
+            return -1
+        return text.find(first.group(), start)
 
     def end_in(self, rest: str, stops: Sequence[str]) -> int:
         """The position after the stop token of an answer in the text that follows it, the next turns included; 0 for none."""
@@ -260,11 +340,17 @@ class _Cut:
                 start, end = place
                 ends = self.whole.endswith(tuple(self.stops), start, end)
                 return start, end if ends else end + self.template.end_in(self.whole[end:], self.stops)
+        if self._content_after_results(i, done):
+            raise Unrenderable(
+                f"the chat template writes the content of turn {i + 1} after the results of its calls, so the turn is no text in "
+                "one piece; leave its content out, or write the content as a turn after the results"
+            )
         if before is None or self.whole.startswith(before):
             raise Unrenderable(
                 f"the chat template writes the answer of turn {i + 1} in another form once other turns follow it, so it is not "
-                "clear which text the model is trained on; let rows end in this turn, or set data.template: plain"
+                f"clear which text the model is trained on; let rows end in this turn, {PLAIN}"
             )
+        self.template.answer_after(before, self.turns[: i + 1], self.upto(i + 1, False), self.tools)  # may say more
         same = self.template.edge(before, self.whole)
         raise Unrenderable(unplaced(i + 1, before[same:], self.whole[same:]))
 
@@ -324,6 +410,16 @@ class _Cut:
             else None
         )
 
+    def _content_after_results(self, i: int, done: int) -> bool:
+        """True if the content of turn i stands after the result of its first call in the text, not before."""
+        said, names = _content(self.turns[i]), names_of(self.turns[i])
+        result = next((_content(t) for t in self.turns[i + 1 : i + 2] if t["role"] == "tool"), "")
+        if not (said and names and result):
+            return False
+        called = self.whole.find(names[0], done)
+        told = self.whole.find(result, called)
+        return 0 <= called < told and said not in self.whole[done:told] and said in self.whole[told:]
+
     def _holds_results(self, i: int, text: str) -> bool:
         """True if a text holds the result of a call of turn i, which the model does not write."""
         results = takewhile(lambda t: t["role"] == "tool", self.turns[i + 1 :])
@@ -346,14 +442,22 @@ def names_of(turn: Turn) -> list[str]:
     return [str(call["function"]["name"]) for call in turn.get("tool_calls", ())]
 
 
+def thought_of(turn: Turn, closes: str) -> str | None:
+    """The thought that stands in a turn by itself or before its content; "" for an empty one, None for none.
+
+    closes  what closes a thought in the content
+    """
+    told = next((str(turn[n]) for n in ("reasoning_content", "reasoning", "thinking") if n in turn), None)
+    if told is None and closes in _content(turn):
+        told = _content(turn).rpartition(closes)[0].lstrip()
+        told = told.removeprefix(
+            next((o for o, c in THOUGHTS.items() if c == closes and told.startswith(o)), "")
+        ).strip()
+    return told
+
+
 def _content(turn: Turn) -> str:
     return str(turn.get("content", "")).strip()
-
-
-def _begin_of(turn: Turn, text: str) -> int:
-    """Where what a turn says or calls begins in a text; its length if it is not there."""
-    told = [_content(turn), *names_of(turn)[:1]]
-    return min((text.index(t) for t in told if t and t in text), default=len(text))
 
 
 def check_calls(text: str, turn: Turn) -> None:
@@ -371,7 +475,7 @@ def unplaced(number: int, asked: str, written: str) -> str:
     return (
         f"the chat template asks for turn {number} with {asked[:40]!r}, but writes the finished turn with "
         f"{written[:40]!r} in this place, so the prompt in use would differ from the one in training; "
-        "use another template, or set data.template: plain"
+        f"use another template, {PLAIN}"
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,10 @@ from luthier.data.rendering import Segment
 from luthier.evaluation.base import Evaluator, Exam
 from luthier.evaluation.measures import Measure, mean
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.support.cache import key_of
+from luthier.method.building import closest
+from luthier.support.cache import cache_folder, key_of
 from luthier.support.errors import LuthierError, RecipeError
+from luthier.support.files import write_text
 
 
 class LmEval(Evaluator):
@@ -63,7 +66,20 @@ class LmEval(Evaluator):
             problems.append(
                 Problem("folder", f"there is no folder {self.folder}", "the path is relative to the recipe's folder")
             )
+        if (
+            not problems and facts.model_config is not None
+        ):  # not for each reading of a recipe: it may take half a minute
+            problems += self._unknown()
         return problems
+
+    def _unknown(self) -> list[Problem]:
+        """A problem for each name that is neither a task nor a group."""
+        known = known_tasks(self.folder)
+        close = {name: closest(name, known) for name in self.tasks if name not in known}
+        return [
+            Problem("tasks", f"lm-eval has no task {name}", f"did you mean {c}?" if c else "see lm-eval ls tasks")
+            for name, c in close.items()
+        ]
 
     def destinations(self) -> list[str]:
         return [f"the Hub, to download data of {', '.join(self.tasks)}"]
@@ -79,14 +95,14 @@ class LmEval(Evaluator):
         except ImportError as error:
             raise LuthierError("lm-eval needs the extra: pip install 'luthier[lm-eval]'") from error
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        known = TaskManager(include_path=self.folder)
-        if unknown := [t for t in self.tasks if not known.match_tasks([t])]:
-            raise RecipeError("evaluate.lm-eval.tasks", f"lm-eval has no {', '.join(unknown)}", "see lm-eval ls tasks")
+        for problem in self._unknown():
+            raise RecipeError(f"evaluate.lm-eval.{problem.key}", problem.what, problem.remedy)
         seeds: dict[str, Any] = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed"))
         with _undisturbed():
             found = simple_evaluate(
                 _asked(exam), tasks=list(self.tasks), num_fewshot=self.num_fewshot, limit=self.limit,
-                task_manager=known, apply_chat_template=not exam.renderer.plain, bootstrap_iters=0, **seeds,
+                task_manager=TaskManager(include_path=self.folder), apply_chat_template=not exam.renderer.plain,
+                bootstrap_iters=0, **seeds,
             )  # fmt: skip
         assert found is not None  # only other ranks get None
         return [m for task in self.tasks for m in self._measures(task, found)]
@@ -105,6 +121,26 @@ class LmEval(Evaluator):
                 higher = all(found["higher_is_better"][leaf].get(metric, True) for leaf in leaves)
                 out.append(mean(f"{task}_{metric}", values, tuple(keys), higher=higher, unit="mean over questions"))
         return out
+
+
+def known_tasks(folder: str | None = None) -> list[str]:
+    """The names of lm-eval's tasks and groups, and of those in a folder."""
+    if folder is None:
+        return names_of_lm_eval()
+    from lm_eval.tasks import TaskManager
+
+    return [*names_of_lm_eval(), *TaskManager(include_path=folder, include_defaults=False).all_tasks]
+
+
+def names_of_lm_eval() -> list[str]:
+    """The names of its own tasks and groups. It reads fifteen thousand files to find them, so the cache keeps them."""
+    file = cache_folder() / "lm-eval" / f"{version('lm_eval')}.json"
+    if not file.is_file():
+        from lm_eval.tasks import TaskManager
+
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(sorted(TaskManager().all_tasks)))
+    return list(json.loads(file.read_text(encoding="utf-8")))
 
 
 @contextmanager

@@ -39,6 +39,7 @@ def write_collaboration(
     lines = [{"model": m, "losses": [found["losses"][n][m] for n in names], "mean": _mean(found, m)} for m in models]
     chart = interval_chart(
         [Range(SHORT[x["model"]], x["mean"], min(x["losses"]), max(x["losses"]), i) for i, x in enumerate(lines)],
+        "nats a token",
         "loss on rows that nobody tuned on: mean, lowest and highest of the organisations",
         _mean(found, BARE),
     )

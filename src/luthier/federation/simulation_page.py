@@ -28,7 +28,7 @@ def write_simulation(target: Path, workspace: Workspace, found: Mapping[str, Any
     ]  # fmt: skip
     chart = interval_chart(
         [Range(m, mean(by), min(by.values()), max(by.values()), i) for i, (m, by) in enumerate(losses.items())],
-        "loss on held-out rows: mean, lowest and highest of the clients", mean(losses[UNTOUCHED]),
+        "nats a token", "loss on held-out rows: mean, lowest and highest of the clients", mean(losses[UNTOUCHED]),
     )  # fmt: skip
     counted = found["report"] if isinstance(found["report"], list) else []
     page = template("simulation.html").render(
@@ -65,8 +65,15 @@ def lead(found: Mapping[str, Any]) -> str:
 
 def _arriving(found: Mapping[str, Any]) -> Any:
     points = [(float(i), a["loss"]) for i, a in enumerate(found["arrivals"], 1)]
-    return line_chart([Series("mean so far", points)], "messages that have arrived", "loss on all held-out rows", False)
+    return line_chart(
+        [Series("mean so far", points)],
+        "messages that have arrived",
+        "nats a token",
+        "loss on all held-out rows",
+        False,
+    )
 
 
 def _along(found: Mapping[str, Any]) -> Any:
-    return line_chart([Series("loss", found["line"])], "multiple of the result", "loss on all held-out rows", False)
+    line = [Series("loss", found["line"])]
+    return line_chart(line, "multiple of the result", "nats a token", "loss on all held-out rows", False)

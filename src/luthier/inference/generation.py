@@ -47,7 +47,7 @@ def generate(
         ended(0)
         written = _written(view, [prompts[i] for i in part], part, fill, stops, max_new_tokens, choose, ended)
         ended(len(part))
-        done |= {i: _cut(tokens, stops, renderer) for i, tokens in written.items()}
+        done |= {i: _cut(tokens, stops, renderer, prompts[i]) for i, tokens in written.items()}
     return [done[i] for i in range(len(prompts))]
 
 
@@ -122,9 +122,9 @@ def sampled(
     return [out[i : i + count] for i in range(0, len(out), count)]
 
 
-def _cut(tokens: list[int], stops: frozenset[int], renderer: Renderer) -> Completion:
+def _cut(tokens: list[int], stops: frozenset[int], renderer: Renderer, asked: Sequence[int]) -> Completion:
     end = next((i for i, t in enumerate(tokens) if t in stops), None)
-    text, thought = renderer.answer_text(tokens[:end])
+    text, thought = renderer.answer_text(tokens[:end], asked)
     whole = Completion(text, end is not None, len(tokens) if end is None else end, thought)
     return whole.up_to(renderer.stop_strings)
 

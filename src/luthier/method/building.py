@@ -168,7 +168,7 @@ def no_such_key(key: str, known: Sequence[str]) -> tuple[str, str]:
 
 def not_one_of(value: str, known: Sequence[str]) -> tuple[str, str]:
     """(what is wrong, what to do) for a text that is none of those which a key accepts."""
-    close = _close(value, known)
+    close = closest(value, known)
     words = " or ".join(filter(None, [", ".join(known[:-1]), known[-1]]))
     return f"is {value!r}; it can be {words}", f"did you mean {close}?" if close else "choose one"
 
@@ -204,11 +204,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """What to do about a name that there is not: the one that was meant, or all that there are."""
     if name in OLD_SPELLINGS:
         return f"its name here is {OLD_SPELLINGS[name]}"
-    close = _close(name, known)
+    close = closest(name, known)
     return f"did you mean {close}?" if close else f"known are {', '.join(sorted(known))}"
 
 
-def _close(name: str, known: Sequence[str]) -> str | None:
+def closest(name: str, known: Sequence[str]) -> str | None:
     """The name that is most like this one, whatever its case and its hyphens; None if none is."""
     plain = {_plain(k): k for k in known}
     return next((plain[k] for k in difflib.get_close_matches(_plain(name), list(plain), n=1)), None)

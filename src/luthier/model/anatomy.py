@@ -48,6 +48,9 @@ class Linear:
         return f"{self.module}.weight"
 
 
+NEW_POOLER = "luthier_new_pooler"  # in a model's __dict__: parameters of a pooler that was drawn at random
+
+
 class Anatomy:
     """The parts of one model, by module name."""
 
@@ -76,6 +79,12 @@ class Anatomy:
         self.linears = tuple(self._linears(modules))
         logical = {x.name: x.shape for x in self.linears if not x.transposed}  # of quantised ones too
         self.parameters = {n: logical.get(n, tuple(p.shape)) for n, p in model.named_parameters()}
+        self.new_pooler: tuple[str, ...] = model.__dict__.get(NEW_POOLER, ())
+
+    @property
+    def pooler(self) -> list[str]:
+        """Parameters of the trunk's pooler, if it has one."""
+        return [n for n in self.parameters if n.startswith(f"{self.trunk}.pooler.")]
 
     def _linears(self, modules: dict[str, nn.Module]) -> Iterable[Linear]:
         found = {n: m for n, m in modules.items() if isinstance(m, (nn.Linear, Conv1D))}
@@ -93,10 +102,10 @@ class Anatomy:
 
     @cached_property
     def task_head(self) -> list[str]:
-        """Parameters outside the trunk of a model without a language-model head: a classifier."""
+        """Parameters outside the trunk of a model without a language-model head: a classifier, and a pooler drawn with it."""
         if self.head is not None:
             return []
-        return [n for n in self.parameters if not n.startswith(self.trunk + ".")]
+        return [n for n in self.parameters if not n.startswith(self.trunk + ".") or n in self.new_pooler]
 
     @cached_property
     def block_linears(self) -> tuple[Linear, ...]:

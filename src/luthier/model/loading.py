@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
@@ -21,9 +21,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils.hub import cached_file
 
-from luthier.model.adapter_folder import config_in, is_adapter, merged, place_of_base
-from luthier.model.anatomy import Anatomy
+from luthier.model.adapter_folder import CONFIG, config_in, fetched, is_adapter, merged, place_of_base
+from luthier.model.anatomy import NEW_POOLER, Anatomy
 from luthier.model.gguf_files import converted
 from luthier.model.quantised import as_plain, cast, four_bit, is_packed_file, ready_to_train, refuse_method, unpacking
 from luthier.model.refusals import refuse_architecture
@@ -58,8 +59,8 @@ def locate(name: str, revision: str | None = None) -> Located:
     """Find a model by name without loading it.
 
     name  a folder, also one of an adapter of peft's, which is merged into its base; a .gguf file (dequantised once into the
-          cache, and said so in its name); "builtin:smollm2-135m"; or a Hub id, optionally with @revision. A folder wins over
-          a Hub id of the same name.
+          cache, and said so in its name); "builtin:smollm2-135m"; or a Hub id, optionally with @revision, also one of an
+          adapter. A folder wins over a Hub id of the same name.
     Raises RecipeError for a name that is none of these.
     """
     if name == BUILTIN:
@@ -71,21 +72,55 @@ def locate(name: str, revision: str | None = None) -> Located:
         return Located(str(converted(path)), None, f"{path.name} (dequantised)")
     if path.is_dir():
         if is_adapter(path):
-            base = locate(place_of_base(path, found := config_in(path)), found.get("revision"))
-            if base.adapter is not None:
-                raise RecipeError("model", f"{name}: its base, {base.shown}, is an adapter too", "merge that one first")
-            return base._replace(shown=name, adapter=name)
+            return _on_its_base(path, name)
         if not (path / "config.json").is_file():
             raise RecipeError("model", f"{name}: this folder has no config.json", "give a folder saved by transformers")
         return Located(name, None, name)
-    hub, _, pinned = name.partition("@")
-    if hub.count("/") != 1 or name.startswith((".", "/", "~")):
+    found = hub_id(name)
+    if found is None:
         raise RecipeError(
             "model",
             f"{name!r} is not a folder, a .gguf file or a Hub id",
             f"write org/name, a folder, or {BUILTIN}",
         )
-    return Located(hub, pinned or revision, name)
+    hub, pinned = found[0], found[1] or revision
+    if _holds_an_adapter(hub, pinned):
+        return _on_its_base(adapter_on_hub(hub, pinned, name), name)
+    return Located(hub, pinned, name)
+
+
+def hub_id(name: str) -> tuple[str, str | None] | None:
+    """(id, revision) of owner/name@revision; None for a name of another form."""
+    hub, _, pinned = name.partition("@")
+    return None if hub.count("/") != 1 or name.startswith((".", "/", "~")) else (hub, pinned or None)
+
+
+def _on_its_base(folder: Path, name: str) -> Located:
+    """The base model of an adapter's folder, with the adapter."""
+    base = locate(place_of_base(folder, found := config_in(folder)), found.get("revision"))
+    if base.adapter is not None:
+        raise RecipeError("model", f"{name}: its base, {base.shown}, is an adapter too", "merge that one first")
+    return base._replace(shown=name, adapter=str(folder))
+
+
+def _holds_an_adapter(hub: str, revision: str | None) -> bool:
+    """Whether an id of the Hub is that of an adapter, not of a model. The Hub is only asked if its cache does not say."""
+    if isinstance(try_to_load_from_cache(hub, "config.json", revision=revision), str):
+        return False
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    try:
+        found = cached_file(hub, CONFIG, revision=revision, **quiet)
+        return found is not None and cached_file(hub, "config.json", revision=revision, **quiet) is None
+    except (OSError, ValueError):  # no such id, or no such revision: loading says so
+        return False
+
+
+def adapter_on_hub(hub: str, revision: str | None, shown: str, key: str = "model") -> Path:
+    """The folder of an adapter that the Hub has. Raises RecipeError with the recipe's key if it cannot be had."""
+    try:
+        return fetched(hub, revision)
+    except (OSError, ValueError) as error:
+        raise _unreachable(Located(hub, revision, shown), error, key) from error
 
 
 def _builtin_gguf() -> Path:
@@ -166,7 +201,7 @@ def load_model(
     refuse_method(config, located.shown, quantize, located.path)
     refuse_merging(located, config, quantize)
     extra: dict[str, Any] = {**(named_classes(labels) if labels else {}), **unpacking(config)}
-    own, redrawn = has_class_head(config, auto), bool(labels) and heads_change(config, auto, labels)
+    own, redrawn = has_class_head(config, auto), heads_change(config, auto, labels)
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     packed = quantize is not None or is_packed_file(config)
     if quantize is not None:
@@ -186,15 +221,15 @@ def load_model(
     if unpacking(config):
         as_plain(model)
     without_cache(model)
-    if model.config.pad_token_id is None and tokenizer is not None:
-        model.config.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+    _give_pad_token(model, tokenizer)
     if not packed:
         model.to(device)  # type: ignore[arg-type]
     ready_to_train(model)
     try:
-        drawn = Anatomy(model).task_head if redrawn or not own else ()
+        drawn: Collection[str] = Anatomy(model).task_head if redrawn else ()
+        if not own:
+            _note_new_pooler(model, report["missing_keys"], located.shown)
+            drawn = Anatomy(model).task_head
         refuse_incomplete(model, report, drawn, located.shown)
         if located.adapter is not None:
             model = merged(model, Path(located.adapter))
@@ -260,6 +295,19 @@ def _dtype_of(located: Located, config: PreTrainedConfig) -> torch.dtype | str:
     return found
 
 
+def _give_pad_token(model: PreTrainedModel, tokenizer: Any) -> None:
+    """The tokenizer's token, for a model whose configuration names none."""
+    if model.config.pad_token_id is None and tokenizer is not None:
+        pad = tokenizer.pad_token_id
+        model.config.pad_token_id = pad if pad is not None else tokenizer.eos_token_id
+
+
+def _are_others(labels: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Whether these classes need another head than that of a model with classes of `theirs` names."""
+    same = list(labels) == list(theirs) or (are_numbers(theirs) and len(labels) == len(theirs))
+    return bool(labels) and not same
+
+
 @torch.no_grad()
 def _redraw_head(model: PreTrainedModel) -> None:
     """Draw the classification head anew, as transformers draws one that is not in the file."""
@@ -270,6 +318,17 @@ def _redraw_head(model: PreTrainedModel) -> None:
             for part in marked:
                 part._is_hf_initialized = False
             model._init_weights(module)
+
+
+def _note_new_pooler(model: PreTrainedModel, missing: Collection[str], shown: str) -> None:
+    """Count a classifier's pooler as a part of its new head if the files have none, as those of masked-LM models.
+
+    transformers has drawn it at random, as it draws the head.
+    """
+    anatomy = Anatomy(model)
+    if anatomy.head is None and anatomy.pooler and missing and set(anatomy.pooler) <= set(missing):
+        model.__dict__[NEW_POOLER] = tuple(anatomy.pooler)
+        log.warning("%s: has no pooler in its files, so one is drawn at random and trained with the head", shown)
 
 
 def reads_both_ways(config: PreTrainedConfig) -> bool:
@@ -294,9 +353,8 @@ def heads_change(config: PreTrainedConfig, auto: Any, labels: Sequence[str]) -> 
     if auto.__name__.removeprefix("AutoModel") not in CLASS_HEADS:
         return False
     if not has_class_head(config, auto):
-        return any(n.endswith(CLASS_HEADS) for n in config.architectures or ())
-    theirs = class_names(config)
-    return list(labels) != theirs and not (are_numbers(theirs) and len(labels) == len(theirs))
+        return bool(labels) and any(n.endswith(CLASS_HEADS) for n in config.architectures or ())
+    return _are_others(labels, class_names(config))
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:
@@ -315,7 +373,7 @@ def named_classes(labels: Sequence[str]) -> dict[str, dict[Any, Any]]:
     return {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
 
 
-def _unreachable(located: Located, error: Exception) -> RecipeError:
+def _unreachable(located: Located, error: Exception, key: str = "model") -> RecipeError:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "trust_remote_code" in str(error):
         return RecipeError(
@@ -323,6 +381,6 @@ def _unreachable(located: Located, error: Exception) -> RecipeError:
             "read that code; then set trust_remote_code: true and add --allow-code",
         )  # fmt: skip
     return RecipeError(
-        "model", f"{located.shown}: cannot be loaded ({first})",
+        key, f"{located.shown}: cannot be loaded ({first})",
         "check the name; for a gated model run `hf auth login`; without a network use a folder",
     )  # fmt: skip

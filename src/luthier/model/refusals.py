@@ -40,8 +40,10 @@ REFUSED: Mapping[str, str] = {
 # Their code keeps keys between calls of a block, so a block cannot be computed again in the backward pass.
 NOT_AGAIN = (
     "FlaubertForSequenceClassification",
+    "FlaubertForTokenClassification",
     "FlaubertWithLMHeadModel",
     "XLMForSequenceClassification",
+    "XLMForTokenClassification",
     "XLMWithLMHeadModel",
 )
 
@@ -64,9 +66,16 @@ _FILES = (
     "| FP8, MXFP4 | become plain weights in the dtype of config.json; every tuner works |",
     "| GPTQ, AWQ, HQQ, compressed-tensors, MLX and all others | refused by name; take the model they were made from |",
     "| .gguf | dequantised once, with its rotary scaling; an unknown way of cutting text is said |",
-    "| a LoRA adapter of peft's as `model` | merged into its base, which is found by its base_model_name_or_path |",
-    "| a LoRA adapter as `start` | stays beside the weights; the result is one adapter that holds both |",
-    "| adapters with biases, aLoRA, other types than LoRA | refused by name |",
+    "| an adapter of peft's as `model`, a folder or an id on the Hub | merged into its base, which is found by its "
+    "base_model_name_or_path |",
+    "| a plain LoRA as `start` (rsLoRA, ranks by layer, a trained head too) | stays beside the weights; the result is one adapter "
+    "that holds both |",
+    "| other adapters as `start` (DoRA, PiSSA, biases, whole embeddings, IA3, LoHa, LoKr, VeRA, OFT) | become the difference of "
+    "weights that peft makes of them; the result is in luthier's own files; not on packed weights |",
+    "| adapters with other logits in the weights than beside them (of one of two tied tables) | refused when they are merged |",
+    "| aLoRA, repeated layers, CorDA, LoftQ, PiSSA with a random start, prompts and other types | refused by name |",
+    "| a classifier from masked-LM weights without a pooler | a pooler is drawn at random, from the recipe's seed, as the head "
+    "is, and trained and saved with it |",
     "| generation_config.json | its end tokens and stop strings end answers; it is kept in what is saved |",
     "| more embeddings than tokens | trained and kept as they are |",
     "| more tokens than embeddings | refused if a row has such a token, with the row and the token |",

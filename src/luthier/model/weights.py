@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from luthier.support.errors import RecipeError
 
@@ -166,16 +167,23 @@ def without_cache(model: PreTrainedModel) -> None:
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """Write a whole model, with the setting use_cache that it came with."""
-    found = model.__dict__.get(FOUND)
-    if found is None:
-        model.save_pretrained(folder)
-        return
-    model.config.use_cache = found
+    """Write a whole model, with the setting use_cache and the generation settings that it came with."""
+    found, settings = model.__dict__.get(FOUND), model.generation_config if model.can_generate() else None
+    if found is not None:
+        model.config.use_cache = found
+    if settings is not None:
+        # transformers refuses to save settings that contradict each other (a temperature without sampling), before 5.23
+        # also those that a published checkpoint came with. They are written below, as they are.
+        model.generation_config = type(settings)()
     try:
         model.save_pretrained(folder)
     finally:
-        model.config.use_cache = False
+        if found is not None:
+            model.config.use_cache = False
+        if settings is not None:
+            model.generation_config = settings
+    if settings is not None:
+        settings.to_json_file(folder / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
 
 
 def training_dtype(stated: Any, stored: Collection[str], packed: bool) -> torch.dtype | None:

@@ -88,7 +88,7 @@ class MaskedThought(Objective):
         return self.random_share < 1 and self.max_rate > 0
 
     def extend(self, view: ModelView, carried: Mapping[str, Tensor] | None = None) -> nn.Module | None:
-        return Vector(view.embedding).to(view.device) if self.random_share < 1 and self.max_rate else None
+        return Vector(view.embedding).to(view.device) if self.trains_beside else None
 
     def plan(self, window: Window, probe: Probe) -> tuple[Window, Mapping[str, float]]:
         rate = masking_rate(window.clock.step, window.clock.total, self.max_rate, self.warmup_share)

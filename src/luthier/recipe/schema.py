@@ -58,7 +58,18 @@ def build() -> dict[str, Any]:
                 if name.startswith(f"{holder}.") and field in method["properties"]:
                     about = method["properties"][field].get("description", "")
                     method["properties"][field] = {"$ref": REF + kind.base, "description": about}
-    return {"$schema": DRAFT, "title": "A recipe of luthier", **{k: v for k, v in schema.items() if k != "title"}}
+    titled = {"$schema": DRAFT, "title": "A recipe of luthier", **{k: v for k, v in schema.items() if k != "title"}}
+    return {k: _without_defaults(v) for k, v in titled.items()}
+
+
+def _without_defaults(node: Any) -> Any:
+    """Leave out `additionalProperties: true`, which says nothing: pydantic writes it from 2.11 on, and not before."""
+    if isinstance(node, list):
+        return [_without_defaults(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    said = {k: v for k, v in node.items() if (k, v) != ("additionalProperties", True)}
+    return {k: _without_defaults(v) for k, v in said.items()}
 
 
 def _options(kind: Kind, defs: dict[str, Any]) -> list[dict[str, Any]]:

@@ -59,8 +59,8 @@ class DataSettings(BaseModel):
 
     train: Sources
     """A file (.jsonl, .json, .csv, .tsv, .conll, .parquet, .arrow; text files may be packed as .gz or .zst), a folder, a glob, a
-    Hub id (org/name:configuration), or builtin:requests; or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]. Paths are
-    relative to the recipe's folder."""
+    Hub id (org/name:configuration), or builtin:requests; or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}].
+    Paths are relative to the recipe's folder."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """How several sources are mixed: the share of a source is proportional to (weight * rows)^(1 / temperature)."""
     keep: tuple[str, ...] = ()
@@ -140,7 +140,8 @@ class RunSettings(TrainSettings):
     trust_remote_code: bool = False
     """Run the model's own Python code; also needs --allow-code on the command line."""
     start: str | None = None
-    """A LoRA adapter of the model to go on from: a folder of peft's or of a finished run. The result holds both."""
+    """An adapter of the model to go on from: a folder of peft's or of a finished run, or a Hub id (org/name, perhaps @revision).
+    The result holds both."""
     data: DataSettings
     """Training rows, held-out rows, and how they are read."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"

@@ -29,7 +29,7 @@ def faults(card: str) -> list[str]:
     if parts is None:
         return ["it has no front matter between two lines ---"]
     try:
-        data = YAML(typ="safe").load(parts[1])
+        data = YAML(typ="safe", pure=True).load(parts[1])
     except YAMLError as error:
         return [f"its front matter is no YAML ({str(error).splitlines()[0]})"]
     if not isinstance(data, dict):

@@ -32,7 +32,7 @@ CELL = 500  # characters of a field
 DECIDED = {"keep": "kept", "drop": "left out", "rewrite": "rewritten", "split": "split"}
 ABOUT = {  # measures whose names do not say what they are
     "general_loss": "on general text that is not about the task; a rise means that something was forgotten",
-    "canaries": "right answers to plain questions, such as capitals and sums, which the base model knows",
+    "canaries": "right answers to plain questions, such as capitals and sums; a fall means that something was forgotten",
     "canary_loss": "on the answers to the plain questions; a rise means that something was forgotten",
     "stopped": "the others were cut at the largest number of tokens",
 }
@@ -151,18 +151,17 @@ def _charts(log: list[dict[str, float]], run: Mapping[str, Any]) -> list[dict[st
     held = _held_out(log, run)
     if held:
         loss.append(Series("held-out loss", held))
-    charts = [(f"Loss, {loss_unit(run)}", loss)]
+    charts = [("Loss", loss_unit(run), loss)]
     if any("grad_norm" in e for e in steps):
         charts.append(
             (
-                "Gradient norm",
+                "Gradient norm, before clipping",
+                "norm",
                 [Series("gradient norm", [(e["step"], e["grad_norm"]) for e in steps if "grad_norm" in e])],
             )
         )
-    charts.append(
-        ("Tokens a second", [Series("tokens a second", [(e["step"], e["tokens_per_second"]) for e in steps])])
-    )
-    return [{"title": t, "svg": line_chart(s, "step", t)} for t, s in charts if any(x.points for x in s)]
+    charts.append(("Speed", "tokens a second", [Series("speed", [(e["step"], e["tokens_per_second"]) for e in steps])]))
+    return [{"title": t, "svg": line_chart(s, "step", y, t)} for t, y, s in charts if any(x.points for x in s)]
 
 
 def _held_out(log: Sequence[Mapping[str, float]], run: Mapping[str, Any]) -> list[tuple[float, float]]:

@@ -32,6 +32,7 @@ from luthier.run.ready import Admitted, Ready, admit, make_ready
 from luthier.run.result import leave_model
 from luthier.run.rows import told, told_about
 from luthier.run.stopping import StopRequest
+from luthier.run.trainer_files import trainer_files
 from luthier.step.outcome import Outcome
 from luthier.step.probe import Probe
 from luthier.step.progress import Progress, together
@@ -203,6 +204,10 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
         say(f"pool    {data.pool_shared} rows are left out, because they are also training rows")
     if data.head:
         say(f"head    {data.head}")
+    if ready.view.anatomy.new_pooler:
+        say(
+            "head    the model's files have no pooler, so a new one is drawn (from the recipe's seed) and trained with the head"
+        )
     for line in told_about(data.forms, data.overlap):
         say(f"data    {line}")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
@@ -321,13 +326,14 @@ def _stage_note(outcome: Outcome) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _listening(ready: Ready, place: RunFolder, on_step: Any, total: int | None) -> Iterator[Any]:
-    """The function to call after each step: it feeds the log, the trackers and the progress bar."""
+    """The function to call after steps and evaluations: it feeds the log, the trackers and the progress bar."""
     names = ready.recipe.report_to if ready.accelerator.is_main_process else ()
     trackers = Trackers(names, place.path, place.path.name, total or 0, ready.view.module)
 
     def listen(entry: dict[str, float], progress: Progress, of: int) -> None:
-        place.log(entry)
-        trackers.step(entry)
+        if progress.log and progress.log[-1] is entry:  # not one between logging_steps
+            place.log(entry)
+            trackers.step(entry)
         if on_step is not None:
             on_step(entry, progress, of)
 
@@ -362,7 +368,11 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
     place.write("before.json", json.dumps(before.as_dict(), ensure_ascii=False))
     place.write("after.json", json.dumps(after.as_dict(), ensure_ascii=False))
     place.write("samples.jsonl", _samples(before, after))
-    _write_as_trainer(place, after, progress.step)
+    rows = {"train": len(ready.train.rows), "eval": 0 if ready.data.held is None else len(ready.data.held.rows)}
+    total = progress.step if ready.recipe.pipeline is not None else Loop.length(ready.train.rows, ready.recipe)
+    values = {n: m.value for n, m in after.measures.items()}
+    for name, text in trainer_files(ready.recipe, progress, values, rows, evaluation, total).items():
+        place.write(name, text)
     compared = {n: beside_base(m, before.measures.get(n)) for n, m in after.measures.items()}
     whole = keep and leave_model(trained.update, ready.view, ready.renderer.tokenizer, place.path)
     _note_spent(
@@ -379,17 +389,6 @@ def _finish(ready: Ready, place: RunFolder, before: Results, trained: Trained, s
         place.note(forecast_miss=off)
         say(f"forecast off by {off['memory']:+.0%} in memory and {off['seconds']:+.0%} in time")
     write_report(place.path)
-
-
-def _write_as_trainer(place: RunFolder, after: Results, step: int) -> None:
-    """Write scores and the log under the names of Trainer's files, for tools that read those."""
-    scores = json.dumps({f"eval_{n}": m.value for n, m in after.measures.items()}, indent=1)
-    place.write("all_results.json", scores)
-    place.write("eval_results.json", scores)
-    file = place.path / "log.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    history = [json.loads(line) for line in lines]
-    place.write("trainer_state.json", json.dumps({"global_step": step, "log_history": history}, indent=1))
 
 
 def _note_spent(ready: Ready, place: RunFolder, before: Results, trained: Trained, peak: int, **more: Any) -> None:

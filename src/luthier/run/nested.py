@@ -13,6 +13,7 @@ from luthier import recipe as recipes
 from luthier.data.batch import WEIGHT
 from luthier.data.columns import Carried
 from luthier.data.reading import on_hub
+from luthier.data.store import Rows
 from luthier.evaluation.measures import Measure
 from luthier.method.registry import modules_of
 from luthier.recipe import Recipe
@@ -24,7 +25,7 @@ from luthier.step.lab import Nested
 from luthier.step.outcome import Outcome
 from luthier.step.progress import Progress
 from luthier.support.cache import cache_folder, content_of, key_of
-from luthier.support.errors import LuthierError
+from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.sources import code_key
 from luthier.training.loop import Interrupted
 from luthier.update.files import load
@@ -69,20 +70,50 @@ class NestedRuns:
             weighed = run.rows.weights is not None and WEIGHT not in data["keep"]
             keep = [*data["keep"], WEIGHT] if weighed else data["keep"]
             data |= {**READ, "train": [{"path": str(train), "columns": {}}], "keep": keep}
-            if isinstance(data["eval"], float):  # a share of the recipe's rows, not of these
+            if self._share is not None and "eval" not in run.changes.get(
+                "data", {}
+            ):  # of the recipe's rows, not of these
                 data |= {"eval": self._held, "eval_by": None, "columns": {}}
         code = self.base if self._brings_code else None
-        return recipes.load(json.dumps({**values, "data": data}), "nested run", code=code)
+        asked = recipes.load(json.dumps({**values, "data": data}), "nested run", code=code)
+        if run.rows is None and self._share is not None:
+            self._refuse_other_share(asked)
+        return asked
+
+    def _refuse_other_share(self, asked: Recipe) -> None:
+        """Raises RecipeError if a nested run would set other rows apart: it could train on rows that this recipe holds out."""
+        if asked.data == self.recipe.data:
+            return
+        held = given_rows(asked.data, self.base, asked.task.shapes).held
+        if held is None or _keys(held) != _keys(self._held_rows):
+            before = self.recipe.data.model_dump()
+            changed = ", ".join(sorted(k for k, v in asked.data.model_dump().items() if v != before[k]))
+            raise RecipeError(
+                "nested run: data",
+                f"with a change of {changed} it would hold out other rows than this run does (data.eval: {self._share:g})",
+                "give the nested run its rows, or name a file in data.eval",
+            )
 
     @property
     def _brings_code(self) -> bool:
         return any(not m.startswith("luthier.") for m in modules_of(self.recipe))
 
+    @property
+    def _share(self) -> float | None:
+        """The share of its training rows that the recipe holds out."""
+        return self.recipe.data.eval if isinstance(self.recipe.data.eval, float) else None
+
     @cached_property
-    def _held(self) -> str:
-        """The file of the rows that the recipe sets apart."""
+    def _held_rows(self) -> Rows:
+        """The rows that the recipe sets apart."""
         held = given_rows(self.recipe.data, self.base, self.recipe.task.shapes).held
         assert held is not None
+        return held
+
+    @property
+    def _held(self) -> str:
+        """The file of the rows that the recipe sets apart."""
+        held = self._held_rows
         return str(write_rows(cache_folder() / "nested" / f"held-{held.digest}.jsonl", held, Carried()))
 
     @cached_property
@@ -148,6 +179,10 @@ class NestedRuns:
                 raise KeyboardInterrupt
             if answer["state"] == "failed":
                 raise LuthierError(f"nested run with {dict(waiting[place].changes)}: {answer['error']}")
+
+
+def _keys(rows: Rows) -> list[str]:
+    return [rows.key(i) for i in range(len(rows))]
 
 
 def _finished(place: Path) -> bool:

@@ -20,10 +20,12 @@ from luthier.evaluation.base import Exam, Results
 from luthier.inference.scoring import mean_loss
 from luthier.inference.services import lab_with
 from luthier.integrations import tracking
-from luthier.model.adapter_folder import CONFIG, config_in
+from luthier.model.adapter_folder import CONFIG, config_in, is_plain, merged
 from luthier.model.anatomy import Anatomy
 from luthier.model.loading import (
     Located,
+    adapter_on_hub,
+    hub_id,
     load_config,
     load_ends,
     load_model,
@@ -46,8 +48,8 @@ from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.files import beside
 from luthier.tasks.base import Draw
 from luthier.training.loop import Loop
-from luthier.update import Update
-from luthier.update.base import OTHER_LORAS
+from luthier.update import Dense, Replace, Update
+from luthier.update.base import Part
 from luthier.update.files import load, load_adapter
 
 
@@ -118,31 +120,75 @@ def located_model(recipe: Recipe, base: Path) -> Located:
 
 
 def start_folder(recipe: Recipe, base: Path) -> Path | None:
-    """The folder of the adapter that the recipe starts from. Raises RecipeError for one that cannot be taken up."""
+    """The folder of the adapter that the recipe starts from; one on the Hub is downloaded into its cache.
+
+    Raises RecipeError for one that cannot be taken up.
+    """
     if recipe.start is None:
         return None
-    folder = Path(beside(base, recipe.start))
+    folder, on_hub = Path(beside(base, recipe.start)), hub_id(recipe.start)
+    if not folder.exists() and on_hub is not None:
+        folder = adapter_on_hub(*on_hub, recipe.start, key="start")
     if not (folder / CONFIG).is_file():
         what = f"{recipe.start}: holds no adapter ({CONFIG})"
-        raise RecipeError("start", what, "give a folder of peft's, or of a finished run with lora")
-    config = config_in(folder)
-    if odd := next((o for o in OTHER_LORAS if config.get(o)), None):
-        what = f"{recipe.start}: is a LoRA with {odd}, on which nothing can be trained as it stands"
-        raise RecipeError("start", what, "set model to this folder: it is merged then")
+        raise RecipeError("start", what, "give a folder of peft's, or of a finished run with lora, or an id on the Hub")
+    config_in(folder, "start")
     return folder
 
 
+def _refuse_packed_start(recipe: Recipe, folder: Path | None, packed: bool) -> None:
+    """Raises RecipeError for an adapter that changes weights as a whole, where these are packed."""
+    if folder is not None and packed and not is_plain(config_in(folder, "start")):
+        what = f"{recipe.start}: is no plain LoRA, so it would have to be added to weights, and these are packed"
+        raise RecipeError("start", what, "remove quantize, or take a model with plain weights")
+
+
 def started_from(recipe: Recipe, base: Path, view: ModelView) -> Update | None:
-    """The update that the recipe starts from. Raises RecipeError if it belongs to another model."""
+    """The update that the recipe starts from. Raises RecipeError if it belongs to another model.
+
+    A plain LoRA stays what it is. Other adapters become differences of the weights that they change.
+    """
     folder = start_folder(recipe, base)
     if folder is None:
         return None
+    ours = (folder / "update.json").is_file()
     try:
-        found = load(folder) if (folder / "update.json").is_file() else load_adapter(folder, view.base)
+        found = load(folder) if ours else load_adapter(folder, view.base)
+        if ours and not found.base.same_base(view.base):
+            found.refuse_misfit(view)
+        if any(part.renames for part in found.parts) or not (ours or _has_its_layers(found, view)):
+            return _as_difference(recipe, base, view, folder)
         found.refuse_misfit(view)
+    except RecipeError:
+        raise
     except LuthierError as error:
         raise RecipeError("start", f"{recipe.start}: {error}", "name the model that it was trained on") from error
     return Update(found.base, found.parts)  # its chart says where its own training began
+
+
+def _has_its_layers(found: Update, view: ModelView) -> bool:
+    """Whether low-rank parts of another's adapter belong to linear layers of the model; embeddings and experts are none."""
+    layers = {x.module for x in view.anatomy.linears}
+    return all(layers.issuperset(part.layers(view.anatomy)) for part in found.parts)
+
+
+def _as_difference(recipe: Recipe, base: Path, view: ModelView, folder: Path) -> Update:
+    """What an adapter makes of the weights, by peft's own code, as an update: differences, and a trained head as a whole."""
+    located, auto = located_model(recipe, base), recipe.task.auto(view.module.config)
+    how: dict[str, Any] = {
+        "labels": view.classes if view.anatomy.task_head else (), "tokenizer": view.tokenizer, "seed": recipe.seed,
+        "device": "cpu",
+    }  # fmt: skip
+    before = view if view.dtype == torch.float32 else load_model(located, auto, torch.float32, **how)
+    after = merged(load_model(located, auto, torch.float32, **how).module, folder, "start")
+    weights, head = dict(after.named_parameters()), set(view.anatomy.task_head)
+    if weights.keys() != view.anatomy.parameters.keys():
+        what = f"{recipe.start}: changes only one of the model's embedding and head, which are one weight"
+        raise RecipeError("start", what, "set model to this adapter: it is merged then, and they become two")
+    changes = {n: w.detach() - before.weight(n).detach().cpu() for n, w in weights.items() if n not in head}
+    changed = Dense({n: delta for n, delta in changes.items() if bool(delta.any())})
+    parts: list[Part] = [changed] if changed.changes else []
+    return Update(view.base, (*parts, Replace({n: weights[n].detach() for n in head})) if head else tuple(parts))
 
 
 def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
@@ -156,7 +202,7 @@ def tokens_and_config(recipe: Recipe, base: Path) -> tuple[Any, Renderer, Any]:
     refuse_architecture(recipe.task.auto(config), config)
     refuse_method(config, located.shown, recipe.quantize, located.path)
     refuse_merging(located, config, recipe.quantize)
-    start_folder(recipe, base)
+    _refuse_packed_start(recipe, start_folder(recipe, base), recipe.quantize is not None or is_packed_file(config))
     if Path(located.path).is_dir():
         refuse_damaged(Path(located.path))
     plain = {"auto": None, "chat": False, "plain": True}[recipe.data.template]

@@ -7,6 +7,7 @@ from typing import Any
 
 from luthier.model.view import ModelView
 from luthier.model.weights import save
+from luthier.support.files import write_text
 from luthier.update import Update
 
 
@@ -17,11 +18,15 @@ def is_whole(update: Update, view: ModelView) -> bool:
 
 
 def leave_model(update: Update, view: ModelView, tokenizer: Any, folder: Path) -> bool:
-    """Write the tokenizer, and the whole model if most weights changed. Returns whether the model was written.
+    """Write the tokenizer, the base model's generation settings, and the whole model if most weights changed.
+
+    Returns whether the model was written.
 
     The update is merged into the view's own weights, so afterwards the view is no longer the base model.
     """
     tokenizer.save_pretrained(folder)
+    if view.module.can_generate() and view.module.generation_config is not None:
+        write_text(folder / "generation_config.json", view.module.generation_config.to_json_string())
     whole = is_whole(update, view)
     if whole:
         update.merge_into(view.module)

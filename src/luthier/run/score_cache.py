@@ -26,7 +26,7 @@ def exam_key(exam: Exam, evaluators: list[Evaluator], model: str, rows: str) -> 
     machine = (str(view.dtype), view.device.type, view.layout)
     texts = (
         renderer.system, renderer.plain, tokenizer_key(renderer.tokenizer), renderer.stop_ids, renderer.stop_strings,
-        sorted(renderer.options.items()),
+        sorted(renderer.options.items()), renderer.day,
         configured(view.module.config),
     )  # fmt: skip
     code = code_key("luthier.evaluation.base", *MODEL, *sorted({type(m).__module__ for m in (exam.task, *evaluators)}))

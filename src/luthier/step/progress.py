@@ -41,5 +41,6 @@ def together(stages: Iterable[Progress]) -> Progress:
         out.skipped += p.skipped
         out.resumed |= p.resumed
         flops.update(p.flops)
+        out.log += p.log
     out.flops = dict(flops)
     return out

@@ -62,7 +62,7 @@ class ClassRows:
         return {"label": self.labels[row.values["label"]]} if self.labels else {}
 
     def supervised(self, item: Mapping[str, Any]) -> int:
-        return 1
+        return 1 if item["ids"] else 0  # an empty text, for a tokenizer without marks at its ends
 
     def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
         return cut_ends(item, limit)

@@ -131,8 +131,13 @@ class Classification(Task):
             names = in_models_order(names, known)
         for r in held or ():
             if r.values["label"] not in names:
-                what = f"label {r.values['label']!r} occurs in no training row"
-                raise RecipeError(r.key, what, "correct the label or drop the row")
+                label = r.values["label"]
+                if other := next((n for n in names if str(n) == str(label)), None):
+                    what = f"label {label!r} is {_written(label)}, and {_written(other)} in the training rows"
+                    raise RecipeError(r.key, what, "write labels in one way")
+                raise RecipeError(
+                    r.key, f"label {label!r} occurs in no training row", "correct the label or drop the row"
+                )
         if self.words is not None:
             self._check_words(self.words, rows, {str(n) for n in names})
         return {n: i for i, n in enumerate(names)}
@@ -213,3 +218,7 @@ class Classification(Task):
             best = int(shares.argmax())
             out.append({"answer": view.classes[best], "share": float(shares[best])})
         return out
+
+
+def _written(label: str | int) -> str:
+    return "a text" if isinstance(label, str) else "a number"

@@ -66,7 +66,7 @@ class Loop:
     compute   a method that changes the forward pass, in all phases of this model from now on
     rows      rendered rows: mappings as `collate` takes them
     evaluate  returns the loss on held-out rows; called every eval_steps
-    on_step   called after each step with (entry, progress, total steps)
+    on_step   called after each step and each evaluation with (entry, progress, total steps)
     stop      asked between steps; True saves and raises Interrupted
     draw      from the task: makes an epoch's version of a row; None if rows are the same in all epochs
     """
@@ -373,7 +373,10 @@ class Loop:
         p = self.progress
         with Generators(Streams(self.settings.seed), "evaluate", p.step).drawing():
             loss = self.evaluate()
-        p.log.append({"step": p.step, "eval_loss": loss})
+        entry = {"step": p.step, "epoch": self.order.epoch(p.step), "eval_loss": loss}
+        p.log.append(entry)
+        if self.on_step is not None:
+            self.on_step(entry, p, self.total_steps)
         if p.best_loss is None or loss < p.best_loss:
             p.best_loss, p.best_step, p.bad_evaluations = loss, p.step, 0
             if self.folder is not None and self.settings.load_best:

@@ -30,8 +30,9 @@ class Frozen(Tuner):
         problems, anatomy = super().check(facts), facts.anatomy
         head = anatomy is None or anatomy.task_head  # every tuner trains a task head
         if not head and facts.others and not any(m.trains_beside for m in facts.others):
-            names = " and ".join(m.key() for m in facts.others if m is not self)
-            what = f"nothing trains: {names or 'no other method'} adds no trained modules to the frozen model"
+            names = [m.key() for m in facts.others if m is not self] or ["no other method"]
+            add = "add" if len(names) > 1 else "adds"
+            what = f"nothing trains: {' and '.join(names)} {add} no trained modules to the frozen model"
             problems.append(Problem("", what, "choose another tuner"))
         return problems
 

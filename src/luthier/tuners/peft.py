@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from luthier.method import Facts, Problem, Source, Traits
@@ -88,13 +89,21 @@ class Peft(Tuner):
         return PeftTrainable(self, as_view(model))
 
 
+def tied_modules(model: nn.Module) -> set[str]:
+    """Names of the modules that use a parameter which another module uses too."""
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    return {module for modules in users.values() if len(modules) > 1 for module in modules}
+
+
 class PeftTrainable(Trainable):
     """peft's modules in the model's places."""
 
     def __init__(self, tuner: Peft, view: ModelView) -> None:
         from peft import get_peft_model
 
-        targets = view.anatomy.match(tuner.targets)
+        targets, tied = view.anatomy.match(tuner.targets), tied_modules(view.module)
         super().__init__(view)
         self.freeze_base()
         found = {"target_modules": sorted(x.module for x in targets)}
@@ -113,8 +122,27 @@ class PeftTrainable(Trainable):
             raise
         self.wrapped = self.placed.wrapped
         self.put(self.placed.change)
+        self._refuse_copies(tied)
         # Freeze now, because a task head that trains too needs gradients.
         self.named = {n: p for n, p in self.wrapped.named_parameters() if p.requires_grad}
+
+    def _refuse_copies(self, tied: Collection[str]) -> None:
+        """Raise RecipeError if peft would train a copy of a module whose weight the model uses in two places.
+
+        Embeddings and head would differ afterwards, but the model's configuration says that they are one tensor: whoever
+        opens the merged model would lose one of them.
+        """
+        from peft.utils import ModulesToSaveWrapper
+
+        found = (n for n, m in self.wrapped.get_base_model().named_modules() if isinstance(m, ModulesToSaveWrapper))
+        name = next((n for n in found if n in tied), None)
+        if name is not None:
+            self.detach()
+            raise RecipeError(
+                "tuner.peft.options.modules_to_save",
+                f"peft would train a copy of {name}, whose weight this model uses both as embeddings and as head",
+                "leave it out, or use tuner: full, which trains that weight in both places",
+            )
 
     def groups(self) -> list[ParamGroup]:
         return [ParamGroup(list(self.named.values()))]

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from luthier.model.adapter_folder import REFUSED
+from luthier.model.adapter_folder import PEFT_PREFIX, is_plain
 from luthier.model.additions import is_packed
 from luthier.model.anatomy import Anatomy
 from luthier.model.undo import Change
@@ -49,9 +49,10 @@ class Cut(NamedTuple):
         return (*shape[: self.dim], shape[self.dim] - len(self.removed), *shape[self.dim + 1 :])
 
 
-PEFT_PREFIX = "base_model.model."  # before peft's names of the base's modules
-# Options of peft's LoRA that compute something else than scale * B A.
-OTHER_LORAS = ("use_dora", "use_rslora", *REFUSED)  # the first two can be merged, but are no plain factors
+# What transformers calls a classification head, or a part of one.
+HEADS = (
+    "score", "classifier", "classification_head", "pre_classifier", "pooler", "head", "dense", "sequence_summary", "logits_proj",
+)  # fmt: skip
 
 
 class PeftFolder(NamedTuple):
@@ -62,13 +63,9 @@ class PeftFolder(NamedTuple):
 
     @property
     def is_plain_lora(self) -> bool:
-        """True for factors of matrices whose product alone is the difference to the base."""
-        odd = any(self.config.get(option) for option in OTHER_LORAS)
-        return (
-            self.config.get("peft_type") == "LORA"
-            and not odd
-            and all(which in ("A", "B") for _, which, _ in self.factors())
-        )
+        """True for factors of matrices whose product alone is the difference to the base, perhaps with a trained head."""
+        factors = all(which in ("A", "B") for _, which, _ in self.factors())
+        return is_plain(self.config) and factors and all(head_module(n) for n in self.heads())
 
     def factors(self) -> Iterator[tuple[str, str, Tensor]]:
         """(module, "A" or "B", tensor) of LoRA's factors; another letter or word for a tensor of another kind."""
@@ -80,6 +77,12 @@ class PeftFolder(NamedTuple):
     def heads(self) -> dict[str, Tensor]:
         """Tensors saved beside the factors, by parameter."""
         return {k.removeprefix(PEFT_PREFIX): t for k, t in self.tensors.items() if ".lora_" not in k}
+
+
+def head_module(parameter: str) -> str | None:
+    """The module that peft saves whole for a parameter of a task head, or of the trunk's pooler; None for other parameters."""
+    first, *rest = parameter.split(".")
+    return first if first in HEADS else "pooler" if rest[:1] == ["pooler"] else None
 
 
 def in_json(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,12 +22,7 @@ from luthier.model.peft_modules import PeftModules
 from luthier.model.undo import Change, together
 from luthier.support.errors import LuthierError
 from luthier.update import binding
-from luthier.update.base import Order, Part, PeftFolder, Shapes, in_json, packed_problem
-
-# What transformers calls a classification head, or a part of one.
-HEADS = (
-    "score", "classifier", "classification_head", "pre_classifier", "pooler", "head", "dense", "sequence_summary", "logits_proj",
-)  # fmt: skip
+from luthier.update.base import Order, Part, PeftFolder, Shapes, head_module, in_json, packed_problem
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class Replace(Part):
         return Replace(binding.shortened(structure, self.values))
 
     def as_head(self) -> Mapping[str, Tensor] | None:
-        return self.values if all(n.split(".")[0] in HEADS for n in self.values) else None
+        return self.values if all(head_module(n) for n in self.values) else None
 
     @classmethod
     def from_peft(cls, folder: PeftFolder) -> Part | None:

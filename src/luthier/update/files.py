@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.data.batch import collate
+from luthier.model.adapter_folder import CONFIG, tensors_in
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import evaluating
 from luthier.support.errors import LuthierError
@@ -159,8 +161,11 @@ def _save_peft(shared: PeftFolder, name: str, folder: Path, view: Any) -> None:
 
 def _load_peft(folder: Path) -> list[Part]:
     """Each form takes its own out of peft's folder."""
-    file = folder / "adapter_config.json"
-    shared = PeftFolder(_header(file), _tensors(folder / "adapter_model.safetensors"))
+    file = folder / CONFIG
+    try:
+        shared = PeftFolder(_header(file), tensors_in(folder))
+    except (SafetensorError, UnpicklingError, OSError, ValueError, RuntimeError) as error:
+        raise LuthierError(f"{folder}: the adapter's tensors cannot be read ({error})") from error
     try:
         found = [form.from_peft(shared) for form in FORMS.values()]
     except (KeyError, TypeError, AttributeError, ZeroDivisionError, re.error) as error:
@@ -189,7 +194,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapping[str, Any]) -> float:
-    """Largest difference between the live model and the reloaded update on the base, in states of a row and in the task head.
+    """Largest difference between the live model and the reloaded update on the base: states and logits of a row, task head.
 
     detach  removes the trained change from the model. Raises LuthierError if the difference is too large, or if tuning changed
     nothing at all.
@@ -197,8 +202,11 @@ def verify_update(folder: Path, detach: Callable[[], None], view: Any, row: Mapp
     batch = collate([row]).to(view.device)
 
     def seen() -> Tensor:
-        head = [view.weight(n).float().flatten() for n in view.anatomy.task_head]
-        return torch.cat([view.trace(batch).hidden[-1].float().flatten(), *head])
+        hidden = view.trace(batch).hidden[-1]  # [T, D]
+        head = [view.weight(n) for n in view.anatomy.task_head]
+        if view.anatomy.head is not None:
+            head.append(view.head_logits(hidden[-1:]))  # [1, V]; an update may change the head alone
+        return torch.cat([t.float().flatten() for t in (hidden, *head)])
 
     with evaluating(view.module):
         live = seen()

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from luthier.model.adapter_folder import PEFT_PREFIX
 from luthier.model.adapters import Fixed
 from luthier.model.additions import low_rank_adapter, refuse_packed
 from luthier.model.anatomy import Anatomy
 from luthier.model.undo import Change, together
 from luthier.update import binding
-from luthier.update.base import PEFT_PREFIX, Order, Part, PeftFolder, Shapes
+from luthier.update.base import Order, Part, PeftFolder, Shapes, head_module
 
 
 @dataclass(frozen=True)
@@ -345,7 +346,7 @@ class LowRank(Part):
         alpha = next(alphas[m] for m in modules if ranks[m] == common)
         config = LoraConfig(
             r=common, target_modules=sorted(modules), task_type=TaskType.SEQ_CLS if head else TaskType.CAUSAL_LM,
-            modules_to_save=sorted({n.split(".")[0] for n in head}) or None,
+            modules_to_save=sorted({str(head_module(n)) for n in head}) or None,
             lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it as a float
             bias="none", inference_mode=True, fan_in_fan_out=bool(self.transposed),
             rank_pattern={m: r for m, r in ranks.items() if r != common},
@@ -366,7 +367,7 @@ class LowRank(Part):
             rank, alpha = (
                 _of_module(config, module, *keys) for keys in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
             )
-            scale[f"{module}.weight"] = alpha / rank
+            scale[f"{module}.weight"] = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         return cls(a, b, scale, frozenset(a) if config.get("fan_in_fan_out") else frozenset())
 
 

@@ -76,7 +76,7 @@ def recipe_with(example: Example, fields: Mapping[str, Any]) -> str:
     """A recipe that names this method with these fields."""
     traits, one = type(example.method).traits, {example.name: dict(fields)}
     tree: dict[str, Any] = {"model": "a/b", "data": {"train": "x.jsonl", "eval": "x.jsonl"}}
-    start = YAML(typ="safe").load("\n".join(type(example.method).recipe_lines)) or {}
+    start = YAML(typ="safe", pure=True).load("\n".join(type(example.method).recipe_lines)) or {}
     tree |= {key: start[key] for key in ("task", "data") if key in start}  # rows that the method needs
     if "pool" in traits.needs:
         tree["data"]["pool"] = "y.jsonl"
