@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForTokenClassification
 
 from luthier.cli.docs import FOLDER
 from luthier.data.batch import collate
@@ -86,6 +86,16 @@ def test_a_refused_architecture_is_refused_from_its_configuration_alone(tmp_path
             refuse_architecture(auto, load_config(located))
         with pytest.raises(RecipeError, match="trains only on texts of one fixed length"):
             load_model(located, auto)  # no weights are there
+
+
+def test_a_head_of_tags_that_looks_at_other_tokens_is_refused_at_load():
+    class MixedForTokenClassification(LlamaForTokenClassification):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            return type(out)(logits=out.logits + out.logits.mean(1, keepdim=True))
+
+    with pytest.raises(LuthierError, match="MixedForTokenClassification: it has a head that luthier does not know"):
+        ModelView.probed(MixedForTokenClassification(tiny_config("llama", TOKEN_CLASS)).eval())
 
 
 def test_a_model_whose_own_call_gives_other_logits_is_refused_at_load():

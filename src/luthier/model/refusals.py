@@ -20,14 +20,18 @@ _FIXED = "it trains only on texts of one fixed length"
 # By the class that transformers opens.
 REFUSED: Mapping[str, str] = {
     "BltForCausalLM": "it reads bytes in pieces that a second model cuts",
+    "BrosForTokenClassification": "it reads the places of words on pages, not text alone",
     "CanineForSequenceClassification": "it has no table of token embeddings",
+    "CanineForTokenClassification": "it has no table of token embeddings",
     "CpmAntForCausalLM": "it sees the tokens that it should predict",
     "Emu3ForCausalLM": _NO_FOLDER,
     "FunnelForSequenceClassification": "it joins neighbouring tokens, so its trunk gives fewer states than there are tokens",
     "Gemma4AssistantForCausalLM": _DRAFTS,
     "Gemma4UnifiedAssistantForCausalLM": _DRAFTS,
     "IBertForSequenceClassification": "it computes with rounded integers, which have no gradient",
+    "IBertForTokenClassification": "it computes with rounded integers, which have no gradient",
     "LayoutLMv2ForSequenceClassification": "it reads pictures of pages, not text alone",
+    "LayoutLMv2ForTokenClassification": "it reads pictures of pages, not text alone",
     "MllamaForCausalLM": _NO_FOLDER,
     "MusicgenForCausalLM": _SOUNDS,
     "MusicgenMelodyForCausalLM": _SOUNDS,

@@ -97,19 +97,15 @@ class TokenClassification(Task):
     def name(self, row: Row, tag: str | int) -> str:
         """The name of a tag of this row. Raises RecipeError for a number without one, and for a name that is not in `tags`."""
         names, key = self.tags, "task.token-classification.tags"
-        if names is None and isinstance(tag, int):
+        if isinstance(tag, str):
+            if names is None or tag in names:
+                return tag
+            raise RecipeError(row.key, f"has the tag {tag!r}, which {key} does not name", "add it, or correct the row")
+        if names is None:
             raise RecipeError(row.key, f"has the tag {tag}, a number without a name", f"name them in order: {key}")
-        if names is None or isinstance(tag, str):
-            if names is not None and tag not in names:
-                raise RecipeError(
-                    row.key, f"has the tag {tag!r}, which {key} does not name", "add it, or correct the row"
-                )
-            return str(tag)
-        if not 0 <= tag < len(names):
-            raise RecipeError(
-                row.key, f"has the tag {tag}, and {key} names {len(names)}, from 0 on", "correct one of them"
-            )
-        return names[tag]
+        if 0 <= tag < len(names):
+            return names[tag]
+        raise RecipeError(row.key, f"has the tag {tag}, and {key} names {len(names)}, from 0 on", "correct one of them")
 
     def head(self, rows: Sequence[Row], names: Sequence[str], config: PreTrainedConfig) -> str:
         seen = {self.name(r, t) for r in rows for t in r.values["tags"]}
