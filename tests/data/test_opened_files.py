@@ -237,8 +237,8 @@ def test_a_glob_is_its_files_and_a_limit_counts_over_all(tmp_path):
     assert f"no file matches {tmp_path}/d/*.csv" in refusal("d/*.csv", tmp_path)
     said = refusal("d/c.txt", tmp_path)
     assert (
-        "is not a file that luthier reads; it reads .jsonl, .ndjson, .json, .csv, .tsv, packed as .gz or .zst too, "
-        in said
+        "is not a file that luthier reads; it reads .jsonl, .ndjson, .json, .csv, .tsv, .conll, .iob, .iob2, .bio, "
+        "packed as .gz or .zst too, " in said
     )
     shards(tmp_path / "d", ".a.jsonl")
     assert read_names("d/*.jsonl", tmp_path) == ["a.jsonl", "b.jsonl"] and read_names("d/.*", tmp_path) == [".a.jsonl"]

@@ -14,7 +14,8 @@ from luthier.data.rendering import Renderer
 from luthier.data.store import Row, Rows
 from luthier.model.loading import NEW_POOLER_TOLD, load_config, load_model, locate
 from luthier.support.errors import RecipeError
-from luthier.tasks.classification import Classification, ClassRows
+from luthier.tasks.class_rows import ClassRows
+from luthier.tasks.classification import Classification
 from luthier.testing.architectures import TEXT_CLASS, tiny_config
 from luthier.testing.models import byte_tokenizer, tiny
 from luthier.tuned.open import open_run

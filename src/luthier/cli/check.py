@@ -57,7 +57,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "forecast": None if isinstance(expected, NoForecast) else asdict(expected),
         "no_forecast": expected.reason if isinstance(expected, NoForecast) else None,
         "destinations": destinations(recipe, base),
-        "rows": [[(t["text"], t["on"]) for t in row] for row in tokens_of(renderer, shown)],
+        "rows": [[(t["text"], t["on"]) for t in row] for row in tokens_of(renderer, shown, recipe.task, data.classes)],
         "model_type": config.model_type,
     }
 

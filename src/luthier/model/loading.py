@@ -217,7 +217,7 @@ def load_model(
     refuse_method(config, located.shown, quantize, located.path)
     refuse_merging(located, config, quantize)
     extra: dict[str, Any] = {**(named_classes(labels) if labels else {}), **unpacking(config)}
-    redrawn = has_class_head(config) and _are_others(labels, class_names(config))
+    own, redrawn = has_class_head(config, auto), heads_change(config, auto, labels)
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     packed = quantize is not None or is_packed_file(config)
     if quantize is not None:
@@ -244,7 +244,7 @@ def load_model(
             make_plain(model)
             as_plain(model)
         drawn: Collection[str] = Anatomy(model).task_head if redrawn else ()
-        if not has_class_head(config):
+        if not own:
             _note_new_pooler(model, report["missing_keys"], located.shown)
             drawn = Anatomy(model).task_head
         refuse_incomplete(model, report, drawn, located.shown)
@@ -398,9 +398,25 @@ def reads_both_ways(config: PreTrainedConfig) -> bool:
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
-def has_class_head(config: PreTrainedConfig) -> bool:
-    """Whether the model's files hold a classification head."""
-    return any(n.endswith("ForSequenceClassification") for n in config.architectures or ())
+CLASS_HEADS = ("ForSequenceClassification", "ForTokenClassification")  # how transformers calls models with them
+
+
+def has_class_head(config: PreTrainedConfig, auto: Any) -> bool:
+    """Whether the model's files hold a classification head of the kind that this Auto class of transformers opens."""
+    kind = auto.__name__.removeprefix("AutoModel")
+    return kind in CLASS_HEADS and any(n.endswith(kind) for n in config.architectures or ())
+
+
+def heads_change(config: PreTrainedConfig, auto: Any, labels: Sequence[str]) -> bool:
+    """Whether the head in the model's files is not one of these classes, so that it must be drawn anew.
+
+    A head of another kind (for texts, where tokens are classified) counts: its weights may have the same names.
+    """
+    if auto.__name__.removeprefix("AutoModel") not in CLASS_HEADS:
+        return False
+    if not has_class_head(config, auto):
+        return bool(labels) and any(n.endswith(CLASS_HEADS) for n in config.architectures or ())
+    return _are_others(labels, class_names(config))
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:

@@ -20,14 +20,18 @@ _FIXED = "it trains only on texts of one fixed length"
 # By the class that transformers opens.
 REFUSED: Mapping[str, str] = {
     "BltForCausalLM": "it reads bytes in pieces that a second model cuts",
+    "BrosForTokenClassification": "it reads the places of words on pages, not text alone",
     "CanineForSequenceClassification": "it has no table of token embeddings",
+    "CanineForTokenClassification": "it has no table of token embeddings",
     "CpmAntForCausalLM": "it sees the tokens that it should predict",
     "Emu3ForCausalLM": _NO_FOLDER,
     "FunnelForSequenceClassification": "it joins neighbouring tokens, so its trunk gives fewer states than there are tokens",
     "Gemma4AssistantForCausalLM": _DRAFTS,
     "Gemma4UnifiedAssistantForCausalLM": _DRAFTS,
     "IBertForSequenceClassification": "it computes with rounded integers, which have no gradient",
+    "IBertForTokenClassification": "it computes with rounded integers, which have no gradient",
     "LayoutLMv2ForSequenceClassification": "it reads pictures of pages, not text alone",
+    "LayoutLMv2ForTokenClassification": "it reads pictures of pages, not text alone",
     "MllamaForCausalLM": _NO_FOLDER,
     "MusicgenForCausalLM": _SOUNDS,
     "MusicgenMelodyForCausalLM": _SOUNDS,
@@ -40,8 +44,10 @@ REFUSED: Mapping[str, str] = {
 # Their code keeps keys between calls of a block, so a block cannot be computed again in the backward pass.
 NOT_AGAIN = (
     "FlaubertForSequenceClassification",
+    "FlaubertForTokenClassification",
     "FlaubertWithLMHeadModel",
     "XLMForSequenceClassification",
+    "XLMForTokenClassification",
     "XLMWithLMHeadModel",
 )
 
@@ -89,7 +95,8 @@ def page() -> str:
         "# Models",
         "",
         "luthier opens every model that transformers opens for [causal-lm](methods/causal-lm.md),",
-        "[masked-lm](methods/masked-lm.md) or [classification](methods/task-classification.md), except those below. When a",
+        "[masked-lm](methods/masked-lm.md), [classification](methods/task-classification.md) or",
+        "[token-classification](methods/token-classification.md), except those below. When a",
         "model is loaded, its hidden states and logits are compared with the model's own call on two short texts; a model that",
         "differs is refused in a sentence. `make soak` tries a tiny model of every architecture: loss, logits, steps of three",
         "tuners, merging, opening again with transformers and peft, answers in a batch, gradient checkpointing.",

@@ -228,7 +228,7 @@ def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Resu
     say(f"before  {shown(results)}")
     if show_tokens and place.writes and not (place.path / "tokens.json").exists():
         rows = ready.first_rows(token_view.SHOWN)
-        tokens = token_view.tokens_of(ready.renderer, rows)
+        tokens = token_view.tokens_of(ready.renderer, rows, ready.recipe.task, ready.data.classes)
         if ready.recipe.task.token_losses:
             token_view.note_losses(tokens, ready.view, rows, "before")
         token_view.save(tokens, place.path)
