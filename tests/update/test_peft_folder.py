@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from luthier.update.base import PEFT_PREFIX, PeftFolder, head_module
+from luthier.update.base import PeftFolder, head_module
 
 LAYER = f"{PEFT_PREFIX}model.layers.0.mlp.up_proj"
 A, B = f"{LAYER}.lora_A.weight", f"{LAYER}.lora_B.weight"

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from luthier.model.adapter_folder import PEFT_PREFIX
 from luthier.support.errors import LuthierError
 from luthier.testing.models import view_of
 from luthier.tuners import Peft
 from luthier.update import Dense, LowRank, Replace, Seeds, Sparse, Structure, Update
-from luthier.update.base import PEFT_PREFIX, PeftFolder
+from luthier.update.base import PeftFolder
 from luthier.update.vectors import noise
 
 Q, V, UP = (

@@ -37,6 +37,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
     matched, left_out = matched_modules(recipe, anatomy)
     if isinstance(expected, Forecast):
         refuse_full_disk(decided, expected, folder)
+    new_pooler = lacks_pooler(gathered.located, config, recipe.task.auto(config), anatomy)
     draw = recipe.task.draw(renderer.tokenizer, recipe.seed)
     shown = [row if draw is None else draw(row, None) for row in train.rows[:SHOWN]]
     return {
@@ -48,7 +49,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "forms": data.forms,
         "overlap": data.overlap,
         "pool_shared": data.pool_shared,
-        "head": data.head or (NEW_POOLER_TOLD if lacks_pooler(gathered.located, config, anatomy) else ""),
+        "head": data.head or (NEW_POOLER_TOLD if new_pooler else ""),
         "curated": [k.brief for k in data.kept],
         "matched": matched,
         "left_out": left_out,

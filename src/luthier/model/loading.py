@@ -373,10 +373,13 @@ NEW_POOLER_TOLD = (
 )
 
 
-def lacks_pooler(located: Located, config: PreTrainedConfig, anatomy: Anatomy) -> bool:
-    """Whether a classifier's pooler will be drawn at random, by the headers of its files. False if they are not here."""
+def lacks_pooler(located: Located, config: PreTrainedConfig, auto: Any, anatomy: Anatomy) -> bool:
+    """Whether a classifier's pooler will be drawn at random, by the headers of its files. False if they are not here.
+
+    auto  the Auto class of transformers that opens it
+    """
     folder = Path(located.path)
-    if has_class_head(config) or anatomy.head is not None or not anatomy.pooler or not folder.is_dir():
+    if has_class_head(config, auto) or anatomy.head is not None or not anatomy.pooler or not folder.is_dir():
         return False
     found = weight_files(folder)
     return found.safe and not any(".pooler." in f".{name}" for file in found.files for name in header_of(file))
