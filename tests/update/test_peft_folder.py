@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from luthier.model.adapter_folder import PEFT_PREFIX
 from luthier.update.base import PeftFolder, head_module
 
 LAYER = f"{PEFT_PREFIX}model.layers.0.mlp.up_proj"
