@@ -29,7 +29,16 @@ from luthier.model.view import ModelView, evaluating
 from luthier.step.forward import Forward
 from luthier.step.lab import Choices, Lab, RowScore
 from luthier.support.errors import RecipeError
-from luthier.tasks.base import Rendered, Shown, Task, choices_of, in_models_order, refuse_unknown_head, told_head
+from luthier.tasks.base import (
+    Rendered,
+    Shown,
+    Task,
+    choices_of,
+    in_models_order,
+    refuse_one_class,
+    refuse_unknown_head,
+    told_head,
+)
 from luthier.tasks.class_rows import PAIR, ClassRows
 from luthier.tasks.cloze import Cloze, ClozeRows, word_id
 
@@ -129,6 +138,7 @@ class Classification(Task):
             raise RecipeError("data.train", f"has the label {twice[0]!r} as text and as a number", "write one of them")
         if self.words is None or len(names) == len(known):
             names = in_models_order(names, known)
+        refuse_one_class(names)
         for r in held or ():
             if r.values["label"] not in names:
                 label = r.values["label"]
