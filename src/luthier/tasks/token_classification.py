@@ -84,15 +84,20 @@ class TokenClassification(Task):
 
     def labels(self, rows: Sequence[Row], held: Sequence[Row] | None, known: Mapping[str, int]) -> dict[str | int, int]:
         """Class index by tag: in the model's order if it knows these names, else in that of `tags`, else alphabetically."""
-        seen = {self.name(r, t) for r in rows for t in r.values["tags"]}
+        seen = self._seen(rows)
         names = in_models_order(list(self.tags) if self.tags else sorted(seen), known)
-        for r in held or ():
-            for tag in (self.name(r, t) for t in r.values["tags"]):
-                if tag not in names:
-                    raise RecipeError(
-                        r.key, f"tag {tag!r} occurs in no training row", "correct the tag or drop the row"
-                    )
+        for tag, key in self._seen(held or ()).items():
+            if tag not in names:
+                raise RecipeError(key, f"tag {tag!r} occurs in no training row", "correct the tag or drop the row")
         return {n: i for i, n in enumerate(names)}
+
+    def _seen(self, rows: Sequence[Row]) -> dict[str, str]:
+        """The names of all tags of these rows, each with the key of the first row that has it. Raises RecipeError as `name`."""
+        first = dict[str | int, Row]()
+        for r in rows:
+            for tag in r.values["tags"]:
+                first.setdefault(tag, r)
+        return {self.name(r, tag): r.key for tag, r in first.items()}
 
     def name(self, row: Row, tag: str | int) -> str:
         """The name of a tag of this row. Raises RecipeError for a number without one, and for a name that is not in `tags`."""
@@ -108,8 +113,7 @@ class TokenClassification(Task):
         raise RecipeError(row.key, f"has the tag {tag}, and {key} names {len(names)}, from 0 on", "correct one of them")
 
     def head(self, rows: Sequence[Row], names: Sequence[str], config: PreTrainedConfig) -> str:
-        seen = {self.name(r, t) for r in rows for t in r.values["tags"]}
-        return told_head(self.auto(config), config, names, seen)
+        return told_head(self.auto(config), config, names, self._seen(rows).keys())
 
     def maker(
         self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
