@@ -64,6 +64,12 @@ def test_draws_follow_the_options(run_folder, tmp_path):
     assert asked("--top-p", 1e-6, "--temperature", 1) == asked()
 
 
+def test_bytes_that_are_no_text_are_refused():
+    with pytest.raises(LuthierError, match="holds bytes that are no text in the encoding of this terminal; set"):
+        asking.lines(["fine", b"say \xff".decode("utf-8", "surrogateescape")])
+    assert asking.lines(["say \u00fc", " "]) == ["say \u00fc"]
+
+
 def test_options_of_draws_become_keys_of_the_recipe():
     changed = asking.changes(0.5, 0.9, 3)
     assert (changed["decode"].key(), changed["decode"].temperature, changed["decode"].top_p) == ("sample", 0.5, 0.9)

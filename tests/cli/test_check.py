@@ -25,6 +25,7 @@ REFUSED = [
     (staged(HEADS), "stages.0.tuner: the last stage changes nothing of the model"),
     (staged({**HEADS, "objective": "sft"}, {"name": "b"}), "stages.0.tuner: nothing trains: sft adds no trained modules"),
     (staged(HEADS, TUNE), "stages.1.objective.stage: tune, with heads that no stage before has trained"),
+    (staged(HEADS, {**TUNE, "carry": "heads", "tuner": "dept"}), "stages.1.objective: its heads read the text's own positions"),
     (staged({"name": "a"}, {**TUNE, "carry": "a"}), "stages.1.carry: 'a' trains no modules beside the model"),
     (staged({"name": "a", "epochs": 2, "max_steps": 2}), "stages.0.epochs: is not read beside max_steps"),
     ({"tuner": {"layerwise": {"freeze_blocks": 2}}}, "tuner.layerwise.freeze_blocks: 2 of 2 blocks; at most 1"),

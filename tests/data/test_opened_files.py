@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.commands import luthier, write
-from luthier.data import arrow, parquet, streams
+from luthier.data import arrow, files, parquet, streams
 from luthier.data.mixture import Mixture
 from luthier.data.reading import read
 from luthier.recipe import load
@@ -178,7 +178,7 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
         ("several.json", on_lines(ROWS), ROWS),
         ("data.json", json.dumps({"data": ROWS}).encode(), ROWS),
         ("named.json", on_lines([{"version": "1.0", "tags": ["a"], "examples": ROWS, "about": {"x": [{}]}}]), ROWS),
-        ("packed.json.gz", gzip.compress(json.dumps({"rows": ROWS}).encode()), ROWS),
+        ("packed.json.gz", gzip.compress(json.dumps({"rows": ROWS}).encode(), mtime=0), ROWS),
         ("talk.json", on_lines([{"messages": TURNS}]), [{"messages": TURNS}]),
         ("talks.json", json.dumps({"messages": TURNS}).encode(), [{"messages": TURNS}]),
         ("kept.json", lines([{**r, "facts": [{"x": 1}]} for r in ROWS]), [{**r, "facts": [{"x": 1}]} for r in ROWS]),
@@ -542,3 +542,8 @@ def test_a_page_that_says_more_than_its_column_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match="column|header"):
             parquet._check_column(io.BytesIO(data), changed, len(data))
+
+
+def test_addresses_are_refused_as_such(tmp_path):
+    with pytest.raises(RecipeError, match="https://example.org/x.jsonl is an address; download the file"):
+        files.opened("https://example.org/x.jsonl", tmp_path, "data.train", "train")

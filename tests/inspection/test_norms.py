@@ -7,7 +7,7 @@ from luthier.inspection import Norms
 from luthier.inspection.base import BAR, GAP, OUTSIDE, Case
 from luthier.inspection.norms import picture, sizes
 from luthier.testing.models import view_of
-from luthier.update import Dense, Update
+from luthier.update import Dense, Replace, Update
 
 A, B, C = "model.layers.0.a.weight", "model.layers.0.b.weight", "model.layers.10.a.weight"
 
@@ -46,3 +46,14 @@ def test_an_update_that_changes_nothing_has_sizes_of_zero_and_says_so():
     assert finding.says == "mine changes no weight. none changes no weight."
     assert finding.rows == [("mine", "block 1", 0.0, 0.0)] and 'width="0.0"' in finding.picture
     assert Norms().inspect(Case(view, {"none": Update(view.base, ())})).picture == ""
+
+
+def test_a_new_task_head_is_left_out_and_said():
+    view = view_of("llama-classifier")
+    name = "model.layers.1.mlp.up_proj.weight"
+    delta, head = Dense({name: view.weight(name).detach() * 0.5}), Replace({"score.weight": torch.ones(3, 32)})
+    finding = Norms().inspect(Case(view, {"mine": Update(view.base, (delta, head))}))
+    assert finding.says == (
+        "mine changes most, as a share of the weights: block 1 (50.00%). The new task head of mine is left out."
+    )
+    assert [r[:2] for r in finding.rows] == [("mine", "block 1")]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, BertConfig
 
 from luthier import recipe as recipes
 from luthier.data.batch import IGNORE, collate, predicted
@@ -41,7 +41,9 @@ TEXTS = [
 def rows_of(texts=TEXTS, tokenizer=None):
     sources = [Row(f"f.jsonl:{i}", {"text": t}) for i, t in enumerate(texts, 1)]
     renderer = Renderer(tokenizer or word_tokenizer())
-    return list(prepare(sources, renderer, max_length=64, maker=MaskedLm().maker(renderer, None, {})).rows)
+    config = BertConfig(vocab_size=max(renderer.tokenizer.get_vocab().values()) + 1)
+    maker = MaskedLm().maker(renderer, config, {})
+    return list(prepare(sources, renderer, max_length=64, maker=maker).rows)
 
 
 def words_view(kind="bert", **more):
@@ -311,7 +313,18 @@ def test_decoders_and_tokenizers_without_a_mask_are_refused_by_name():
     assert problem.key == "model" and problem.what == "llama models read from left to right, so they cannot fill gaps"
     assert not MaskedLm().check(Facts(task="masked-lm", model_config=tiny("bert").config))
     with pytest.raises(RecipeError, match="masked-lm needs a mask token, and this model's tokenizer has none"):
-        MaskedLm().maker(Renderer(byte_tokenizer()), None, {})
+        MaskedLm().maker(Renderer(byte_tokenizer()), BertConfig(), {})
+
+
+def test_a_token_that_may_be_drawn_and_has_no_embedding_is_refused():
+    tokenizer = word_tokenizer()
+    size = max(tokenizer.get_vocab().values()) + 1
+    assert MaskedLm().maker(Renderer(tokenizer), tiny("bert", vocab_size=size).config, {})
+    with pytest.raises(RecipeError, match=rf"has id {size - 1}, and the model embeds {size - 1} tokens"):
+        MaskedLm().maker(Renderer(tokenizer), tiny("bert", vocab_size=size - 1).config, {})
+    tokenizer.add_tokens(["word"])  # no row needs to hold it
+    with pytest.raises(RecipeError, match=rf"token 'word' has id {size}, and the model embeds {size} tokens"):
+        MaskedLm().maker(Renderer(tokenizer), tiny("bert", vocab_size=size).config, {})
 
 
 def test_a_cache_of_features_is_refused_where_rows_change():
@@ -356,7 +369,7 @@ def test_a_run_learns_and_reports(finished):
     assert done["census"]["supervised"] == sum(num_hidden(len(t.split()), 0.15) for t in TEXTS)
     assert any(line.startswith("expect  ") and "no forecast" not in line for line in said), said
     page = (folder / "out/report.html").read_text()
-    assert "Loss, nats a masked token" in page and "masked accuracy" in page
+    assert ">nats a masked token<" in page and "masked accuracy" in page
     samples = [json.loads(x) for x in (folder / "out/samples.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and any("[MASK]" in s["prompt"] for s in samples)
     assert all(s["wanted"] and len(s["wanted"].split(", ")) == len(s["after"].split(", ")) for s in samples)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier.cli.shared import to_json
 from luthier.method.building import method
 from luthier.support.errors import LuthierError
 
@@ -32,6 +32,12 @@ def lines(prompts: Sequence[str] | None) -> list[str]:
     asked = [text for text in found if text.strip()]
     if not asked:
         raise LuthierError("generate: there is nothing to ask; write prompts, or give lines on standard input")
+    for text in asked:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # Python keeps bytes that it cannot read as halves of characters
+            what = f"generate: {text!r} holds bytes that are no text in the encoding of this terminal"
+            raise LuthierError(f"{what}; set the variable LANG to C.UTF-8, and write UTF-8") from error
     return asked
 
 
@@ -53,4 +59,4 @@ def converse(folder: Path, max_new_tokens: int, allow_code: bool, changed: dict[
             talk.turns = []
         elif line.strip():
             answer = talk.say(line.rstrip("\n"))
-            print(json.dumps({"prompt": line.rstrip("\n"), "answer": answer}) if as_json else answer, flush=True)
+            print(to_json({"prompt": line.rstrip("\n"), "answer": answer}) if as_json else answer, flush=True)

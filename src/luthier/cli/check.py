@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.data.reading import Tick, no_tick, on_hub
+from luthier.federation.folder import refuse_unread
+from luthier.model.loading import NEW_POOLER_TOLD, lacks_pooler
 from luthier.recipe import Recipe
 from luthier.report.token_view import SHOWN, tokens_of
 from luthier.run.evaluations import BUILTIN
@@ -26,11 +28,14 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
 
     measure  forecast memory and time with a small copy of the model
     """
+    if recipe.collaborate is not None:
+        refuse_unread(recipe)
     folder = choose_folder(recipe, "run", False, base)
     decided, gathered, anatomy, expected = admit(recipe, base, tick, measure=measure)
     renderer, config, data = gathered.renderer, gathered.config, gathered.data
     train, held = data.train, data.held
     matched, left_out = matched_modules(recipe, anatomy)
+    auto = recipe.task.auto(config)
     if isinstance(expected, Forecast):
         refuse_full_disk(decided, expected, folder)
     draw = recipe.task.draw(renderer.tokenizer, recipe.seed)
@@ -44,7 +49,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "forms": data.forms,
         "overlap": data.overlap,
         "pool_shared": data.pool_shared,
-        "head": data.head,
+        "head": data.head or (NEW_POOLER_TOLD if lacks_pooler(gathered.located, auto, config, anatomy) else ""),
         "curated": [k.brief for k in data.kept],
         "matched": matched,
         "left_out": left_out,

@@ -84,6 +84,8 @@ def opened(source: str, folder: Path, key: str, part: str) -> list[Opened]:
     """
     if source.startswith("hf://"):
         return _hub_address(source, key, part)
+    if "://" in source:
+        raise RecipeError(key, f"{source} is an address", "download the file; of addresses, hf://datasets/... is read")
     path = folder / Path(source).expanduser()
     if path.is_dir():
         return _folder(path, key, part)

@@ -127,6 +127,14 @@ def special_ids(tokenizer: Any) -> set[int]:
     return {*tokenizer.all_special_ids, *(i for i, t in tokenizer.added_tokens_decoder.items() if t.special)}
 
 
+def not_embedded(tokenizer: Any, token: int, size: int) -> tuple[str, str]:
+    """(what is wrong, what to do) for a token that a model with this many embeddings has none for."""
+    return (
+        f"token {tokenizer.convert_ids_to_tokens(token)!r} has id {token}, and the model embeds {size} tokens",
+        "use the model's own tokenizer, or enlarge the model with resize_token_embeddings and save it",
+    )
+
+
 def stop_ids(tokenizer: Any, given: Sequence[int] = (), tail: str = "") -> tuple[int, ...]:
     """Tokens that end a turn: the end of text, those of the model's generation settings, and the marker of its template.
 

@@ -63,17 +63,17 @@ class Inspector(Method):
 
     @classmethod
     def differences(cls, name: str, update: Update) -> Iterator[tuple[str, Tensor]]:
-        """(parameter, what the update adds to it), one at a time, parts on one parameter summed.
+        """(parameter, what the update adds to it), one at a time, parts on one parameter summed. A new task head is left out.
 
-        name  of the update. Raises LuthierError if some of its parts are not differences of weights
+        name  of the update. Raises LuthierError if some of its other parts are not differences of weights
         """
-        if not update.linear:
-            kinds = ", ".join(sorted({p.kind for p in update.parts if not p.linear}))
+        odd = {p.kind for p in update.parts if not p.linear and p.as_head() is None}
+        if odd:
             raise LuthierError(
-                f"inspect.{cls.key()}: {name} holds parts that are not differences of weights ({kinds}); "
+                f"inspect.{cls.key()}: {name} holds parts that are not differences of weights ({', '.join(sorted(odd))}); "
                 "leave it out of the command"
             )
-        return update.sums()
+        return Update(update.base, tuple(p for p in update.parts if p.linear)).sums()
 
 
 def layer_of(name: str) -> str:

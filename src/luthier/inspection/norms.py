@@ -50,6 +50,7 @@ class Norms(Inspector):
     """Say how large an update is in every block, as a share of the weights that it changes.
 
     Shares compare layers of different sizes and updates of different forms. They say where weights changed, not the effect.
+    A task head that was drawn anew is left out: no weights of the base stood there before.
     Cost: one pass over the update's tensors, made dense one at a time; tensors that several parts change are kept until the
     last of these parts. No forward pass.
     """
@@ -66,9 +67,12 @@ class Norms(Inspector):
         for name, update in case.updates.items():
             found[name] = sizes(self.differences(name, update), weights)
         rows = [(name, *s) for name, all_ in found.items() for s in all_]
+        says = [self._said(name, all_) for name, all_ in found.items()]
+        if heads := [n for n, u in case.updates.items() if any(p.as_head() for p in u.parts)]:
+            says.append(f"The new task head of {' and '.join(heads)} is left out.")
         return Finding(
-            " ".join(self._said(name, all_) for name, all_ in found.items()), ("update", "layer", "change", "relative"),
-            rows, picture(found), "exact: the norms are computed, not estimated",
+            " ".join(says), ("update", "layer", "change", "relative"), rows, picture(found),
+            "exact: the norms are computed, not estimated",
         )  # fmt: skip
 
     def _said(self, name: str, found: list[Size]) -> str:

@@ -68,12 +68,15 @@ _FILES = (
     "| bitsandbytes, 4 or 8 bits | stays packed, beside it bfloat16 for float16; lora, peft, adapter and dept train on top, and "
     "`export` merges into the numbers that the bits stand for |",
     "| FP8, MXFP4 | become plain weights in the dtype of config.json; every tuner works |",
-    "| GPTQ, AWQ, HQQ, compressed-tensors, MLX and all others | refused by name; take the model they were made from |",
+    "| GPTQ (2, 4, 8 bits), AWQ (gemm) | unpacked by luthier into plain weights, in safetensors; every tuner works |",
+    "| compressed-tensors, torchao | become plain weights, with the package of that name; what such a checkpoint rounds in "
+    "activations is not rounded |",
+    "| HQQ, EXL2, MLX, AutoRound and all others | refused by name, with the reason; take the model they were made from |",
     "| .gguf | dequantised once, with its rotary scaling; an unknown way of cutting text is said |",
     "| an adapter of peft's as `model`, a folder or an id on the Hub | merged into its base, which is found by its "
     "base_model_name_or_path |",
-    "| a plain LoRA as `start` (rsLoRA, ranks by layer, a trained head too) | stays beside the weights; the result is one adapter "
-    "that holds both |",
+    "| a plain LoRA as `start` (rsLoRA, ranks by layer, a trained head too) | stays beside the weights; the result is one "
+    "adapter that holds both |",
     "| other adapters as `start` (DoRA, PiSSA, biases, whole embeddings, IA3, LoHa, LoKr, VeRA, OFT) | become the difference of "
     "weights that peft makes of them; the result is in luthier's own files; not on packed weights |",
     "| adapters with other logits in the weights than beside them (of one of two tied tables) | refused when they are merged |",

@@ -24,6 +24,7 @@ from luthier.data.rendering import Renderer
 from luthier.data.spans import still_there
 from luthier.data.store import Row, Rows, as_json, written
 from luthier.data.table import DROP, KEEP, Table
+from luthier.data.tokens import not_embedded
 from luthier.inference.services import lab_with
 from luthier.model.anatomy import max_positions
 from luthier.model.view import ModelView
@@ -175,10 +176,7 @@ def refuse_unknown_tokens(sets: Sequence[Prepared | None], tokenizer: Any, confi
     for rows in sets:
         if rows is not None and (found := rows.rows.beyond(size)) is not None:
             key, token = found
-            raise RecipeError(
-                key, f"token {tokenizer.convert_ids_to_tokens(token)!r} has id {token}, and the model embeds {size} tokens",
-                "use the model's own tokenizer, or enlarge the model with resize_token_embeddings and save it",
-            )  # fmt: skip
+            raise RecipeError(key, *not_embedded(tokenizer, token, size))
 
 
 def _told_overlap(table: Table, held: Rows | None) -> str:

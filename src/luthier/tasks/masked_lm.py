@@ -14,6 +14,7 @@ from luthier.data.batch import IGNORE, collate
 from luthier.data.prepare import RowMaker, without
 from luthier.data.rendering import Renderer, special_ids
 from luthier.data.store import Row
+from luthier.data.tokens import not_embedded
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.loading import reads_both_ways
 from luthier.model.view import ModelView, evaluating
@@ -105,7 +106,10 @@ class MaskedLm(Task):
     def maker(
         self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
     ) -> RowMaker:
-        _mask_of(renderer.tokenizer)
+        drawn = max(_mask_of(renderer.tokenizer), *ordinary(renderer.tokenizer).tolist())
+        size = getattr(config.get_text_config(), "vocab_size", None)
+        if size is not None and drawn >= size:  # a token that no row holds may be drawn too
+            raise RecipeError("task.masked-lm", *not_embedded(renderer.tokenizer, drawn, size))
         return TextRows(self.mask_fraction)
 
     def draw(self, tokenizer: Any, seed: int) -> Draw | None:
