@@ -84,7 +84,8 @@ class TokenClassification(Task):
 
     def labels(self, rows: Sequence[Row], held: Sequence[Row] | None, known: Mapping[str, int]) -> dict[str | int, int]:
         """Class index by tag: in the model's order if it knows these names, else in that of `tags`, else alphabetically."""
-        names = in_models_order(list(self.tags) if self.tags else sorted(self._seen(rows)), known)
+        seen = self._seen(rows)
+        names = in_models_order(list(self.tags) if self.tags else sorted(seen), known)
         refuse_one_class(names)
         for tag, key in self._seen(held or ()).items():
             if tag not in names:
