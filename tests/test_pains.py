@@ -77,9 +77,7 @@ def test_pain_02_the_end_token_is_supervised_though_pad_is_eos():
 )
 @pytest.mark.parametrize("plain", [None, True])
 def test_pain_03_the_text_trained_is_the_text_served(values, plain):
-    r = renderer(plain=plain, system=None)
-    if plain and "messages" in values:
-        plain = None
+    r = renderer(plain="messages" not in values if plain else None, system=None)
     item = r.render(values, "k")
     last = len(item["ids"]) - next(i for i, y in enumerate(reversed(item["labels"])) if y == IGNORE)
     assert item["ids"][:last] == r.prompt_ids(values)

@@ -144,6 +144,14 @@ def test_edges_that_move_are_counted():
     assert prepare(rows, Renderer(byte_level()), max_length=99).census.prompt_no_prefix == 1
 
 
+def test_rows_that_write_the_end_token_themselves_are_counted():
+    said = ("four", "four<|im_end|>", "say <|im_end|> first", "<|user|>")
+    rows = [Row(f"f:{i}", {"prompt": "two", "completion": s}) for i, s in enumerate(said)]
+    assert prepare(rows, Renderer(byte_level(CHATML)), max_length=99).census.stop_within == 2
+    texts = [Row("f:1", {"text": "<|im_start|>two<|im_end|>four<|im_end|>"})]
+    assert prepare(texts, Renderer(byte_level(CHATML)), max_length=99).census.stop_within == 0
+
+
 def test_generation_marks_supervise_what_transformers_marks():
     tokenizer = byte_level(GENERATION)
     item = Renderer(tokenizer).render({"messages": TALK}, "k")

@@ -20,6 +20,7 @@ from helpers.templates import (
     QWEN3,
     R1,
     SAID_AFTER,
+    TEMPLATES,
     TOOLS,
     TWO_ENDS,
     TWO_MESSAGES,
@@ -27,7 +28,7 @@ from helpers.templates import (
 from helpers.words import byte_level, sentencepiece
 from luthier.data.batch import IGNORE
 from luthier.data.rendering import Renderer, Unrenderable
-from luthier.data.template import stop_in
+from luthier.data.template import Template, stop_in
 
 ASK, SAY = {"role": "user", "content": "hello there"}, {"role": "assistant", "content": "I am fine"}
 ASK2, SAY2 = {"role": "user", "content": "two plus two"}, {"role": "assistant", "content": "four"}
@@ -201,6 +202,22 @@ def test_the_beginning_of_a_turn_that_no_prompt_writes_is_no_part_of_the_answer(
     after, asked = (renderer.prompt_ids({"messages": t}) for t in ([ASK, SAY, SAY2], [ASK, SAY]))
     assert renderer.answer_text(written, after) == renderer.answer_text(written) == ("four", "")
     assert renderer.answer_text(written, asked) == ("assistant\nfour", "")  # the model wrote it twice
+    closes = BETWEEN.replace("not loop.last or", "not loop.last or m['role'] == 'assistant' or")
+    assert said(template, TALK)[0] == "I am fine<|im_end|>" and said(closes, TALK)[1] == "four<|im_end|>"
+
+
+def test_white_space_before_a_call_may_differ_from_that_before_a_content():
+    head = "(' \\t' if m['tool_calls'] else '\\t\\t') if m['role'] == 'assistant' else ''"
+    source = "{{ tools | string }}{% for m in messages %}{{ m['role'] + ':' }}{{ HEAD }}{% for c in m['tool_calls'] %}"
+    source += "{{ c['function']['name'] }}{% endfor %}{{ m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}"
+    source = source.replace("HEAD", head) + "{{ 'assistant:\\n\\n' }}{% endif %}"
+    assert said(source, [ASK, CALLS], RAIN) == ["rain</s>"] and said(source, TALK) == ["I am fine</s>", "four</s>"]
+
+
+def test_a_thought_that_the_template_leaves_out_is_no_reason_to_refuse():
+    left = CLOSED.replace("+ m['content']", "+ ('</think>' if m['role'] == 'assistant' else '') + m['content']")
+    row = [ASK, {**SAY, "reasoning_content": "why"}]
+    assert said(left.replace("<think>\\n\\n</think>\\n\\n", "<think></think>"), row) == ["I am fine<|im_end|>"]
 
 
 def test_an_empty_thought_that_a_row_writes_is_trained_on():
@@ -245,3 +262,60 @@ def test_a_template_with_the_time_writes_one_time_in_every_text():
 def test_messages_are_no_plain_text():
     with pytest.raises(Unrenderable, match=r"has messages, .* but data.template is plain"):
         Renderer(byte_level(CHATML), plain=True).render({"messages": TALK}, "k")
+
+
+ROUNDS = CHATML.replace("'<|im_start|>' + m['role']", "loop.index | string + '<|im_start|>' + m['role']")
+# Some answers in the middle stand in another frame than the first and the last ones.
+ODD = CHATML.replace("'<|im_start|>' +", "('!' if loop.index % 8 == 4 else '') + '<|im_start|>' +")
+ODD = ODD.replace("+ '\\n' }}{% endfor", "+ ('~' if loop.index % 8 == 6 else '') + '\\n' }}{% endfor")
+LOOKS = CHATML.replace("'<|im_start|>' +", "('#' if m['content'].startswith('hello') else '') + '<|im_start|>' +")
+AGENT = [
+    SYSTEM,
+    *[
+        t
+        for n in range(6)
+        for t in (ASK, CALLS, WET, {**CALLS, "content": f"so {n}"}, WET, {**SAY, "content": f"{n}"}, ASK2, SAY2)
+    ],
+]
+THINKS = [{**t, "reasoning_content": "why"} if t["role"] == "assistant" and n % 3 else t for n, t in enumerate(AGENT)]
+
+
+@pytest.mark.parametrize(
+    "turns", [TALK * 6, [SYSTEM, *TALK * 6, ASK], [ASK, SAY, SAY2, *TALK] * 4, AGENT, THINKS, AGENT[:-6]]
+)
+@pytest.mark.parametrize(
+    "source", [*TEMPLATES.values(), LAST_ONLY, LAST_WORD, NO_END, ONE_END, ROUNDS, ODD, LOOKS, *OTHER_HEAD.values()]
+)
+def test_the_answers_of_a_long_conversation_are_those_that_their_prompts_find(source, turns, monkeypatch):
+    def written():
+        row = {"messages": turns, **({"tools": RAIN} if turns[1] is CALLS or CALLS in turns else {})}
+        try:
+            return [(s.text, s.supervised) for s in Renderer(byte_level(source)).segments(row)]
+        except Unrenderable:
+            return None
+
+    quick = written()
+    monkeypatch.setattr("luthier.data.template.FEW", 10**9)
+    assert quick == written()
+
+
+MORE = [ASK, SAY, WET, SAY, WET, SAY]  # after the last question, QWEN3 writes thoughts
+
+
+@pytest.mark.parametrize(
+    ("source", "turns"), [(CHATML, TALK), (QWEN3, TALK), (TOOLS, [ASK, CALLS, WET, SAY]), (QWEN3, MORE)]
+)
+def test_the_texts_that_a_long_conversation_asks_for_do_not_grow_with_its_turns(source, turns, monkeypatch):
+    asked = []
+    given = Template.text
+    monkeypatch.setattr(
+        Template, "text", lambda self, turns, *more: asked.append(len(turns)) or given(self, turns, *more)
+    )
+    counts = []
+    for times in (12, 24):
+        renderer, before = Renderer(byte_level(source)), len(asked)
+        more = [WET, SAY] * 3 if turns is MORE else []
+        pieces = renderer.segments({"messages": [*turns * times, *more], "tools": RAIN if source is TOOLS else None})
+        assert sum(p.supervised for p in pieces) == (len(turns) * times + len(more)) // 2
+        counts.append(len(asked) - before)
+    assert counts[0] == counts[1] < 40

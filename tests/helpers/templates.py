@@ -201,8 +201,9 @@ TWO_MESSAGES = CHATML.replace(
 # What a turn says stands after the results of its calls, as in Gemma 4.
 SAID_AFTER = (
     "{{ tools | string }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '<|im_start|>user\\n' + m['content'] }}"
-    "{{ '<|im_end|>' }}{% elif m['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% for c in m['tool_calls'] %}{{ c['function']['name'] }}"
-    "{% endfor %}{% if m['tool_calls'] and not loop.last %}{{ '=' + messages[loop.index]['content'] + ' ' }}{% endif %}"
+    "{{ '<|im_end|>' }}{% elif m['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}{% for c in m['tool_calls'] %}"
+    "{{ c['function']['name'] }}{% endfor %}{% if m['tool_calls'] and not loop.last %}"
+    "{{ '=' + messages[loop.index]['content'] + ' ' }}{% endif %}"
     "{{ m['content'] + '<|im_end|>' }}{% endif %}{% endfor %}" + GO + "{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from luthier.data.reading import Tick, no_tick, on_hub
 from luthier.federation.folder import refuse_unread
+from luthier.model.loading import NEW_POOLER_TOLD, lacks_pooler
 from luthier.recipe import Recipe
 from luthier.report.token_view import SHOWN, tokens_of
 from luthier.run.evaluations import BUILTIN
@@ -36,6 +37,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
     matched, left_out = matched_modules(recipe, anatomy)
     if isinstance(expected, Forecast):
         refuse_full_disk(decided, expected, folder)
+    new_pooler = lacks_pooler(gathered.located, config, recipe.task.auto(config), anatomy)
     draw = recipe.task.draw(renderer.tokenizer, recipe.seed)
     shown = [row if draw is None else draw(row, None) for row in train.rows[:SHOWN]]
     return {
@@ -47,7 +49,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "forms": data.forms,
         "overlap": data.overlap,
         "pool_shared": data.pool_shared,
-        "head": data.head,
+        "head": data.head or (NEW_POOLER_TOLD if new_pooler else ""),
         "curated": [k.brief for k in data.kept],
         "matched": matched,
         "left_out": left_out,
@@ -56,7 +58,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "forecast": None if isinstance(expected, NoForecast) else asdict(expected),
         "no_forecast": expected.reason if isinstance(expected, NoForecast) else None,
         "destinations": destinations(recipe, base),
-        "rows": [[(t["text"], t["on"]) for t in row] for row in tokens_of(renderer, shown)],
+        "rows": [[(t["text"], t["on"]) for t in row] for row in tokens_of(renderer, shown, recipe.task, data.classes)],
         "model_type": config.model_type,
     }
 

@@ -154,6 +154,7 @@ PROTOCOLS = {
 ROWS = {
     "retrieval": '{"prompt": "Who mends violins in Porto?", "completion": "Ines does.", "gold": ["p1"]}',
     "classification": '{"text": "a fine film", "label": "good"}, {"text": "a poor one", "label": "bad"}',
+    "tagging": '{"tokens": ["Ada", "slept"], "tags": ["B-PER", "O"]}',
     "masked-accuracy": '{"text": "The cat sat on the mat."}',
     "editing": """
     {

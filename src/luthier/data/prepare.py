@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -41,6 +42,7 @@ class Census:
     unsupervised: int = 0
     duplicates: int = 0
     without_stop: int = 0
+    stop_within: int = 0  # rows with a stop token within an answer, or twice at its end: their texts hold its name
     doubled_bos: int = 0
     prompt_no_prefix: int = 0
     empty_answers: int = 0  # rows with an answer that holds no text
@@ -112,7 +114,13 @@ class AnswerRows:
     def made(self, rows: Sequence[Row], renderer: Renderer) -> list[dict[str, Any]]:
         segments = [_segments(r, renderer) for r in rows]
         found = zip(rows, segments, renderer.encoded(segments), strict=True)
-        return [{**renderer.training_row(s, e.pieces, r.key), "moved": e.moved} for r, s, e in found]
+        stops = frozenset(renderer.stop_ids)
+        items = [{**renderer.training_row(s, e.pieces, r.key), "moved": e.moved} for r, s, e in found]
+        for item, parts in zip(items, segments, strict=True):
+            item["stopped"] = len(parts) > 1 and _stops_within(
+                item["labels"], stops
+            )  # a plain text may hold many turns
+        return items
 
     def supervised(self, item: Mapping[str, Any]) -> int:
         return sum(predicted(item))
@@ -242,7 +250,7 @@ class _Preparation:
 
     def __init__(self, renderer: Renderer, fit: Fit, maker: RowMaker, columns: _Columns, tick: Tick) -> None:
         self.renderer, self.fit, self.maker, self.columns, self.tick = renderer, fit, maker, columns, tick
-        self.census, self.digest = Census(), hashlib.sha256()
+        self.census, self.digest, self.stops = Census(), hashlib.sha256(), frozenset(renderer.stop_ids)
         self.lengths, self.hashes = array("q"), array("Q")
 
     def batches(self, rows: Sequence[Row]) -> Iterator[pa.RecordBatch]:
@@ -314,14 +322,20 @@ class _Preparation:
             census.supervised += self.maker.supervised(item)
             census.doubled_bos += bos is not None and ids[:2] == [bos, bos]
             if self.maker.answers:
-                census.without_stop += supervised[-1] not in self.renderer.stop_ids
+                census.without_stop += supervised[-1] not in self.stops
                 census.prompt_no_prefix += item["moved"]
+                census.stop_within += item["stopped"]
             content = array("i", ids).tobytes()
             self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
             self.digest.update(b"%d " % len(ids) + content + array("i", labels).tobytes())
-            self.digest.update(repr(item.get("row")).encode())
+            self.digest.update(repr((item.get("row"), item.get("targets"))).encode())
             for c in self.columns.all:
                 self.digest.update(repr(item[c.level][c.name]).encode())
+
+
+def _stops_within(labels: Sequence[int], stops: frozenset[int]) -> bool:
+    """True if a supervised stop token is followed by itself or by a supervised token that is no stop."""
+    return any(y in stops and after != IGNORE and (after == y or after not in stops) for y, after in pairwise(labels))
 
 
 def shortened(item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
@@ -347,6 +361,8 @@ def without(item: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
         "ids": item["ids"][:start] + item["ids"][stop:],
         "labels": item["labels"][:start] + item["labels"][stop:],
     }
+    if "targets" in item:
+        out["targets"] = item["targets"][:start] + item["targets"][stop:]
     if "token" in item:
         out["token"] = {k: [*v[:start], *v[stop:]] for k, v in item["token"].items()}
     if "span" in item:
@@ -358,6 +374,8 @@ def without(item: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 def _why(row: Row, item: dict[str, Any]) -> str:
     if not str(row.values.get("text", "text")).strip():
         return "its text is empty"
+    if "tokens" in row.values:
+        return "none of its words has a token"
     if not str(row.values.get("completion", "answer")).strip() or not item["ids"]:
         return "its answer is empty"
     empty = next((i for i, text in enumerate(told_in(row.values), start=1) if not text.strip()), None)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime, time
 from functools import cached_property
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -17,6 +17,8 @@ from luthier.data.turns import ASSISTANT, calls_of, tools_of
 from luthier.support.errors import LuthierError
 
 MARK = "\ue000"  # a character for private use, which no template writes
+OPEN, SHUT = "\ue002", "\ue003"  # stand around what a turn says, to find it again
+FEW = 8  # answers of a conversation of which each one is placed by its own prompt
 MARKED = {"role": ASSISTANT, "content": MARK}
 PLAIN = "or write prompt and completion and set data.template: plain"
 ASKED = {"role": "user", "content": "\ue001"}
@@ -143,7 +145,7 @@ class Template:
         return asked[len(bare) :] if asked.startswith(bare) else ""
 
     @cached_property
-    def _marks(self) -> re.Pattern[str]:
+    def marks(self) -> re.Pattern[str]:
         """The added tokens, and what opens and closes thoughts."""
         words = {*self.tokenizer.get_added_vocab(), *THOUGHTS, *THOUGHTS.values()} - {""}
         return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))))
@@ -151,7 +153,7 @@ class Template:
     @cached_property
     def _units(self) -> re.Pattern[str]:
         """A mark, or one other character."""
-        return re.compile(f"{self._marks.pattern}|.", re.DOTALL)
+        return re.compile(f"{self.marks.pattern}|.", re.DOTALL)
 
     def pieces(self, turns: Sequence[Turn], tools: Sequence[Any] | None, stops: Sequence[str]) -> list[Piece]:
         """The text of a conversation, cut where an answer begins and where its end token ends.
@@ -214,7 +216,7 @@ class Template:
             return None
         lead = marked[len(same) : at]
         start, end = self._same_end(asked, lead)
-        others = self._marks.sub("", lead[:start]) + self._marks.sub("", lead[end:])
+        others = self.marks.sub("", lead[:start]) + self.marks.sub("", lead[end:])
         if any(c in others for c in map(_content, turns[:-1]) if c):
             return None
         if asked[-1:].isspace() and lead[end:].isspace():
@@ -253,7 +255,7 @@ class Template:
         """The number of characters up to which two texts are equal, at most up to a mark that is equal in part."""
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
         for text in (a, b):
-            for found in self._marks.finditer(text, max(0, same - 99)):
+            for found in self.marks.finditer(text, max(0, same - 99)):
                 if found.start() < same < found.end():
                     same = found.start()
                     break
@@ -275,9 +277,9 @@ class Template:
 
     def _next_turn(self, text: str, start: int, stops: Sequence[str]) -> int:
         """Where the next turn begins in a text after `start`, if an added token begins the turns of this template; else -1."""
-        marks = (m for m in self._marks.finditer(self.header) if m.group() not in stops)
+        marks = (m for m in self.marks.finditer(self.header) if m.group() not in stops)
         first = next(marks, None)
-        if first is None or first.group() in THOUGHTS or self._marks.sub("", self.header[: first.start()]).strip():
+        if first is None or self.marks.sub("", self.header[: first.start()]).strip():
             return -1
         return text.find(first.group(), start)
 
@@ -312,16 +314,77 @@ class _Cut:
         return self.known[count, generate]
 
     def pieces(self) -> list[Piece]:
-        out, done = list[Piece](), 0
+        out, done, found = list[Piece](), 0, self._alike()
         for i, turn in enumerate(self.turns):
             if turn["role"] != ASSISTANT:
                 continue
-            start, end = self._place(i, done)
+            start, end = found[i] if i in found else self._place(i, done)
             out += [Piece(self.whole[done:start]), Piece(self.whole[start:end], i)]
             done = end
         if self.generate or self.whole[done:].strip():
             out.append(Piece(self.whole[done:]))
         return [p for p in out if p.text]
+
+    def _alike(self) -> dict[int, tuple[int, int]]:
+        """Places of answers in a long conversation, by their turns.
+
+        Asking the template for the prompt of every answer takes a time that grows with the square of the turns. Here it is asked
+        for two of those that stand between equal roles and hold the same things. If it writes the same text around both, the
+        others are what stands in this text too.
+        """
+        out = dict[int, tuple[int, int]]()
+        if sum(t["role"] == ASSISTANT for t in self.turns) <= FEW:
+            return out
+        gaps = self._gaps()
+        last = max((i for i, t in enumerate(self.turns) if t["role"] == "user"), default=0)
+        kinds = dict[object, list[int]]()
+        for i in gaps:
+            held = sorted(k for k, v in self.turns[i].items() if v and k != "content"), self._reads_like(i)
+            kinds.setdefault(repr((self.turns[i - 1]["role"], self.turns[i + 1]["role"], i > last, held)), []).append(i)
+        for kind in kinds.values():
+            first, other = kind[0], kind[-1]
+            frames = set[tuple[str, str, str]]()
+            for i in {first, other} if len(kind) > 2 else ():
+                start, end = out[i] = self._place(i, gaps[i][0])
+                stop = next((s for s in self.stops if self.whole.endswith(s, start, end)), "")
+                frames.add((self.whole[gaps[i][0] : start], stop, self.whole[end : max(end, gaps[i][1])]))
+            if len(frames) != 1:
+                continue
+            head, stop, tail = frames.pop()
+            for i in kind[1:-1]:
+                text = self.whole[gaps[i][0] : gaps[i][1]]
+                if text.startswith(head) and text.endswith(stop + tail) and len(text) > len(head + stop + tail):
+                    out[i] = gaps[i][0] + len(head), gaps[i][1] - len(tail)
+        return out
+
+    def _reads_like(self, i: int) -> list[str]:
+        """What a template may look for in the content of turn i: whether there is any, white space at its edges, and marks."""
+        said = str(self.turns[i].get("content", ""))
+        edges = [
+            said[:1] if said[:1].isspace() else "",
+            said[-1:] if said[-1:].isspace() else "",
+            "x" if said.strip() else "",
+        ]
+        return [*edges, *sorted({m.group() for m in self.template.marks.finditer(said)})]
+
+    def _gaps(self) -> dict[int, tuple[int, int]]:
+        """Where the text between what the turns before and after an answer say begins and ends, by the answer's turn.
+
+        Empty for a template that does not write what turns say as it stands, each once and in order.
+        """
+        said = [i for i, t in enumerate(self.turns) if t["role"] != ASSISTANT and _content(t)]
+        fenced = [{**t, "content": _fenced(str(t["content"]))} if i in said else t for i, t in enumerate(self.turns)]
+        try:
+            texts = re.split(f"[{OPEN}{SHUT}]", self.template.text(fenced, self.generate, self.tools))
+        except Unrenderable:
+            return {}
+        contents = [_content(self.turns[i]) for i in said]
+        if "".join(texts) != self.whole or texts[1::2] != contents:
+            return {}
+        ends = list(accumulate(map(len, texts)))  # texts[2 * n + 1] is the n-th content
+        place = {i: (ends[2 * n], ends[2 * n + 1]) for n, i in enumerate(said)}
+        answers = (i for i, t in enumerate(self.turns) if t["role"] == ASSISTANT)
+        return {i: (place[i - 1][1], place[i + 1][0]) for i in answers if i - 1 in place and i + 1 in place}
 
     def _place(self, i: int, done: int) -> tuple[int, int]:
         """Where the answer of turn i stands: from the end of its prompt to its own end token.
@@ -454,6 +517,12 @@ def thought_of(turn: Turn, closes: str) -> str | None:
             next((o for o, c in THOUGHTS.items() if c == closes and told.startswith(o)), "")
         ).strip()
     return told
+
+
+def _fenced(content: str) -> str:
+    """A content with signs where its text begins and ends, within the white space around it."""
+    text = content.strip()
+    return content.replace(text, OPEN + text + SHUT, 1)
 
 
 def _content(turn: Turn) -> str:
