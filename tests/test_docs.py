@@ -160,6 +160,10 @@ def test_the_recipe_and_the_lines_on_a_methods_page_work(page, tmp_path, capsys,
     if name == "masked-accuracy":
         words = word_tokenizer()
         scope |= {"model": tiny("bert", vocab_size=len(words)), "tokenizer": words}
+    if name == "tagging":
+        words, tags = word_tokenizer("Ada slept"), {"B-PER": 0, "O": 1}
+        named = {"label2id": tags, "id2label": {i: n for n, i in tags.items()}}
+        scope |= {"model": tiny("bert-tagger", vocab_size=len(words), num_labels=2, **named), "tokenizer": words}
     if name in manifest.classes("collaborate"):
         scope |= {"rows": rows_of(), "large_model": tiny(layers=4, seed=1)}
     if name in manifest.classes("translate"):

@@ -19,6 +19,7 @@ from helpers.commands import LUTHIER, luthier
 from luthier import recipe as recipes
 from luthier.collaboration.averaging import averaged
 from luthier.collaboration.messages import Message, decode
+from luthier.collaboration.wire import unpacked
 from luthier.demos.private import NAMES
 from luthier.federation.client import public_payloads
 from luthier.federation.folder import LIMIT, Workspace
@@ -277,6 +278,22 @@ def test_one_shot_by_files(agreed, tmp_path):
     assert updates[0].base.same_base(workspace.first.base) and len({u.digest() for u in updates}) == 1
     page = (tmp_path / "results/report.html").read_text()
     assert "How much each client counts" in page and "not shared" in page
+
+
+def test_one_party_alone_tunes_under_a_limit(tmp_path):
+    """A run with differential privacy outside of a federation: a contract with oneself."""
+    recipe(tmp_path, collaborate={"one-shot": {"privacy": {"epsilon": 2.0, "delta": 0.01}}})
+    assert luthier("collaborate", "contract", "r.yaml", "c", cwd=tmp_path).returncode == 0
+    name = NAMES[0]
+    done = tune(tmp_path, name, "--held", f"{name}-held.jsonl")
+    assert done.returncode == 0 and "epsilon 2" in done.stderr, done.stderr
+    done = luthier("collaborate", "translate", "c", f"{name}.message", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    place = tmp_path / "results" / name
+    sent = unpacked(decode((tmp_path / f"{name}.message").read_bytes(), LIMIT))
+    assert (place / "adapter_model.safetensors").exists() and load(place).digest() == sent.digest()
+    told = luthier("evaluate", place, "--data", f"{name}-held.jsonl", "--json", cwd=tmp_path)
+    assert told.returncode == 0 and json.loads(told.stdout)["loss"]["change"] is not None, told.stderr
 
 
 def test_the_mean_so_far_lies_there_after_each_arrival(agreed, tmp_path):

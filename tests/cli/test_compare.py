@@ -163,8 +163,12 @@ def test_stopped_from_outside_at_any_moment_it_goes_on(ending, model_folder, tmp
 
 def test_a_dry_run_says_what_it_will_take(model_folder, tmp_path):
     path = plan(tmp_path, model_folder, {"lora": {}, "full": {"tuner": "full"}})
-    done = luthier("compare", path, "--dry-run", *HERE, cwd=tmp_path)
+    done = luthier("compare", path, "--dry-run", "--json", *HERE, cwd=tmp_path)
     assert done.returncode == 0 and "expect  8 runs" in done.stderr and "budget  200 MFLOP a run" in done.stderr
+    left = json.loads(done.stdout)["forecast"]
+    assert (
+        left["runs"] == 8 and left["flops"] == pytest.approx(2 * (2 + 2 * 0.25) * 2e8, rel=0.2) and left["seconds"] > 0
+    )
     assert {e.split("/")[1] for e in events(done)} == {"measure"}
 
 

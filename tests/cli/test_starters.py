@@ -33,6 +33,8 @@ def folder(tmp_path_factory):
     files = {"asked": asked, "train": labelled, "test": labelled[:4], "pool": pool}
     for name, rows in files.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for name in ("train", "test"):
+        (place / f"{name}.conll").write_text("the O\nfilm B-X\n\na O\nlong B-X\nday I-X\n\n" * 4)
     return place
 
 
@@ -40,7 +42,7 @@ def folder(tmp_path_factory):
 def test_a_starter_runs(entry, folder, tmp_path):
     text = starter(entry)
     assert "FILL" not in text
-    encoder = "masked-lm" in text or "words:" in text
+    encoder = any(mark in text for mark in ("masked-lm", "words:", "token-classification"))
     text = text.replace("builtin:requests", "asked.jsonl")
     changed = [f"model={folder / ('words' if encoder else 'bytes')}", "evaluate=[]", *SHORT.get(entry["name"], [])]
     short = ["pace.max_steps=1"] if "pipeline:" in text else ["max_steps=2", "batch_size=2", "learning_rate=0.01"]

@@ -15,7 +15,8 @@ from luthier.data.rendering import Renderer
 from luthier.data.spans import covering
 from luthier.data.store import Row, Rows
 from luthier.support.errors import LuthierError, RecipeError
-from luthier.tasks.classification import Classification, ClassRows
+from luthier.tasks.class_rows import ClassRows
+from luthier.tasks.classification import Classification
 from luthier.testing.models import byte_tokenizer, tiny
 
 

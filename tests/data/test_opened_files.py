@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from helpers.commands import luthier, write
-from luthier.data import arrow, parquet, streams
+from luthier.data import arrow, files, parquet, streams
 from luthier.data.mixture import Mixture
 from luthier.data.reading import read
 from luthier.recipe import load
@@ -237,8 +237,8 @@ def test_a_glob_is_its_files_and_a_limit_counts_over_all(tmp_path):
     assert f"no file matches {tmp_path}/d/*.csv" in refusal("d/*.csv", tmp_path)
     said = refusal("d/c.txt", tmp_path)
     assert (
-        "is not a file that luthier reads; it reads .jsonl, .ndjson, .json, .csv, .tsv, packed as .gz or .zst too, "
-        in said
+        "is not a file that luthier reads; it reads .jsonl, .ndjson, .json, .csv, .tsv, .conll, .iob, .iob2, .bio, "
+        "packed as .gz or .zst too, " in said
     )
     shards(tmp_path / "d", ".a.jsonl")
     assert read_names("d/*.jsonl", tmp_path) == ["a.jsonl", "b.jsonl"] and read_names("d/.*", tmp_path) == [".a.jsonl"]
@@ -542,3 +542,8 @@ def test_a_page_that_says_more_than_its_column_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match="column|header"):
             parquet._check_column(io.BytesIO(data), changed, len(data))
+
+
+def test_addresses_are_refused_as_such(tmp_path):
+    with pytest.raises(RecipeError, match="https://example.org/x.jsonl is an address; download the file"):
+        files.opened("https://example.org/x.jsonl", tmp_path, "data.train", "train")

@@ -17,7 +17,7 @@ from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.support.cache import cache_folder
 from luthier.support.errors import RecipeError
-from luthier.tasks.classification import ClassRows
+from luthier.tasks.class_rows import ClassRows
 from luthier.testing.models import TEMPLATE, byte_tokenizer
 
 
@@ -116,7 +116,7 @@ def test_tokens_are_made_again_when_the_code_of_their_task_changed(tmp_path, mon
     for entries in (2, 3, 3):
         prepare(rows, Renderer(byte_tokenizer()), max_length=100, maker=ClassRows({0: 0}))
         assert len(stored()) == entries
-    assert asked == [("luthier.data.prepare", "luthier.tasks.classification")] * 3
+    assert asked == [("luthier.data.prepare", "luthier.tasks.class_rows")] * 3
 
 
 def test_stored_and_in_memory_rows_are_prepared_alike(tmp_path):

@@ -79,6 +79,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "seed-rounds": {"rounds": 2, "pro": True},
     "sft": {},
     "spiel": {"density": 0.05, "reselect_every": 4, "window": 2},
+    "tagging": {},
+    "token-classification": {},
     "transformer": {"width": 16, "layers": 1, "epochs": 12, "batch_size": 6, "learning_rate": 1e-2},
     "stages": {"stages": [{"name": "first", "max_steps": 2}, {"name": "second", "start": "first", "max_steps": 2}]},
 }  # fmt: skip

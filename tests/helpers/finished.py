@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 
 from helpers.commands import write
 from luthier import recipe
+from luthier.model.adapter_folder import PEFT_PREFIX
 from luthier.run.execute import run
-from luthier.update.base import PEFT_PREFIX
 
 
 def finished(folder, model, **keys):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForTokenClassification
 
 from luthier.cli.docs import FOLDER
 from luthier.data.batch import collate
@@ -14,7 +14,15 @@ from luthier.model.refusals import NOT_AGAIN, REFUSED, page, refuse_architecture
 from luthier.model.view import ModelView
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.tasks.base import refuse_later_tokens
-from luthier.testing.architectures import HEADS, NEXT_TOKEN, TEXT_CLASS, model_types, tiny_config, tiny_model
+from luthier.testing.architectures import (
+    HEADS,
+    NEXT_TOKEN,
+    TEXT_CLASS,
+    TOKEN_CLASS,
+    model_types,
+    tiny_config,
+    tiny_model,
+)
 from luthier.testing.matrix import Subject, broken, subject_of
 from luthier.tuners import Full, Lora
 from luthier.update.files import save_update
@@ -25,6 +33,7 @@ FAMILIES = [
         "llama4_text", "phi", "phimoe", "bart", "roberta",
     )),
     *((TEXT_CLASS, t) for t in ("distilbert", "deberta", "modernbert", "xlnet", "electra", "albert", "convbert", "t5")),
+    *((TOKEN_CLASS, t) for t in ("deberta-v2", "roberta", "qwen3", "gpt2")),
 ]  # fmt: skip
 # What cannot be made tiny here, and why.
 UNMADE = {
@@ -77,6 +86,16 @@ def test_a_refused_architecture_is_refused_from_its_configuration_alone(tmp_path
             refuse_architecture(auto, load_config(located))
         with pytest.raises(RecipeError, match="trains only on texts of one fixed length"):
             load_model(located, auto)  # no weights are there
+
+
+def test_a_head_of_tags_that_looks_at_other_tokens_is_refused_at_load():
+    class MixedForTokenClassification(LlamaForTokenClassification):
+        def forward(self, *args, **kwargs):
+            out = super().forward(*args, **kwargs)
+            return type(out)(logits=out.logits + out.logits.mean(1, keepdim=True))
+
+    with pytest.raises(LuthierError, match="MixedForTokenClassification: it has a head that luthier does not know"):
+        ModelView.probed(MixedForTokenClassification(tiny_config("llama", TOKEN_CLASS)).eval())
 
 
 def test_a_model_whose_own_call_gives_other_logits_is_refused_at_load():

@@ -1,20 +1,23 @@
 """Checkpoints as they come: shards, pickles, damaged files, missing and surplus weights, float16, and what others quantised."""
 
+import importlib.util
 import json
 import logging
 import os
 import shutil
 import struct
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 from helpers.commands import luthier, write
 from helpers.finished import finished
 from luthier.model.loading import load_config, load_model, load_tokenizer, locate
-from luthier.model.quantised import refuse_method
+from luthier.model.quantised import INFERENCE_ONLY, NOT_OPENED, PACKAGES, refuse_method
 from luthier.model.weights import FOUND, refuse_damaged, save
 from luthier.support.errors import RecipeError
 from luthier.testing.architectures import NEXT_TOKEN, tiny_model
@@ -262,36 +265,68 @@ def test_mixed_dtypes_lose_no_bit_unless_the_configuration_says_one(folder):
 
 
 @pytest.mark.parametrize(
-    "said, name",
+    "said, why",
     [
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}, "GPTQ"),
-        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}, "AWQ"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
-        ({"quant_method": "hqq", "quant_config": {}}, "HQQ"),
-        ({"quant_method": "exl2", "bits": 4.0}, "EXL2"),
-        ({"quant_method": "modelopt", "quant_algo": "FP8"}, "ModelOpt"),
-        ({"quant_method": "torchao"}, "torchao"),
-        ({"bits": 4}, "a method that config.json does not name"),
+        ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "by GPTQ in 3 bits, and luthier reads 2, 4, 8"),
+        (
+            {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+            "by GPTQ in the layout marlin, and luthier reads",
+        ),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "by AWQ in the layout gemv, and luthier reads gemm"),
+        ({"quant_method": "awq", "bits": 8, "version": "gemm"}, "by AWQ in 8 bits, and luthier reads 4"),
+        ({"quant_method": "hqq", "quant_config": {}}, "by HQQ, which this version of transformers cannot open"),
+        ({"quant_method": "exl2", "bits": 4.0}, "by EXL2, which this version of transformers cannot open"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "FP8"},
+            "by ModelOpt, which this version of transformers cannot open",
+        ),
+        ({"quant_method": "spqr"}, "by SpQR, which transformers opens for inference only"),
+        ({"quant_method": "eetq"}, "by EETQ, and luthier cannot train beside its layers"),
+        ({"bits": 4}, "by a method that config.json does not name, which this version of transformers cannot open"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_by_name_from_the_configuration_alone(said, name, folder):
+def test_what_cannot_be_trained_is_refused_by_name_from_the_configuration_alone(said, why, folder):
     for file in folder.glob("*.safetensors*"):
         file.unlink()
     edit(folder, quantization_config=said)
     located = locate(str(folder))
-    with pytest.raises(
-        RecipeError, match=f"is quantised by {name}, which luthier does not train; take the model"
-    ) as told:
+    with pytest.raises(RecipeError, match=f"is quantised {why}.*; take the model that it was made from") as told:
         refuse_method(load_config(located), located.shown)
     assert "\n" not in str(told.value)
-    with pytest.raises(RecipeError, match=f"is quantised by {name}"):
+    with pytest.raises(RecipeError, match=f"is quantised {why}"):
         opened(folder)
+
+
+@pytest.mark.parametrize("method", PACKAGES)
+def test_a_package_that_is_missing_is_named(method, folder, monkeypatch):
+    edit(
+        folder,
+        quantization_config={"quant_method": method, **({"load_in_4bit": True} if method == "bitsandbytes" else {})},
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        RecipeError, match=f"quantised by {method}, and the package {PACKAGES[method][0]} is not installed; pip"
+    ):
+        refuse_method(load_config(locate(str(folder))), "x")
+
+
+def test_what_is_said_of_transformers_is_so():
+    for method in INFERENCE_ONLY:
+        assert object.__new__(AUTO_QUANTIZER_MAPPING[method]).is_trainable is False
+    for method in NOT_OPENED:
+        quantizer = object.__new__(AUTO_QUANTIZER_MAPPING[method])
+        quantizer.quantization_config = SimpleNamespace(quant_method=method)
+        with pytest.raises(NotImplementedError):
+            quantizer.get_quantize_ops()
 
 
 def test_other_places_where_a_method_is_named(folder):
     located = locate(str(folder))
-    (folder / "quantize_config.json").write_text('{"bits": 4}')
-    with pytest.raises(RecipeError, match="is quantised by GPTQ"):
+    (folder / "quantize_config.json").write_text('{"bits": 3}')
+    with pytest.raises(RecipeError, match="is quantised by GPTQ in 3 bits"):
+        refuse_method(load_config(located), located.shown, folder=located.path)
+    (folder / "quantize_config.json").write_text('{"bits": ')
+    with pytest.raises(RecipeError, match="quantize_config.json: cannot be read"):
         refuse_method(load_config(located), located.shown, folder=located.path)
     (folder / "quantize_config.json").unlink()
     refuse_method(load_config(located), located.shown, folder=located.path)

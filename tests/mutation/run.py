@@ -44,7 +44,12 @@ OWN = {
     "pipelines/stages.py": ("pipelines/test_stages.py", "pipelines/test_base.py"),
     "pipelines/base.py": ("pipelines/test_base.py", "pipelines/test_list.py", "pipelines/test_stages.py"),
     "tuners/base.py": ("tuners/test_trainable.py", "tuners/test_full.py", "tuners/test_task_head.py"),
-    "update/base.py": ("update/test_parts.py", "update/test_update.py", "update/test_compositions.py"),
+    "update/base.py": (
+        "update/test_parts.py",
+        "update/test_update.py",
+        "update/test_compositions.py",
+        "update/test_peft_folder.py",
+    ),
     "update/binding.py": (
         "update/test_parts.py",
         "update/test_update.py",
@@ -163,6 +168,19 @@ def key_of(*files: Path) -> str:
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
 
 
+def keys_of(file: Path, tests: Sequence[Path]) -> dict[str, str]:
+    """What a file's results hold for: its source and the faults made of it, and these with its tests."""
+    made_by = (file, TESTS / "mutation/mutants.py")
+    return {"source": key_of(*made_by), "key": key_of(*made_by, *tests)}
+
+
+def stored_for(file: Path) -> dict[str, Any]:
+    """What is known of a file from earlier calls; empty for nothing."""
+    kept = kept_at(file)
+    found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    return found
+
+
 def results(files: Sequence[Path], workers: int, again: bool, share: float) -> Iterator[tuple[Path, Result | None]]:
     """A file's result, or None where it has no tests of its own. Faults are tried that have not been; all, after a change.
 
@@ -174,10 +192,7 @@ def results(files: Sequence[Path], workers: int, again: bool, share: float) -> I
         if not tests:
             yield file, None
             continue
-        kept = kept_at(file)
-        made_by = (file, TESTS / "mutation/mutants.py")
-        now = {"source": key_of(*made_by), "key": key_of(*made_by, *tests)}
-        stored: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        kept, now, stored = kept_at(file), keys_of(file, tests), stored_for(file)
         if again and stored.get("source") == now["source"] and stored["key"] != now["key"]:
             stored["faults"] = {k: f for k, f in stored["faults"].items() if f[3] is not None}
             stored["key"] = now["key"] + " for survivors"
@@ -214,6 +229,23 @@ def told(file: Path, result: Result | None, known: set[tuple[str, str, str]]) ->
     ]
 
 
+def table(files: Sequence[Path], known: set[tuple[str, str, str]]) -> Iterator[str]:
+    """Lines of Markdown: what earlier calls have found. A star marks a file that has changed since, or whose tests have."""
+    yield from ("| file | faults | tried | accepted | left |", "|---|---|---|---|---|")
+    sums = [0] * 4
+    for file in files:
+        stored, name = stored_for(file), file.relative_to(ROOT).as_posix()
+        if not stored:
+            continue
+        survived = [f for f in map(Fault._make, stored["faults"].values()) if f.noticed is None]
+        left = sum((name, f.line, f.change) not in known for f in survived)
+        row = (len(drawn(file, 1.0)), len(stored["faults"]), len(survived) - left, left)
+        since = "" if stored["key"].partition(" ")[0] == keys_of(file, own_tests(file))["key"] else " *"
+        yield f"| {file.relative_to(PACKAGE).as_posix()}{since} | {' | '.join(map(str, row))} |"
+        sums = [a + b for a, b in zip(sums, row, strict=True)]
+    yield f"| all of these | {' | '.join(map(str, sums))} |"
+
+
 def load_libraries() -> None:
     """Import what the package's tests import of others, once for all processes; of the package itself nothing stays."""
     for name in ("luthier.testing.contract", "sklearn.feature_extraction.text", "pytest"):
@@ -230,7 +262,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="Processes at a time; one a core.")
     parser.add_argument("--again", action="store_true", help="Only what survived the last time, of sources unchanged.")
     parser.add_argument("--share", type=float, default=1.0, help="Of all faults only so many, drawn evenly by a hash.")
+    parser.add_argument(
+        "--table", action="store_true", help="Try nothing; print what earlier calls have found, in Markdown."
+    )
     given = parser.parse_args()
+    if given.table:
+        print(*table(wanted(given.files), accepted()), sep="\n")
+        return
     os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
     OUT.mkdir(parents=True, exist_ok=True)
     load_libraries()

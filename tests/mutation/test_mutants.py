@@ -1,9 +1,11 @@
 """The faults that mutation testing puts in, and the table of those that may live."""
 
 import ast
+import json
 
 import pytest
 
+from mutation import run
 from mutation.mutants import mutants
 from mutation.run import OWN, PACKAGE, ROOT, TESTS, Fault, Result, accepted_table, drawn, own_tests, told, wanted
 
@@ -120,6 +122,27 @@ def test_accepted_faults_that_a_test_notices_by_now_are_named():
     ]  # fmt: skip
     _, lines = told(file, Result(faults, 1.0, 0.5), known)
     assert lines == ["  5: accepted, but noticed by test_x: 1 becomes 2: x = 1"]
+
+
+def test_the_table_counts_what_is_stored_and_marks_what_has_changed_since(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "OUT", tmp_path)
+    file, other, third = (PACKAGE / n for n in ("objectives/sft.py", "curation/random.py", "objectives/otr.py"))
+    faults = {
+        "a": [2, "x = 1", "1 becomes 2", "test_x"],
+        "b": [3, "y = 1", "1 becomes 2", None],
+        "c": [4, "z = 1", "1 becomes 2", None],
+    }
+    for path, key in ((file, run.keys_of(file, own_tests(file))["key"] + " for survivors"), (other, "another")):
+        run.kept_at(path).write_text(
+            json.dumps({"source": "", "key": key, "faults": faults, "seconds": 1.0, "tests": 1.0})
+        )
+    known = {("src/luthier/objectives/sft.py", "y = 1", "1 becomes 2")}
+    made = [len(drawn(f, 1.0)) for f in (file, other)]
+    assert list(run.table([file, other, third], known))[2:] == [
+        f"| objectives/sft.py | {made[0]} | 3 | 1 | 1 |",
+        f"| curation/random.py * | {made[1]} | 3 | 0 | 2 |",
+        f"| all of these | {sum(made)} | 6 | 1 | 3 |",
+    ]
 
 
 def test_methods_are_looked_through_and_packages_front_doors_are_not():

@@ -12,6 +12,7 @@ from luthier.objectives.base import Clock, Window
 from luthier.report import token_view
 from luthier.step.probe import Probe
 from luthier.step.settings import TrainSettings
+from luthier.tasks.causal_lm import CausalLm
 from luthier.testing.models import byte_tokenizer, rows_of, view_of
 from luthier.training.loop import Loop
 from luthier.tuners import Lora
@@ -26,7 +27,7 @@ def viewed(objective, rows=None, batch_size=4):
     view = view_of()
     settings = TrainSettings(max_steps=3, batch_size=batch_size)
     loop = Loop(view, rows, Lora(rank=2).attach(view, None, 3), objective, settings)
-    tokens = token_view.tokens_of(Texts, rows)
+    tokens = token_view.tokens_of(Texts, rows, CausalLm(), ())
     token_view.note_losses(tokens, view, rows, "before")
     token_view.note_weights(tokens, loop.probe, rows, batch_size, 3)
     return rows, view, tokens
@@ -87,7 +88,7 @@ def test_nothing_is_left_on_the_model():
             view, rows, Lora(rank=2).attach(view, None, 3), Otr(draws=8), TrainSettings(max_steps=3, batch_size=4)
         )
         if look:
-            token_view.note_weights(token_view.tokens_of(Texts, rows), loop.probe, rows, 4, 3)
+            token_view.note_weights(token_view.tokens_of(Texts, rows, CausalLm(), ()), loop.probe, rows, 4, 3)
         runs.append([loop.step()["loss"] for _ in range(3)])
         assert all(p.grad is None for p in view.module.parameters())
     assert runs[0] == runs[1]

@@ -12,9 +12,10 @@ from helpers.commands import luthier, write
 from luthier.data.prepare import prepare
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row, Rows
-from luthier.model.loading import load_config, load_model, locate
+from luthier.model.loading import NEW_POOLER_TOLD, load_config, load_model, locate
 from luthier.support.errors import RecipeError
-from luthier.tasks.classification import Classification, ClassRows
+from luthier.tasks.class_rows import ClassRows
+from luthier.tasks.classification import Classification
 from luthier.testing.architectures import TEXT_CLASS, tiny_config
 from luthier.testing.models import byte_tokenizer, tiny
 from luthier.tuned.open import open_run
@@ -126,7 +127,7 @@ def test_a_pooler_that_is_not_in_the_files_is_drawn_from_the_seed_and_counts_as_
     with caplog.at_level("WARNING", logger="luthier"):
         one, again, other = (read(without_pooler, seed=s) for s in (1, 1, 2))
     names = ["bert.pooler.dense.bias", "bert.pooler.dense.weight", "classifier.bias", "classifier.weight"]
-    assert sorted(one.anatomy.task_head) == names and "has no pooler in its files, so one is drawn" in caplog.text
+    assert sorted(one.anatomy.task_head) == names and NEW_POOLER_TOLD in caplog.text
     drawn = one.weight("bert.pooler.dense.weight").detach()
     assert float(drawn.std()) == pytest.approx(one.module.config.initializer_range, rel=0.1)
     assert torch.equal(drawn, again.weight("bert.pooler.dense.weight"))
@@ -166,7 +167,9 @@ def test_a_run_trains_a_new_pooler_and_saves_it_for_peft(without_pooler, tmp_pat
     )
     done = luthier("run", recipe, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "the model's files have no pooler, so a new one is drawn" in done.stderr + done.stdout
+    assert f"head    {NEW_POOLER_TOLD}" in done.stderr + done.stdout
+    told = luthier("check", recipe, "--no-forecast", cwd=tmp_path).stdout
+    assert f"classification head: {NEW_POOLER_TOLD}" in " ".join(told.split())
     saved = load_file(tmp_path / "out/adapter_model.safetensors")
     pooler = saved["base_model.model.bert.pooler.dense.weight"]
     assert not torch.equal(pooler, read(without_pooler).weight("bert.pooler.dense.weight"))
@@ -191,3 +194,10 @@ def test_a_text_without_a_token_is_refused():
     read = Rows.of([Row("f:1", {"text": "x", "label": "a"}), Row("f:2", {"text": "", "label": "b"})])
     with pytest.raises(RecipeError, match=r"f:2: has no supervised token \(its text is empty\)"):
         prepare(read, Renderer(byte_tokenizer()), max_length=9, maker=ClassRows({"a": 0, "b": 1}))
+
+
+def test_one_class_is_refused_unless_the_model_knows_others(three):
+    config = load_config(locate(str(three)))
+    assert len(Classification().labels(rows("good"), None, config.label2id)) == 3
+    with pytest.raises(RecipeError, match="data.train: has one class only, 'spam'; add rows of another class"):
+        Classification().labels(rows("spam", "spam"), None, config.label2id)

@@ -9,7 +9,7 @@ from luthier.method import registry
 ROOT = Path(luthier.__file__).parent
 NAMES = set(registry.names("task"))
 # Where a name is no branch: the default of Facts and of Traits, the evaluator classification (its module and its page).
-ALLOWED = {"method/base.py": 4, "evaluation/__init__.py": 1, "cli/docs.py": 1}
+ALLOWED = {"method/base.py": 5, "evaluation/__init__.py": 1, "cli/docs.py": 1}
 
 
 def declared(tree):

@@ -472,9 +472,9 @@ def test_a_run_logs_saves_evaluates_and_tells_in_its_steps(tmp_path):
     assert loop.run() is loop.progress and loop.progress.step == 7 == loop.total_steps
     assert steps_logged(loop.progress) == [3, 6, 7] == evaluated == steps_logged(loop.progress, "eval_loss")
     assert [e["eval_loss"] for e in loop.progress.log if "eval_loss" in e] == [1.0, 0.5, 1 / 3]
-    assert [(entry["step"], p is loop.progress, total) for entry, p, total in told] == [
-        (k, True, 7) for k in range(1, 8)
-    ]
+    steps = [(entry["step"], "eval_loss" in entry, p is loop.progress, total) for entry, p, total in told]
+    assert steps == [(k, e, True, 7) for k in range(1, 8) for e in (False, True) if not e or k in (3, 6, 7)]
+    assert told[3][0] == {"step": 3, "epoch": 3.0, "eval_loss": 1.0} == loop.progress.log[1]
     assert checkpoints(tmp_path) == ["checkpoint-4", "checkpoint-6"] and loop.progress.saved_step == 6
     assert Loop.length(rows_of(LENGTHS), SETTINGS) == 4
 
@@ -586,7 +586,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_from_there(tmp_path):
     torch.testing.assert_close(list(again.trainable.parameters()), list(whole.trainable.parameters()), atol=0, rtol=0)
 
 
-def test_a_deadline_is_over_once_the_clock_is_past_it(monkeypatch, tmp_path):
+def test_a_deadline_is_over_once_the_clock_is_past_it(monkeypatch):
     clock = SimpleNamespace(perf_counter=loop_module.time.perf_counter, monotonic=lambda: 5.0)
     monkeypatch.setattr(loop_module, "time", clock)
     assert looped().run(5.0).step == 4

@@ -187,6 +187,40 @@ def test_wrong_options_are_named():
     assert [n for n, _ in view.module.named_parameters()] == [n for n, _ in tiny().named_parameters()]
 
 
+@pytest.mark.parametrize(
+    "type_, options, words",
+    [
+        (
+            "LORA",
+            {"layers_pattern": "layers"},
+            "When `layers_pattern` is specified, `layers_to_transform` must also be",
+        ),
+        ("OFT", {"r": 8, "oft_block_size": 4}, "You can only specify either r (8) or oft_block_size (4)"),
+    ],
+)
+def test_options_that_peft_refuses_are_seen_before_a_model_is_loaded(type_, options, words):
+    (problem,) = Peft(type=type_, options=options).check(Facts())
+    assert problem.key == "options" and problem.what.startswith(words) and "\n" not in problem.what
+    assert problem.remedy == "see peft's documentation"
+
+
+def test_of_what_peft_says_the_first_line_is_told(monkeypatch):
+    def config(self, **found):
+        raise TypeError("no such option\nUsage: many lines")
+
+    monkeypatch.setattr(Peft, "config", config)
+    assert [p.what for p in Peft().check(Facts())] == ["no such option"]
+
+
+def test_options_that_choose_among_the_targets_are_those_of_a_list():
+    view = view_of()
+    trainable = Peft(options={"r": 2, "layers_to_transform": 1, "layers_pattern": "layers"}).attach(view)
+    assert len(trainable.named) == 14 and all("layers.1." in n for n in trainable.named)
+    down = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
+    scaled = Peft(type="IA3", targets="down_proj", options={"feedforward_modules": down}).attach(view_of())
+    assert {tuple(p.shape) for p in scaled.named.values()} == {(1, 64)}
+
+
 def test_a_hostile_adapter_is_refused_by_name():
     view, trainable, _ = trained(KINDS["dora"])
     (part,) = trainable.update().parts

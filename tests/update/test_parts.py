@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import luthier
+from luthier.model.adapter_folder import PEFT_PREFIX
 from luthier.model.undo import Change
 from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, view_of
@@ -35,7 +36,7 @@ from luthier.update import (
     Update,
     binding,
 )
-from luthier.update.base import PEFT_PREFIX, Shapes
+from luthier.update.base import Shapes
 from luthier.update.files import load, load_adapter, save_update
 from luthier.update.forms import FORMS
 

@@ -104,11 +104,15 @@ def test_what_peft_would_misread_is_written_as_ours(tmp_path, monkeypatch):
 
 
 class Said:
-    """A view whose states are given: of the live model, of the base, of the reloaded update. `heads`: its task head's values."""
+    """A view whose states are given: of the live model, of the base, of the reloaded update.
 
-    def __init__(self, live, base, reloaded, dtype, heads=None):
-        self.device, self.dtype, self.module = "cpu", dtype, nn.Identity()
-        self.heads, self.anatomy = heads, SimpleNamespace(task_head=["score.weight"] if heads else [])
+    heads   its task head's values
+    logits  what its language-model head makes of the last state
+    """
+
+    def __init__(self, live, base, reloaded, dtype, heads=None, logits=None):
+        self.device, self.dtype, self.module, self.heads, self.logits = "cpu", dtype, nn.Identity(), heads, logits
+        self.anatomy = SimpleNamespace(task_head=["score.weight"] if heads else [], head="lm_head" if logits else None)
         self.states, self.now = {"live": live, "base": base, "reloaded": reloaded}, "live"
 
     def trace(self, batch):
@@ -116,6 +120,10 @@ class Said:
 
     def weight(self, name):
         return nn.Parameter(torch.tensor([[self.heads[self.now]]]))
+
+    def head_logits(self, hidden):
+        assert hidden.tolist() == self.states[self.now][-1:]
+        return torch.tensor([[self.logits[self.now]]])
 
     def detach(self):
         self.now = "base"
@@ -157,6 +165,16 @@ def test_the_reloaded_update_is_the_live_one_up_to_rounding(live, base, reloaded
 def test_a_task_head_is_compared_too(reloaded, words, monkeypatch, tmp_path):
     same = [1.0, 2.0]
     view = Said(same, same, same, torch.float32, {"live": 0.5, "base": 0.25, "reloaded": reloaded})
+    monkeypatch.setattr(files, "load", lambda folder: view)
+    row = {"ids": [1, 2], "labels": [1, 2], "key": "the first"}
+    with pytest.raises(LuthierError, match=words) if words else nullcontext():
+        assert verify_update(tmp_path, view.detach, view, row) == 0.0
+
+
+@pytest.mark.parametrize(("reloaded", "words"), [(0.5, None), (0.6, "what was saved is not what was trained")])
+def test_logits_are_compared_where_the_head_alone_has_changed(reloaded, words, monkeypatch, tmp_path):
+    same = [1.0, 2.0]
+    view = Said(same, same, same, torch.float32, logits={"live": 0.5, "base": 0.25, "reloaded": reloaded})
     monkeypatch.setattr(files, "load", lambda folder: view)
     row = {"ids": [1, 2], "labels": [1, 2], "key": "the first"}
     with pytest.raises(LuthierError, match=words) if words else nullcontext():

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from luthier.model.adapter_folder import PEFT_PREFIX
 from luthier.support.errors import LuthierError
 from luthier.testing.models import view_of
 from luthier.tuners import Peft
 from luthier.update import Dense, LowRank, Replace, Seeds, Sparse, Structure, Update
+from luthier.update.base import PeftFolder
 from luthier.update.vectors import noise
 
 Q, V, UP = (
@@ -155,3 +157,22 @@ def test_seeds_of_which_one_parameter_is_shortened_become_whole_differences():
     torch.testing.assert_close(left.changes[UP], 0.5 * noise(3, 0, (64, 32)))
     torch.testing.assert_close(left.changes[Q], 0.5 * noise(3, 1, (32, 32))[:16])
     assert part.cut_by(Structure.removing(view.anatomy, {2: [2, 3]})) is part
+
+
+# --- from peft's folder ---
+
+
+@pytest.mark.parametrize("root, q, up", [(False, 3 / 4, 5 / 16), (True, 3 / 2, 5 / 4)])
+def test_the_scale_of_factors_is_alpha_over_the_rank_or_its_root(root, q, up):
+    config = {
+        "peft_type": "LORA", "use_rslora": root, "r": 4, "lora_alpha": 3,
+        "rank_pattern": {"up_proj": 16}, "alpha_pattern": {"up_proj": 5},
+    }  # fmt: skip
+    ranks = {Q: 4, UP: 16}
+    tensors = {}
+    for name, rank in ranks.items():
+        module = PEFT_PREFIX + name.removesuffix(".weight")
+        tensors[f"{module}.lora_A.weight"] = drawn(0, rank, SHAPES[name][1])
+        tensors[f"{module}.lora_B.weight"] = drawn(1, SHAPES[name][0], rank)
+    part = LowRank.from_peft(PeftFolder(config, tensors))
+    assert isinstance(part, LowRank) and part.scale == {Q: q, UP: up}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier.cli.shared import to_json
 from luthier.method.building import method
 from luthier.support.errors import LuthierError
 
@@ -59,4 +59,4 @@ def converse(folder: Path, max_new_tokens: int, allow_code: bool, changed: dict[
             talk.turns = []
         elif line.strip():
             answer = talk.say(line.rstrip("\n"))
-            print(json.dumps({"prompt": line.rstrip("\n"), "answer": answer}) if as_json else answer, flush=True)
+            print(to_json({"prompt": line.rstrip("\n"), "answer": answer}) if as_json else answer, flush=True)

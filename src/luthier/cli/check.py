@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from luthier.data.reading import Tick, no_tick, on_hub
+from luthier.federation.folder import refuse_unread
+from luthier.model.loading import NEW_POOLER_TOLD, lacks_pooler
 from luthier.recipe import Recipe
 from luthier.report.token_view import SHOWN, tokens_of
 from luthier.run.evaluations import BUILTIN
@@ -20,12 +22,16 @@ from luthier.run.ready import admit
 from luthier.run.rows import told, told_about
 from luthier.support.units import in_bytes, in_time
 
+NAMED = 20  # classes that are listed
+
 
 def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool = True) -> dict[str, Any]:
     """Everything that can be said before weights are loaded. Raises RecipeError for what would stop the run.
 
     measure  forecast memory and time with a small copy of the model
     """
+    if recipe.collaborate is not None:
+        refuse_unread(recipe)
     folder = choose_folder(recipe, "run", False, base)
     decided, gathered, anatomy, expected = admit(recipe, base, tick, measure=measure)
     renderer, config, data = gathered.renderer, gathered.config, gathered.data
@@ -33,6 +39,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
     matched, left_out = matched_modules(recipe, anatomy)
     if isinstance(expected, Forecast):
         refuse_full_disk(decided, expected, folder)
+    new_pooler = lacks_pooler(gathered.located, config, recipe.task.auto(config), anatomy)
     draw = recipe.task.draw(renderer.tokenizer, recipe.seed)
     shown = [row if draw is None else draw(row, None) for row in train.rows[:SHOWN]]
     return {
@@ -44,7 +51,8 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "forms": data.forms,
         "overlap": data.overlap,
         "pool_shared": data.pool_shared,
-        "head": data.head,
+        "classes": data.classes,
+        "head": data.head or (NEW_POOLER_TOLD if new_pooler else ""),
         "curated": [k.brief for k in data.kept],
         "matched": matched,
         "left_out": left_out,
@@ -53,7 +61,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "forecast": None if isinstance(expected, NoForecast) else asdict(expected),
         "no_forecast": expected.reason if isinstance(expected, NoForecast) else None,
         "destinations": destinations(recipe, base),
-        "rows": [[(t["text"], t["on"]) for t in row] for row in tokens_of(renderer, shown)],
+        "rows": [[(t["text"], t["on"]) for t in row] for row in tokens_of(renderer, shown, recipe.task, data.classes)],
         "model_type": config.model_type,
     }
 
@@ -126,6 +134,9 @@ def _about_data(result: dict[str, Any]) -> list[str]:
         out += [f"curate {first}", *counts]
     shared = result["pool_shared"]
     out += [f"pool: {shared:,} rows are left out, because they are also training rows"] if shared else []
+    if classes := result["classes"]:
+        more = len(classes) - NAMED
+        out.append(f"classes: {', '.join(classes[:NAMED])}{f' and {more} more' if more > 0 else ''}")
     out += [f"classification head: {result['head']}"] if result["head"] else []
     return out + [f"skipped {line}" for line in result["skipped"]]
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from luthier.cli.shared import HELP, Debug, Json, Overrides, RecipePath, load
+from luthier.cli.shared import HELP, Debug, Json, Overrides, RecipePath, load, to_json
 from luthier.support.environment import quiet
 from luthier.support.errors import LuthierError
 
@@ -68,7 +68,7 @@ def _table(found: dict[str, Any]) -> None:
 @app.command()
 def contract(
     recipe: RecipePath, folder: Annotated[Path, typer.Argument(help="A new folder.")], overrides: Overrides = None,
-    debug: Debug = False,
+    as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Write the contract: models, tuner, settings and starts, with hashes. Send contract.json of the folder to every party."""
     from luthier.federation.folder import Workspace
@@ -78,20 +78,23 @@ def contract(
     _say(
         f"contract {workspace.contract.digest[:12]}: {workspace.protocol.key()} over {', '.join(workspace.models.values())}"
     )
-    print(folder / "contract.json")
+    target = folder / "contract.json"
+    found = {"contract": str(target), "digest": workspace.contract.digest, "models": workspace.models}
+    print(to_json(found) if as_json else target)
 
 
 @app.command()
 def shadow(
     folder: Folder, processes: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core.")] = None,
-    debug: Debug = False,
+    as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Provider: tune both models on shadow sets of public rows. After a stop, the same command continues."""
     from luthier.federation.provider import make_shadows
 
     quiet(debug)
     make_shadows(_workspace(folder), processes, _say)
-    print(folder / "shadows")
+    target = folder / "shadows"
+    print(to_json({"shadows": str(target), "sets": len(list(target.iterdir()))}) if as_json else target)
 
 
 @app.command()
@@ -102,7 +105,7 @@ def translator(folder: Folder, as_json: Json = False, debug: Debug = False) -> N
     quiet(debug)
     found = judge(open_provider(_workspace(folder)), _say)
     if as_json:
-        print(json.dumps(found))
+        print(to_json(found))
         return
     for name, f in found["judged"].items():
         print(f"{name:30} loss {f['loss']:.4f}   {f['share']:7.1%} of the true gain")
@@ -115,7 +118,7 @@ def tune(
     name: Annotated[str, typer.Option(help="Your name in the contract's messages.")],
     held: Held = None, output: Annotated[Path, typer.Option(help="Where the message is written.")] = Path(),
     canaries: Canaries = 100, others: Others = 100, models: Models = None, send_anyway: SendAnyway = False,
-    debug: Debug = False,
+    as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Client: tune on your rows, audit the message, and write NAME.message. This command sends nothing."""
     from luthier.collaboration.messages import refuse_name
@@ -133,21 +136,27 @@ def tune(
         for line in a.lines:
             _say(f"  {line}")
     target = send(audited, output, send_anyway)
-    _say(f"\nverdict {audited.verdict.outcome}; the audit's report: {output / f'{name}.html'}")
-    print(target)
+    page = output / f"{name}.html"
+    _say(f"\nverdict {audited.verdict.outcome}; the audit's report: {page}")
+    found = {"message": str(target), "verdict": audited.verdict.outcome, "report": str(page)}
+    print(to_json(found) if as_json else target)
 
 
 @app.command()
 def translate(
     folder: Folder, messages: Annotated[list[Path], typer.Argument(help="What clients sent.")],
     output: Annotated[Path, typer.Option(help="A folder for results.")] = Path("results"), models: Models = None,
-    debug: Debug = False,
+    as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Server: read messages, and write an update for each sender: translated, or averaged (one-shot)."""
     from luthier.federation.server import one_round
 
     quiet(debug)
     found = one_round(_workspace(folder, models), messages, output, _say)
+    if as_json:
+        results = {name: str(where) for name, where in found.results.items()}
+        print(to_json({"results": results, "report": str(output / "report.html")}))
+        return
     for name, where in found.results.items():
         print(f"{name}: {where}")
     print(output / "report.html")
@@ -165,7 +174,7 @@ def serve(
     listen: Annotated[str, typer.Option("--address", help="host:port to listen at.")] = "127.0.0.1:9092",
     patience: Annotated[float, typer.Option(help="Seconds that a round waits for answers; then it closes.")] = 3600.0,
     output: Annotated[Path, typer.Option(help="A folder for results.")] = Path("results"), models: Models = None,
-    certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
+    certificates: Certificates = None, insecure: Insecure = False, as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Server, over flwr: wait for clients and carry out the rounds. After a kill, the same command continues."""
     from luthier.collaboration.messages import refuse_name
@@ -177,7 +186,8 @@ def serve(
     for name in clients.split(","):
         refuse_name(name)
     served(folder, clients.split(","), address(listen, certificates, insecure), patience, output, _say, workspace.given)
-    print(output / "report.html")
+    page = output / "report.html"
+    print(to_json({"report": str(page)}) if as_json else page)
 
 
 @app.command()
@@ -186,7 +196,8 @@ def join(
     name: Annotated[str, typer.Option(help="Your name, one of the server's --clients.")],
     server: Annotated[str, typer.Option("--address", help="host:port of the server.")] = "127.0.0.1:9092",
     held: Held = None, canaries: Canaries = 100, others: Others = 100, models: Models = None,
-    send_anyway: SendAnyway = False, certificates: Certificates = None, insecure: Insecure = False, debug: Debug = False,
+    send_anyway: SendAnyway = False, certificates: Certificates = None, insecure: Insecure = False, as_json: Json = False,
+    debug: Debug = False,
 ) -> None:  # fmt: skip
     """Client, over flwr: tune when asked, audit the message and send it, until the server gives a result."""
     from luthier.collaboration.messages import refuse_name
@@ -200,7 +211,33 @@ def join(
         if file is not None:
             workspace.rows(file, Path())
     client = Client(name, data, held, canaries, others, send_anyway, workspace.given)
-    print(joined(folder, client, address(server, certificates, insecure), _say))
+    result = joined(folder, client, address(server, certificates, insecure), _say)
+    print(to_json({"result": str(result)}) if as_json else result)
+
+
+@app.command()
+def split(
+    data: Annotated[str, typer.Argument(help="Rows: a file, a folder, a Hub id.")],
+    output: Annotated[Path, typer.Argument(help="A new folder, for client-1.jsonl and so on.")],
+    clients: Annotated[int, typer.Option(min=2, help="How many.")] = 4,
+    alpha: Annotated[float, typer.Option(help="Concentration: small for clients that differ, large for equal ones.")] = 0.5,
+    by: Annotated[str | None, typer.Option(help="The field that clients differ in; without it, in size only.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives another split.")] = 0,
+    as_json: Json = False, debug: Debug = False,
+) -> None:  # fmt: skip
+    """Divide rows among made-up clients by a Dirichlet distribution, to simulate a protocol with unlike clients."""
+    from luthier.federation.splitting import split_rows
+
+    quiet(debug)
+    found = split_rows(data, output, clients, alpha, by, seed)
+    if as_json:
+        print(to_json(found))
+        return
+    kinds = list(dict.fromkeys(kind for counts in found["clients"].values() for kind in counts))
+    print(f"{'rows':14}" + "".join(f"{kind[:12]:>14}" for kind in kinds))
+    for name, counts in found["clients"].items():
+        print(f"{name:14}" + "".join(f"{counts.get(kind, 0):14,}" for kind in kinds))
+    print(f"luthier collaborate simulate CONTRACT {' '.join(f'{n}={f}' for n, f in found['files'].items())}")
 
 
 @app.command()
@@ -219,10 +256,11 @@ def simulate(
     for name in files:
         refuse_name(name)
     page = simulated(_workspace(folder, models), files, held, output, _say)
+    found = json.loads((output / "found.json").read_text(encoding="utf-8"))
     if as_json:
-        print((output / "found.json").read_text(encoding="utf-8"))
+        print(to_json({**found, "page": str(page)}))
     else:
-        _table(json.loads((output / "found.json").read_text(encoding="utf-8")))
+        _table(found)
         print(page)
 
 
@@ -230,11 +268,12 @@ def simulate(
 def demo(
     output: Annotated[Path, typer.Option(help="A folder; finished work in it is not done again.")] = Path("runs/private"),
     processes: Annotated[int | None, typer.Option(min=1, help="Processes; one for each core.")] = None,
-    debug: Debug = False,
+    as_json: Json = False, debug: Debug = False,
 ) -> None:  # fmt: skip
     """Three organisations and a provider, all made by the command: from separate rows to one report, in a quarter of an hour."""
     from luthier.demos.private import USUAL
     from luthier.demos.private import demo as carried_out
 
     quiet(debug)
-    print(carried_out(output, USUAL, _say, processes))
+    page = carried_out(output, USUAL, _say, processes)
+    print(to_json({"report": str(page)}) if as_json else page)

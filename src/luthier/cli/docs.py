@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.claims import claim as claims
+from luthier.cli import matrix
 from luthier.cli.listing import examples_of, starter
 from luthier.method import registry as manifest
 from luthier.method.kinds import KINDS
@@ -153,6 +154,7 @@ PROTOCOLS = {
 ROWS = {
     "retrieval": '{"prompt": "Who mends violins in Porto?", "completion": "Ines does.", "gold": ["p1"]}',
     "classification": '{"text": "a fine film", "label": "good"}, {"text": "a poor one", "label": "bad"}',
+    "tagging": '{"tokens": ["Ada", "slept"], "tags": ["B-PER", "O"]}',
     "masked-accuracy": '{"text": "The cat sat on the mat."}',
     "editing": """
     {
@@ -320,6 +322,7 @@ def main() -> None:
     (FOLDER.parent / "api.md").write_text(api(), encoding="utf-8")
     (FOLDER.parent / "evidence.md").write_text(claims.evidence(FOLDER.parents[1] / "claims"), encoding="utf-8")
     (FOLDER.parent / "models.md").write_text(refusals.page(), encoding="utf-8")
+    (FOLDER.parent / "combinations.md").write_text(matrix.page(), encoding="utf-8")
     for name, text in pages().items():
         (FOLDER / name).write_text(text, encoding="utf-8")
 

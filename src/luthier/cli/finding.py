@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rich.console import Console
@@ -27,6 +26,6 @@ def show(finding: Finding) -> None:
 
 
 def as_dict(finding: Finding) -> dict[str, Any]:
-    """Plain values, without the picture; a number that JSON does not have is null."""
-    rows = [[None if isinstance(v, float) and not math.isfinite(v) else v for v in row] for row in finding.rows]
+    """Plain values, without the picture."""
+    rows = [list(row) for row in finding.rows]
     return {"says": finding.says, "columns": list(finding.columns), "rows": rows, "sure": finding.sure}

@@ -37,6 +37,7 @@ from luthier.cli.shared import (  # noqa: E402
     hint,
     load,
     method_named,
+    to_json,
 )
 from luthier.support.environment import quiet  # noqa: E402
 from luthier.support.errors import LuthierError  # noqa: E402
@@ -170,7 +171,7 @@ def _carry_out(
         except Exception as error:
             raise Fault(error, folder) from error
     if first:
-        print(json.dumps(result) if as_json else folder / "report.html")
+        print(to_json(result) if as_json else folder / "report.html")
 
 
 def _again(words: list[str], folder: Path) -> str:
@@ -231,6 +232,7 @@ def compare(
     from luthier.comparison.execute import so_far as finished
     from luthier.comparison.judge import as_dict
     from luthier.comparison.page import write_comparison
+    from luthier.comparison.steps import forecast
     from luthier.training.loop import Interrupted
 
     options = {
@@ -252,10 +254,12 @@ def compare(
             bar.say(f"continue with: {shlex.join(['luthier', *sys.argv[1:]])}")
             raise SystemExit(143 if signals[-1:] == [15] else 130) from stopped
     if dry_run:
+        if as_json:
+            print(to_json({"forecast": forecast(bench.plan, bench.arms, bench.done)}))
         return
     page = write_comparison(bench, standings, ["luthier", *sys.argv[1:]])
     if as_json:
-        print(json.dumps({"report": str(page), "arms": as_dict(standings)}))
+        print(to_json({"report": str(page), "arms": as_dict(standings)}))
     else:
         ours.show(bench, standings)
         print(page)
@@ -282,7 +286,7 @@ def curate(
     with Bar() as bar:
         result = change(loaded, folder_of(recipe), output_dir or Path("runs") / f"curate-{recipe.stem}", bar.tick)
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
         return
     for step in result["steps"]:
         print("\n".join(told(**step)))
@@ -317,7 +321,7 @@ def claim(
             for c in results[one]["conditions"]:
                 print(f"  {c['outcome']}: {c['says']}: {c['mean']} ({c['low']} to {c['high']})")
     if as_json:
-        print(json.dumps(results))
+        print(to_json(results))
         return
     from luthier.claims.page import write_claims
 
@@ -335,7 +339,7 @@ def pictures(
     from luthier.report.pictures import pictures as draw
 
     made = [str(p) for p in draw(folder)]
-    print(json.dumps(made) if as_json else "\n".join(made))
+    print(to_json(made) if as_json else "\n".join(made))
 
 
 @app.command()
@@ -356,7 +360,7 @@ def check(
     with Bar() as bar:
         result = check_recipe(loaded, folder_of(recipe), bar.tick, forecast)
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         show(result)
 
@@ -403,7 +407,7 @@ def generate(
     asked = asking.lines(prompts)
     result = answers(folder, asked, max_new_tokens, base, allow_code, **changes)
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
         return
     for entry in result:
         if base:
@@ -430,7 +434,7 @@ def evaluate(
 
         result = scores(folder, data, Path("."), allow_code, base)
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         from luthier.cli.listing import table_of_measures
 
@@ -457,9 +461,7 @@ def export(
     result = write(folder, to, output, allow_code)
     if push is not None:
         result["pushed"] = push_to_hub(output, push)
-    print(
-        json.dumps(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}"
-    )
+    print(to_json(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}")
 
 
 Runs = Annotated[list[Path], typer.Argument(help="Folders of finished runs, merges or adapters, of one base.")]
@@ -481,9 +483,7 @@ def merge(
     from luthier.tuned.merge import merge as join
 
     result = join(runs, output, chosen, allow_code)
-    print(
-        json.dumps(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}"
-    )
+    print(to_json(result) if as_json else f"{result['folder']}, read back: logits differ by {result['difference']:.1e}")
 
 
 @app.command()
@@ -508,7 +508,7 @@ def inspect(
     finding = look(runs, chosen, allow_code)
     page = None if html is None else write_finding(html, finding, shlex.join(["luthier", *sys.argv[1:]]))
     if as_json:
-        print(json.dumps(as_dict(finding) | {"html": None if page is None else str(page)}))
+        print(to_json(as_dict(finding) | {"html": None if page is None else str(page)}))
         return
     show(finding)
     if page is not None:
@@ -518,9 +518,12 @@ def inspect(
 @app.command()
 def methods(
     name: Annotated[str | None, typer.Argument(help="A method, or a kind of methods: curate, inspection, ...")] = None,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="What combines with what, by the checks of luthier check.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Which methods are there, where do they come from, and what do they need?"""
+    """Which methods are there, where do they come from, what do they need, and what combines with what?"""
     from luthier.cli.listing import one_method, table_of_methods
     from luthier.method import registry as manifest
     from luthier.method.kinds import KINDS, kind_called
@@ -535,8 +538,18 @@ def methods(
 
         close = nearest(str(name), [*KINDS, *sorted({e["name"] for e in every})])
         raise LuthierError(f"there is no method or kind called {name!r}; {close}; kinds are {', '.join(KINDS)}")
-    if as_json:
-        print(json.dumps(entries))
+    if matrix:
+        from luthier.cli import matrix as combined
+
+        pairs = combined.matrix(every, [(e["kind"], e["name"]) for e in entries])
+        if not pairs:
+            raise LuthierError(f"--matrix: no recipe names {name}, so there is nothing to combine it with")
+        if as_json:
+            print(to_json([p.as_dict() for p in pairs]))
+        else:
+            combined.show(pairs)
+    elif as_json:
+        print(to_json(entries))
     elif name is None or kind is not None:
         table_of_methods(entries)
     else:
@@ -559,6 +572,6 @@ def env(as_json: Json = False) -> None:
 
     text = environment()
     print(
-        json.dumps(dict(line.split(" ", 1) for line in text.splitlines())) if as_json else text,
+        to_json(dict(line.split(" ", 1) for line in text.splitlines())) if as_json else text,
         end="\n" if as_json else "",
     )

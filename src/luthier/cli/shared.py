@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +15,7 @@ RecipePath = Annotated[Path, typer.Argument(help="A recipe (.yaml); - reads stan
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="a.b=value sets a key, ~a.b removes it.", show_default=False)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON; docs/howto/scripting.md names the keys.")]
 AllowCode = Annotated[
     bool, typer.Option("--allow-code", help="Run Python code that the recipe names or its model brings.")
 ]
@@ -24,6 +26,19 @@ AllowOurs = Annotated[
     bool, typer.Option("--allow-code", help="Run Python code that --method or the runs' recipes name.")
 ]
 Debug = Annotated[bool, typer.Option(help="Show tracebacks and what libraries say.")]
+
+
+def to_json(value: Any) -> str:
+    """A command's result as one line of JSON. A number that JSON does not have (NaN, infinity) is null."""
+    return json.dumps(_finite(value), ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 HELP = {"help_option_names": ["-h", "--help"]}

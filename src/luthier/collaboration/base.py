@@ -12,10 +12,11 @@ from luthier.collaboration.journal import Journal
 from luthier.collaboration.parties import Member, in_process
 from luthier.collaboration.privacy import Privacy
 from luthier.collaboration.rounds import RoundServer
-from luthier.method import Method
+from luthier.method import Facts, Method, Problem
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
+from luthier.support.errors import LuthierError
 from luthier.tuners.base import Tuner
 from luthier.update import Update
 
@@ -37,6 +38,19 @@ class Collaboration(Method):
     def turns(self) -> int:
         """How often the server may ask a client."""
         return 1
+
+    def problems_with(self, tuner: Tuner) -> list[Problem]:
+        """Why clients cannot tune with it."""
+        return []
+
+    def refuse_tuner(self, tuner: Tuner) -> None:
+        """Raises LuthierError for a tuner that clients cannot use."""
+        for problem in self.problems_with(tuner):
+            raise LuthierError(f"collaborate.{self.key()}.{problem.key}: {problem.what}; {problem.remedy}")
+
+    def check(self, facts: Facts) -> list[Problem]:
+        tuners = [t for t in facts.others if isinstance(t, Tuner)]
+        return super().check(facts) + [p for t in tuners for p in self.problems_with(t)]
 
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> Agreement:
         """The contract over these models, one for each role. Raises LuthierError if the protocol cannot work with them."""

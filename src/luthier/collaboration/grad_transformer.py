@@ -23,7 +23,7 @@ from luthier.collaboration.similarity import Likeness, likeness, mean_cosine
 from luthier.collaboration.translators.base import Fitted, Pairs, Translator
 from luthier.collaboration.translators.ridge import Ridge
 from luthier.collaboration.wire import headers, packed
-from luthier.method import Source, Traits
+from luthier.method import Problem, Source, Traits
 from luthier.method.registry import written
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
@@ -90,12 +90,14 @@ class GradTransformer(Collaboration):
     strict: bool = False
     """Refuse updates that are unlike all shadow sets, instead of a warning."""
 
+    def problems_with(self, tuner: Tuner) -> list[Problem]:
+        what = f"{tuner.key()} has no fixed start, so its updates cannot be compared"
+        return [] if isinstance(tuner, Lora) else [Problem("tuner", what, "set tuner: lora")]
+
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> Contract:
         """The contract, with the digests of the start tensors. Raises LuthierError for other tuners than LoRA."""
-        if not isinstance(tuner, Lora):
-            raise LuthierError(
-                f"tuner: {tuner.key()} has no fixed start, so its updates cannot be compared; set tuner: lora"
-            )
+        self.refuse_tuner(tuner)
+        assert isinstance(tuner, Lora)
         small, large = (start_of(v, tuner).side for v in views)
         return Contract(
             small=small, large=large, tuner=tuner, settings=settings, privacy=self.privacy,

@@ -18,12 +18,11 @@ from luthier.collaboration.parties import Disclosure, Member, Sent, promised, si
 from luthier.collaboration.privacy import tuning
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
 from luthier.collaboration.wire import headers, packed, unpacked
-from luthier.method import Source, Traits
+from luthier.method import Problem, Source, Traits
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
-from luthier.support.errors import LuthierError
 from luthier.support.progress import OnProgress, no_progress, steps
 from luthier.training.loop import Loop
 from luthier.tuners.base import Tuner
@@ -65,13 +64,14 @@ class OneShot(Collaboration):
     def turns(self) -> int:
         return self.rounds
 
+    def problems_with(self, tuner: Tuner) -> list[Problem]:
+        what = f"the update of {tuner.key()} cannot be averaged"
+        return [] if tuner.traits.linear else [Problem("tuner", what, "choose lora, full or a sparse one")]
+
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> AverageContract:
         """The contract. Raises LuthierError for a tuner whose updates cannot be averaged."""
         (view,) = views
-        if not tuner.traits.linear:
-            raise LuthierError(
-                f"tuner: the update of {tuner.key()} cannot be averaged; choose lora, full or a sparse one"
-            )
+        self.refuse_tuner(tuner)
         trainable = tuner.attach(view, None, settings.max_steps)
         update = trainable.update()
         trainable.detach()

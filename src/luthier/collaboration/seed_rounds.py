@@ -18,13 +18,12 @@ from luthier.collaboration.journal import Journal
 from luthier.collaboration.messages import Message, Refused
 from luthier.collaboration.parties import Disclosure, Member, Sent, sizes
 from luthier.collaboration.rounds import SERVER, RoundServer, rows_of, shares
-from luthier.method import Source, Traits
+from luthier.method import Problem, Source, Traits
 from luthier.model.fingerprint import Fingerprint
 from luthier.model.view import ModelView, as_found
 from luthier.objectives.sft import Sft
 from luthier.step.lab import Lab
 from luthier.step.settings import TrainSettings
-from luthier.support.errors import LuthierError
 from luthier.support.progress import steps
 from luthier.support.rng import Streams
 from luthier.training.loop import Loop
@@ -71,19 +70,21 @@ class SeedRounds(Collaboration):
     def turns(self) -> int:
         return self.rounds
 
+    def problems_with(self, tuner: Tuner) -> list[Problem]:
+        if not isinstance(tuner, FedKSeed):
+            return [Problem("tuner", f"{tuner.key()} sends no seeds", "set tuner: fedkseed")]
+        if tuner.num_seeds > SEEDS_LIMIT:
+            what = f"{tuner.num_seeds} seeds are too many, because they travel as two bytes"
+            return [Problem("tuner.fedkseed.num_seeds", what, f"set {SEEDS_LIMIT} at most")]
+        if self.privacy is not None:
+            return [Problem("privacy", "seed-rounds adds no noise to its numbers", "set it to null")]
+        return []
+
     def agree(self, views: Sequence[ModelView], tuner: Tuner, settings: TrainSettings, **more: Any) -> SeedContract:
         """The contract for this model. Raises LuthierError for settings that its rounds cannot use."""
         (view,) = views
-        if not isinstance(tuner, FedKSeed):
-            raise LuthierError(f"tuner: {tuner.key()} sends no seeds; set tuner: fedkseed")
-        if tuner.num_seeds > SEEDS_LIMIT:
-            raise LuthierError(
-                f"tuner.fedkseed.num_seeds: {tuner.num_seeds}; seeds travel as two bytes, so {SEEDS_LIMIT} at most"
-            )
-        if self.privacy is not None:
-            raise LuthierError(
-                "collaborate.seed-rounds.privacy: seed-rounds adds no noise to its numbers; set it to null"
-            )
+        self.refuse_tuner(tuner)
+        assert isinstance(tuner, FedKSeed)
         return SeedContract(
             base=view.base, weights=weights_digest(view, tuner), shapes=view.anatomy.parameters, tuner=tuner,
             settings=settings, protocol=self, **more,

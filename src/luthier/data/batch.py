@@ -21,6 +21,9 @@ from luthier.support.errors import LuthierError
 
 IGNORE = -100  # label of a position that does not count in the loss
 WEIGHT = "weight"  # the row column that says how much a row's loss counts
+TYPE_IDS = (
+    "token_type_ids"  # the token column that says which of two texts a token belongs to, as the tokenizer numbers them
+)
 
 
 class Spans(NamedTuple):
@@ -47,7 +50,7 @@ class Batch:
 
     ids     [T] int64 token ids
     labels  [T] int64; labels[t] is what the model should predict *at* position t (already shifted), or IGNORE;
-            for row-level tasks all IGNORE, with the class in row["label"]
+            for row-level tasks all IGNORE, with the class in row["label"]; where tokens are tagged, the tag's class
     seq     [T] int64, index of the sequence a token belongs to, 0..S-1, non-decreasing
     pos     [T] int64, position within the sequence; need not be contiguous after tokens were dropped
     lengths S Python ints, the number of tokens of each sequence
@@ -185,7 +188,7 @@ def collate(sequences: Sequence[Mapping[str, Any]]) -> Batch:
     is supervised, else IGNORE), optionally `key`, `token` (named per-token lists or arrays), `row` (named values) and
     `span` (named lists of (start, end, type) within the sequence).
     The shift happens here, once, for the whole library. `targets` instead of labels are not shifted: targets[i] is the token to
-    predict at i, where it was hidden.
+    predict at i, where it was hidden, or the class of i.
     Raises LuthierError with the key of a sequence that lacks a column of the others.
     """
     ids: list[int] = []

@@ -24,7 +24,8 @@ from luthier.data.streams import PACKED, first_line, texts_of
 from luthier.support.cache import content_of
 from luthier.support.errors import RecipeError
 
-PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+COLUMNS = (".conll", ".iob", ".iob2", ".bio")  # a word and its tag on each line
+PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", *COLUMNS)
 SUFFIXES = (*PLAIN, *(a + b for a in PLAIN for b in PACKED), ".parquet", ".arrow")
 BATCH = 1024  # rows of a Parquet or Arrow file in memory
 HUB = "hf://datasets/"
@@ -34,6 +35,7 @@ SPLITS = {  # names of splits in names of files, as the library datasets knows t
     "test": ("test", "testing", "eval", "evaluation"),
 }
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # files about a data set
+COMMENT = re.compile(r"#\s?(id|sent_id|text|newdoc|newpar|global\.columns)\b")
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 
 
@@ -82,6 +84,8 @@ def opened(source: str, folder: Path, key: str, part: str) -> list[Opened]:
     """
     if source.startswith("hf://"):
         return _hub_address(source, key, part)
+    if "://" in source:
+        raise RecipeError(key, f"{source} is an address", "download the file; of addresses, hf://datasets/... is read")
     path = folder / Path(source).expanduser()
     if path.is_dir():
         return _folder(path, key, part)
@@ -189,8 +193,7 @@ def _hub(source: str, key: str, part: str) -> Opened:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         what = f"{source}: {first_line(error)}"
         raise RecipeError(key, what, "use a file, or check name, configuration, split and network") from error
-    names = {n: f.names for n, f in (table.features or {}).items() if isinstance(f, datasets.ClassLabel)}
-    rows = partial(_hub_rows, table, names)
+    rows = partial(_hub_rows, table, _names_in((table.features or datasets.Features()).to_dict()))
     return Opened(f"{source}:{part}", table._fingerprint, rows, True)
 
 
@@ -256,6 +259,32 @@ def _csv(path: Path, tabs: bool = False) -> Raw:
         raise RecipeError(
             f"{path}:{empty + reader.line_num}", what, 'write a quote in a quoted field twice: ""'
         ) from error
+
+
+def _conll(path: Path) -> Raw:
+    """Sentences of a file with a word on each line: its first column is the word, its last one the tag; a blank line ends one.
+
+    Tabs divide columns, or white space in files without tabs. Lines that begin a document (-DOCSTART-) are no words, nor are
+    comments with the number of a sentence. A sentence's number is that of its first line.
+    """
+    begun, width, size = 0, 0, 0
+    words, fault = list[list[str]](), None
+    for number, text in enumerate(itertools.chain(texts_of(path), [""]), start=1):
+        line = text.rstrip("\r\n")
+        if not line.strip() or line.startswith("-DOCSTART-") or (not words and COMMENT.match(line)):
+            if words:
+                yield begun, fault or {"tokens": [w[0] for w in words], "tags": [w[-1] for w in words]}
+            words, size, fault = [], 0, None
+            continue
+        columns = line.split("\t") if "\t" in line else line.split()
+        width, begun, size = width or len(columns), begun if words else number, size + len(line)
+        words.append(columns)
+        if len(columns) < 2 or len(columns) != width:
+            what = f"has {len(columns)} column{'s' * (len(columns) > 1)}, not {max(2, width)}"
+            fault = RecipeError(f"{path}:{number}", what, "write a word and its tag on each line")
+        if size > streams.LONGEST:
+            what = f"is a sentence of more than {streams.LONGEST >> 20} MiB"
+            raise RecipeError(f"{path}:{begun}", what, "put a blank line after each sentence")
 
 
 def _bare_quotes(path: Path) -> bool:
@@ -327,7 +356,7 @@ def _rows_in(batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> Raw:
 _json_lines = partial(rows_of, lines=True)
 READERS: dict[str, Callable[[Path], Raw]] = {
     ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": rows_of, ".csv": _csv, ".tsv": partial(_csv, tabs=True),
-    ".parquet": _parquet, ".arrow": _arrow,
+    ".parquet": _parquet, ".arrow": _arrow, **dict.fromkeys(COLUMNS, _conll),
 }  # fmt: skip
 
 
@@ -335,15 +364,42 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
     """Names of classes by column, where the library datasets wrote them into the file."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return {n: f["names"] for n, f in features.items() if isinstance(f, dict) and f.get("_type") == "ClassLabel"}
+        return _names_in(features)
     except (ValueError, KeyError, TypeError, AttributeError):  # metadata of another writer
         return {}
 
 
+def _names_in(features: dict[str, Any]) -> dict[str, list[str]]:
+    """Names of classes by column, where a column holds classes or lists of them."""
+    found = {n: _named(f) for n, f in features.items()}
+    return {n: names for n, names in found.items() if names is not None}
+
+
+def _named(feature: Any) -> list[str] | None:
+    """The names of a feature of classes, or of a list of them, as the library datasets writes it; None for other features."""
+    if isinstance(feature, list):
+        return _named(feature[0]) if len(feature) == 1 else None
+    if not isinstance(feature, dict):
+        return None
+    if feature.get("_type") == "ClassLabel":
+        names: list[str] = feature["names"]
+        return names
+    return _named(feature.get("feature"))
+
+
 def with_names(row: dict[str, Any], names: dict[str, list[str]]) -> dict[str, Any]:
-    """The row with names in place of the numbers of classes; a number outside of the names (-1: no label) becomes None."""
+    """The row with names in place of the numbers of classes, also in lists of them.
+
+    A number outside of the names (-1: no label) becomes None.
+    """
     for column, known in names.items():
-        number = row.get(column)
-        if isinstance(number, int):
-            row[column] = known[number] if 0 <= number < len(known) else None
+        given = row.get(column)
+        if isinstance(given, int):
+            row[column] = _name_of(given, known)
+        elif isinstance(given, list):
+            row[column] = [_name_of(n, known) if isinstance(n, int) else n for n in given]
     return row
+
+
+def _name_of(number: int, known: list[str]) -> str | None:
+    return known[number] if 0 <= number < len(known) else None

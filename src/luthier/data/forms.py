@@ -13,19 +13,37 @@ from typing import Any, NamedTuple
 
 Values = Mapping[str, Any]
 MESSAGES, PAIR, LABELLED, TEXT = "messages", "prompt and completion", "text and label", "text"
+TWO_LABELLED, TAGGED = "two texts and label", "words and tags"
 SHAPES = {  # the fields of each shape; luthier's rows have one shape
     MESSAGES: ("messages",),
     PAIR: ("prompt", "completion"),
+    TWO_LABELLED: ("text", "text_pair", "label"),
     LABELLED: ("text", "label"),
     TEXT: ("text",),
+    TAGGED: ("tokens", "tags"),
 }
-SHAPE_FIELDS = frozenset({"messages", "prompt", "completion", "text"})  # two shapes are told apart by these
+# Two shapes are told apart by these.
+SHAPE_FIELDS = frozenset({"messages", "prompt", "completion", "text", "text_pair"})
+TEXT_PAIRS: tuple[tuple[str, str], ...] = (  # names of two texts that are classified together
+    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
+    ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"), ("question", "passage"), ("sentence_A", "sentence_B"),
+)  # fmt: skip
 ROLES = {  # other names of roles, as files have them
     "human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant",
     "model": "assistant", "bot": "assistant", "chatbot": "assistant", "bard": "assistant", "bing": "assistant",
     "claude": "assistant", "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
     "ipython": "tool", "function_call": "function_call",
 }  # fmt: skip
+WORDS = ("tokens", "words")  # names of the words of a sentence
+TAGS = (
+    "tags",
+    "ner_tags",
+    "labels",
+    "ner",
+    "upos",
+    "pos_tags",
+    "chunk_tags",
+)  # names of their tags, the first one is read
 TURN = {"messages.role": "role", "messages.content": "content"}  # names in data.columns for the fields of a turn
 
 
@@ -49,13 +67,14 @@ class Form(NamedTuple):
 
 
 class Unread(NamedTuple):
-    """A known form that no task reads.
+    """A known form that the task does not read.
 
     name    for messages
     fields  a row of this form has all of these
     tells   fields that only this form has
     remedy  what a user can do instead
     fits    a test of the values, besides their names
+    shape   what another task reads it as; empty if no task reads it
     """
 
     name: str
@@ -63,6 +82,12 @@ class Unread(NamedTuple):
     tells: tuple[str, ...]
     remedy: Callable[[Values], str]
     fits: Callable[[Values], bool] = lambda values: True
+    shape: str = ""
+
+    @property
+    def told(self) -> str:
+        """The form for a reader, and who does not read it."""
+        return f"is {self.name}, which {'this task does not read' if self.shape else 'no task here reads'}"
 
     def named_in(self, names: Collection[str]) -> bool:
         """True if a row with these fields may have this form. One that needs no field has one that tells it."""
@@ -91,6 +116,26 @@ def _labelled(values: Values) -> dict[str, Any]:
     elif label == "":
         raise ValueError("has an empty label")
     return {**values, "label": label}
+
+
+def _two_labelled(first: str, second: str) -> Callable[[Values], dict[str, Any]]:
+    """A conversion of two texts under these names, and their label."""
+
+    def convert(values: Values) -> dict[str, Any]:
+        rest = {n: v for n, v in values.items() if n not in (first, second)}
+        return _labelled({**rest, "text": values[first], "text_pair": values[second]})
+
+    return convert
+
+
+def _tagged(words: str, tags: str) -> Callable[[Values], dict[str, Any]]:
+    """A conversion of words and their tags under these names."""
+
+    def convert(values: Values) -> dict[str, Any]:
+        rest = {n: v for n, v in values.items() if n not in (words, tags)}
+        return {**rest, "tokens": decoded(values[words], words), "tags": decoded(values[tags], tags)}
+
+    return convert
 
 
 def decoded(value: Any, kind: str) -> Any:
@@ -235,19 +280,22 @@ FORMS = (
         lambda v: "history" in v,
     ),
     Form("ms-swift", ("query", "response"), PAIR, _asked("query", "response"), ("system",)),
+    Form("two texts and label", ("text", "text_pair", "label"), TWO_LABELLED, _labelled),
     Form("text and label", ("text", "label"), LABELLED, _labelled),
+    *(
+        Form(f"{first}, {second} and label", (first, second, "label"), TWO_LABELLED, _two_labelled(first, second))
+        for first, second in TEXT_PAIRS
+    ),
     Form("text", ("text",), TEXT, _same),
+    *(
+        Form(TAGGED if (words, tags) == SHAPES[TAGGED] else f"{words} and {tags}", (words, tags), TAGGED, _tagged(words, tags))
+        for words in WORDS
+        for tags in TAGS
+    ),
 )  # fmt: skip
 
 _TRAIN = "luthier trains on answers alone"
-_TAGS = ("ner_tags", "pos_tags", "chunk_tags", "upos", "tags", "labels")
 _MEDIA = ("images", "image", "audio", "videos")
-
-
-TEXT_PAIRS: tuple[tuple[str, str], ...] = (
-    ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"), ("question", "sentence"),
-    ("text1", "text2"), ("text_a", "text_b"), ("query", "passage"), ("sentence_A", "sentence_B"),
-)  # fmt: skip
 
 
 def _chosen(values: Values) -> str:
@@ -269,8 +317,8 @@ def _says_whether(value: Any) -> bool:
     return isinstance(value, bool) or str(value).strip().lower() in ("true", "false")
 
 
-def _has_shape(values: Values) -> bool:
-    return any(all(n in values for n in fields) for fields in SHAPES.values())
+def _has(values: Values, shape: str) -> bool:
+    return all(n in values for n in SHAPES[shape])
 
 
 def _always(remedy: str) -> Callable[[Values], str]:
@@ -296,19 +344,22 @@ UNREAD = (
         _always(f"{_TRAIN}: join the right steps into one completion"),
     ),
     Unread(
-        "token tagging", ("tokens",), _TAGS,
-        _always("no task of luthier labels single tokens; write the tags as an answer, or a label for the whole text"),
-        lambda v: any(n in v for n in _TAGS) and not _has_shape(v),
+        "token tagging", ("tokens",), TAGS, _always("write task: token-classification"),
+        lambda v: any(n in v for n in TAGS) and not any(shape != TAGGED and _has(v, shape) for shape in SHAPES), TAGGED,
     ),
     Unread(
         "axolotl's segments", ("segments",), ("segments",),
         _always("write prompt and completion, or messages with weight 0 for turns that are not trained on"),
-        lambda v: not _has_shape(v),
+        lambda v: not any(_has(v, shape) for shape in SHAPES),
     ),
     Unread(
         "a pair of texts with a label", ("label",), (),
-        _always("join the two texts in a column named text, or name one of them with data.columns: {text: ...}"),
-        lambda v: "text" not in v and any(a in v and b in v for a, b in TEXT_PAIRS),
+        _always(
+            "write task: classification, without prompt and words; or join the two texts in a column named text, or name "
+            "one of them with data.columns: {text: ...}"
+        ),
+        lambda v: any(a in v and b in v for a, b in TEXT_PAIRS if "text" not in v) or ("text" in v and "text_pair" in v),
+        TWO_LABELLED,
     ),
     Unread(
         "a prompt without an answer", ("prompt",), (), _always("add a completion"),
@@ -327,7 +378,7 @@ ANSWERS = (
     "completion", "answer", "response", "output", "target", "targets", "solution", "summary", "highlights", "reply",
 )  # fmt: skip
 TEXTS = ("sentence", "content", "review", "comment", "tweet", "document", "body", "question", "text")
-CLASSES = ("label", "labels", "category", "class", "intent", "sentiment", "target", "label_text")
+CLASSES = ("label", "labels", "category", "class", "intent", "sentiment", "target", "label_text", "gold_label")
 
 
 class Found(NamedTuple):
@@ -384,7 +435,7 @@ class Finder:
             known = self._known[names] = self._of(values)
         for unread in known.unread:
             if unread.fits(values):
-                raise ValueError(f"is {unread.name}, which no task here reads; {unread.remedy(values)}")
+                raise ValueError(f"{unread.told}; {unread.remedy(values)}")
         for found in known.forms:
             if found.form.fits(values):
                 converted, out = found.form.convert(values), found.left_out
@@ -393,7 +444,7 @@ class Finder:
 
     def _of(self, names: Collection[str]) -> Known:
         own = {n for form in FORMS for n in form.fields}
-        unread = tuple(u for u in UNREAD if u.named_in(names))
+        unread = tuple(u for u in UNREAD if u.shape not in self.shapes and u.named_in(names))
         forms = [f for f in FORMS if f.shape in self.shapes and all(n in names for n in f.fields)]
         # A stable order: that of FORMS decides the rest.
         forms.sort(key=lambda f: -sum(n in self.mapped for n in f.fields))
@@ -429,8 +480,12 @@ def proposal(values: Values, shapes: Sequence[str]) -> str:
         answer = next((n for n in ANSWERS if n in texts and n != question), None)
         if question and answer:
             return f"data.columns: {{prompt: {names[question]}, completion: {names[answer]}}}"
+    label = next((n for n in CLASSES if n in names), None)
+    if TWO_LABELLED in shapes and label:
+        for first, second in (("text", "text_pair"), *((a.lower(), b.lower()) for a, b in TEXT_PAIRS)):
+            if first in texts and second in texts:
+                return f"data.columns: {{text: {names[first]}, text_pair: {names[second]}, label: {names[label]}}}"
     if LABELLED in shapes:
-        label = next((n for n in CLASSES if n in names), None)
         text = next((n for n in (*TEXTS, *QUESTIONS) if n in texts and n != label), None)
         if text and label:
             return f"data.columns: {{text: {names[text]}, label: {names[label]}}}"

@@ -329,7 +329,7 @@ class _Preparation:
             content = array("i", ids).tobytes()
             self.hashes.append(int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little"))
             self.digest.update(b"%d " % len(ids) + content + array("i", labels).tobytes())
-            self.digest.update(repr(item.get("row")).encode())
+            self.digest.update(repr((item.get("row"), item.get("targets"))).encode())
             for c in self.columns.all:
                 self.digest.update(repr(item[c.level][c.name]).encode())
 
@@ -362,6 +362,8 @@ def without(item: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
         "ids": item["ids"][:start] + item["ids"][stop:],
         "labels": item["labels"][:start] + item["labels"][stop:],
     }
+    if "targets" in item:
+        out["targets"] = item["targets"][:start] + item["targets"][stop:]
     if "token" in item:
         out["token"] = {k: [*v[:start], *v[stop:]] for k, v in item["token"].items()}
     if "span" in item:
@@ -373,6 +375,8 @@ def without(item: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
 def _why(row: Row, item: dict[str, Any]) -> str:
     if not str(row.values.get("text", "text")).strip():
         return "its text is empty"
+    if "tokens" in row.values:
+        return "none of its words has a token"
     if not str(row.values.get("completion", "answer")).strip() or not item["ids"]:
         return "its answer is empty"
     empty = next((i for i, text in enumerate(told_in(row.values), start=1) if not text.strip()), None)

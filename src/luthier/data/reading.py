@@ -263,11 +263,15 @@ def shape_in(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> str |
 
 
 def answers_of(values: Mapping[str, Any], shapes: Iterable[str] = SHAPES) -> list[str]:
-    """The texts that a row trains on: the turns of its assistant, its completion, or its text."""
+    """The texts that a row trains on: the turns of its assistant, its completion, or its text; words with tags are none."""
     shape = shape_in(values, shapes)
     if shape == "messages":
         return [turns.content_text(turn.get("content")) for turn in values["messages"] if turns.supervised(turn)]
-    return [] if shape is None else [values["completion" if shape == "prompt and completion" else "text"]]
+    return (
+        []
+        if shape in (None, "words and tags")
+        else [values["completion" if shape == "prompt and completion" else "text"]]
+    )
 
 
 def told_in(values: Mapping[str, Any]) -> list[str]:
@@ -278,12 +282,16 @@ def told_in(values: Mapping[str, Any]) -> list[str]:
 
 
 def words_of(values: Mapping[str, Any]) -> str:
-    """A row's words: all turns, or prompt and answer, or its text, joined by a space. `answers_of` gives the answers alone."""
+    """A row's words: all turns, or prompt and answer, or its texts, joined by a space. `answers_of` gives the answers alone."""
     shape = shape_in(values)
     if shape == "messages":
         return " ".join(turns.content_text(turn.get("content")) for turn in values["messages"])
     if shape == "prompt and completion":
         return f"{values['prompt']} {values['completion']}"
+    if shape == "words and tags":
+        return " ".join(values["tokens"])
+    if shape == "two texts and label":
+        return f"{values['text']} {values['text_pair']}"
     return str(values["text"] if shape is not None else values["prompt"])  # a row may be a question alone
 
 
@@ -318,8 +326,26 @@ def _check_types(row: Row, shape: str) -> None:
         elif field == "label":
             if not isinstance(value, (str, int)) or isinstance(value, bool):
                 raise RecipeError(row.key, f"label is {value!r}", "a label is text or a whole number")
+        elif field in ("tokens", "tags"):
+            _check_words(row, field, value)
         elif not isinstance(value, str):
             raise RecipeError(row.key, f"{field} is {type(value).__name__} {str(value)[:40]!r}", "it should be text")
+
+
+def _check_words(row: Row, field: str, value: Any) -> None:
+    """Raises RecipeError unless this is a list of words, or of as many tags as there are words."""
+    kinds: tuple[type, ...] = (str,) if field == "tokens" else (str, int)
+    if not isinstance(value, list) or not value:
+        raise RecipeError(row.key, f"{field} is {str(value)[:40]!r}", "it should be a list with an entry for each word")
+    if (
+        odd := next((i for i, x in enumerate(value) if not isinstance(x, kinds) or isinstance(x, bool)), None)
+    ) is not None:
+        what = f"{field} has {value[odd]!r} at place {odd + 1}"
+        raise RecipeError(row.key, what, "a word is text; a tag is text or a whole number")
+    if field == "tags" and len(value) != len(row.values["tokens"]):
+        raise RecipeError(
+            row.key, f"has {len(row.values['tokens'])} words and {len(value)} tags", "give each word one tag"
+        )
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -39,6 +39,8 @@ def placed(
     if not given:
         return []
     if segments is None:
+        if "text" not in values:
+            raise RecipeError(key, "has spans in characters, and words instead of a text", "leave out data.spans")
         answer, text, at = values["text"], values["text"], 0
         found = renderer.tokenizer(text, return_offsets_mapping=True)
         ids, offsets, before = found["input_ids"], found["offset_mapping"], 0

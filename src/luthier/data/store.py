@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from luthier.data.batch import TYPE_IDS
 from luthier.data.columns import Column, arrow_type, cells, columns_in
 from luthier.data.mixture import Mixture
 from luthier.support.cache import cache_folder, key_of, made
@@ -27,7 +28,10 @@ ROW_JSON = json.JSONEncoder(ensure_ascii=False, default=str)  # made once: json.
 ROW_SCHEMA = pa.schema({"number": pa.int64(), "values": pa.large_binary()})
 KEYED_SCHEMA = pa.schema({"key": pa.string(), "values": pa.large_binary()})
 TOKEN_SCHEMA = pa.schema(
-    {"key": pa.string(), "ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "front": pa.int32(), "row": pa.string()}
+    {
+        "key": pa.string(), "ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32()), "front": pa.int32(), "row": pa.string(),
+        TYPE_IDS: pa.list_(pa.int32()), "targets": pa.list_(pa.int32()),  # null in rows without
+    }
 )  # fmt: skip
 
 
@@ -262,6 +266,10 @@ class TokenRows(Sequence[dict[str, Any]]):
             out["row"] = row
         else:
             out["token"] = {"prompt": [1] * front + [0] * (len(ids) - front)}
+        if (types := c[TYPE_IDS][at].values) is not None:
+            out.setdefault("token", {})[TYPE_IDS] = types.to_pylist()
+        if (targets := c["targets"][at].values) is not None:
+            out["targets"] = targets.to_pylist()
         for column, held in self._more:
             out.setdefault(column.level, {})[column.name] = column.value(held[at])
         return out
@@ -399,6 +407,8 @@ def token_batch(items: Sequence[Mapping[str, Any]], columns: Sequence[Column] = 
         "labels": [x["labels"] for x in items],
         "front": [sum(x["token"]["prompt"]) if "prompt" in x.get("token", ()) else 0 for x in items],
         "row": [json.dumps({n: v for n, v in x.get("row", {}).items() if n not in carried}) for x in items],
+        TYPE_IDS: [x.get("token", {}).get(TYPE_IDS) for x in items],
+        "targets": [x.get("targets") for x in items],
     }
     arrays = [pa.array(held[f.name], f.type) for f in TOKEN_SCHEMA]
     return pa.record_batch([*arrays, *(cells(items, c) for c in columns)], schema=token_schema(columns))

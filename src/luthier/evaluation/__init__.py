@@ -17,5 +17,6 @@ EXPORTS = {
     "PassAtK": "pass_at_k",
     "Retrieval": "retrieval",
     "Rouge": "rouge",
+    "Tagging": "tagging",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

@@ -195,7 +195,8 @@ class Evaluator(Method):
     def score(self, model: PreTrainedModel, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         """Values by measure, of a transformers model over plain dictionaries; for use without a recipe.
 
-        rows  with prompt and completion, or messages, or text; for a classifier text and label, one of its own names
+        rows  with prompt and completion, or messages, or text; for a classifier text (perhaps text_pair) and label, one of its
+              own names; for a model that tags words, tokens and tags
         """
         around = lab_around(model, tokenizer)
         view, renderer = around.view(), around.renderer

@@ -78,7 +78,7 @@ class Workspace:
             raise RecipeError("collaborate", "is missing", "name a protocol: one-shot, seed-rounds or grad-transformer")
         if (path / "contract.json").exists():
             raise LuthierError(f"{path}: holds a contract already; work in a new folder")
-        _refuse_unread(recipe)
+        refuse_unread(recipe)
         models = {r: _absolute(base, m) for r, m in zip(protocol.roles, _models(recipe), strict=True)}
         d = recipe.data
         rendering = Rendering(system=d.system, template=d.template, max_length=d.max_length)
@@ -226,7 +226,7 @@ def _models(recipe: Recipe) -> list[str]:
     return [f"{recipe.model}@{recipe.revision}" if pinned else recipe.model, *others]
 
 
-def _refuse_unread(recipe: Recipe) -> None:
+def refuse_unread(recipe: Recipe) -> None:
     """Raises RecipeError for a key that was set but that no party would use."""
     more = (set_in(recipe) - TAKEN - TrainSettings.model_fields.keys()) | (set_in(recipe) & OF_A_RUN)
     more |= {f"data.{key}" for key in set_in(recipe.data) - TAKEN_OF_DATA}

@@ -73,7 +73,7 @@ class Traits(NamedTuple):
     linear   its updates can be added and scaled in weight space
     """
 
-    tasks: frozenset[str] = frozenset({"causal-lm", "classification", "masked-lm"})
+    tasks: frozenset[str] = frozenset({"causal-lm", "classification", "masked-lm", "token-classification"})
     layouts: frozenset[str] = frozenset(Layout)
     claims: frozenset[str] = frozenset()
     needs: frozenset[str] = frozenset()

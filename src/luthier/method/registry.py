@@ -27,9 +27,13 @@ FILE = Path(__file__).with_name("methods.json")
 
 
 def read() -> list[dict[str, Any]]:
-    """The stored list."""
-    entries: list[dict[str, Any]] = json.loads(FILE.read_text(encoding="utf-8"))
-    return entries
+    """The stored list. Its entries are shared: do not change them."""
+    return list(_stored(FILE))
+
+
+@cache
+def _stored(file: Path) -> tuple[dict[str, Any], ...]:
+    return tuple(json.loads(file.read_text(encoding="utf-8")))
 
 
 def classes(kind: str) -> dict[str, type]:

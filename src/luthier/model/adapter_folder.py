@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from luthier.model.tail import brief
+from luthier.model.tail import FAILURES, brief
 from luthier.support.errors import RecipeError
 
 CONFIG, WEIGHTS = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
@@ -38,14 +38,8 @@ REFUSED = {
 NOT_PLAIN = (
     "use_dora", "kasa_config", "use_bdlora", "monteclora_config", "lora_bias", "trainable_token_indices", "target_parameters",
 )  # fmt: skip
-PLAIN_STARTS = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # others rewrite the base when the adapter is put on it
+# Starts that leave the base as it is; others rewrite it when the adapter is put on it.
+PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 REFUSED_STARTS = {  # by the first part of their name
     "corda": "peft needs the rows that it was started with", "loftq": "its base is a packed one that peft makes again",
     "pissa_niter": "peft draws its start at random, and so opens it differently each time",
@@ -140,11 +134,11 @@ def merged(model: PreTrainedModel, folder: Path, key: str = "model") -> PreTrain
     """
     dtype, tied = model.dtype, is_tied(model)
     found = _put_on(model, folder, key)
-    beside = _logits(found)
     try:
+        beside = _logits(found)
         whole: Any = found.merge_and_unload()
-    except (NotImplementedError, ValueError, RuntimeError, AttributeError) as error:
-        what = f"{folder}: peft cannot merge this adapter ({brief(error)})"
+    except FAILURES as error:
+        what = f"{folder}: peft cannot compute with this adapter, or not merge it ({brief(error)})"
         raise RecipeError(key, what, "take another adapter, or its base model") from error
     if not all(bool(torch.isfinite(p).all()) for p in whole.parameters()):
         raise RecipeError(key, f"{folder}: with this adapter, a weight is not finite", "download the adapter again")
@@ -185,7 +179,7 @@ def _put_on(model: PreTrainedModel, folder: Path, key: str) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
-    """Of a short text that ends as classifiers with a decoder want it."""
+    """The logits of a short text, which ends as classifiers with a decoder want it."""
     config = model.config.get_text_config()
     end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
     ids = [n % config.vocab_size for n in (5, 7, 11, 13, 17, 19, 23)] + [min(end or 3, config.vocab_size - 1)]

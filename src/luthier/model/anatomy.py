@@ -65,6 +65,8 @@ class Anatomy:
         self.embedding = _name_of(model, _embedding(model))
         head = model.get_output_embeddings()
         self.head = None if head is None else _name_of(model, head)
+        # Whether its task head classifies each token, not the whole text.
+        self.tags_tokens = type(model).__name__.endswith("ForTokenClassification")
         self.tied = head is not None and head.weight is _embedding(model).weight
         self.final_norm = _final_norm(model, self.block_list)
         config = _text_config(model)

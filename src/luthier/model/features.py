@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.data.batch import Batch, pad, unpad
+from luthier.data.batch import TYPE_IDS, Batch, pad, unpad
 from luthier.model.additions import around
 from luthier.model.undo import Change, together
 from luthier.model.view import Inputs, ModelView
@@ -18,7 +18,7 @@ from luthier.model.view import Inputs, ModelView
 class FeatureCache:
     """Replaces the lowest `count` blocks of a view by their outputs, for inputs that it has seen before.
 
-    Exact if those blocks are frozen and have no dropout. A sequence is identified by its tokens and positions; inputs that are
+    Exact if those blocks are frozen and have no dropout. A sequence is identified by what `keys_of` says; inputs that are
     embeddings are never cached. It holds one [L, D] state for each sequence, in the model's dtype, on its device.
     """
 
@@ -70,6 +70,7 @@ class FeatureCache:
 
 
 def keys_of(batch: Batch) -> list[bytes]:
-    """Tokens and positions of each sequence, as bytes."""
-    both = torch.stack([batch.ids, batch.pos], 1).cpu()
-    return [part.numpy().tobytes() for part in both.split(list(batch.lengths))]
+    """Tokens and positions of each sequence, and which of two texts they belong to, as bytes."""
+    types = batch.token.get(TYPE_IDS, torch.zeros_like(batch.ids))
+    read = torch.stack([batch.ids, batch.pos, types], 1).cpu()
+    return [part.numpy().tobytes() for part in read.split(list(batch.lengths))]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -26,12 +28,26 @@ from transformers.utils.hub import cached_file
 from luthier.model.adapter_folder import CONFIG, config_in, fetched, is_adapter, merged, place_of_base
 from luthier.model.anatomy import NEW_POOLER, Anatomy
 from luthier.model.gguf_files import converted
-from luthier.model.quantised import as_plain, cast, four_bit, is_packed_file, ready_to_train, refuse_method, unpacking
+from luthier.model.packed_files import PACKED_BY
+from luthier.model.quantised import (
+    as_plain,
+    becomes_plain,
+    cast,
+    four_bit,
+    is_packed_file,
+    make_plain,
+    method_of,
+    read_packed,
+    ready_to_train,
+    refuse_method,
+    unpacking,
+)
 from luthier.model.refusals import refuse_architecture
 from luthier.model.tail import brief
 from luthier.model.view import ModelView
 from luthier.model.weights import (
     dtypes_in,
+    header_of,
     refuse_damaged,
     refuse_incomplete,
     training_dtype,
@@ -201,7 +217,7 @@ def load_model(
     refuse_method(config, located.shown, quantize, located.path)
     refuse_merging(located, config, quantize)
     extra: dict[str, Any] = {**(named_classes(labels) if labels else {}), **unpacking(config)}
-    redrawn = has_class_head(config) and _are_others(labels, class_names(config))
+    own, redrawn = has_class_head(config, auto), heads_change(config, auto, labels)
     device, base = device or ("cuda" if torch.cuda.is_available() else "cpu"), None
     packed = quantize is not None or is_packed_file(config)
     if quantize is not None:
@@ -213,21 +229,22 @@ def load_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         wanted = dtype or _dtype_of(located, config)
-        model, report = _read(located, auto, wanted, extra)
+        model, report = _read(located, auto, config, wanted, extra)
         if is_packed_file(config) and isinstance(wanted, torch.dtype):
             cast(model, wanted)
         if redrawn:
             _redraw_head(model)
-    if unpacking(config):
-        as_plain(model)
     without_cache(model)
     _give_pad_token(model, tokenizer)
     if not packed:
         model.to(device)  # type: ignore[arg-type]
     ready_to_train(model)
     try:
+        if becomes_plain(config, located.path):
+            make_plain(model)
+            as_plain(model)
         drawn: Collection[str] = Anatomy(model).task_head if redrawn else ()
-        if not has_class_head(config):
+        if not own:
             _note_new_pooler(model, report["missing_keys"], located.shown)
             drawn = Anatomy(model).task_head
         refuse_incomplete(model, report, drawn, located.shown)
@@ -253,7 +270,9 @@ def refuse_merging(located: Located, config: Any, quantize: str | None) -> None:
         )  # fmt: skip
 
 
-def _read(located: Located, auto: Any, dtype: torch.dtype | str, extra: dict[str, Any]) -> tuple[PreTrainedModel, Any]:
+def _read(
+    located: Located, auto: Any, config: PreTrainedConfig, dtype: torch.dtype | str, extra: dict[str, Any]
+) -> tuple[PreTrainedModel, Any]:
     """(model, what transformers says of loading it)."""
     folder = Path(located.path)
     how = {
@@ -262,6 +281,8 @@ def _read(located: Located, auto: Any, dtype: torch.dtype | str, extra: dict[str
     }  # fmt: skip
     safe = refuse_damaged(folder).safe if folder.is_dir() else True
     try:
+        if method_of(config, located.path) in PACKED_BY:
+            return _read_packed(located, auto, config, dtype, extra)
         try:
             found: tuple[PreTrainedModel, Any] = auto.from_pretrained(located.path, use_safetensors=safe, **how)
         except OSError as error:
@@ -275,10 +296,37 @@ def _read(located: Located, auto: Any, dtype: torch.dtype | str, extra: dict[str
         what = f"{located.shown}: holds a pickle that is damaged, or that would run code when it is read"
         raise RecipeError("model", what, "take a checkpoint in safetensors") from error
     except (OSError, ValueError, RuntimeError, SafetensorError, KeyError, EOFError) as error:
-        stored = try_to_load_from_cache(located.path, "config.json", revision=located.revision)
-        if isinstance(stored, str) and not folder.is_dir():  # from the Hub: name the file, if one is damaged
-            refuse_damaged(Path(stored).parent)
+        if not folder.is_dir():  # from the Hub: name the file, if one is damaged
+            stored = try_to_load_from_cache(located.path, "config.json", revision=located.revision)
+            if isinstance(stored, str):
+                refuse_damaged(Path(stored).parent)
         raise _unreachable(located, error) from error
+
+
+def _read_packed(
+    located: Located, auto: Any, config: PreTrainedConfig, dtype: torch.dtype | str, extra: Mapping[str, Any]
+) -> tuple[PreTrainedModel, Any]:
+    """The same for a checkpoint of GPTQ or AWQ, whose weights are unpacked before transformers gets them."""
+    folder = Path(located.path)
+    if not folder.is_dir():
+        folder = Path(
+            snapshot_download(located.path, revision=located.revision, allow_patterns=["*.json", "*.safetensors"])
+        )
+    files = refuse_damaged(folder)
+    if not files.safe:
+        raise RecipeError(
+            "model", f"{located.shown}: holds packed weights in pickles", "take a checkpoint in safetensors"
+        )
+    if type(config) not in auto._model_mapping:
+        raise RecipeError(
+            "model", f"{located.shown}: is packed, and of a kind that transformers does not know", "take another"
+        )
+    wanted, model_class = copy.deepcopy(config), auto._model_mapping[type(config)]
+    wanted.update(dict(extra))
+    model, report = read_packed(model_class, folder, files.files, wanted, dtype)
+    with suppress(OSError):  # a checkpoint may have no generation settings
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, report
 
 
 def _dtype_of(located: Located, config: PreTrainedConfig) -> torch.dtype | str:
@@ -320,6 +368,23 @@ def _redraw_head(model: PreTrainedModel) -> None:
             model._init_weights(module)
 
 
+NEW_POOLER_TOLD = (
+    "its files have no pooler, so one is drawn at random, from the recipe's seed, and trained with the head"
+)
+
+
+def lacks_pooler(located: Located, config: PreTrainedConfig, auto: Any, anatomy: Anatomy) -> bool:
+    """Whether a classifier's pooler will be drawn at random, by the headers of its files. False if they are not here.
+
+    auto  the Auto class of transformers that opens it
+    """
+    folder = Path(located.path)
+    if has_class_head(config, auto) or anatomy.head is not None or not anatomy.pooler or not folder.is_dir():
+        return False
+    found = weight_files(folder)
+    return found.safe and not any(".pooler." in f".{name}" for file in found.files for name in header_of(file))
+
+
 def _note_new_pooler(model: PreTrainedModel, missing: Collection[str], shown: str) -> None:
     """Count a classifier's pooler as a part of its new head if the files have none, as those of masked-LM models.
 
@@ -328,7 +393,7 @@ def _note_new_pooler(model: PreTrainedModel, missing: Collection[str], shown: st
     anatomy = Anatomy(model)
     if anatomy.head is None and anatomy.pooler and missing and set(anatomy.pooler) <= set(missing):
         model.__dict__[NEW_POOLER] = tuple(anatomy.pooler)
-        log.warning("%s: has no pooler in its files, so one is drawn at random and trained with the head", shown)
+        log.warning("%s: %s", shown, NEW_POOLER_TOLD)
 
 
 def reads_both_ways(config: PreTrainedConfig) -> bool:
@@ -336,9 +401,25 @@ def reads_both_ways(config: PreTrainedConfig) -> bool:
     return type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
 
 
-def has_class_head(config: PreTrainedConfig) -> bool:
-    """Whether the model's files hold a classification head."""
-    return any(n.endswith("ForSequenceClassification") for n in config.architectures or ())
+CLASS_HEADS = ("ForSequenceClassification", "ForTokenClassification")  # how transformers calls models with them
+
+
+def has_class_head(config: PreTrainedConfig, auto: Any) -> bool:
+    """Whether the model's files hold a classification head of the kind that this Auto class of transformers opens."""
+    kind = auto.__name__.removeprefix("AutoModel")
+    return kind in CLASS_HEADS and any(n.endswith(kind) for n in config.architectures or ())
+
+
+def heads_change(config: PreTrainedConfig, auto: Any, labels: Sequence[str]) -> bool:
+    """Whether the head in the model's files is not one of these classes, so that it must be drawn anew.
+
+    A head of another kind (for texts, where tokens are classified) counts: its weights may have the same names.
+    """
+    if auto.__name__.removeprefix("AutoModel") not in CLASS_HEADS:
+        return False
+    if not has_class_head(config, auto):
+        return bool(labels) and any(n.endswith(CLASS_HEADS) for n in config.architectures or ())
+    return _are_others(labels, class_names(config))
 
 
 def class_names(config: PreTrainedConfig) -> list[str]:

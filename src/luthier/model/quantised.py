@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import BitsAndBytesConfig, FineGrainedFP8Config, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import (
+    BitsAndBytesConfig,
+    CompressedTensorsConfig,
+    FineGrainedFP8Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import Mxfp4Config
 
-from luthier.support.errors import RecipeError
+from luthier.model.packed_files import PACKED_BY, plain_tensors, problem
+from luthier.model.tail import brief
+from luthier.support.errors import LuthierError, RecipeError
 
-# Turned into plain weights while they are loaded, so every tuner works.
-UNPACKED: Mapping[str, Any] = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}
+# Turned into plain weights while transformers loads them, so every tuner works.
+UNPACKED: Mapping[str, Any] = {
+    "fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config, "compressed-tensors": CompressedTensorsConfig,
+}  # fmt: skip
+AFTER_LOADING = ("torchao",)  # turned into plain weights afterwards
 PACKED = ("bitsandbytes",)  # kept as they are; tuners that leave the weights alone train beside them
+PACKAGES = {  # method -> (package that unpacks it, how to get it)
+    "bitsandbytes": ("bitsandbytes", "pip install 'luthier[quant]'"), "torchao": ("torchao", "pip install torchao"),
+    "compressed-tensors": ("compressed_tensors", "pip install compressed-tensors"),
+}  # fmt: skip
+# Of the methods that transformers knows: those that it opens for inference only, and those that it does not open any more.
+INFERENCE_ONLY = (
+    "auto-round", "fbgemm_fp8", "higgs", "metal", "nvfp4", "quark", "spqr", "vptq",
+)  # fmt: skip
+NOT_OPENED = ("hqq",)
 NAMES = {
     "gptq": "GPTQ", "awq": "AWQ", "hqq": "HQQ", "aqlm": "AQLM", "exl2": "EXL2", "exl3": "EXL3", "eetq": "EETQ", "vptq": "VPTQ",
     "spqr": "SpQR", "quip": "QuIP#", "bitnet": "BitNet", "mlx": "MLX", "modelopt": "ModelOpt", "fbgemm_fp8": "FBGEMM FP8",
-    "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "mxfp8": "MXFP8", "nvfp4": "NVFP4",
+    "auto-round": "AutoRound", "intel/auto-round": "AutoRound", "mxfp8": "MXFP8", "nvfp4": "NVFP4", "quark": "Quark",
 }  # fmt: skip
 # Files beside config.json in which older tools name the method.
 BESIDE = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
@@ -30,16 +54,27 @@ def method_of(config: PreTrainedConfig, folder: str = "") -> str | None:
 
     folder  where it lies, if it is a folder
     """
+    found = settings_of(config, folder)
+    if found.get("load_in_4bit") or found.get("load_in_8bit"):
+        return "bitsandbytes"
+    return str(found.get("quant_method") or "a method that config.json does not name") if found else None
+
+
+def settings_of(config: PreTrainedConfig, folder: str = "") -> dict[str, Any]:
+    """What a checkpoint says of its quantisation; empty for plain weights."""
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config"):
-            found = _as_dict(getattr(part, key, None))
-            if found.get("load_in_4bit") or found.get("load_in_8bit"):
-                return "bitsandbytes"
-            if found:
-                return str(found.get("quant_method") or "a method that config.json does not name")
+            if found := _as_dict(getattr(part, key, None)):
+                return found
         if isinstance(getattr(part, "quantization", None), Mapping) and "bits" in part.quantization:
-            return "mlx"
-    return next((m for name, m in BESIDE.items() if folder and (Path(folder) / name).is_file()), None)
+            return {**part.quantization, "quant_method": "mlx"}
+    for name, method in BESIDE.items():
+        if folder and (file := Path(folder) / name).is_file():
+            try:
+                return {"quant_method": method, **json.loads(file.read_text(encoding="utf-8"))}
+            except (ValueError, OSError, TypeError) as error:
+                raise RecipeError("model", f"{file}: cannot be read ({error})", "correct it, or remove it") from error
+    return {}
 
 
 def _as_dict(found: Any) -> dict[str, Any]:
@@ -53,6 +88,11 @@ def is_packed_file(config: PreTrainedConfig) -> bool:
     return method_of(config) in PACKED
 
 
+def becomes_plain(config: PreTrainedConfig, folder: str = "") -> bool:
+    """True for a checkpoint that is quantised, and whose weights are plain once it is loaded."""
+    return method_of(config, folder) in (*UNPACKED, *AFTER_LOADING, *PACKED_BY)
+
+
 def refuse_method(config: PreTrainedConfig, shown: str, quantize: str | None = None, folder: str = "") -> None:
     """Raises RecipeError for a checkpoint whose method luthier cannot train on this machine, from its configuration alone.
 
@@ -61,22 +101,71 @@ def refuse_method(config: PreTrainedConfig, shown: str, quantize: str | None = N
     method = method_of(config, folder)
     if method is None:
         return
-    name = NAMES.get(method, method)
-    if method in PACKED and importlib.util.find_spec("bitsandbytes") is None:
-        raise RecipeError("model", f"{shown}: is quantised by bitsandbytes", "pip install 'luthier[quant]'")
+    name, (package, remedy) = NAMES.get(method, method), PACKAGES.get(method, ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        what = f"{shown}: is quantised by {name}, and the package {package} is not installed"
+        raise RecipeError("model", what, remedy)
     if method in PACKED and quantize is not None:
         raise RecipeError("quantize", f"{shown} is quantised already, by {name}", "remove quantize")
-    if method not in PACKED and method not in UNPACKED:
+    why = problem(method, settings_of(config, folder)) if method in PACKED_BY else _untrained(method, name)
+    if why is not None:
         raise RecipeError(
-            "model", f"{shown}: is quantised by {name}, which luthier does not train",
+            "model", f"{shown}: is quantised {why}",
             "take the model that it was made from, with quantize: nf4 if memory is short",
         )  # fmt: skip
 
 
+def _untrained(method: str, name: str) -> str | None:
+    """By what a checkpoint is quantised, and why luthier does not train it; None if it does."""
+    if method in (*UNPACKED, *AFTER_LOADING, *PACKED):
+        return None
+    if method in INFERENCE_ONLY:
+        return f"by {name}, which transformers opens for inference only"
+    if method in NOT_OPENED or method not in AUTO_QUANTIZER_MAPPING:
+        return f"by {name}, which this version of transformers cannot open"
+    return f"by {name}, and luthier cannot train beside its layers"
+
+
 def unpacking(config: PreTrainedConfig) -> dict[str, Any]:
-    """Keywords of `from_pretrained` that turn FP8 and MXFP4 into plain weights; empty for other checkpoints."""
+    """Keywords of `from_pretrained` that turn packed weights into plain ones; empty for other checkpoints."""
     method = method_of(config)
     return {} if method not in UNPACKED else {"quantization_config": UNPACKED[str(method)](dequantize=True)}
+
+
+def read_packed(
+    model_class: Any, folder: Path, files: tuple[Path, ...], config: PreTrainedConfig, dtype: Any
+) -> tuple[Any, Any]:
+    """(model of plain weights, what transformers says of loading it), from a checkpoint that GPTQ or AWQ packed.
+
+    Raises ValueError where its tensors do not fit each other.
+    """
+    said = settings_of(config, str(folder))
+    tensors = plain_tensors(files, str(method_of(config, str(folder))), said)
+    plain = copy.deepcopy(config)
+    for part in (plain, plain.get_text_config()):
+        part.__dict__.pop("quantization_config", None)
+    how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype}
+    model, report = model_class.from_pretrained(None, config=plain, state_dict=tensors, **how)
+    model.config._name_or_path = str(folder)
+    return model, report
+
+
+@torch.no_grad()
+def make_plain(model: PreTrainedModel) -> None:
+    """Put plain weights in the place of those that are subclasses of tensors, as torchao's are.
+
+    Raises LuthierError for one that cannot be turned into plain numbers here.
+    """
+    for name, p in list(model.named_parameters()):
+        if type(p) is nn.Parameter or type(p.data) is Tensor:
+            continue
+        holder, _, leaf = name.rpartition(".")
+        try:
+            whole = p.dequantize().to(p.dtype)
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            what = f"{name} is a {type(p.data).__name__}, which cannot be turned into plain numbers here"
+            raise LuthierError(f"{what} ({brief(error)})") from error
+        setattr(model.get_submodule(holder), leaf, nn.Parameter(whole.contiguous()))
 
 
 def four_bit(compute: torch.dtype) -> dict[str, Any]:

@@ -20,14 +20,18 @@ _FIXED = "it trains only on texts of one fixed length"
 # By the class that transformers opens.
 REFUSED: Mapping[str, str] = {
     "BltForCausalLM": "it reads bytes in pieces that a second model cuts",
+    "BrosForTokenClassification": "it reads the places of words on pages, not text alone",
     "CanineForSequenceClassification": "it has no table of token embeddings",
+    "CanineForTokenClassification": "it has no table of token embeddings",
     "CpmAntForCausalLM": "it sees the tokens that it should predict",
     "Emu3ForCausalLM": _NO_FOLDER,
     "FunnelForSequenceClassification": "it joins neighbouring tokens, so its trunk gives fewer states than there are tokens",
     "Gemma4AssistantForCausalLM": _DRAFTS,
     "Gemma4UnifiedAssistantForCausalLM": _DRAFTS,
     "IBertForSequenceClassification": "it computes with rounded integers, which have no gradient",
+    "IBertForTokenClassification": "it computes with rounded integers, which have no gradient",
     "LayoutLMv2ForSequenceClassification": "it reads pictures of pages, not text alone",
+    "LayoutLMv2ForTokenClassification": "it reads pictures of pages, not text alone",
     "MllamaForCausalLM": _NO_FOLDER,
     "MusicgenForCausalLM": _SOUNDS,
     "MusicgenMelodyForCausalLM": _SOUNDS,
@@ -40,8 +44,10 @@ REFUSED: Mapping[str, str] = {
 # Their code keeps keys between calls of a block, so a block cannot be computed again in the backward pass.
 NOT_AGAIN = (
     "FlaubertForSequenceClassification",
+    "FlaubertForTokenClassification",
     "FlaubertWithLMHeadModel",
     "XLMForSequenceClassification",
+    "XLMForTokenClassification",
     "XLMWithLMHeadModel",
 )
 
@@ -62,12 +68,15 @@ _FILES = (
     "| bitsandbytes, 4 or 8 bits | stays packed, beside it bfloat16 for float16; lora, peft, adapter and dept train on top, and "
     "`export` merges into the numbers that the bits stand for |",
     "| FP8, MXFP4 | become plain weights in the dtype of config.json; every tuner works |",
-    "| GPTQ, AWQ, HQQ, compressed-tensors, MLX and all others | refused by name; take the model they were made from |",
+    "| GPTQ (2, 4, 8 bits), AWQ (gemm) | unpacked by luthier into plain weights, in safetensors; every tuner works |",
+    "| compressed-tensors, torchao | become plain weights, with the package of that name; what such a checkpoint rounds in "
+    "activations is not rounded |",
+    "| HQQ, EXL2, MLX, AutoRound and all others | refused by name, with the reason; take the model they were made from |",
     "| .gguf | dequantised once, with its rotary scaling; an unknown way of cutting text is said |",
     "| an adapter of peft's as `model`, a folder or an id on the Hub | merged into its base, which is found by its "
     "base_model_name_or_path |",
-    "| a plain LoRA as `start` (rsLoRA, ranks by layer, a trained head too) | stays beside the weights; the result is one adapter "
-    "that holds both |",
+    "| a plain LoRA as `start` (rsLoRA, ranks by layer, a trained head too) | stays beside the weights; the result is one "
+    "adapter that holds both |",
     "| other adapters as `start` (DoRA, PiSSA, biases, whole embeddings, IA3, LoHa, LoKr, VeRA, OFT) | become the difference of "
     "weights that peft makes of them; the result is in luthier's own files; not on packed weights |",
     "| adapters with other logits in the weights than beside them (of one of two tied tables) | refused when they are merged |",
@@ -86,7 +95,8 @@ def page() -> str:
         "# Models",
         "",
         "luthier opens every model that transformers opens for [causal-lm](methods/causal-lm.md),",
-        "[masked-lm](methods/masked-lm.md) or [classification](methods/task-classification.md), except those below. When a",
+        "[masked-lm](methods/masked-lm.md), [classification](methods/task-classification.md) or",
+        "[token-classification](methods/token-classification.md), except those below. When a",
         "model is loaded, its hidden states and logits are compared with the model's own call on two short texts; a model that",
         "differs is refused in a sentence. `make soak` tries a tiny model of every architecture: loss, logits, steps of three",
         "tuners, merging, opening again with transformers and peft, answers in a batch, gradient checkpointing.",

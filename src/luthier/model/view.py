@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from luthier.data.batch import IGNORE, Batch, collate, pad, unpad
+from luthier.data.batch import IGNORE, TYPE_IDS, Batch, collate, pad, unpad
 from luthier.kernels.plain import is_plain
 from luthier.model import attention as _registered  # noqa: F401 - registers the flat attention function
 from luthier.model.adapters import Forward, around
@@ -23,7 +23,7 @@ from luthier.model.fingerprint import Fingerprint, fingerprint
 from luthier.model.meter import Meter
 from luthier.model.peft_modules import listening_layer, parameter_of
 from luthier.model.refusals import NOT_AGAIN
-from luthier.model.tail import FAILURES, Tail, brief, class_logits, doors
+from luthier.model.tail import FAILURES, Result, Tail, brief, class_logits, doors, own_logits
 from luthier.model.undo import Change, Without, leaving_out
 from luthier.support.errors import LuthierError
 
@@ -292,9 +292,12 @@ class ModelView:
             parts = zip(batch.lengths, *(x.split(list(batch.lengths)) for x in (batch.ids, batch.pos)), strict=True)
             embeds = [None] * batch.num_sequences if inputs.embeds is None else inputs.embeds.split(list(batch.lengths))
             found = []
-            for (n, ids, pos), part in zip(parts, embeds, strict=True):
+            types: list[dict[str, Tensor]] = [{} for _ in batch.lengths]
+            if TYPE_IDS in batch.token:
+                types = [{TYPE_IDS: x} for x in batch.token[TYPE_IDS].split(list(batch.lengths))]
+            for (n, ids, pos), part, token in zip(parts, embeds, types, strict=True):
                 given: dict[str, Any] = {} if batch.contiguous else {"position_ids": (pos + self.first_position)[None]}
-                one = Batch(ids, torch.full_like(ids, IGNORE), torch.zeros_like(ids), pos, (n,))
+                one = Batch(ids, torch.full_like(ids, IGNORE), torch.zeros_like(ids), pos, (n,), token)
                 found.append(self._run(Inputs(one, part, None), given)[0])
             return pad(torch.cat(found), batch)
 
@@ -309,6 +312,8 @@ class ModelView:
             kwargs |= more_inputs(self.module, self.trunk, tokens["input_ids"])
         elif self.anatomy.reads_twice:
             raise LuthierError(f"{type(self.module).__name__}: an encoder-decoder takes no vectors in place of tokens")
+        if TYPE_IDS in batch.token and takes(self.trunk, TYPE_IDS):
+            kwargs[TYPE_IDS] = self._shape(batch.token[TYPE_IDS], batch)
         kwargs["use_cache"] = False
         final: Tensor = self.trunk(**tokens, **accepted(self.trunk, kwargs, {"use_cache"})).last_hidden_state
         return final
@@ -399,6 +404,11 @@ class ModelView:
         names: dict[Any, str] = self.module.config.id2label or {}
         return [names[i] for i in range(len(names))]
 
+    def token_logits(self, hidden: Tensor) -> Tensor:
+        """[N, D] -> [N, C] float32 through the model's own head, which classifies each token by its own state."""
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return own_logits(self.module, self.trunk, Result((hidden.unsqueeze(0),)), ids)[0].float()
+
     def class_logits(self, hidden: Tensor, batch: Batch) -> Tensor:
         """[T, D] -> [S, C] through the model's own classification head, one sequence at a time."""
         lengths, ids = list(batch.lengths), batch.ids
@@ -453,6 +463,11 @@ def first_position(module: nn.Module) -> int:
         if name.rpartition(".")[2] in ("position_embeddings", "embed_positions") and isinstance(table, nn.Embedding):
             return 0 if table.padding_idx is None or type(table) is not nn.Embedding else table.padding_idx + 1
     return 0
+
+
+def takes(trunk: nn.Module, name: str) -> bool:
+    """Whether the trunk's own code names this argument; one that swallows all arguments does not."""
+    return name in inspect.signature(trunk.forward).parameters
 
 
 def accepted(trunk: nn.Module, given: Mapping[str, Any], optional: Collection[str]) -> dict[str, Any]:
@@ -514,7 +529,7 @@ class Own(NamedTuple):
     """What a model's own call gives for one sequence alone."""
 
     hidden: Tensor  # [L, D], from the trunk
-    logits: Tensor | None  # [L, V] or [C]
+    logits: Tensor | None  # [L, V], [L, C] or [C]
 
 
 def probe_layout(view: ModelView, tolerance: float = 2e-5) -> tuple[str, float]:
@@ -600,8 +615,12 @@ def _check_tail(view: ModelView, alone: Sequence[Own], both: Batch) -> None:
         raise LuthierError(f"{type(view.module).__name__}: its trunk gives fewer states than there are tokens")
     if view.anatomy.head is None and not view.anatomy.task_head:
         return
+    # Together, so that a head which looks at other tokens too is found out.
+    tagged = view.token_logits(torch.cat([own.hidden for own in alone])) if view.anatomy.tags_tokens else None
     for i, own in enumerate(alone):
-        if view.anatomy.head is None:
+        if tagged is not None:
+            ours = tagged.split(list(both.lengths))[i]
+        elif view.anatomy.head is None:
             ours = view.class_logits(own.hidden, both.select(torch.tensor([i])))[0]
         else:
             ours = view.head_logits(own.hidden)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from luthier.data.batch import IGNORE, Batch
 from luthier.method import Facts, Problem, Source, Traits
+from luthier.method.base import Claim
 from luthier.model.additions import bare_copy, refuse_packed
 from luthier.model.view import ModelView
 from luthier.objectives.base import Clock, Forward, Objective, Term, Window, count, weighed
@@ -132,6 +133,10 @@ class Caft(Objective):
             what = "tune, with heads that no stage before has trained"
             remedy = "train them in a stage before (pipeline: stages, with carry), or set allow_untrained_heads: true"
             problems.append(Problem("stage", what, remedy))
+        for other in facts.others:
+            if Claim.INPUTS_EMBEDS in other.traits.claims:
+                what = f"its heads read the text's own positions, and {other.key()} puts vectors before the text"
+                problems.append(Problem("", what, "choose another tuner"))
         return problems
 
     def extend(self, view: ModelView, carried: Mapping[str, Tensor] | None = None) -> nn.Module | None:

@@ -58,9 +58,9 @@ class DataSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     train: Sources
-    """A file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; text files may be packed as .gz or .zst), a folder, a glob, a Hub id
-    (org/name:configuration), or builtin:requests; or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}]. Paths are
-    relative to the recipe's folder."""
+    """A file (.jsonl, .json, .csv, .tsv, .conll, .parquet, .arrow; text files may be packed as .gz or .zst), a folder, a glob, a
+    Hub id (org/name:configuration), or builtin:requests; or a list of sources: [{path: a.jsonl, weight: 2}, {path: b.jsonl}].
+    Paths are relative to the recipe's folder."""
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     """How several sources are mixed: the share of a source is proportional to (weight * rows)^(1 / temperature)."""
     keep: tuple[str, ...] = ()

@@ -113,8 +113,10 @@ class Recipe(RunSettings):
         self._check_measures()
         if self.pipeline is not None:
             stages = {"tuner", "objective", "compute", *TrainSettings.model_fields} - {"seed", "tokens_per_forward"}
+            inside = {key for stage in getattr(self.pipeline, "stages", ()) for key in type(stage).model_fields}
             for key in sorted(set_in(self) & stages):
-                raise RecipeError(key, f"is not read beside pipeline {self.pipeline.key()}", "set it in the stages")
+                remedy = "set it in the stages" if key in inside else "remove it"
+                raise RecipeError(key, f"is not read beside pipeline {self.pipeline.key()}", remedy)
         for key, what, remedy in self.unread():
             raise RecipeError(key, what, remedy)
         self._check_fields()

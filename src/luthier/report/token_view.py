@@ -18,19 +18,22 @@ from luthier.step.lab import Lab
 from luthier.step.order import micro_batches
 from luthier.step.probe import Probe
 from luthier.support.files import write_text
+from luthier.tasks.base import Task
 
 SHOWN = 3  # rows
 WINDOW = 16  # rows that a trial step chooses from, at most
 Tokens = list[list[dict[str, Any]]]  # for each row: text, on (supervised), and, if known, before, after, weight, kept
 
 
-def tokens_of(renderer: Renderer, rows: Sequence[Any]) -> Tokens:
-    """The texts of the tokens, and whether each is supervised. A hidden token is shown as the token to predict."""
-    decode = renderer.tokenizer.decode
+def tokens_of(renderer: Renderer, rows: Sequence[Any], task: Task, names: Sequence[str]) -> Tokens:
+    """The texts of the tokens, as the task spells them, and whether each is supervised.
+
+    names  of the classes, in order
+    """
     return [
         [
-            {"text": decode([right if on else i]), "on": on}
-            for i, right, on in zip(r["ids"], r.get("targets", r["ids"]), predicted(r), strict=True)
+            {"text": text, "on": on}
+            for text, on in zip(task.spelt(renderer.tokenizer, r, names), predicted(r), strict=True)
         ]
         for r in rows[:SHOWN]
     ]

@@ -18,6 +18,7 @@ from luthier.data.reading import Tick, no_tick
 from luthier.evaluation.base import Results
 from luthier.evaluation.measures import beside_base
 from luthier.integrations.tracking import Trackers
+from luthier.model.loading import NEW_POOLER_TOLD
 from luthier.pipelines.base import Apply, Train, run_pipeline
 from luthier.recipe import Recipe
 from luthier.recipe.text import as_yaml
@@ -148,7 +149,9 @@ def _over(start: Update, trained: Trained, under: contextlib.ExitStack) -> Train
 
 
 def _begin(place: RunFolder, recipe: Recipe, base: Path) -> None:
-    """Write the recipe, the environment and the first state."""
+    """Write the recipe, the environment and the first state. Notes of another recipe, whose run did nothing, are replaced."""
+    if place.state().get("recipe_hash") not in (None, recipe_hash(recipe)):
+        place.write("run.json", "{}")
     place.write("recipe.yaml", as_yaml(recipe.as_dict()))
     place.write("env.txt", environment())
     place.note(
@@ -205,9 +208,7 @@ def _tell_rows(ready: Ready, place: RunFolder, say: Say) -> None:
     if data.head:
         say(f"head    {data.head}")
     if ready.view.anatomy.new_pooler:
-        say(
-            "head    the model's files have no pooler, so a new one is drawn (from the recipe's seed) and trained with the head"
-        )
+        say(f"head    {NEW_POOLER_TOLD}")
     for line in told_about(data.forms, data.overlap):
         say(f"data    {line}")
     say(f"rows    {census.rows} of {census.tokens} tokens, {census.supervised} supervised; layout {ready.view.layout}")
@@ -227,7 +228,7 @@ def _before(ready: Ready, place: RunFolder, say: Say, show_tokens: bool) -> Resu
     say(f"before  {shown(results)}")
     if show_tokens and place.writes and not (place.path / "tokens.json").exists():
         rows = ready.first_rows(token_view.SHOWN)
-        tokens = token_view.tokens_of(ready.renderer, rows)
+        tokens = token_view.tokens_of(ready.renderer, rows, ready.recipe.task, ready.data.classes)
         if ready.recipe.task.token_losses:
             token_view.note_losses(tokens, ready.view, rows, "before")
         token_view.save(tokens, place.path)

@@ -119,13 +119,13 @@ def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
     name   the recipe's file name, which begins the names of new folders
     fresh  True: always a new folder
     base   the folder that output_dir is relative to
-    Raises LuthierError if output_dir holds the run of another recipe.
+    Raises LuthierError if output_dir holds the run of another recipe, and that run made at least a step or was scored.
     """
     mine = recipe_hash(recipe)
     if recipe.output_dir is not None:
         path = base / recipe.output_dir
         there = RunFolder(path).state()
-        if there and there.get("recipe_hash") != mine and not fresh:
+        if there and there.get("recipe_hash") != mine and not fresh and has_work(path):
             told = "; ".join(differences(path, recipe))
             raise LuthierError(
                 f"output_dir: {path} holds the run of another recipe{f' ({told})' if told else ''}; "
@@ -139,6 +139,13 @@ def choose_folder(recipe: Recipe, name: str, fresh: bool, base: Path) -> Path:
             if state.get("recipe_hash") == mine and state.get("state") != "done":
                 return path
     return _unused(runs / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def has_work(folder: Path) -> bool:
+    """True if a run did something in its folder that would be lost: it was scored, made a step, or saved anything."""
+    return any((folder / name).exists() for name in ("log.jsonl", "before.json", "update.json")) or any(
+        folder.glob("*/")
+    )
 
 
 def shared_folder(choose: Callable[[], Path]) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -249,7 +249,7 @@ def admit(
     gathered = gather(recipe, base, tick, processes, nested)
     with torch.device("meta"):
         anatomy = Anatomy(recipe.task.auto(gathered.config).from_config(gathered.config))
-    _check(recipe, gathered.config, gathered.data.train, None, processes, anatomy)
+    refuse_unfit(recipe, gathered.config, gathered.data.train.rows, None, processes, anatomy)
     if not measure or processes > 1:  # a miniature in one process does not have the steps of several
         left_open = recipe.gradient_checkpointing == "auto"
         recipe = recipe.model_copy(update={"gradient_checkpointing": False}) if left_open else recipe
@@ -260,13 +260,18 @@ def admit(
     return Admitted(recipe, gathered, anatomy, expected)
 
 
-def _check(
-    recipe: Recipe, config: Any, train: Prepared, layout: str | None, processes: int = 1, anatomy: Anatomy | None = None
+def refuse_unfit(
+    recipe: Recipe,
+    config: Any,
+    rows: Sized,
+    layout: str | None = None,
+    processes: int = 1,
+    anatomy: Anatomy | None = None,
 ) -> None:
     """Check the methods against what is known so far. Raises RecipeError for the first combination that cannot work."""
-    total = Loop.length(train.rows, recipe) if train.rows else None
+    total = Loop.length(rows, recipe) if rows else None
     known: dict[str, Any] = {
-        "model_config": config, "total_steps": total, "num_rows": len(train.rows), "anatomy": anatomy,
+        "model_config": config, "total_steps": total, "num_rows": len(rows), "anatomy": anatomy,
         "quantized": recipe.quantize is not None or is_packed_file(config),
     }  # fmt: skip
     recipe.check_methods(recipe.facts(**known, layout=layout, num_processes=processes))
@@ -293,7 +298,7 @@ def gather(
     data = prepare_rows(recipe, renderer, config, base, view, tick, nested)
     if data.labels:
         config.update(named_classes(data.classes))
-    _check(recipe, config, data.train, None, processes)
+    refuse_unfit(recipe, config, data.train.rows, None, processes)
     return Gathered(located, renderer, config, data)
 
 
@@ -326,7 +331,7 @@ def make_ready(
     )  # fmt: skip
     recipe.task.check_view(view)
     start = started_from(recipe, base, view)
-    _check(recipe, config, data.train, view.layout, accelerator.num_processes, view.anatomy)
+    refuse_unfit(recipe, config, data.train.rows, view.layout, accelerator.num_processes, view.anatomy)
     if recipe.compute is not None:
         view.phases.append(partial(recipe.compute.patch, view))
     return Ready(recipe, folder, view, renderer, data, accelerator, start)

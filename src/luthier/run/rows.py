@@ -19,7 +19,7 @@ from luthier.data.columns import Carried
 from luthier.data.held_out import set_apart, shared
 from luthier.data.mixture import Mix, Origin
 from luthier.data.prepare import Prepared, prepare
-from luthier.data.reading import Tick, answers_of, no_tick, read, shape_in, shape_of
+from luthier.data.reading import Tick, answers_of, no_tick, read, shape_in, shape_of, words_of
 from luthier.data.rendering import Renderer
 from luthier.data.spans import still_there
 from luthier.data.store import Row, Rows, as_json, written
@@ -37,6 +37,7 @@ from luthier.support.files import replaced
 from luthier.training.loop import Loop
 
 PLANE = 1000  # rows in the picture of a selection
+TURNED = ("messages", "prompt and completion")  # shapes that have turns
 
 
 class Data(NamedTuple):
@@ -127,7 +128,7 @@ def prepare_rows(
         for evaluator in recipe.evaluators():
             evaluator.check_rows(rows, held)
     labels = task.labels(rows, held, config.label2id or {})
-    if d.system is not None and all(shape_in(r.values, task.shapes) in ("text", "text and label") for r in rows):
+    if d.system is not None and not any(shape_in(r.values, TURNED) for r in rows):
         raise RecipeError("data.system", "is not read by rows of plain text, which have no turns", "remove it")
     room = d.max_length or max_positions(config)
     fit: dict[str, Any] = {
@@ -206,7 +207,7 @@ def apart(pool: Rows, labelled: Rows) -> Rows:
 
 def _likeness(row: Row) -> bytes:
     """A key that is equal for texts that differ only in case and white space."""
-    return hashlib.blake2b(" ".join(row.values["text"].casefold().split()).encode(), digest_size=16).digest()
+    return hashlib.blake2b(" ".join(words_of(row.values).casefold().split()).encode(), digest_size=16).digest()
 
 
 class Given(NamedTuple):

@@ -58,6 +58,8 @@ class Forward:
         labels = self.batch.labels if labels is None else labels
         rows = (labels != IGNORE).nonzero().squeeze(1)  # [N]
         view = self.view
+        if view.anatomy.tags_tokens:
+            return nn.functional.cross_entropy(view.token_logits(hidden[rows]), labels[rows], reduction="none")
         picked = view.head_input(hidden[rows])  # [T, D] -> [N, D]
         view.meter.head(picked, view.head_weight, recomputes(view.head_weight, view.head_bias, view.head_transform()))
         return token_nll(picked, view.head_weight, labels[rows], view.head_bias, view.head_transform())
@@ -85,15 +87,21 @@ class Forward:
         rows, view = self.batch.supervised, self.view
         if not len(rows):  # a trunk may refuse a batch without tokens
             return TokenScores(torch.zeros(0, device=rows.device), torch.zeros(0, device=rows.device))
+        if view.anatomy.tags_tokens:
+            log_p = view.token_logits(self.hidden()[rows]).log_softmax(-1)  # [N, C]
+            loss = nn.functional.nll_loss(log_p, self.batch.labels[rows], reduction="none")
+            return TokenScores(loss, -(log_p.exp() * log_p).sum(-1))
         picked = view.head_input(self.hidden()[rows])
         view.meter.head(picked, view.head_weight, False)
         return token_scores(picked, view.head_weight, self.batch.labels[rows], view.head_bias, view.head_transform())
 
     def logits(self, rows: Tensor | None = None, hidden: Tensor | None = None) -> Tensor:
-        """float32 logits: [N, V] at the given token positions, or [S, C] of the classification head without any."""
+        """float32 logits: [N, V] (or [N, C] of tags) at these token positions; without any, [S, C] of the classification head."""
         hidden = self.hidden() if hidden is None else hidden
         if rows is None:
             return self._class_logits(hidden)
+        if self.view.anatomy.tags_tokens:
+            return self.view.token_logits(hidden[rows])
         self.view.meter.head(hidden[rows], self.view.head_weight, False)
         return self.view.head_logits(hidden[rows])
 

@@ -6,5 +6,6 @@ EXPORTS = {
     "CausalLm": "causal_lm",
     "Classification": "classification",
     "MaskedLm": "masked_lm",
+    "TokenClassification": "token_classification",
 }
 __getattr__, __dir__, __all__ = lazy(__name__, EXPORTS)

@@ -5,19 +5,21 @@ No code outside of this room asks which task it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import starmap
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedConfig
 
-from luthier.data.batch import IGNORE, collate
+from luthier.data.batch import IGNORE, collate, predicted
 from luthier.data.prepare import RowMaker
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.kernels.head import CHUNK
 from luthier.method import Method
+from luthier.model.loading import are_numbers, class_names, has_class_head, heads_change
 from luthier.model.view import HEAD_TOLERANCE, ModelView, evaluating
 from luthier.step.forward import Forward, sequence_sum
 from luthier.step.lab import Choices, Lab, RowScore
@@ -43,7 +45,6 @@ class Shown(NamedTuple):
 class Task(Method):
     """What a row is, and how a model is used on it.
 
-    shapes         of rows, as luthier.data.reading.SHAPES calls them
     pool_shapes    of rows without labels (data.pool); empty if no pipeline makes labels for this task
     always         names of the evaluators that always measure
     unit           of the loss
@@ -57,7 +58,6 @@ class Task(Method):
                    and "pool_data" for pipelines that label data.pool
     """
 
-    shapes: ClassVar[tuple[str, ...]]
     pool_shapes: ClassVar[tuple[str, ...]] = ()
     always: ClassVar[tuple[str, ...]] = ("loss",)
     unit: ClassVar[str] = "nats a token"
@@ -68,6 +68,11 @@ class Task(Method):
     export_forms: ClassVar[tuple[str, ...]] = ("hf", "peft")
     pipeline_tag: ClassVar[str]
     starter: ClassVar[Mapping[str, str]]
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """The shapes of rows that it reads, as luthier.data.reading.SHAPES calls them."""
+        raise NotImplementedError  # the seam: every task has its own
 
     @property
     def untuned_answers(self) -> bool:
@@ -126,6 +131,17 @@ class Task(Method):
         """(prompt, right answer) as texts."""
         raise NotImplementedError  # the seam: every task has its own
 
+    def spelt(self, tokenizer: Any, row: Rendered, names: Sequence[str]) -> list[str]:
+        """The texts of a training row's tokens, for a reader. A hidden token is shown as the token to predict.
+
+        names  of the classes, in order
+        """
+        targets = row.get("targets", row["ids"])
+        return [
+            tokenizer.decode([right if on else i])
+            for i, right, on in zip(row["ids"], targets, predicted(row), strict=True)
+        ]
+
     def shown(self, row: Row, seen: Rendered, score: RowScore, view: ModelView, renderer: Renderer) -> Shown:
         """A held-out row and the model's answer; used if `shows_rows`.
 
@@ -180,6 +196,52 @@ def token_choices(fwd: Forward) -> list[Choices]:
     pieces = [fwd.logits(part).softmax(-1).max(-1) for part in rows.split(CHUNK)]  # [n, V] at a time
     top, best = (torch.cat([p[i] for p in pieces]) for i in (0, 1))
     return choices_of(top, best, fwd.batch.labels[rows], fwd.batch.supervised_counts.tolist())
+
+
+def token_guesses(fwd: Forward) -> list[RowScore]:
+    """Summed loss of each row's supervised tokens, with the most likely choice and the right one at each."""
+    rows, losses, best = fwd.batch.supervised, [], []
+    for part in rows.split(CHUNK):  # [n, V] at a time
+        logits = fwd.logits(part)
+        losses.append(F.cross_entropy(logits, fwd.batch.labels[part], reduction="none"))
+        best.append(logits.argmax(-1))
+    counts = fwd.batch.supervised_counts.tolist()
+    columns = [torch.cat(c).cpu().split(counts) for c in (losses, best, [fwd.batch.labels[rows]])]
+    return [
+        RowScore(float(x.double().sum()), float(len(x)), tuple(b.tolist()), tuple(w.tolist()))
+        for x, b, w in zip(*columns, strict=True)
+    ]
+
+
+def refuse_one_class(names: Sequence[Any]) -> None:
+    """Raises RecipeError where every row has the same class, so that there is nothing to learn."""
+    if len(names) == 1:
+        raise RecipeError("data.train", f"has one class only, {names[0]!r}", "add rows of another class")
+
+
+def in_models_order(names: Sequence[str | int], known: Mapping[str, int]) -> list[str | int]:
+    """The model's own classes in its order, if all of these names are among them; else the names as they are."""
+    by_name = {str(n): n for n in names}
+    if not by_name.keys() <= known.keys():
+        return list(names)
+    return [by_name.get(n, n) for n in sorted(known, key=known.__getitem__)]
+
+
+def told_head(auto: Any, config: PreTrainedConfig, names: Sequence[str], seen: Collection[str]) -> str:
+    """What becomes of the classification head in the model's files, for the user; empty if they hold none.
+
+    auto   the Auto class of transformers that loads the model
+    names  of the classes, in order; seen: those that some training row has
+    """
+    theirs = class_names(config)
+    if not has_class_head(config, auto):
+        return "a new one, because the model's is of another kind" if heads_change(config, auto, names) else ""
+    if list(names) == theirs:
+        idle = [n for n in theirs if n not in seen]
+        return f"the model's own, with all its classes; no row has {', '.join(idle)}" if idle else "the model's own"
+    if are_numbers(theirs) and len(names) == len(theirs):
+        return f"the model's own; its classes have no names, so they get those of the rows: {', '.join(names)}"
+    return f"a new one, because the model's has other classes: {', '.join(theirs)}"
 
 
 def choices_of(top: torch.Tensor, best: torch.Tensor, wanted: torch.Tensor, counts: Sequence[int]) -> list[Choices]:

@@ -31,7 +31,6 @@ class CausalLm(Task):
         "A Neural Probabilistic Language Model", 2003, "https://www.jmlr.org/papers/v3/bengio03a.html"
     )
 
-    shapes: ClassVar[tuple[str, ...]] = ANSWERED
     always: ClassVar[tuple[str, ...]] = ("loss", "forgetting")
     spells: ClassVar[bool] = True
     export_forms: ClassVar[tuple[str, ...]] = ("hf", "peft", "gguf")
@@ -41,6 +40,10 @@ class CausalLm(Task):
         "task": "causal-lm",
         "data": "{train: builtin:requests, eval: builtin:requests}",
     }
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        return ANSWERED
 
     def auto(self, config: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -18,31 +19,43 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from luthier.data.batch import IGNORE, collate
-from luthier.data.prepare import RowMaker, shortened
+from luthier.data.batch import collate
+from luthier.data.prepare import RowMaker
 from luthier.data.rendering import Renderer
 from luthier.data.store import Row
 from luthier.method import Facts, Problem, Source, Traits
-from luthier.model.loading import are_numbers, class_names, has_class_head, reads_both_ways
+from luthier.model.loading import reads_both_ways
 from luthier.model.view import ModelView, evaluating
 from luthier.step.forward import Forward
 from luthier.step.lab import Choices, Lab, RowScore
 from luthier.support.errors import RecipeError
-from luthier.tasks.base import Rendered, Shown, Task, choices_of, refuse_unknown_head
+from luthier.tasks.base import (
+    Rendered,
+    Shown,
+    Task,
+    choices_of,
+    in_models_order,
+    refuse_one_class,
+    refuse_unknown_head,
+    told_head,
+)
+from luthier.tasks.class_rows import PAIR, ClassRows
 from luthier.tasks.cloze import Cloze, ClozeRows, word_id
 
 
 class Classification(Task):
-    """Choose a class for a text: with a new head, which any tuner trains as well, or with words of the model's vocabulary.
+    """Choose a class for a text, or for two: with a new head, which any tuner trains as well, or with words of the vocabulary.
 
-    Rows hold text and label; labels are text or whole numbers. The names of classes are stored where transformers stores them
+    Rows hold text and label, or two texts (a premise and a hypothesis) and label; labels are text or whole numbers. Two texts
+    become the ids and the token types that the tokenizer makes of a pair; if they are too long, the longer one is cut at its
+    end first, as by the tokenizer's longest_first. The names of classes are stored where transformers stores them
     (id2label), in the model's order if it has these names already, else alphabetically.
     With `prompt` and `words`, a row becomes a sentence with a gap, "{text} It was {label}.". The scores of the classes are
     the model's own scores of their words in the gap. Nothing is drawn at random, so a few labels are enough. An encoder
     fills a mask in the gap (Schick and Schuetze 2020, arXiv:2001.07676). A decoder reads up to the gap and predicts the
     next token; it never sees the text after the gap.
     Cost: that of the model; the head is a matrix with a row for each class, or the rows of these words in the vocabulary matrix.
-    Refuses: words that are not one token for the model, a label without a word, a word without a row.
+    Refuses: words that are not one token for the model, a label without a word, a word without a row, two texts beside `prompt`.
     """
 
     traits: ClassVar[Traits] = Traits(tasks=frozenset({"classification"}))
@@ -55,7 +68,6 @@ class Classification(Task):
     words: dict[str, str] | None = Field(None, examples=[{"good": "great", "bad": "terrible"}])
     """The word for each label in the gap; each must be one token."""
 
-    shapes: ClassVar[tuple[str, ...]] = ("text and label",)
     pool_shapes: ClassVar[tuple[str, ...]] = ("text",)
     always: ClassVar[tuple[str, ...]] = ("loss", "classification")
     unit: ClassVar[str] = "nats a row"
@@ -93,6 +105,10 @@ class Classification(Task):
         return self
 
     @property
+    def shapes(self) -> tuple[str, ...]:
+        return ("two texts and label", "text and label") if self.prompt is None else ("text and label",)
+
+    @property
     def untuned_answers(self) -> bool:
         return self.prompt is not None
 
@@ -120,9 +136,9 @@ class Classification(Task):
         names = sorted({r.values["label"] for r in rows}, key=str)
         if twice := [str(a) for a, b in pairwise(names) if str(a) == str(b)]:
             raise RecipeError("data.train", f"has the label {twice[0]!r} as text and as a number", "write one of them")
-        if {str(n) for n in names} <= set(known) and (self.words is None or len(names) == len(known)):
-            by_name = {str(n): n for n in names}
-            names = [by_name.get(n, n) for n in sorted(known, key=known.__getitem__)]
+        if self.words is None or len(names) == len(known):
+            names = in_models_order(names, known)
+        refuse_one_class(names)
         for r in held or ():
             if r.values["label"] not in names:
                 label = r.values["label"]
@@ -137,16 +153,9 @@ class Classification(Task):
         return {n: i for i, n in enumerate(names)}
 
     def head(self, rows: Sequence[Row], names: Sequence[str], config: PreTrainedConfig) -> str:
-        if self.prompt is not None or not has_class_head(config):
+        if self.prompt is not None:
             return ""
-        theirs = class_names(config)
-        if list(names) == theirs:
-            seen = {str(r.values["label"]) for r in rows}
-            idle = [n for n in theirs if n not in seen]
-            return f"the model's own, with all its classes; no row has {', '.join(idle)}" if idle else "the model's own"
-        if are_numbers(theirs) and len(names) == len(theirs):
-            return f"the model's own; its classes have no names, so they get those of the rows: {', '.join(names)}"
-        return f"a new one, because the model's has other classes: {', '.join(theirs)}"
+        return told_head(self.auto(config), config, names, {str(r.values["label"]) for r in rows})
 
     def _check_words(self, words: Mapping[str, str], rows: Sequence[Row], names: set[str]) -> None:
         """Raises RecipeError if labels and words do not match."""
@@ -166,7 +175,7 @@ class Classification(Task):
         self, renderer: Renderer, config: PreTrainedConfig, labels: Mapping[str | int, int], labelled: bool = True
     ) -> RowMaker:
         if self.prompt is None or self.words is None:
-            return ClassRows(labels if labelled else {})
+            return ClassRows(labels if labelled else {}, getattr(config, "type_vocab_size", None))
         tokenizer, encoder = renderer.tokenizer, reads_both_ways(config)
         if encoder and tokenizer.mask_token is None:
             raise RecipeError(
@@ -191,15 +200,27 @@ class Classification(Task):
         return choices_of(top, best, fwd.batch.row["label"], [1] * fwd.batch.num_sequences)
 
     def asked(self, row: Row, renderer: Renderer) -> tuple[str, str]:
-        return row.values["text"], str(row.values["label"])
+        text, label = row.values["text"], str(row.values["label"])
+        if PAIR not in row.values:
+            return text, label
+        return json.dumps({"text": text, PAIR: row.values[PAIR]}, ensure_ascii=False), label
 
     def shown(self, row: Row, seen: Rendered, score: RowScore, view: ModelView, renderer: Renderer) -> Shown:
         return Shown(*self.asked(row, renderer), view.classes[score.best[0]])
 
+    def _of_prompt(self, prompt: str) -> dict[str, str]:
+        """The row of a prompt: its text, or two texts if it is JSON of these two, as `asked` writes them."""
+        if self.prompt is None and prompt.lstrip().startswith("{"):
+            with suppress(ValueError, RecursionError):
+                found = json.loads(prompt)
+                if found.keys() == {"text", PAIR} and all(isinstance(t, str) for t in found.values()):
+                    return dict(found)
+        return {"text": prompt}
+
     @torch.no_grad()
     def replies(self, view: ModelView, lab: Lab, prompts: Sequence[str], max_new_tokens: int) -> list[dict[str, Any]]:
         classes: dict[str | int, int] = {name: i for i, name in enumerate(view.classes)}
-        asked = [Row(f"prompt:{i}", {"text": p}) for i, p in enumerate(prompts, start=1)]
+        asked = [Row(f"prompt:{i}", self._of_prompt(p)) for i, p in enumerate(prompts, start=1)]
         out = []
         for item in self.maker(lab.renderer, view.module.config, classes, labelled=False).made(asked, lab.renderer):
             with evaluating(view.module):
@@ -211,31 +232,3 @@ class Classification(Task):
 
 def _written(label: str | int) -> str:
     return "a text" if isinstance(label, str) else "a number"
-
-
-@dataclass(frozen=True)
-class ClassRows:
-    """Training rows of texts with their class; labels is empty for rows without one."""
-
-    labels: Mapping[str | int, int]
-    answers: ClassVar[bool] = False
-
-    @property
-    def key(self) -> str:
-        return f"classes {sorted(self.labels.items(), key=str)}"
-
-    def made(self, rows: Sequence[Row], renderer: Renderer) -> list[dict[str, Any]]:
-        ids = renderer.tokenizer([r.values["text"] for r in rows])["input_ids"] if rows else []
-        return [
-            {"ids": i, "labels": [IGNORE] * len(i), "key": r.key, "row": self._columns(r)}
-            for r, i in zip(rows, ids, strict=True)
-        ]
-
-    def _columns(self, row: Row) -> dict[str, int]:
-        return {"label": self.labels[row.values["label"]]} if self.labels else {}
-
-    def supervised(self, item: Mapping[str, Any]) -> int:
-        return 1 if item["ids"] else 0  # an empty text, for a tokenizer without marks at its ends
-
-    def shortened(self, item: dict[str, Any], limit: int, how: str) -> dict[str, Any]:
-        return shortened(item, limit, how)

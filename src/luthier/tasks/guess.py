@@ -8,10 +8,13 @@ from luthier.tasks.base import Task
 from luthier.tasks.causal_lm import CausalLm
 from luthier.tasks.classification import Classification
 from luthier.tasks.masked_lm import MaskedLm
+from luthier.tasks.token_classification import TokenClassification
 
 
 def usual_task(view: ModelView) -> Task:
-    """Classification for a model without a language-model head, masked tokens for an encoder, else the next token."""
+    """What the model's head is for: tags of tokens, classes of texts, masked tokens of an encoder, else the next token."""
+    if view.anatomy.tags_tokens:
+        return TokenClassification()
     if view.anatomy.head is None:
         return Classification()
     return MaskedLm() if reads_both_ways(view.module.config) else CausalLm()

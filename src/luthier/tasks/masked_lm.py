@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from transformers import AutoModelForMaskedLM, PreTrainedConfig
 
@@ -16,7 +15,6 @@ from luthier.data.prepare import RowMaker, without
 from luthier.data.rendering import Renderer, special_ids
 from luthier.data.store import Row
 from luthier.data.tokens import not_embedded
-from luthier.kernels.head import CHUNK
 from luthier.method import Facts, Problem, Source, Traits
 from luthier.model.loading import reads_both_ways
 from luthier.model.view import ModelView, evaluating
@@ -24,7 +22,7 @@ from luthier.step.forward import Forward
 from luthier.step.lab import Lab, RowScore
 from luthier.support.errors import LuthierError, RecipeError
 from luthier.support.rng import Streams
-from luthier.tasks.base import Draw, Rendered, Shown, Task, refuse_unknown_head
+from luthier.tasks.base import Draw, Rendered, Shown, Task, refuse_unknown_head, token_guesses
 
 HIDDEN, RANDOM = 0.8, 0.1  # shares of the chosen tokens; the others stay, so that any token may be one to predict
 
@@ -76,7 +74,6 @@ class MaskedLm(Task):
     mask_fraction: float = Field(0.15, gt=0, le=1)
     """Share of a row's tokens to predict."""
 
-    shapes: ClassVar[tuple[str, ...]] = ("text",)
     always: ClassVar[tuple[str, ...]] = ("loss", "masked-accuracy")
     unit: ClassVar[str] = "nats a masked token"
     redraws: ClassVar[bool] = True
@@ -87,6 +84,10 @@ class MaskedLm(Task):
         "task": "masked-lm",
         "data": "{train: train.jsonl, eval: test.jsonl}  # rows of text",
     }
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        return ("text",)
 
     def auto(self, config: PreTrainedConfig) -> Any:
         return AutoModelForMaskedLM
@@ -126,17 +127,7 @@ class MaskedLm(Task):
         return drawn
 
     def scores(self, fwd: Forward) -> list[RowScore]:
-        rows, losses, best = fwd.batch.supervised, [], []
-        for part in rows.split(CHUNK):  # [n, V] at a time
-            logits = fwd.logits(part)
-            losses.append(F.cross_entropy(logits, fwd.batch.labels[part], reduction="none"))
-            best.append(logits.argmax(-1))
-        counts = fwd.batch.supervised_counts.tolist()
-        columns = [torch.cat(c).cpu().split(counts) for c in (losses, best, [fwd.batch.labels[rows]])]
-        return [
-            RowScore(float(x.double().sum()), float(len(x)), tuple(b.tolist()), tuple(w.tolist()))
-            for x, b, w in zip(*columns, strict=True)
-        ]
+        return token_guesses(fwd)
 
     def asked(self, row: Row, renderer: Renderer) -> tuple[str, str]:
         return "", row.values["text"]

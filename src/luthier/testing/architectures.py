@@ -15,6 +15,7 @@ import transformers as tf
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
 VOCABULARY, CLASSES = 97, 3
@@ -22,10 +23,11 @@ TABLE = 128  # positions
 WORDS = 80  # ids from 3 up to this one are plain words in every architecture; marks of images and sounds come after it
 
 # What stands on the trunk.
-NEXT_TOKEN, TEXT_CLASS = "next token", "class of a text"
+NEXT_TOKEN, TEXT_CLASS, TOKEN_CLASS = "next token", "class of a text", "classes of tokens"
 HEADS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     NEXT_TOKEN: (tf.AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     TEXT_CLASS: (tf.AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+    TOKEN_CLASS: (tf.AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
 }
 
 # By the name of a setting: its small value, where the default is a number.
@@ -167,8 +169,10 @@ def tiny_config(model_type: str, head: str = NEXT_TOKEN, **more: Any) -> tf.PreT
     more  further settings
     """
     own: dict[str, Any] = {}
-    if head == TEXT_CLASS:
+    if head != NEXT_TOKEN:
         own["num_labels"] = CLASSES
+    if head == TOKEN_CLASS:
+        own["classifier_dropout"] = 0.0  # without a setting, transformers drops a tenth before the heads of decoders
     settings = _small(tf.CONFIG_MAPPING[model_type](), {**OWN.get(model_type, {}), **more})
     if (
         head == NEXT_TOKEN

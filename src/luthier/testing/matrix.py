@@ -22,7 +22,7 @@ from luthier.step.forward import Forward
 from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.tasks.base import refuse_later_tokens
-from luthier.testing.architectures import HEADS, NEXT_TOKEN, TABLE, TEXT_CLASS, WORDS, tiny_model
+from luthier.testing.architectures import HEADS, NEXT_TOKEN, TABLE, TEXT_CLASS, TOKEN_CLASS, WORDS, tiny_model
 from luthier.training.loop import Loop
 from luthier.tuners.base import Trainable, Tuner, with_head
 from luthier.tuners.full import Full
@@ -67,7 +67,9 @@ class Subject:
         for i, n in enumerate(LENGTHS):
             ids = [*torch.randint(3, WORDS, (n - 1,), generator=generator).tolist(), 2]  # ends in the end token
             row: dict[str, Any] = {"ids": ids, "labels": [IGNORE] * n, "key": str(i), "token": {"prompt": [1] * n}}
-            if head == TEXT_CLASS:
+            if head == TOKEN_CLASS:
+                row["targets"] = [IGNORE, *((i + j) % 3 for j in range(n - 1))]
+            elif head == TEXT_CLASS:
                 row["row"] = {"label": torch.tensor(i % 3)}
             else:
                 row |= {"labels": [IGNORE] * (n - 4) + ids[n - 4 :], "token": {"prompt": [1] * (n - 4) + [0] * 4}}
@@ -90,7 +92,7 @@ class Subject:
         return view
 
     def own(self, model: Any) -> list[Tensor]:
-        """The model's own logits of each row alone, [L, V] or [C]."""
+        """The model's own logits of each row alone, [L, V], [L, C] or [C]."""
         with torch.no_grad():
             return [model(input_ids=torch.tensor([r["ids"]])).logits[0].float() for r in self.rows]
 
@@ -136,8 +138,8 @@ def logits_and_loss(s: Subject) -> None:
 def own_loss(s: Subject) -> None:
     """The loss that the model computes itself is luthier's, with labels where it wants them."""
     view, row = s.fresh(), s.rows[0]
-    labels = row["labels"]
-    if s.model_type in UNSHIFTED:
+    labels = row.get("targets", row["labels"])
+    if s.head == NEXT_TOKEN and s.model_type in UNSHIFTED:
         labels = [*labels[1:], IGNORE]
     with torch.no_grad():
         if s.head == TEXT_CLASS:

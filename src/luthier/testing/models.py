@@ -63,6 +63,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "opt": Architecture(tf.OPTConfig, tf.OPTForCausalLM, {"dropout": 0.0}, {"intermediate_size": "ffn_dim"}),
     "bert": Architecture(tf.BertConfig, tf.BertForMaskedLM, STEADY),
     "bert-classifier": Architecture(tf.BertConfig, tf.BertForSequenceClassification, {**STEADY, "num_labels": 3}),
+    "bert-tagger": Architecture(tf.BertConfig, tf.BertForTokenClassification, {**STEADY, "num_labels": 3}),
+    "llama-tagger": Architecture(tf.LlamaConfig, tf.LlamaForTokenClassification, {**GROUPED, "num_labels": 3}),
     "roberta": Architecture(tf.RobertaConfig, tf.RobertaForMaskedLM, STEADY),
     "distilbert": Architecture(
         tf.DistilBertConfig, tf.DistilBertForMaskedLM, {"dropout": 0.0, "attention_dropout": 0.0}, DISTILBERT_NAMES
@@ -165,11 +167,13 @@ def word_tokenizer(words: str = WORDS, marks: str = "[PAD] [UNK] [CLS] [SEP] [MA
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{first} $A {last}", special_tokens=[(t, vocabulary[t]) for t in (first, last)]
-    )
+        single=f"{first} $A {last}", pair=f"{first} $A {last} $B:1 {last}:1",
+        special_tokens=[(t, vocabulary[t]) for t in (first, last)],
+    )  # fmt: skip
     return tf.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, unk_token=unknown, cls_token=first, sep_token=last, mask_token=mask
-    )
+        tokenizer_object=tokenizer, pad_token=pad, unk_token=unknown, cls_token=first, sep_token=last, mask_token=mask,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )  # fmt: skip
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> tf.PreTrainedTokenizerFast:

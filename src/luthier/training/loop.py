@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -133,7 +133,7 @@ class Loop:
             self.wrapped = wrapped
 
     @staticmethod
-    def length(rows: RenderedRows, settings: TrainSettings) -> int:
+    def length(rows: Sized, settings: TrainSettings) -> int:
         """The number of optimiser steps of a run over these rows."""
         s = settings
         return Order(len(rows), s.batch_size, s.epochs, s.max_steps, s.seed, s.shuffle).total

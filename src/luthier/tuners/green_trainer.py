@@ -103,7 +103,7 @@ def core_units(parts: frozenset[str]) -> int:
 def cost_model(anatomy: Anatomy, tokens: int, pairs: int, sequences: int) -> CostModel:
     """Costs for a batch of `tokens` tokens in `sequences` sequences with sum L^2 = `pairs`.
 
-    A head over the vocabulary is priced for every token; a pooler and a task head read one token of a sequence.
+    A head over the vocabulary is priced for every token; a pooler and the head of a whole text read one token of a sequence.
     Raises LuthierError for a parameter whose place in the forward pass is not known.
     """
     matrices = {x.module: x for x in anatomy.linears}
@@ -146,7 +146,9 @@ def _head_cost(anatomy: Anatomy, tokens: int, sequences: int) -> int:
     """Multiply-adds of the head's forward."""
     if not anatomy.task_head:
         return tokens * anatomy.parameters[f"{anatomy.embedding}.weight"][0] * anatomy.hidden_size
-    return sequences * sum(x.shape[0] * x.shape[1] for x in anatomy.linears if x.name in anatomy.task_head)
+    return (tokens if anatomy.tags_tokens else sequences) * sum(
+        x.shape[0] * x.shape[1] for x in anatomy.linears if x.name in anatomy.task_head
+    )
 
 
 def _place(anatomy: Anatomy, module: str, matrices: dict[str, Linear]) -> tuple[int, str]:

@@ -15,6 +15,7 @@ from luthier.model.additions import low_rank_adapter
 from luthier.model.anatomy import Linear
 from luthier.model.view import ModelView
 from luthier.step.lab import Lab
+from luthier.support.errors import RecipeError
 from luthier.support.rng import Streams
 from luthier.tuners.base import ParamGroup, Trainable, Tuner, as_view, copies
 from luthier.update import Chart, LowRank, Update
@@ -55,6 +56,10 @@ class LoraTrainable(Trainable):
 
     def __init__(self, tuner: Lora, view: ModelView) -> None:
         self.targets = view.anatomy.match(tuner.targets)
+        full = max(min(x.shape) for x in self.targets)
+        if tuner.rank > full:
+            what = f"is {tuner.rank}, and no matrix here has a higher rank than {full}"
+            raise RecipeError("tuner.lora.rank", what, "set a smaller rank, or tuner: full")
         # This refuses, if at all, before anything is changed.
         layers = [view.layer(x.module, beside=True) for x in self.targets]
         super().__init__(view)

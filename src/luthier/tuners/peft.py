@@ -65,8 +65,10 @@ class Peft(Tuner):
         if start not in STARTS:
             found.append(Problem("options.init_lora_weights", f"{start!r} rewrites the base", "use true or gaussian"))
         if not found:
+            named = self.options.get("feedforward_modules")  # IA3 wants these among the targets
             try:
-                self.config()
+                # A list, as it will be: beside a text as target_modules, peft refuses layers_to_transform.
+                self.config(target_modules=["linear", *(named if isinstance(named, list) else ())])
             except (ValueError, TypeError) as error:
                 found.append(Problem("options", str(error).splitlines()[0], "see peft's documentation"))
         return found
@@ -80,7 +82,7 @@ class Peft(Tuner):
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         kind: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)]
-        return kind(**{"target_modules": "all-linear", **found, **self.options})
+        return kind(**{**found, **self.options})
 
     def attach(
         self, model: ModelView | PreTrainedModel, lab: Lab | None = None, total_steps: int | None = None

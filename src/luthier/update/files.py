@@ -152,6 +152,8 @@ def _save_peft(shared: PeftFolder, name: str, folder: Path, view: Any) -> None:
     config = {**shared.config, "base_model_name_or_path": place or shared.config.get("base_model_name_or_path") or name}
     if view is not None and config.get("task_type") == "CAUSAL_LM" and not view.module.can_generate():
         config["task_type"] = None  # peft knows no task for encoders that fill gaps, and opens them without one
+    if view is not None and view.anatomy.tags_tokens:
+        config["task_type"] = "TOKEN_CLS"
     tensors = {n: t.contiguous() for n, t in shared.tensors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(in_json(config), indent=2, sort_keys=True), encoding="utf-8")

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     LlamaConfig,
     PreTrainedModel,
 )
@@ -57,10 +58,18 @@ def encoder() -> Made:
     return tiny("bert", layers=2, vocab_size=len(tokenizer), **ends), tokenizer
 
 
+def tagger() -> Made:
+    """An encoder of words with the tags O, B-PER and I-PER."""
+    tokenizer, tags = word_tokenizer(), ("B-PER", "I-PER", "O")
+    names: dict[str, Any] = {"id2label": dict(enumerate(tags)), "label2id": {n: i for i, n in enumerate(tags)}}
+    return tiny("bert-tagger", layers=2, vocab_size=len(tokenizer), max_position_embeddings=64, **names), tokenizer
+
+
 USUAL: dict[Any, Callable[[], Made]] = {  # by the Auto class with which a task loads a model
     AutoModelForCausalLM: decoder,
     AutoModelForSequenceClassification: classifier,
     AutoModelForMaskedLM: encoder,
+    AutoModelForTokenClassification: tagger,
 }
 PAIRS = (
     ("good day", "was the day not good"), ("a film", "it was long and very poor"),
@@ -74,6 +83,18 @@ SHAPED: dict[str, Values] = {  # rows of every shape, of words that both tokeniz
     "text and label": [
         {"text": "a very good film", "label": "good"}, {"text": "the book was bad", "label": "bad"},
         {"text": "liked on a fine day", "label": "good"}, {"text": "poor and long", "label": "bad"},
+    ],
+    "two texts and label": [
+        {"text": "a very good film", "text_pair": "the film was bad", "label": "bad"},
+        {"text": "the film was bad", "text_pair": "a very good film", "label": "good"},
+        {"text": "a fine day", "text_pair": "good", "label": "good"},
+        {"text": "good", "text_pair": "a fine day", "label": "bad"},
+    ],
+    "words and tags": [
+        {"tokens": ["a", "very", "good", "film"], "tags": ["O", "B-PER", "I-PER", "O"]},
+        {"tokens": ["the", "book", "was", "bad"], "tags": ["O", "O", "O", "B-PER"]},
+        {"tokens": ["liked", "on", "a", "fine", "day"], "tags": ["O", "O", "B-PER", "I-PER", "I-PER"]},
+        {"tokens": ["poor", "not", "long"], "tags": ["B-PER", "O", "B-PER"]},
     ],
     "text": [
         {"text": "the film was good ."}, {"text": "a bad book"}, {"text": "it was a fine day"}, {"text": "not very long ."},
@@ -121,7 +142,7 @@ def exam_of(view: ModelView, task: Task, values: Values, *, tokens_per_forward: 
 
 def labels_of(view: ModelView, task: Task, sources: Sequence[Row]) -> Mapping[str | int, int]:
     """The numbers of classes, if the rows have classes."""
-    if not any("label" in r.values for r in sources):
+    if not any({"label", "tags"} & r.values.keys() for r in sources):
         return {}
     return task.labels(sources, None, {name: i for i, name in enumerate(view.classes)})
 

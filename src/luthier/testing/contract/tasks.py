@@ -112,6 +112,10 @@ def test_labels_supervise_answers_only(task: Example) -> None:
         tokenizer, renderer = view.tokenizer, Renderer(view.tokenizer)
         for values_of, row in zip(values, made_of(task, view, values)[0], strict=True):
             prompt, answer = task_of(task).asked(Row(row["key"], dict(values_of)), renderer)
+            if "targets" in row:  # a tag for each word
+                told = [view.classes[y] for y in row["targets"] if y != IGNORE]
+                assert " ".join(told) == answer and _bare(prompt) in _bare(tokenizer.decode(row["ids"])), shape
+                continue
             on = [x for x, y in zip(row["ids"], row["labels"], strict=True) if y != IGNORE]
             said = tokenizer.decode(on, skip_special_tokens=True).lower()
             if not on:  # a class, which is in a column
@@ -204,7 +208,7 @@ def _reads(shapes: Sequence[str], row: Mapping[str, Any]) -> bool:
 
 def test_a_label_that_was_never_trained_on_is_named(task: Example) -> None:
     view, (_, values) = fresh(task), asked(task)
-    if not any("label" in v for v in values):
+    if not any({"label", "tags"} & v.keys() for v in values):
         assert task_of(task).labels([], None, {}) == {}, "a task without labels has no classes"
         return
     rows = [Row(f"f:{i}", dict(v)) for i, v in enumerate(values, start=1)]
@@ -213,7 +217,9 @@ def test_a_label_that_was_never_trained_on_is_named(task: Example) -> None:
     assert sorted(labels.values()) == list(range(len(labels))) and labels == task_of(task).labels(
         rows[::-1], None, known
     )
-    strange = Row("held:7", {**values[0], "label": "nobody"})
+    field = "label" if "label" in values[0] else "tags"
+    nobody: Any = "nobody" if field == "label" else ["nobody", *values[0]["tags"][1:]]
+    strange = Row("held:7", {**values[0], field: nobody})
     with pytest.raises(RecipeError, match=r"held:7: .*nobody"):
         task_of(task).labels(rows, [strange], known)
 
