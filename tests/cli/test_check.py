@@ -50,6 +50,7 @@ def test_check_and_run_refuse_the_same_in_the_same_words(keys, says, model_folde
     (tmp_path / "taken").mkdir()
     (tmp_path / "texts.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "taken/run.json").write_text('{"recipe_hash": "another"}')
+    (tmp_path / "taken/log.jsonl").write_text('{"step": 1}\n')
     path = write(tmp_path, model_folder, train=train, held=train[:2], evaluate=[], **keys)
     if "pipeline" in keys:
         path.write_text(path.read_text().replace("tuner: lora\n", "").replace("learning_rate: 0.01\n", "", 1))
@@ -97,3 +98,16 @@ def test_what_would_be_downloaded_is_said_and_what_lies_here_is_not(tmp_path):
     assert said == [f"{key}: the Hub, to download {name}" for key, name in wanted]
     here = destinations(load(json.dumps({**values, "start": "mine/adapter"})), tmp_path)
     assert not any(line.startswith("start") for line in here)
+
+
+def test_classes_are_listed_as_the_rows_write_them(model_folder, tmp_path):
+    """datasets#4467: texts that look like missing values or numbers stay texts."""
+    labels = ["None", "NA", "001", "nan"]
+    (tmp_path / "c.csv").write_text("text,label\n" + "".join(f"null {i},{labels[i % 4]}\n" for i in range(8)))
+    keys = {"task": "classification", "data": {"train": "c.csv"}, "evaluate": []}
+    recipe = write(tmp_path, model_folder, **keys)
+    done = luthier("check", recipe, cwd=tmp_path)
+    assert done.returncode == 0 and "classes: 001, NA, None, nan\n" in done.stdout, done.stderr
+    assert json.loads(luthier("check", recipe, "--json", cwd=tmp_path).stdout)["classes"] == sorted(labels)
+    (tmp_path / "c.csv").write_text("text,label\n" + "".join(f"t{i},c{i:02}\n" for i in range(23)))
+    assert "c18, c19 and 3 more\n" in luthier("check", recipe, cwd=tmp_path).stdout

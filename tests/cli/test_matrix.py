@@ -123,8 +123,9 @@ def test_what_is_allowed_trains(pairs, places, tmp_path):
         recipe = combined.recipe_of(tmp_path, task, pair.one, pair.other)
         values = {**recipe.as_dict(), "model": "model", "evaluate": []}
         values["data"] = {**values["data"], "train": "train.jsonl", "limit": 8}
+        values |= {} if recipe.pipeline is None else {"pace": {"max_steps": 1}}
         if pair.one.name == "list" or pair.other.name == "list":  # its texts end in a word of the model's
-            words = {"prompt": "{text} is {label}", "words": {"good": "g", "bad": "b"}}
+            words = {"prompt": "{text} is:{label}", "words": {"good": "g", "bad": "b"}}
             values |= {"model": "causal", "task": {"classification": words}}
         try:
             run(recipe_from(values, places[task]), tmp_path / str(number), places[task], forecast=False)

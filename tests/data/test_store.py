@@ -98,6 +98,16 @@ def test_pain_09_tokens_of_another_tokenizer_template_or_length_are_never_taken_
     assert prepare(rows, Renderer(bigger), max_length=100).digest != first.digest
 
 
+def test_tokens_of_other_generation_settings_are_never_taken_up(tmp_path):
+    rows, _ = rows_of(write(tmp_path / "d.jsonl", values(4)))
+    endless = byte_tokenizer("{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}{% endfor %}")
+    silent, ending = Renderer(endless), Renderer(endless, ends=(endless.eos_token_id,))
+    assert silent.stop_ids == ending.stop_ids
+    with pytest.raises(RecipeError, match="no answer ends in a stop token"):
+        prepare(rows, silent, max_length=100)
+    assert prepare(rows, ending, max_length=100).census.without_stop == 0
+
+
 def test_tokens_are_made_again_when_the_code_of_their_task_changed(tmp_path, monkeypatch):
     path = write(tmp_path / "d.jsonl", [{"text": "a", "label": 0}])
     rows, _ = rows_of(path, shapes=("text and label",))

@@ -194,3 +194,10 @@ def test_a_text_without_a_token_is_refused():
     read = Rows.of([Row("f:1", {"text": "x", "label": "a"}), Row("f:2", {"text": "", "label": "b"})])
     with pytest.raises(RecipeError, match=r"f:2: has no supervised token \(its text is empty\)"):
         prepare(read, Renderer(byte_tokenizer()), max_length=9, maker=ClassRows({"a": 0, "b": 1}))
+
+
+def test_one_class_is_refused_unless_the_model_knows_others(three):
+    config = load_config(locate(str(three)))
+    assert len(Classification().labels(rows("good"), None, config.label2id)) == 3
+    with pytest.raises(RecipeError, match="data.train: has one class only, 'spam'; add rows of another class"):
+        Classification().labels(rows("spam", "spam"), None, config.label2id)

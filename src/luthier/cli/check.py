@@ -22,6 +22,8 @@ from luthier.run.ready import admit
 from luthier.run.rows import told, told_about
 from luthier.support.units import in_bytes, in_time
 
+NAMED = 20  # classes that are listed
+
 
 def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool = True) -> dict[str, Any]:
     """Everything that can be said before weights are loaded. Raises RecipeError for what would stop the run.
@@ -49,6 +51,7 @@ def check_recipe(recipe: Recipe, base: Path, tick: Tick = no_tick, measure: bool
         "forms": data.forms,
         "overlap": data.overlap,
         "pool_shared": data.pool_shared,
+        "classes": data.classes,
         "head": data.head or (NEW_POOLER_TOLD if new_pooler else ""),
         "curated": [k.brief for k in data.kept],
         "matched": matched,
@@ -131,6 +134,9 @@ def _about_data(result: dict[str, Any]) -> list[str]:
         out += [f"curate {first}", *counts]
     shared = result["pool_shared"]
     out += [f"pool: {shared:,} rows are left out, because they are also training rows"] if shared else []
+    if classes := result["classes"]:
+        more = len(classes) - NAMED
+        out.append(f"classes: {', '.join(classes[:NAMED])}{f' and {more} more' if more > 0 else ''}")
     out += [f"classification head: {result['head']}"] if result["head"] else []
     return out + [f"skipped {line}" for line in result["skipped"]]
 

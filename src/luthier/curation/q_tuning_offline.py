@@ -79,7 +79,7 @@ def _plane(rows: Sequence[Row], lab: Lab) -> tuple[np.ndarray, float]:
     view, renderer = lab.view(), lab.renderer
     asked = (
         view.base.weights, tokenizer_key(renderer.tokenizer), configured(view.module.config), str(view.dtype), renderer.system,
-        renderer.plain, renderer.stop_ids, sorted(renderer.options.items()),
+        renderer.plain, renderer.stop_ids, renderer.ends, sorted(renderer.options.items()),
     )  # fmt: skip
     file = (
         cache_folder() / "planes" / f"{key_of(rows.digest, asked, code_key(__name__, 'luthier.inference.scoring'))}.npz"

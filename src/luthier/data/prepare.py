@@ -162,6 +162,7 @@ def prepare(
             [part.prefix for part in rows.parts],  # the same rows in another file have other keys
             tokenizer_key(renderer.tokenizer),
             renderer.stop_ids,
+            renderer.ends,  # decide whether an answer that the template does not end gets an end token
             sorted(renderer.options.items()),
             renderer.system,
             renderer.plain,

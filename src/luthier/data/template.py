@@ -336,11 +336,10 @@ class _Cut:
         if sum(t["role"] == ASSISTANT for t in self.turns) <= FEW:
             return out
         gaps = self._gaps()
-        last = max((i for i, t in enumerate(self.turns) if t["role"] == "user"), default=0)
         kinds = dict[object, list[int]]()
         for i in gaps:
             held = sorted(k for k, v in self.turns[i].items() if v and k != "content"), self._reads_like(i)
-            kinds.setdefault(repr((self.turns[i - 1]["role"], self.turns[i + 1]["role"], i > last, held)), []).append(i)
+            kinds.setdefault(repr((self.turns[i - 1]["role"], self.turns[i + 1]["role"], held)), []).append(i)
         for kind in kinds.values():
             first, other = kind[0], kind[-1]
             frames = set[tuple[str, str, str]]()

@@ -213,6 +213,12 @@ def token_guesses(fwd: Forward) -> list[RowScore]:
     ]
 
 
+def refuse_one_class(names: Sequence[Any]) -> None:
+    """Raises RecipeError where every row has the same class, so that there is nothing to learn."""
+    if len(names) == 1:
+        raise RecipeError("data.train", f"has one class only, {names[0]!r}", "add rows of another class")
+
+
 def in_models_order(names: Sequence[str | int], known: Mapping[str, int]) -> list[str | int]:
     """The model's own classes in its order, if all of these names are among them; else the names as they are."""
     by_name = {str(n): n for n in names}

@@ -29,7 +29,16 @@ from luthier.model.view import ModelView, evaluating
 from luthier.step.forward import Forward
 from luthier.step.lab import Choices, Lab, RowScore
 from luthier.support.errors import RecipeError
-from luthier.tasks.base import Rendered, Shown, Task, choices_of, in_models_order, refuse_unknown_head, told_head
+from luthier.tasks.base import (
+    Rendered,
+    Shown,
+    Task,
+    choices_of,
+    in_models_order,
+    refuse_one_class,
+    refuse_unknown_head,
+    told_head,
+)
 from luthier.tasks.class_rows import PAIR, ClassRows
 from luthier.tasks.cloze import Cloze, ClozeRows, word_id
 
@@ -140,6 +149,7 @@ class Classification(Task):
                 )
         if self.words is not None:
             self._check_words(self.words, rows, {str(n) for n in names})
+        refuse_one_class(names)
         return {n: i for i, n in enumerate(names)}
 
     def head(self, rows: Sequence[Row], names: Sequence[str], config: PreTrainedConfig) -> str:

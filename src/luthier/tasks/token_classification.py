@@ -19,7 +19,7 @@ from luthier.model.view import ModelView, evaluating
 from luthier.step.forward import Forward
 from luthier.step.lab import Lab, RowScore
 from luthier.support.errors import RecipeError
-from luthier.tasks.base import Rendered, Shown, Task, in_models_order, token_guesses, told_head
+from luthier.tasks.base import Rendered, Shown, Task, in_models_order, refuse_one_class, token_guesses, told_head
 from luthier.tasks.class_rows import cut_ends, item_of, spans_of
 
 
@@ -84,7 +84,9 @@ class TokenClassification(Task):
 
     def labels(self, rows: Sequence[Row], held: Sequence[Row] | None, known: Mapping[str, int]) -> dict[str | int, int]:
         """Class index by tag: in the model's order if it knows these names, else in that of `tags`, else alphabetically."""
-        names = in_models_order(list(self.tags) if self.tags else sorted(self._seen(rows)), known)
+        seen = self._seen(rows)
+        names = in_models_order(list(self.tags) if self.tags else sorted(seen), known)
+        refuse_one_class(names)
         for tag, key in self._seen(held or ()).items():
             if tag not in names:
                 raise RecipeError(key, f"tag {tag!r} occurs in no training row", "correct the tag or drop the row")
