@@ -31,7 +31,7 @@ PAIR, PLAIN = {"prompt": "p", "completion": "q"}, {"text": "t"}
 )
 def test_a_row_of_several_shapes_has_the_first_everywhere(values, shape, answers, words):
     assert shape_in(values) == shape and answers_of(values) == answers and text_of(Row("f:1", values)) == words
-    renderer = Renderer(byte_tokenizer(), plain=True)
+    renderer = Renderer(byte_tokenizer(), plain="messages" not in values)
     if answers:
         trained = [s.text for s in renderer.segments(values) if s.supervised]
         assert renderer.answer(values) == answers[-1] and answers[-1] in trained[-1]

@@ -138,7 +138,6 @@ class Classification(Task):
             raise RecipeError("data.train", f"has the label {twice[0]!r} as text and as a number", "write one of them")
         if self.words is None or len(names) == len(known):
             names = in_models_order(names, known)
-        refuse_one_class(names)
         for r in held or ():
             if r.values["label"] not in names:
                 label = r.values["label"]
@@ -150,6 +149,7 @@ class Classification(Task):
                 )
         if self.words is not None:
             self._check_words(self.words, rows, {str(n) for n in names})
+        refuse_one_class(names)
         return {n: i for i, n in enumerate(names)}
 
     def head(self, rows: Sequence[Row], names: Sequence[str], config: PreTrainedConfig) -> str:
