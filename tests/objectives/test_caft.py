@@ -17,6 +17,7 @@ from luthier.step.settings import TrainSettings
 from luthier.support.errors import LuthierError
 from luthier.testing.models import batch_of, rows_of, tiny, view_of
 from luthier.training.loop import Loop
+from luthier.tuners.dept import Dept
 from luthier.tuners.frozen import Frozen
 from luthier.tuners.full import Full
 from luthier.tuners.lora import Lora
@@ -367,3 +368,10 @@ def test_untrained_heads_are_refused_where_it_is_known_that_no_stage_brings_trai
     ):
         problems = objective.check(Facts(settings=settings))
         assert [p.what for p in problems] == wanted and {p.key for p in problems} <= {"stage"}
+
+
+def test_a_tuner_that_puts_vectors_before_the_text_is_refused_beside_it():
+    heads = Caft(stage="heads")
+    found = heads.check(Facts(others=(Dept(), heads, Lora())))
+    assert [p.what for p in found] == ["its heads read the text's own positions, and dept puts vectors before the text"]
+    assert heads.check(Facts(others=(Lora(), heads))) == []

@@ -36,7 +36,6 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 64,
     "vocab_size": 64,
 }
-CLOZE = {"prompt": "{text} It was {label}.", "words": {"good": "great", "bad": "terrible"}}  # for methods that need it
 OTHER_TASK = "the two have no task in common"
 
 
@@ -97,8 +96,14 @@ def _part(entry: Mapping[str, Any]) -> Part:
     if name == "seed-rounds":
         beside["tuner"] = "fedkseed"
     if Need.POOL in needs:
-        beside |= {"data": {"eval": "eval.jsonl", "pool": "pool.jsonl"}, "task": {"classification": CLOZE}}
+        beside |= {"data": {"eval": "eval.jsonl", "pool": "pool.jsonl"}, "task": _pool_task(entry["traits"]["tasks"])}
     return Part(kind, name, own, beside, tuple(entry["traits"]["tasks"]))
+
+
+def _pool_task(names: Collection[str]) -> Any:
+    """The task with which a recipe labels a pool, as the first of these tasks that can writes it on pages of methods."""
+    starters = (m["starter"] for m in manifest.read() if m["kind"] == "task" and m["name"] in names)
+    return YAML(typ="safe", pure=True).load(next(s["pool_task"] for s in starters if "pool_task" in s))
 
 
 def matrix(listed: Sequence[Mapping[str, Any]], asked: Collection[tuple[str, str]] | None = None) -> list[Pair]:
@@ -136,12 +141,18 @@ def _tasks(*both: Part) -> list[str]:
     return [t for t in manifest.names("task") if all(p.tasks is None or t in p.tasks for p in both)]
 
 
+def _kind_for(recipe: Recipe) -> Any:
+    """A decoder, or an encoder where the task refuses a decoder."""
+    decoder: Any = LlamaConfig
+    return BertConfig if recipe.task.check(recipe.facts(model_config=decoder(**SIZES))) else decoder
+
+
 def _refusal_in(folder: Path, task: str, *both: Part) -> str | None:
     try:
         recipe = recipe_of(folder, task, *both)
         for part in both:
             _refuse_unused(recipe, part)
-        kind: Any = BertConfig if task == "masked-lm" else LlamaConfig
+        kind = _kind_for(recipe)
         config = kind(**SIZES)
         anatomy = _anatomy(recipe.task.auto(config), kind)
         layout = next((p.layout for p in both if p.layout), None)
