@@ -179,7 +179,7 @@ def _without_names(text: str, names: Sequence[str]) -> str:
 def recipe_of(folder: Path, task: str, *both: Part) -> Recipe:
     """The smallest recipe with these parts. Raises RecipeError if it cannot be read."""
     values: dict[str, Any] = {"model": "some/model", "task": task, "data": {"train": "train.jsonl"}}
-    ordered = sorted(both, key=lambda p: p.kind != "pipeline")  # stages first: the other part goes into one of them
+    ordered = sorted(both, key=lambda one: one.kind != "pipeline")  # stages first: the other part goes into one of them
     for keys in (*(p.beside for p in ordered if "pipeline" in p.beside), *(p.own for p in ordered)):
         if "pipeline" in keys:
             values = {**values, "pipeline": deepcopy(keys["pipeline"])}
@@ -218,14 +218,14 @@ def _names(there: Any, asked: Any) -> bool:
     return bool(there == name or (isinstance(there, Mapping) and name in there))
 
 
-def _refuse_unused(recipe: Recipe, part: Part) -> None:
+def _refuse_unused(recipe: Recipe, chosen: Part) -> None:
     """Raises RecipeError for a method with its default values that a pipeline does not use: it has its own instead."""
-    if recipe.pipeline is None or part.kind not in ("tuner", "objective", "compute"):
+    if recipe.pipeline is None or chosen.kind not in ("tuner", "objective", "compute"):
         return
     stages = getattr(recipe.pipeline, "stages", ())
     used = [getattr(stage, kind) for stage in stages for kind in ("tuner", "objective")]
-    if all(method.key() != part.name for method in used):
-        raise RecipeError(part.kind, f"is not read beside pipeline {recipe.pipeline.key()}", "remove it")
+    if all(method.key() != chosen.name for method in used):
+        raise RecipeError(chosen.kind, f"is not read beside pipeline {recipe.pipeline.key()}", "remove it")
 
 
 @cache
