@@ -82,6 +82,8 @@ def starter(entry: dict[str, Any]) -> str:
     is_task = entry["kind"] == "task"
     if "pool" in entry["traits"]["needs"]:
         first = {**first, "task": first["pool_task"], "data": first["pool_data"]}
+    if entry["kind"] in ("collaborate", "translate"):  # parties hold no rows out
+        first = {**first, "data": re.sub(r", eval: [^,}]+", "", first["data"])}
     asked = [] if usual in tasks and not is_task else [f"task: {first['task']}"]
     lines = ["luthier: 1", f"model: {first['model']}", *asked, f"data: {first['data']}"]
     return "\n".join(lines if is_task else [*lines, *_method_lines(entry)])
@@ -93,9 +95,8 @@ def _method_lines(entry: dict[str, Any]) -> list[str]:
     method = f"{{{entry['name']}: {{{required}}}}}" if required else entry["name"]
     if entry["kind"] == "translate":
         return [f"collaborate: {{grad-transformer: {{translator: {method}}}}}"]
-    lines = ["tuner: fedkseed"] if entry["name"] == "seed-rounds" else []
-    lines.append(f"{entry['kind']}: [{method}]" if entry["kind"] in LISTED else f"{entry['kind']}: {method}")
-    if "closure" in entry["traits"]["needs"] or entry["name"] == "seed-rounds":
+    lines = [f"{entry['kind']}: [{method}]" if entry["kind"] in LISTED else f"{entry['kind']}: {method}"]
+    if "closure" in entry["traits"]["needs"]:
         lines += ["lr_scheduler_type: constant", "warmup_fraction: 0.0"]
     return lines
 

@@ -53,6 +53,13 @@ class SeedRounds(Collaboration):
         "arXiv:2312.06353", "algorithm 1, and Pro in section 4.4",
     )  # fmt: skip
 
+    recipe_lines: ClassVar[tuple[str, ...]] = (
+        "data: {train: builtin:requests}",
+        "tuner: fedkseed",
+        "collaborate: seed-rounds",
+        "lr_scheduler_type: constant",
+        "warmup_fraction: 0.0",
+    )
     leaves: ClassVar[str] = (
         "a number a step of each client, the slope of its loss along an agreed direction; its number of rows"
     )

@@ -77,7 +77,7 @@ def recipe_with(example: Example, fields: Mapping[str, Any]) -> str:
     traits, one = type(example.method).traits, {example.name: dict(fields)}
     tree: dict[str, Any] = {"model": "a/b", "data": {"train": "x.jsonl", "eval": "x.jsonl"}}
     start = YAML(typ="safe", pure=True).load("\n".join(type(example.method).recipe_lines)) or {}
-    tree |= {key: start[key] for key in ("task", "data") if key in start}  # rows that the method needs
+    tree |= {k: v for k, v in start.items() if k not in (example.kind, "pipeline")}  # what the method needs beside it
     if "pool" in traits.needs:
         tree["data"]["pool"] = "y.jsonl"
     if Facts().task not in traits.tasks:
