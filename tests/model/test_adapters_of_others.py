@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from helpers.commands import luthier, write
 from helpers.finished import finished
-from luthier.model.adapter_folder import MERGED, config_in
+from luthier.model.adapter_folder import MERGED, config_in, tensors_in
 from luthier.model.loading import load_model, load_tokenizer, locate
 from luthier.model.weights import save
 from luthier.recipe import load
@@ -448,3 +448,14 @@ def test_a_start_of_another_model_is_refused(base):
         RecipeError, match="start: .*this update was trained on .*; name the model that it was trained on"
     ):
         finished(base.parent / "b", str(base), start=str(first))
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(b"", "empty or cut short"), ([1], "does not hold tensors by name"), ({"a": 1}, "tensors by name")],
+)
+def test_a_pickle_that_holds_no_tensors_is_said(content, says, tmp_path):
+    file = tmp_path / "adapter_model.bin"
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match=says):
+        tensors_in(tmp_path)

@@ -316,7 +316,7 @@ def test_what_is_said_of_transformers_is_so():
     for method in NOT_OPENED:
         quantizer = object.__new__(AUTO_QUANTIZER_MAPPING[method])
         quantizer.quantization_config = SimpleNamespace(quant_method=method)
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(NotImplementedError):  # transformers has the name, and no code that opens such files
             quantizer.get_quantize_ops()
 
 

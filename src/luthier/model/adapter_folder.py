@@ -100,11 +100,20 @@ def is_plain(config: Mapping[str, Any]) -> bool:
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter, under peft's names. Raises OSError, ValueError or SafetensorError for damaged files."""
+    """The tensors of an adapter, under peft's names.
+
+    Raises OSError, ValueError, RuntimeError, SafetensorError or UnpicklingError for damaged files, and for pickles that hold
+    anything but tensors: with weights_only no code of a pickle runs.
+    """
     safe, pickled = (folder / name for name in WEIGHTS)
     if safe.is_file():
         return load_file(safe)
-    found: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+    try:
+        found = torch.load(pickled, map_location="cpu", weights_only=True)
+    except EOFError as error:
+        raise ValueError(f"{pickled.name} is empty or cut short") from error
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError(f"{pickled.name} does not hold tensors by name")
     return found
 
 

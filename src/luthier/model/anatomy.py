@@ -261,7 +261,7 @@ def _embedding(model: PreTrainedModel) -> nn.Module:
     """The table of token embeddings."""
     try:
         table = model.get_input_embeddings()
-    except NotImplementedError:  # transformers' answer for a model whose table it does not know
+    except NotImplementedError:  # what transformers raises for a model whose table it does not know; refused below
         table = None
     if not isinstance(getattr(table, "weight", None), Tensor):
         raise LuthierError(
