@@ -140,7 +140,7 @@ class _Metered:
 
 @dataclass
 class _Place:
-    """Where the reading of a file is: its stream, and the number of the last item."""
+    """The place of a reading in its file: the stream, and the number of the last item."""
 
     file: _Metered
     number: int = 0

@@ -224,7 +224,7 @@ class Template:
         return lead[:end]
 
     def _same_end(self, asked: str, lead: str) -> tuple[int, int]:
-        """Where the longest text that `asked` ends with stands in `lead`; (0, 0) if there is none. Marks are not taken apart."""
+        """(start, end) in `lead` of the longest text that `asked` ends with, or (0, 0). Marks are not taken apart."""
         a, b = self._units.findall(asked), self._units.findall(lead)
         best, at = 0, 0
         for j in range(1, len(b) + 1):
@@ -276,7 +276,7 @@ class Template:
         return max((answer.rfind(s) + len(s) for s in stops if s in answer), default=len(answer))
 
     def _next_turn(self, text: str, start: int, stops: Sequence[str]) -> int:
-        """Where the next turn begins in a text after `start`, if an added token begins the turns of this template; else -1."""
+        """The place after `start` where the next turn begins, if an added token begins the turns of this template; else -1."""
         marks = (m for m in self.marks.finditer(self.header) if m.group() not in stops)
         first = next(marks, None)
         if first is None or self.marks.sub("", self.header[: first.start()]).strip():
@@ -367,7 +367,7 @@ class _Cut:
         return [*edges, *sorted({m.group() for m in self.template.marks.finditer(said)})]
 
     def _gaps(self) -> dict[int, tuple[int, int]]:
-        """Where the text between what the turns before and after an answer say begins and ends, by the answer's turn.
+        """(start, end) of the text between what the turns before and after an answer say, by the turn of the answer.
 
         Empty for a template that does not write what turns say as it stands, each once and in order.
         """
